@@ -1,0 +1,177 @@
+"""The embedded task, "labelled recipes": makes the problems, their answers, demonstrations and levels.
+
+    python data/make_recipes.py      writes data/recipes/{train,validation,test}.jsonl, always the same bytes
+
+A recipe starts from a three-digit number and has k instructions labelled A, B, C, ... They are listed in a
+shuffled order and are to be carried out in the order of their labels, on three-digit numbers modulo 1000:
+
+    +d   add d (2 to 9)        *2   double
+    -d   subtract d            r    reverse the three digits (390 -> 093)
+
+For example `991;C-4;Ar;B*2?` means A: 991 -> 199, B: 199 -> 398, C: 398 -> 394, so the answer is 394.
+A recipe whose listed order happens to give the right number is thrown away (for k > 1): haste never pays.
+
+Why such a task: the answer cannot be guessed (one in a thousand), the skill has parts (to find the next
+label, to copy its instruction, to calculate), and k is one dial from trivial to out of reach.
+Left out: what the base model read before (that is make_base.py), and the reading of rows (the loader).
+"""
+
+import argparse
+import json
+import os
+import random
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+
+LABELS = "ABCDEFGH"
+LEVELS = {"easy": (1, 2), "medium": (3, 4), "hard": (5, 6), "ood": (7, 8)}  # numbers of instructions
+TRAIN_STEPS = (3, 4, 5, 6)
+TRAIN_PROBLEMS = 512
+DEMONSTRATED_PROBLEMS = 128  # of the training problems, the same share for every k
+PROBLEMS_PER_LEVEL = {"validation": 100, "test": 200}
+SPLIT_SEEDS = {"train": 1, "validation": 20, "test": 30}
+
+Step = tuple[str, str, int]  # (label, operator, operand), operand 0 for r
+
+
+@dataclass(frozen=True)
+class Recipe:
+    """One problem: start value (0 to 999), steps in the order of their labels, the same steps as listed."""
+
+    start: int
+    steps: tuple[Step, ...]
+    listed: tuple[Step, ...]
+
+    @property
+    def problem(self) -> str:
+        """The question as the model reads it, e.g. `991;C-4;Ar;B*2?`."""
+        return f"{self.start:03d};" + ";".join(step[0] + instruction(step) for step in self.listed) + "?"
+
+    @property
+    def answer(self) -> str:
+        """Three digits, e.g. `394`."""
+        return f"{result(self.start, self.steps):03d}"
+
+    @property
+    def demonstration(self) -> str:
+        """The expert's solution: `991Ar=199;199B*2=398;398C-4=394;\\boxed{394}`."""
+        return write_out(self.start, self.steps)
+
+
+def apply(value: int, operator: str, operand: int) -> int:
+    """One instruction carried out on a value from 0 to 999."""
+    if operator == "r":
+        return int(f"{value:03d}"[::-1])
+    return {"+": value + operand, "-": value - operand, "*": value * operand}[operator] % 1000
+
+
+def result(start: int, steps: tuple[Step, ...]) -> int:
+    """The value after all steps, carried out in the order given."""
+    for _, operator, operand in steps:
+        start = apply(start, operator, operand)
+    return start
+
+
+def instruction(step: Step) -> str:
+    """An instruction without its label: `-4`, `*2`, `r`."""
+    _, operator, operand = step
+    return operator if operator == "r" else f"{operator}{operand}"
+
+
+def write_out(
+    start: int,
+    steps: tuple[Step, ...],
+    labelled: bool = True,
+    blunder: Callable[[int], int] = lambda value: value,
+) -> str:
+    """A solution text that carries out `steps` in the order given and ends in the boxed result.
+
+    `labelled` writes each step's label before its instruction, as the expert does. `blunder` turns the right
+    result of a step into what is written and carried on (make_base.py uses it for a careless writer).
+    """
+    text, value = "", start
+    for step in steps:
+        outcome = blunder(apply(value, step[1], step[2]))
+        text += f"{value:03d}{step[0] if labelled else ''}{instruction(step)}={outcome:03d};"
+        value = outcome
+    return f"{text}\\boxed{{{value:03d}}}"
+
+
+def make_recipe(rng: random.Random, k: int, first: int = 0) -> Recipe:
+    """A random recipe of k instructions whose labels are consecutive and begin at LABELS[first]."""
+    while True:
+        start, steps = rng.randrange(1000), []
+        for label in LABELS[first : first + k]:
+            operator = rng.choice("+-*r")
+            operand = {"*": 2, "r": 0}[operator] if operator in "*r" else rng.randint(2, 9)
+            steps.append((label, operator, operand))
+        listed = rng.sample(steps, k)
+        if k == 1 or result(start, listed) != result(start, steps):
+            return Recipe(start, tuple(steps), tuple(listed))
+
+
+def level_of(k: int) -> str:
+    """The level of a recipe with k instructions."""
+    return next(level for level, sizes in LEVELS.items() if k in sizes)
+
+
+def make_splits() -> dict[str, list[dict]]:
+    """All rows of the three files. No problem occurs twice, within a split or across splits."""
+    seen: set[str] = set()
+
+    def draw(rng: random.Random, count: int, sizes: tuple[int, ...]) -> list[Recipe]:
+        recipes = []
+        while len(recipes) < count:
+            recipe = make_recipe(rng, sizes[len(recipes) % len(sizes)])
+            if recipe.problem not in seen:
+                seen.add(recipe.problem)
+                recipes.append(recipe)
+        return recipes
+
+    splits = {}
+    for split, count in reversed(PROBLEMS_PER_LEVEL.items()):  # test first: it does not depend on the rest
+        splits[split] = [
+            row(f"{split}-{level}-{i:03d}", recipe)
+            for seed, (level, sizes) in enumerate(LEVELS.items(), SPLIT_SEEDS[split])
+            for i, recipe in enumerate(draw(random.Random(seed), count, sizes))
+        ]
+    recipes = draw(random.Random(SPLIT_SEEDS["train"]), TRAIN_PROBLEMS, TRAIN_STEPS)
+    rounds = TRAIN_PROBLEMS // DEMONSTRATED_PROBLEMS  # one round of TRAIN_STEPS in so many is demonstrated
+    splits["train"] = [
+        row(f"train-{i:04d}", recipe, demonstrated=i // len(TRAIN_STEPS) % rounds == 0)
+        for i, recipe in enumerate(recipes)
+    ]
+    return splits
+
+
+def row(identifier: str, recipe: Recipe, demonstrated: bool = False) -> dict:
+    """One line of a file; a row without a demonstration has no such key."""
+    fields = {"id": identifier, "problem": recipe.problem, "answer": recipe.answer}
+    if demonstrated:
+        fields["demonstrations"] = [recipe.demonstration]
+    return fields | {"level": level_of(len(recipe.steps))}
+
+
+def write_jsonl(path: Path, rows: list[dict]) -> None:
+    """Writes one JSON object per line, to a temporary name first."""
+    temporary = path.with_suffix(".jsonl.part")
+    temporary.write_text("".join(json.dumps(r) + "\n" for r in rows), encoding="utf-8", newline="\n")
+    os.replace(temporary, path)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description="Writes the problems of the embedded task.")
+    default = Path(__file__).parent / "recipes"
+    parser.add_argument("--out", type=Path, default=default, help="folder to write to (%(default)s)")
+    out = parser.parse_args().out
+    if out.exists() and not out.is_dir():
+        parser.error(f"--out {out} is a file; name a folder")
+    out.mkdir(parents=True, exist_ok=True)
+    for split, rows in make_splits().items():
+        write_jsonl(out / f"{split}.jsonl", rows)
+        print(f"{out / split}.jsonl: {len(rows)} problems")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,97 @@
+"""The reward: the last boxed answer of a response, graded 1.0 or 0.0 against the gold answer.
+
+What an answer means and when two answers are equal is in answers.py. Not here: partial credit, format
+rewards, answers outside a box (a policy would learn to shower numbers), time limits (the reader is bounded).
+"""
+
+from collections.abc import Sequence
+
+import regex
+from tqdm import tqdm
+
+from answers import Unreadable, equal, read
+
+BATCH_WITH_BAR = 4000  # smaller batches are graded before a progress bar could be read
+_MARKS = regex.compile(r"\\(?:boxed|fbox)(?![A-Za-z])\s*(?P<open>\{)?|\\.|[{}]", regex.DOTALL)
+_BARE = regex.compile(r"[-+]?[\w.,/:^]*\w|\\[A-Za-z]+[^$\n]*?(?=\$|\\\)|\\\]|\n|$)")
+
+
+def extract_boxed(text: str) -> str | None:
+    """Content of the last complete ``\\boxed{...}`` or ``\\fbox{...}`` of `text`, None where there is none.
+
+    One pass, so linear in the text. Braces are balanced, escaped ones are not counted; of boxes in a box the
+    outer one counts. ``\\boxed 5`` without braces gives "5". A box that never closes (a truncated response)
+    is no answer; the last complete box before it is.
+    """
+    best, best_end = None, -1
+    stack: list[int] = []  # where each open brace's content starts; negative for a brace that is not a box's
+    for mark in _MARKS.finditer(text):
+        token = mark.group()
+        if token == "{":
+            stack.append(-1)
+        elif token == "}":
+            start = stack.pop() if stack else -1
+            if start >= 0:
+                best, best_end = (start, mark.start()), mark.start()
+        elif mark.group("open"):
+            stack.append(mark.end())
+        elif token.startswith(("\\boxed", "\\fbox")):
+            bare = _BARE.match(text, mark.end())
+            if bare:
+                best, best_end = bare.span(), bare.end()
+    return None if best_end < 0 else text[best[0] : best[1]]
+
+
+def is_equivalent(prediction: str, gold: str) -> bool:
+    """Whether two final answers mean the same; False where one of them cannot be read. Never raises."""
+    if not isinstance(prediction, str) or not isinstance(gold, str):
+        return False
+    try:
+        return equal(read(prediction), read(gold))
+    except Unreadable:
+        return False
+
+
+def is_read(response: str | None) -> bool:
+    """Whether `response` has a complete box whose content the reader can read."""
+    boxed = extract_boxed(response) if isinstance(response, str) else None
+    if boxed is None:
+        return False
+    try:
+        read(boxed)
+    except Unreadable:
+        return False
+    return True
+
+
+def grade(response: str | None, gold: str) -> float:
+    """1.0 if the last boxed answer of `response` is equivalent to `gold`, else 0.0.
+
+    A response that is no string is a model's fault and gets 0.0; a gold that is no string raises TypeError.
+    """
+    if not isinstance(gold, str):
+        raise TypeError(f"gold must be a string, got {type(gold).__name__}: {gold!r:.80}; pass the answer as text")
+    boxed = extract_boxed(response) if isinstance(response, str) else None
+    return 1.0 if boxed is not None and is_equivalent(boxed, gold) else 0.0
+
+
+def grade_batch(responses: Sequence[str | None], golds: Sequence[str]) -> list[float]:
+    """`grade` for each pair; ValueError where the two differ in length. Large batches show a progress bar."""
+    if isinstance(responses, str) or isinstance(golds, str):
+        raise TypeError("responses and golds must be lists of strings, got one string; wrap it in a list")
+    if len(responses) != len(golds):
+        raise ValueError(f"{len(responses)} responses for {len(golds)} golds; give one gold per response")
+    pairs = tqdm(zip(responses, golds), "grading", len(golds), disable=len(golds) < BATCH_WITH_BAR, leave=False)
+    return [grade(response, gold) for response, gold in pairs]
+
+
+def check_gold(gold: str) -> None:
+    """Raises ValueError where `gold` is not an answer that can be graded against; the loader calls it."""
+    if not isinstance(gold, str):
+        raise ValueError(f"answer must be a string, got {type(gold).__name__}: {gold!r:.80}; write it as text")
+    try:
+        read(gold)
+    except Unreadable as error:
+        raise ValueError(
+            f"answer {gold[:80]!r} cannot be read: {error}; rewrite it as plain LaTeX or leave the problem out"
+        ) from None

@@ -1,0 +1,280 @@
+"""Makes the tiny base model of the embedded task: a Hugging Face folder, pretrained here from nothing.
+
+    python data/make_base.py               writes data/base, about 5 minutes on one core
+
+It contains the tokenizer (one token per character), the corpus and the training loop. The corpus is
+written on the fly and read once, in two stages. The "textbook" teaches the facts: to calculate, and to bring
+a list of instructions into the order of their labels. "The web" then teaches the habits: most of its writers
+answer at once or work through the list as it stands, and the longer the recipe, the rarer a careful solution.
+So the base knows what a careful solution needs and seldom writes one: what post-training has to change.
+No problem of data/recipes is in the corpus.
+
+Left out: a validation loss (what the base can do is measured with eval.py, see data/README.md), resuming, and
+GPUs (a run on the CPU gives the same weights again).
+"""
+
+import argparse
+import math
+import os
+import random
+import sys
+import tempfile
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+import torch.nn.functional as F
+from make_recipes import LABELS, Recipe, instruction, make_recipe, make_splits, write_out
+from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers
+from tqdm import tqdm
+from transformers import GenerationConfig, LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
+
+SPECIAL_TOKENS = ("<pad>", "<bos>", "<eos>", "<unk>")
+CHARACTERS = ("\\boxed{", "\n", *(chr(code) for code in range(32, 127)))
+CHAT_TEMPLATE = (
+    "{{ bos_token }}{% for message in messages %}"
+    "{% if message['role'] == 'system' %}{{ message['content'] + '\\n' }}"
+    "{% elif message['role'] == 'user' %}{{ message['content'] }}"
+    "{% elif message['role'] == 'assistant' %}{{ message['content'] + eos_token }}"
+    "{% endif %}{% endfor %}"  # no generation prompt: the recipe's question mark asks for the solution
+)
+
+UPDATES = 3000
+BATCH_TOKENS = 1400  # padding included
+POOL = 1024  # documents sorted by length and cut into batches together
+LEARNING_RATE = 2.5e-3  # peak; warm-up over 100 updates, then half a cosine
+PROBLEM_WEIGHT = 0.05  # of a token of the problem in the loss; a token of the solution has 1
+SHIFTED = 0.6  # of the recipes with k <= 3 begin at a later label than A, so that every label is known
+
+
+@dataclass(frozen=True)
+class Stage:
+    """A stretch of the corpus: its share of the updates, and what is read in it."""
+
+    name: str
+    share: float
+    exercises: float  # share of documents that are reading exercises; the rest are solved recipes
+    sizes: dict[int, float]  # k -> weight
+    styles: dict[int, dict[str, float]]  # k -> {style: weight}
+
+
+TEXTBOOK_STYLES = {"careful": 0.6, "unlabelled": 0.25, "hasty": 0.15}
+STAGES = (
+    Stage(
+        name="textbook",
+        share=0.35,
+        exercises=0.4,
+        sizes={1: 0.25, 2: 0.25, 3: 0.3, 4: 0.2},
+        styles=dict.fromkeys((1, 2, 3, 4), TEXTBOOK_STYLES),
+    ),
+    Stage(
+        name="web",
+        share=0.65,
+        exercises=0.1,
+        sizes={1: 0.17, 2: 0.19, 3: 0.20, 4: 0.14, 5: 0.10, 6: 0.08, 7: 0.06, 8: 0.06},
+        styles={
+            1: {"careful": 0.300, "unlabelled": 0.40, "hasty": 0.000, "terse": 0.30},
+            2: {"careful": 0.200, "unlabelled": 0.30, "hasty": 0.250, "terse": 0.25},
+            3: {"careful": 0.100, "unlabelled": 0.25, "hasty": 0.350, "terse": 0.30},
+            4: {"careful": 0.040, "unlabelled": 0.12, "hasty": 0.540, "terse": 0.30},
+            5: {"careful": 0.015, "unlabelled": 0.04, "hasty": 0.645, "terse": 0.30},
+            6: {"careful": 0.008, "unlabelled": 0.01, "hasty": 0.682, "terse": 0.30},
+            7: {"careful": 0.005, "unlabelled": 0.00, "hasty": 0.695, "terse": 0.30},
+            8: {"careful": 0.005, "unlabelled": 0.00, "hasty": 0.695, "terse": 0.30},
+        },
+    ),
+)
+SLIPS = {"careful": 0.003, "unlabelled": 0.06, "hasty": 0.06, "terse": 0.0}  # wrong digits, per step
+
+
+def make_tokenizer() -> PreTrainedTokenizerFast:
+    """One token per printable ASCII character and newline, `\\boxed{` one token; anything else is <unk>."""
+    vocabulary = {token: i for i, token in enumerate(SPECIAL_TOKENS + CHARACTERS)}
+    tokenizer = Tokenizer(models.WordLevel(vocabulary, unk_token="<unk>"))
+    tokenizer.pre_tokenizer = pre_tokenizers.Split(Regex(r"\\boxed\{|[\s\S]"), behavior="isolated")
+    tokenizer.decoder = decoders.Fuse()
+    return PreTrainedTokenizerFast(
+        tokenizer_object=tokenizer,
+        pad_token="<pad>",
+        bos_token="<bos>",
+        eos_token="<eos>",
+        unk_token="<unk>",
+        padding_side="left",
+        model_max_length=512,
+        clean_up_tokenization_spaces=False,
+        chat_template=CHAT_TEMPLATE,
+    )
+
+
+def make_model(tokenizer: PreTrainedTokenizerFast) -> LlamaForCausalLM:
+    """The untrained model, about 0.29M parameters.
+
+    Llama's shape with biases in attention. (Qwen2's is nearly the same, but AutoTokenizer ignores the
+    tokenizer file of a folder of that type and puts that of the published Qwen models in its place.)
+    """
+    ids = {name: getattr(tokenizer, name) for name in ("pad_token_id", "bos_token_id", "eos_token_id")}
+    config = LlamaConfig(
+        vocab_size=len(tokenizer),
+        hidden_size=96,
+        intermediate_size=192,
+        num_hidden_layers=3,
+        num_attention_heads=4,
+        num_key_value_heads=4,
+        attention_bias=True,
+        max_position_embeddings=tokenizer.model_max_length,
+        tie_word_embeddings=True,
+        **ids,
+    )
+    model = LlamaForCausalLM(config)
+    model.generation_config = GenerationConfig(**ids)
+    return model
+
+
+def solve(rng: random.Random, recipe: Recipe, style: str) -> str:
+    """A solution in one of the corpus's styles.
+
+    careful     the expert's: right order, each step with its label
+    unlabelled  right order, without the labels
+    hasty       the order of the list, which gives a wrong answer
+    terse       the right answer and nothing else
+    """
+
+    def blunder(value: int) -> int:
+        if rng.random() >= SLIPS[style]:
+            return value
+        digits = list(f"{value:03d}")
+        place = rng.randrange(3)
+        digits[place] = str((int(digits[place]) + rng.choice((1, 2, 8, 9))) % 10)
+        return int("".join(digits))
+
+    if style == "terse":
+        return write_out(int(recipe.answer), ())
+    steps = recipe.listed if style == "hasty" else recipe.steps
+    return write_out(recipe.start, steps, labelled=style == "careful", blunder=blunder)
+
+
+def documents(rng: random.Random, stage: Stage, held_out: set[str]) -> Iterator[tuple[str, str]]:
+    """Endless (question, solution) texts of one stage."""
+    most = len(LABELS)
+    while True:
+        if rng.random() < stage.exercises:  # `F+8;E-5;G+2?` -> `E-5;F+8;G+2`
+            k = rng.randint(2, most)
+            recipe = make_recipe(rng, k, first=rng.randint(0, most - k))
+            yield recipe.problem[4:], ";".join(step[0] + instruction(step) for step in recipe.steps)
+            continue
+        k = rng.choices(*zip(*stage.sizes.items()))[0]
+        recipe = make_recipe(
+            rng, k, first=rng.randint(0, most - k) if k <= 3 and rng.random() < SHIFTED else 0
+        )
+        if recipe.problem not in held_out:
+            style = rng.choices(*zip(*stage.styles[k].items()))[0]
+            yield recipe.problem, solve(rng, recipe, style)
+
+
+def batches(
+    rng: random.Random, stage: Stage, held_out: set[str], tokenizer: PreTrainedTokenizerFast
+) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
+    """Endless (ids [B, T], right-padded; loss weights [B, T]) of documents of similar length."""
+    source = documents(rng, stage, held_out)
+    while True:
+        questions, solutions = zip(*(next(source) for _ in range(POOL)))
+        chats = [[{"role": "user", "content": question}] for question in questions]
+        prompts = tokenizer.apply_chat_template(chats, tokenize=False, add_generation_prompt=True)
+        pool = list(
+            zip(
+                tokenizer(prompts, add_special_tokens=False)["input_ids"],
+                tokenizer([text + tokenizer.eos_token for text in solutions])["input_ids"],
+            )
+        )
+        pool.sort(key=lambda pair: len(pair[0]) + len(pair[1]))
+        groups, group = [], []
+        for pair in pool:
+            if group and (len(group) + 1) * (len(pair[0]) + len(pair[1])) > BATCH_TOKENS:
+                groups.append(group)
+                group = []
+            group.append(pair)
+        groups.append(group)
+        rng.shuffle(groups)
+        yield from (collate(group, tokenizer.pad_token_id) for group in groups)
+
+
+def collate(pairs: list[tuple[list[int], list[int]]], pad: int) -> tuple[torch.Tensor, torch.Tensor]:
+    """(prompt ids, solution ids) pairs -> ids and loss weights, each [B, T]; padding has weight 0."""
+    width = max(len(prompt) + len(solution) for prompt, solution in pairs)
+    ids, weights = torch.full((len(pairs), width), pad), torch.zeros(len(pairs), width)
+    for i, (prompt, solution) in enumerate(pairs):
+        end = len(prompt) + len(solution)
+        ids[i, :end] = torch.tensor(prompt + solution)
+        weights[i, : len(prompt)] = PROBLEM_WEIGHT
+        weights[i, len(prompt) : end] = 1.0
+    return ids, weights
+
+
+def pretrain(model: LlamaForCausalLM, tokenizer: PreTrainedTokenizerFast, rng: random.Random) -> None:
+    """Next-token training over all stages, in place."""
+    held_out = {row["problem"] for rows in make_splits().values() for row in rows}
+    optimizer = torch.optim.AdamW(model.parameters(), betas=(0.9, 0.98), weight_decay=0.01)
+    update, end = 0, 0.0
+    with tqdm(total=UPDATES, unit="update", file=sys.stdout, dynamic_ncols=True) as bar:
+        for stage in STAGES:
+            source, end = batches(rng, stage, held_out, tokenizer), end + stage.share
+            while update < round(end * UPDATES):
+                warm_up, cosine = min(1, (update + 1) / 100), 0.5 + 0.5 * math.cos(math.pi * update / UPDATES)
+                optimizer.param_groups[0]["lr"] = LEARNING_RATE * warm_up * cosine
+                ids, weights = next(source)
+                # Right-padded and causal: no real token attends to padding, so no attention mask is needed.
+                logits = model(input_ids=ids).logits[:, :-1]
+                losses = F.cross_entropy(logits.flatten(0, 1), ids[:, 1:].flatten(), reduction="none")
+                loss = (losses * weights[:, 1:].flatten()).sum() / weights[:, 1:].sum()
+                optimizer.zero_grad()
+                loss.backward()
+                torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+                optimizer.step()
+                update += 1
+                bar.update()
+                bar.set_postfix(stage=stage.name, loss=f"{loss.item():.3f}", refresh=False)
+
+
+def check_out(parser: argparse.ArgumentParser, out: Path) -> None:
+    """Refuses, before the work, a place where the model must not or cannot be put."""
+    if out.exists() and not out.is_dir():
+        parser.error(f"--out {out} is a file; name a new folder or one that holds a model")
+    if out.is_dir() and any(out.iterdir()) and not (out / "config.json").exists():
+        parser.error(f"--out {out} is a folder with other files and no config.json; name a new folder")
+    try:
+        out.parent.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        parser.error(f"--out {out}: cannot make the folder {out.parent}: {error.strerror}")
+    if not os.access(out.parent, os.W_OK):
+        parser.error(f"--out {out}: no permission to write in {out.parent}")
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description="Pretrains the tiny base model of the embedded task.")
+    default = Path(__file__).parent / "base"
+    parser.add_argument("--out", type=Path, default=default, help="folder to write (%(default)s)")
+    parser.add_argument("--seed", type=int, default=0, help="of the weights and the corpus (%(default)s)")
+    arguments = parser.parse_args()
+    if not 0 <= arguments.seed < 2**32:
+        parser.error(f"--seed {arguments.seed}: expected a number from 0 to 2^32 - 1")
+    out = arguments.out.resolve()
+    check_out(parser, out)
+
+    torch.set_num_threads(1)  # two gain little at this size, and the sums depend on their number
+    torch.use_deterministic_algorithms(True)
+    torch.manual_seed(arguments.seed)
+    tokenizer = make_tokenizer()
+    model = make_model(tokenizer)
+    pretrain(model, tokenizer, random.Random(arguments.seed))
+    with tempfile.TemporaryDirectory(dir=out.parent, prefix=".make_base-") as temporary:
+        model.save_pretrained(f"{temporary}/base")
+        tokenizer.save_pretrained(f"{temporary}/base")
+        if out.exists():
+            out.rename(f"{temporary}/replaced")
+        Path(temporary, "base").rename(out)
+    print(f"{out}: {model.num_parameters():,} parameters")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,185 @@
+"""The embedded task and the base model's folder: answers, splits, tokenizer, chat rendering.
+
+The task is checked with a solver of its own, on strings, that shares no line with the generator.
+"""
+
+import importlib
+import json
+import subprocess
+import sys
+from collections import Counter
+from pathlib import Path
+
+import pytest
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+DATA = Path(__file__).parent.parent / "data"
+SPLITS = ("train", "validation", "test")
+PRINTABLE = "".join(chr(code) for code in range(32, 127)) + "\n"
+
+
+@pytest.fixture(scope="module")
+def rows() -> dict[str, list[dict]]:
+    return {
+        split: [json.loads(line) for line in (DATA / "recipes" / f"{split}.jsonl").read_text().splitlines()]
+        for split in SPLITS
+    }
+
+
+@pytest.fixture(scope="module")
+def tokenizer():
+    return AutoTokenizer.from_pretrained(DATA / "base")
+
+
+def work_through(problem: str, in_order: bool) -> list[str]:
+    """The values, as three digits, after each instruction; in the order of the labels or as listed."""
+    assert problem.endswith("?")
+    value, *instructions = problem[:-1].split(";")
+    values = [value]
+    for text in sorted(instructions) if in_order else instructions:
+        if text[1:] == "r":
+            values.append(values[-1][::-1])
+        else:
+            number = int(values[-1])
+            number = eval(f"{number}{text[1:]}")
+            values.append(str(number)[-3:].zfill(3) if number >= 0 else str(1000 + number))
+    return values
+
+
+def steps_of(row: dict) -> int:
+    return row["problem"].count(";")
+
+
+def test_answers_are_right_and_the_listed_order_never_is(rows):
+    for row in (row for split in rows.values() for row in split):
+        assert work_through(row["problem"], in_order=True)[-1] == row["answer"], row
+        if steps_of(row) > 1:
+            assert work_through(row["problem"], in_order=False)[-1] != row["answer"], row
+
+
+def test_demonstrations_write_every_step_with_its_label(rows):
+    for row in rows["train"]:
+        for demonstration in row.get("demonstrations", []):
+            values = work_through(row["problem"], in_order=True)
+            instructions = sorted(row["problem"][:-1].split(";")[1:])
+            lines = [f"{a}{text}={b}" for a, text, b in zip(values, instructions, values[1:], strict=False)]
+            assert demonstration == ";".join([*lines, f"\\boxed{{{row['answer']}}}"])
+
+
+def test_worked_example():
+    values = work_through("991;C-4;Ar;D*2;B*2;F*2;E-3?", in_order=True)
+    assert values == ["991", "199", "398", "394", "788", "785", "570"]
+    assert work_through("003;A-7;Br?", in_order=True) == ["003", "996", "699"]
+
+
+def test_sizes_levels_and_fields(rows):
+    sizes = {"easy": {1, 2}, "medium": {3, 4}, "hard": {5, 6}, "ood": {7, 8}}
+    for split in SPLITS:
+        for row in rows[split]:
+            assert steps_of(row) in sizes[row["level"]]
+            assert set(row) - {"demonstrations"} == {"id", "problem", "answer", "level"}
+            labels = sorted(text[0] for text in row["problem"][:-1].split(";")[1:])
+            assert labels == list("ABCDEFGH"[: steps_of(row)])
+    for split, count in (("validation", 100), ("test", 200)):
+        assert Counter(row["level"] for row in rows[split]) == dict.fromkeys(sizes, count)
+        assert not any("demonstrations" in row for row in rows[split])
+    assert Counter(map(steps_of, rows["train"])) == dict.fromkeys((3, 4, 5, 6), 128)
+    demonstrated = [row for row in rows["train"] if "demonstrations" in row]
+    assert Counter(map(steps_of, demonstrated)) == dict.fromkeys((3, 4, 5, 6), 32)
+    assert all(len(row["demonstrations"]) == 1 for row in demonstrated)
+
+
+def test_no_problem_and_no_id_twice(rows):
+    everything = [row for split in rows.values() for row in split]
+    assert len({row["problem"] for row in everything}) == len(everything)
+    assert len({row["id"] for row in everything}) == len(everything)
+
+
+def test_generator_writes_the_same_bytes(tmp_path):
+    subprocess.run([sys.executable, DATA / "make_recipes.py", "--out", tmp_path], check=True)
+    for split in SPLITS:
+        name = f"{split}.jsonl"
+        assert (tmp_path / name).read_bytes() == (DATA / "recipes" / name).read_bytes(), f"{name} is stale"
+    assert len(list(tmp_path.iterdir())) == len(SPLITS)
+
+
+@pytest.mark.parametrize(
+    "text",
+    [PRINTABLE, *PRINTABLE, "\\boxed{570}", "\\boxed", "\\\\boxed{\\boxed{1}}", "a  b , .\n\n 's ", "don 't", ""],
+)
+def test_tokenizer_round_trip(tokenizer, text):
+    ids = tokenizer(text)["input_ids"]
+    assert tokenizer.decode(ids) == text == tokenizer.decode(ids, skip_special_tokens=True)
+    assert tokenizer.unk_token_id not in ids
+    assert len(ids) == len(text) - text.count("\\boxed{") * (len("\\boxed{") - 1)
+
+
+def test_tokenizer_boundaries_and_special_tokens(tokenizer):
+    encode = lambda text: tokenizer(text)["input_ids"]  # noqa: E731
+    pieces = ["7;", "\\boxed{", "57", "0}"]
+    assert encode("".join(pieces)) == [i for piece in pieces for i in encode(piece)]
+    assert tokenizer.convert_ids_to_tokens(encode("\\boxed{5}")) == ["\\boxed{", "5", "}"]
+    special = {tokenizer.pad_token_id, tokenizer.bos_token_id, tokenizer.eos_token_id, tokenizer.unk_token_id}
+    assert len(special) == 4
+    assert None not in special
+    assert encode("é\tß") == [tokenizer.unk_token_id] * 3
+
+
+def test_chat_template(tokenizer):
+    user, answer = {"role": "user", "content": "991;C-4;Ar?"}, {"role": "assistant", "content": "\\boxed{1}"}
+    render = lambda messages, **options: tokenizer.apply_chat_template(messages, tokenize=False, **options)  # noqa: E731
+    assert render([user], add_generation_prompt=True) == render([user]) == "<bos>991;C-4;Ar?"
+    assert render([{"role": "system", "content": "Be brief."}, user]) == "<bos>Be brief.\n991;C-4;Ar?"
+    assert render([user, answer]) == "<bos>991;C-4;Ar?\\boxed{1}<eos>"
+    ids = tokenizer.apply_chat_template([user], add_generation_prompt=True)["input_ids"]
+    assert ids == [tokenizer.bos_token_id, *tokenizer("991;C-4;Ar?")["input_ids"]]
+
+
+def test_solutions_fit_their_budgets(rows, tokenizer):
+    longest = Counter()
+    for split in SPLITS:
+        for row in rows[split]:
+            values = work_through(row["problem"], in_order=True)
+            instructions = sorted(row["problem"][:-1].split(";")[1:])
+            text = "".join(f"{a}{b}={c};" for a, b, c in zip(values, instructions, values[1:], strict=False))
+            tokens = len(tokenizer(f"{text}\\boxed{{{values[-1]}}}")["input_ids"]) + 1  # with <eos>
+            longest[row["level"]] = max(longest[row["level"]], tokens)
+    assert longest["hard"] <= 72
+    assert longest["ood"] <= 94
+
+
+def test_base_folder(tokenizer):
+    model = AutoModelForCausalLM.from_pretrained(DATA / "base")
+    assert model.num_parameters() < 1_000_000
+    assert model.config.vocab_size == len(tokenizer)
+    assert next(model.parameters()).dtype.is_floating_point
+    assert {str(parameter.dtype) for parameter in model.parameters()} == {"torch.float32"}
+    for name in ("pad_token_id", "bos_token_id", "eos_token_id"):
+        assert getattr(model.generation_config, name) == getattr(tokenizer, name)
+    size = (DATA / "base" / "model.safetensors").stat().st_size
+    assert size < 4_000_000
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["--seed", "x"], "invalid int value: 'x'"),
+        (["--seed", "-1"], "expected a number from 0 to 2^32 - 1"),
+        (["--out", "FILE"], "is a file"),
+        (["--out", "FULL"], "no config.json"),
+        (["--out", "FILE/base"], "cannot make the folder"),
+    ],
+)
+def test_make_base_refuses_wrong_arguments(arguments, message, tmp_path, monkeypatch, capsys):
+    (tmp_path / "FILE").write_text("x")
+    (tmp_path / "FULL").mkdir()
+    (tmp_path / "FULL" / "notes.txt").write_text("x")
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.syspath_prepend(DATA)
+    monkeypatch.setattr(sys, "argv", ["make_base.py", *arguments])
+    make_base = importlib.import_module("make_base")
+    with pytest.raises(SystemExit) as stopped:
+        make_base.main()
+    assert stopped.value.code == 2
+    assert message in capsys.readouterr().err
+    assert {path.name for path in tmp_path.rglob("*")} == {"FILE", "FULL", "notes.txt"}

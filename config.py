@@ -1,0 +1,173 @@
+"""The settings of a run: one flat dataclass, read from a JSON file and from --FIELD VALUE, checked before any work.
+
+A field that is wrong gives a ValueError of one line: the field, what was found, what was expected. Left out: nested
+groups, defaults that depend on the model, environment variables.
+"""
+
+import dataclasses
+import difflib
+import json
+import math
+import sys
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from loss import METHODS
+
+TASK = "data/recipes"  # the embedded task
+
+
+def knob(default: Any, help: str, low: float | None = None, high: float = math.inf, choices: tuple = ()) -> Any:
+    """A field with its help text and the values it may take: low <= value <= high, or one of `choices`."""
+    return dataclasses.field(default=default, metadata={"help": help, "low": low, "high": high, "choices": choices})
+
+
+@dataclass(frozen=True)
+class Config:
+    """Defaults are those of the embedded task on a CPU; the paper's values [A.2] stand in the help texts."""
+
+    # what
+    method: str = knob("prefix-rft", "which method to train by", choices=tuple(METHODS))
+    model: str = knob("data/base", "HuggingFace model folder or hub name (paper: Qwen2.5-Math-7B)")
+    data: str = knob(f"{TASK}/train.jsonl", "training problems, JSONL (format: data/README.md; paper: OpenR1-46k)")
+    eval_data: str = knob("", "problems for the curve during the run (embedded task: its validation set)")
+    test_data: str = knob("", "problems for the result at the end (embedded task: its test set)")
+    demonstration_fraction: float = knob(1.0, "share of demonstrated problems that keep theirs (paper: 1)", 0, 1)
+    # how long, where to
+    steps: int = knob(120, "steps of reinforcement (paper: 500)", 0)
+    seed: int = knob(0, "of every random draw", 0)
+    out: str = knob("", "run folder; empty: a fresh runs/METHOD-NNN")
+    resume: str = knob(
+        "", "auto: continue the run in --out from its last checkpoint, or start it", choices=("", "auto")
+    )
+    save_every: int = knob(20, "steps between checkpoints; 0: only at the end", 0)
+    eval_every: int = knob(20, "steps between evaluations; 0: only at the end", 0)
+    # rollouts
+    prompts_per_step: int = knob(16, "problems per step (paper: 128)", 1)
+    rollouts_per_prompt: int = knob(8, "N, rows of a group (paper: 8)", 1)
+    hybrid_per_prompt: int = knob(1, "rows of a group that see a demonstration (paper: 1)", 1)
+    temperature: float = knob(1.0, "of sampling and of log-probs (paper: 1)", 0.01, 10)
+    max_response_tokens: int = knob(96, "budget of prefix + continuation (paper: 8192)", 2)
+    # the objective
+    updates_per_step: int = knob(2, "mini-batches of a step (paper: 2)", 1)
+    baseline: str = knob(
+        "on_policy", "of the advantage (loss.advantages; paper Eq. 3: group)", choices=("on_policy", "group")
+    )
+    scale_by_std: bool = knob(False, "divide advantages by the group's standard deviation (paper: no)")
+    entropy_keep: float = knob(0.2, "share of prefix tokens the entropy clip keeps (paper: 0.2)", 0, 1)
+    clip_low: float = knob(0.2, "PPO clips the ratio below 1 - clip_low (paper: 0.2)", 0, 1)
+    clip_high: float = knob(0.2, "PPO clips the ratio above 1 + clip_high (paper: 0.2)", 0)
+    # the optimizer
+    lr: float = knob(2e-4, "of reinforcement, constant (paper: 1e-6)", 0)
+    sft_lr: float = knob(5e-4, "peak of supervised fine-tuning: 10% warm-up, then a cosine to 0 (paper: 5e-5)", 0)
+    sft_steps: int = knob(64, "updates of the sft stage (paper: 3 epochs)", 0)
+    sft_batch: int = knob(32, "demonstrations per sft update, and the size of ReLIFT's buffer (paper: 64)", 1)
+    weight_decay: float = knob(0.0, "of AdamW (paper: 0.01)", 0)
+    adam_beta2: float = knob(0.99, "of AdamW (paper: 0.999)", 0, 0.999999)
+    max_grad_norm: float = knob(1.0, "gradients are scaled down to this norm (paper: 1)", 0)
+    # evaluation
+    eval_response_tokens: int = knob(120, "budget of a response in evaluation (paper: 8192)", 2)
+    eval_samples: int = knob(4, "samples per test problem at temperature 1, beside greedy", 1)
+    # the machine
+    device: str = knob("auto", "cpu, cuda, mps, or auto", choices=("auto", "cpu", "cuda", "mps"))
+    micro_batch_tokens: int = knob(16384, "tokens of one forward pass, padding included; a longer row goes alone", 1)
+    rows_per_call: int = knob(512, "rows sampled together", 1)
+    prefill: bool = knob(False, "read the prefix with the prompt instead of forcing it token by token")
+
+
+def suggest(word: str, known: list[str]) -> str:
+    close = difflib.get_close_matches(word, known, n=1, cutoff=0.4)
+    return f": did you mean {close[0]}?" if close else f": choose from {', '.join(known)}"
+
+
+def check_value(field: dataclasses.Field, value: Any) -> Any:
+    """`value` (from JSON, or a string from the command line) as the field's type; ValueError if it is not one."""
+    kind, meta = field.type, field.metadata
+    if isinstance(value, str) and kind is not str:
+        try:
+            value = {"true": True, "false": False}[value.lower()] if kind is bool else kind(value)
+        except (ValueError, KeyError):
+            wanted = {int: "a whole number", float: "a number", bool: "true or false"}[kind]
+            raise ValueError(f"{field.name} is {value!r}, expected {wanted}") from None
+    if kind is float and type(value) is int:
+        value = float(value)
+    if type(value) is not kind:
+        raise ValueError(f"{field.name} is {value!r}, expected {kind.__name__}, found {type(value).__name__}")
+    if meta["choices"] and value not in meta["choices"]:
+        raise ValueError(f"{field.name} is {value!r}{suggest(str(value), [str(c) for c in meta['choices'] if c])}")
+    if meta["low"] is not None and not meta["low"] <= value <= meta["high"]:
+        bounds = f"at least {meta['low']}" if meta["high"] == math.inf else f"{meta['low']} to {meta['high']}"
+        raise ValueError(f"{field.name} is {value}, expected {bounds}")
+    return value
+
+
+def check_together(config: Config) -> Config:
+    """Raises ValueError for settings that contradict each other."""
+    rows = METHODS[config.method].rows
+    guided = rows in ("hybrid", "demonstration") and "rl" in METHODS[config.method].stages
+    if guided and config.hybrid_per_prompt >= config.rollouts_per_prompt:
+        raise ValueError(
+            f"hybrid_per_prompt is {config.hybrid_per_prompt} of {config.rollouts_per_prompt} rollouts_per_prompt, "
+            "expected fewer: the on-policy rows of a group are its baseline"
+        )
+    if config.updates_per_step > config.prompts_per_step:
+        raise ValueError(
+            f"updates_per_step is {config.updates_per_step}, expected at most prompts_per_step "
+            f"({config.prompts_per_step}): an update needs a problem"
+        )
+    if config.resume and not config.out:
+        raise ValueError("resume needs the run's folder: give --out")
+    return config
+
+
+def from_dict(values: dict[str, Any]) -> Config:
+    """A checked Config; fields that are not in `values` keep their defaults."""
+    fields = {field.name: field for field in dataclasses.fields(Config)}
+    for name in values:
+        if name not in fields:
+            raise ValueError(f"unknown setting {name!r}{suggest(name, list(fields))}")
+    return check_together(Config(**{name: check_value(fields[name], value) for name, value in values.items()}))
+
+
+def usage() -> str:
+    lines = ["usage: python train.py [--config FILE.json] [--FIELD VALUE ...]", ""]
+    for field in dataclasses.fields(Config):
+        lines.append(f"  --{field.name} {field.type.__name__.upper()}  (default {field.default!r})")
+        lines.append(f"        {field.metadata['help']}")
+        if field.metadata["choices"]:
+            lines.append(f"        one of: {', '.join(str(c) for c in field.metadata['choices'] if c)}")
+    return "\n".join(lines)
+
+
+def parse_config(argv: list[str]) -> Config:
+    """Config from --config FILE and --FIELD VALUE (or --FIELD=VALUE), the command line winning. --help exits."""
+    values: dict[str, Any] = {}
+    given: dict[str, str] = {}
+    words = list(argv)
+    while words:
+        word = words.pop(0)
+        if word in ("-h", "--help"):
+            print(usage())
+            sys.exit(0)
+        if not word.startswith("--"):
+            raise ValueError(f"found {word!r}, expected --FIELD VALUE: see python train.py --help")
+        name, equals, value = word[2:].partition("=")
+        if not equals:
+            if not words:
+                raise ValueError(f"--{name} has no value: write --{name} VALUE")
+            value = words.pop(0)
+        if name in given:
+            raise ValueError(f"--{name} is given twice")
+        given[name] = value
+    if "config" in given:
+        path = Path(given.pop("config"))
+        try:
+            values = json.loads(path.read_text(encoding="utf-8"))
+        except OSError as error:
+            raise ValueError(f"config file {str(path)!r} cannot be read: {error.strerror}") from error
+        except ValueError as error:
+            raise ValueError(f"{path} is not valid JSON: {error}") from error
+        if not isinstance(values, dict):
+            raise ValueError(f"{path}: found {type(values).__name__}, expected a JSON object of settings")
+    return from_dict({**values, **given})

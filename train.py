@@ -1,0 +1,198 @@
+"""Train a model by any method of loss.METHODS: python train.py [--config FILE] [--FIELD VALUE ...]
+
+In reading order: the data of a run, evaluation on its held-out problems, `train` (the loop over steps; what happens
+in a step stands in step.py). A run folder gets config.json, metrics.jsonl (a row per step), samples.jsonl,
+eval.json, curves.png, checkpoint/ and final/ (a HuggingFace model folder).
+Left out: a value model, a reference model and KL, mixed data sources, asynchronous sampling.
+"""
+
+import dataclasses
+import json
+import math
+import signal
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from transformers import PreTrainedModel
+
+import checkpoint
+import console
+from config import TASK, Config, parse_config
+from data.loader import Encoded, encode_problems, load_problems
+from eval import evaluate, summarize
+from loss import METHODS
+from model import load_model, pick_device, save_model
+from sample import seed_of
+from step import Data, Run, pick, rl_step, sft_learning_rate, sft_step
+
+# ---- data
+
+
+def keep_fraction(problems: Sequence[Encoded], fraction: float) -> list[int]:
+    """Indices of the share of demonstrated problems that keep their demonstrations: chosen by id, so the choice is
+    the same in every run and a smaller share is part of a larger one."""
+    demonstrated = [i for i, problem in enumerate(problems) if problem.demonstrations]
+    ranked = sorted(demonstrated, key=lambda i: seed_of("demonstration", problems[i].id))
+    return sorted(ranked[: math.ceil(fraction * len(demonstrated))])
+
+
+def load_data(config: Config, tokenizer, end_ids: list[int]) -> tuple[Data, dict[str, int]]:
+    """The run's data, checked against its settings, and how many demonstrations were left out for which reason."""
+    train = load_problems(config.data)
+    embedded = config.data == Config.data
+    files = {"validation": config.eval_data, "test": config.test_data}
+    held = {}
+    for name, path in files.items():
+        if path or embedded:
+            problems = load_problems(path or f"{TASK}/{name}.jsonl")
+            bare = [dataclasses.replace(problem, demonstrations=()) for problem in problems]
+            held[name] = problems, encode_problems(tokenizer, bare, config.max_response_tokens, end_ids)[0]
+    encoded, left_out = encode_problems(tokenizer, train, config.max_response_tokens, end_ids)
+    demonstrated = keep_fraction(encoded, config.demonstration_fraction)
+    for i in set(range(len(encoded))) - set(demonstrated):
+        encoded[i] = dataclasses.replace(encoded[i], demonstrations=[])
+    method = METHODS[config.method]
+    if not demonstrated and (method.rows != "on_policy" or "sft" in method.stages or method.relift):
+        why = f" ({dict(left_out)} left out)" if left_out else ""
+        raise ValueError(f"method {config.method} needs demonstrations and {config.data} has none it can use{why}")
+    if "rl" in method.stages and config.prompts_per_step > len(train):
+        raise ValueError(
+            f"prompts_per_step is {config.prompts_per_step}, but {config.data} has only {len(train)} problems"
+        )
+    return Data(train, encoded, demonstrated, held), dict(left_out)
+
+
+# ---- the run
+
+
+def new_optimizer(model: PreTrainedModel, config: Config) -> torch.optim.Optimizer:
+    betas = (0.9, config.adam_beta2)
+    return torch.optim.AdamW(
+        model.parameters(), lr=config.lr, betas=betas, weight_decay=config.weight_decay, fused=True
+    )
+
+
+def accuracy(run: Run, name: str, temperature: float, title: str) -> dict[str, dict[str, float]]:
+    """eval.summarize on the run's "validation" or "test" problems; {} where it has none."""
+    if name not in run.data.held:
+        return {}
+    problems, encoded = run.data.held[name]
+    answers = evaluate(
+        run.model,
+        run.tokenizer,
+        problems,
+        encoded,
+        samples=run.config.eval_samples if temperature else 1,
+        temperature=temperature,
+        max_response_tokens=run.config.eval_response_tokens,
+        seed=run.config.seed,
+        rows_per_call=run.config.rows_per_call,
+        progress=title if sys.stderr.isatty() else None,
+    )
+    return summarize(answers)
+
+
+def score(run: Run, who: str) -> dict[str, Any]:
+    """The tables of eval.json: validation greedy, test greedy and at temperature 1."""
+    return {
+        "validation": accuracy(run, "validation", 0.0, f"{who}: validation"),
+        "test": accuracy(run, "test", 0.0, f"{who}: test, greedy"),
+        "test_sampled": accuracy(run, "test", 1.0, f"{who}: test, temperature 1"),
+    }
+
+
+def prepare(config: Config) -> tuple[Run, dict[str, int]]:
+    """Load and check everything; ValueError on wrong input. Nothing is written."""
+    checkpoint.check_folder(config)
+    if not Path(config.data).is_file():
+        load_problems(config.data)
+    model, tokenizer = load_model(config.model, pick_device(config.device))
+    data, left_out = load_data(config, tokenizer, model.generation_config.eos_token_id)
+    run = Run(config, METHODS[config.method], model, tokenizer, data, new_optimizer(model, config), [])
+    return run, left_out
+
+
+def train(config: Config) -> int:
+    """A whole run -> the exit code: 0, or 128 + the number of the signal that stopped it."""
+    run, left_out = prepare(config)
+    folder = checkpoint.prepare_folder(config)
+    checkpoint.write_text(folder / "config.json", json.dumps(dataclasses.asdict(config), indent=1) + "\n")
+    sft_steps = config.sft_steps if "sft" in run.method.stages else 0
+    total = sft_steps + (config.steps if "rl" in run.method.stages else 0)
+
+    state = checkpoint.load(folder, run.model.device) or {"step": 0}
+    if state["step"]:
+        run.model.load_state_dict(state["model"])
+        run.optimizer.load_state_dict(state["optimizer"])
+        run.buffer = state["buffer"]
+    for log in ("metrics.jsonl", "samples.jsonl"):
+        checkpoint.cut_log(folder / log, state["step"])
+    console.show_start(run, folder, left_out, total, state["step"])
+    scores_file = folder / "eval.json"
+    if not scores_file.exists():
+        checkpoint.write_text(scores_file, json.dumps({"base": score(run, "base")}, indent=1) + "\n")
+    scores = json.loads(scores_file.read_text(encoding="utf-8"))
+
+    stopped = catch_signals()
+    progress = console.Progress(total, state["step"])
+    for step in range(state["step"], total):
+        if step < sft_steps:
+            picked = pick(len(run.data.demonstrated), config.sft_batch, step, config.seed, "sft order")
+            picked = [run.data.demonstrated[i] for i in picked]
+            metrics, shown = sft_step(run, picked, step, sft_learning_rate(step, config)), []
+        else:
+            if step == sft_steps:  # each stage starts with a fresh optimizer, as two runs would
+                run.optimizer = new_optimizer(run.model, config)
+            metrics, shown = rl_step(run, step - sft_steps)
+        done = step + 1
+        if (config.eval_every and done % config.eval_every == 0) or done == total:
+            table = accuracy(run, "validation", 0.0, f"step {done}: validation")
+            metrics |= {f"eval_{level}": row["accuracy"] for level, row in table.items()}
+        checkpoint.append_rows(folder / "samples.jsonl", [{"step": done, **sample} for sample in shown])
+        checkpoint.append_rows(folder / "metrics.jsonl", [{"step": done, **metrics}])
+        progress.step(done, metrics, shown)
+        if (config.save_every and done % config.save_every == 0) or done == total or stopped:
+            state = {"step": done, "buffer": run.buffer, "model": run.model.state_dict()}
+            checkpoint.save(folder, state | {"optimizer": run.optimizer.state_dict()})
+        if stopped:
+            progress.close()
+            console.show(f"stopped after step {done} of {total}; to go on: {console.command(config, folder)}")
+            return 128 + stopped[0]
+    progress.close()
+    save_model(run.model, run.tokenizer, folder / "final")
+    scores["trained"] = score(run, "trained")
+    checkpoint.write_text(scores_file, json.dumps(scores, indent=1) + "\n")
+    console.show_end(folder, scores, draw_curves(folder))
+    return 0
+
+
+def draw_curves(folder: Path) -> str:
+    """Draw curves.png if matplotlib is there -> what to say about it."""
+    try:
+        from plot import draw
+    except ImportError:
+        return f"(no curves.png: pip install matplotlib, then python plot.py {folder})"
+    return draw([folder], folder / "curves.png").name
+
+
+def catch_signals() -> list[int]:
+    """SIGINT and SIGTERM from now on only fill the returned list; the loop ends after its step."""
+    caught: list[int] = []
+    for number in (signal.SIGINT, signal.SIGTERM):
+        signal.signal(number, lambda number, _: caught.append(number))
+    return caught
+
+
+def main() -> None:
+    try:
+        sys.exit(train(parse_config(sys.argv[1:])))
+    except ValueError as error:
+        print(f"train.py: {error}", file=sys.stderr)
+        sys.exit(2)
+
+
+if __name__ == "__main__":
+    main()

@@ -9,7 +9,9 @@ from collections.abc import Sequence
 import regex
 from tqdm import tqdm
 
-from answers import Unreadable, equal, read
+from answer_equality import equal
+from answer_nodes import Unreadable
+from answers import read
 
 BATCH_WITH_BAR = 4000  # smaller batches are graded before a progress bar could be read
 _MARKS = regex.compile(r"\\(?:boxed|fbox)(?![A-Za-z])\s*(?P<open>\{)?|\\.|[{}]", regex.DOTALL)

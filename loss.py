@@ -63,8 +63,19 @@ METHODS: dict[str, Method] = {
     "prefix-rft": PREFIX_RFT,
     "prefix-rft-frozen": Method(rows="hybrid", guided="zero"),
     "prefix-rft-all": Method(rows="hybrid"),
+    "prefix-rft-static": Method(rows="hybrid", guided="static", coefficient=0.001),
+    "prefix-rft-low": Method(rows="hybrid", select="low"),
+    "prefix-rft-random": Method(rows="hybrid", select="random"),
     "prefix-rft-uniform": Method(rows="hybrid", select="high", schedule="uniform"),
     "prefix-rft-constant": Method(rows="hybrid", select="high", schedule="constant"),
+    "rft-entropy-clip": Method(select="high", clip_scope="response"),
+    # ---- the methods it is compared with
+    "rft+sft": Method(rows="demonstration", guided="mean", baseline="on_policy"),  # lambda = 1 [LUFFY's script]
+    "luffy": Method(rows="demonstration", guided="shaped", policy="ratio", baseline="group"),  # arXiv 2504.14945
+    "uft": Method(
+        rows="shared_prefix", guided="mean", coefficient=0.001, baseline="group", schedule="uft"
+    ),  # 2505.16984
+    "relift": Method(relift=True),  # arXiv 2506.07527
 }
 
 

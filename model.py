@@ -19,6 +19,7 @@ from transformers import PreTrainedTokenizerBase as Tokenizer
 from transformers.utils import logging
 
 LOGITS_PER_CHUNK = 2**25  # elements of a [tokens, V] logits chunk: 128 MiB in fp32, whatever B, R and V are
+SMALL = 10_000_000  # below so many parameters a second CPU thread gains little, and costs much if a core is busy
 
 
 def pick_device(name: str = "auto") -> torch.device:
@@ -43,6 +44,8 @@ def load_model(path: str, device: torch.device | str = "cpu") -> tuple[PreTraine
     folder = Path(path)
     if folder.exists() and not any(folder.glob("*.safetensors")):
         raise ValueError(f"model {path!r} holds no *.safetensors weights: give a HuggingFace model folder")
+    if folder.exists() and not any((*folder.glob("tokenizer*"), *folder.glob("vocab*"))):
+        raise ValueError(f"model {path!r} holds no tokenizer files: save the tokenizer into the folder too")
     try:
         tokenizer = AutoTokenizer.from_pretrained(path)
         model = AutoModelForCausalLM.from_pretrained(path, dtype=torch.float32)
@@ -51,6 +54,9 @@ def load_model(path: str, device: torch.device | str = "cpu") -> tuple[PreTraine
         raise ValueError(f"model {path!r} cannot be loaded: {reason}") from error
     if tokenizer.eos_token_id is None:
         raise ValueError(f"model {path!r}: its tokenizer has no eos_token, so no response could end: set one")
+    if len(tokenizer) > model.get_input_embeddings().num_embeddings:
+        rows = model.get_input_embeddings().num_embeddings
+        raise ValueError(f"model {path!r}: its tokenizer has {len(tokenizer)} tokens, its embedding {rows} rows")
     for key, value in model.config.to_dict().items():
         if "dropout" in key and isinstance(value, int | float) and value:
             setattr(model.config, key, 0.0)
@@ -64,6 +70,8 @@ def load_model(path: str, device: torch.device | str = "cpu") -> tuple[PreTraine
     ends = [tokenizer.eos_token_id, *(end for end in ends if end != tokenizer.eos_token_id)]
     pad = tokenizer.eos_token_id if tokenizer.pad_token_id is None else tokenizer.pad_token_id
     model.generation_config = GenerationConfig(eos_token_id=ends, pad_token_id=pad)
+    if torch.device(device).type == "cpu" and model.num_parameters() < SMALL and "OMP_NUM_THREADS" not in os.environ:
+        torch.set_num_threads(1)
     return model.to(device).train(), tokenizer
 
 

@@ -240,7 +240,8 @@ def decode_rows(
         cache.layers = [RoomyLayer(room) for _ in cache.layers]
     output = input_ids.new_full((len(input_ids), prompt + room), generation_config.pad_token_id)
     output[:, :prompt] = input_ids
-    attention_mask = torch.nn.functional.pad(model_kwargs["attention_mask"], (0, room), value=1)
+    mask = model_kwargs["attention_mask"]  # generate drops a mask of ones
+    attention_mask = torch.nn.functional.pad(torch.ones_like(input_ids) if mask is None else mask, (0, room), value=1)
     position_ids = (attention_mask[:, :prompt].cumsum(1) - 1).clamp(min=0)
     rows = torch.arange(len(input_ids), device=input_ids.device)  # the rows still in the batch
     ended = torch.zeros_like(rows, dtype=torch.bool)

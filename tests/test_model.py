@@ -1,0 +1,110 @@
+"""model.py: token_stats against direct computations; loading."""
+
+import json
+import math
+
+import pytest
+import torch
+from conftest import random_model
+from transformers import GPT2Config, GPT2LMHeadModel
+
+import model as models
+from model import load_model, save_model, token_stats
+
+
+def rows(lengths: list[tuple[int, int]], vocab: int = 103, seed: int = 0):
+    """Left-padded prompts and right-padded responses of the given lengths -> ids, mask, R"""
+    generator = torch.Generator().manual_seed(seed)
+    P, R = max(p for p, _ in lengths), max(r for _, r in lengths)
+    ids = torch.randint(3, vocab, (len(lengths), P + R), generator=generator)
+    mask = torch.tensor([[0] * (P - p) + [1] * (p + r) + [0] * (R - r) for p, r in lengths])
+    return ids, mask, R
+
+
+def direct(model, ids, mask, R, temperature):
+    """Row by row without any padding, with the whole [R, V] softmax."""
+    log_probs, entropy = torch.zeros(len(ids), R), torch.zeros(len(ids), R)
+    for i in range(len(ids)):
+        row = ids[i][mask[i].bool()]
+        r = int(mask[i, -R:].sum())
+        p = (model(input_ids=row[None]).logits[0, -r - 1 : -1] / temperature).softmax(-1)
+        log_probs[i, :r] = p.gather(1, row[-r:, None])[:, 0].log()
+        entropy[i, :r] = -(p * p.log()).sum(-1)
+    return log_probs, entropy
+
+
+@pytest.mark.parametrize("temperature", [1.0, 0.7])
+@pytest.mark.parametrize("chunk", [2**25, 103 * 4])
+def test_token_stats_equal_the_direct_computation(monkeypatch, temperature, chunk):
+    """Values and gradients; padding and the other rows change nothing (rule 7); chunks neither."""
+    monkeypatch.setattr(models, "LOGITS_PER_CHUNK", chunk)
+    model = random_model(scale=0.2)
+    ids, mask, R = rows([(5, 9), (2, 3), (8, 1), (3, 7)])
+    weights = torch.randn(4, R)
+    log_probs, entropy = token_stats(model, ids, mask, R, temperature)
+    (log_probs * weights).sum().backward()
+    grads = [p.grad.clone() for p in model.parameters()]
+    model.zero_grad()
+    want, want_entropy = direct(model, ids, mask, R, temperature)
+    (want * weights).sum().backward()
+    torch.testing.assert_close(log_probs, want, rtol=1e-5, atol=1e-5)
+    torch.testing.assert_close(entropy, want_entropy.detach(), rtol=1e-5, atol=1e-5)
+    for grad, parameter in zip(grads, model.parameters()):
+        torch.testing.assert_close(grad, parameter.grad, rtol=1e-4, atol=1e-5)
+    assert not entropy.requires_grad and (log_probs[mask[:, -R:] == 0] == 0).all()
+
+
+def test_padding_ids_do_not_matter():
+    model = random_model()
+    ids, mask, R = rows([(5, 9), (2, 3)])
+    first = token_stats(model, ids, mask, R, 1.0)
+    second = token_stats(model, torch.where(mask == 1, ids, 7), mask, R, 1.0)
+    for a, b in zip(first, second):
+        torch.testing.assert_close(a, b, rtol=0, atol=1e-6)
+
+
+def test_a_loaded_model_has_fp32_weights_no_dropout_and_a_neutral_generation_config(tmp_path, tokenizer):
+    """Rules 2, 6 and 8: a bf16 folder with dropout, top_k 1, a penalty and two end tokens."""
+    config = GPT2Config(vocab_size=len(tokenizer), n_embd=32, n_layer=2, n_head=2, attn_pdrop=0.5, resid_pdrop=0.5)
+    model = GPT2LMHeadModel(config)
+    model.to(torch.bfloat16).save_pretrained(tmp_path)
+    tokenizer.save_pretrained(tmp_path)
+    hostile = {"top_k": 1, "repetition_penalty": 1.3, "do_sample": True, "eos_token_id": [7, 9], "min_length": 50}
+    (tmp_path / "generation_config.json").write_text(json.dumps(hostile))
+    model, _ = load_model(str(tmp_path))
+    assert {p.dtype for p in model.parameters()} == {torch.float32}
+    assert model.generation_config.eos_token_id == [tokenizer.eos_token_id, 7, 9]
+    assert model.generation_config.repetition_penalty in (None, 1.0) and not model.generation_config.min_length
+    ids, mask, R = rows([(5, 9), (2, 3)], vocab=len(tokenizer))
+    assert model.training
+    first, second = (token_stats(model, ids, mask, R, 1.0)[0] for _ in range(2))
+    assert (first == second).all()
+
+
+def test_save_then_load_gives_the_same_weights(tmp_path, tokenizer):
+    model = random_model(vocab_size=len(tokenizer))
+    save_model(model, tokenizer, tmp_path / "final")
+    save_model(model, tokenizer, tmp_path / "final")  # over an old one
+    again, _ = load_model(str(tmp_path / "final"))
+    for (name, a), b in zip(model.state_dict().items(), again.state_dict().values()):
+        assert (a == b).all(), name
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["final"]
+
+
+def test_uniform_logits_have_the_entropy_of_the_vocabulary():
+    model = random_model(scale=0.0)
+    ids, mask, R = rows([(4, 6)])
+    log_probs, entropy = token_stats(model, ids, mask, R, 1.0)
+    torch.testing.assert_close(entropy, torch.full((1, 6), math.log(103)))
+    torch.testing.assert_close(log_probs, torch.full((1, 6), -math.log(103)))
+
+
+@pytest.mark.parametrize("missing", ["model.safetensors", "tokenizer.json", "config.json"])
+def test_an_incomplete_folder_is_one_clear_line(tmp_path, tokenizer, missing):
+    save_model(random_model(vocab_size=len(tokenizer)), tokenizer, tmp_path / "m")
+    (tmp_path / "m" / missing).unlink()
+    if missing == "tokenizer.json":
+        (tmp_path / "m" / "tokenizer_config.json").unlink()
+    with pytest.raises(ValueError, match="model '") as error:
+        load_model(str(tmp_path / "m"))
+    assert "\n" not in str(error.value)

@@ -44,7 +44,7 @@ def test_comparison_pairs_the_problems_by_id(two, tmp_path, monkeypatch, capsys)
     capsys.readouterr()
     assert run(monkeypatch, "--compare", *two, "--out", tmp_path / "c.png") == 0
     out = capsys.readouterr().out
-    line = next(line for line in out.splitlines() if line.startswith("| aime24 "))
+    line = " ".join(next(line for line in out.splitlines() if line.startswith("| aime24 ")).split())
     first, second = [0.25, 0, 0.5, 1], [0.5, 0.5, 1, 1]
     middle, low, high = paired_difference(first, second)
     assert middle == pytest.approx(0.3125)

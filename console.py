@@ -168,7 +168,7 @@ def curve(folder: Path) -> str:
     return ""
 
 
-def show_end(folder: Path, scores: dict[str, Any], figure: str) -> None:
+def show_end(folder: Path, scores: dict[str, Any], figure: str, problem: str) -> None:
     """Accuracy before and after by level, what was written, what to try next."""
     base, trained = scores["base"], scores["trained"]
     for name, title in (("test", "test, greedy"), ("test_sampled", "test, temperature 1")):
@@ -184,5 +184,5 @@ def show_end(folder: Path, scores: dict[str, Any], figure: str) -> None:
             show(f"  {level:<10}" + "".join(f"{cell:>22}" for cell in cells))
     show(f"\n{curve(folder)}")
     show(f"\nwritten to {folder}/: {figure}, metrics.jsonl, samples.jsonl, eval.json, final/ (the model)")
-    show(f'try it       python sample.py --model {folder}/final "612;B*2;C-7;A+4?"')
+    show(f"try it       python sample.py --model {folder}/final {shlex.quote(problem)}")
     show(f"compare      python plot.py {folder} OTHER_RUN …")

@@ -179,7 +179,7 @@ def train(config: Config) -> int:
     if "trained" not in scores:
         scores["trained"] = score(run, "trained")
         checkpoint.write_text(scores_file, json.dumps(scores, indent=1) + "\n")
-    console.show_end(folder, scores, draw_curves(folder))
+    console.show_end(folder, scores, draw_curves(folder), run.data.train[0].problem)
     return 0
 
 

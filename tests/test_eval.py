@@ -109,7 +109,7 @@ def test_paired_difference_uses_the_pairing():
 SCRIPT = {  # problem id: its samples; right, wrong, without a readable box, or cut off by the budget
     "a": ["=12;\\boxed{12}", "\\boxed{13}", "no box", "\\boxed{12}cut"],
     "b": ["\\boxed{7}", "\\boxed{7.0}", "\\boxed{+7}", "\\boxed{7}"],
-    "c": ["\\boxed{1}", "", "\\boxed{", "\\boxed{0}"],
+    "c": ["\\boxed{1}", "", "\\boxed{", "9-cut"],
 }
 PROBLEMS = [
     Problem(id="a", problem="5+7?", answer="12", level="easy"),
@@ -139,7 +139,7 @@ def test_evaluate_and_summarize_match_a_hand_count(scripted, tokenizer):
     model, encoded = scripted
     answers = evaluate(model, tokenizer, PROBLEMS, encoded, samples=4, temperature=1.0, max_response_tokens=99)
     assert [a.right for a in answers] == [1, 4, 0]
-    assert [a.truncated for a in answers] == [1, 0, 0]
+    assert [a.truncated for a in answers] == [1, 0, 1]
     assert [a.unread for a in answers] == [1, 0, 2]
     # characters, \boxed{ being one token, and an end token but for the response that was cut off
     assert answers[0].tokens == (4 + 1 + 2 + 1 + 1) + (1 + 2 + 1 + 1) + (6 + 1) + (1 + 2 + 1)
@@ -148,7 +148,7 @@ def test_evaluate_and_summarize_match_a_hand_count(scripted, tokenizer):
     everything = table["all"]
     assert everything["problems"] == 3 and everything["samples"] == 4
     assert everything["accuracy"] == pytest.approx(5 / 12)
-    assert everything["truncated"] == pytest.approx(1 / 12)
+    assert everything["truncated"] == pytest.approx(2 / 12)
     assert everything["unread"] == pytest.approx(3 / 12)
     assert everything["pass@1"] == pytest.approx(5 / 12)
     # a: of the 6 pairs of samples, 3 hold the right one; b: all; c: none
@@ -271,7 +271,11 @@ def test_a_stopped_evaluation_continues_to_the_same_files(
     done = 10 * stop_after
     with log.open("ab") as file:  # three more whole lines and one that a kill cut short
         file.write(b"".join(lines[done : done + 3]) + lines[done + 3][:25])
-    eval.run(arguments(out=folder))
+    batches.clear()
+    with monkeypatch.context() as patch:
+        patch.setattr(eval, "append_rows", lambda path, rows: (batches.append(len(rows)), append(path, rows)))
+        eval.run(arguments(out=folder))
+    assert batches == [10] * (4 - stop_after) + [8]  # the three lines are sampled again, in the batch they belong to
     assert log.read_bytes() == (finished / "generations.jsonl").read_bytes()
     assert without_date(folder) == without_date(finished)
 

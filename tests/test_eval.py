@@ -263,9 +263,11 @@ def test_a_stopped_evaluation_continues_to_the_same_files(
 
     with monkeypatch.context() as patch:
         patch.setattr(eval, "append_rows", stopping)
+        patch.setattr(eval, "parse_args", lambda words, args=arguments(out=folder): args)
+        patch.setattr(sys, "argv", ["eval.py", "--samples", "4"])
         with pytest.raises(SystemExit) as stop:
-            eval.run(arguments(out=folder))
-    assert stop.value.code == 130 and "to go on" in capsys.readouterr().err
+            eval.main()
+    assert stop.value.code == 130 and f"go on: python eval.py --samples 4 --out {folder}" in capsys.readouterr().err
     assert max(batches) <= 10  # memory: never more than a batch at once
     log, lines = folder / "generations.jsonl", (finished / "generations.jsonl").read_bytes().splitlines(keepends=True)
     done = 10 * stop_after

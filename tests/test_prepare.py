@@ -40,7 +40,7 @@ HUB = {  # name: (a row as the hub has it, the fields of ours that it must give)
         },
         {"problem": "P", "answer": "\\frac{14}{3}", "level": "level 3"},
     ),
-    "minerva": ({"question": "Q", "answer": "4.5e33"}, {"problem": "Q", "answer": "4.5e33"}),
+    "minerva": ({"question": "Q\u2028√", "answer": "4.5e33"}, {"problem": "Q\u2028√", "answer": "4.5e33"}),
     "olympiad": (
         {"id": 1606, "question": "Q", "solution": ["S"], "final_answer": ["$2^{1009}$"], "context": None}
         | {"image_1": None, "modality": "Text-only", "difficulty": "Competition", "is_multiple_answer": False}
@@ -148,7 +148,7 @@ def test_what_is_there_is_kept_and_force_fetches_it_again(hub, capsys):
     rows["minerva"][0] = {"question": "new", "answer": "5"}
     prepare.prepare("minerva")
     assert "there already" in capsys.readouterr().out and len(asked) == 1
-    assert load_problems(path)[0].problem == "Q"
+    assert load_problems(path)[0].problem == "Q\u2028√"
     prepare.prepare("minerva", force=True)
     assert load_problems(path)[0].problem == "new"
     assert not list(path.parent.glob("*.partial"))

@@ -58,6 +58,8 @@ def is_equivalent(prediction: str, gold: str) -> bool:
         return equal(read(prediction), read(gold))
     except Unreadable:
         return False
+    except Exception:  # a bug of the reader must not end a training run; the tests call the reader directly
+        return False
 
 
 def is_read(response: str | None) -> bool:

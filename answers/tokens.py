@@ -3,23 +3,14 @@
 A token is (kind, value): NUM digits, NAME a variable or constant, FUNC a function, TEXT words, COMMAND what takes
 arguments, BEGIN and END_ENV of matrices, REL a relation, SEP between the items of a list, CURRENCY, OP the rest.
 """
+# ruff: isort: skip_file
 
 import regex
 
 from .tree import Unreadable, word_set
 from .vocabulary import (
-    ALIASES,
-    CHARACTERS,
-    COMMANDS,
-    FUNCTION_NAMES,
-    GREEK,
-    KNOWN,
-    LISTS,
-    MATRICES,
-    NAMED,
-    OPERATORS,
-    SHORT_UNITS,
-    TEXTS,
+    ALIASES, CHARACTERS, COMMANDS, FUNCTION_NAMES, GREEK, KNOWN, LISTS, MATRICES, NAMED, OPERATORS, SCALES,
+    SHORT_UNITS, STOP_WORDS, TEXTS,
 )  # fmt: skip
 
 MAX_CHARS, MAX_TOKENS = 2_000, 700
@@ -276,3 +267,22 @@ class Cursor:
             if depth == 1 and (kind == "REL" or value == ","):
                 return True
         return False
+
+    def unit_words(self) -> tuple[int, str]:
+        words, scale = "", 1
+        while True:
+            if self.token[0] == "TEXT" or self.is_op("%") or self.token[0] == "CURRENCY":
+                words += " " + self.take()
+            elif words and self.is_op("^"):
+                self.take()
+                words += f"^{self.script_text()}"
+            elif words and self.is_op("/", "*") and self.ahead(1)[0] == "TEXT":
+                words += "/" if self.take() == "/" else " "
+            else:
+                break
+        pieces = words.split()
+        if len(pieces) > 4 or STOP_WORDS.intersection(w.lower().strip("'") for w in pieces):
+            raise Unreadable(f"the words{words!r} follow the answer")
+        while pieces and pieces[0].lower().rstrip("s") in SCALES:
+            scale *= SCALES[pieces.pop(0).lower().rstrip("s")]
+        return scale, " ".join(pieces)

@@ -297,3 +297,20 @@ def written_out(name: str, low: Node, high: Node, body: Node) -> Node | None:
     if len(numbers) * size(body) > 3000:
         raise Unreadable("a sum is too long to write out")
     return (add if name == "sum" else mul)(*(substitute(body, index, num(k)) for k in numbers))
+
+
+def set_of(items: list[Node]) -> Node:
+    """A set; {x | x > 0} and {x : x > 0} are their condition."""
+    first = items[0]
+    if len(items) == 1 and first[0] == "rel" and first[2][0][0] == "ratio":  # {x : x > 0}
+        variable, start = first[2][0][1]
+        first = ("builder", variable, (("rel", first[1], (start, *first[2][1:])),))
+    if first[0] == "builder" and len(first[2]) == 1 and first[1][0] in ("sym", "rel"):
+        return first[2][0]
+    return ("set", tuple(dict.fromkeys(x for item in items for x in expand_signs(item))))
+
+
+def matrix_of(environment: str, rows: list[list[Node]]) -> Node:
+    if len({len(row) for row in rows}) > 1 or not rows[0]:
+        raise Unreadable("the rows of a matrix differ in length")
+    return ("det" if environment == "vmatrix" else "matrix", tuple(map(tuple, rows)))

@@ -17,7 +17,8 @@ CHARACTERS = {
     "ℂ": "\\mathbb{C}", "⌊": "\\lfloor ", "⌋": "\\rfloor ", "⌈": "\\lceil ", "⌉": "\\rceil ", "⟨": "\\langle ",
     "⟩": "\\rangle ", "〈": "\\langle ", "〉": "\\rangle ",
     "′": "'", "’": "'", "‘": "'", "″": "''", "“": '"', "”": '"',
-    "…": "\\ldots ", "⋯": "\\ldots ", "（": "(", "）": ")", "［": "[", "］": "]", "，": ",", "、": ",", "；": ";", "：": ":",
+    "…": "\\ldots ", "⋯": "\\ldots ", "（": "(", "）": ")", "［": "[", "］": "]", "，": ",", "、": ",",
+    "；": ";", "：": ":",
     "。": ".", "％": "%", "＝": "=", "＋": "+", "－": "-", "＜": "<", "＞": ">", "∶": ":", "→": "\\to ", "⇒": "\\to ",
     "ı": "i", "ħ": "\\hbar ", "ℏ": "\\hbar ", "∂": "\\partial ", "∑": "\\sum ", "∏": "\\prod ", "∫": "\\int ",
     "½": "\\frac{1}{2}", "⅓": "\\frac{1}{3}", "⅔": "\\frac{2}{3}", "¼": "\\frac{1}{4}", "¾": "\\frac{3}{4}",
@@ -74,7 +75,8 @@ TEXTS = {"text", "mathrm", "mbox", "textrm", "textnormal", "operatorname", "hbox
 ACCENTS = word_set("overline bar hat vec dot ddot tilde widehat widetilde overrightarrow mathcal mathfrak mathscr")
 
 STOP_WORDS = word_set(
-    "or and any if when where for not no mod except than with without is are isnt to base more less most least fewer over "
+    "or and any if when where for not no mod except than with without is are isnt to base more less most least fewer "
+    "over "
     "under about approximately nearly almost roughly between until up either neither nor but wrong false "
     "incorrect"
 )
@@ -112,15 +114,9 @@ def _one_unit(match: regex.Match) -> str:
     return _SPELLINGS.get(word) or _SPELLINGS.get(single) or single
 
 
-FUNCTION_NAMES = FUNCTIONS - {"!", "!!", "root", "abs", "floor", "ceil", "mod", "binom"} | {
-    "log",
-    "lg",
-    "exp",
-    "tg",
-    "ctg",
-}
-ALIASES = {"arcsin": "asin", "arccos": "acos", "arctan": "atan", "tan": "tg", "cot": "ctg"}
-ALIASES = {short: long for long, short in ALIASES.items()}
+FUNCTION_NAMES = FUNCTIONS - {"!", "!!", "root", "abs", "floor", "ceil", "mod", "binom"}
+FUNCTION_NAMES |= {"log", "lg", "exp", "cis"}
+ALIASES = {"asin": "arcsin", "acos": "arccos", "atan": "arctan", "tg": "tan", "ctg": "cot"}
 COMMANDS = word_set("sqrt binom begin end sum prod int lim angle triangle measuredangle mathbb") | ACCENTS
 COMMANDS |= {"frac", "dfrac", "tfrac", "cfrac", "dbinom", "tbinom"}
 MATRICES = "pmatrix|bmatrix|matrix|smallmatrix|Bmatrix|vmatrix|array"

@@ -254,6 +254,7 @@ def test_a_stopped_evaluation_continues_to_the_same_files(
     finished, tmp_path, monkeypatch, capsys, stop_after, no_figure
 ):
     folder, batches, append = tmp_path / "stopped", [], eval.append_rows
+    args = arguments(out=folder)
 
     def stopping(path, rows):
         batches.append(len(rows))
@@ -263,7 +264,7 @@ def test_a_stopped_evaluation_continues_to_the_same_files(
 
     with monkeypatch.context() as patch:
         patch.setattr(eval, "append_rows", stopping)
-        patch.setattr(eval, "parse_args", lambda words, args=arguments(out=folder): args)
+        patch.setattr(eval, "parse_args", lambda words: args)
         patch.setattr(sys, "argv", ["eval.py", "--samples", "4"])
         with pytest.raises(SystemExit) as stop:
             eval.main()

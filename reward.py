@@ -4,17 +4,17 @@ What an answer means and when two answers are equal is in answers.py. Not here: 
 rewards, answers outside a box (a policy would learn to shower numbers), time limits (the reader is bounded).
 """
 
+import re
 from collections import deque
 from collections.abc import Sequence
 
-import regex
 from tqdm import tqdm
 
 from answers import Unreadable, equal, read
 
 BATCH_WITH_BAR = 4000  # smaller batches are graded before a progress bar could be read
-_MARKS = regex.compile(r"\\(?:boxed|fbox)(?![A-Za-z])\s*(?P<open>\{)?|(?:\\[\\{}])+|(?P<in>\{+)|(?P<out>\}+)")
-_BARE = regex.compile(r"[-+]?[\w.,/:^]{0,99}\w|\\[A-Za-z]+[^$\n]{0,199}?(?=\$|\\\)|\\\]|\n|\Z)")
+_MARKS = re.compile(r"\\(?:boxed|fbox)(?![A-Za-z])\s*(?P<open>\{)?|(?:\\[\\{}])+|(?P<in>\{+)|(?P<out>\}+)")
+_BARE = re.compile(r"[-+]?[\w.,/:^]{0,99}\w|\\[A-Za-z]+[^$\n]{0,199}?(?=\$|\\\)|\\\]|\n|\Z)")
 
 
 def extract_boxed(text: str) -> str | None:

@@ -9,7 +9,7 @@ neither `\\ln` nor `\\lg`; `%` and `°` are units, degrees are radians under a s
 
 from fractions import Fraction
 
-import regex
+import re
 
 from .tokens import END, Cursor
 from .tree import (
@@ -345,7 +345,7 @@ class Reader(Cursor):
         texts = [
             "".join(v for _, v in self.tokens[a:b] if v not in "{}") for a, b in ((start, middle), (middle, self.at))
         ]
-        if all(t[:1] in ("d", "∂") for t in texts) and regex.fullmatch(r"[d∂](\^\d)?\w'?(\^\d)?", texts[1]):
+        if all(t[:1] in ("d", "∂") for t in texts) and re.fullmatch(r"[d∂](\^\d)?\w'?(\^\d)?", texts[1]):
             return sym("/".join(texts))  # dM/dt is one symbol
         return divide(top, bottom)
 
@@ -405,7 +405,7 @@ class Reader(Cursor):
         return call("abs", node)
 
     def environment(self, name: str) -> Node:
-        if regex.fullmatch(LISTS, name):
+        if re.fullmatch(LISTS, name):
             items = self.items()
             if self.take() != name:
                 raise Unreadable(f"\\begin{{{name}}} is never ended")

@@ -12,9 +12,8 @@ Left out: collecting like terms, expanding, trigonometric rules. values.py finds
 
 import itertools
 import math
+import re
 from fractions import Fraction
-
-import regex
 
 MAX_BITS = 14_000  # of an exact number; Python prints at most 4,300 digits
 Node = tuple
@@ -233,7 +232,7 @@ NUMBER_WORDS = {word: value for value, word in enumerate(_COUNTED.split())}
 
 def in_base(digits: str, base: str) -> Node:
     """A number with its base."""
-    value = NUMBER_WORDS.get(base.strip().lower()) or (int(base) if regex.fullmatch(r"[0-9]{1,2}", base) else 0)
+    value = NUMBER_WORDS.get(base.strip().lower()) or (int(base) if re.fullmatch(r"[0-9]{1,2}", base) else 0)
     if not 2 <= value <= 36 or any(int(d, 36) >= value for d in digits):
         raise Unreadable(f"{digits} is not a number in base {base}")
     return ("base", digits.lstrip("0") or "0", value)

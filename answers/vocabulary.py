@@ -3,7 +3,7 @@
 A command that is not here makes an answer unreadable.
 """
 
-import regex
+import re
 
 from .tree import FUNCTIONS, word_set
 
@@ -97,15 +97,15 @@ _SPELLINGS = {long: short for short, names in _UNITS.items() for long in [short,
 
 def unit_name(words: str) -> str:
     """One spelling per unit: "square inches" and "in^2" agree, "cm" and "m" do not."""
-    words = regex.sub(
+    words = re.sub(
         r"(square|sq|cubic|cu)\b\.?\s*([A-Za-z]+)", lambda m: f"{m[2]}^{2 if m[1][0] == 's' else 3}", words
     )
-    words = regex.sub(r"\bsquared\b", "^2", regex.sub(r"\bcubed\b", "^3", words))
+    words = re.sub(r"\bsquared\b", "^2", re.sub(r"\bcubed\b", "^3", words))
     words = words.replace(" per ", "/").replace("·", " ").replace(".", "")
-    return regex.sub(r"[\s{}]+", "", regex.sub(r"[A-Za-z%$¢]+", _one_unit, words)).replace("mi/h", "mph")
+    return re.sub(r"[\s{}]+", "", re.sub(r"[A-Za-z%$¢]+", _one_unit, words)).replace("mi/h", "mph")
 
 
-def _one_unit(match: regex.Match) -> str:
+def _one_unit(match: re.Match) -> str:
     word = match.group()
     if word in _SPELLINGS:
         return _SPELLINGS[word]

@@ -1,6 +1,6 @@
 """The reward: the last boxed answer of a response, graded 1.0 or 0.0 against the gold answer.
 
-What an answer means and when two answers are equal is in answers.py. Not here: partial credit, format
+What an answer means and when two answers are equal is in answers/. Not here: partial credit, format
 rewards, answers outside a box (a policy would learn to shower numbers), time limits (the reader is bounded).
 """
 

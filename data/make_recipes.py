@@ -147,7 +147,7 @@ def level_of(k: int) -> str:
 
 
 def make_splits(kind: str = "expert") -> dict[str, list[dict]]:
-    """All rows of the three files, by an expert of this kind. No problem occurs twice, in a split or across splits."""
+    """All rows of the three files, by an expert of this kind. No problem occurs twice."""
     seen: set[str] = set()
 
     def draw(rng: random.Random, count: int, sizes: tuple[int, ...]) -> list[Recipe]:

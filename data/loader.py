@@ -74,7 +74,7 @@ def load_problems(path: str | Path) -> list[Problem]:
         raise ValueError(f"data file {str(path)!r} does not exist: give a JSONL file (its format: data/README.md)")
     problems, seen = [], {}
     try:
-        lines = path.read_text(encoding="utf-8").splitlines()
+        lines = path.read_text(encoding="utf-8").split("\n")  # splitlines() also splits at U+2028, which JSON allows
     except UnicodeDecodeError as error:
         raise ValueError(f"{path}: not UTF-8 text ({error.reason} at byte {error.start})") from error
     for number, line in enumerate(lines, 1):

@@ -37,6 +37,7 @@ from transformers.cache_utils import DynamicLayer
 
 from data.loader import Encoded, encode, render_prompt
 from model import load_model, pick_device, sampling
+from ranks import rank, union, world_size
 
 PREFIX_LOW, PREFIX_HIGH = 0.05, 0.95  # bounds of the prefix fraction [paper A.2]
 DROP_AT = 0.8  # ended rows leave the decoding batch once this share or less is alive: a copy costs about one step
@@ -317,6 +318,7 @@ def _generate_batch(
         generation_config=neutral,
         logits_processor=processors,
         custom_generate=decode_rows,
+        synced_gpus=False,  # ranks sample on their own
     )[:, prompt:].tolist()
     ends = set(config.eos_token_id)
     responses = []
@@ -340,19 +342,21 @@ def generate(
     """Responses of `rows`, in their order: prefix + continuation, the end token last unless cut off by the budget.
 
     temperature 0 is greedy. `progress` names a tqdm bar. Rows of similar prompt length share a call of at most
-    `rows_per_call` rows; which rows share one changes no token (up to rounding of the logits).
+    `rows_per_call` rows; which rows share one changes no token (up to rounding of the logits). With several ranks
+    each samples the groups g = rank (mod ranks) and gets the others' responses; all must call.
     """
-    responses: list[list[int]] = [list(row.prefix_ids) for row in rows]
-    order = [i for i, row in enumerate(rows) if not row.complete]
+    responses = {i: list(row.prefix_ids) for i, row in enumerate(rows)}
+    sampled: dict[int, list[int]] = {}
+    order = [i for i, row in enumerate(rows) if not row.complete and row.group % world_size() == rank()]
     order.sort(key=lambda i: (len(rows[i].prompt_ids), len(rows[i].prefix_ids)))
-    with sampling(model), tqdm(total=len(order), desc=progress, unit="row", disable=not progress) as bar:
+    quiet = not progress or rank() > 0
+    with sampling(model), tqdm(total=len(order), desc=progress, unit="row", disable=quiet) as bar:
         for start in range(0, len(order), rows_per_call):
             chosen = order[start : start + rows_per_call]
             batch = [rows[i] for i in chosen]
-            for i, response in zip(chosen, _generate_batch(model, batch, max_response_tokens, temperature, prefill)):
-                responses[i] = response
+            sampled |= zip(chosen, _generate_batch(model, batch, max_response_tokens, temperature, prefill))
             bar.update(len(chosen))
-    return responses
+    return list((responses | union(sampled)).values())
 
 
 # ---- what the update reads

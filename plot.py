@@ -1,9 +1,10 @@
-"""Figures: the curves of one run, or of several laid on one sheet.
+"""Figures: the curves of one run or of several laid on one sheet; evaluations side by side.
 
     python plot.py runs/prefix-rft-001                          -> runs/prefix-rft-001/curves.png
     python plot.py runs/rft-001 runs/prefix-rft-001 --out a.png    several runs, a colour each
+    python plot.py --compare evals/a evals/b [--beside-paper]      evaluations: tables and compare.png
 
-A panel whose metric no run has (an SFT run has no reward) is left out. Reads metrics.jsonl and eval.json only.
+A panel whose metric no run has (an SFT run has no reward) is left out. Reads metrics.jsonl and eval.json of runs, results.json of evaluations.
 """
 
 import argparse
@@ -16,6 +17,9 @@ import matplotlib
 
 matplotlib.use("Agg")
 import matplotlib.pyplot as plt
+
+from report import cells, compare_tables, label, percent, problem_scores, read_results, shared_cells
+from stats import interval, powers_of_two
 
 PANELS = {  # title: the metrics it shows, as (name, legend) pairs
     "reward (mean of 0 / 1)": (("reward_on_policy", "on-policy rows"), ("reward_hybrid", "hybrid rows")),
@@ -93,6 +97,11 @@ def draw(runs: list[Path], target: Path) -> Path:
     for axis in axes.flat[len(panels) :]:
         axis.remove()
     figure.suptitle(", ".join(run["name"] for run in loaded) + "   (thin: each step; thick: mean of 10 steps)")
+    return save(figure, target)
+
+
+def save(figure: plt.Figure, target: Path) -> Path:
+    """Write the figure whole or not at all, and close it."""
     partial = target.with_name(f"{target.stem}.partial{target.suffix or '.png'}")
     figure.savefig(partial, dpi=110)
     plt.close(figure)
@@ -100,14 +109,88 @@ def draw(runs: list[Path], target: Path) -> Path:
     return target
 
 
+# ---- evaluations
+
+
+def plot_pass_at_k(axis: plt.Axes, evaluations: list[dict[str, Any]], name: str, level: str) -> None:
+    """pass@k over k on a log2 axis, a line for each evaluation; the band is the 95% interval over problems."""
+    for e, evaluation in enumerate(evaluations):
+        samples = evaluation["results"][name][level]["samples"]
+        ks = powers_of_two(samples)
+        scores = [list(problem_scores(evaluation, name, level, k).values()) for k in ks]
+        bands = [interval(values) for values in scores]
+        axis.plot(ks, [sum(v) / len(v) for v in scores], "o-", color=f"C{e}", markersize=3, label=evaluation["name"])
+        axis.fill_between(ks, [low for low, _ in bands], [high for _, high in bands], color=f"C{e}", alpha=0.15)
+    axis.set_xscale("log", base=2)
+    axis.xaxis.set_major_formatter(lambda k, _: f"{k:g}")
+    axis.set_xlabel("k")
+    axis.set_ylabel("pass@k")
+    axis.set_ylim(0, 1)
+    axis.set_title(label(name, level), fontsize=10)
+    axis.grid(alpha=0.3)
+    axis.legend(fontsize=7)
+
+
+def plot_accuracy(axis: plt.Axes, evaluations: list[dict[str, Any]], shared: list[tuple[str, str]]) -> None:
+    """A group of bars for each benchmark or level, a bar for each evaluation, with its 95% interval."""
+    width = 0.8 / len(evaluations)
+    for e, evaluation in enumerate(evaluations):
+        rows = [cells(evaluation)[key] for key in shared]
+        places = [g + (e - (len(evaluations) - 1) / 2) * width for g in range(len(shared))]
+        heights = [row["accuracy"] for row in rows]
+        down = [max(0.0, row["accuracy"] - row["low"]) for row in rows]
+        up = [max(0.0, row["high"] - row["accuracy"]) for row in rows]
+        axis.bar(places, heights, width, color=f"C{e}", yerr=[down, up], capsize=2, label=evaluation["name"])
+        for place, height, row in zip(places, heights, rows):
+            text = percent(height)
+            axis.annotate(text, (place, row["high"]), ha="center", va="bottom", fontsize=6)
+    axis.set_xticks(range(len(shared)), [label(*key) for key in shared], fontsize=7, rotation=20, ha="right")
+    axis.set_ylim(0, 1.05)
+    axis.set_title("accuracy (avg@k) with 95% intervals", fontsize=10)
+    axis.grid(axis="y", alpha=0.3)
+    axis.legend(fontsize=7)
+
+
+def draw_pass_at_k(folders: list[Path], target: Path, with_accuracy: bool = False) -> Path:
+    """A panel of pass@k for each benchmark and level with several samples, after one of accuracies if it is asked
+    for or there is nothing else to show."""
+    evaluations = [read_results(folder) for folder in folders]
+    shared = shared_cells(evaluations)
+    curves = [(n, l) for n, l in shared if all(e["results"][n][l]["samples"] > 1 for e in evaluations)]
+    first = 1 if with_accuracy or not curves else 0
+    columns = min(3, first + len(curves))
+    lines = -(-(first + len(curves)) // columns)
+    figure, axes = plt.subplots(
+        lines, columns, figsize=(5 * columns, 3.8 * lines), squeeze=False, layout="constrained"
+    )
+    if first:
+        plot_accuracy(axes.flat[0], evaluations, shared)
+    for axis, key in zip(axes.flat[first:], curves):
+        plot_pass_at_k(axis, evaluations, *key)
+    for axis in axes.flat[first + len(curves) :]:
+        axis.remove()
+    return save(figure, target)
+
+
 def main() -> None:
-    parser = argparse.ArgumentParser(description="Draw the curves of one or several runs.", allow_abbrev=False)
-    parser.add_argument("runs", nargs="+", type=Path, metavar="RUN", help="run folders")
+    parser = argparse.ArgumentParser(
+        description="Draw the curves of runs, or compare evaluations.", allow_abbrev=False
+    )
+    parser.add_argument("folders", nargs="+", type=Path, metavar="FOLDER", help="run folders; evaluation folders")
+    parser.add_argument("--compare", action="store_true", help="the folders are evaluations: set them side by side")
+    parser.add_argument("--beside-paper", action="store_true", help="with --compare: add the paper's results")
     parser.add_argument("--out", type=Path, help="the figure's file (default: curves.png in the run, or compare.png)")
     args = parser.parse_args()
-    target = args.out or (args.runs[0] / "curves.png" if len(args.runs) == 1 else Path("compare.png"))
+    one_run = len(args.folders) == 1 and not args.compare
+    target = args.out or (args.folders[0] / "curves.png" if one_run else Path("compare.png"))
     try:
-        print(draw(args.runs, target))
+        if args.beside_paper and not args.compare:
+            raise ValueError("--beside-paper needs --compare and evaluation folders")
+        if args.compare:
+            print(compare_tables([read_results(folder) for folder in args.folders], args.beside_paper))
+            print(draw_pass_at_k(args.folders, target, with_accuracy=True))
+        else:
+            print(draw(args.folders, target))
     except (ValueError, OSError) as error:
         print(f"plot.py: {error}", file=sys.stderr)
         sys.exit(2)

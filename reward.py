@@ -9,9 +9,7 @@ from collections.abc import Sequence
 import regex
 from tqdm import tqdm
 
-from answer_equality import equal
-from answer_nodes import Unreadable
-from answers import read
+from answers import Unreadable, equal, read
 
 BATCH_WITH_BAR = 4000  # smaller batches are graded before a progress bar could be read
 _MARKS = regex.compile(r"\\(?:boxed|fbox)(?![A-Za-z])\s*(?P<open>\{)?|\\.|[{}]", regex.DOTALL)

@@ -12,20 +12,26 @@ Expressions are compared as functions of real variables, where both are real at 
 complex ones. Left out: solving equations (x^2 = 4 is not x = 2, -2), identities that hold for whole numbers only.
 """
 
-import random
 from fractions import Fraction
-from functools import lru_cache
 
-import mpmath
+from .tree import (
+    EXPRESSIONS,
+    INFINITY,
+    REALS,
+    ZERO,
+    Node,
+    Unreadable,
+    add,
+    is_name,
+    is_number,
+    mul,
+    negative,
+    num,
+    symbols,
+)
+from .values import DIGITS, ENOUGH, POINTS, SURE_DIGITS, close, context, exact, is_real, value_at
+from .whole import Answer
 
-from answer_nodes import (
-    CONSTANTS, DEGREE, EXPRESSIONS, FUNCTIONS, INFINITY, REALS, ZERO, Node, Unreadable,
-    add, divide, is_name, is_number, mul, negative, num, symbols,
-)  # fmt: skip
-from answers import Answer
-
-POINTS, ENOUGH = 8, 3
-DIGITS, SURE_DIGITS = 60, 400
 MAX_ITEMS = 200
 FLIPPED = {"<": ">", ">": "<", "<=": ">=", ">=": "<=", "=": "=", "!=": "!=", "≡": "≡", "≈": "≈", "⊥": "⊥", "∥": "∥"}
 
@@ -89,7 +95,9 @@ def _same_collections(p: Node, g: Node) -> bool:
         return same(p[1][0], g)
     if g[0] == "set" and len(g[1]) == 1 and p[0] in EXPRESSIONS:
         return same(p, g[1][0])
-    return g[0] == "base" and g[1].isdigit() and p == num(int(g[1]))
+    if p[0] == "base" and p[2] == 10:
+        return g == num(int(p[1]))
+    return g[0] == "base" and g[1].isdigit() and p == num(int(g[1]))  # the base may go without saying
 
 
 def _same_in_order(p: tuple[Node, ...], g: tuple[Node, ...]) -> bool:
@@ -121,21 +129,31 @@ def _same_ratio(p: tuple[Node, ...], g: tuple[Node, ...]) -> bool:
 
 
 def _same_relations(p: Node, g: Node) -> bool:
-    name_p, value_p = _named_value(p)
-    name_g, value_g = _named_value(g)
+    (name_p, value_p), (name_g, value_g) = _named_value(p), _named_value(g)
+    if (name_p is None and value_p != p) or (name_g is None and value_g != g):  # 2 + 3 = 5
+        return same(value_p if name_p is None else p, value_g if name_g is None else g)
     if name_p and name_g and name_p[0] == name_g[0] == "seq":
-        pairs = [dict(zip(n[3], v[3])) if len(n[3]) == len(v[3]) else {} for n, v in ((name_p, value_p), (name_g, value_g))]
-        return bool(pairs[0]) and pairs[0].keys() == pairs[1].keys() and all(same(v, pairs[1][k]) for k, v in pairs[0].items())
+        pairs = [
+            dict(zip(n[3], v[3])) if len(n[3]) == len(v[3]) else {} for n, v in ((name_p, value_p), (name_g, value_g))
+        ]
+        return (
+            bool(pairs[0])
+            and pairs[0].keys() == pairs[1].keys()
+            and all(same(v, pairs[1][k]) for k, v in pairs[0].items())
+        )
     if (name_p is None) != (name_g is None) or (name_p is not None and name_p == name_g):
         if same(value_p, value_g):
             return True
         if name_p is None or name_g is None:
             assigned, value, other = (name_g, value_g, p) if name_p is None else (name_p, value_p, g)
             if assigned[0] == "seq" and other[0] == "list":  # x = 1, y = 2 for 1, 2
-                return _same_in_order(value[3], other[1]) if assigned is name_p else _same_in_order(other[1], value[3])
+                return (
+                    _same_in_order(value[3], other[1]) if assigned is name_p else _same_in_order(other[1], value[3])
+                )
     regions = _regions(p), _regions(g)
     if None not in regions:
-        return _same_regions(*regions)
+        variables = [symbols(n) - {INFINITY[1], REALS[1]} for n in (p, g)]
+        return (not all(variables) or variables[0] == variables[1]) and _same_regions(*regions)
     if p[0] == g[0] == "regions":
         return p[1] == g[1] and (_same_items if p[1] in "∪∩" else _same_in_order)(p[2], g[2])
     return p[0] == g[0] == "rel" and _same_relation(p, g)
@@ -154,16 +172,22 @@ def _named_value(node: Node) -> tuple[Node | None, Node]:
         sides = [value]
     constant = not symbols(value)
     if not is_name(name):
-        if name[0] in ("add", "mul") and all(x[0] == "sym" for x in name[1]) and constant:  # a + b = 7
+        if constant and name[0] in ("add", "mul") and all(_is_plain(x) for x in name[1]):  # a + b = 7, AB/CD = 1/2
             pass
         elif len(sides) > 1 or not symbols(name):  # 2 + 3 = 5
             sides, name = [name, *sides[:-1]], ("sym", "")
         else:
             return None, node
     agree = all((constant and symbols(side)) or same(side, value) for side in sides)
-    if not agree or symbols(name) & symbols(value):
+    if not agree or (name[0] == "sym" and name[1] in symbols(value)):
         return None, node
     return (name, value) if name[1] else (None, value)
+
+
+def _is_plain(node: Node) -> bool:
+    if node[0] == "pow" and node[2] == num(-1):
+        return all(map(_is_plain, node[1][1])) if node[1][0] == "mul" else _is_plain(node[1])
+    return node[0] == "sym"
 
 
 def _approximations(node: Node) -> list[Node]:
@@ -204,15 +228,15 @@ def _proportional(p: Node, g: Node, signs: set[int]) -> bool:
         if p_value and g_value and g_value[0]:
             ratio = p_value[0] / g_value[0]
             break
-    if ratio is None or _context.im(ratio) or (1 if ratio > 0 else -1) not in signs or not ratio:
+    if ratio is None or context.im(ratio) or (1 if ratio > 0 else -1) not in signs or not ratio:
         return False
     factor = _rational(ratio)
-    return factor is not None and _same_values(p, mul(num(factor), g)) or _constant_ratio(p, g)
+    return (factor is not None and _same_values(p, mul(num(factor), g))) or _constant_ratio(p, g)
 
 
 def _rational(value) -> Fraction | None:
-    found = Fraction(str(_context.nstr(_context.re(value), 50))).limit_denominator(10**12)
-    return found if abs(float(found) - float(_context.re(value))) <= 1e-15 * abs(float(found)) else None
+    found = Fraction(str(context.nstr(context.re(value), 50))).limit_denominator(10**12)
+    return found if abs(float(found) - float(context.re(value))) <= 1e-15 * abs(float(found)) else None
 
 
 def _constant_ratio(p: Node, g: Node) -> bool:
@@ -221,7 +245,7 @@ def _constant_ratio(p: Node, g: Node) -> bool:
         pair = value_at(p, index, DIGITS), value_at(g, index, DIGITS)
         if all(pair) and pair[1][0]:
             values.append(pair[0][0] / pair[1][0])
-    return len(values) >= ENOUGH and all(abs(v - values[0]) < abs(values[0]) * _context.mpf(10) ** -45 for v in values)
+    return len(values) >= ENOUGH and all(abs(v - values[0]) < abs(values[0]) * context.mpf(10) ** -45 for v in values)
 
 
 def _regions(node: Node) -> list[tuple] | None:
@@ -230,20 +254,20 @@ def _regions(node: Node) -> list[tuple] | None:
     if parts is None:
         return None
     merged: list[tuple] = []
-    for low, low_closed, high, high_closed in sorted(parts, key=lambda r: (r[0][0], not r[1])):
+    for low, lowclosed, high, highclosed in sorted(parts, key=lambda r: (r[0][0], not r[1])):
         if merged:
             last = merged[-1]
-            touches = low[0] < last[2][0] or (low[0] == last[2][0] and (low_closed or last[3]))
+            touches = low[0] < last[2][0] or (low[0] == last[2][0] and (lowclosed or last[3]))
             if touches:
-                end = max((last[2], last[3]), (high, high_closed), key=lambda e: (e[0][0], e[1]))
+                end = max((last[2], last[3]), (high, highclosed), key=lambda e: (e[0][0], e[1]))
                 merged[-1] = (*last[:2], *end)
                 continue
-        merged.append((low, low_closed, high, high_closed))
+        merged.append((low, lowclosed, high, highclosed))
     return merged
 
 
 def _parts(node: Node) -> list[tuple] | None:
-    ends = (-_context.inf, negative(INFINITY)), (_context.inf, INFINITY)
+    ends = (-context.inf, negative(INFINITY)), (context.inf, INFINITY)
     everything = [(ends[0], False, ends[1], False)]
     if node == REALS:
         return everything
@@ -279,7 +303,7 @@ def _inequality_parts(node: Node, everything: list[tuple]) -> list[tuple] | None
         ops, sides = tuple(FLIPPED[op] for op in reversed(ops)), sides[::-1]
     ends = [_end(side) for side in sides]
     low, high = everything[0][0], everything[0][2]
-    if len(ops) == 1 and (is_name(sides[0]) and ends[1] or is_name(sides[1]) and ends[0]):
+    if len(ops) == 1 and ((is_name(sides[0]) and ends[1]) or (is_name(sides[1]) and ends[0])):
         value = ends[1] or ends[0]
         if ops[0] == "!=":
             return _without(everything[0], [(value, True, value, True)])
@@ -295,11 +319,11 @@ def _without(part: tuple, points: list[tuple]) -> list[tuple]:
     found = [part]
     for point, *_ in points:
         pieces = []
-        for low, low_closed, high, high_closed in found:
+        for low, lowclosed, high, highclosed in found:
             if low[0] < point[0] < high[0]:
-                pieces += [(low, low_closed, point, False), (point, False, high, high_closed)]
+                pieces += [(low, lowclosed, point, False), (point, False, high, highclosed)]
             else:
-                pieces.append((low, low_closed and low[0] != point[0], high, high_closed and high[0] != point[0]))
+                pieces.append((low, lowclosed and low[0] != point[0], high, highclosed and high[0] != point[0]))
         found = pieces
     return found
 
@@ -307,9 +331,9 @@ def _without(part: tuple, points: list[tuple]) -> list[tuple]:
 def _end(node: Node) -> tuple | None:
     """The value of an end point with its tree; None unless it is a real constant or ±∞."""
     if node in (INFINITY, negative(INFINITY)):
-        return (_context.inf if node == INFINITY else -_context.inf), node
+        return (context.inf if node == INFINITY else -context.inf), node
     value = value_at(node, 0, DIGITS) if node[0] in EXPRESSIONS and not symbols(node) else None
-    return (_context.re(value[0]), node) if value and _is_real(value[0]) else None
+    return (context.re(value[0]), node) if value and is_real(value[0]) else None
 
 
 def _same_regions(p: list[tuple], g: list[tuple]) -> bool:
@@ -322,13 +346,11 @@ def _same_regions(p: list[tuple], g: list[tuple]) -> bool:
 
 
 def _same_expressions(p: Node, g: Node) -> bool:
-    if is_number(p) and is_number(g):
-        return p[1] == g[1]
-    if symbols(p) != symbols(g) and (not symbols(p) or not symbols(g)) and INFINITY in (p, g):
-        return False
     if g[0] == "dec" and _rounds_to(p, g):
         return True
-    return _same_values(p, g)
+    if is_number(p) and is_number(g):
+        return p[1] == g[1]
+    return INFINITY not in (p, g) and _same_values(p, g)
 
 
 def _rounds_to(value: Node, decimal: Node) -> bool:
@@ -341,26 +363,31 @@ def _rounds_to(value: Node, decimal: Node) -> bool:
             rest //= 2 if rest % 2 == 0 else 5
         return rest > 1 and 2 * abs(value[1] - decimal[1]) < decimal[2]
     found = value_at(value, 0, DIGITS)
-    if not found or not _is_real(found[0]):
+    if not found or not is_real(found[0]):
         return False
-    return 2 * abs(_context.re(found[0]) - _exact(decimal[1])) < _exact(decimal[2])
+    return 2 * abs(context.re(found[0]) - exact(decimal[1])) < exact(decimal[2])
 
 
 def _same_values(p: Node, g: Node) -> bool:
-    """Equal at the random points where both are real, at least ENOUGH of them; else at all points."""
-    points = range(POINTS if symbols(p) | symbols(g) else 1)
+    """Equal at the random points where both are real, at least ENOUGH of them; else at all points.
+
+    With a root and several variables only positive points count: √(x²y) is x√y where letters are lengths and masses.
+    """
+    variables = symbols(p) | symbols(g)
+    positive = len(variables) > 1 and _roots_only((p, g)) == (True, False)
+    points = range((POINTS // 2 if positive else POINTS) if variables else 1)
     agreed, complex_agreed, decided = [], 0, 0
     for index in points:
         pair = value_at(p, index, DIGITS), value_at(g, index, DIGITS)
         if not all(pair):
             continue
         decided += 1
-        close = _close(*pair, DIGITS)
-        if _is_real(pair[0][0]) and _is_real(pair[1][0]):
-            if not close:
+        agree = close(*pair, DIGITS)
+        if is_real(pair[0][0]) and is_real(pair[1][0]):
+            if not agree:
                 return False
             agreed.append(index)
-        elif close:
+        elif agree:
             complex_agreed += 1
             agreed += [index] if len(points) == 1 else []
     if len(points) > 1 and len(agreed) < ENOUGH and (complex_agreed + len(agreed) < decided or decided < ENOUGH):
@@ -369,133 +396,11 @@ def _same_values(p: Node, g: Node) -> bool:
         return False
     index = agreed[0] if agreed else 0
     pair = value_at(p, index, SURE_DIGITS), value_at(g, index, SURE_DIGITS)
-    return all(pair) and _close(*pair, SURE_DIGITS)
+    return all(pair) and close(*pair, SURE_DIGITS)
 
 
-def _is_real(value) -> bool:
-    return abs(_context.im(value)) <= abs(value) * _context.mpf(10) ** -45
-
-
-def _close(p: tuple, g: tuple, digits: int) -> bool:
-    """Equal to all but 15 of `digits`, relative to the largest sum that was formed on the way."""
-    scale = max(p[1], g[1], abs(p[0]), abs(g[0]))
-    return abs(p[0] - g[0]) <= scale * _context.mpf(10) ** (15 - digits)
-
-
-_context = mpmath.mp.clone()
-_context.dps = DIGITS
-
-
-class _NoValue(Exception):
-    """There is no value here, or none that is cheap to find."""
-
-
-@lru_cache(maxsize=4096)
-def value_at(node: Node, index: int, digits: int) -> tuple | None:
-    """(value, size of the largest sum on the way) of an expression at random point `index`; None if it has none."""
-    scale = [_context.mpf(0)]
-    _context.dps = digits
-    try:
-        value = _value(node, index, scale)
-        return (value, scale[0]) if _context.isfinite(value) and scale[0] < _context.mpf(10) ** 300 else None
-    except (_NoValue, ArithmeticError, ValueError):
-        return None
-    finally:
-        _context.dps = DIGITS
-
-
-def _exact(value: Fraction):
-    return _context.mpf(value.numerator) / value.denominator
-
-
-def _variable(name: object, index: int):
-    """Points 0 to 3 are positive, below and above 1 by turns; 4 to 7 have either sign."""
-    draw = random.Random(f"{name!r} at {index}")
-    value = Fraction(draw.randrange(10**20, 9 * 10**20), 10**21)
-    if draw.random() < 0.5:
-        value = 1 + 3 * value
-    return _exact(value if index < 4 or draw.random() < 0.5 else -value)
-
-
-def _value(node: Node, index: int, scale: list):
-    kind = node[0]
-    if kind in ("num", "dec"):
-        return _exact(node[1])
-    if kind == "sym":
-        if node[1] in CONSTANTS:
-            return {"π": +_context.pi, "e": +_context.e, "i": _context.mpc(0, 1)}[node[1]]
-        return _context.mpf(1) if node == DEGREE else _variable(node[1], index)
-    if kind == "add":
-        total = _context.mpf(0)
-        for term in node[1]:
-            value = _value(term, index, scale)
-            total += value
-            scale[0] = max(scale[0], abs(value))
-        return total
-    if kind == "mul":
-        product = _context.mpf(1)
-        for factor in node[1]:
-            product *= _value(factor, index, scale)
-        return product
-    if kind == "pow":
-        return _power(_value(node[1], index, scale), _value(node[2], index, scale))
-    if kind != "fn":
-        raise _NoValue
-    if node[1] not in FUNCTIONS:
-        return _variable(node, index)
-    return _function(node[1], [_value(x, index, scale) for x in node[2]])
-
-
-def _power(base, exponent):
-    if not base:
-        if _context.re(exponent) > 0:
-            return _context.mpf(0)
-        raise _NoValue
-    if abs(exponent) * (abs(_context.mag(base)) + 4) > 100_000:
-        raise _NoValue
-    return base**exponent
-
-
-def _function(name: str, args: list):
-    value = args[0]
-    if name == "root":
-        return _root(*args)
-    if name in ("floor", "ceil", "min", "max", "gcd", "lcm", "mod", "!!"):
-        if not all(map(_is_real, args)):
-            raise _NoValue
-        args = [_context.re(x) for x in args]
-        if name in ("min", "max"):
-            return {"min": min, "max": max}[name](args)
-        if name in ("gcd", "lcm", "!!"):
-            raise _NoValue
-        if name == "mod":
-            return args[0] - args[1] * _context.floor(args[0] / args[1])
-        nearest = _context.nint(args[0])
-        near = abs(args[0] - nearest) < _context.mpf(10) ** -40
-        return nearest if near else getattr(_context, name)(args[0])
-    size = max(_context.mag(x) if x else 0 for x in args)
-    limits = {"!": 12, "binom": 12, "sinh": 16, "cosh": 16, "tanh": 16, "coth": 16, "sech": 16, "csch": 16}
-    if size > limits.get(name, 4000):
-        raise _NoValue
-    if name == "ln" and not value:
-        raise _NoValue
-    return _FUNCTION_OF[name](*args)
-
-
-def _root(value, degree):
-    """The real odd root of a real number."""
-    if not _is_real(value):
-        return value ** (1 / degree)
-    value = _context.re(value)
-    return value ** (1 / degree) if value >= 0 else -((-value) ** (1 / degree))
-
-
-_RENAMED = {
-    "abs": "fabs", "ln": "log", "!": "factorial", "binom": "binomial", "arcsin": "asin", "arccos": "acos",
-    "arctan": "atan", "arccot": "acot", "arcsec": "asec", "arccsc": "acsc", "arcsinh": "asinh", "arccosh": "acosh",
-    "arctanh": "atanh",
-}  # fmt: skip
-_FUNCTION_OF = {
-    name: getattr(_context, _RENAMED.get(name, name))
-    for name in FUNCTIONS - {"root", "floor", "ceil", "min", "max", "gcd", "lcm", "mod", "!!"}
-}
+def _roots_only(node: Node) -> tuple[bool, bool]:
+    """Whether a root and whether an absolute value is among the parts."""
+    root = node[:1] == ("pow",) and node[2][0] == "num" and node[2][1].denominator > 1
+    found = [_roots_only(x) for x in node if isinstance(x, tuple)]
+    return root or any(f[0] for f in found), node[:2] == ("fn", "abs") or any(f[1] for f in found)

@@ -1,70 +1,36 @@
-"""Reads a final answer, LaTeX or plain text, into a tree in normal form (answer_nodes.py).
+"""Tokens to tree: a precedence reader without backtracking, its depth limited by MAX_DEPTH.
 
-The text is cut into tokens (answer_tokens.py); a precedence reader turns them into a tree; the items of a list are put
-into their usual form (n = -6, 9 is two equations); answers in words stay words.
-
-Bounded by construction: at most MAX_CHARS characters, MAX_TOKENS tokens and MAX_DEPTH levels, no backtracking, no
-evaluation of the text. What is not understood is Unreadable; nothing is guessed. Choices where usage is divided: `e`
-and `i` are the constants; `1/2x` is (1/2)x; `f(x)` with one letter or number in the parentheses is a function, other
-letters before parentheses multiply; `x^10` and `\\sqrt12` take the whole number, `\\frac12` one digit each; `a, b` is a
-list whose order is free; `\\log` has an unstated base, so it equals neither `\\ln` nor `\\lg`; `%` and `°` are units.
-
-Left out: units beyond their spelling, matrix algebra beyond sums and multiples, prose.
+Choices where usage is divided: `e` and `i` are the constants; `1/2x` is (1/2)x; `f(x)` with one letter or number in the
+parentheses is a function, other letters before parentheses multiply; `x^10` and `\\sqrt12` take the whole number,
+`\\frac12` one digit each; `\\sin 2x` takes the product; `%` and `°` are units, degrees are radians under a sine.
 """
 
-import itertools
-from dataclasses import dataclass
 from fractions import Fraction
-from functools import lru_cache
 
 import regex
 
-from answer_nodes import (
-    CONSTANTS, DEGREE, FUNCTIONS, MINUS_ONE, ONE, PI, REALS, E, Node, Unreadable,
-    add, call, divide, expression, is_name, is_number, mul, negative, num, power, size, substitute, sym, symbols,
+from .tokens import END, Cursor
+from .tree import (
+    CONSTANTS, DEGREE, FUNCTIONS, MINUS_ONE, ONE, PI, REALS, Node, Unreadable,
+    add, call, divide, expand_signs, expression, function_value, in_base, mul, negative, num, power, read_literal,
+    substitute, sym, symbols, usual_form, written_out,
 )  # fmt: skip
-from answer_tokens import (
-    ACCENTS, FONTS, KNOWN, LISTS, MAX_CHARS, NUMBER_WORDS, SCALES, SHORT_WORDS, STOP_WORDS, TEXTS,
-    clean, tokenize, unit_name,
-)  # fmt: skip
+from .vocabulary import ACCENTS, LISTS, SCALES, STOP_WORDS, unit_name
 
 MAX_DEPTH = 24
-END = ("END", "")
 
 
-# ---------------------------------------------------------------------------------------------- tokens to tree
-
-
-class Reader:
+class Reader(Cursor):
     """Precedence reader over tokens, loosest first: items, relation, set operation, ratio, quantity, sum, term, factor."""
 
     def __init__(self, tokens: list[tuple[str, str]]):
-        self.tokens, self.at, self.depth = tokens, 0, 0
+        super().__init__(tokens)
+        self.depth = 0
         self.bars = 0  # open |, so that the next one closes
         self.bar_separates = False  # in {x | x > 0}
         self.degrees = False
         self.currency: str | None = None
         self.signs = 0  # ± seen
-
-    @property
-    def token(self) -> tuple[str, str]:
-        return self.tokens[self.at] if self.at < len(self.tokens) else END
-
-    def ahead(self, count: int) -> tuple[str, str]:
-        return self.tokens[self.at + count] if self.at + count < len(self.tokens) else END
-
-    def take(self) -> str:
-        value = self.token[1]
-        self.at += 1
-        return value
-
-    def is_op(self, *values: str) -> bool:
-        return self.token[0] == "OP" and self.token[1] in values
-
-    def expect(self, *values: str) -> str:
-        if not self.is_op(*values):
-            raise Unreadable(f"{self.token[1] or 'the end'!r} stands where {' or '.join(values)} is expected")
-        return self.take()
 
     def whole(self) -> Node:
         items = self.items()
@@ -124,9 +90,7 @@ class Reader:
     def unit_words(self) -> tuple[int, str]:
         words, scale = "", 1
         while True:
-            if self.token[0] == "TEXT":
-                words += " " + self.take()
-            elif self.is_op("%") or self.token[0] == "CURRENCY":
+            if self.token[0] == "TEXT" or self.is_op("%") or self.token[0] == "CURRENCY":
                 words += " " + self.take()
             elif words and self.is_op("^"):
                 self.take()
@@ -244,20 +208,6 @@ class Reader:
             node = self.superscript(node)
         return node if sign == ONE else mul(sign, node)
 
-    def script_text(self) -> str:
-        """A subscript as text: of x_1, x_{n+1}, \\lambda_{\\text{red}}."""
-        if not self.is_op("{"):
-            return self.take()
-        depth, text = 0, ""
-        while True:
-            if self.token == END:
-                raise Unreadable("a brace is never closed")
-            value = self.take()
-            depth += {"{": 1, "}": -1}.get(value, 0)
-            if not depth:
-                return text
-            text += value if value != "{" else ""
-
     def primary(self) -> Node:
         self.depth += 1
         if self.depth > MAX_DEPTH:
@@ -332,23 +282,6 @@ class Reader:
             return ("fn", f"{name}{brackets}", arguments)
         return sym(name)
 
-    def is_application(self, name: str) -> bool:
-        kinds = [self.ahead(k)[0] for k in range(1, 4)]
-        if kinds[0] in ("NUM", "NAME") and self.ahead(2) == ("OP", ")"):
-            return True
-        if name[0] in "fghFGHP" and self.ahead(1) == ("OP", "-") and self.ahead(3) == ("OP", ")"):
-            return True
-        depth = 0
-        for k in range(self.at, len(self.tokens)):
-            kind, value = self.tokens[k]
-            if kind == "OP":
-                depth += (value in ("(", "[", "{", "\\{")) - (value in (")", "]", "}", "\\}"))
-            if depth < 1:
-                return False
-            if depth == 1 and (kind == "REL" or value == ","):
-                return True
-        return False
-
     def function(self, name: str) -> Node:
         exponent = base = None
         while self.is_op("^", "_"):
@@ -368,7 +301,12 @@ class Reader:
 
     def log_base(self) -> Node:
         kind, value = self.token
-        if kind == "NUM" and len(value) > 1 and value.isdigit() and self.ahead(1)[0] not in ("NUM", "NAME", "COMMAND", "OP"):
+        if (
+            kind == "NUM"
+            and len(value) > 1
+            and value.isdigit()
+            and self.ahead(1)[0] not in ("NUM", "NAME", "COMMAND", "OP")
+        ):
             self.tokens[self.at] = ("NUM", value[1:])  # \log_28 is the logarithm of 8 to base 2
             return read_literal(value[0])
         return expression(self.primary())
@@ -421,7 +359,9 @@ class Reader:
         top = self.digit_or_group()
         middle = self.at
         bottom = self.digit_or_group()
-        texts = ["".join(v for _, v in self.tokens[a:b] if v not in "{}") for a, b in ((start, middle), (middle, self.at))]
+        texts = [
+            "".join(v for _, v in self.tokens[a:b] if v not in "{}") for a, b in ((start, middle), (middle, self.at))
+        ]
         if all(t[:1] in ("d", "∂") for t in texts) and regex.fullmatch(r"[d∂](\^\d)?\w'?(\^\d)?", texts[1]):
             return sym("/".join(texts))  # dM/dt is one symbol
         return divide(top, bottom)
@@ -518,169 +458,4 @@ class Reader:
             else:
                 high = self.script()
         body = self.term()
-        if name in ("sum", "prod") and low[0] == "rel" and low[1] == ("=",) and low[2][0][0] == "sym":
-            index, first = low[2]
-            if all(is_number(x) and x[1].denominator == 1 for x in (first, high)) and 0 <= high[1] - first[1] < 100:
-                values = range(int(first[1]), int(high[1]) + 1)
-                if len(values) * size(body) > 3000:
-                    raise Unreadable("a sum is too long to write out")
-                return (add if name == "sum" else mul)(*(substitute(body, index, num(k)) for k in values))
-        return ("fn", name, (low, high, body))
-
-
-# ---------------------------------------------------------------------------------------------- pieces of the reader
-
-
-def read_literal(text: str) -> Node:
-    """142 and 142.0 are exact; 0.50 is a decimal that states hundredths; 4.5e33 states 1e32."""
-    mantissa, _, exponent = text.lower().partition("e")
-    if len(exponent.lstrip("+-")) > 4:
-        raise Unreadable("a number has too many digits")
-    whole, _, places = mantissa.partition(".")
-    shift = int(exponent or 0)
-    if abs(shift) > 4000:
-        raise Unreadable("a number has too many digits")
-    unit = Fraction(10) ** (shift - len(places))
-    value = num(int(whole + places) * unit)
-    return ("dec", value[1], unit) if places.strip("0") else value
-
-
-def in_base(digits: str, base: str) -> Node:
-    """A number with its base; base 10 is the number itself."""
-    value = NUMBER_WORDS.get(base.strip().lower()) or (int(base) if regex.fullmatch(r"[0-9]{1,2}", base) else 0)
-    if not 2 <= value <= 36 or any(int(d, 36) >= value for d in digits):
-        raise Unreadable(f"{digits} is not a number in base {base}")
-    return num(int(digits)) if value == 10 else ("base", digits.lstrip("0") or "0", value)
-
-
-def function_value(name: str, argument: Node, base: Node | None) -> Node:
-    """A function of one argument; degrees become radians in trigonometric functions only."""
-    if name == "exp":
-        return power(E, argument)
-    if name in ("log", "lg", "ln"):
-        base = num(10) if name == "lg" else base
-        top = call("ln", argument)
-        if base is None:
-            return mul(sym("unstated base"), top) if name == "log" else top
-        return divide(top, call("ln", base))
-    if DEGREE[1] in symbols(argument):
-        argument = substitute(argument, DEGREE, divide(PI, num(180)))
-    return call(name, argument)
-
-
-def expand_signs(node: Node) -> list[Node]:
-    """The values of a node with ±: each ± on its own, but all together where a ∓ answers them."""
-    names = sorted(name for name in symbols(node) if name.startswith("±"))
-    if len(names) > 3:
-        raise Unreadable("it has more than three ±")
-    together = "±0" in names
-    found = []
-    for signs in [(1,) * len(names), (-1,) * len(names)] if together else itertools.product((1, -1), repeat=len(names)):
-        one = node
-        for name, sign in zip(names, signs):
-            one = substitute(one, sym(name), num(sign))
-        found.append(one)
-    return found
-
-
-def usual_form(items: list[Node]) -> Node:
-    """One node for the items of a list: n = -6, 9 is n = -6, n = 9; x = 1, y = 2 is (x, y) = (1, 2)."""
-    if len(items) == 1:
-        return items[0]
-    named = [x[0] == "rel" and x[1] == ("=",) and is_name(x[2][0]) for x in items]
-    if named[0] and not any(x[0] == "rel" for x in items[1:]):
-        items = [items[0]] + [("rel", ("=",), (items[0][2][0], x)) for x in items[1:]]
-    elif all(named) and len({x[2][0] for x in items}) == len(items):
-        names, values = zip(*(x[2] for x in items))
-        return ("rel", ("=",), (("seq", "(", ")", names), ("seq", "(", ")", values)))
-    return ("list", tuple(items))
-
-
-# ---------------------------------------------------------------------------------------------- whole answers
-
-
-@dataclass(frozen=True)
-class Answer:
-    """The tree; a second tree where "1,234" may be a list; the words or the choice if the answer is one."""
-
-    node: Node
-    second: Node | None = None
-    words: str | None = None  # only where the whole answer is letters
-    choice: str | None = None  # the capital of a multiple-choice answer: B of (B), \\text{B}, B.
-
-
-def read(text: str) -> Answer:
-    """The answer that `text` states; Unreadable, with the reason, where none is understood."""
-    if len(text) > MAX_CHARS:
-        raise Unreadable(f"it has {len(text):,} characters, more than {MAX_CHARS:,}")
-    return _read(text)
-
-
-@lru_cache(maxsize=8192)
-def _read(text: str) -> Answer:
-    cleaned = clean(text)
-    flat = regex.sub(rf"\\(?:{'|'.join(FONTS | TEXTS)})(?![A-Za-z])|\\q?quad|\\[,;:! ]|[{{}}~\s]+", " ", cleaned)
-    flat = regex.sub(r"\s+", " ", flat).strip(" .,")
-    if not flat:
-        raise Unreadable("it is empty")
-    choice = regex.fullmatch(r"\(? ?([A-Z]) ?\)?[.:]?", flat)
-    words, is_text = _words(flat, cleaned)
-    letter = choice[1] if choice else None
-    if words in ("all real numbers", "all reals", "real numbers", "set of all real numbers", "all real number"):
-        return Answer(REALS, words=words)
-    if is_text:
-        return Answer(("text", words), words=words, choice=letter)
-    special = _time(flat) or _letter_digits(flat)
-    if special:
-        return Answer(special)
-    try:
-        node = _tree(cleaned, True)
-    except Unreadable:
-        if words:
-            return Answer(("text", words), words=words)
-        if not regex.search(r"\b(?:where|such that|for (?:all|any|every|some)|when|if)\b", flat):
-            raise
-        return Answer(("prose", tuple(value for _, value in tokenize(cleaned) if value not in "{}")))
-    second = None
-    if regex.search(r"\d,\d{3}", cleaned):
-        try:
-            second = _tree(cleaned, False)
-        except Unreadable:
-            second = None
-    return Answer(node, second if second != node else None, words, letter)
-
-
-def _tree(text: str, grouped: bool) -> Node:
-    tokens = tokenize(text, grouped)
-    if not any(kind == "BEGIN" and not regex.fullmatch(LISTS, value) for kind, value in tokens):
-        tokens = [t for t in tokens if t != ("OP", "&")]  # alignment marks
-    return Reader(tokens).whole()
-
-
-def _words(flat: str, cleaned: str) -> tuple[str | None, bool]:
-    """The answer as words if it is nothing but letters, and whether it must be read as words."""
-    if not regex.fullmatch(r"[A-Za-zÀ-ÿ](?:[A-Za-zÀ-ÿ' .-]|\\ )*", flat):
-        return None, False
-    runs = regex.findall(r"[A-Za-zÀ-ÿ']+", flat)
-    if max(map(len, runs)) < 2:
-        return None, False
-    long = any(len(run) > 3 and run not in KNOWN for run in runs)
-    words = " ".join(runs)
-    if long or words.lower() in SHORT_WORDS:
-        words = regex.sub(r"^(?:the|a|an) |(?<=\bsolution|\breal number)s$", "", words.lower())
-        listed = {"or", "and"} & set(runs) and not cleaned.startswith("\\")
-        return words, not listed
-    return words, regex.match(rf"\\(?:{'|'.join(TEXTS)})\b", cleaned) is not None and not set(runs) & KNOWN
-
-
-def _time(flat: str) -> Node | None:
-    match = regex.fullmatch(r"(\d{1,2})(?: ?: ?(\d\d))? ?([ap])\.? ?m\.?", flat, flags=regex.IGNORECASE)
-    return ("time", int(match[1]) % 12, int(match[2] or 0), match[3].lower()) if match else None
-
-
-def _letter_digits(flat: str) -> Node | None:
-    """1A_{16}: a number in a base above 10 that has a letter among its digits."""
-    match = regex.fullmatch(r"\(?([0-9A-F]+)\)?_([1-3][0-9])", flat.replace(" ", ""))
-    if not match or match[1].isdigit() or match[1].isalpha() or match[2] == "10":
-        return None
-    return in_base(match[1], match[2])
+        return written_out(name, low, high, body) or ("fn", name, (low, high, body))

@@ -7,11 +7,14 @@ A node is a nested tuple that starts with its kind.
     answers       ("seq", open, close, items)  ("set", items)  ("list", items)  ("matrix", rows)  ("rel", ops, sides)
                   ("ratio", items)  ("regions", op, items)  ("unit", node, unit)  ("base", digits, base)  ...
 
-Left out: collecting like terms, expanding, trigonometric rules. equality.py compares values instead.
+Left out: collecting like terms, expanding, trigonometric rules. values.py finds values instead.
 """
 
+import itertools
 import math
 from fractions import Fraction
+
+import regex
 
 MAX_BITS = 14_000  # of an exact number; Python prints at most 4,300 digits
 Node = tuple
@@ -37,10 +40,16 @@ ZERO, ONE, MINUS_ONE = num(0), num(1), num(-1)
 PI, E, I, INFINITY, DEGREE, REALS = sym("π"), sym("e"), sym("i"), sym("∞"), sym("°"), sym("ℝ")
 CONSTANTS = {"π", "e", "i"}
 EXPRESSIONS = {"num", "dec", "sym", "add", "mul", "pow", "fn"}
+
+
+def word_set(text: str) -> frozenset[str]:
+    return frozenset(text.split())
+
+
 # Functions with a value; every other "fn" is opaque: equal to itself with equal arguments.
-FUNCTIONS = set(
-    "abs floor ceil min max gcd lcm mod binom ! !! ln root conj sin cos tan cot sec csc arcsin arccos arctan arccot "
-    "arcsec arccsc sinh cosh tanh coth sech csch arcsinh arccosh arctanh re im arg".split()
+FUNCTIONS = word_set(
+    "abs floor ceil min max gcd lcm mod binom ! !! ln root conj sin cos tan cot sec csc arcsin arccos arctan "
+    "arccot arcsec arccsc sinh cosh tanh coth sech csch arcsinh arccosh arctanh re im arg"
 )
 
 
@@ -199,3 +208,94 @@ def is_name(node: Node) -> bool:
     if node[0] in ("ratio", "seq"):
         return all(map(is_name, node[-1]))
     return (node[0] == "sym" and node[1] not in CONSTANTS) or (node[0] == "fn" and node[1].endswith("()"))
+
+
+# ---------------------------------------------------------------------------------------------- literals and forms
+
+
+def read_literal(text: str) -> Node:
+    """142 and 142.0 are exact; 0.50 is a decimal that states hundredths; 4.5e33 states 1e32."""
+    mantissa, _, exponent = text.lower().partition("e")
+    if len(exponent.lstrip("+-")) > 4:
+        raise Unreadable("a number has too many digits")
+    whole, _, places = mantissa.partition(".")
+    shift = int(exponent or 0)
+    if abs(shift) > 4000:
+        raise Unreadable("a number has too many digits")
+    unit = Fraction(10) ** (shift - len(places))
+    value = num(int(whole + places) * unit)
+    return ("dec", value[1], unit) if places.strip("0") else value
+
+
+NUMBER_WORDS = {
+    w: i for i, w in enumerate(["zero", "one", "two", "three", "four", "five", "six", "seven", "eight", "nine", "ten", "eleven", "twelve"])
+}
+NUMBER_WORDS["sixteen"] = 16
+
+
+def in_base(digits: str, base: str) -> Node:
+    """A number with its base."""
+    value = NUMBER_WORDS.get(base.strip().lower()) or (int(base) if regex.fullmatch(r"[0-9]{1,2}", base) else 0)
+    if not 2 <= value <= 36 or any(int(d, 36) >= value for d in digits):
+        raise Unreadable(f"{digits} is not a number in base {base}")
+    return ("base", digits.lstrip("0") or "0", value)
+
+
+def function_value(name: str, argument: Node, base: Node | None) -> Node:
+    """A function of one argument; degrees become radians in trigonometric functions only."""
+    if name == "exp":
+        return power(E, argument)
+    if name in ("log", "lg", "ln"):
+        base = num(10) if name == "lg" else base
+        top = call("ln", argument)
+        if base is None:
+            return mul(sym("unstated base"), top) if name == "log" else top
+        return divide(top, call("ln", base))
+    if DEGREE[1] in symbols(argument):
+        argument = substitute(argument, DEGREE, divide(PI, num(180)))
+    if name == "cis":
+        return add(call("cos", argument), mul(I, call("sin", argument)))
+    return call(name, argument)
+
+
+def expand_signs(node: Node) -> list[Node]:
+    """The values of a node with ±: each ± on its own, but all together where a ∓ answers them."""
+    names = sorted(name for name in symbols(node) if name.startswith("±"))
+    if len(names) > 3:
+        raise Unreadable("it has more than three ±")
+    together = "±0" in names
+    found = []
+    for signs in (
+        [(1,) * len(names), (-1,) * len(names)] if together else itertools.product((1, -1), repeat=len(names))
+    ):
+        one = node
+        for name, sign in zip(names, signs):
+            one = substitute(one, sym(name), num(sign))
+        found.append(one)
+    return found
+
+
+def usual_form(items: list[Node]) -> Node:
+    """One node for the items of a list: n = -6, 9 is n = -6, n = 9; x = 1, y = 2 is (x, y) = (1, 2)."""
+    if len(items) == 1:
+        return items[0]
+    named = [x[0] == "rel" and x[1] == ("=",) and is_name(x[2][0]) for x in items]
+    if named[0] and not any(x[0] == "rel" for x in items[1:]):
+        items = [items[0]] + [("rel", ("=",), (items[0][2][0], x)) for x in items[1:]]
+    elif all(named) and len({x[2][0] for x in items}) == len(items):
+        names, values = zip(*(x[2] for x in items))
+        return ("rel", ("=",), (("seq", "(", ")", names), ("seq", "(", ")", values)))
+    return ("list", tuple(items))
+
+
+def written_out(name: str, low: Node, high: Node, body: Node) -> Node | None:
+    """A sum or product over up to 100 whole numbers, term by term; None where the bounds are not such numbers."""
+    if name not in ("sum", "prod") or low[0] != "rel" or low[1] != ("=",) or low[2][0][0] != "sym":
+        return None
+    index, first = low[2]
+    if not all(is_number(x) and x[1].denominator == 1 for x in (first, high)) or not 0 <= high[1] - first[1] < 100:
+        return None
+    numbers = range(int(first[1]), int(high[1]) + 1)
+    if len(numbers) * size(body) > 3000:
+        raise Unreadable("a sum is too long to write out")
+    return (add if name == "sum" else mul)(*(substitute(body, index, num(k)) for k in numbers))

@@ -1,0 +1,290 @@
+"""Cuts an answer into tokens: cleans the text and spells what means the same in one way.
+
+A token is (kind, value): NUM digits, NAME a variable or constant, FUNC a function, TEXT words, COMMAND what takes
+arguments, BEGIN and END_ENV of matrices, REL a relation, SEP between the items of a list, CURRENCY, OP the rest.
+"""
+
+import regex
+
+from .tree import Unreadable, word_set
+from .vocabulary import ALIASES, CHARACTERS, COMMANDS, FUNCTION_NAMES, GREEK, KNOWN, LISTS, MATRICES, NAMED, OPERATORS, TEXTS, unit_name
+
+MAX_CHARS, MAX_TOKENS = 2_000, 700
+
+_TRANSLATION = str.maketrans(CHARACTERS)
+_NAMES_IN_RUN = "|".join(
+    sorted(FUNCTION_NAMES | {"pi", "sqrt"} | {n for n in GREEK if len(n) > 2}, key=len, reverse=True)
+)
+_RUN = regex.compile(rf"([A-Za-z]?)({_NAMES_IN_RUN})({'|'.join(GREEK)}|[A-Za-z]?)")
+_GROUPED = regex.compile(
+    r"\d{1,3}(?P<sep>,\\!\s*|\{,\}\s*|\\,|,|[ ~])\d{3}(?:(?:,\\!\s*|\{,\}\s*|\\,|,|[ ~])\d{3})*(?!,?\d)"
+)
+_NUMBER = regex.compile(r"(?:\d+\.?\d*|\.\d+)(?:[eE][-+]?\d+)?")
+_TOKEN = regex.compile(
+    r"(?P<space>(?:[\s~\"]|\\[,;:!> ])+)|\\begin\s*\{?(?P<begin>%s)\*?\}?(?:\s*(?<=array\})\{[^{}]*\})?"
+    r"|\\end\s*\{?(?P<end>%s)\*?\}?|\\(?P<command>[A-Za-z]+)|\\(?P<escaped>[{}%%&#_|$])|(?P<row>\\\\(?:\[[^\[\]]*\])?)"
+    r"|(?P<run>[A-Za-z]+)|(?P<op><=|>=|!=|==|->|=>|\.\.\.|[-+*/^_!()\[\]{}|:=<>&%%,;'])"
+    % ((f"{MATRICES}|{LISTS}",) * 2)
+)
+# "k is any whole number" after a family of solutions says nothing that is graded
+_CLAUSE = (
+    r"(?:,|\(|\\quad)\s*(?:\\text *\{ *(?:where|for|with) *\})?\s*[a-z] *\\in *\\mathbb *\{?[ZN]\}?(?:\^\{?\+\}?)?"
+)
+_PLAIN_OPERATORS = {"==": "=", "->": "→", "=>": "→", "...": "…"}
+_RELATIONS = word_set("= < > <= >= != ∈ ∉ ≈ ≡ ~ ≅ ∝ → ⊥ ∥ ⊂ ⊆")
+_SEPARATORS = {",", ";", "or", "and", "\\\\"}
+
+
+# ---------------------------------------------------------------------------------------------- the cutting
+
+
+def clean(text: str) -> str:
+    """The text without math delimiters, final punctuation and spellings that mean the same."""
+    if len(text) > MAX_CHARS:
+        raise Unreadable(f"it has {len(text):,} characters, more than {MAX_CHARS:,}")
+    if regex.search(r"[\x00-\x08\x0b-\x1f\x7f]", text):
+        raise Unreadable("it holds a control character")
+    text = text.translate(_TRANSLATION)
+    text = regex.sub(r"(?<!\\)(?:\\\\)*\K(?:\\[()\[\]]|\$)", " ", text).strip()
+    text = regex.sub(r"^\*\*(.*)\*\*$", r"\1", text).replace("**", "^")
+    text = regex.sub(r"\\(?:left|right)\s*\.|\\(?:text)?color\s*\{\w+\}|\b(?:np|math|numpy)\.", " ", text)
+    text = regex.sub(r"\bd([a-zA-Z])/d([a-zA-Z])\b", r"\\frac{d\1}{d\2}", text)
+    text = regex.sub(r"(?<=\d)\s*(k?m/(?:s|h|hr)(?:\^\{?2\}?)?)(?![A-Za-z])", r"\\text{ \1}", text)
+    text = regex.sub(
+        r"\\[dt]?frac *\{%s\} *\{%s\^?\{?(\d?)\}?\}" % ((r"\s*\\(?:text|mathrm) *\{([^{}]*)\}\s*",) * 2),
+        _unit_fraction,
+        text,
+    )
+    text = regex.sub(r"%s *\)?\s*$" % _CLAUSE, "", text)
+    text = regex.sub(r"(?<=\d)\s*[xX]\s*(?=10\s*\^)", r"\\times ", text)
+    text = regex.sub(r"(\d{0,30})\.(\d{0,30})\\(?:overline|bar|dot)\s*\{(\d{1,30})\}", _repeating, text)
+    text = regex.sub(r"(?<!\.\.)(?:\s|[.,;:]|\\[,;!\s]|\\\\|\\$)+$", "", text)
+    return regex.sub(r"^<(.*,.*)>$", r"(\1)", text)
+
+
+def _unit_fraction(match: regex.Match) -> str:
+    return f"\\text{{ {match[1]}/{match[2]}}}" + (f"^{{{match[3]}}}" if match[3] else "")
+
+
+def _repeating(match: regex.Match) -> str:
+    whole, start, cycle = match.groups()
+    top = int(whole + start + cycle) - int(whole + start or 0)
+    return f"\\frac{{{top}}}{{{'9' * len(cycle)}{'0' * len(start)}}}"
+
+
+def tokenize(text: str, grouped: bool = True, depth: int = 0) -> list[tuple[str, str]]:
+    """Tokens (kind, value). `grouped`: whether the plain comma of "1,234" is part of the number."""
+    out: list[tuple[str, str]] = []
+    at = 0
+    while at < len(text):
+        number = _match_number(text, at, grouped)
+        if number:
+            out.append(("NUM", regex.sub(r"[^\d.eE+-]", "", number)))
+            at += len(number)
+            continue
+        match = _TOKEN.match(text, at)
+        if not match:
+            raise Unreadable(f"it holds the character {text[at]!r}")
+        kind, value, at = match.lastgroup, match[match.lastgroup], match.end()
+        if kind in ("begin", "end"):
+            out.append(("BEGIN" if kind == "begin" else "END_ENV", value))
+        elif kind == "row":
+            out.append(("SEP", "\\\\"))
+        elif kind == "escaped":
+            out.append({"$": ("CURRENCY", "$"), "|": ("OP", "|"), "%": ("OP", "%")}.get(value, ("OP", "\\" + value)))
+        elif kind == "run":
+            out += _run(value, out)
+        elif kind == "op":
+            if value == "!=" and out and out[-1][0] == "NUM":
+                out.append(("OP", "!"))
+                value = "="
+            out.append(_operator(_PLAIN_OPERATORS.get(value, value)))
+        elif kind == "command":
+            at = _command(value, text, at, out, grouped, depth)
+        if len(out) > MAX_TOKENS:
+            raise Unreadable(f"it has more than {MAX_TOKENS} parts")
+    return out
+
+
+def _match_number(text: str, at: int, grouped: bool) -> str | None:
+    match = _GROUPED.match(text, at)
+    if match and not (at > 1 and text[at - 1] == "," and text[at - 2].isdigit()):
+        inside = text[:at].rstrip()[-1:] in ("(", "[", "{") and text[match.end() :].lstrip()[:1] in (
+            ")",
+            "]",
+            "}",
+            "\\",
+        )
+        plain = match["sep"] == "," and ",0" not in match.group()
+        if not plain or (grouped and not inside):
+            tail = regex.compile(r"\.\d+").match(text, match.end())
+            return match.group() + (tail.group() if tail else "")
+    match = _NUMBER.match(text, at)
+    return match.group() if match else None
+
+
+def _operator(value: str) -> tuple[str, str]:
+    if value in _SEPARATORS:
+        return ("SEP", value)
+    return ("NAME", "…") if value == "…" else ("REL" if value in _RELATIONS else "OP", value)
+
+
+def _run(run: str, before: list[tuple[str, str]]) -> list[tuple[str, str]]:
+    """A run of letters: a name, a function, a word, or a product of single letters."""
+    if run in ("or", "and", "mod"):
+        return [_operator(run)]
+    name = ALIASES.get(run, run)
+    if name == "sqrt" or (name in FUNCTION_NAMES and name not in ("re", "im", "arg")):
+        return [("COMMAND" if name == "sqrt" else "FUNC", name)]
+    if len(run) > 1 and run in NAMED and run not in ("Re", "Im", "in", "to"):
+        return [("NAME", NAMED[run])]
+    parts = _RUN.fullmatch(run)
+    if parts and parts[2] not in ("re", "im", "arg"):
+        return [token for part in parts.groups() if part for token in _run(part, before)]
+    if len(run) > 3 or (len(run) > 1 and before and before[-1][0] == "NUM" and unit_name(run) != run.lower() + "?"):
+        known = len(run) > 3 or unit_name(run) in _SHORT_UNITS
+        if known:
+            return [("TEXT", run)]
+    letters = [("NAME", letter) for letter in run]
+    if len(run) > 1 and before and before[-1] == ("OP", "/"):  # t/RC
+        return [("OP", "("), *letters, ("OP", ")")]
+    return letters
+
+
+_SHORT_UNITS = {
+    "cm",
+    "mm",
+    "km",
+    "in",
+    "ft",
+    "yd",
+    "mi",
+    "kg",
+    "mg",
+    "lb",
+    "oz",
+    "mL",
+    "min",
+    "h",
+    "s",
+    "degree",
+    "%",
+    "mph",
+}
+
+
+def _command(name: str, text: str, at: int, out: list[tuple[str, str]], grouped: bool, depth: int) -> int:
+    """Appends what a command stands for; returns where the text goes on."""
+    if name not in KNOWN:
+        known = next((name[:cut] for cut in (len(name) - 1, len(name) - 2) if name[:cut] in KNOWN), None)
+        if known is None or len(known) < 2:
+            raise Unreadable(f"it uses the unknown command \\{name}")
+        at, name = at - (len(name) - len(known)), known
+    if name in TEXTS and name != "rm":
+        start, stop = _group(text, at)
+        out += _text(text[start:stop], out, grouped, depth)
+        return stop + 1
+    if name in OPERATORS:
+        value = OPERATORS[name]
+        out.append(("CURRENCY", value) if value in "£€¥" else _operator("pmod" if name == "pmod" else value))
+    elif name in NAMED:
+        out.append(("NAME", NAMED[name]))
+    elif name in FUNCTION_NAMES or name in ALIASES:
+        out.append(("FUNC", ALIASES.get(name, name)))
+    elif name in COMMANDS:
+        out.append(("COMMAND", name))
+    return at
+
+
+def _group(text: str, at: int) -> tuple[int, int]:
+    """Start and end of the content of the {group} at `at`."""
+    opening = regex.compile(r"\s*\{").match(text, at)
+    if not opening:
+        raise Unreadable("a text command has no braces")
+    depth = 1
+    for brace in regex.finditer(r"\\.|[{}]", text, pos=opening.end(), flags=regex.DOTALL):
+        depth += {"{": 1, "}": -1}.get(brace.group(), 0)
+        if not depth:
+            return opening.end(), brace.start()
+    raise Unreadable("a brace is never closed")
+
+
+def _text(content: str, before: list[tuple[str, str]], grouped: bool, depth: int) -> list[tuple[str, str]]:
+    """Tokens of a text command: words, a unit after a number, a separator, a function, else what they would be outside."""
+    words = regex.sub(r"(?:[\s~$]|\\[,;:! ])+", " ", content).strip(" .,")
+    unit = regex.sub(r"\\cdot|[{}]", " ", words)
+    if before and (before[-1][0] == "NUM" or before[-1][1] in (")", "}")) and "^" in unit:
+        if regex.fullmatch(r"[A-Za-zÀ-ÿ](?:[A-Za-zÀ-ÿ /()-]|\^ *-?\d)*", unit):
+            return [("TEXT", unit)]
+    if not regex.fullmatch(r"[A-Za-zÀ-ÿ][A-Za-zÀ-ÿ'’\-./ ]*", words) or words in ("e", "i", "d"):
+        if depth > 3:
+            raise Unreadable("text commands are nested too deep")
+        return tokenize(content, grouped, depth + 1)
+    if words.lower() in ("or", "and"):
+        return [("SEP", words.lower())]
+    name = ALIASES.get(words, words)
+    if name in FUNCTION_NAMES:
+        return [("FUNC", name)]
+    pieces = regex.split(r"\s+(or|and)\s+", words)
+    return [("SEP", piece) if k % 2 else ("TEXT", piece) for k, piece in enumerate(pieces)]
+
+
+END = ("END", "")
+
+
+class Cursor:
+    """A place in a list of tokens."""
+
+    def __init__(self, tokens: list[tuple[str, str]]):
+        self.tokens, self.at = tokens, 0
+
+    @property
+    def token(self) -> tuple[str, str]:
+        return self.tokens[self.at] if self.at < len(self.tokens) else END
+
+    def ahead(self, count: int) -> tuple[str, str]:
+        return self.tokens[self.at + count] if self.at + count < len(self.tokens) else END
+
+    def take(self) -> str:
+        value = self.token[1]
+        self.at += 1
+        return value
+
+    def is_op(self, *values: str) -> bool:
+        return self.token[0] == "OP" and self.token[1] in values
+
+    def expect(self, *values: str) -> str:
+        if not self.is_op(*values):
+            raise Unreadable(f"{self.token[1] or 'the end'!r} stands where {' or '.join(values)} is expected")
+        return self.take()
+
+    def script_text(self) -> str:
+        """A subscript as text: of x_1, x_{n+1}, \\lambda_{\\text{red}}."""
+        if not self.is_op("{"):
+            return self.take()
+        depth, text = 0, ""
+        while True:
+            if self.token == END:
+                raise Unreadable("a brace is never closed")
+            value = self.take()
+            depth += {"{": 1, "}": -1}.get(value, 0)
+            if not depth:
+                return text
+            text += value if value != "{" else ""
+
+    def is_application(self, name: str) -> bool:
+        kinds = [self.ahead(k)[0] for k in range(1, 4)]
+        if kinds[0] in ("NUM", "NAME") and self.ahead(2) == ("OP", ")"):
+            return True
+        if name[0] in "fghFGHP" and self.ahead(1) == ("OP", "-") and self.ahead(3) == ("OP", ")"):
+            return True
+        depth = 0
+        for k in range(self.at, len(self.tokens)):
+            kind, value = self.tokens[k]
+            if kind == "OP":
+                depth += (value in ("(", "[", "{", "\\{")) - (value in (")", "]", "}", "\\}"))
+            if depth < 1:
+                return False
+            if depth == 1 and (kind == "REL" or value == ","):
+                return True
+        return False

@@ -1,0 +1,144 @@
+"""Values of expressions with mpmath, to 60 digits or more, at a constant or at random points of the variables.
+
+Bounded: what would be too large or too slow to find has no value (None). Opaque functions such as f(x) and sums that
+were not written out get a random value of their own, the same for the same arguments.
+"""
+
+import random
+from fractions import Fraction
+from functools import lru_cache
+
+import mpmath
+
+from .tree import CONSTANTS, DEGREE, FUNCTIONS, Node
+
+POINTS, ENOUGH = 8, 3
+DIGITS, SURE_DIGITS = 60, 400
+
+context = mpmath.mp.clone()
+context.dps = DIGITS
+
+
+def is_real(value) -> bool:
+    return abs(context.im(value)) <= abs(value) * context.mpf(10) ** -45
+
+
+def close(p: tuple, g: tuple, digits: int) -> bool:
+    """Equal to all but 15 of `digits`, relative to the largest sum that was formed on the way."""
+    scale = max(p[1], g[1], abs(p[0]), abs(g[0]))
+    return abs(p[0] - g[0]) <= scale * context.mpf(10) ** (15 - digits)
+
+
+class _NoValue(Exception):
+    """There is no value here, or none that is cheap to find."""
+
+
+@lru_cache(maxsize=4096)
+def value_at(node: Node, index: int, digits: int) -> tuple | None:
+    """(value, size of the largest sum on the way) of an expression at random point `index`; None if it has none."""
+    scale = [context.mpf(0)]
+    context.dps = digits
+    try:
+        value = _value(node, index, scale)
+        return (value, scale[0]) if context.isfinite(value) and scale[0] < context.mpf(10) ** 300 else None
+    except (_NoValue, ArithmeticError, ValueError):
+        return None
+    finally:
+        context.dps = DIGITS
+
+
+def exact(value: Fraction):
+    return context.mpf(value.numerator) / value.denominator
+
+
+def _variable(name: object, index: int):
+    """Points 0 to 3 are positive, below and above 1 by turns; 4 to 7 have either sign."""
+    draw = random.Random(f"{name!r} at {index}")
+    value = Fraction(draw.randrange(10**20, 9 * 10**20), 10**21)
+    if draw.random() < 0.5:
+        value = 1 + 3 * value
+    return exact(value if index < 4 or draw.random() < 0.5 else -value)
+
+
+def _value(node: Node, index: int, scale: list):
+    kind = node[0]
+    if kind in ("num", "dec"):
+        return exact(node[1])
+    if kind == "sym":
+        if node[1] in CONSTANTS:
+            return {"π": +context.pi, "e": +context.e, "i": context.mpc(0, 1)}[node[1]]
+        return context.mpf(1) if node == DEGREE else _variable(node[1], index)
+    if kind == "add":
+        total = context.mpf(0)
+        for term in node[1]:
+            value = _value(term, index, scale)
+            total += value
+            scale[0] = max(scale[0], abs(value))
+        return total
+    if kind == "mul":
+        product = context.mpf(1)
+        for factor in node[1]:
+            product *= _value(factor, index, scale)
+        return product
+    if kind == "pow":
+        return _power(_value(node[1], index, scale), _value(node[2], index, scale))
+    if kind != "fn":
+        raise _NoValue
+    if node[1] not in FUNCTIONS:
+        return _variable(node, index)
+    return _function(node[1], [_value(x, index, scale) for x in node[2]])
+
+
+def _power(base, exponent):
+    if not base:
+        if context.re(exponent) > 0:
+            return context.mpf(0)
+        raise _NoValue
+    if abs(exponent) * (abs(context.mag(base)) + 4) > 100_000:
+        raise _NoValue
+    return base**exponent
+
+
+def _function(name: str, args: list):
+    value = args[0]
+    if name == "root":
+        return _root(*args)
+    if name in ("floor", "ceil", "min", "max", "gcd", "lcm", "mod", "!!"):
+        if not all(map(is_real, args)):
+            raise _NoValue
+        args = [context.re(x) for x in args]
+        if name in ("min", "max"):
+            return {"min": min, "max": max}[name](args)
+        if name in ("gcd", "lcm", "!!"):
+            raise _NoValue
+        if name == "mod":
+            return args[0] - args[1] * context.floor(args[0] / args[1])
+        nearest = context.nint(args[0])
+        near = abs(args[0] - nearest) < context.mpf(10) ** -40
+        return nearest if near else getattr(context, name)(args[0])
+    size = max(context.mag(x) if x else 0 for x in args)
+    limits = {"!": 12, "binom": 12, "sinh": 16, "cosh": 16, "tanh": 16, "coth": 16, "sech": 16, "csch": 16}
+    if size > limits.get(name, 4000):
+        raise _NoValue
+    if name == "ln" and not value:
+        raise _NoValue
+    return _FUNCTION_OF[name](*args)
+
+
+def _root(value, degree):
+    """The real odd root of a real number."""
+    if not is_real(value):
+        return value ** (1 / degree)
+    value = context.re(value)
+    return value ** (1 / degree) if value >= 0 else -((-value) ** (1 / degree))
+
+
+_RENAMED = {
+    "abs": "fabs", "ln": "log", "!": "factorial", "binom": "binomial", "arcsin": "asin", "arccos": "acos",
+    "arctan": "atan", "arccot": "acot", "arcsec": "asec", "arccsc": "acsc", "arcsinh": "asinh", "arccosh": "acosh",
+    "arctanh": "atanh",
+}  # fmt: skip
+_FUNCTION_OF = {
+    name: getattr(context, _RENAMED.get(name, name))
+    for name in FUNCTIONS - {"root", "floor", "ceil", "min", "max", "gcd", "lcm", "mod", "!!"}
+}

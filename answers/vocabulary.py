@@ -1,0 +1,130 @@
+"""The vocabulary of answers: characters, commands, names, words and units. Tables, and the spelling of units.
+
+A command that is not here makes an answer unreadable.
+"""
+
+import regex
+
+from .tree import FUNCTIONS, word_set
+
+# Unicode and the ASCII or LaTeX it stands for.
+CHARACTERS = {
+    "−": "-", "–": "-", "—": "-", "‐": "-", "×": "\\times ", "·": "\\cdot ", "⋅": "\\cdot ", "∙": "\\cdot ", "∗": "*",
+    "÷": "\\div ", "∕": "/", "⁄": "/", "√": "\\sqrt ", "∛": "\\sqrt[3]", "∜": "\\sqrt[4]", "∞": "\\infty ",
+    "°": "\\degree ", "º": "\\degree ", "≤": "\\le ", "⩽": "\\le ", "≥": "\\ge ", "⩾": "\\ge ", "≠": "\\ne ",
+    "≈": "\\approx ", "≡": "\\equiv ", "∈": "\\in ", "∪": "\\cup ", "∩": "\\cap ", "∖": "\\setminus ", "±": "\\pm ",
+    "∓": "\\mp ", "∅": "\\emptyset ", "ℝ": "\\mathbb{R}", "ℤ": "\\mathbb{Z}", "ℕ": "\\mathbb{N}", "ℚ": "\\mathbb{Q}",
+    "ℂ": "\\mathbb{C}", "⌊": "\\lfloor ", "⌋": "\\rfloor ", "⌈": "\\lceil ", "⌉": "\\rceil ", "⟨": "\\langle ",
+    "⟩": "\\rangle ", "〈": "\\langle ", "〉": "\\rangle ", "′": "'", "’": "'", "‘": "'", "″": "''", "“": '"', "”": '"',
+    "…": "\\ldots ", "⋯": "\\ldots ", "（": "(", "）": ")", "［": "[", "］": "]", "，": ",", "、": ",", "；": ";", "：": ":",
+    "。": ".", "％": "%", "＝": "=", "＋": "+", "－": "-", "＜": "<", "＞": ">", "∶": ":", "→": "\\to ", "⇒": "\\to ",
+    "ı": "i", "ħ": "\\hbar ", "ℏ": "\\hbar ", "∂": "\\partial ", "∑": "\\sum ", "∏": "\\prod ", "∫": "\\int ",
+    "½": "\\frac{1}{2}", "⅓": "\\frac{1}{3}", "⅔": "\\frac{2}{3}", "¼": "\\frac{1}{4}", "¾": "\\frac{3}{4}",
+    "⅕": "\\frac{1}{5}", "⅙": "\\frac{1}{6}", "⅛": "\\frac{1}{8}", "⅜": "\\frac{3}{8}", "⅝": "\\frac{5}{8}",
+    "⅞": "\\frac{7}{8}", "€": "\\euro ", "¢": "\\text{ cents}", "Å": "Å", "£": "\\pounds ", "¥": "\\yen ", "\u00a0": " ", "\u2009": " ", "\u202f": " ",
+    "\u200b": "", "\ufeff": "", "𝑖": "i", "∠": "\\angle ", "△": "\\triangle ", "⊥": "\\perp ", "∥": "\\parallel ",
+    "∣": "|", "ϵ": "\\epsilon ", "ϕ": "\\phi ", "µ": "\\mu ",
+}  # fmt: skip
+GREEK = {
+    "alpha": "α", "beta": "β", "gamma": "γ", "delta": "δ", "epsilon": "ε", "zeta": "ζ", "eta": "η", "theta": "θ",
+    "iota": "ι", "kappa": "κ", "lambda": "λ", "mu": "μ", "nu": "ν", "xi": "ξ", "pi": "π", "rho": "ρ", "sigma": "σ",
+    "tau": "τ", "upsilon": "υ", "phi": "φ", "chi": "χ", "psi": "ψ", "omega": "ω", "Gamma": "Γ", "Delta": "Δ",
+    "Theta": "Θ", "Lambda": "Λ", "Xi": "Ξ", "Pi": "Π", "Sigma": "Σ", "Upsilon": "Υ", "Phi": "Φ", "Psi": "Ψ",
+    "Omega": "Ω",
+}  # fmt: skip
+CHARACTERS |= {letter: f"\\{name} " for name, letter in GREEK.items()}
+CHARACTERS |= {digit: f"^{{{value}}}" for value, digit in enumerate("⁰¹²³⁴⁵⁶⁷⁸⁹")}
+CHARACTERS |= {"⁻": "^-", "ⁿ": "^n"} | {digit: f"_{{{value}}}" for value, digit in enumerate("₀₁₂₃₄₅₆₇₈₉")}
+
+# Command or plain word -> symbol.
+NAMED = GREEK | {"var" + name: GREEK[name] for name in ("epsilon", "theta", "pi", "rho", "sigma", "phi")}
+NAMED |= {
+    "infty": "∞", "infinity": "∞", "infin": "∞", "inf": "∞", "oo": "∞", "hbar": "ħ", "ell": "ℓ", "partial": "∂",
+    "mho": "℧", "imath": "i", "jmath": "j", "degree": "°", "ldots": "…", "dots": "…", "cdots": "…", "dotsc": "…",
+    "dotsb": "…", "vdots": "…", "ddots": "…", "aleph": "ℵ", "nabla": "∇", "wp": "℘", "Re": "Re", "Im": "Im",
+    "odot": "☉", "oplus": "⊕", "otimes": "⊗", "dagger": "†", "star": "⋆", "forall": "∀", "exists": "∃", "therefore": "∴",
+    "Box": "□", "square": "□", "cdotp": "·",
+}  # fmt: skip
+OPERATORS = {
+    "cdot": "*", "times": "*", "ast": "*", "div": "/", "le": "<=", "leq": "<=", "leqslant": "<=", "ge": ">=",
+    "geq": ">=", "geqslant": ">=", "ne": "!=", "neq": "!=", "lt": "<", "gt": ">", "pm": "±", "mp": "∓", "cup": "∪",
+    "bigcup": "∪", "cap": "∩", "setminus": "∖", "backslash": "∖", "in": "∈", "notin": "∉", "approx": "≈", "simeq": "≈",
+    "equiv": "≡", "sim": "~", "cong": "≅", "propto": "∝", "to": "→", "rightarrow": "→", "Rightarrow": "→",
+    "implies": "→", "mapsto": "→", "perp": "⊥", "parallel": "∥", "mid": "|", "vert": "|", "lvert": "|", "rvert": "|",
+    "Vert": "|", "lfloor": "⌊", "rfloor": "⌋", "lceil": "⌈", "rceil": "⌉", "langle": "(", "rangle": ")",
+    "lbrace": "\\{", "rbrace": "\\}", "lbrack": "[", "rbrack": "]", "colon": ":", "prime": "'", "circ": "∘",
+    "subset": "⊂", "subseteq": "⊆", "land": "and", "lor": "or", "vee": "or", "wedge": "and", "pounds": "£",
+    "euro": "€", "yen": "¥", "choose": "choose", "emptyset": "∅", "varnothing": "∅", "bmod": "mod", "pmod": "mod",
+    "mod": "mod", "newline": "\\\\",
+}  # fmt: skip
+SPACING = word_set(
+    "left right big Big bigg Bigg bigl bigr Bigl Bigr biggl biggr Biggl Biggr displaystyle textstyle "
+    "scriptstyle limits nolimits quad qquad thinspace enspace hspace hfill space normalsize large Large small "
+    "tiny bf rm it ensuremath"
+)
+FONTS = word_set(
+    "textbf mathbf boldsymbol bm mathit textit emph underline boxed fbox mathsf textsf cancel bcancel pmb "
+    "mathnormal texttt mathtt textsc"
+)
+TEXTS = {"text", "mathrm", "mbox", "textrm", "textnormal", "operatorname", "hbox", "rm", "textup"}
+ACCENTS = word_set(
+    "overline bar hat vec dot ddot tilde widehat widetilde overrightarrow mathcal mathfrak mathscr"
+)
+
+STOP_WORDS = word_set(
+    "if when where for not no mod except than with without is are isnt to base more less most least fewer over "
+    "under about approximately nearly almost roughly between until up either neither nor but wrong false "
+    "incorrect"
+)
+SCALES = {"hundred": 10**2, "thousand": 10**3, "million": 10**6, "billion": 10**9, "trillion": 10**12, "dozen": 12}
+SHORT_WORDS = word_set(
+    "yes no odd all any none one two six ten red sun mon tue wed thu fri sat max min dne"
+)
+
+_UNITS = {
+    "cm": "centimeter centimetre", "mm": "millimeter millimetre", "km": "kilometer kilometre", "m": "meter metre",
+    "in": "inch inche", "ft": "foot feet", "yd": "yard", "mi": "mile", "kg": "kilogram kilo", "g": "gram gm",
+    "mg": "milligram", "lb": "pound", "oz": "ounce", "L": "liter litre l", "mL": "milliliter millilitre ml",
+    "s": "second sec", "min": "minute", "h": "hour hr", "day": "day", "week": "week wk", "month": "month",
+    "year": "year yr", "degree": "degree deg", "%": "percent pct percentage", "cent": "cent ¢",
+    "$": "dollar buck usd", "unit": "unit", "N": "newton", "J": "joule", "W": "watt", "V": "volt", "A": "ampere amp",
+    "K": "kelvin", "Pa": "pascal", "Hz": "hertz", "rad": "radian", "C": "celsius", "F": "fahrenheit",
+}  # fmt: skip
+_SPELLINGS = {long: short for short, names in _UNITS.items() for long in [short, *names.split()]}
+
+
+def unit_name(words: str) -> str:
+    """One spelling per unit: "square inches" and "in^2" agree, "cm" and "m" do not."""
+    words = regex.sub(
+        r"(square|sq|cubic|cu)\b\.?\s*([A-Za-z]+)", lambda m: f"{m[2]}^{2 if m[1][0] == 's' else 3}", words
+    )
+    words = regex.sub(r"\bsquared\b", "^2", regex.sub(r"\bcubed\b", "^3", words))
+    words = words.replace(" per ", "/").replace("·", " ").replace(".", "")
+    return regex.sub(r"[\s{}]+", "", regex.sub(r"[A-Za-z%$¢]+", _one_unit, words)).replace("mi/h", "mph")
+
+
+def _one_unit(match: regex.Match) -> str:
+    word = match.group()
+    if word in _SPELLINGS:
+        return _SPELLINGS[word]
+    word = word.lower()
+    single = word[:-1] if word.endswith("s") and len(word) > 2 else word
+    return _SPELLINGS.get(word) or _SPELLINGS.get(single) or single
+
+FUNCTION_NAMES = FUNCTIONS - {"!", "!!", "root", "abs", "floor", "ceil", "mod", "binom"} | {
+    "log",
+    "lg",
+    "exp",
+    "tg",
+    "ctg",
+}
+ALIASES = {"arcsin": "asin", "arccos": "acos", "arctan": "atan", "tan": "tg", "cot": "ctg"}
+ALIASES = {short: long for long, short in ALIASES.items()}
+COMMANDS = (
+    word_set("sqrt binom begin end sum prod int lim angle triangle measuredangle mathbb")
+    | ACCENTS
+)
+COMMANDS |= {"frac", "dfrac", "tfrac", "cfrac", "dbinom", "tbinom"}
+MATRICES = "pmatrix|bmatrix|matrix|smallmatrix|Bmatrix|vmatrix|array"
+LISTS = "aligned|align|cases|gathered|split"
+KNOWN = set(NAMED) | set(OPERATORS) | SPACING | FONTS | TEXTS | COMMANDS | FUNCTION_NAMES | set(ALIASES)

@@ -1,0 +1,87 @@
+"""Benchmarks: problem files by name, with the paper's number of samples for each.
+
+data/prepare.py writes the public ones to data/benchmarks/. A row may have "options" (multiple choice) beside the
+fields of data/loader.py. Left out: problems with images, proofs, code.
+"""
+
+import dataclasses
+import itertools
+import json
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+from data.loader import Encoded, Problem, load_problems
+
+PAPER = {  # the paper's benchmarks and its samples per problem [paper 4.1]
+    "aime24": 32,
+    "aime25": 32,
+    "amc23": 32,
+    "math500": 1,
+    "minerva": 1,
+    "olympiad": 1,
+    "arc_c": 1,
+    "gpqa_diamond": 1,
+    "mmlu_pro": 1,
+}
+FILES = {name: Path(f"data/benchmarks/{name}.jsonl") for name in (*PAPER, "gsm8k_test")}
+FILES["embedded"] = Path("data/recipes/test.jsonl")
+
+
+@dataclass
+class Benchmark:
+    """A set of problems, and how many samples each gets."""
+
+    name: str
+    path: Path
+    samples: int
+    problems: list[Problem]
+    options: dict[str, list[str]]  # by problem id, for multiple choice
+    left_out: int  # problems whose gold answer the grader cannot read: data/prepare.py sets them aside
+    encoded: list[Encoded] = dataclasses.field(default_factory=list)
+
+
+def load_benchmark(name: str, path: Path, samples: int, per_level: int | None, system: str | None) -> Benchmark:
+    """A JSONL file as a benchmark: the first `per_level` problems of each level (None: all), `system` (None: the
+    rows' own) as system message. ValueError, one line, for a missing file or a bad line."""
+    if not path.is_file() and FILES.get(name) == path:
+        raise ValueError(f"benchmark {name} is not here yet: run  python data/prepare.py {name}")
+    problems = load_problems(path)
+    rows = (json.loads(line) for line in path.read_text(encoding="utf-8").splitlines() if line.strip())
+    options = {problem.id: row["options"] for problem, row in zip(problems, rows) if row.get("options")}
+    if per_level is not None:
+        levels = dict.fromkeys(problem.level for problem in problems)
+        problems = [p for level in levels for p in [q for q in problems if q.level == level][:per_level]]
+    if system is not None:
+        problems = [dataclasses.replace(problem, system=system) for problem in problems]
+    aside = path.with_suffix(".left_out.jsonl")
+    left_out = len(aside.read_text(encoding="utf-8").splitlines()) if aside.exists() else 0
+    return Benchmark(name, path, samples, problems, options, left_out)
+
+
+def choose_benchmarks(
+    names: str,
+    data: Path | None,
+    samples: int | None = None,
+    per_level: int | None = None,
+    system: str | None = None,
+) -> list[Benchmark]:
+    """The benchmarks of a comma-separated list of names ("paper": the paper's nine), and the file `data` beside them.
+
+    samples None: the paper's number for each. Raises ValueError for an unknown name or a file that is not there.
+    """
+    listed = [n for name in names.split(",") if name for n in (PAPER if name == "paper" else [name])]
+    for name in listed:
+        if name not in FILES:
+            raise ValueError(f"unknown benchmark {name!r}: choose from {', '.join(FILES)}, or paper (the first nine)")
+    chosen = {name: FILES[name] for name in listed} | ({data.stem: data} if data else {})
+    if not chosen:
+        raise ValueError("nothing to evaluate on: give --benchmarks or --data")
+    return [load_benchmark(n, path, samples or PAPER.get(n, 1), per_level, system) for n, path in chosen.items()]
+
+
+def all_draws(benchmarks: Iterable[Benchmark]) -> Iterator[tuple[Benchmark, int, int]]:
+    """(benchmark, index of the problem, sample) of every response, in the order of generations.jsonl."""
+    for benchmark in benchmarks:
+        for i, k in itertools.product(range(len(benchmark.problems)), range(benchmark.samples)):
+            yield benchmark, i, k

@@ -1,0 +1,63 @@
+"""Multiple choice: how a question lists its options, and how a response that chose one is graded.
+
+The boxed answer may be the letter ("C", "(C)", "\\text{C.}"), the letter with its option ("C) iron"), or the
+option's text ("iron", "\\frac12" for "1/2"). It is right if it names the gold option and no other. Left out:
+answers outside a box, and letters picked out of a sentence: what was meant there is a guess.
+"""
+
+from collections.abc import Sequence
+
+import regex
+
+from reward import extract_boxed, grade, is_equivalent, is_read
+
+LETTERS = "ABCDEFGHIJ"
+_STYLE = regex.compile(r"\s*\\(?:text|textbf|textit|mathrm|mathbf|mbox|boxed)\s*\{([^{}]*)\}\s*")
+_LETTER = regex.compile(r"\(?\s*([A-J])\s*\)?\s*[.:]?")
+_LABELLED = regex.compile(r"\(?([A-J])\s*[).:]\s*(.+)", regex.DOTALL)
+
+
+def question(stem: str, options: Sequence[str]) -> str:
+    """The question with its options below, a line each: "A) …"."""
+    if not 2 <= len(options) <= len(LETTERS):
+        raise ValueError(f"a question has {len(options)} options, expected 2 to {len(LETTERS)}: {stem[:60]!r}")
+    return stem.strip() + "\n\n" + "\n".join(f"{letter}) {text.strip()}" for letter, text in zip(LETTERS, options))
+
+
+def _bare(text: str) -> str:
+    """Text without dollar signs and wrappers such as \\text{} around it."""
+    text = text.strip().strip("$").strip()
+    while styled := _STYLE.fullmatch(text):
+        text = styled.group(1).strip()
+    return text
+
+
+def _plain(text: str) -> str:
+    """For comparing words: bare, without a final full stop, case and extra blanks."""
+    return " ".join(_bare(text).split()).rstrip(".").casefold()
+
+
+def chosen(boxed: str, options: Sequence[str]) -> str | None:
+    """The letter of the option that `boxed` names; None where it names none, or more than one."""
+    letters = LETTERS[: len(options)]
+    text = _bare(boxed)
+    if (letter := _LETTER.fullmatch(text)) and letter.group(1) in letters:
+        return letter.group(1)
+    labelled = _LABELLED.fullmatch(text)
+    if labelled and labelled.group(1) in letters:
+        own = options[letters.index(labelled.group(1))]
+        if _plain(labelled.group(2)) == _plain(own):
+            return labelled.group(1)
+    same = [letter for letter, option in zip(letters, options) if _plain(option) == _plain(text)]
+    if not same:
+        same = [letter for letter, option in zip(letters, options) if is_equivalent(text, option)]
+    return same[0] if len(same) == 1 else None
+
+
+def grade_response(response: str, gold: str, options: Sequence[str] = ()) -> tuple[float, bool]:
+    """(reward 0 or 1, whether the boxed answer could be read). Without options it is reward.grade."""
+    if not options:
+        return grade(response, gold), is_read(response)
+    boxed = extract_boxed(response)
+    letter = None if boxed is None else chosen(boxed, options)
+    return float(letter == gold), letter is not None or is_read(response)

@@ -1,0 +1,244 @@
+"""Public sets from the Hugging Face hub as JSONL in our row format: python data/prepare.py NAME …
+
+    python data/prepare.py aime24 math500      benchmarks -> data/benchmarks/NAME.jsonl, for eval.py
+    python data/prepare.py paper               the paper's nine benchmarks
+    python data/prepare.py gsm8k openr1-46k    training sets with demonstrations -> data/train/NAME.jsonl
+
+Needs `datasets` (requirements-dev.txt). A file that is there already is kept (--force fetches it again), so a call
+that was stopped goes on. The number of rows is checked. The system message is carried in each row. Rows whose gold
+answer the grader cannot read are set aside in NAME.left_out.jsonl and counted: nobody could be right on them.
+Options of GPQA are shuffled by a seed made of the question's id; ARC and MMLU-Pro keep the order of the hub.
+
+Left out: the demonstrations of openr1-46k are not cut or graded here: data/loader.py does that when it knows the
+token budget. OlympiadBench has 674 problems on the hub where the paper's copy has 675.
+"""
+
+import argparse
+import json
+import os
+import random
+import re
+import sys
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # run as a script, it finds the grader
+
+from benchmarks import PAPER
+from choice import LETTERS, question
+from reward import check_gold
+
+Row = dict[str, Any]
+FOLDER = Path("data")
+SOLVE = "Please reason step by step, and put your final answer within \\boxed{}."
+CHOOSE = "Please reason step by step, and put the letter of the right option within \\boxed{}."
+
+
+# ---- one function per schema: (row of the hub, its index) -> fields of ours
+
+
+def math500(row: Row, index: int) -> Row:
+    """HuggingFaceH4/MATH-500: problem, solution, answer, subject, level (1 to 5), unique_id."""
+    return {"problem": row["problem"], "answer": row["answer"], "level": f"level {row['level']}"}
+
+
+def aime(row: Row, index: int) -> Row:
+    """HuggingFaceH4/aime_2024 and math-ai/aime25: problem, answer ("025", "70") and more."""
+    return {"problem": row["problem"], "answer": str(row["answer"])}
+
+
+def amc23(row: Row, index: int) -> Row:
+    """AI-MO/aimo-validation-amc: id, problem, answer (a float, always whole), url."""
+    answer = float(row["answer"])
+    return {"problem": row["problem"], "answer": str(int(answer)) if answer.is_integer() else str(answer)}
+
+
+def minerva(row: Row, index: int) -> Row:
+    """math-ai/minervamath: question, answer."""
+    return {"problem": row["question"], "answer": row["answer"]}
+
+
+def olympiad(row: Row, index: int) -> Row:
+    """Hothan/OlympiadBench: question, final_answer (a list with one text, answers of several parts joined by
+    commas), unit, subfield and more."""
+    answer = ", ".join(text.strip() for text in row["final_answer"])
+    return {"problem": row["question"], "answer": answer, "level": row["subfield"]}
+
+
+def multiple_choice(stem: str, options: list[str], gold: int, level: str = "") -> Row:
+    """Our row of a question whose right option has index `gold`."""
+    fields = {"problem": question(stem, options), "answer": LETTERS[gold], "options": options, "system": CHOOSE}
+    return fields | ({"level": level} if level else {})
+
+
+def arc_c(row: Row, index: int) -> Row:
+    """allenai/ai2_arc: id, question, choices {text: […], label: […]}, answerKey; labels are A to E or 1 to 4."""
+    return multiple_choice(row["question"], row["choices"]["text"], row["choices"]["label"].index(row["answerKey"]))
+
+
+def gpqa_diamond(row: Row, index: int) -> Row:
+    """Idavidrein/gpqa: Question, Correct Answer, Incorrect Answer 1 to 3, High-level domain, Record ID and more."""
+    options = [row["Correct Answer"], *(row[f"Incorrect Answer {i}"] for i in (1, 2, 3))]
+    order = list(range(4))
+    random.Random(f"gpqa {row['Record ID']}").shuffle(order)
+    options = [options[i].strip() for i in order]
+    return multiple_choice(row["Question"], options, order.index(0), row["High-level domain"])
+
+
+def mmlu_pro(row: Row, index: int) -> Row:
+    """TIGER-Lab/MMLU-Pro: question, options (up to ten, filled up with "N/A"), answer, answer_index, category."""
+    options = [text.strip() for text in row["options"] if text != "N/A"]
+    gold = row["answer_index"] - row["options"][: row["answer_index"]].count("N/A")
+    return multiple_choice(row["question"], options, gold, row["category"])
+
+
+def gsm8k(row: Row, index: int) -> Row:
+    """openai/gsm8k: question, answer: a human solution with marks <<48/2=24>> and a last line "#### 72"."""
+    solution, _, answer = row["answer"].rpartition("####")
+    answer = answer.strip().replace(",", "")
+    steps = re.sub(r"<<[^<>]*>>", "", solution).strip()
+    return {"problem": row["question"], "answer": answer, "demonstrations": [f"{steps}\n\\boxed{{{answer}}}"]}
+
+
+def gsm8k_test(row: Row, index: int) -> Row:
+    return {key: value for key, value in gsm8k(row, index).items() if key != "demonstrations"}
+
+
+def openr1_46k(row: Row, index: int) -> Row:
+    """Elliott/Openr1-Math-46k-8192: prompt [system, user], target [assistant], reward_model {ground_truth, style}."""
+    said = {message["role"]: message["content"] for message in row["prompt"]}
+    return {
+        "problem": said["user"],
+        "answer": row["reward_model"]["ground_truth"],
+        "system": said.get("system", ""),
+        "demonstrations": [row["target"][0]["content"]],
+    }
+
+
+@dataclass(frozen=True)
+class Source:
+    """Where a set is on the hub, how many rows it has (a range where the hub's count is not fixed)."""
+
+    path: str
+    config: str | None
+    split: str
+    rows: tuple[int, int]
+    convert: Callable[[Row, int], Row]
+    folder: str = "benchmarks"
+    gated: bool = False
+
+
+SOURCES = {
+    "aime24": Source("HuggingFaceH4/aime_2024", None, "train", (30, 30), aime),
+    "aime25": Source("math-ai/aime25", None, "test", (30, 30), aime),
+    "amc23": Source("AI-MO/aimo-validation-amc", None, "train", (83, 83), amc23),
+    "math500": Source("HuggingFaceH4/MATH-500", None, "test", (500, 500), math500),
+    "minerva": Source("math-ai/minervamath", None, "test", (272, 272), minerva),
+    "olympiad": Source("Hothan/OlympiadBench", "OE_TO_maths_en_COMP", "train", (674, 675), olympiad),
+    "arc_c": Source("allenai/ai2_arc", "ARC-Challenge", "test", (1172, 1172), arc_c),
+    "gpqa_diamond": Source("Idavidrein/gpqa", "gpqa_diamond", "train", (198, 198), gpqa_diamond, gated=True),
+    "mmlu_pro": Source("TIGER-Lab/MMLU-Pro", None, "test", (12032, 12032), mmlu_pro),
+    "gsm8k_test": Source("openai/gsm8k", "main", "test", (1319, 1319), gsm8k_test),
+    "gsm8k": Source("openai/gsm8k", "main", "train", (7473, 7473), gsm8k, folder="train"),
+    "openr1-46k": Source("Elliott/Openr1-Math-46k-8192", None, "train", (45_000, 47_000), openr1_46k, folder="train"),
+}
+
+
+# ---- fetch and write
+
+
+def download(name: str, source: Source) -> list[Row]:
+    """The rows of a set. ValueError, one line, where it cannot be had, with what to do."""
+    try:
+        import datasets
+    except ImportError:
+        raise ValueError("the package datasets is missing: pip install -r requirements-dev.txt") from None
+    page = f"https://huggingface.co/datasets/{source.path}"
+    try:
+        return list(datasets.load_dataset(source.path, source.config, split=source.split))
+    except Exception as error:  # the hub's clients raise errors of many kinds
+        reason = (str(error).strip() or type(error).__name__).split("\n")[0]
+        if source.gated:
+            help = f"it is gated: accept its terms at {page}, then run  hf auth login  with a read token"
+        else:
+            help = f"check the network and {page}"
+        raise ValueError(f"{name} could not be fetched ({reason[:200]}): {help}") from error
+
+
+def convert(name: str, source: Source, rows: list[Row]) -> tuple[list[Row], list[Row]]:
+    """Our rows, and those set aside because the grader cannot read their gold answer."""
+    low, high = source.rows
+    if not low <= len(rows) <= high:
+        expected = str(low) if low == high else f"{low} to {high}"
+        raise ValueError(f"{name}: {source.path} has {len(rows)} rows, expected {expected}: has the set changed?")
+    ours, left_out = [], []
+    for index, row in enumerate(rows):
+        try:
+            fields = source.convert(row, index)
+        except (KeyError, TypeError, AttributeError, IndexError) as error:
+            raise ValueError(
+                f"{name}: row {index} of {source.path} has not the fields expected ({error!r}): it has {sorted(row)}"
+            ) from error
+        new = {"id": f"{name}-{index}", **fields}
+        new.setdefault("system", SOLVE)
+        try:
+            check_gold(new["answer"])
+        except ValueError:
+            left_out.append(new)
+        else:
+            ours.append(new)
+    return ours, left_out
+
+
+def write_rows(path: Path, rows: list[Row]) -> None:
+    """Write a JSONL file whole or not at all; none for no rows."""
+    if not rows:
+        path.unlink(missing_ok=True)
+        return
+    path.parent.mkdir(parents=True, exist_ok=True)
+    partial = path.with_name(path.name + ".partial")
+    with partial.open("w", encoding="utf-8") as file:
+        file.writelines(json.dumps(row, ensure_ascii=False) + "\n" for row in rows)
+    os.replace(partial, path)
+
+
+def prepare(name: str, force: bool = False) -> Path:
+    """Make sure the JSONL file of `name` is there -> its path. ValueError, one line, if it cannot be made."""
+    source = SOURCES[name]
+    path = FOLDER / source.folder / f"{name}.jsonl"
+    if path.exists() and not force:
+        print(f"{name}: {path} is there already (--force fetches it again)")
+        return path
+    rows, left_out = convert(name, source, download(name, source))
+    write_rows(path.with_suffix(".left_out.jsonl"), left_out)
+    write_rows(path, rows)
+    aside = ", ".join(f"{row['id']} {row['answer'][:40]!r}" for row in left_out[:5])
+    told = f"; {len(left_out)} left out, the grader cannot read their gold: {aside}" if left_out else ""
+    print(f"{name}: {len(rows)} rows of {source.path} -> {path}{told}")
+    return path
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description="Public sets -> JSONL.", allow_abbrev=False)
+    parser.add_argument("names", nargs="+", metavar="NAME", help=f"{', '.join(SOURCES)}, or paper")
+    parser.add_argument("--force", action="store_true", help="fetch what is there already again")
+    args = parser.parse_args()
+    names = list(dict.fromkeys(n for name in args.names for n in (PAPER if name == "paper" else [name])))
+    unknown = [name for name in names if name not in SOURCES]
+    failed = False
+    if unknown:
+        print(f"prepare.py: unknown set {unknown[0]!r}: choose from {', '.join(SOURCES)}, or paper", file=sys.stderr)
+        sys.exit(2)
+    for name in names:
+        try:
+            prepare(name, args.force)
+        except ValueError as error:  # the others can still be had
+            print(f"prepare.py: {error}", file=sys.stderr)
+            failed = True
+    sys.exit(2 if failed else 0)
+
+
+if __name__ == "__main__":
+    main()

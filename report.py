@@ -1,0 +1,189 @@
+"""The report of an evaluation: results.json, results.md and the tables on the terminal; evaluations side by side.
+
+results.json is {"settings", "results": {benchmark: {level or "all": a row of stats.summarize}}, "average" over the
+benchmarks, "right": {benchmark: {level: {problem id: right samples}}}}. Figures are in plot.py.
+"""
+
+import json
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from checkpoint import write_text
+from stats import Answers, average_interval, mean, paired_difference, pass_at_k, powers_of_two, summarize
+
+Results = dict[str, Any]  # a results.json
+
+PUBLISHED = {  # accuracy in %, Qwen2.5-Math-7B [arXiv 2507.01679, tables 1 and 2]
+    "base": {"aime24": 11.5, "aime25": 4.9, "amc23": 31.3, "math500": 43.6, "minerva": 7.4, "olympiad": 15.6},
+    "SFT": {"aime24": 22.2, "aime25": 22.3, "amc23": 52.8, "math500": 82.6, "minerva": 40.8, "olympiad": 43.7},
+    "RFT": {"aime24": 25.1, "aime25": 15.3, "amc23": 62.0, "math500": 84.4, "minerva": 39.3, "olympiad": 46.8},
+    "SFT→RFT": {"aime24": 25.8, "aime25": 23.1, "amc23": 62.7, "math500": 87.2, "minerva": 39.7, "olympiad": 50.4},
+    "RFT + SFT": {"aime24": 19.5, "aime25": 16.4, "amc23": 49.7, "math500": 80.4, "minerva": 34.9, "olympiad": 39.4},
+    "ReLIFT": {"aime24": 28.2, "aime25": 20.1, "amc23": 64.9, "math500": 87.4, "minerva": 33.8, "olympiad": 52.5},
+    "LUFFY": {"aime24": 29.4, "aime25": 23.1, "amc23": 65.6, "math500": 87.6, "minerva": 37.5, "olympiad": 57.2},
+    "Prefix-RFT": {"aime24": 31.8, "aime25": 26.4, "amc23": 68.2, "math500": 88.4, "minerva": 40.3, "olympiad": 55.7}
+    | {"gpqa_diamond": 39.1, "mmlu_pro": 52.1},
+}
+SIX = ("aime24", "aime25", "amc23", "math500", "minerva", "olympiad")  # the paper's "avg" is over these
+
+
+# ---- tables
+
+
+def percent(low: float, high: float | None = None) -> str:
+    """0.3125 -> "31.2"; two shares as an interval: "[20.1, 44.0]"."""
+    return f"{100 * low:.1f}" if high is None else f"[{100 * low:.1f}, {100 * high:.1f}]"
+
+
+def markdown_table(rows: Sequence[Sequence[str]]) -> str:
+    """A Markdown table whose columns are aligned, so that it reads well in a terminal too; rows[0] is the header."""
+    widths = [max(map(len, column)) for column in zip(*rows)]
+    lines = [
+        "| " + " | ".join(c.ljust(w) if i == 0 else c.rjust(w) for i, (c, w) in enumerate(zip(row, widths))) + " |"
+        for row in rows
+    ]
+    rule = "|" + "|".join("-" * (w + 2) if i == 0 else "-" * (w + 1) + ":" for i, w in enumerate(widths)) + "|"
+    return "\n".join([lines[0], rule, *lines[1:]]) + "\n"
+
+
+def cells(results: Results) -> dict[tuple[str, str], dict[str, float]]:
+    """{(benchmark, level): its row}, levels before "all"; a single level says what "all" says and is left out."""
+    return {
+        (name, level): row
+        for name, table in results["results"].items()
+        for level, row in table.items()
+        if level == "all" or len(table) > 2
+    }
+
+
+def label(name: str, level: str) -> str:
+    return name if level == "all" else f"{name}: {level}"
+
+
+def results_tables(results: Results) -> str:
+    """Accuracy by benchmark and level as one Markdown table, pass@k as another where there is more than k = 1."""
+    rows = [["benchmark", "problems", "k", "accuracy", "95% interval", "tokens", "cut off %", "unread %"]]
+    curves = []
+    for key, row in cells(results).items():
+        line = [label(*key), str(row["problems"]), str(row["samples"]), percent(row["accuracy"])]
+        line += [percent(row["low"], row["high"]), f"{row['response_tokens']:.1f}"]
+        rows.append([*line, percent(row["truncated"]), percent(row["unread"])])
+        curves.append([label(*key), {k: percent(row[f"pass@{k}"]) for k in powers_of_two(row["samples"])}])
+    if average := results.get("average"):
+        line = [f"average of {len(results['results'])}", "", "", percent(average["accuracy"])]
+        rows.append([*line, percent(average["low"], average["high"]), "", "", ""])
+    text = markdown_table(rows)
+    ks = sorted({k for _, curve in curves for k in curve})
+    if len(ks) > 1:
+        body = [[name, *(curve.get(k, "") for k in ks)] for name, curve in curves]
+        text += "\n" + markdown_table([["pass@k in %", *map(str, ks)], *body])
+    return text
+
+
+# ---- one evaluation
+
+
+def report(folder: Path, settings: dict[str, Any], answers: dict[str, list[Answers]]) -> None:
+    """Write the report on `answers` (by benchmark) into `folder`, and print its tables."""
+    results: Results = {"settings": settings, "results": {n: summarize(a) for n, a in answers.items()}}
+    if len(answers) > 1:
+        scores = [[a.right / a.samples for a in found] for found in answers.values()]
+        low, high = average_interval(scores)
+        results["average"] = {"accuracy": mean([mean(s) for s in scores]), "low": low, "high": high}
+    results["right"] = {}
+    for name, found in answers.items():
+        levels = dict.fromkeys(a.level for a in found)
+        results["right"][name] = {level: {a.id: a.right for a in found if a.level == level} for level in levels}
+    write_text(folder / "results.json", json.dumps(results, indent=1, ensure_ascii=False) + "\n")
+    tables = results_tables(results)
+    listed = "".join(f"- {k}: `{json.dumps(v, ensure_ascii=False)}`\n" for k, v in settings.items())
+    title = f"# {settings['model']}\n\nAccuracy is avg@k in %: the mean over problems of the share of right samples."
+    write_text(folder / "results.md", f"{title}\n\n{tables}\n## Settings\n\n{listed}")
+    print(f"\n{tables}")
+    for name, table in results["results"].items():
+        lost = table["all"]["truncated"] + table["all"]["unread"]
+        if lost > 0.5:
+            print(f"{name}: {percent(lost)}% of the responses were cut off or had no readable boxed answer")
+    print(f"written to {folder}/: generations.jsonl, settings.json, results.json, results.md, {figure(folder)}")
+
+
+def figure(folder: Path) -> str:
+    """Draw passk.png if matplotlib is there -> what to say about it."""
+    try:
+        from plot import draw_pass_at_k
+    except ImportError:
+        return f"(no passk.png: pip install matplotlib, then python plot.py --compare {folder})"
+    return draw_pass_at_k([folder], folder / "passk.png").name
+
+
+# ---- several evaluations
+
+
+def read_results(folder: Path) -> Results:
+    file = folder / "results.json"
+    if not file.exists():
+        raise ValueError(f"{folder} is not a finished evaluation: no results.json (eval.py writes it at its end)")
+    return json.loads(file.read_text(encoding="utf-8")) | {"name": folder.name}
+
+
+def problem_scores(results: Results, name: str, level: str, k: int = 1) -> dict[str, float]:
+    """{problem id: pass@k} of a benchmark's level or "all" ("all" joins the levels); k = 1 is the share right."""
+    samples = results["results"][name]["all"]["samples"]
+    right = results["right"][name]
+    chosen = [counts for own, counts in right.items() if level in (own, "all")]
+    return {i: pass_at_k(samples, c, k) for counts in chosen for i, c in counts.items()}
+
+
+def shared_cells(evaluations: Sequence[Results]) -> list[tuple[str, str]]:
+    """The (benchmark, level) pairs that all have, on the same problems. ValueError where there is none."""
+    shared = [key for key in cells(evaluations[0]) if all(key in cells(other) for other in evaluations[1:])]
+    if not shared:
+        sets = "; ".join(f"{e['name']}: {', '.join(e['results'])}" for e in evaluations)
+        raise ValueError(f"these evaluations have no benchmark in common ({sets})")
+    for other in evaluations[1:]:
+        for key in shared:
+            if problem_scores(evaluations[0], *key).keys() != problem_scores(other, *key).keys():
+                names = f"{evaluations[0]['name']} and {other['name']}"
+                raise ValueError(f"{names} were evaluated on other problems of {label(*key)}: they cannot be paired")
+    return shared
+
+
+def compare_tables(evaluations: Sequence[Results], beside_paper: bool) -> str:
+    """Evaluations side by side: accuracies with intervals, and each one's paired difference to the first."""
+    first = evaluations[0]
+    header = ["accuracy [95% interval]", "problems", *(e["name"] for e in evaluations)]
+    rows = [[*header, *(f"{e['name']} − {first['name']}" for e in evaluations[1:])]]
+    for key in shared_cells(evaluations):
+        found = [cells(e)[key] for e in evaluations]
+        line = [label(*key), str(found[0]["problems"])]
+        line += [f"{percent(row['accuracy'])} {percent(row['low'], row['high'])}" for row in found]
+        base = problem_scores(first, *key)
+        for other in evaluations[1:]:
+            scores = problem_scores(other, *key)
+            middle, low, high = paired_difference(list(base.values()), [scores[i] for i in base])
+            line.append(f"{100 * middle:+.1f} {percent(low, high)}")
+        rows.append(line)
+    text = markdown_table(rows) + "\n"
+    for name in ("temperature", "max_response_tokens", "problems_per_level", "system", "chat_template", "grader"):
+        values = [e["settings"].get(name) for e in evaluations]
+        if any(value != values[0] for value in values):
+            told = ", ".join(f"{e['name']} {str(value)[:40]}" for e, value in zip(evaluations, values))
+            text += f"Not alike: {name} ({told})\n"
+    return text + (paper_table(evaluations) if beside_paper else "")
+
+
+def paper_table(evaluations: Sequence[Results]) -> str:
+    """Our accuracies over the paper's rows, in %, on the paper's benchmarks; its average is that of the first six."""
+    names = [*SIX, "gpqa_diamond", "mmlu_pro"]
+    ours = {
+        e["name"]: {n: 100 * e["results"][n]["all"]["accuracy"] for n in names if n in e["results"]}
+        for e in evaluations
+    }
+    published = {f"published, not ours: {method}": row for method, row in PUBLISHED.items()}
+    rows = [["accuracy in %", *names, "average of six"]]
+    for name, row in (ours | published).items():
+        average = f"{mean([row[n] for n in SIX]):.1f}" if set(SIX) <= row.keys() else ""
+        rows.append([name, *(f"{row[n]:.1f}" if n in row else "" for n in names), average])
+    source = "Published rows: Qwen2.5-Math-7B, arXiv 2507.01679. Their prompts, grader and sampler are not ours.\n"
+    return f"\n{markdown_table(rows)}\n{source}"

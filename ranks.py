@@ -60,6 +60,11 @@ def stop() -> None:
         dist.destroy_process_group()
 
 
+def lost(error: Exception) -> bool:
+    """Whether `error` says that another rank is gone."""
+    return isinstance(error, dist.DistError) or any(word in str(error) for word in ("gloo", "NCCL"))
+
+
 # ---- exchange
 
 

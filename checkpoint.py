@@ -6,7 +6,9 @@ order of problems of (seed, epoch). The file is written beside the old one and r
 moment, also under SIGKILL, one whole checkpoint exists. Logs are cut back to the checkpoint's step on resume.
 """
 
+import contextlib
 import dataclasses
+import itertools
 import json
 import os
 from pathlib import Path
@@ -65,35 +67,35 @@ def append_rows(path: Path, rows: list[dict[str, Any]]) -> None:
         os.fsync(file.fileno())
 
 
-def prepare_folder(config: Config) -> Path:
-    """The run's folder, made now: --out, or the first free runs/METHOD-NNN."""
-    if config.out:
-        folder = Path(config.out)
-        folder.mkdir(parents=True, exist_ok=bool(config.resume))
-        return folder
-    number = 1
-    while True:
-        folder = Path("runs") / f"{config.method}-{number:03d}"
-        try:
-            folder.mkdir(parents=True)
-            return folder
-        except FileExistsError:
-            number += 1
-
-
 def check_folder(config: Config) -> None:
     """Raises ValueError if --out holds something that this run must not touch."""
     folder = Path(config.out)
     if not config.out or not folder.exists():
         return
-    saved = folder / "config.json"
     if not config.resume:
         raise ValueError(f"out {config.out!r} exists: choose another folder, or continue its run with --resume auto")
+    saved = folder / "config.json"
     if not saved.exists():
         raise ValueError(f"out {config.out!r} exists and holds no run (no config.json): choose another folder")
     ours, theirs = dataclasses.asdict(config), json.loads(saved.read_text(encoding="utf-8"))
-    free = {"resume", "out", "save_every", "device"}
+    free = {"resume", "out", "save_every", "device", "tensorboard"}
     changed = [name for name in ours if name not in free and ours[name] != theirs.get(name)]
     if changed:
         was = ", ".join(f"{name} {theirs.get(name)!r}" for name in changed)
         raise ValueError(f"out {config.out!r} holds a run with other settings ({was}): repeat them to resume it")
+
+
+def prepare_folder(config: Config) -> Path:
+    """The run's folder with its config.json: --out, or the first free runs/METHOD-NNN."""
+    folder = Path(config.out)
+    if config.out:
+        folder.mkdir(parents=True, exist_ok=bool(config.resume))
+    else:
+        Path("runs").mkdir(exist_ok=True)
+        for number in itertools.count(1):
+            folder = Path("runs") / f"{config.method}-{number:03d}"
+            with contextlib.suppress(FileExistsError):
+                folder.mkdir()
+                break
+    write_text(folder / "config.json", json.dumps(dataclasses.asdict(config), indent=1) + "\n")
+    return folder

@@ -69,6 +69,7 @@ class Config:
     # evaluation
     eval_response_tokens: int = knob(120, "budget of a response in evaluation (paper: 8192)", 2)
     eval_samples: int = knob(4, "samples per test problem at temperature 1, beside greedy", 1)
+    tensorboard: bool = knob(False, "write the metrics for TensorBoard too, if it is installed")
     # the machine
     device: str = knob("auto", "cpu, cuda, mps, or auto", choices=("auto", "cpu", "cuda", "mps"))
     micro_batch_tokens: int = knob(16384, "tokens of one forward pass, padding included; a longer row goes alone", 1)

@@ -1,10 +1,11 @@
 """What a run shows: a block at the start, one progress line, samples, a table at the end.
 
-On a terminal the progress line updates in place and samples are coloured; piped, there is a plain line every
-LINE_EVERY steps and no colour. Everything goes to stdout but the bar.
+On a terminal one line updates in place and coloured samples appear above it. Piped, there is one line of key=value
+pairs every LINE_EVERY steps, no colour and no samples (they stand in samples.jsonl).
 """
 
 import dataclasses
+import json
 import shlex
 import sys
 from pathlib import Path
@@ -14,39 +15,22 @@ from tqdm import tqdm
 
 from config import Config
 
-LINE_EVERY = 10  # steps between plain lines when the output is piped
-SAMPLE_EVERY = 20  # steps between samples
+LINE_EVERY = 10  # steps between lines when the output is piped
+SAMPLE_EVERY = 20  # steps between samples on a terminal
+SHOWN = {  # metrics of the progress line and their short names, for either kind of step
+    "reward_on_policy": "reward",
+    "reward_hybrid": "hybrid",
+    "prefix_fraction": "prefix",
+    "response_tokens": "length",
+    "truncated": "cut_off",
+    "loss": "loss",
+    "tokens_per_second": "tokens/s",
+}
 BARS = "▁▂▃▄▅▆▇█"
 
 
-def colour(text: str, code: str) -> str:
+def colour(text: str, code: int) -> str:
     return f"\033[{code}m{text}\033[0m" if sys.stdout.isatty() else text
-
-
-def describe(metrics: dict[str, Any]) -> str:
-    """The figures of one step in a line."""
-    names = {
-        "reward_on_policy": "reward",
-        "reward_hybrid": "hybrid",
-        "prefix_fraction": "prefix",
-        "loss": "loss",
-        "entropy": "entropy",
-        "response_tokens": "length",
-        "truncated": "cut off",
-        "tokens_per_second": "tok/s",
-    }
-    if metrics.get("reward_on_policy") is not None:
-        names.pop("loss")
-    parts = []
-    for key, name in names.items():
-        value = metrics.get(key)
-        if value is not None:
-            parts.append(f"{name} {value:.0f}" if value >= 10 else f"{name} {value:.2f}")
-    return "  ".join(parts)
-
-
-def sparkline(values: list[float], top: float = 1.0) -> str:
-    return "".join(BARS[min(len(BARS) - 1, int(v / top * len(BARS)))] for v in values)
 
 
 def show(text: str = "") -> None:
@@ -55,32 +39,73 @@ def show(text: str = "") -> None:
     sys.stdout.flush()
 
 
+def sparkline(values: list[float]) -> str:
+    """A curve of values between 0 and 1 in one line."""
+    return "".join(BARS[min(len(BARS) - 1, int(value * len(BARS)))] for value in values)
+
+
+def figures(metrics: dict[str, Any]) -> dict[str, str]:
+    """Short names and values of a step's metrics, without those it has not."""
+    chosen = {name: metrics[key] for key, name in SHOWN.items() if metrics.get(key) is not None}
+    if "reward" in chosen:
+        chosen.pop("loss")  # of reinforcement: its value means little (loss.py)
+    return {name: f"{value:.0f}" if value >= 10 else f"{value:.2f}" for name, value in chosen.items()}
+
+
 class Progress:
-    """The progress line of a run of `total` steps, `done` of them finished."""
+    """The progress of a run of `total` steps, `done` of them finished; optionally TensorBoard files too."""
 
-    def __init__(self, total: int, done: int):
-        self.total = total
+    def __init__(self, folder: Path, total: int, done: int, tensorboard: bool):
+        self.total, self.warned = total, set()
         self.bar = tqdm(total=total, initial=done, unit="step", disable=not sys.stderr.isatty(), dynamic_ncols=True)
+        self.writer = None
+        if tensorboard:
+            from torch.utils.tensorboard import SummaryWriter  # an extra, imported where it is used
 
-    def step(self, step: int, metrics: dict[str, Any], samples: list[dict[str, Any]]) -> None:
-        self.bar.set_postfix_str(describe(metrics), refresh=False)
-        self.bar.update()
-        if self.bar.disable and (step % LINE_EVERY == 0 or step == self.total):
-            show(f"step {step}/{self.total}  {describe(metrics)}")
-        if step % SAMPLE_EVERY == 0:
-            for sample in samples:
-                show_sample(sample)
+            self.writer = SummaryWriter(folder / "tensorboard", purge_step=done + 1)
+
+    def __enter__(self) -> "Progress":
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
 
     def close(self) -> None:
         self.bar.close()
+        if self.writer:
+            self.writer.close()
+
+    def step(self, step: int, metrics: dict[str, Any], samples: list[dict[str, Any]]) -> None:
+        self.bar.set_postfix_str(
+            " ".join(f"{name} {value}" for name, value in figures(metrics).items()), refresh=False
+        )
+        self.bar.update()
+        if not sys.stdout.isatty():
+            if step % LINE_EVERY == 0 or step == self.total:
+                show(f"step={step}/{self.total} " + " ".join(f"{k}={v}" for k, v in figures(metrics).items()))
+        elif step % SAMPLE_EVERY == 0:
+            for sample in samples:
+                show_sample(sample)
+        self.warn("truncated", metrics, "are cut off by the budget: raise max_response_tokens")
+        self.warn("unread", metrics, "hold no readable boxed answer: look at samples.jsonl")
+        for name, value in metrics.items():
+            if self.writer and value is not None:
+                self.writer.add_scalar(name, value, step)
+
+    def warn(self, name: str, metrics: dict[str, Any], what: str) -> None:
+        """Say once if a share is above one half."""
+        if (metrics.get(name) or 0) > 0.5 and name not in self.warned:
+            self.warned.add(name)
+            show(colour(f"warning: {100 * metrics[name]:.0f}% of the responses {what}", 33))
 
 
 def show_sample(sample: dict[str, Any]) -> None:
+    """Problem, prefix, continuation and verdict of a row; the prefix ends at the bar."""
     right = sample["reward"] > 0
-    verdict = "right" if right else "cut off" if sample["truncated"] else f"wrong, answer {sample['answer']}"
-    prefix = colour(sample["prefix"], "34") + ("|" if sample["hybrid"] else "")
-    show(f"  {sample['problem']}  {'hybrid' if sample['hybrid'] else 'on-policy'}")
-    show(f"    {prefix}{sample['continuation']}  [{colour(verdict, '32' if right else '31')}]")
+    verdict = "right" if right else "cut off" if sample["truncated"] else f"wrong, the answer is {sample['answer']}"
+    prefix = colour(sample["prefix"], 34) + "|" if sample["hybrid"] else ""
+    show(colour(f"  {'hybrid   ' if sample['hybrid'] else 'on-policy'}  {sample['problem']}", 2))
+    show(f"    {prefix}{sample['continuation']}  {colour(verdict, 32 if right else 31)}")
 
 
 def command(config: Config, folder: Path) -> str:
@@ -115,7 +140,35 @@ def show_start(run: Any, folder: Path, left_out: dict[str, int], total: int, don
     show(f"             ids {first[:24]}{' …' if len(first) > 24 else ''}")
 
 
-def show_end(folder: Path, scores: dict[str, Any], figure: str) -> None:
+def show_base(run: Any, base: dict[str, Any], seconds: float) -> None:
+    """Accuracy of the untrained model, and how long the run may take, judged by how long that evaluation took."""
+    if not base["test"]:
+        return
+    levels = "  ".join(f"{level} {100 * row['accuracy']:.1f}" for level, row in base["test"].items())
+    show(f"  base       {levels}   (% right, test, greedy)")
+    tables = (base["validation"], base["test"], base["test_sampled"])
+    rows = sum(table["all"]["problems"] * table["all"]["samples"] for table in tables if table)
+    config = run.config
+    steps = config.steps if "rl" in run.method.stages else 0
+    sampled = steps * config.prompts_per_step * config.rollouts_per_prompt
+    update_share = 1.4  # of the sampling time: a step is sampling plus about 0.4 of it for the updates
+    estimate = seconds * (1 + update_share * sampled / rows)
+    show(f"  time       about {max(1, round(estimate / 60))} min")
+
+
+def curve(folder: Path) -> str:
+    """The reward of on-policy rows (or, without any, the validation accuracy) over the run, in one line."""
+    rows = [json.loads(line) for line in (folder / "metrics.jsonl").read_text(encoding="utf-8").splitlines()]
+    for name, title in (("reward_on_policy", "reward of on-policy rows"), ("eval_all", "validation accuracy")):
+        values = [row[name] for row in rows if row.get(name) is not None]
+        if values:
+            width = -(-len(values) // 60)
+            means = [sum(part) / len(part) for part in (values[i : i + width] for i in range(0, len(values), width))]
+            return f"{title}  {means[0]:.2f} {sparkline(means)} {means[-1]:.2f}"
+    return ""
+
+
+def show_end(folder: Path, scores: dict[str, Any], figure: str, problem: str) -> None:
     """Accuracy before and after by level, what was written, what to try next."""
     base, trained = scores["base"], scores["trained"]
     for name, title in (("test", "test, greedy"), ("test_sampled", "test, temperature 1")):
@@ -129,6 +182,7 @@ def show_end(folder: Path, scores: dict[str, Any], figure: str) -> None:
                 for row in (base[name][level], trained[name][level])
             )
             show(f"  {level:<10}" + "".join(f"{cell:>22}" for cell in cells))
+    show(f"\n{curve(folder)}")
     show(f"\nwritten to {folder}/: {figure}, metrics.jsonl, samples.jsonl, eval.json, final/ (the model)")
-    show(f'try it       python sample.py --model {folder}/final "612;B*2;C-7;A+4?"')
+    show(f"try it       python sample.py --model {folder}/final {shlex.quote(problem)}")
     show(f"compare      python plot.py {folder} OTHER_RUN …")

@@ -250,7 +250,7 @@ def sample_missing(model, tokenizer, folder: Path, benchmarks: list[Benchmark], 
         with path.open("r+b") as file:
             file.truncate(kept_size)
     draws = itertools.islice(all_draws(benchmarks), kept, None)
-    start, said, tokens = time.perf_counter(), 0.0, 0
+    start, first, said, tokens = time.perf_counter(), kept, 0.0, 0
     with tqdm(total=total, initial=kept, unit="response", disable=not sys.stderr.isatty()) as bar:
         while batch := list(itertools.islice(draws, args.rows_per_call)):
             rows = respond(
@@ -270,7 +270,8 @@ def sample_missing(model, tokenizer, folder: Path, benchmarks: list[Benchmark], 
             bar.set_postfix_str(f"{tokens / seconds:.0f} tokens/s")
             if bar.disable and (seconds - said > LINE_SECONDS or kept == total):
                 said = seconds
-                print(f"{kept}/{total} responses  {tokens / seconds:.0f} tokens/s  {seconds:.0f} s", flush=True)
+                left = seconds * (total - kept) / (kept - first)
+                print(f"{kept}/{total} responses  {tokens / seconds:.0f} tokens/s  {left:.0f} s left", flush=True)
 
 
 def count(folder: Path, benchmarks: list[Benchmark]) -> dict[str, list[Answers]]:
@@ -369,12 +370,7 @@ def run(args: argparse.Namespace) -> None:
     folder = open_folder(args, settings)
     settings = json.loads((folder / "settings.json").read_text(encoding="utf-8"))
     show(folder, settings)
-    try:
-        sample_missing(model, tokenizer, folder, benchmarks, args)
-    except KeyboardInterrupt:
-        words = [*sys.argv, *([] if "--out" in sys.argv else ["--out", str(folder)])]
-        print(f"\nstopped; to go on: python {shlex.join(words)}", file=sys.stderr)
-        sys.exit(130)
+    sample_missing(model, tokenizer, folder, benchmarks, args)
     report(folder, settings, count(folder, benchmarks))
 
 
@@ -385,6 +381,10 @@ def main() -> None:
     except ValueError as error:
         print(f"eval.py: {error}", file=sys.stderr)
         sys.exit(2)
+    except KeyboardInterrupt:
+        words = [*sys.argv, *(["--out", str(args.out)] if args.out and "--out" not in sys.argv else [])]
+        print(f"\nstopped; to go on: python {shlex.join(words)}", file=sys.stderr)
+        sys.exit(130)
 
 
 if __name__ == "__main__":

@@ -4,6 +4,7 @@ What an answer means and when two answers are equal is in answers.py. Not here: 
 rewards, answers outside a box (a policy would learn to shower numbers), time limits (the reader is bounded).
 """
 
+from collections import deque
 from collections.abc import Sequence
 
 import regex
@@ -12,8 +13,8 @@ from tqdm import tqdm
 from answers import Unreadable, equal, read
 
 BATCH_WITH_BAR = 4000  # smaller batches are graded before a progress bar could be read
-_MARKS = regex.compile(r"\\(?:boxed|fbox)(?![A-Za-z])\s*(?P<open>\{)?|\\.|[{}]", regex.DOTALL)
-_BARE = regex.compile(r"[-+]?[\w.,/:^]*\w|\\[A-Za-z]+[^$\n]*?(?=\$|\\\)|\\\]|\n|$)")
+_MARKS = regex.compile(r"\\(?:boxed|fbox)(?![A-Za-z])\s*(?P<open>\{)?|(?:\\[\\{}])+|(?P<in>\{+)|(?P<out>\}+)")
+_BARE = regex.compile(r"[-+]?[\w.,/:^]{0,99}\w|\\[A-Za-z]+[^$\n]{0,199}?(?=\$|\\\)|\\\]|\n|\Z)")
 
 
 def extract_boxed(text: str) -> str | None:
@@ -23,23 +24,30 @@ def extract_boxed(text: str) -> str | None:
     outer one counts. ``\\boxed 5`` without braces gives "5". A box that never closes (a truncated response)
     is no answer; the last complete box before it is.
     """
-    best, best_end = None, -1
-    stack: list[int] = []  # where each open brace's content starts; negative for a brace that is not a box's
+    if "\\boxed" not in text and "\\fbox" not in text:
+        return None
+    best, depth = (-1, -1), 0
+    boxes: list[tuple[int, int]] = []  # the open ones: where the content starts, how deep it is
+    bare: deque[int] = deque(maxlen=20)  # ends of the last boxes without a brace
     for mark in _MARKS.finditer(text):
-        token = mark.group()
-        if token == "{":
-            stack.append(-1)
-        elif token == "}":
-            start = stack.pop() if stack else -1
-            if start >= 0:
-                best, best_end = (start, mark.start()), mark.start()
-        elif mark.group("open"):
-            stack.append(mark.end())
-        elif token.startswith(("\\boxed", "\\fbox")):
-            bare = _BARE.match(text, mark.end())
-            if bare:
-                best, best_end = bare.span(), bare.end()
-    return None if best_end < 0 else text[best[0] : best[1]]
+        if mark["in"]:
+            depth += len(mark["in"])
+        elif mark["out"]:
+            after = depth - len(mark["out"])
+            while boxes and after < boxes[-1][1]:
+                start, inside = boxes.pop()
+                best = (start, mark.start() + depth - inside)
+            depth = max(after, 0)
+        elif mark["open"]:
+            depth += 1
+            boxes.append((mark.end(), depth))
+        elif mark.group()[1] in "bf":
+            bare.append(mark.end())
+    for start in reversed(bare):
+        if start > best[1] and (found := _BARE.match(text, start)):
+            best = found.span()
+            break
+    return None if best[1] < 0 else text[slice(*best)]
 
 
 def is_equivalent(prediction: str, gold: str) -> bool:

@@ -7,10 +7,12 @@ Left out: a value model, a reference model and KL, mixed data sources, asynchron
 """
 
 import dataclasses
+import importlib.util
 import json
 import math
 import signal
 import sys
+import time
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -39,7 +41,7 @@ def keep_fraction(problems: Sequence[Encoded], fraction: float) -> list[int]:
     return sorted(ranked[: math.ceil(fraction * len(demonstrated))])
 
 
-def load_data(config: Config, tokenizer, end_ids: list[int]) -> tuple[Data, dict[str, int]]:
+def load_data(config: Config, tokenizer, end_ids: list[int], context: int | None) -> tuple[Data, dict[str, int]]:
     """The run's data, checked against its settings, and how many demonstrations were left out for which reason."""
     train = load_problems(config.data)
     embedded = config.data == Config.data
@@ -62,7 +64,20 @@ def load_data(config: Config, tokenizer, end_ids: list[int]) -> tuple[Data, dict
         raise ValueError(
             f"prompts_per_step is {config.prompts_per_step}, but {config.data} has only {len(train)} problems"
         )
+    check_context(config, encoded, held, context)
     return Data(train, encoded, demonstrated, held), dict(left_out)
+
+
+def check_context(config: Config, encoded: list[Encoded], held: dict, context: int | None) -> None:
+    """Raises ValueError if a prompt and its response can be longer than the model's context."""
+    lists = {"max_response_tokens": encoded, "eval_response_tokens": [p for _, ids in held.values() for p in ids]}
+    for name, problems in lists.items():
+        longest = max(problems, key=lambda problem: len(problem.prompt_ids), default=None)
+        if context and longest and len(longest.prompt_ids) + getattr(config, name) > context:
+            raise ValueError(
+                f"the prompt of {longest.id!r} ({len(longest.prompt_ids)} tokens) and {name} "
+                f"({getattr(config, name)}) exceed the model's {context} positions: lower {name} or drop the problem"
+            )
 
 
 # ---- the run
@@ -107,10 +122,14 @@ def score(run: Run, who: str) -> dict[str, Any]:
 def prepare(config: Config) -> tuple[Run, dict[str, int]]:
     """Load and check everything; ValueError on wrong input. Nothing is written."""
     checkpoint.check_folder(config)
-    if not Path(config.data).is_file():
-        load_problems(config.data)
+    for path in (config.data, config.eval_data, config.test_data):
+        if path:
+            load_problems(path)  # a broken line is found before a large model is loaded
+    if config.tensorboard and importlib.util.find_spec("tensorboard") is None:
+        raise ValueError("tensorboard is true, but it is not installed: pip install tensorboard")
     model, tokenizer = load_model(config.model, pick_device(config.device))
-    data, left_out = load_data(config, tokenizer, model.generation_config.eos_token_id)
+    context = getattr(model.config, "max_position_embeddings", None)
+    data, left_out = load_data(config, tokenizer, model.generation_config.eos_token_id, context)
     run = Run(config, METHODS[config.method], model, tokenizer, data, new_optimizer(model, config), [])
     return run, left_out
 
@@ -119,54 +138,62 @@ def train(config: Config) -> int:
     """A whole run -> the exit code: 0, or 128 + the number of the signal that stopped it."""
     run, left_out = prepare(config)
     folder = checkpoint.prepare_folder(config)
-    checkpoint.write_text(folder / "config.json", json.dumps(dataclasses.asdict(config), indent=1) + "\n")
     sft_steps = config.sft_steps if "sft" in run.method.stages else 0
     total = sft_steps + (config.steps if "rl" in run.method.stages else 0)
-
-    state = checkpoint.load(folder, run.model.device) or {"step": 0}
-    if state["step"]:
-        run.model.load_state_dict(state["model"])
-        run.optimizer.load_state_dict(state["optimizer"])
-        run.buffer = state["buffer"]
-    for log in ("metrics.jsonl", "samples.jsonl"):
-        checkpoint.cut_log(folder / log, state["step"])
-    console.show_start(run, folder, left_out, total, state["step"])
+    start = restore(run, folder)
+    console.show_start(run, folder, left_out, total, start)
     scores_file = folder / "eval.json"
     if not scores_file.exists():
-        checkpoint.write_text(scores_file, json.dumps({"base": score(run, "base")}, indent=1) + "\n")
+        begun = time.perf_counter()
+        base = score(run, "base")
+        checkpoint.write_text(scores_file, json.dumps({"base": base}, indent=1) + "\n")
+        console.show_base(run, base, time.perf_counter() - begun)
     scores = json.loads(scores_file.read_text(encoding="utf-8"))
 
     stopped = catch_signals()
-    progress = console.Progress(total, state["step"])
-    for step in range(state["step"], total):
-        if step < sft_steps:
-            picked = pick(len(run.data.demonstrated), config.sft_batch, step, config.seed, "sft order")
-            picked = [run.data.demonstrated[i] for i in picked]
-            metrics, shown = sft_step(run, picked, step, sft_learning_rate(step, config)), []
-        else:
-            if step == sft_steps:  # each stage starts with a fresh optimizer, as two runs would
-                run.optimizer = new_optimizer(run.model, config)
-            metrics, shown = rl_step(run, step - sft_steps)
-        done = step + 1
-        if (config.eval_every and done % config.eval_every == 0) or done == total:
-            table = accuracy(run, "validation", 0.0, f"step {done}: validation")
-            metrics |= {f"eval_{level}": row["accuracy"] for level, row in table.items()}
-        checkpoint.append_rows(folder / "samples.jsonl", [{"step": done, **sample} for sample in shown])
-        checkpoint.append_rows(folder / "metrics.jsonl", [{"step": done, **metrics}])
-        progress.step(done, metrics, shown)
-        if (config.save_every and done % config.save_every == 0) or done == total or stopped:
-            state = {"step": done, "buffer": run.buffer, "model": run.model.state_dict()}
-            checkpoint.save(folder, state | {"optimizer": run.optimizer.state_dict()})
-        if stopped:
-            progress.close()
-            console.show(f"stopped after step {done} of {total}; to go on: {console.command(config, folder)}")
-            return 128 + stopped[0]
-    progress.close()
+    with console.Progress(folder, total, start, config.tensorboard) as progress:
+        for step in range(start, total):
+            if step < sft_steps:
+                picked = pick(len(run.data.demonstrated), config.sft_batch, step, config.seed, "sft order")
+                picked = [run.data.demonstrated[i] for i in picked]
+                metrics, shown = sft_step(run, picked, step, sft_learning_rate(step, config)), []
+            else:
+                if step == sft_steps:  # each stage starts with a fresh optimizer, as two runs would
+                    run.optimizer = new_optimizer(run.model, config)
+                metrics, shown = rl_step(run, step - sft_steps)
+            done = step + 1
+            if (config.eval_every and done % config.eval_every == 0) or done == total:
+                table = accuracy(run, "validation", 0.0, f"step {done}: validation")
+                metrics |= {f"eval_{level}": row["accuracy"] for level, row in table.items()}
+            checkpoint.append_rows(folder / "samples.jsonl", [{"step": done, **sample} for sample in shown])
+            checkpoint.append_rows(folder / "metrics.jsonl", [{"step": done, **metrics}])
+            progress.step(done, metrics, shown)
+            if (config.save_every and done % config.save_every == 0) or done == total or stopped:
+                state = {"step": done, "buffer": run.buffer, "model": run.model.state_dict()}
+                checkpoint.save(folder, state | {"optimizer": run.optimizer.state_dict()})
+            if stopped and done < total:
+                progress.close()
+                console.show(f"stopped after step {done} of {total}; to go on: {console.command(config, folder)}")
+                return 128 + stopped[0]
     save_model(run.model, run.tokenizer, folder / "final")
-    scores["trained"] = score(run, "trained")
-    checkpoint.write_text(scores_file, json.dumps(scores, indent=1) + "\n")
-    console.show_end(folder, scores, draw_curves(folder))
+    if "trained" not in scores:
+        scores["trained"] = score(run, "trained")
+        checkpoint.write_text(scores_file, json.dumps(scores, indent=1) + "\n")
+    console.show_end(folder, scores, draw_curves(folder), run.data.train[0].problem)
     return 0
+
+
+def restore(run: Run, folder: Path) -> int:
+    """Put the run into the state of its checkpoint, if it has one -> the steps that are done."""
+    saved = checkpoint.load(folder, run.model.device)
+    for log in ("metrics.jsonl", "samples.jsonl"):
+        checkpoint.cut_log(folder / log, saved["step"] if saved else 0)
+    if not saved:
+        return 0
+    run.model.load_state_dict(saved["model"])
+    run.optimizer.load_state_dict(saved["optimizer"])
+    run.buffer = saved["buffer"]
+    return saved["step"]
 
 
 def draw_curves(folder: Path) -> str:
@@ -179,19 +206,27 @@ def draw_curves(folder: Path) -> str:
 
 
 def catch_signals() -> list[int]:
-    """SIGINT and SIGTERM from now on only fill the returned list; the loop ends after its step."""
+    """SIGINT and SIGTERM fill the returned list, so that the loop ends after its step; a second one ends at once."""
     caught: list[int] = []
+
+    def note(number: int, _: object) -> None:
+        if caught:
+            sys.exit(128 + number)
+        caught.append(number)
+
     for number in (signal.SIGINT, signal.SIGTERM):
-        signal.signal(number, lambda number, _: caught.append(number))
+        signal.signal(number, note)
     return caught
 
 
 def main() -> None:
     try:
         sys.exit(train(parse_config(sys.argv[1:])))
-    except ValueError as error:
+    except (ValueError, OSError) as error:
         print(f"train.py: {error}", file=sys.stderr)
         sys.exit(2)
+    except KeyboardInterrupt:  # before the first step
+        sys.exit(130)
 
 
 if __name__ == "__main__":

@@ -1,20 +1,22 @@
-"""Whether two answers that were read mean the same: the same normal form, else the same exact number, else the same
-values at random points to 45 digits. When in doubt, not equal: a false positive is what a policy learns to exploit.
+"""Whether two answers that were read mean the same: the same normal form, else the same exact number, else the
+same values at random points to 45 digits. When in doubt, not equal: a policy learns to exploit false positives.
 
-Decimals. Two decimals, or a decimal in the prediction and an exact gold, are compared as exact numbers: 3.14 is not π,
-0.333 is not 1/3, 0.3330 is 0.333. Only a gold that is itself a decimal of at least three significant digits also
-accepts an exact prediction that no decimal can state (1/3, √2) and that rounds to it: gold 0.333 accepts 1/3.
+Decimals. Two decimals, or a decimal in the prediction and an exact gold, are compared as exact numbers: 3.14 is
+not π, 0.333 is not 1/3, 0.3330 is 0.333. Only a gold that is itself a decimal of at least three significant digits
+also accepts an exact prediction that no decimal can state (1/3, √2) and that rounds to it: gold 0.333 accepts 1/3.
 
-Optional, but never contradicted: units, degrees, %, currency, the modulus, the base, the name in "x = 5" (5 cm is 5,
-and is not 5 m). Free order: sets and lists, the sides of =. Ordered: tuples, points, matrices. [0, 1] is not [0, 1).
+Optional, but never contradicted: units, degrees, %, currency, the modulus, the base, the name in "x = 5" (5 cm is
+5 and is not 5 m). Free order: sets and lists, the sides of =. Ordered: tuples, points, matrices. [0, 1] is not
+[0, 1). Three or more numbers in order are a tuple with or without parentheses, a column is a point, {5} is 5.
 
-Expressions are compared as functions of real variables, where both are real at at least three of eight points; else as
-complex ones. Left out: solving equations (x^2 = 4 is not x = 2, -2), identities that hold for whole numbers only.
+Expressions are compared as functions of real variables where both are real at three or more of eight points, else as
+complex ones. Left out: solving equations (x^2 = 4 is not x = 2, -2), identities for whole numbers only.
 """
 
 from fractions import Fraction
 
 from .tree import (
+    CONSTANTS,
     EXPRESSIONS,
     INFINITY,
     REALS,
@@ -28,7 +30,7 @@ from .tree import (
     negative,
     num,
     symbols,
-)
+)  # fmt: skip
 from .values import DIGITS, ENOUGH, POINTS, SURE_DIGITS, close, context, exact, is_real, value_at
 from .whole import Answer
 
@@ -37,7 +39,7 @@ FLIPPED = {"<": ">", ">": "<", "<=": ">=", ">=": "<=", "=": "=", "!=": "!=", "�
 
 
 def equal(prediction: Answer, gold: Answer) -> bool:
-    """Whether a prediction is right. A multiple-choice gold accepts its letter only, words accept equal words only."""
+    """Whether a prediction is right. A multiple-choice gold accepts its letter only, words only equal words."""
     if gold.choice:
         return prediction.choice == gold.choice
     if "text" in (prediction.node[0], gold.node[0]):
@@ -146,7 +148,8 @@ def _same_relations(p: Node, g: Node) -> bool:
             return True
         if name_p is None or name_g is None:
             assigned, value, other = (name_g, value_g, p) if name_p is None else (name_p, value_p, g)
-            if assigned[0] == "seq" and other[0] == "list":  # x = 1, y = 2 for 1, 2
+            plain = other[0] == "list" and not any(x[0] == "rel" for x in other[1])
+            if assigned[0] == "seq" and plain:  # x = 1, y = 2 for 1, 2
                 return (
                     _same_in_order(value[3], other[1]) if assigned is name_p else _same_in_order(other[1], value[3])
                 )
@@ -187,7 +190,7 @@ def _named_value(node: Node) -> tuple[Node | None, Node]:
 def _is_plain(node: Node) -> bool:
     if node[0] == "pow" and node[2] == num(-1):
         return all(map(_is_plain, node[1][1])) if node[1][0] == "mul" else _is_plain(node[1])
-    return node[0] == "sym"
+    return node[0] == "sym" and node[1] not in CONSTANTS
 
 
 def _approximations(node: Node) -> list[Node]:
@@ -249,7 +252,7 @@ def _constant_ratio(p: Node, g: Node) -> bool:
 
 
 def _regions(node: Node) -> list[tuple] | None:
-    """A set of real numbers as intervals (low, low closed, high, high closed), sorted and merged; None if it is none."""
+    """A set of real numbers as sorted, merged intervals (low, low closed, high, high closed); None if it is none."""
     parts = _parts(node)
     if parts is None:
         return None

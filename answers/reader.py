@@ -1,8 +1,9 @@
 """Tokens to tree: a precedence reader without backtracking, its depth limited by MAX_DEPTH.
 
-Choices where usage is divided: `e` and `i` are the constants; `1/2x` is (1/2)x; `f(x)` with one letter or number in the
-parentheses is a function, other letters before parentheses multiply; `x^10` and `\\sqrt12` take the whole number,
-`\\frac12` one digit each; `\\sin 2x` takes the product; `%` and `°` are units, degrees are radians under a sine.
+Choices where usage is divided: `e` and `i` are the constants; `1/2x` is (1/2)x, `t/RC` is t/(RC); `f(x)` with one
+letter or number in the parentheses is a function, other letters before parentheses multiply; `x^10` and `\\sqrt12`
+take the whole number, `\\frac12` one digit each; `\\sin 2x` takes the product; `\\log` has an unstated base, so it is
+neither `\\ln` nor `\\lg`; `%` and `°` are units, degrees are radians under a sine.
 """
 
 from fractions import Fraction
@@ -11,9 +12,32 @@ import regex
 
 from .tokens import END, Cursor
 from .tree import (
-    CONSTANTS, DEGREE, FUNCTIONS, MINUS_ONE, ONE, PI, REALS, Node, Unreadable,
-    add, call, divide, expand_signs, expression, function_value, in_base, mul, negative, num, power, read_literal,
-    substitute, sym, symbols, usual_form, written_out,
+    CONSTANTS,
+    DEGREE,
+    FUNCTIONS,
+    MINUS_ONE,
+    ONE,
+    PI,
+    REALS,
+    Node,
+    Unreadable,
+    add,
+    call,
+    divide,
+    expand_signs,
+    expression,
+    function_value,
+    in_base,
+    mul,
+    negative,
+    num,
+    power,
+    read_literal,
+    substitute,
+    sym,
+    symbols,
+    usual_form,
+    written_out,
 )  # fmt: skip
 from .vocabulary import ACCENTS, LISTS, SCALES, STOP_WORDS, unit_name
 
@@ -21,7 +45,7 @@ MAX_DEPTH = 24
 
 
 class Reader(Cursor):
-    """Precedence reader over tokens, loosest first: items, relation, set operation, ratio, quantity, sum, term, factor."""
+    """Loosest first: items, relation, set operation, ratio, quantity, sum, term, factor, primary."""
 
     def __init__(self, tokens: list[tuple[str, str]]):
         super().__init__(tokens)

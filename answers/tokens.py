@@ -7,7 +7,20 @@ arguments, BEGIN and END_ENV of matrices, REL a relation, SEP between the items 
 import regex
 
 from .tree import Unreadable, word_set
-from .vocabulary import ALIASES, CHARACTERS, COMMANDS, FUNCTION_NAMES, GREEK, KNOWN, LISTS, MATRICES, NAMED, OPERATORS, TEXTS, unit_name
+from .vocabulary import (
+    ALIASES,
+    CHARACTERS,
+    COMMANDS,
+    FUNCTION_NAMES,
+    GREEK,
+    KNOWN,
+    LISTS,
+    MATRICES,
+    NAMED,
+    OPERATORS,
+    SHORT_UNITS,
+    TEXTS,
+)  # fmt: skip
 
 MAX_CHARS, MAX_TOKENS = 2_000, 700
 
@@ -26,9 +39,12 @@ _TOKEN = regex.compile(
     r"|(?P<run>[A-Za-z]+)|(?P<op><=|>=|!=|==|->|=>|\.\.\.|[-+*/^_!()\[\]{}|:=<>&%%,;'])"
     % ((f"{MATRICES}|{LISTS}",) * 2)
 )
+_UNIT = r"\s*\\(?:text|mathrm) *\{([^{}]*)\}\s*"
+_UNIT_FRACTION = regex.compile(rf"\\[dt]?frac *\{{{_UNIT}\}} *\{{{_UNIT}\^?\{{?(\d?)\}}?\}}")
 # "k is any whole number" after a family of solutions says nothing that is graded
 _CLAUSE = (
     r"(?:,|\(|\\quad)\s*(?:\\text *\{ *(?:where|for|with) *\})?\s*[a-z] *\\in *\\mathbb *\{?[ZN]\}?(?:\^\{?\+\}?)?"
+    r" *\)?\s*$"
 )
 _PLAIN_OPERATORS = {"==": "=", "->": "→", "=>": "→", "...": "…"}
 _RELATIONS = word_set("= < > <= >= != ∈ ∉ ≈ ≡ ~ ≅ ∝ → ⊥ ∥ ⊂ ⊆")
@@ -44,21 +60,17 @@ def clean(text: str) -> str:
         raise Unreadable(f"it has {len(text):,} characters, more than {MAX_CHARS:,}")
     if regex.search(r"[\x00-\x08\x0b-\x1f\x7f]", text):
         raise Unreadable("it holds a control character")
-    text = text.translate(_TRANSLATION)
+    text = text.translate(_TRANSLATION).replace("...", "\\ldots ")
     text = regex.sub(r"(?<!\\)(?:\\\\)*\K(?:\\[()\[\]]|\$)", " ", text).strip()
     text = regex.sub(r"^\*\*(.*)\*\*$", r"\1", text).replace("**", "^")
     text = regex.sub(r"\\(?:left|right)\s*\.|\\(?:text)?color\s*\{\w+\}|\b(?:np|math|numpy)\.", " ", text)
     text = regex.sub(r"\bd([a-zA-Z])/d([a-zA-Z])\b", r"\\frac{d\1}{d\2}", text)
     text = regex.sub(r"(?<=\d)\s*(k?m/(?:s|h|hr)(?:\^\{?2\}?)?)(?![A-Za-z])", r"\\text{ \1}", text)
-    text = regex.sub(
-        r"\\[dt]?frac *\{%s\} *\{%s\^?\{?(\d?)\}?\}" % ((r"\s*\\(?:text|mathrm) *\{([^{}]*)\}\s*",) * 2),
-        _unit_fraction,
-        text,
-    )
-    text = regex.sub(r"%s *\)?\s*$" % _CLAUSE, "", text)
+    text = _UNIT_FRACTION.sub(_unit_fraction, text)
+    text = regex.sub(_CLAUSE, "", text)
     text = regex.sub(r"(?<=\d)\s*[xX]\s*(?=10\s*\^)", r"\\times ", text)
     text = regex.sub(r"(\d{0,30})\.(\d{0,30})\\(?:overline|bar|dot)\s*\{(\d{1,30})\}", _repeating, text)
-    text = regex.sub(r"(?<!\.\.)(?:\s|[.,;:]|\\[,;!\s]|\\\\|\\$)+$", "", text)
+    text = regex.sub(r"(?:\s|[.,;:]|\\[,;!\s]|\\\\|\\$)+$", "", text)
     return regex.sub(r"^<(.*,.*)>$", r"(\1)", text)
 
 
@@ -141,36 +153,12 @@ def _run(run: str, before: list[tuple[str, str]]) -> list[tuple[str, str]]:
     parts = _RUN.fullmatch(run)
     if parts and parts[2] not in ("re", "im", "arg"):
         return [token for part in parts.groups() if part for token in _run(part, before)]
-    if len(run) > 3 or (len(run) > 1 and before and before[-1][0] == "NUM" and unit_name(run) != run.lower() + "?"):
-        known = len(run) > 3 or unit_name(run) in _SHORT_UNITS
-        if known:
-            return [("TEXT", run)]
+    if len(run) > 3 or (run in SHORT_UNITS and before and before[-1][0] == "NUM"):
+        return [("TEXT", run)]
     letters = [("NAME", letter) for letter in run]
     if len(run) > 1 and before and before[-1] == ("OP", "/"):  # t/RC
         return [("OP", "("), *letters, ("OP", ")")]
     return letters
-
-
-_SHORT_UNITS = {
-    "cm",
-    "mm",
-    "km",
-    "in",
-    "ft",
-    "yd",
-    "mi",
-    "kg",
-    "mg",
-    "lb",
-    "oz",
-    "mL",
-    "min",
-    "h",
-    "s",
-    "degree",
-    "%",
-    "mph",
-}
 
 
 def _command(name: str, text: str, at: int, out: list[tuple[str, str]], grouped: bool, depth: int) -> int:
@@ -210,12 +198,12 @@ def _group(text: str, at: int) -> tuple[int, int]:
 
 
 def _text(content: str, before: list[tuple[str, str]], grouped: bool, depth: int) -> list[tuple[str, str]]:
-    """Tokens of a text command: words, a unit after a number, a separator, a function, else what they would be outside."""
+    """Tokens of a text command: words, a unit after a number, a separator, a function, else as outside of text."""
     words = regex.sub(r"(?:[\s~$]|\\[,;:! ])+", " ", content).strip(" .,")
     unit = regex.sub(r"\\cdot|[{}]", " ", words)
-    if before and (before[-1][0] == "NUM" or before[-1][1] in (")", "}")) and "^" in unit:
-        if regex.fullmatch(r"[A-Za-zÀ-ÿ](?:[A-Za-zÀ-ÿ /()-]|\^ *-?\d)*", unit):
-            return [("TEXT", unit)]
+    after_value = before and (before[-1][0] == "NUM" or before[-1][1] in (")", "}"))
+    if after_value and "^" in unit and regex.fullmatch(r"[A-Za-zÀ-ÿ](?:[A-Za-zÀ-ÿ /()-]|\^ *-?\d)*", unit):
+        return [("TEXT", unit)]
     if not regex.fullmatch(r"[A-Za-zÀ-ÿ][A-Za-zÀ-ÿ'’\-./ ]*", words) or words in ("e", "i", "d"):
         if depth > 3:
             raise Unreadable("text commands are nested too deep")

@@ -227,10 +227,8 @@ def read_literal(text: str) -> Node:
     return ("dec", value[1], unit) if places.strip("0") else value
 
 
-NUMBER_WORDS = {
-    w: i for i, w in enumerate(["zero", "one", "two", "three", "four", "five", "six", "seven", "eight", "nine", "ten", "eleven", "twelve"])
-}
-NUMBER_WORDS["sixteen"] = 16
+_COUNTED = "zero one two three four five six seven eight nine ten eleven twelve thirteen fourteen fifteen sixteen"
+NUMBER_WORDS = {word: value for value, word in enumerate(_COUNTED.split())}
 
 
 def in_base(digits: str, base: str) -> Node:

@@ -13,7 +13,9 @@ import mpmath
 from .tree import CONSTANTS, DEGREE, FUNCTIONS, Node
 
 POINTS, ENOUGH = 8, 3
-DIGITS, SURE_DIGITS = 60, 400
+DIGITS, SURE_DIGITS = 60, 150
+MAX_CALLS = 100  # of functions and powers in one expression
+MAX_SCALE = 10**100  # of sums, so that SURE_DIGITS are enough to see what was added
 
 context = mpmath.mp.clone()
 context.dps = DIGITS
@@ -33,14 +35,26 @@ class _NoValue(Exception):
     """There is no value here, or none that is cheap to find."""
 
 
+class _Work:
+    """What finding one value has met: the largest sum, and how many functions and powers."""
+
+    def __init__(self, index: int):
+        self.index, self.scale, self.calls = index, context.mpf(0), 0
+
+    def count(self) -> None:
+        self.calls += 1
+        if self.calls > MAX_CALLS:
+            raise _NoValue
+
+
 @lru_cache(maxsize=4096)
 def value_at(node: Node, index: int, digits: int) -> tuple | None:
     """(value, size of the largest sum on the way) of an expression at random point `index`; None if it has none."""
-    scale = [context.mpf(0)]
+    work = _Work(index)
     context.dps = digits
     try:
-        value = _value(node, index, scale)
-        return (value, scale[0]) if context.isfinite(value) and scale[0] < context.mpf(10) ** 300 else None
+        value = _value(node, work)
+        return (value, work.scale) if context.isfinite(value) and work.scale < MAX_SCALE else None
     except (_NoValue, ArithmeticError, ValueError):
         return None
     finally:
@@ -60,33 +74,34 @@ def _variable(name: object, index: int):
     return exact(value if index < 4 or draw.random() < 0.5 else -value)
 
 
-def _value(node: Node, index: int, scale: list):
+def _value(node: Node, work: _Work):
     kind = node[0]
     if kind in ("num", "dec"):
         return exact(node[1])
     if kind == "sym":
         if node[1] in CONSTANTS:
             return {"π": +context.pi, "e": +context.e, "i": context.mpc(0, 1)}[node[1]]
-        return context.mpf(1) if node == DEGREE else _variable(node[1], index)
+        return context.mpf(1) if node == DEGREE else _variable(node[1], work.index)
     if kind == "add":
         total = context.mpf(0)
         for term in node[1]:
-            value = _value(term, index, scale)
+            value = _value(term, work)
             total += value
-            scale[0] = max(scale[0], abs(value))
+            work.scale = max(work.scale, abs(value))
         return total
     if kind == "mul":
         product = context.mpf(1)
         for factor in node[1]:
-            product *= _value(factor, index, scale)
+            product *= _value(factor, work)
         return product
+    work.count()
     if kind == "pow":
-        return _power(_value(node[1], index, scale), _value(node[2], index, scale))
+        return _power(_value(node[1], work), _value(node[2], work))
     if kind != "fn":
         raise _NoValue
     if node[1] not in FUNCTIONS:
-        return _variable(node, index)
-    return _function(node[1], [_value(x, index, scale) for x in node[2]])
+        return _variable(node, work.index)
+    return _function(node[1], [_value(x, work) for x in node[2]])
 
 
 def _power(base, exponent):

@@ -15,13 +15,15 @@ CHARACTERS = {
     "≈": "\\approx ", "≡": "\\equiv ", "∈": "\\in ", "∪": "\\cup ", "∩": "\\cap ", "∖": "\\setminus ", "±": "\\pm ",
     "∓": "\\mp ", "∅": "\\emptyset ", "ℝ": "\\mathbb{R}", "ℤ": "\\mathbb{Z}", "ℕ": "\\mathbb{N}", "ℚ": "\\mathbb{Q}",
     "ℂ": "\\mathbb{C}", "⌊": "\\lfloor ", "⌋": "\\rfloor ", "⌈": "\\lceil ", "⌉": "\\rceil ", "⟨": "\\langle ",
-    "⟩": "\\rangle ", "〈": "\\langle ", "〉": "\\rangle ", "′": "'", "’": "'", "‘": "'", "″": "''", "“": '"', "”": '"',
+    "⟩": "\\rangle ", "〈": "\\langle ", "〉": "\\rangle ",
+    "′": "'", "’": "'", "‘": "'", "″": "''", "“": '"', "”": '"',
     "…": "\\ldots ", "⋯": "\\ldots ", "（": "(", "）": ")", "［": "[", "］": "]", "，": ",", "、": ",", "；": ";", "：": ":",
     "。": ".", "％": "%", "＝": "=", "＋": "+", "－": "-", "＜": "<", "＞": ">", "∶": ":", "→": "\\to ", "⇒": "\\to ",
     "ı": "i", "ħ": "\\hbar ", "ℏ": "\\hbar ", "∂": "\\partial ", "∑": "\\sum ", "∏": "\\prod ", "∫": "\\int ",
     "½": "\\frac{1}{2}", "⅓": "\\frac{1}{3}", "⅔": "\\frac{2}{3}", "¼": "\\frac{1}{4}", "¾": "\\frac{3}{4}",
     "⅕": "\\frac{1}{5}", "⅙": "\\frac{1}{6}", "⅛": "\\frac{1}{8}", "⅜": "\\frac{3}{8}", "⅝": "\\frac{5}{8}",
-    "⅞": "\\frac{7}{8}", "€": "\\euro ", "¢": "\\text{ cents}", "Å": "Å", "£": "\\pounds ", "¥": "\\yen ", "\u00a0": " ", "\u2009": " ", "\u202f": " ",
+    "⅞": "\\frac{7}{8}", "€": "\\euro ", "¢": "\\text{ cents}", "Å": "Å",
+    "£": "\\pounds ", "¥": "\\yen ", "\u00a0": " ", "\u2009": " ", "\u202f": " ",
     "\u200b": "", "\ufeff": "", "𝑖": "i", "∠": "\\angle ", "△": "\\triangle ", "⊥": "\\perp ", "∥": "\\parallel ",
     "∣": "|", "ϵ": "\\epsilon ", "ϕ": "\\phi ", "µ": "\\mu ",
 }  # fmt: skip
@@ -42,13 +44,15 @@ NAMED |= {
     "infty": "∞", "infinity": "∞", "infin": "∞", "inf": "∞", "oo": "∞", "hbar": "ħ", "ell": "ℓ", "partial": "∂",
     "mho": "℧", "imath": "i", "jmath": "j", "degree": "°", "ldots": "…", "dots": "…", "cdots": "…", "dotsc": "…",
     "dotsb": "…", "vdots": "…", "ddots": "…", "aleph": "ℵ", "nabla": "∇", "wp": "℘", "Re": "Re", "Im": "Im",
-    "odot": "☉", "oplus": "⊕", "otimes": "⊗", "dagger": "†", "star": "⋆", "forall": "∀", "exists": "∃", "therefore": "∴",
+    "odot": "☉", "oplus": "⊕", "otimes": "⊗", "dagger": "†", "star": "⋆", "forall": "∀", "exists": "∃",
+    "therefore": "∴",
     "Box": "□", "square": "□", "cdotp": "·",
 }  # fmt: skip
 OPERATORS = {
     "cdot": "*", "times": "*", "ast": "*", "div": "/", "le": "<=", "leq": "<=", "leqslant": "<=", "ge": ">=",
     "geq": ">=", "geqslant": ">=", "ne": "!=", "neq": "!=", "lt": "<", "gt": ">", "pm": "±", "mp": "∓", "cup": "∪",
-    "bigcup": "∪", "cap": "∩", "setminus": "∖", "backslash": "∖", "in": "∈", "notin": "∉", "approx": "≈", "simeq": "≈",
+    "bigcup": "∪", "cap": "∩", "setminus": "∖", "backslash": "∖", "in": "∈", "notin": "∉", "approx": "≈",
+    "simeq": "≈",
     "equiv": "≡", "sim": "~", "cong": "≅", "propto": "∝", "to": "→", "rightarrow": "→", "Rightarrow": "→",
     "implies": "→", "mapsto": "→", "perp": "⊥", "parallel": "∥", "mid": "|", "vert": "|", "lvert": "|", "rvert": "|",
     "Vert": "|", "lfloor": "⌊", "rfloor": "⌋", "lceil": "⌈", "rceil": "⌉", "langle": "(", "rangle": ")",
@@ -67,19 +71,15 @@ FONTS = word_set(
     "mathnormal texttt mathtt textsc"
 )
 TEXTS = {"text", "mathrm", "mbox", "textrm", "textnormal", "operatorname", "hbox", "rm", "textup"}
-ACCENTS = word_set(
-    "overline bar hat vec dot ddot tilde widehat widetilde overrightarrow mathcal mathfrak mathscr"
-)
+ACCENTS = word_set("overline bar hat vec dot ddot tilde widehat widetilde overrightarrow mathcal mathfrak mathscr")
 
 STOP_WORDS = word_set(
-    "if when where for not no mod except than with without is are isnt to base more less most least fewer over "
+    "or and any if when where for not no mod except than with without is are isnt to base more less most least fewer over "
     "under about approximately nearly almost roughly between until up either neither nor but wrong false "
     "incorrect"
 )
 SCALES = {"hundred": 10**2, "thousand": 10**3, "million": 10**6, "billion": 10**9, "trillion": 10**12, "dozen": 12}
-SHORT_WORDS = word_set(
-    "yes no odd all any none one two six ten red sun mon tue wed thu fri sat max min dne"
-)
+SHORT_WORDS = word_set("yes no odd all any none one two six ten red sun mon tue wed thu fri sat max min dne")
 
 _UNITS = {
     "cm": "centimeter centimetre", "mm": "millimeter millimetre", "km": "kilometer kilometre", "m": "meter metre",
@@ -111,6 +111,7 @@ def _one_unit(match: regex.Match) -> str:
     single = word[:-1] if word.endswith("s") and len(word) > 2 else word
     return _SPELLINGS.get(word) or _SPELLINGS.get(single) or single
 
+
 FUNCTION_NAMES = FUNCTIONS - {"!", "!!", "root", "abs", "floor", "ceil", "mod", "binom"} | {
     "log",
     "lg",
@@ -120,11 +121,9 @@ FUNCTION_NAMES = FUNCTIONS - {"!", "!!", "root", "abs", "floor", "ceil", "mod", 
 }
 ALIASES = {"arcsin": "asin", "arccos": "acos", "arctan": "atan", "tan": "tg", "cot": "ctg"}
 ALIASES = {short: long for long, short in ALIASES.items()}
-COMMANDS = (
-    word_set("sqrt binom begin end sum prod int lim angle triangle measuredangle mathbb")
-    | ACCENTS
-)
+COMMANDS = word_set("sqrt binom begin end sum prod int lim angle triangle measuredangle mathbb") | ACCENTS
 COMMANDS |= {"frac", "dfrac", "tfrac", "cfrac", "dbinom", "tbinom"}
 MATRICES = "pmatrix|bmatrix|matrix|smallmatrix|Bmatrix|vmatrix|array"
 LISTS = "aligned|align|cases|gathered|split"
 KNOWN = set(NAMED) | set(OPERATORS) | SPACING | FONTS | TEXTS | COMMANDS | FUNCTION_NAMES | set(ALIASES)
+SHORT_UNITS = word_set("cm mm km in ft yd mi kg mg lb oz mL min sec hr deg pct mph")  # without \\text, after a number

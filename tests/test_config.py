@@ -1,0 +1,79 @@
+"""config.py: every wrong setting is one clear line; cases are made from the fields themselves."""
+
+import dataclasses
+import json
+import math
+
+import pytest
+
+from config import Config, from_dict, parse_config, usage
+
+FIELDS = dataclasses.fields(Config)
+WRONG = [(f.name, value) for f in FIELDS if f.type is not str for value in ("seven", "", None, [1])]
+WRONG += [(f.name, 1.5) for f in FIELDS if f.type is int] + [(f.name, 3) for f in FIELDS if f.type in (str, bool)]
+WRONG += [(f.name, f.type(f.metadata["low"] - 1)) for f in FIELDS if f.metadata["low"] is not None]
+WRONG += [(f.name, f.type(f.metadata["high"] + 1)) for f in FIELDS if f.metadata["high"] < math.inf]
+WRONG += [(f.name, f.default + "x") for f in FIELDS if f.metadata["choices"]]
+WRONG += [(f.name, math.nan) for f in FIELDS if f.type is float]
+
+
+@pytest.mark.parametrize("name, value", WRONG, ids=lambda x: str(x)[:30])
+def test_a_wrong_value_names_its_field(name, value):
+    with pytest.raises(ValueError, match=f"^{name} is ") as error:
+        from_dict({name: value})
+    assert "\n" not in str(error.value) and any(
+        word in str(error.value) for word in ("expected", "did you mean", "choose from")
+    )
+
+
+def test_there_are_many_such_cases():
+    assert len(WRONG) >= 60
+
+
+@pytest.mark.parametrize("field", FIELDS, ids=lambda f: f.name)
+def test_a_misspelt_field_is_told_its_name(field):
+    with pytest.raises(ValueError, match=f"unknown setting.*did you mean {field.name}"):
+        from_dict({field.name + "z": field.default})
+
+
+@pytest.mark.parametrize("field", FIELDS, ids=lambda f: f.name)
+def test_every_default_is_allowed_and_read_back_from_text(field):
+    assert getattr(from_dict({field.name: field.default, "out": "x"}), field.name) in (field.default, "x")
+    assert field.metadata["help"] and f"--{field.name}" in usage()
+    if field.name not in ("resume",):
+        assert parse_config([f"--{field.name}", str(field.default)]) == Config()
+
+
+def test_the_command_line_wins_over_the_file(tmp_path):
+    path = tmp_path / "c.json"
+    path.write_text(json.dumps({"steps": 7, "lr": 1}))
+    config = parse_config(["--config", str(path), "--lr=2e-6", "--method", "rft"])
+    assert (config.steps, config.lr, config.method) == (7, 2e-6, "rft")
+
+
+@pytest.mark.parametrize(
+    "argv, message",
+    [
+        (["--steps"], "--steps has no value"),
+        (["steps", "3"], "expected --FIELD VALUE"),
+        (["--steps", "3", "--steps", "4"], "given twice"),
+        (["--stesp", "3"], "did you mean steps"),
+        (["--method", "prefix-rtf"], "did you mean prefix-rft"),
+        (["--config", "no.json"], "cannot be read"),
+        (["--resume", "auto"], "give --out"),
+        (["--hybrid_per_prompt", "8"], "hybrid_per_prompt is 8 of 8"),
+        (["--method", "luffy", "--rollouts_per_prompt", "1"], "hybrid_per_prompt is 1 of 1"),
+        (["--updates_per_step", "17"], "updates_per_step is 17"),
+        (["--scale_by_std", "maybe"], "expected true or false"),
+    ],
+)
+def test_wrong_command_lines(argv, message):
+    with pytest.raises(ValueError, match=message):
+        parse_config(argv)
+
+
+@pytest.mark.parametrize("text, message", [("{", "not valid JSON"), ("[1]", "expected a JSON object")])
+def test_wrong_config_files(tmp_path, text, message):
+    (tmp_path / "c.json").write_text(text)
+    with pytest.raises(ValueError, match=message):
+        parse_config(["--config", str(tmp_path / "c.json")])

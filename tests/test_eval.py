@@ -1,0 +1,395 @@
+"""eval.py and stats.py: every statistic against a hand count, brute force or a simulation; the evaluation folder."""
+
+import argparse
+import itertools
+import json
+import random
+import re
+import sys
+from fractions import Fraction
+from pathlib import Path
+from types import SimpleNamespace
+
+import numpy as np
+import pytest
+
+import eval
+import report
+import stats
+from benchmarks import choose_benchmarks
+from choice import chosen, grade_response, question
+from data.loader import Problem, encode_problems
+from eval import evaluate, pass_at_k, summarize
+from stats import average_interval, interval, paired_difference
+
+# ---- statistics
+
+
+def test_pass_at_k_is_the_share_of_draws_with_a_right_one():
+    for n in range(1, 8):
+        for c, k in itertools.product(range(n + 1), range(1, n + 1)):
+            draws = list(itertools.combinations([1] * c + [0] * (n - c), k))
+            assert pass_at_k(n, c, k) == pytest.approx(sum(map(any, draws)) / len(draws), abs=1e-15)
+
+
+def test_pass_at_k_is_exact_for_the_papers_2048_samples():
+    for c, k in ((1, 1024), (3, 1024), (1, 2048), (2047, 1), (5, 1), (0, 2048)):
+        fail = Fraction(1)
+        for i in range(k):  # the chance that k draws one after the other are all wrong
+            fail *= Fraction(max(0, 2048 - c - i), 2048 - i)
+        assert pass_at_k(2048, c, k) == float(1 - fail)
+
+
+@pytest.mark.parametrize("n, c, k", [(4, 2, 5), (4, 5, 1), (4, 2, 0), (4, -1, 2)])
+def test_pass_at_k_refuses_more_draws_than_samples(n, c, k):
+    with pytest.raises(ValueError, match=f"n = {n}, c = {c}, k = {k}"):
+        pass_at_k(n, c, k)
+
+
+def coverage(method, a: float, b: float, problems: int, samples: int, trials: int = 250) -> float:
+    """How often the interval holds the true mean of benchmarks whose problems are solved with Beta(a, b) chances."""
+    generator = np.random.default_rng(1)
+    hits = 0
+    for _ in range(trials):
+        low, high = method(generator.binomial(samples, generator.beta(a, b, problems)) / samples)
+        hits += low <= a / (a + b) <= high
+    return hits / trials
+
+
+@pytest.mark.parametrize(
+    "a, b, problems, samples",
+    [(0.1, 2, 30, 32), (0.05, 5, 30, 32), (2, 2, 30, 32), (1, 3, 83, 32), (0.3, 0.3, 200, 1), (1, 3, 10, 8)],
+)
+def test_the_interval_holds_the_truth_in_95_percent_of_simulated_benchmarks(a, b, problems, samples, monkeypatch):
+    monkeypatch.setattr(stats, "RESAMPLES", 500)
+    assert coverage(interval, a, b, problems, samples) >= 0.93
+
+    def plain(values):
+        return stats.middle_95(stats.resampled_means(values))
+
+    if (a, problems) == (0.05, 30):  # what the made-up problems are for
+        assert coverage(plain, a, b, problems, samples) < 0.85
+
+
+def test_an_interval_is_never_of_width_zero():
+    for problems in (1, 10, 200):
+        low, high = interval([0.0] * problems)
+        assert low == 0 and high > 0.25 / problems
+        low, high = interval([1.0] * problems)
+        assert high == 1 and low < 1 - 0.25 / problems
+
+
+def test_resampled_means_spread_like_the_standard_error():
+    values = np.random.default_rng(0).random(5_000)  # more than one block of resamples
+    means = stats.resampled_means(values)
+    assert len(means) == stats.RESAMPLES
+    assert means.mean() == pytest.approx(values.mean(), abs=1e-3)
+    assert means.std() == pytest.approx(values.std() / 5_000**0.5, rel=0.06)
+    assert (means == stats.resampled_means(values)).all()  # seeded
+    reach = 1.96 * means.std() / 2**0.5
+    expected = values.mean() - reach, values.mean() + reach
+    assert average_interval([values, values]) == pytest.approx(expected, abs=1e-3)
+
+
+def test_paired_difference_uses_the_pairing():
+    generator = np.random.default_rng(0)
+    first = generator.random(300)
+    second = first + 0.1 + 0.02 * generator.standard_normal(300)
+    middle, low, high = paired_difference(first, second)
+    error = (second - first).std() / 300**0.5
+    assert middle == pytest.approx((second - first).mean())
+    assert (low, high) == pytest.approx((middle - 1.96 * error, middle + 1.96 * error), abs=0.3 * error)
+    assert paired_difference(second, first)[0] == pytest.approx(-middle)
+    alike = paired_difference([0.0] * 30, [0.0] * 30)
+    assert alike[0] == 0 and alike[1] == -alike[2] and 0.05 < alike[2] < 0.2
+
+
+# ---- a scripted model
+
+SCRIPT = {  # problem id: its samples; right, wrong, without a readable box, or cut off by the budget
+    "a": ["=12;\\boxed{12}", "\\boxed{13}", "no box", "\\boxed{12}cut"],
+    "b": ["\\boxed{7}", "\\boxed{7.0}", "\\boxed{+7}", "\\boxed{7}"],
+    "c": ["\\boxed{1}", "", "\\boxed{", "9-cut"],
+}
+PROBLEMS = [
+    Problem(id="a", problem="5+7?", answer="12", level="easy"),
+    Problem(id="b", problem="3+4?", answer="7", level="easy"),
+    Problem(id="c", problem="9-4?", answer="5", level="hard"),
+]
+
+
+@pytest.fixture
+def scripted(monkeypatch, tokenizer):
+    """Makes `eval` take its responses from SCRIPT; -> (model, encoded problems)."""
+    ends = [tokenizer.eos_token_id]
+    config = SimpleNamespace(eos_token_id=ends, pad_token_id=tokenizer.pad_token_id)
+
+    def ids(text: str) -> list[int]:
+        return tokenizer(text.removesuffix("cut"), add_special_tokens=False)["input_ids"]
+
+    def generate(model, rows, max_response_tokens, temperature, **_):
+        texts = [SCRIPT[row.key[2]][row.key[3]] for row in rows]
+        return [ids(text) + ([] if text.endswith("cut") else ends) for text in texts]
+
+    monkeypatch.setattr(eval, "generate", generate)
+    return SimpleNamespace(generation_config=config), encode_problems(tokenizer, PROBLEMS, 99, ends)[0]
+
+
+def test_evaluate_and_summarize_match_a_hand_count(scripted, tokenizer):
+    model, encoded = scripted
+    answers = evaluate(model, tokenizer, PROBLEMS, encoded, samples=4, temperature=1.0, max_response_tokens=99)
+    assert [a.right for a in answers] == [1, 4, 0]
+    assert [a.truncated for a in answers] == [1, 0, 1]
+    assert [a.unread for a in answers] == [1, 0, 2]
+    # characters, \boxed{ being one token, and an end token but for the response that was cut off
+    assert answers[0].tokens == (4 + 1 + 2 + 1 + 1) + (1 + 2 + 1 + 1) + (6 + 1) + (1 + 2 + 1)
+    table = summarize(answers)
+    assert list(table) == ["easy", "hard", "all"]
+    everything = table["all"]
+    assert everything["problems"] == 3 and everything["samples"] == 4
+    assert everything["accuracy"] == pytest.approx(5 / 12)
+    assert everything["truncated"] == pytest.approx(2 / 12)
+    assert everything["unread"] == pytest.approx(3 / 12)
+    assert everything["pass@1"] == pytest.approx(5 / 12)
+    # a: of the 6 pairs of samples, 3 hold the right one; b: all; c: none
+    assert everything["pass@2"] == pytest.approx((3 / 6 + 1 + 0) / 3)
+    assert everything["pass@4"] == pytest.approx(2 / 3)
+    assert "pass@8" not in everything
+    assert table["easy"]["accuracy"] == pytest.approx(5 / 8)
+    assert table["hard"]["accuracy"] == 0 and table["hard"]["high"] > 0
+
+
+# ---- multiple choice
+
+OPTIONS = ["iron", "1/2", "the sum of A and B.", "0.5 m"]
+
+
+@pytest.mark.parametrize(
+    "boxed, letter",
+    [
+        ("A", "A"),
+        (" (B) ", "B"),
+        ("\\text{C.}", "C"),
+        ("$\\mathbf{D}$", "D"),
+        ("E", None),  # there are four options
+        ("a", None),
+        ("A) iron", "A"),
+        ("(A) Iron.", "A"),
+        ("A) lead", None),
+        ("\\text{Iron}", "A"),
+        ("the  sum of A and B", "C"),
+        ("\\frac{1}{2}", "B"),
+        ("iron and steel", None),
+        ("A, B", None),
+    ],
+)
+def test_an_option_is_named_by_letter_or_text(boxed, letter):
+    assert chosen(boxed, OPTIONS) == letter
+
+
+def test_two_options_of_the_same_value_are_told_apart_by_words_or_letter():
+    options = ["2", "2.0", "3"]
+    assert [chosen(boxed, options) for boxed in ("2", "2.0", "B", "\\frac{4}{2}")] == ["A", "B", "B", None]
+
+
+def test_grading_a_choice():
+    assert grade_response("so \\boxed{iron}", "A", OPTIONS) == (1.0, True)
+    assert grade_response("so \\boxed{B}", "A", OPTIONS) == (0.0, True)
+    assert grade_response("so A", "A", OPTIONS) == (0.0, False)
+    assert grade_response("\\boxed{C}", "C") == (1.0, True)
+    assert question("Which?", ["x", "y"]) == "Which?\n\nA) x\nB) y"
+    with pytest.raises(ValueError, match="has 1 options"):
+        question("Which?", ["x"])
+
+
+# ---- the evaluation folder
+
+
+def arguments(**given) -> argparse.Namespace:
+    words = "--model data/base --benchmarks embedded --problems 3 --samples 4 --temperature 1"
+    args = eval.parse_args([*words.split(), "--max_response_tokens", "40", "--rows_per_call", "10"])
+    for name, value in given.items():
+        setattr(args, name, value)
+    return args
+
+
+def without_date(folder: Path) -> dict:
+    results = json.loads((folder / "results.json").read_text())
+    results["settings"].pop("date")
+    return results
+
+
+@pytest.fixture(scope="module")
+def finished(tmp_path_factory) -> Path:
+    folder = tmp_path_factory.mktemp("eval") / "whole"
+    eval.run(arguments(out=folder))
+    return folder
+
+
+@pytest.fixture
+def no_figure(monkeypatch):
+    monkeypatch.setattr(report, "figure", lambda folder: "")
+
+
+def test_a_run_keeps_every_response_and_setting(finished, tokenizer):
+    rows = [json.loads(line) for line in (finished / "generations.jsonl").read_text().splitlines()]
+    assert len(rows) == 4 * 3 * 4
+    assert set(rows[0]) == {"benchmark", "id", "sample", "reward", "read", "truncated", "tokens", "response"}
+    settings = json.loads((finished / "settings.json").read_text())
+    for key in ("weights", "chat_template", "first_prompt", "grader", "versions", "date", "device"):
+        assert settings[key], key
+    assert settings["first_prompt"].startswith(tokenizer.bos_token)
+    assert settings["temperature"] == 1.0 and settings["top_p"] == 1.0 and settings["max_response_tokens"] == 40
+    results = json.loads((finished / "results.json").read_text())
+    right = sum(row["reward"] for row in rows)
+    assert results["results"]["embedded"]["all"]["accuracy"] == pytest.approx(right / 48)
+    assert sum(c for counts in results["right"]["embedded"].values() for c in counts.values()) == right
+    text = (finished / "results.md").read_text()
+    assert "| embedded: ood" in text and "pass@k" in text and settings["grader"] in text
+    assert (finished / "passk.png").stat().st_size > 10_000
+
+
+@pytest.mark.parametrize("stop_after", [1, 3])
+def test_a_stopped_evaluation_continues_to_the_same_files(
+    finished, tmp_path, monkeypatch, capsys, stop_after, no_figure
+):
+    folder, batches, append = tmp_path / "stopped", [], eval.append_rows
+
+    def stopping(path, rows):
+        batches.append(len(rows))
+        append(path, rows)
+        if len(batches) == stop_after:
+            raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch:
+        patch.setattr(eval, "append_rows", stopping)
+        patch.setattr(eval, "parse_args", lambda words, args=arguments(out=folder): args)
+        patch.setattr(sys, "argv", ["eval.py", "--samples", "4"])
+        with pytest.raises(SystemExit) as stop:
+            eval.main()
+    assert stop.value.code == 130 and f"go on: python eval.py --samples 4 --out {folder}" in capsys.readouterr().err
+    assert max(batches) <= 10  # memory: never more than a batch at once
+    log, lines = folder / "generations.jsonl", (finished / "generations.jsonl").read_bytes().splitlines(keepends=True)
+    done = 10 * stop_after
+    with log.open("ab") as file:  # three more whole lines and one that a kill cut short
+        file.write(b"".join(lines[done : done + 3]) + lines[done + 3][:25])
+    batches.clear()
+    with monkeypatch.context() as patch:
+        patch.setattr(eval, "append_rows", lambda path, rows: (batches.append(len(rows)), append(path, rows)))
+        eval.run(arguments(out=folder))
+    assert batches == [10] * (4 - stop_after) + [8]  # the three lines are sampled again, in the batch they belong to
+    assert log.read_bytes() == (finished / "generations.jsonl").read_bytes()
+    assert without_date(folder) == without_date(finished)
+
+
+@pytest.mark.usefixtures("no_figure")
+def test_a_complete_evaluation_samples_nothing_again(finished, monkeypatch):
+    monkeypatch.setattr(eval, "respond", None)
+    before = (finished / "generations.jsonl").read_bytes()
+    eval.run(arguments(out=finished))
+    assert (finished / "generations.jsonl").read_bytes() == before
+
+
+def copy(folder: Path, target: Path) -> Path:
+    target.mkdir()
+    for name in ("settings.json", "generations.jsonl"):
+        (target / name).write_bytes((folder / name).read_bytes())
+    return target
+
+
+@pytest.mark.usefixtures("no_figure")
+def test_regrading_restores_changed_grades(finished, tmp_path, monkeypatch, capsys):
+    folder = copy(finished, tmp_path / "regraded")
+    rows = [json.loads(line) for line in (folder / "generations.jsonl").read_text().splitlines()]
+    uncut = [row for row in rows if not row["truncated"]]
+    for row in random.Random(0).sample(uncut, 5):
+        row["reward"] = 1.0 - row["reward"]
+    (folder / "generations.jsonl").write_text("".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows))
+    monkeypatch.setattr(eval, "respond", None)
+    eval.regrade(folder)
+    assert "48 responses graded again, 5 grades changed" in capsys.readouterr().out
+    assert (folder / "generations.jsonl").read_bytes() == (finished / "generations.jsonl").read_bytes()
+    assert without_date(folder)["results"] == without_date(finished)["results"]
+    monkeypatch.setattr(eval, "grader_version", lambda: "another")
+    with pytest.raises(ValueError, match=r"graded by another version: first run {2}eval.py --regrade"):
+        eval.run(arguments(out=folder))
+
+
+def test_the_folder_of_another_evaluation_is_left_alone(finished, tmp_path, monkeypatch):
+    with pytest.raises(ValueError, match=r"other settings .*temperature: 1.0"):
+        eval.run(arguments(out=finished, temperature=0.5))
+    with monkeypatch.context() as patch:
+        patch.setattr(eval, "sha256", lambda *paths: "of another model")
+        with pytest.raises(ValueError, match=r"other settings .*weights"):
+            eval.run(arguments(out=finished))
+    foreign = copy(finished, tmp_path / "foreign")
+    lines = (foreign / "generations.jsonl").read_text().splitlines(keepends=True)
+    (foreign / "generations.jsonl").write_text("".join([lines[0], lines[5], *lines[2:]]))
+    with pytest.raises(ValueError, match=r"generations.jsonl:2: found the response .*expected .*another evaluation"):
+        eval.run(arguments(out=foreign))
+    (tmp_path / "letters").mkdir()
+    (tmp_path / "letters" / "a.txt").write_text("dear")
+    with pytest.raises(ValueError, match="holds no evaluation"):
+        eval.run(arguments(out=tmp_path / "letters"))
+
+
+def test_without_matplotlib_the_report_says_how_to_draw_later(monkeypatch):
+    monkeypatch.setitem(sys.modules, "plot", None)
+    said = report.figure(Path("evals/x"))
+    assert said == "(no passk.png: pip install matplotlib, then python plot.py --compare evals/x)"
+
+
+# ---- benchmarks and input
+
+
+def write_benchmark(path: Path, rows: list[dict]) -> Path:
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    return path
+
+
+def test_a_file_of_ones_own_with_options_system_and_levels(tmp_path):
+    row = {"problem": "2?", "answer": "A", "system": "s", "options": ["two", "three"]}
+    path = write_benchmark(tmp_path / "mine.jsonl", [row | {"level": level} for level in "xxyyx"])
+    write_benchmark(tmp_path / "mine.left_out.jsonl", [row])
+    (found,) = choose_benchmarks("", path, per_level=2)
+    assert (found.name, found.samples, found.left_out) == ("mine", 1, 1)
+    assert [p.level for p in found.problems] == ["x", "x", "y", "y"]
+    assert found.options[found.problems[3].id] == ["two", "three"] and found.problems[0].system == "s"
+    assert choose_benchmarks("", path, system="t")[0].problems[0].system == "t"
+
+
+def test_the_papers_numbers_of_samples(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    Path("data/benchmarks").mkdir(parents=True)
+    for name in ("aime24", "math500"):
+        write_benchmark(Path(f"data/benchmarks/{name}.jsonl"), [{"problem": "1+1?", "answer": "2"}])
+    assert [b.samples for b in choose_benchmarks("aime24,math500", None)] == [32, 1]
+    assert [b.samples for b in choose_benchmarks("aime24,math500", None, samples=4)] == [4, 4]
+    with pytest.raises(ValueError, match=r"aime25 is not here yet: run {2}python data/prepare.py aime25"):
+        choose_benchmarks("paper", None)
+
+
+@pytest.mark.parametrize(
+    "words, said",
+    [
+        ("--benchmarks aime", "unknown benchmark 'aime': choose from aime24, .*mmlu_pro.*embedded"),
+        ("", "nothing to evaluate on"),
+        ("--benchmarks embedded --temperature 0 --samples 2", "temperature 0 is greedy"),
+        ("--benchmarks embedded", "8192 and the longest prompt has .* window of 512: give --max_response_tokens 4"),
+        ("--benchmarks embedded --samples 0", "samples is 0, expected at least 1"),
+        ("--benchmarks embedded --samples many", "invalid int value: 'many'"),
+        ("--benchmarks embedded --temperature -1", "temperature is -1.0"),
+        ("--data nowhere.jsonl", "'nowhere.jsonl' does not exist"),
+        ("--regrade nowhere", "nowhere holds no evaluation"),
+        ("--model ./nowhere --benchmarks embedded", "model './nowhere'"),
+    ],
+)
+def test_bad_input_is_one_line_and_exit_code_2(words, said, monkeypatch, capsys, tmp_path):
+    given = words.split() if "--model" in words else ["--model", "data/base", *words.split()]
+    monkeypatch.setattr(sys, "argv", ["eval.py", *given, "--out", str(tmp_path / "x")])
+    with pytest.raises(SystemExit) as stop:
+        eval.main()
+    error = capsys.readouterr().err
+    assert stop.value.code == 2 and error.count("\n") == 1 and error.startswith("eval.py: ")
+    assert re.search(said, error), error
+    assert not (tmp_path / "x").exists()

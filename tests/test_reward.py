@@ -1,0 +1,122 @@
+"""The box in a response, the grade, and whose mistake is whose."""
+
+import time
+
+import pytest
+
+from reward import BATCH_WITH_BAR, check_gold, extract_boxed, grade, grade_batch, is_equivalent, is_read
+
+BOXES = [
+    ("so \\boxed{42}.", "42"),
+    ("\\boxed {42}", "42"),
+    ("\\boxed\n{42}", "42"),
+    ("\\fbox{42}", "42"),
+    ("\\boxed{1} then \\boxed{2}", "2"),
+    ("\\boxed{1} then \\fbox{2}", "2"),
+    ("\\boxed{\\frac{1}{2}}", "\\frac{1}{2}"),
+    ("\\boxed{x^{2^{3^{4}}}}", "x^{2^{3^{4}}}"),
+    ("\\boxed{\\{1, 2\\}}", "\\{1, 2\\}"),
+    ("\\boxed{\\left\\{ 1 \\right.}", "\\left\\{ 1 \\right."),
+    ("\\boxed{\\begin{pmatrix} 1 \\\\{2} \\end{pmatrix}}", "\\begin{pmatrix} 1 \\\\{2} \\end{pmatrix}"),
+    ("\\boxed{\\boxed{7}}", "\\boxed{7}"),
+    ("\\boxed{a} \\boxed{\\boxed{7}", "7"),
+    ("\\boxed{}", ""),
+    ("\\boxed{5} and an empty \\boxed{}", ""),
+    ("\\boxed{5}}}} {{{", "5"),
+    ("{{{ \\boxed{5}", "5"),
+    ("} \\boxed{5}", "5"),
+    ("$n = \\boxed 19$.", "19"),
+    ("\\boxed 3\\pmod 9", "3"),
+    ("\\boxed -7.", "-7"),
+    ("\\boxed\\frac12$", "\\frac12"),
+    ("\\boxed{5} cut off in \\boxed{6", "5"),
+    ("\\boxed{$6$}", "$6$"),
+    ("no box: 42", None),
+    ("", None),
+    ("\\boxed{42", None),
+    ("\\boxed{\\frac{1}{2}", None),
+    ("\\boxed", None),
+    ("\\boxedx{5}", None),
+    ("\\boxed{\\}", None),
+    ("boxed{5}", None),
+]
+
+
+@pytest.mark.parametrize(("text", "content"), BOXES)
+def test_extract_boxed(text, content):
+    assert extract_boxed(text) == content
+
+
+@pytest.mark.parametrize(
+    "text",
+    ["\\boxed{" * 150000, "{" * 10 ** 6, "}" * 10 ** 6, "\\" * 10 ** 6, "\\boxed " * 150000, "\\boxed{1}" * 110000, "\\boxed{" + "{" * 500000 + "}" * 400000, "\\boxed" + " " * 10 ** 6, "\\boxed\\a" + "b c" * 300000],
+    ids=lambda text: text[:16],
+)
+def test_a_megabyte_takes_no_time(text):
+    start = time.perf_counter()
+    extract_boxed(text)
+    assert grade(text, "5") == 0.0
+    assert time.perf_counter() - start < 3.0
+
+
+def test_grade_is_one_or_zero():
+    assert grade("I think \\boxed{0.5}, no, $\\boxed{\\frac{2}{4}}$.", "\\frac12") == 1.0
+    assert grade("\\boxed{\\frac12} or rather \\boxed{3}", "\\frac12") == 0.0
+    assert isinstance(grade("\\boxed{1}", "1"), float)
+    assert grade("the answer is 4", "4") == 0.0
+    assert grade("\\boxed{3} and not -3", "-3") == 0.0
+    assert grade("\\boxed{(B)}", "B") == 1.0
+
+
+@pytest.mark.parametrize("response", [None, 5, b"\\boxed{5}", ["\\boxed{5}"], float("nan")])
+def test_a_response_that_is_no_string_is_graded_zero(response):
+    assert grade(response, "5") == 0.0
+    assert is_read(response) is False
+    assert is_equivalent(response, "5") is False
+
+
+@pytest.mark.parametrize("gold", [None, 5, 5.0, b"5", ["5"]])
+def test_a_gold_that_is_no_string_is_the_callers_mistake(gold):
+    with pytest.raises(TypeError, match="gold must be a string"):
+        grade("\\boxed{5}", gold)
+    with pytest.raises(TypeError, match="gold must be a string"):
+        grade_batch(["\\boxed{5}"], [gold])
+    with pytest.raises(ValueError, match="must be a string"):
+        check_gold(gold)
+
+
+def test_grade_batch(capsys):
+    assert grade_batch(["\\boxed{1}", None, "\\boxed{2}"], ["1", "1", "1"]) == [1.0, 0.0, 0.0]
+    assert grade_batch([], []) == []
+    with pytest.raises(ValueError, match="2 responses for 1 golds"):
+        grade_batch(["\\boxed{1}", "\\boxed{2}"], ["1"])
+    with pytest.raises(TypeError, match="lists of strings"):
+        grade_batch("\\boxed{1}", "1")
+    assert capsys.readouterr() == ("", "")
+
+
+def test_only_a_large_batch_shows_a_bar(capsys):
+    grade_batch(["\\boxed{1}"] * (BATCH_WITH_BAR - 1), ["1"] * (BATCH_WITH_BAR - 1))
+    assert capsys.readouterr().err == ""
+    grade_batch(["\\boxed{1}"] * BATCH_WITH_BAR, ["1"] * BATCH_WITH_BAR)
+    assert "grading" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("response", "read"),
+    [("\\boxed{5}", True), ("\\boxed{\\text{even}}", True), ("\\boxed{wrong, 6}", True), ("5", False), ("\\boxed{5", False), ("\\boxed{}", False), ("\\boxed{\\frac{1}{}}", False), ("\\boxed{1/0}", False)],
+)
+def test_is_read(response, read):
+    assert is_read(response) is read
+
+
+@pytest.mark.parametrize("gold", ["", " ", "$", "\\frac{1}", "(1, 2", "\\undefined{3}", "1/0", "9" * 5000])
+def test_check_gold_names_the_answer_the_reason_and_the_fix(gold):
+    with pytest.raises(ValueError, match=r"cannot be read: .+; rewrite it"):
+        check_gold(gold)
+    assert grade(f"\\boxed{{{gold}}}", gold) == 0.0, "an unreadable gold rewards nobody"
+
+
+def test_check_gold_accepts_what_answer_keys_hold():
+    for gold in ("042", "$\\frac{1}{2}$", "(B)", "\\text{Evelyn}", "x \\in [-2,7]", "2516_8", "4.5e33", "$69$,$84$"):
+        check_gold(gold)

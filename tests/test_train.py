@@ -1,0 +1,265 @@
+"""train.py end to end, as a user runs it: files, resume, signals, wrong input."""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+import torch
+from conftest import random_model
+
+import train
+from config import parse_config
+from loss import METHODS
+from model import load_model, save_model
+
+ROOT = Path(__file__).parents[1]
+SMALL = {
+    "prompts_per_step": 4,
+    "rollouts_per_prompt": 4,
+    "steps": 4,
+    "sft_steps": 2,
+    "sft_batch": 4,
+    "eval_every": 0,
+    "save_every": 1,
+    "max_response_tokens": 48,
+    "eval_response_tokens": 48,
+    "eval_samples": 1,
+}
+
+
+def write_rows(path: Path, rows: list[dict]) -> Path:
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    return path
+
+
+@pytest.fixture(scope="module")
+def task(tmp_path_factory):
+    """A few problems of the embedded task."""
+    folder = tmp_path_factory.mktemp("task")
+    rows = [json.loads(line) for line in (ROOT / "data/recipes/train.jsonl").read_text().splitlines()]
+    with_demonstration = [row for row in rows if row.get("demonstrations") and row["level"] == "medium"]
+    write_rows(folder / "train.jsonl", with_demonstration[:8] + [r for r in rows if not r.get("demonstrations")][:4])
+    write_rows(folder / "held.jsonl", [row | {"demonstrations": []} for row in rows[-4:]])
+    return folder
+
+
+def arguments(task: Path, out: Path, **settings) -> list[str]:
+    files = {"data": task / "train.jsonl", "eval_data": task / "held.jsonl", "test_data": task / "held.jsonl"}
+    settings = SMALL | files | {"out": out} | settings
+    return [word for name, value in settings.items() for word in (f"--{name}", str(value))]
+
+
+def run(argv: list[str], **kwargs) -> subprocess.CompletedProcess:
+    env = os.environ | {"OMP_NUM_THREADS": "1"}
+    return subprocess.run(
+        [sys.executable, "train.py", *argv], cwd=ROOT, capture_output=True, text=True, env=env, timeout=300, **kwargs
+    )
+
+
+def read_log(folder: Path, name: str = "metrics.jsonl") -> list[dict]:
+    return [json.loads(line) for line in (folder / name).read_text().splitlines()]
+
+
+def without_times(rows: list[dict]) -> list[dict]:
+    return [
+        {k: v for k, v in row.items() if not k.startswith("seconds_") and k != "tokens_per_second"} for row in rows
+    ]
+
+
+def weights(folder: Path) -> dict[str, torch.Tensor]:
+    return load_model(str(folder / "final"))[0].state_dict()
+
+
+@pytest.fixture(scope="module")
+def whole(task, tmp_path_factory):
+    """An uninterrupted ReLIFT-like run is the reference of the resume tests: prefix-rft, 4 steps."""
+    out = tmp_path_factory.mktemp("whole") / "run"
+    result = run(arguments(task, out))
+    assert result.returncode == 0, result.stderr
+    return out, result
+
+
+def test_a_run_writes_what_the_readme_says(whole):
+    out, _ = whole
+    files = "config.json metrics.jsonl samples.jsonl eval.json curves.png checkpoint final"
+    assert {p.name for p in out.iterdir()} == set(files.split())
+    rows = read_log(out)
+    assert [row["step"] for row in rows] == [1, 2, 3, 4]
+    named = [
+        "loss",
+        "grad_norm",
+        "lr",
+        "reward",
+        "reward_on_policy",
+        "reward_hybrid",
+        "prefix_fraction",
+        "prefix_tokens",
+        "prefix_tokens_kept",
+        "entropy",
+        "clip_fraction",
+        "response_tokens",
+        "truncated",
+        "unread",
+        "equal_reward_groups",
+        "tokens_per_second",
+        "seconds_sample",
+        "seconds_update",
+    ]
+    assert all(set(named) <= set(row) for row in rows) and "eval_all" in rows[-1]
+    samples = read_log(out, "samples.jsonl")
+    assert {s["step"] for s in samples} == {1, 2, 3, 4} and any(s["hybrid"] and s["prefix"] for s in samples)
+    scores = json.loads((out / "eval.json").read_text())
+    assert scores["base"]["test"]["all"]["problems"] == scores["trained"]["test"]["all"]["problems"] == 4
+    assert weights(out).keys() == load_model("data/base")[0].state_dict().keys()
+
+
+def test_piped_output_is_plain(whole):
+    _, result = whole
+    assert "\033" not in result.stdout and result.stderr == ""
+    assert any(line.startswith("step=4/4 reward=") for line in result.stdout.splitlines())
+    assert "accuracy in %" in result.stdout and "python sample.py --model" in result.stdout
+
+
+def assert_same_run(a: Path, b: Path) -> None:
+    assert without_times(read_log(a)) == without_times(read_log(b))
+    assert read_log(a, "samples.jsonl") == read_log(b, "samples.jsonl")
+    for (name, x), y in zip(weights(a).items(), weights(b).values()):
+        assert torch.equal(x, y), name
+    assert json.loads((a / "eval.json").read_text()) == json.loads((b / "eval.json").read_text())
+
+
+@pytest.mark.parametrize("wait_for", ["a checkpoint", "the middle of a step"])
+def test_kill_9_and_resume_give_the_same_bits(task, whole, tmp_path, wait_for):
+    """Rule 11: killed after step 2's checkpoint, or between a step's log lines and its checkpoint."""
+    out = tmp_path / "run"
+    argv = arguments(task, out, resume="auto")
+    process = subprocess.Popen([sys.executable, "train.py", *argv], cwd=ROOT, stdout=subprocess.DEVNULL)
+    watched = out / ("checkpoint/state.pt" if wait_for == "a checkpoint" else "samples.jsonl")
+    deadline = time.time() + 120
+    while time.time() < deadline and not (watched.exists() and watched.stat().st_size):
+        time.sleep(0.005)
+    process.send_signal(signal.SIGKILL)
+    process.wait()
+    assert not (out / "final").exists()
+    with (out / "metrics.jsonl").open("a") as log:
+        log.write('{"step": 9, "lo')  # a line cut short
+    result = run(argv)
+    assert result.returncode == 0, result.stderr
+    assert_same_run(out, whole[0])
+
+
+def test_sigterm_ends_after_the_step_and_says_how_to_go_on(task, whole, tmp_path):
+    out = tmp_path / "run"
+    argv = arguments(task, out, save_every=0)
+    process = subprocess.Popen([sys.executable, "train.py", *argv], cwd=ROOT, stdout=subprocess.PIPE, text=True)
+    deadline = time.time() + 120
+    while time.time() < deadline and not (
+        (out / "metrics.jsonl").exists() and (out / "metrics.jsonl").stat().st_size
+    ):
+        time.sleep(0.005)
+    process.send_signal(signal.SIGTERM)
+    text, _ = process.communicate(timeout=120)
+    assert process.returncode == 143
+    line = text.splitlines()[-1]
+    assert line.startswith("stopped after step") and "--resume auto" in line
+    result = run(line.split("python train.py ")[1].split())
+    assert result.returncode == 0 and "continued after step" in result.stdout
+    assert_same_run(out, whole[0])
+    again = run(line.split("python train.py ")[1].split())  # a finished run: nothing changes
+    assert again.returncode == 0
+    assert_same_run(out, whole[0])
+
+
+def test_resume_refuses_other_settings_and_an_existing_folder(task, whole):
+    before = {p: p.stat().st_mtime_ns for p in whole[0].rglob("*")}
+    for settings, message in (({}, "exists"), ({"resume": "auto", "lr": 1e-5}, "lr 0.0002")):
+        result = run(arguments(task, whole[0], **settings))
+        assert result.returncode == 2 and message in result.stderr and result.stderr.count("\n") == 1
+    assert before == {p: p.stat().st_mtime_ns for p in whole[0].rglob("*")}
+
+
+@pytest.mark.parametrize("method", [m for m in METHODS if m not in ("prefix-rft",)])
+def test_every_method_runs(task, tmp_path, monkeypatch, capsys, method):
+    monkeypatch.chdir(ROOT)
+    argv = arguments(task, tmp_path / "run", method=method, steps=2, sft_steps=1)
+    assert train.train(parse_config(argv)) == 0
+    rows = read_log(tmp_path / "run")
+    assert len(rows) == {"sft": 1, "sft-rft": 3}.get(method, 2)
+    base, final = load_model("data/base")[0].state_dict(), weights(tmp_path / "run")
+    assert any(not torch.equal(base[name], final[name]) for name in base)
+
+
+# ---- wrong input: one line on stderr, exit code 2, nothing written
+
+
+def refused(monkeypatch, capsys, **settings) -> str:
+    """What train.py says to settings it refuses."""
+    monkeypatch.chdir(ROOT)
+    monkeypatch.setattr(sys, "argv", ["train.py", *(w for k, v in settings.items() for w in (f"--{k}", str(v)))])
+    with pytest.raises(SystemExit) as stop:
+        train.main()
+    error = capsys.readouterr().err
+    assert stop.value.code == 2 and error.count("\n") == 1 and "Traceback" not in error
+    return error
+
+
+ROW = {"id": "a", "problem": "1+1", "answer": "2", "demonstrations": ["\\boxed{2}"]}
+
+
+@pytest.mark.parametrize(
+    "content, message",
+    [
+        (None, "does not exist"),
+        ("", "no problems in it"),
+        ('{"problem": "1"', "bad.jsonl:1: not valid JSON"),
+        (json.dumps(ROW) + "\n[1]", "bad.jsonl:2: found list"),
+        (json.dumps({"answer": "2"}), "bad.jsonl:1: the field 'problem' is missing"),
+        (json.dumps({"problem": "1+1"}), "bad.jsonl:1: the field 'answer' is missing"),
+        (json.dumps(ROW | {"answer": 2}), "bad.jsonl:1: answer is 2, expected a string"),
+        (json.dumps(ROW | {"answer": "\\frac{1}{"}), "bad.jsonl:1: "),
+        (json.dumps(ROW | {"problem": " "}), "bad.jsonl:1: problem is empty"),
+        (json.dumps(ROW | {"demonstrations": "x"}), "bad.jsonl:1: demonstrations must be a list"),
+        (json.dumps(ROW) + "\n" + json.dumps(ROW), "bad.jsonl:2: the id 'a' stands at line 1 too"),
+        (json.dumps(ROW | {"problem": "ünï"}), "the tokenizer cannot encode 'ü'"),
+        (json.dumps(ROW | {"demonstrations": ["\\boxed{3}"]}), "needs demonstrations"),
+        (json.dumps(ROW | {"demonstrations": []}), "needs demonstrations"),
+        (json.dumps(ROW), "prompts_per_step is 4, but"),
+    ],
+    ids=range(15),
+)
+def test_wrong_data(tmp_path, monkeypatch, capsys, content, message):
+    path = tmp_path / "bad.jsonl"
+    if content is not None:
+        path.write_text(content, encoding="utf-8")
+    error = refused(monkeypatch, capsys, data=path, out=tmp_path / "out", prompts_per_step=4)
+    assert message in error and not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize(
+    "settings, message",
+    [
+        ({"model": "no/such/folder"}, "cannot be loaded"),
+        ({"max_response_tokens": 3}, "needs demonstrations"),
+        ({"max_response_tokens": 4000}, "exceed the model's"),
+        ({"prompts_per_step": 4000}, "prompts_per_step is 4000"),
+        ({"method": "rtf"}, "did you mean rft"),
+    ],
+    ids=str,
+)
+def test_wrong_settings(tmp_path, monkeypatch, capsys, settings, message):
+    error = refused(monkeypatch, capsys, **(settings | {"out": tmp_path / "out"}))
+    assert message in error and not (tmp_path / "out").exists()
+
+
+def test_a_model_without_a_chat_template_is_trained_too(task, tmp_path, tokenizer, monkeypatch, capsys):
+    monkeypatch.chdir(ROOT)
+    save_model(random_model(vocab_size=len(tokenizer)), tokenizer, tmp_path / "model")
+    (tmp_path / "model" / "chat_template.jinja").unlink()
+    argv = arguments(task, tmp_path / "run", model=tmp_path / "model", steps=1)
+    assert train.train(parse_config(argv)) == 0
+    assert "?\\n'" in capsys.readouterr().out  # the documented plain prompt ends with a newline

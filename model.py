@@ -84,7 +84,10 @@ def load_model(
     pad = tokenizer.eos_token_id if tokenizer.pad_token_id is None else tokenizer.pad_token_id
     model.generation_config = GenerationConfig(eos_token_id=ends, pad_token_id=pad)
     if recompute:
-        model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
+        enable = getattr(
+            model, "activation_checkpointing_enable", model.gradient_checkpointing_enable
+        )  # new name, old
+        enable({"use_reentrant": False})
     if torch.distributed.is_initialized():
         ranks.shard(model, device, offload)
         model.token_stats = MethodType(_token_stats, model)
@@ -179,6 +182,13 @@ def _token_stats(
     mask = attention_mask[:, -response_length:].bool()
     hidden = hidden[:, -response_length - 1 : -1][mask]  # [n, H]: the state at token t predicts token t + 1
     targets = input_ids[:, -response_length:][mask]  # [n]
+    log_probs, entropy = head_stats(model, hidden, targets, temperature)
+    empty = torch.zeros(mask.shape, dtype=torch.float32, device=mask.device)
+    return empty.masked_scatter(mask, log_probs), empty.masked_scatter(mask, entropy)
+
+
+def head_stats(model: PreTrainedModel, hidden: Tensor, targets: Tensor, temperature: float) -> tuple[Tensor, Tensor]:
+    """token_stats after the last layer: hidden [n, H], targets [n] -> log_probs [n], entropy [n], in chunks of n."""
     head = model.get_output_embeddings()
 
     def stats(hidden: Tensor, targets: Tensor) -> tuple[Tensor, Tensor]:
@@ -189,12 +199,10 @@ def _token_stats(
 
     size = max(1, LOGITS_PER_CHUNK // model.config.vocab_size)
     if len(targets) <= size:
-        parts = [stats(hidden, targets)]
-    else:
-        parts = [
-            checkpoint(stats, *chunk, use_reentrant=False, preserve_rng_state=False)
-            for chunk in zip(hidden.split(size), targets.split(size))
-        ]
+        return stats(hidden, targets)
+    parts = [
+        checkpoint(stats, *chunk, use_reentrant=False, preserve_rng_state=False)
+        for chunk in zip(hidden.split(size), targets.split(size))
+    ]
     log_probs, entropy = (torch.cat(column) for column in zip(*parts))
-    empty = torch.zeros(mask.shape, dtype=torch.float32, device=mask.device)
-    return empty.masked_scatter(mask, log_probs), empty.masked_scatter(mask, entropy)
+    return log_probs, entropy

@@ -84,10 +84,7 @@ def load_model(
     pad = tokenizer.eos_token_id if tokenizer.pad_token_id is None else tokenizer.pad_token_id
     model.generation_config = GenerationConfig(eos_token_id=ends, pad_token_id=pad)
     if recompute:
-        enable = getattr(
-            model, "activation_checkpointing_enable", model.gradient_checkpointing_enable
-        )  # new name, old
-        enable({"use_reentrant": False})
+        recompute_layers(model)
     if torch.distributed.is_initialized():
         ranks.shard(model, device, offload)
         model.token_stats = MethodType(_token_stats, model)
@@ -96,6 +93,12 @@ def load_model(
     if device.type == "cpu" and model.num_parameters() < SMALL and "OMP_NUM_THREADS" not in os.environ:
         torch.set_num_threads(1)
     return model.to(device).train(), tokenizer
+
+
+def recompute_layers(model: PreTrainedModel) -> None:
+    """Gradient checkpointing (transformers 5.23 has given the switch another name)."""
+    enable = getattr(model, "activation_checkpointing_enable", model.gradient_checkpointing_enable)
+    enable({"use_reentrant": False})
 
 
 def remove_dropout(model: PreTrainedModel) -> None:

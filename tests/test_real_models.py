@@ -20,6 +20,7 @@ from transformers import (
     Qwen2ForCausalLM,
 )
 
+import step
 import train
 from config import from_dict
 from data.loader import encode, render_prompt
@@ -29,7 +30,7 @@ ROOT = Path(__file__).parents[1]
 END, TURN, BEGIN = "<|endoftext|>", "<|im_end|>", "<|begin_of_text|>"
 TEMPLATE = (
     "{% for m in messages %}<|im_start|>{{ m['role'] }}\n{{ m['content'] }}<|im_end|>\n{% endfor %}"
-    "<|im_start|>assistant\n"
+    "{{ '<|im_start|>assistant\n' }}"
 )
 PROBLEMS = [
     {
@@ -117,34 +118,27 @@ def test_prompts(task):
 
 
 @pytest.mark.parametrize("method", ["sft", "rft", "luffy", "prefix-rft"])
-def test_from_weights_to_weights(task, method, capsys):
+def test_from_weights_to_weights(task, method, capsys, monkeypatch):
     """from_pretrained, a step, resume, the second step, final, from_pretrained."""
     shape, folder = task
     out = folder / method
     settings = SETTINGS | {"model": str(folder / "model"), "data": str(folder / "train.jsonl"), "method": method}
     settings |= {"out": str(out), "resume": "auto", "recompute": shape == "llama", "prefill": shape == "llama"}
     config = from_dict(settings)
-    stopping = train.catch_signals
-    train.catch_signals = lambda: [15]  # ends after its first step
-    try:
-        assert train.train(config) == 128 + 15
-    finally:
-        train.catch_signals = stopping
-    train.catch_signals = lambda: []
-    try:
-        assert train.train(config) == 0
-    finally:
-        train.catch_signals = stopping
+    monkeypatch.setattr(step, "grade_batch", lambda texts, golds: [float(len(text) % 2) for text in texts])
+    monkeypatch.setattr(train, "catch_signals", lambda: [15])  # ends after its first step
+    assert train.train(config) == 128 + 15
+    monkeypatch.setattr(train, "catch_signals", list)
+    assert train.train(config) == 0
     rows = read_log(out)
-    assert [row["step"] for row in rows] == [1, 2] and all(row["grad_norm"] >= 0 for row in rows)
+    assert [row["step"] for row in rows] == [1, 2] and rows[0]["grad_norm"] > 0
     said = capsys.readouterr().out
     assert said.count("ids [") == 2  # the first prompt, once a start
-    final, start = (AutoModelForCausalLM.from_pretrained(path, dtype=torch.float32) for path in (out / "final", folder / "model"))
+    folders = (out / "final", folder / "model")
+    final, start = (AutoModelForCausalLM.from_pretrained(path, dtype=torch.float32) for path in folders)
     assert final.config.architectures == start.config.architectures
     moved = [(a - b).abs().max() for a, b in zip(final.state_dict().values(), start.state_dict().values())]
-    assert max(moved) > 1e-5 or all(row["grad_norm"] == 0 for row in rows)
-    if method != "rft":
-        assert rows[0]["grad_norm"] > 0
+    assert max(moved) > 1e-4
     again, tokenizer = load_model(str(out / "final"))
     assert again.generation_config.eos_token_id == tokenizer.convert_tokens_to_ids([END, TURN])
     assert again.generation_config.pad_token_id == tokenizer.eos_token_id

@@ -18,8 +18,9 @@ from transformers import Qwen2Config, Qwen2ForCausalLM
 ROOT = Path(__file__).resolve().parent.parent
 sys.path[:0] = [str(ROOT), str(ROOT / "bench")]
 
-import model as models  # noqa: E402
 from measure import machine, peak_bytes  # noqa: E402
+
+import model as models  # noqa: E402
 
 SHAPE = {"hidden_size": 128, "intermediate_size": 512, "num_hidden_layers": 4, "num_attention_heads": 4}
 VOCABULARY, ROWS, PROMPT, RESPONSE = 32_000, 8, 32, 992
@@ -60,7 +61,7 @@ def main() -> None:
             peaks[key] = peak_bytes(work)
             gradients[key] = model.lm_head.weight.grad.clone()
             print(f"{key:<22}{peaks[key] / 2**20:9.0f} MiB")
-    for key, gradient in gradients.items():
+    for gradient in gradients.values():
         torch.testing.assert_close(gradient, gradients["naive"], rtol=1e-3, atol=1e-3)
     result = {
         "what": "peak bytes of one forward and backward pass beyond weights and gradients",

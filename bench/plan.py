@@ -187,9 +187,17 @@ def plan(config: Config, shape: Any, gpus: int, prompt: int) -> dict[str, dict[s
         return {"update": update}
     sampling = kept | {"weights in bf16 (all)": 2 * n.total}
     sampling["one block of prompts"] = 2 * PREFILL_TOKENS * (3 * n.intermediate + 6 * n.heads_width)
-    per_row = row_bytes(n, length)
-    sampling[f"key-value caches, {config.rows_per_call} rows"] = config.rows_per_call * per_row
+    cells = cache_tokens(config, prompt)
+    sampling[f"key-value caches, {config.rows_per_call} x {cells} tokens"] = config.rows_per_call * row_bytes(
+        n, cells
+    )
     return {"update": update, "sampling": sampling}
+
+
+def cache_tokens(config: Config, prompt: int) -> int:
+    """Columns of a call at worst: a prefilled prefix widens the prompt of rows that have none, in the same call."""
+    prefixes = METHODS[config.method].rows in ("hybrid", "shared_prefix") and config.prefill
+    return prompt + config.max_response_tokens * (2 if prefixes else 1)
 
 
 def row_bytes(n: Counts, length: int) -> float:
@@ -243,7 +251,9 @@ def show(config: Config, gpu: str, gpus: int, prompt: int, mean: float | None) -
     n, length = count(shape), prompt + config.max_response_tokens
     mean = mean or MEAN_RESPONSE * config.max_response_tokens
     free = GPUS[gpu][0] * 1e9 * USABLE
-    print(f"{config.model}: {n.total / 1e9:.2f} billion parameters, {n.layers} layers; {gpus} x {gpu}, {config.method}")
+    print(
+        f"{config.model}: {n.total / 1e9:.2f} billion parameters, {n.layers} layers; {gpus} x {gpu}, {config.method}"
+    )
     parts = plan(config, shape, gpus, prompt)
     for phase, sizes in parts.items():
         print(f"\n{phase}, GiB on each GPU")
@@ -254,8 +264,8 @@ def show(config: Config, gpu: str, gpus: int, prompt: int, mean: float | None) -
         print(f"  {'total':<52}{total / GIB:8.2f}   {verdict} {free / GIB:.1f} usable")
     if "sampling" in parts:
         fixed = sum(size for name, size in parts["sampling"].items() if not name.startswith("key-value"))
-        at_once = max(0, int((free - fixed) / row_bytes(n, length)))
-        print(f"\nrows that can be sampled at once: {at_once} of {length} tokens (rows_per_call {config.rows_per_call})")
+        at_once = max(0, int((free - fixed) / row_bytes(n, cache_tokens(config, prompt))))
+        print(f"\nrows that can be sampled at once: {at_once} (rows_per_call is {config.rows_per_call})")
     for line in advice(config, parts, n, free, length):
         print(f"  change  {line}")
     print(f"\nhost memory: {4 * n.total / GIB:.0f} GiB to load, {12 * n.total / GIB:.0f} GiB to save a checkpoint")
@@ -263,8 +273,8 @@ def show(config: Config, gpu: str, gpus: int, prompt: int, mean: float | None) -
     for name, value in hours(config, shape, gpus, gpu, prompt, mean).items():
         print(f"  {name:<52}{value:8.1f}")
     print(
-        f"  assumed: {UPDATE_SHARE:.0%} of {GPUS[gpu][1]} TFLOP/s in updates, {READ_SHARE:.0%} of {GPUS[gpu][2]} GB/s "
-        f"in decoding,\n  at least {1e3 * LAYER_SECONDS * n.layers:.0f} ms a decoded token; evaluation not counted"
+        f"  assumed: {UPDATE_SHARE:.0%} of {GPUS[gpu][1]} TFLOP/s in updates, {READ_SHARE:.0%} of {GPUS[gpu][2]} "
+        f"GB/s in decoding,\n  at least {1e3 * LAYER_SECONDS * n.layers:.0f} ms a decoded token; evaluation not counted"
     )
 
 
@@ -327,7 +337,9 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0], allow_abbrev=False)
     parser.add_argument("--gpu", default="H100", choices=GPUS)
     parser.add_argument("--gpus", type=int, default=1)
-    parser.add_argument("--prompt", type=int, default=0, help="longest prompt (default: 1024, or 256 for short budgets)")
+    parser.add_argument(
+        "--prompt", type=int, default=0, help="longest prompt (default: 1024, or 256 for short budgets)"
+    )
     parser.add_argument("--mean_response", type=float, help="average response (default 0.4 of the budget)")
     parser.add_argument("--check", action="store_true")
     args, rest = parser.parse_known_args()

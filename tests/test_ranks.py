@@ -29,7 +29,6 @@ ROOT = Path(__file__).parents[1]
 CASES = {  # rewards are drawn; three prompts on two ranks: unequal shares of rows, of lengths and of micro-batches
     "prefix-rft": {"prompts_per_step": 3, "micro_batch_tokens": 60},
     "luffy": {"micro_batch_tokens": 100, "recompute": True},
-    "relift": {"sft_batch": 3},
     "sft": {"micro_batch_tokens": 40},
 }
 

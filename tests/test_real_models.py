@@ -2,6 +2,7 @@
 
 import dataclasses
 import json
+import sys
 from pathlib import Path
 
 import pytest
@@ -27,6 +28,10 @@ from data.loader import encode, render_prompt
 from model import load_model
 
 ROOT = Path(__file__).parents[1]
+sys.path.append(str(ROOT / "bench"))
+
+import plan  # noqa: E402
+
 END, TURN, BEGIN = "<|endoftext|>", "<|im_end|>", "<|begin_of_text|>"
 TEMPLATE = (
     "{% for m in messages %}<|im_start|>{{ m['role'] }}\n{{ m['content'] }}<|im_end|>\n{% endfor %}"
@@ -179,6 +184,28 @@ def test_capped_logits_are_refused(tmp_path):
     bpe(TEMPLATE, begin=False).save_pretrained(tmp_path)
     with pytest.raises(ValueError, match="logits are not those of its output head"):
         load_model(str(tmp_path))
+
+
+@pytest.mark.parametrize("recompute", [False, True])
+def test_planned_memory_is_the_measured_one(recompute):
+    """bench/plan.py, which counts tensors without data, against the profiler's record of a real pass."""
+    size = {"hidden_size": 64, "intermediate_size": 192, "num_attention_heads": 4, "num_key_value_heads": 2}
+    shape = Qwen2Config(**size, num_hidden_layers=3, vocab_size=2000)
+    _, beyond = plan.measured(shape, 3, 16, 112, recompute)
+    counted = plan.update_bytes(shape, 3, 16, 112, torch.float32, recompute)
+    assert counted == pytest.approx(beyond, rel=0.15)
+
+
+def test_a_plan_reads_the_config_only(tmp_path, capsys):
+    size = {"hidden_size": 4096, "intermediate_size": 14336, "num_hidden_layers": 32, "num_attention_heads": 32}
+    LlamaConfig(**size, num_key_value_heads=8, vocab_size=128256).save_pretrained(tmp_path)
+    values = json.loads((ROOT / "configs" / "llama-3.1-8b.json").read_text()) | {"model": str(tmp_path)}
+    plan.show(from_dict(values), "H100", 8, 1024, None)
+    said = capsys.readouterr().out
+    assert "8.03 billion parameters" in said and said.count("   fits ") == 2 and "change" not in said
+    plan.show(from_dict(values), "4090", 1, 1024, None)
+    said = capsys.readouterr().out
+    assert said.count("DOES NOT FIT") == 2 and "--offload true" in said and "--rows_per_call" in said
 
 
 @pytest.mark.parametrize("path", sorted((ROOT / "configs").glob("*.json")), ids=lambda path: path.stem)

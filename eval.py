@@ -217,7 +217,7 @@ def open_folder(args: argparse.Namespace, settings: dict[str, Any]) -> Path:
 def stored_rows(path: Path, benchmarks: list[Benchmark]) -> Iterator[tuple[Benchmark, int, dict[str, Any], int]]:
     """(benchmark, index of the problem, row, bytes of its line) of the responses in generations.jsonl.
 
-    Ends before a last line that was cut short. ValueError where a line is not the response that belongs there.
+    Ends before a line that was cut short. ValueError where a line is not the response that belongs there.
     """
     if not path.exists():
         return
@@ -225,13 +225,14 @@ def stored_rows(path: Path, benchmarks: list[Benchmark]) -> Iterator[tuple[Bench
         for number, (line, (benchmark, i, k)) in enumerate(zip(file, all_draws(benchmarks)), 1):
             try:
                 row = json.loads(line)
-            except ValueError:
+                found = row["benchmark"], row["id"], row["sample"]
+            except (ValueError, KeyError, TypeError):
                 return
-            found, due = (row["benchmark"], row["id"], row["sample"]), (benchmark.name, benchmark.problems[i].id, k)
+            if not line.endswith(b"\n"):
+                return
+            due = benchmark.name, benchmark.problems[i].id, k
             if found != due:
-                raise ValueError(
-                    f"{path}:{number}: found the response {found}, expected {due}: another evaluation's?"
-                )
+                raise ValueError(f"{path}:{number}: found response {found}, expected {due}: another evaluation's?")
             yield benchmark, i, row, len(line)
 
 

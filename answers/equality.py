@@ -12,24 +12,13 @@ Optional, but never contradicted: units, degrees, %, currency, the modulus, the 
 Expressions are compared as functions of real variables where both are real at three or more of eight points, else as
 complex ones. Left out: solving equations (x^2 = 4 is not x = 2, -2), identities for whole numbers only.
 """
+# ruff: isort: skip_file
 
 from fractions import Fraction
 
 from .tree import (
-    CONSTANTS,
-    EXPRESSIONS,
-    INFINITY,
-    REALS,
-    ZERO,
-    Node,
-    Unreadable,
-    add,
-    is_name,
-    is_number,
-    mul,
-    negative,
-    num,
-    symbols,
+    CONSTANTS, EXPRESSIONS, INFINITY, Node, REALS, Unreadable, ZERO, add, is_name, is_number, mul, negative,
+    num, symbols,
 )  # fmt: skip
 from .values import DIGITS, ENOUGH, POINTS, SURE_DIGITS, close, context, exact, is_real, value_at
 from .whole import Answer
@@ -135,21 +124,14 @@ def _same_relations(p: Node, g: Node) -> bool:
     if (name_p is None and value_p != p) or (name_g is None and value_g != g):  # 2 + 3 = 5
         return same(value_p if name_p is None else p, value_g if name_g is None else g)
     if name_p and name_g and name_p[0] == name_g[0] == "seq":
-        pairs = [
-            dict(zip(n[3], v[3])) if len(n[3]) == len(v[3]) else {} for n, v in ((name_p, value_p), (name_g, value_g))
-        ]
-        return (
-            bool(pairs[0])
-            and pairs[0].keys() == pairs[1].keys()
-            and all(same(v, pairs[1][k]) for k, v in pairs[0].items())
-        )
+        return _same_assignments(name_p, value_p, name_g, value_g)
     if (name_p is None) != (name_g is None) or (name_p is not None and name_p == name_g):
         if same(value_p, value_g):
             return True
         if name_p is None or name_g is None:
             assigned, value, other = (name_g, value_g, p) if name_p is None else (name_p, value_p, g)
             plain = other[0] == "list" and not any(x[0] == "rel" for x in other[1])
-            if assigned[0] == "seq" and plain:  # x = 1, y = 2 for 1, 2
+            if assigned[0] == value[0] == "seq" and plain:  # x = 1, y = 2 for 1, 2
                 return (
                     _same_in_order(value[3], other[1]) if assigned is name_p else _same_in_order(other[1], value[3])
                 )
@@ -185,6 +167,14 @@ def _named_value(node: Node) -> tuple[Node | None, Node]:
     if not agree or (name[0] == "sym" and name[1] in symbols(value)):
         return None, node
     return (name, value) if name[1] else (None, value)
+
+
+def _same_assignments(name_p: Node, value_p: Node, name_g: Node, value_g: Node) -> bool:
+    """(x, y) = (1, 2) and (y, x) = (2, 1)."""
+    if any(v[0] != "seq" or len(v[3]) != len(n[3]) for n, v in ((name_p, value_p), (name_g, value_g))):
+        return False
+    p, g = dict(zip(name_p[3], value_p[3])), dict(zip(name_g[3], value_g[3]))
+    return p.keys() == g.keys() and all(same(value, g[name]) for name, value in p.items())
 
 
 def _is_plain(node: Node) -> bool:
@@ -231,7 +221,7 @@ def _proportional(p: Node, g: Node, signs: set[int]) -> bool:
         if p_value and g_value and g_value[0]:
             ratio = p_value[0] / g_value[0]
             break
-    if ratio is None or context.im(ratio) or (1 if ratio > 0 else -1) not in signs or not ratio:
+    if not ratio or not is_real(ratio) or (1 if context.re(ratio) > 0 else -1) not in signs:
         return False
     factor = _rational(ratio)
     return (factor is not None and _same_values(p, mul(num(factor), g))) or _constant_ratio(p, g)

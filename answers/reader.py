@@ -5,41 +5,19 @@ letter or number in the parentheses is a function, other letters before parenthe
 take the whole number, `\\frac12` one digit each; `\\sin 2x` takes the product; `\\log` has an unstated base, so it is
 neither `\\ln` nor `\\lg`; `%` and `°` are units, degrees are radians under a sine.
 """
+# ruff: isort: skip_file
 
 from fractions import Fraction
 
-import regex
+import re
 
 from .tokens import END, Cursor
 from .tree import (
-    CONSTANTS,
-    DEGREE,
-    FUNCTIONS,
-    MINUS_ONE,
-    ONE,
-    PI,
-    REALS,
-    Node,
-    Unreadable,
-    add,
-    call,
-    divide,
-    expand_signs,
-    expression,
-    function_value,
-    in_base,
-    mul,
-    negative,
-    num,
-    power,
-    read_literal,
-    substitute,
-    sym,
-    symbols,
-    usual_form,
-    written_out,
+    CONSTANTS, DEGREE, FUNCTIONS, MINUS_ONE, Node, ONE, PI, REALS, Unreadable, add, call, divide, expand_signs,
+    expression, function_value, in_base, matrix_of, mul, negative, num, power, read_literal, set_of, substitute,
+    sym, symbols, usual_form, written_out,
 )  # fmt: skip
-from .vocabulary import ACCENTS, LISTS, SCALES, STOP_WORDS, unit_name
+from .vocabulary import ACCENTS, LISTS, unit_name
 
 MAX_DEPTH = 24
 
@@ -111,25 +89,6 @@ class Reader(Cursor):
                 self.expect(")")
         return ("unit", node, unit) if unit else node
 
-    def unit_words(self) -> tuple[int, str]:
-        words, scale = "", 1
-        while True:
-            if self.token[0] == "TEXT" or self.is_op("%") or self.token[0] == "CURRENCY":
-                words += " " + self.take()
-            elif words and self.is_op("^"):
-                self.take()
-                words += f"^{self.script()}"
-            elif words and self.is_op("/", "*") and self.ahead(1)[0] == "TEXT":
-                words += "/" if self.take() == "/" else " "
-            else:
-                break
-        pieces = words.split()
-        if len(pieces) > 4 or STOP_WORDS.intersection(w.lower().strip("'") for w in pieces):
-            raise Unreadable(f"the words{words!r} follow the answer")
-        while pieces and pieces[0].lower().rstrip("s") in SCALES:
-            scale *= SCALES[pieces.pop(0).lower().rstrip("s")]
-        return scale, regex.sub(r"\('num', Fraction\((-?\d+), 1\)\)", r"\1", " ".join(pieces))
-
     def sign(self) -> Node:
         """The product of the signs that stand here; ± is a symbol that expand_signs replaces by +1 and -1."""
         sign = ONE
@@ -190,7 +149,7 @@ class Reader(Cursor):
                 self.take()
                 double = self.is_op("!") and self.take()
                 node = call("!!" if double else "!", node)
-            elif value == "_" and node[0] == "num":
+            elif value == "_" and node[0] == "num" and node[1].denominator == 1 and node[1] >= 0:
                 self.take()
                 node = in_base(str(node[1]), self.script_text())
             elif value == "_" and node[0] == "pow" and node[1][0] == "sym":  # E^2_0
@@ -386,7 +345,7 @@ class Reader(Cursor):
         texts = [
             "".join(v for _, v in self.tokens[a:b] if v not in "{}") for a, b in ((start, middle), (middle, self.at))
         ]
-        if all(t[:1] in ("d", "∂") for t in texts) and regex.fullmatch(r"[d∂](\^\d)?\w'?(\^\d)?", texts[1]):
+        if all(t[:1] in ("d", "∂") for t in texts) and re.fullmatch(r"[d∂](\^\d)?\w'?(\^\d)?", texts[1]):
             return sym("/".join(texts))  # dM/dt is one symbol
         return divide(top, bottom)
 
@@ -432,13 +391,7 @@ class Reader(Cursor):
             items = [("builder", items[0], tuple(condition))]
         self.expect("\\}")
         self.bars, self.bar_separates = saved
-        first = items[0]
-        if len(items) == 1 and first[0] == "rel" and first[2][0][0] == "ratio":  # {x : x > 0}
-            variable, start = first[2][0][1]
-            first = ("builder", variable, (("rel", first[1], (start, *first[2][1:])),))
-        if first[0] == "builder" and len(first[2]) == 1 and first[1][0] in ("sym", "rel"):
-            return first[2][0]
-        return ("set", tuple(dict.fromkeys(x for item in items for x in expand_signs(item))))
+        return set_of(items)
 
     def enclosed(self, opening: str) -> Node:
         if opening != "|":
@@ -452,7 +405,7 @@ class Reader(Cursor):
         return call("abs", node)
 
     def environment(self, name: str) -> Node:
-        if regex.fullmatch(LISTS, name):
+        if re.fullmatch(LISTS, name):
             items = self.items()
             if self.take() != name:
                 raise Unreadable(f"\\begin{{{name}}} is never ended")
@@ -469,9 +422,7 @@ class Reader(Cursor):
             elif self.token[0] != "END_ENV":
                 raise Unreadable("a matrix is not closed")
         self.take()
-        if len({len(row) for row in rows}) > 1 or not rows[0]:
-            raise Unreadable("the rows of a matrix differ in length")
-        return ("det" if name == "vmatrix" else "matrix", tuple(map(tuple, rows)))
+        return matrix_of(name, rows)
 
     def big_operator(self, name: str) -> Node:
         """Sums and products over up to 100 whole numbers are written out; others are opaque."""

@@ -3,23 +3,14 @@
 A token is (kind, value): NUM digits, NAME a variable or constant, FUNC a function, TEXT words, COMMAND what takes
 arguments, BEGIN and END_ENV of matrices, REL a relation, SEP between the items of a list, CURRENCY, OP the rest.
 """
+# ruff: isort: skip_file
 
-import regex
+import re
 
 from .tree import Unreadable, word_set
 from .vocabulary import (
-    ALIASES,
-    CHARACTERS,
-    COMMANDS,
-    FUNCTION_NAMES,
-    GREEK,
-    KNOWN,
-    LISTS,
-    MATRICES,
-    NAMED,
-    OPERATORS,
-    SHORT_UNITS,
-    TEXTS,
+    ALIASES, CHARACTERS, COMMANDS, FUNCTION_NAMES, GREEK, KNOWN, LISTS, MATRICES, NAMED, OPERATORS, SCALES,
+    SHORT_UNITS, STOP_WORDS, TEXTS,
 )  # fmt: skip
 
 MAX_CHARS, MAX_TOKENS = 2_000, 700
@@ -28,24 +19,25 @@ _TRANSLATION = str.maketrans(CHARACTERS)
 _NAMES_IN_RUN = "|".join(
     sorted(FUNCTION_NAMES | {"pi", "sqrt"} | {n for n in GREEK if len(n) > 2}, key=len, reverse=True)
 )
-_RUN = regex.compile(rf"([A-Za-z]?)({_NAMES_IN_RUN})({'|'.join(GREEK)}|[A-Za-z]?)")
-_GROUPED = regex.compile(
+_RUN = re.compile(rf"([A-Za-z]?)({_NAMES_IN_RUN})({'|'.join(GREEK)}|[A-Za-z]?)")
+_GROUPED = re.compile(
     r"\d{1,3}(?P<sep>,\\!\s*|\{,\}\s*|\\,|,|[ ~])\d{3}(?:(?:,\\!\s*|\{,\}\s*|\\,|,|[ ~])\d{3})*(?!,?\d)"
 )
-_NUMBER = regex.compile(r"(?:\d+\.?\d*|\.\d+)(?:[eE][-+]?\d+)?")
-_TOKEN = regex.compile(
+_NUMBER = re.compile(r"(?:\d+\.?\d*|\.\d+)(?:[eE][-+]?\d+)?")
+_TOKEN = re.compile(
     r"(?P<space>(?:[\s~\"]|\\[,;:!> ])+)|\\begin\s*\{?(?P<begin>%s)\*?\}?(?:\s*(?<=array\})\{[^{}]*\})?"
     r"|\\end\s*\{?(?P<end>%s)\*?\}?|\\(?P<command>[A-Za-z]+)|\\(?P<escaped>[{}%%&#_|$])|(?P<row>\\\\(?:\[[^\[\]]*\])?)"
     r"|(?P<run>[A-Za-z]+)|(?P<op><=|>=|!=|==|->|=>|\.\.\.|[-+*/^_!()\[\]{}|:=<>&%%,;'])"
     % ((f"{MATRICES}|{LISTS}",) * 2)
 )
 _UNIT = r"\s*\\(?:text|mathrm) *\{([^{}]*)\}\s*"
-_UNIT_FRACTION = regex.compile(rf"\\[dt]?frac *\{{{_UNIT}\}} *\{{{_UNIT}\^?\{{?(\d?)\}}?\}}")
+_UNIT_FRACTION = re.compile(rf"\\[dt]?frac *\{{{_UNIT}\}} *\{{{_UNIT}\^?\{{?(\d?)\}}?\}}")
 # "k is any whole number" after a family of solutions says nothing that is graded
 _CLAUSE = (
     r"(?:,|\(|\\quad)\s*(?:\\text *\{ *(?:where|for|with) *\})?\s*[a-z] *\\in *\\mathbb *\{?[ZN]\}?(?:\^\{?\+\}?)?"
     r" *\)?\s*$"
 )
+_BRACE = re.compile(r"\\.|[{}]", re.DOTALL)
 _PLAIN_OPERATORS = {"==": "=", "->": "→", "=>": "→", "...": "…"}
 _RELATIONS = word_set("= < > <= >= != ∈ ∉ ≈ ≡ ~ ≅ ∝ → ⊥ ∥ ⊂ ⊆")
 _SEPARATORS = {",", ";", "or", "and", "\\\\"}
@@ -58,27 +50,27 @@ def clean(text: str) -> str:
     """The text without math delimiters, final punctuation and spellings that mean the same."""
     if len(text) > MAX_CHARS:
         raise Unreadable(f"it has {len(text):,} characters, more than {MAX_CHARS:,}")
-    if regex.search(r"[\x00-\x08\x0b-\x1f\x7f]", text):
+    if re.search(r"[\x00-\x08\x0b-\x1f\x7f]", text):
         raise Unreadable("it holds a control character")
     text = text.translate(_TRANSLATION).replace("...", "\\ldots ")
-    text = regex.sub(r"(?<!\\)(?:\\\\)*\K(?:\\[()\[\]]|\$)", " ", text).strip()
-    text = regex.sub(r"^\*\*(.*)\*\*$", r"\1", text).replace("**", "^")
-    text = regex.sub(r"\\(?:left|right)\s*\.|\\(?:text)?color\s*\{\w+\}|\b(?:np|math|numpy)\.", " ", text)
-    text = regex.sub(r"\bd([a-zA-Z])/d([a-zA-Z])\b", r"\\frac{d\1}{d\2}", text)
-    text = regex.sub(r"(?<=\d)\s*(k?m/(?:s|h|hr)(?:\^\{?2\}?)?)(?![A-Za-z])", r"\\text{ \1}", text)
+    text = re.sub(r"(?<!\\)((?:\\\\)*)(?:\\[()\[\]]|\$)", r"\1 ", text).strip()
+    text = re.sub(r"^\*\*(.*)\*\*$", r"\1", text).replace("**", "^")
+    text = re.sub(r"\\(?:left|right)\s*\.|\\(?:text)?color\s*\{\w+\}|\b(?:np|math|numpy)\.", " ", text)
+    text = re.sub(r"\bd([a-zA-Z])/d([a-zA-Z])\b", r"\\frac{d\1}{d\2}", text)
+    text = re.sub(r"(?<=\d)\s*(k?m/(?:s|h|hr)(?:\^\{?2\}?)?)(?![A-Za-z])", r"\\text{ \1}", text)
     text = _UNIT_FRACTION.sub(_unit_fraction, text)
-    text = regex.sub(_CLAUSE, "", text)
-    text = regex.sub(r"(?<=\d)\s*[xX]\s*(?=10\s*\^)", r"\\times ", text)
-    text = regex.sub(r"(\d{0,30})\.(\d{0,30})\\(?:overline|bar|dot)\s*\{(\d{1,30})\}", _repeating, text)
-    text = regex.sub(r"(?:\s|[.,;:]|\\[,;!\s]|\\\\|\\$)+$", "", text)
-    return regex.sub(r"^<(.*,.*)>$", r"(\1)", text)
+    text = re.sub(_CLAUSE, "", text)
+    text = re.sub(r"(?<=\d)\s*[xX]\s*(?=10\s*\^)", r"\\times ", text)
+    text = re.sub(r"(\d{0,30})\.(\d{0,30})\\(?:overline|bar|dot)\s*\{(\d{1,30})\}", _repeating, text)
+    text = re.sub(r"(?:\s|[.,;:]|\\[,;!\s]|\\\\|\\$)+$", "", text)
+    return re.sub(r"^<(.*,.*)>$", r"(\1)", text)
 
 
-def _unit_fraction(match: regex.Match) -> str:
+def _unit_fraction(match: re.Match) -> str:
     return f"\\text{{ {match[1]}/{match[2]}}}" + (f"^{{{match[3]}}}" if match[3] else "")
 
 
-def _repeating(match: regex.Match) -> str:
+def _repeating(match: re.Match) -> str:
     whole, start, cycle = match.groups()
     top = int(whole + start + cycle) - int(whole + start or 0)
     return f"\\frac{{{top}}}{{{'9' * len(cycle)}{'0' * len(start)}}}"
@@ -91,7 +83,7 @@ def tokenize(text: str, grouped: bool = True, depth: int = 0) -> list[tuple[str,
     while at < len(text):
         number = _match_number(text, at, grouped)
         if number:
-            out.append(("NUM", regex.sub(r"[^\d.eE+-]", "", number)))
+            out.append(("NUM", re.sub(r"[^\d.eE+-]", "", number)))
             at += len(number)
             continue
         match = _TOKEN.match(text, at)
@@ -129,7 +121,7 @@ def _match_number(text: str, at: int, grouped: bool) -> str | None:
         )
         plain = match["sep"] == "," and ",0" not in match.group()
         if not plain or (grouped and not inside):
-            tail = regex.compile(r"\.\d+").match(text, match.end())
+            tail = re.compile(r"\.\d+").match(text, match.end())
             return match.group() + (tail.group() if tail else "")
     match = _NUMBER.match(text, at)
     return match.group() if match else None
@@ -186,11 +178,11 @@ def _command(name: str, text: str, at: int, out: list[tuple[str, str]], grouped:
 
 def _group(text: str, at: int) -> tuple[int, int]:
     """Start and end of the content of the {group} at `at`."""
-    opening = regex.compile(r"\s*\{").match(text, at)
+    opening = re.compile(r"\s*\{").match(text, at)
     if not opening:
         raise Unreadable("a text command has no braces")
     depth = 1
-    for brace in regex.finditer(r"\\.|[{}]", text, pos=opening.end(), flags=regex.DOTALL):
+    for brace in _BRACE.finditer(text, opening.end()):
         depth += {"{": 1, "}": -1}.get(brace.group(), 0)
         if not depth:
             return opening.end(), brace.start()
@@ -199,12 +191,12 @@ def _group(text: str, at: int) -> tuple[int, int]:
 
 def _text(content: str, before: list[tuple[str, str]], grouped: bool, depth: int) -> list[tuple[str, str]]:
     """Tokens of a text command: words, a unit after a number, a separator, a function, else as outside of text."""
-    words = regex.sub(r"(?:[\s~$]|\\[,;:! ])+", " ", content).strip(" .,")
-    unit = regex.sub(r"\\cdot|[{}]", " ", words)
+    words = re.sub(r"(?:[\s~$]|\\[,;:! ])+", " ", content).strip(" .,")
+    unit = re.sub(r"\\cdot|[{}]", " ", words)
     after_value = before and (before[-1][0] == "NUM" or before[-1][1] in (")", "}"))
-    if after_value and "^" in unit and regex.fullmatch(r"[A-Za-zÀ-ÿ](?:[A-Za-zÀ-ÿ /()-]|\^ *-?\d)*", unit):
+    if after_value and "^" in unit and re.fullmatch(r"[A-Za-zÀ-ÿ](?:[A-Za-zÀ-ÿ /()-]|\^ *-?\d)*", unit):
         return [("TEXT", unit)]
-    if not regex.fullmatch(r"[A-Za-zÀ-ÿ][A-Za-zÀ-ÿ'’\-./ ]*", words) or words in ("e", "i", "d"):
+    if not re.fullmatch(r"[A-Za-zÀ-ÿ][A-Za-zÀ-ÿ'’\-./ ]*", words) or words in ("e", "i", "d"):
         if depth > 3:
             raise Unreadable("text commands are nested too deep")
         return tokenize(content, grouped, depth + 1)
@@ -213,7 +205,7 @@ def _text(content: str, before: list[tuple[str, str]], grouped: bool, depth: int
     name = ALIASES.get(words, words)
     if name in FUNCTION_NAMES:
         return [("FUNC", name)]
-    pieces = regex.split(r"\s+(or|and)\s+", words)
+    pieces = re.split(r"\s+(or|and)\s+", words)
     return [("SEP", piece) if k % 2 else ("TEXT", piece) for k, piece in enumerate(pieces)]
 
 
@@ -276,3 +268,22 @@ class Cursor:
             if depth == 1 and (kind == "REL" or value == ","):
                 return True
         return False
+
+    def unit_words(self) -> tuple[int, str]:
+        words, scale = "", 1
+        while True:
+            if self.token[0] == "TEXT" or self.is_op("%") or self.token[0] == "CURRENCY":
+                words += " " + self.take()
+            elif words and self.is_op("^"):
+                self.take()
+                words += f"^{self.script_text()}"
+            elif words and self.is_op("/", "*") and self.ahead(1)[0] == "TEXT":
+                words += "/" if self.take() == "/" else " "
+            else:
+                break
+        pieces = words.split()
+        if len(pieces) > 4 or STOP_WORDS.intersection(w.lower().strip("'") for w in pieces):
+            raise Unreadable(f"the words{words!r} follow the answer")
+        while pieces and pieces[0].lower().rstrip("s") in SCALES:
+            scale *= SCALES[pieces.pop(0).lower().rstrip("s")]
+        return scale, " ".join(pieces)

@@ -12,9 +12,8 @@ Left out: collecting like terms, expanding, trigonometric rules. values.py finds
 
 import itertools
 import math
+import re
 from fractions import Fraction
-
-import regex
 
 MAX_BITS = 14_000  # of an exact number; Python prints at most 4,300 digits
 Node = tuple
@@ -161,7 +160,9 @@ def call(name: str, *args: Node) -> Node:
     """A function of expressions, done exactly where the arguments are small whole numbers."""
     args = tuple(map(expression, args))
     if name in ("abs", "floor", "ceil", "min", "max") and all(map(is_number, args)):
-        do = {"abs": abs, "floor": math.floor, "ceil": math.ceil, "min": min, "max": max}[name]
+        do = {"abs": abs, "floor": math.floor, "ceil": math.ceil, "min": lambda *x: min(x), "max": lambda *x: max(x)}[
+            name
+        ]
         return num(do(*(a[1] for a in args)))
     if name in ("gcd", "lcm", "mod", "binom", "!", "!!"):
         whole = _whole(args, {"binom": 2500, "!": 1400, "!!": 1400}.get(name, 10**100))
@@ -233,7 +234,7 @@ NUMBER_WORDS = {word: value for value, word in enumerate(_COUNTED.split())}
 
 def in_base(digits: str, base: str) -> Node:
     """A number with its base."""
-    value = NUMBER_WORDS.get(base.strip().lower()) or (int(base) if regex.fullmatch(r"[0-9]{1,2}", base) else 0)
+    value = NUMBER_WORDS.get(base.strip().lower()) or (int(base) if re.fullmatch(r"[0-9]{1,2}", base) else 0)
     if not 2 <= value <= 36 or any(int(d, 36) >= value for d in digits):
         raise Unreadable(f"{digits} is not a number in base {base}")
     return ("base", digits.lstrip("0") or "0", value)
@@ -294,6 +295,23 @@ def written_out(name: str, low: Node, high: Node, body: Node) -> Node | None:
     if not all(is_number(x) and x[1].denominator == 1 for x in (first, high)) or not 0 <= high[1] - first[1] < 100:
         return None
     numbers = range(int(first[1]), int(high[1]) + 1)
-    if len(numbers) * size(body) > 3000:
+    if len(numbers) * size(body) > 800:
         raise Unreadable("a sum is too long to write out")
     return (add if name == "sum" else mul)(*(substitute(body, index, num(k)) for k in numbers))
+
+
+def set_of(items: list[Node]) -> Node:
+    """A set; {x | x > 0} and {x : x > 0} are their condition."""
+    first = items[0]
+    if len(items) == 1 and first[0] == "rel" and first[2][0][0] == "ratio":  # {x : x > 0}
+        variable, start = first[2][0][1]
+        first = ("builder", variable, (("rel", first[1], (start, *first[2][1:])),))
+    if first[0] == "builder" and len(first[2]) == 1 and first[1][0] in ("sym", "rel"):
+        return first[2][0]
+    return ("set", tuple(dict.fromkeys(x for item in items for x in expand_signs(item))))
+
+
+def matrix_of(environment: str, rows: list[list[Node]]) -> Node:
+    if len({len(row) for row in rows}) > 1 or not rows[0]:
+        raise Unreadable("the rows of a matrix differ in length")
+    return ("det" if environment == "vmatrix" else "matrix", tuple(map(tuple, rows)))

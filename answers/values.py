@@ -65,13 +65,14 @@ def exact(value: Fraction):
     return context.mpf(value.numerator) / value.denominator
 
 
-def _variable(name: object, index: int):
+@lru_cache(maxsize=4096)
+def _point(name: str | Node, index: int) -> Fraction:
     """Points 0 to 3 are positive, below and above 1 by turns; 4 to 7 have either sign."""
     draw = random.Random(f"{name!r} at {index}")
     value = Fraction(draw.randrange(10**20, 9 * 10**20), 10**21)
     if draw.random() < 0.5:
         value = 1 + 3 * value
-    return exact(value if index < 4 or draw.random() < 0.5 else -value)
+    return value if index < 4 or draw.random() < 0.5 else -value
 
 
 def _value(node: Node, work: _Work):
@@ -81,7 +82,7 @@ def _value(node: Node, work: _Work):
     if kind == "sym":
         if node[1] in CONSTANTS:
             return {"π": +context.pi, "e": +context.e, "i": context.mpc(0, 1)}[node[1]]
-        return context.mpf(1) if node == DEGREE else _variable(node[1], work.index)
+        return context.mpf(1) if node == DEGREE else exact(_point(node[1], work.index))
     if kind == "add":
         total = context.mpf(0)
         for term in node[1]:
@@ -100,7 +101,7 @@ def _value(node: Node, work: _Work):
     if kind != "fn":
         raise _NoValue
     if node[1] not in FUNCTIONS:
-        return _variable(node, work.index)
+        return exact(_point(node, work.index))
     return _function(node[1], [_value(x, work) for x in node[2]])
 
 

@@ -3,7 +3,7 @@
 A command that is not here makes an answer unreadable.
 """
 
-import regex
+import re
 
 from .tree import FUNCTIONS, word_set
 
@@ -17,7 +17,8 @@ CHARACTERS = {
     "ℂ": "\\mathbb{C}", "⌊": "\\lfloor ", "⌋": "\\rfloor ", "⌈": "\\lceil ", "⌉": "\\rceil ", "⟨": "\\langle ",
     "⟩": "\\rangle ", "〈": "\\langle ", "〉": "\\rangle ",
     "′": "'", "’": "'", "‘": "'", "″": "''", "“": '"', "”": '"',
-    "…": "\\ldots ", "⋯": "\\ldots ", "（": "(", "）": ")", "［": "[", "］": "]", "，": ",", "、": ",", "；": ";", "：": ":",
+    "…": "\\ldots ", "⋯": "\\ldots ", "（": "(", "）": ")", "［": "[", "］": "]", "，": ",", "、": ",",
+    "；": ";", "：": ":",
     "。": ".", "％": "%", "＝": "=", "＋": "+", "－": "-", "＜": "<", "＞": ">", "∶": ":", "→": "\\to ", "⇒": "\\to ",
     "ı": "i", "ħ": "\\hbar ", "ℏ": "\\hbar ", "∂": "\\partial ", "∑": "\\sum ", "∏": "\\prod ", "∫": "\\int ",
     "½": "\\frac{1}{2}", "⅓": "\\frac{1}{3}", "⅔": "\\frac{2}{3}", "¼": "\\frac{1}{4}", "¾": "\\frac{3}{4}",
@@ -74,7 +75,8 @@ TEXTS = {"text", "mathrm", "mbox", "textrm", "textnormal", "operatorname", "hbox
 ACCENTS = word_set("overline bar hat vec dot ddot tilde widehat widetilde overrightarrow mathcal mathfrak mathscr")
 
 STOP_WORDS = word_set(
-    "or and any if when where for not no mod except than with without is are isnt to base more less most least fewer over "
+    "or and any if when where for not no mod except than with without is are isnt to base more less most least fewer "
+    "over "
     "under about approximately nearly almost roughly between until up either neither nor but wrong false "
     "incorrect"
 )
@@ -95,15 +97,15 @@ _SPELLINGS = {long: short for short, names in _UNITS.items() for long in [short,
 
 def unit_name(words: str) -> str:
     """One spelling per unit: "square inches" and "in^2" agree, "cm" and "m" do not."""
-    words = regex.sub(
+    words = re.sub(
         r"(square|sq|cubic|cu)\b\.?\s*([A-Za-z]+)", lambda m: f"{m[2]}^{2 if m[1][0] == 's' else 3}", words
     )
-    words = regex.sub(r"\bsquared\b", "^2", regex.sub(r"\bcubed\b", "^3", words))
+    words = re.sub(r"\bsquared\b", "^2", re.sub(r"\bcubed\b", "^3", words))
     words = words.replace(" per ", "/").replace("·", " ").replace(".", "")
-    return regex.sub(r"[\s{}]+", "", regex.sub(r"[A-Za-z%$¢]+", _one_unit, words)).replace("mi/h", "mph")
+    return re.sub(r"[\s{}]+", "", re.sub(r"[A-Za-z%$¢]+", _one_unit, words)).replace("mi/h", "mph")
 
 
-def _one_unit(match: regex.Match) -> str:
+def _one_unit(match: re.Match) -> str:
     word = match.group()
     if word in _SPELLINGS:
         return _SPELLINGS[word]
@@ -112,15 +114,9 @@ def _one_unit(match: regex.Match) -> str:
     return _SPELLINGS.get(word) or _SPELLINGS.get(single) or single
 
 
-FUNCTION_NAMES = FUNCTIONS - {"!", "!!", "root", "abs", "floor", "ceil", "mod", "binom"} | {
-    "log",
-    "lg",
-    "exp",
-    "tg",
-    "ctg",
-}
-ALIASES = {"arcsin": "asin", "arccos": "acos", "arctan": "atan", "tan": "tg", "cot": "ctg"}
-ALIASES = {short: long for long, short in ALIASES.items()}
+FUNCTION_NAMES = FUNCTIONS - {"!", "!!", "root", "abs", "floor", "ceil", "mod", "binom"}
+FUNCTION_NAMES |= {"log", "lg", "exp", "cis"}
+ALIASES = {"asin": "arcsin", "acos": "arccos", "atan": "arctan", "tg": "tan", "ctg": "cot"}
 COMMANDS = word_set("sqrt binom begin end sum prod int lim angle triangle measuredangle mathbb") | ACCENTS
 COMMANDS |= {"frac", "dfrac", "tfrac", "cfrac", "dbinom", "tbinom"}
 MATRICES = "pmatrix|bmatrix|matrix|smallmatrix|Bmatrix|vmatrix|array"

@@ -3,10 +3,9 @@
 Left out: prose other than by its exact words, units beyond their spelling, matrix algebra beyond sums and multiples.
 """
 
+import re
 from dataclasses import dataclass
 from functools import lru_cache
-
-import regex
 
 from .reader import Reader
 from .tokens import MAX_CHARS, clean, tokenize
@@ -34,11 +33,11 @@ def read(text: str) -> Answer:
 @lru_cache(maxsize=8192)
 def _read(text: str) -> Answer:
     cleaned = clean(text)
-    flat = regex.sub(rf"\\(?:{'|'.join(FONTS | TEXTS)})(?![A-Za-z])|\\q?quad|\\[,;:! ]|[{{}}~\s]+", " ", cleaned)
-    flat = regex.sub(r"\s+", " ", flat).strip(" .,")
+    flat = re.sub(rf"\\(?:{'|'.join(FONTS | TEXTS)})(?![A-Za-z])|\\q?quad|\\[,;:! ]|[{{}}~\s]+", " ", cleaned)
+    flat = re.sub(r"\s+", " ", flat).strip(" .,")
     if not flat:
         raise Unreadable("it is empty")
-    choice = regex.fullmatch(r"\(? ?([A-Z]) ?\)?[.:]?", flat)
+    choice = re.fullmatch(r"\(? ?([A-Z]) ?\)?[.:]?", flat)
     words, is_text = _words(flat, cleaned)
     letter = choice[1] if choice else None
     if words and words.lower() in NUMBER_WORDS:
@@ -57,11 +56,11 @@ def _read(text: str) -> Answer:
             return Answer(sym(letter), choice=letter)
         if words:
             return Answer(("text", words), words=words)
-        if not regex.search(r"\b(?:where|such that|for (?:all|any|every|some)|when|if)\b", flat):
+        if not re.search(r"\b(?:where|such that|for (?:all|any|every|some)|when|if)\b", flat):
             raise
         return Answer(("prose", tuple(value for _, value in tokenize(cleaned) if value not in "{}")))
     second = None
-    if regex.search(r"\d,\d{3}", cleaned):
+    if re.search(r"\d,\d{3}", cleaned):
         try:
             second = _tree(cleaned, False)
         except Unreadable:
@@ -71,7 +70,7 @@ def _read(text: str) -> Answer:
 
 def _tree(text: str, grouped: bool) -> Node:
     tokens = tokenize(text, grouped)
-    if not any(kind == "BEGIN" and not regex.fullmatch(LISTS, value) for kind, value in tokens):
+    if not any(kind == "BEGIN" and not re.fullmatch(LISTS, value) for kind, value in tokens):
         tokens = [t for t in tokens if t != ("OP", "&")]  # alignment marks
     for k in range(len(tokens) - 2):
         if tokens[k] == ("OP", "∪") and tokens[k + 2][0] == "REL":  # x < 1 ∪ x > 2
@@ -81,28 +80,28 @@ def _tree(text: str, grouped: bool) -> Node:
 
 def _words(flat: str, cleaned: str) -> tuple[str | None, bool]:
     """The answer as words if it is nothing but letters, and whether it must be read as words."""
-    if not regex.fullmatch(r"[A-Za-zÀ-ÿ](?:[A-Za-zÀ-ÿ' .-]|\\ )*", flat):
+    if not re.fullmatch(r"[A-Za-zÀ-ÿ](?:[A-Za-zÀ-ÿ' .-]|\\ )*", flat):
         return None, False
-    runs = regex.findall(r"[A-Za-zÀ-ÿ']+", flat)
+    runs = re.findall(r"[A-Za-zÀ-ÿ']+", flat)
     if max(map(len, runs)) < 2:
         return None, False
     long = any(len(run) > 3 and run not in KNOWN for run in runs)
     words = " ".join(runs)
     if long or words.lower() in SHORT_WORDS:
-        words = regex.sub(r"^(?:the|a|an) |(?<=\bsolution|\breal number)s$", "", words.lower())
+        words = re.sub(r"^(?:the|a|an) |(?<=solution)s$|(?<=real number)s$", "", words.lower())
         listed = {"or", "and"} & set(runs) and not cleaned.startswith("\\")
         return words, not listed
-    return words, regex.match(rf"\\(?:{'|'.join(TEXTS)})\b", cleaned) is not None and not set(runs) & KNOWN
+    return words, re.match(rf"\\(?:{'|'.join(TEXTS)})\b", cleaned) is not None and not set(runs) & KNOWN
 
 
 def _time(flat: str) -> Node | None:
-    match = regex.fullmatch(r"(\d{1,2})(?: ?: ?(\d\d))? ?([ap])\.? ?m\.?", flat, flags=regex.IGNORECASE)
+    match = re.fullmatch(r"(\d{1,2})(?: ?: ?(\d\d))? ?([ap])\.? ?m\.?", flat, flags=re.IGNORECASE)
     return ("time", int(match[1]) % 12, int(match[2] or 0), match[3].lower()) if match else None
 
 
 def _letter_digits(flat: str) -> Node | None:
     """1A_{16}: a number in a base above 10 that has a letter among its digits."""
-    match = regex.fullmatch(r"\(?([0-9A-F]+)\)?_([1-3][0-9])", flat.replace(" ", ""))
+    match = re.fullmatch(r"\(?([0-9A-F]+)\)?_([1-3][0-9])", flat.replace(" ", ""))
     if not match or match[1].isdigit() or match[1].isalpha() or match[2] == "10":
         return None
     return in_base(match[1], match[2])

@@ -2,7 +2,7 @@
 
     python bench/grading.py        writes bench/results/grading.json
 
-The labels are ours (tests/grading_pairs.py), so agreement says how far the two share our reading, not which is better.
+The labels are ours (tests/grading_pairs.py): agreement says how far a grader shares our reading of an answer.
 Each pair is graded once, from a cold cache, in one process; Math-Verify with its own time limits, as shipped.
 """
 
@@ -68,7 +68,7 @@ def main() -> None:
         "equal": sum(equal for *_, equal in ALL_PAIRS),
         "cpu": cpu_name(),
         "python": platform.python_version(),
-        "versions": {name: version(name) for name in ("math-verify", "sympy", "mpmath", "regex")},
+        "versions": {name: version(name) for name in ("math-verify", "sympy", "mpmath")},
         "ours": measure(is_equivalent),
         "math_verify": measure(math_verify),
     }

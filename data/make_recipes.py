@@ -1,6 +1,7 @@
 """The embedded task, "labelled recipes": makes the problems, their answers, demonstrations and levels.
 
     python data/make_recipes.py      writes data/recipes/{train,validation,test}.jsonl, always the same bytes
+    python data/make_recipes.py --demonstrations slips --out data/recipes-slips      the same with weaker experts
 
 A recipe starts from a three-digit number and has k instructions labelled A, B, C, ... They are listed in a
 shuffled order and are to be carried out in the order of their labels, on three-digit numbers modulo 1000:
@@ -30,6 +31,12 @@ TRAIN_STEPS = (3, 4, 5, 6)
 TRAIN_PROBLEMS = 512
 DEMONSTRATED_PROBLEMS = 128  # of the training problems, the same share for every k
 PROBLEMS_PER_LEVEL = {"validation": 100, "test": 200}
+DEMONSTRATIONS = {  # kinds of expert, for the ablation of the demonstrations' quality
+    "expert": "every step with its label",
+    "short": "the right order, but no labels: how a step was found is not shown",
+    "slips": "up to two steps first written with a wrong digit, then again and right",
+    "several": "two demonstrations: expert and short",
+}
 SPLIT_SEEDS = {"train": 1, "validation": 20, "test": 30}
 
 Step = tuple[str, str, int]  # (label, operator, operand), operand 0 for r
@@ -84,18 +91,41 @@ def write_out(
     steps: tuple[Step, ...],
     labelled: bool = True,
     blunder: Callable[[int], int] = lambda value: value,
+    retry: bool = False,
 ) -> str:
     """A solution text that carries out `steps` in the order given and ends in the boxed result.
 
     `labelled` writes each step's label before its instruction, as the expert does. `blunder` turns the right
-    result of a step into what is written and carried on (make_base.py uses it for a careless writer).
+    result of a step into what is written and carried on (make_base.py uses it for a careless writer); with `retry`
+    the writer notices, writes the step again and goes on from the right result.
     """
     text, value = "", start
     for step in steps:
-        outcome = blunder(apply(value, step[1], step[2]))
-        text += f"{value:03d}{step[0] if labelled else ''}{instruction(step)}={outcome:03d};"
+        right = apply(value, step[1], step[2])
+        written = f"{value:03d}{step[0] if labelled else ''}{instruction(step)}="
+        outcome = blunder(right)
+        text += f"{written}{outcome:03d};"
+        if retry and outcome != right:
+            text, outcome = f"{text}{written}{right:03d};", right
         value = outcome
     return f"{text}\\boxed{{{value:03d}}}"
+
+
+def demonstrations(recipe: Recipe, kind: str) -> list[str]:
+    """What the expert of this kind (DEMONSTRATIONS) writes for a recipe; always the same, and always right."""
+    rng, slips = random.Random(recipe.problem), iter(range(2))
+
+    def slip(value: int) -> int:
+        if rng.random() < 0.25 and next(slips, None) is not None:
+            place = rng.choice((1, 10, 100))
+            digit = value // place % 10
+            return value + ((digit + rng.randrange(1, 10)) % 10 - digit) * place
+        return value
+
+    short = write_out(recipe.start, recipe.steps, labelled=False)
+    if kind == "slips":
+        return [write_out(recipe.start, recipe.steps, blunder=slip, retry=True)]
+    return {"expert": [recipe.demonstration], "short": [short], "several": [recipe.demonstration, short]}[kind]
 
 
 def make_recipe(rng: random.Random, k: int, first: int = 0) -> Recipe:
@@ -116,8 +146,8 @@ def level_of(k: int) -> str:
     return next(level for level, sizes in LEVELS.items() if k in sizes)
 
 
-def make_splits() -> dict[str, list[dict]]:
-    """All rows of the three files. No problem occurs twice, within a split or across splits."""
+def make_splits(kind: str = "expert") -> dict[str, list[dict]]:
+    """All rows of the three files, by an expert of this kind. No problem occurs twice."""
     seen: set[str] = set()
 
     def draw(rng: random.Random, count: int, sizes: tuple[int, ...]) -> list[Recipe]:
@@ -139,17 +169,17 @@ def make_splits() -> dict[str, list[dict]]:
     recipes = draw(random.Random(SPLIT_SEEDS["train"]), TRAIN_PROBLEMS, TRAIN_STEPS)
     rounds = TRAIN_PROBLEMS // DEMONSTRATED_PROBLEMS  # one round of TRAIN_STEPS in so many is demonstrated
     splits["train"] = [
-        row(f"train-{i:04d}", recipe, demonstrated=i // len(TRAIN_STEPS) % rounds == 0)
+        row(f"train-{i:04d}", recipe, [] if i // len(TRAIN_STEPS) % rounds else demonstrations(recipe, kind))
         for i, recipe in enumerate(recipes)
     ]
     return splits
 
 
-def row(identifier: str, recipe: Recipe, demonstrated: bool = False) -> dict:
+def row(identifier: str, recipe: Recipe, texts: list[str] | None = None) -> dict:
     """One line of a file; a row without a demonstration has no such key."""
     fields = {"id": identifier, "problem": recipe.problem, "answer": recipe.answer}
-    if demonstrated:
-        fields["demonstrations"] = [recipe.demonstration]
+    if texts:
+        fields["demonstrations"] = texts
     return fields | {"level": level_of(len(recipe.steps))}
 
 
@@ -164,11 +194,16 @@ def main() -> None:
     parser = argparse.ArgumentParser(description="Writes the problems of the embedded task.")
     default = Path(__file__).parent / "recipes"
     parser.add_argument("--out", type=Path, default=default, help="folder to write to (%(default)s)")
-    out = parser.parse_args().out
+    kinds = "; ".join(f"{kind}: {what}" for kind, what in DEMONSTRATIONS.items())
+    parser.add_argument("--demonstrations", choices=DEMONSTRATIONS, default="expert", help=kinds)
+    args = parser.parse_args()
+    out = args.out
+    if args.demonstrations != "expert" and out.resolve() == default.resolve():
+        parser.error("weaker demonstrations need a folder of their own: give --out")
     if out.exists() and not out.is_dir():
         parser.error(f"--out {out} is a file; name a folder")
     out.mkdir(parents=True, exist_ok=True)
-    for split, rows in make_splits().items():
+    for split, rows in make_splits(args.demonstrations).items():
         write_jsonl(out / f"{split}.jsonl", rows)
         print(f"{out / split}.jsonl: {len(rows)} problems")
 

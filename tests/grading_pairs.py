@@ -1,7 +1,7 @@
 """Labelled answer pairs, written for this project: (prediction, gold, equal) by form, each form with its near misses.
 
 Labels say what a careful reader of a final answer would say. Where usage is divided they follow the rules stated in
-answers.py (how it is read) and answer_equality.py (decimals, what is optional).
+answers/reader.py (how it is read) and answers/equality.py (decimals, what is optional).
 """
 
 PAIRS: dict[str, list[tuple[str, str, bool]]] = {

@@ -10,7 +10,7 @@ import pytest
 import sympy
 from grading_pairs import ALL_PAIRS
 
-from answers import Unreadable, read
+from answers import Unreadable, equal, read
 from reward import check_gold, is_equivalent
 
 LIMIT_S = 1.0
@@ -40,6 +40,14 @@ def test_equality_is_symmetric_but_for_decimals_names_and_bases(a, b):
     """What is optional is optional on either side, so only the stated exceptions are one-sided."""
     one_sided = "\\text{not" in a or "." in b or "." in a
     assert is_equivalent(b, a) or one_sided
+
+
+def strictly_equal(prediction: str, gold: str) -> bool:
+    """is_equivalent without its net: only Unreadable is caught."""
+    try:
+        return equal(read(prediction), read(gold))
+    except Unreadable:
+        return False
 
 
 def random_polynomial(rng: random.Random) -> sympy.Expr:
@@ -86,7 +94,7 @@ def test_another_coefficient_sign_or_variable_makes_it_unequal(seed):
         expression.subs({x: y, y: x}, simultaneous=True),
         expression.subs(x, sympy.Symbol("X")),
     )
-    point = {"x": sympy.Rational(7, 5), "y": sympy.Rational(3, 8), "z": sympy.Rational(9, 7), "X": sympy.Rational(1, 3)}
+    point = {name: sympy.Rational(k, 7) for name, k in zip("xyzX", (10, 3, 9, 2))}
     for other in others:
         same = bool(abs((other - expression).evalf(40, subs=point)) < 1e-20)
         assert is_equivalent(sympy.latex(other), sympy.latex(expression)) is same, (other, expression)
@@ -105,8 +113,7 @@ def test_constants_agree_with_sympy(seed):
 @pytest.mark.parametrize("seed", range(25))
 def test_sets_are_free_in_order_and_tuples_are_not(seed):
     rng = random.Random(seed)
-    items = rng.sample(["1", "-2", "\\frac{3}{4}", "\\sqrt{2}", "x+1", "(1,2)", "0.75001",
-    "10"], rng.randrange(2, 6))
+    items = rng.sample(["1", "-2", "\\frac{3}{4}", "\\sqrt{2}", "x+1", "(1,2)", "0.75001", "10"], rng.randrange(2, 6))
     mixed = rng.sample(items, len(items))
     joined, other = ", ".join(items), ",".join(mixed)
     assert is_equivalent(f"\\{{{other}\\}}", f"\\{{{joined}\\}}")
@@ -176,6 +183,28 @@ def test_hostile_strings_are_wrong_and_quick(text):
         assert is_equivalent(text, gold) is False or (text.strip("1 .") == "" and gold == "1")
         assert is_equivalent(gold, text) is False
     assert time.perf_counter() - start < LIMIT_S
+
+
+MARKS = (
+    r"{ } ( ) [ ] ^ _ | , = < ! % : ' / ± 9 0 e i x - + . & \frac \sqrt \pm \cup \\ ^\circ \{ \} \infty \ln \text{a}"
+)
+PIECES = MARKS.split()
+
+
+@pytest.mark.parametrize("seed", range(8))
+def test_mangled_answers_are_read_or_unreadable_and_nothing_else(seed):
+    rng = random.Random(seed)
+    for _ in range(500):
+        _, prediction, gold, _ = rng.choice(ALL_PAIRS)
+        for _ in range(rng.randrange(1, 4)):
+            at = rng.randrange(len(prediction) + 1)
+            cut = rng.choice((0, 0, 1, 2))
+            prediction = prediction[:at] + rng.choice([*PIECES, ""]) + prediction[at + cut :]
+        try:
+            assert isinstance(equal(read(prediction), read(gold)), bool)
+            assert isinstance(equal(read(gold), read(prediction)), bool)
+        except Unreadable as error:
+            assert str(error)
 
 
 def test_there_are_enough_hostile_strings():

@@ -254,6 +254,7 @@ def test_a_stopped_evaluation_continues_to_the_same_files(
     finished, tmp_path, monkeypatch, capsys, stop_after, no_figure
 ):
     folder, batches, append = tmp_path / "stopped", [], eval.append_rows
+    args = arguments(out=folder)
 
     def stopping(path, rows):
         batches.append(len(rows))
@@ -263,7 +264,7 @@ def test_a_stopped_evaluation_continues_to_the_same_files(
 
     with monkeypatch.context() as patch:
         patch.setattr(eval, "append_rows", stopping)
-        patch.setattr(eval, "parse_args", lambda words, args=arguments(out=folder): args)
+        patch.setattr(eval, "parse_args", lambda words: args)
         patch.setattr(sys, "argv", ["eval.py", "--samples", "4"])
         with pytest.raises(SystemExit) as stop:
             eval.main()
@@ -271,13 +272,15 @@ def test_a_stopped_evaluation_continues_to_the_same_files(
     assert max(batches) <= 10  # memory: never more than a batch at once
     log, lines = folder / "generations.jsonl", (finished / "generations.jsonl").read_bytes().splitlines(keepends=True)
     done = 10 * stop_after
-    with log.open("ab") as file:  # three more whole lines and one that a kill cut short
-        file.write(b"".join(lines[done : done + 3]) + lines[done + 3][:25])
+    whole = 3 if stop_after == 1 else 9
+    last = lines[done + whole][: 25 if stop_after == 1 else -1]  # cut short, or only its line feed is missing
+    with log.open("ab") as file:
+        file.write(b"".join(lines[done : done + whole]) + last)
     batches.clear()
     with monkeypatch.context() as patch:
         patch.setattr(eval, "append_rows", lambda path, rows: (batches.append(len(rows)), append(path, rows)))
         eval.run(arguments(out=folder))
-    assert batches == [10] * (4 - stop_after) + [8]  # the three lines are sampled again, in the batch they belong to
+    assert batches == [10] * (4 - stop_after) + [8]  # half a batch is sampled again, whole
     assert log.read_bytes() == (finished / "generations.jsonl").read_bytes()
     assert without_date(folder) == without_date(finished)
 
@@ -325,7 +328,7 @@ def test_the_folder_of_another_evaluation_is_left_alone(finished, tmp_path, monk
     foreign = copy(finished, tmp_path / "foreign")
     lines = (foreign / "generations.jsonl").read_text().splitlines(keepends=True)
     (foreign / "generations.jsonl").write_text("".join([lines[0], lines[5], *lines[2:]]))
-    with pytest.raises(ValueError, match=r"generations.jsonl:2: found the response .*expected .*another evaluation"):
+    with pytest.raises(ValueError, match=r"generations.jsonl:2: found response .*expected .*another evaluation"):
         eval.run(arguments(out=foreign))
     (tmp_path / "letters").mkdir()
     (tmp_path / "letters" / "a.txt").write_text("dear")

@@ -182,3 +182,28 @@ def test_make_base_refuses_wrong_arguments(arguments, message, tmp_path, monkeyp
     assert stopped.value.code == 2
     assert message in capsys.readouterr().err
     assert {path.name for path in tmp_path.rglob("*")} == {"FILE", "FULL", "notes.txt"}
+
+
+@pytest.mark.parametrize("kind", ["short", "slips", "several"])
+def test_weaker_experts_change_the_demonstrations_only_and_still_reach_the_answer(rows, tmp_path, kind):
+    """Slips are counted by the test's own arithmetic: each makes the solution a step longer."""
+    command = [sys.executable, "data/make_recipes.py", "--demonstrations", kind, "--out", str(tmp_path)]
+    subprocess.run(command, cwd=DATA.parent, check=True, capture_output=True)
+    made = [json.loads(line) for line in (tmp_path / "train.jsonl").read_text().splitlines()]
+    assert (tmp_path / "test.jsonl").read_bytes() == (DATA / "recipes/test.jsonl").read_bytes()
+    slips = 0
+    for ours, weaker in zip(rows["train"], made, strict=True):
+        assert {**ours, "demonstrations": 0} == {**weaker, "demonstrations": 0} or "demonstrations" not in ours
+        texts = weaker.get("demonstrations", [])
+        assert len(texts) == (0 if "demonstrations" not in ours else 2 if kind == "several" else 1)
+        for text in texts:
+            assert text.endswith(f"\\boxed{{{ours['answer']}}}") and len(text) - 6 + 1 <= 96
+            values = [step.split("=")[1] for step in text.split(";")[:-1]]
+            right = work_through(ours["problem"], in_order=True)[1:]
+            extra = len(values) - len(right)
+            slips += extra
+            assert extra == 0 or kind == "slips"
+            assert [v for v in values if v in right][-1] == right[-1]
+        if kind == "short":
+            assert not any(label in text for text in texts for label in "ABCDEFGH")
+    assert (40 < slips < 256) if kind == "slips" else slips == 0

@@ -49,7 +49,17 @@ def test_extract_boxed(text, content):
 
 @pytest.mark.parametrize(
     "text",
-    ["\\boxed{" * 150000, "{" * 10 ** 6, "}" * 10 ** 6, "\\" * 10 ** 6, "\\boxed " * 150000, "\\boxed{1}" * 110000, "\\boxed{" + "{" * 500000 + "}" * 400000, "\\boxed" + " " * 10 ** 6, "\\boxed\\a" + "b c" * 300000],
+    [
+        "\\boxed{" * 150000,
+        "{" * 10**6,
+        "}" * 10**6,
+        "\\" * 10**6,
+        "\\boxed " * 150000,
+        "\\boxed{1}" * 110000,
+        "\\boxed{" + "{" * 500000 + "}" * 400000,
+        "\\boxed" + " " * 10**6,
+        "\\boxed\\a" + "b c" * 300000,
+    ],
     ids=lambda text: text[:16],
 )
 def test_a_megabyte_takes_no_time(text):
@@ -104,7 +114,16 @@ def test_only_a_large_batch_shows_a_bar(capsys):
 
 @pytest.mark.parametrize(
     ("response", "read"),
-    [("\\boxed{5}", True), ("\\boxed{\\text{even}}", True), ("\\boxed{wrong, 6}", True), ("5", False), ("\\boxed{5", False), ("\\boxed{}", False), ("\\boxed{\\frac{1}{}}", False), ("\\boxed{1/0}", False)],
+    [
+        ("\\boxed{5}", True),
+        ("\\boxed{\\text{even}}", True),
+        ("\\boxed{wrong, 6}", True),
+        ("5", False),
+        ("\\boxed{5", False),
+        ("\\boxed{}", False),
+        ("\\boxed{\\frac{1}{}}", False),
+        ("\\boxed{1/0}", False),
+    ],
 )
 def test_is_read(response, read):
     assert is_read(response) is read

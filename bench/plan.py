@@ -272,10 +272,9 @@ def show(config: Config, gpu: str, gpus: int, prompt: int, mean: float | None) -
     print(f"\nestimates, for prompts of {prompt} and responses of {mean:.0f} tokens on average (--mean_response)")
     for name, value in hours(config, shape, gpus, gpu, prompt, mean).items():
         print(f"  {name:<52}{value:8.1f}")
-    print(
-        f"  assumed: {UPDATE_SHARE:.0%} of {GPUS[gpu][1]} TFLOP/s in updates, {READ_SHARE:.0%} of {GPUS[gpu][2]} "
-        f"GB/s in decoding,\n  at least {1e3 * LAYER_SECONDS * n.layers:.0f} ms a decoded token; evaluation not counted"
-    )
+    _, tflops, bandwidth = GPUS[gpu]
+    print(f"  assumed: {UPDATE_SHARE:.0%} of {tflops} TFLOP/s in updates, {READ_SHARE:.0%} of {bandwidth} GB/s")
+    print(f"  in decoding, at least {1e3 * LAYER_SECONDS * n.layers:.0f} ms a decoded token; evaluation not counted")
 
 
 # ---- against measured peaks

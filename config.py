@@ -72,6 +72,8 @@ class Config:
     tensorboard: bool = knob(False, "write the metrics for TensorBoard too, if it is installed")
     # the machine
     device: str = knob("auto", "cpu, cuda, mps, or auto", choices=("auto", "cpu", "cuda", "mps"))
+    recompute: bool = knob(False, "gradient checkpointing: make a layer's activations again instead of keeping them")
+    offload: bool = knob(False, "CUDA: keep weights and optimizer in host memory between uses (slower)")
     micro_batch_tokens: int = knob(16384, "tokens of one forward pass, padding included; a longer row goes alone", 1)
     rows_per_call: int = knob(512, "rows sampled together", 1)
     prefill: bool = knob(False, "read the prefix with the prompt instead of forcing it token by token")

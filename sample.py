@@ -37,8 +37,10 @@ from transformers.cache_utils import DynamicLayer
 
 from data.loader import Encoded, encode, render_prompt
 from model import load_model, pick_device, sampling
+from ranks import rank, union, world_size
 
 PREFIX_LOW, PREFIX_HIGH = 0.05, 0.95  # bounds of the prefix fraction [paper A.2]
+PREFILL_TOKENS = 2**14  # tokens of a call's prompts read in one forward pass, which bounds its memory
 DROP_AT = 0.8  # ended rows leave the decoding batch once this share or less is alive: a copy costs about one step
 
 
@@ -196,7 +198,7 @@ class PrefixForcingLogitsProcessor(LogitsProcessor):
 
 
 class RoomyLayer(DynamicLayer):
-    """A key-value cache layer that reserves `room` tokens at once, instead of copying itself at every token."""
+    """A key-value cache layer that has room for `room` tokens at once, instead of copying itself at every token."""
 
     def __init__(self, room: int):
         super().__init__()
@@ -207,8 +209,8 @@ class RoomyLayer(DynamicLayer):
         if not self.is_initialized:
             self.lazy_initialization(key_states, value_states)
             batch, heads, _, width = key_states.shape
-            self.all_keys = key_states.new_empty(batch, heads, self.length + self.room, width)
-            self.all_values = value_states.new_empty(batch, heads, self.length + self.room, value_states.shape[3])
+            self.all_keys = key_states.new_empty(batch, heads, self.room, width)
+            self.all_values = value_states.new_empty(batch, heads, self.room, value_states.shape[3])
         self.all_keys[:, :, start : self.length] = key_states
         self.all_values[:, :, start : self.length] = value_states
         return self._view()
@@ -237,7 +239,7 @@ def decode_rows(
     ends = torch.tensor(generation_config.eos_token_id, device=input_ids.device)
     cache = DynamicCache(config=model.config)
     if all(type(layer) is DynamicLayer for layer in cache.layers):  # sliding windows keep their own layers
-        cache.layers = [RoomyLayer(room) for _ in cache.layers]
+        cache.layers = [RoomyLayer(prompt + room) for _ in cache.layers]
     output = input_ids.new_full((len(input_ids), prompt + room), generation_config.pad_token_id)
     output[:, :prompt] = input_ids
     mask = model_kwargs["attention_mask"]  # generate drops a mask of ones
@@ -245,16 +247,20 @@ def decode_rows(
     position_ids = (attention_mask[:, :prompt].cumsum(1) - 1).clamp(min=0)
     rows = torch.arange(len(input_ids), device=input_ids.device)  # the rows still in the batch
     ended = torch.zeros_like(rows, dtype=torch.bool)
-    tokens = input_ids
+
+    def scores_after(tokens: Tensor, position_ids: Tensor, length: int) -> Tensor:
+        mask = attention_mask[:, :length]
+        made = model(tokens, mask, position_ids, past_key_values=cache, use_cache=True, logits_to_keep=1)
+        return made.logits[:, -1]
+
+    block = max(1, PREFILL_TOKENS // len(input_ids))
+    last = (prompt - 1) // block * block  # long prompts are read in blocks of columns; the last one has the scores
+    for start in range(0, last, block):
+        columns = slice(start, start + block)
+        scores_after(input_ids[:, columns], position_ids[:, columns], columns.stop)
+    tokens, position_ids = input_ids[:, last:], position_ids[:, last:]
     for length in range(prompt, prompt + room):
-        scores = model(
-            input_ids=tokens,
-            attention_mask=attention_mask[:, :length],
-            position_ids=position_ids,
-            past_key_values=cache,
-            use_cache=True,
-            logits_to_keep=1,
-        ).logits[:, -1]
+        scores = scores_after(tokens, position_ids, length)
         token = logits_processor(output[rows, :length], scores).argmax(-1)
         token = token.masked_fill(ended, generation_config.pad_token_id)
         output[rows, length] = token
@@ -317,6 +323,7 @@ def _generate_batch(
         generation_config=neutral,
         logits_processor=processors,
         custom_generate=decode_rows,
+        synced_gpus=False,  # ranks sample on their own
     )[:, prompt:].tolist()
     ends = set(config.eos_token_id)
     responses = []
@@ -339,20 +346,22 @@ def generate(
 ) -> list[list[int]]:
     """Responses of `rows`, in their order: prefix + continuation, the end token last unless cut off by the budget.
 
-    temperature 0 is greedy. `progress` names a tqdm bar. Rows of similar prompt length share a call of at most
-    `rows_per_call` rows; which rows share one changes no token (up to rounding of the logits).
+    temperature 0 is greedy. `progress` names a tqdm bar. Rows of similar length share a call of at most
+    `rows_per_call` rows; which rows share one changes no token (up to rounding of the logits). With several ranks
+    each samples the groups g = rank (mod ranks) and gets the others' responses; all must call.
     """
-    responses: list[list[int]] = [list(row.prefix_ids) for row in rows]
-    order = [i for i, row in enumerate(rows) if not row.complete]
-    order.sort(key=lambda i: (len(rows[i].prompt_ids), len(rows[i].prefix_ids)))
-    with sampling(model), tqdm(total=len(order), desc=progress, unit="row", disable=not progress) as bar:
+    responses = {i: list(row.prefix_ids) for i, row in enumerate(rows)}
+    sampled: dict[int, list[int]] = {}
+    order = [i for i, row in enumerate(rows) if not row.complete and row.group % world_size() == rank()]
+    order.sort(key=lambda i: (len(rows[i].prompt_ids) + prefill * len(rows[i].prefix_ids), len(rows[i].prefix_ids)))
+    quiet = not progress or rank() > 0
+    with sampling(model), tqdm(total=len(order), desc=progress, unit="row", disable=quiet) as bar:
         for start in range(0, len(order), rows_per_call):
             chosen = order[start : start + rows_per_call]
             batch = [rows[i] for i in chosen]
-            for i, response in zip(chosen, _generate_batch(model, batch, max_response_tokens, temperature, prefill)):
-                responses[i] = response
+            sampled |= zip(chosen, _generate_batch(model, batch, max_response_tokens, temperature, prefill))
             bar.update(len(chosen))
-    return responses
+    return list((responses | union(sampled)).values())
 
 
 # ---- what the update reads

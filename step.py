@@ -29,6 +29,7 @@ from data.loader import Encoded, Problem
 from eval import mean
 from loss import METHODS, Method
 from model import token_stats
+from ranks import all_sum, clip_gradients, rank, world_size
 from reward import grade_batch, is_read
 from sample import Rollouts, Row, generate, pack, plan_group, torch_generator
 
@@ -97,6 +98,18 @@ def micro_batches(rollouts: Rollouts, rows: Tensor, budget: int) -> list[Tensor]
     return [torch.tensor(chunk) for chunk in chunks]
 
 
+def share(rollouts: Rollouts, rows: Tensor, budget: int) -> list[tuple[Tensor, bool]]:
+    """This rank's micro-batches of `rows`, and whether each counts.
+
+    Rows are dealt to the ranks by length. FSDP wants equally many passes on every rank: one with fewer micro-batches
+    than another passes a row once more, which counts for nothing.
+    """
+    order = torch.cat(micro_batches(rollouts, rows, budget))
+    shares = [micro_batches(rollouts, order[r :: world_size()], budget) for r in range(world_size())]
+    mine, most = shares[rank()], max(map(len, shares))
+    return [(chunk, True) for chunk in mine] + [(order[:1], False)] * (most - len(mine))
+
+
 def forward(model: PreTrainedModel, rollouts: Rollouts, rows: Tensor, temperature: float) -> tuple[Tensor, Tensor]:
     """token_stats of some rows, cut to the columns they use -> log_probs, entropy [b, r]"""
     columns, width = rollouts.columns(rows)
@@ -109,11 +122,12 @@ def old_stats(model: PreTrainedModel, rollouts: Rollouts, config: Config) -> tup
     """Log-probs and entropies of the sampling policy, [B, R]."""
     log_probs = torch.zeros(rollouts.response_mask.shape)
     entropy = torch.zeros_like(log_probs)
-    for rows in micro_batches(rollouts, torch.arange(len(rollouts.texts)), config.micro_batch_tokens):
+    for rows, counts in share(rollouts, torch.arange(len(rollouts.texts)), config.micro_batch_tokens):
         found = forward(model, rollouts, rows, config.temperature)
-        width = found[0].shape[1]
-        log_probs[rows, :width], entropy[rows, :width] = found[0].cpu(), found[1].cpu()
-    return log_probs, entropy
+        if counts:
+            width = found[0].shape[1]
+            log_probs[rows, :width], entropy[rows, :width] = found[0].cpu(), found[1].cpu()
+    return all_sum(log_probs), all_sum(entropy)
 
 
 def plan(problems: Sequence[Encoded], method: Method, config: Config, step: int, rollouts: int) -> list[Row]:
@@ -204,17 +218,18 @@ def update(run: "Run", batch: Batch, rows: Tensor, method: Method, normalizer: f
     active = rows[weighted.any(1)]
     if len(active) == 0:
         return sums | {"grad_norm": 0.0}
-    for chunk in micro_batches(rollouts, active, config.micro_batch_tokens):
+    total = torch.zeros(3, dtype=torch.float64)  # loss, entropy, tokens with a weight
+    for chunk, counts in share(rollouts, active, config.micro_batch_tokens):
         log_probs, entropy = forward(model, rollouts, chunk, config.temperature)
         w = weights(chunk, log_probs)
-        mask = rollouts.response_mask[chunk, : log_probs.shape[1]].to(log_probs.device)
+        mask = counts & rollouts.response_mask[chunk, : log_probs.shape[1]].to(log_probs.device)
         loss = objective.weighted_loss(log_probs, w, mask, normalizer)
         loss.backward()
-        sums["loss"] += float(loss.detach())
-        sums["entropy"] += float(entropy.sum())
-        sums["clipped"] -= int((w != 0).sum())
-    sums["clipped"] += sums["weighted"]
-    sums["grad_norm"] = float(torch.nn.utils.clip_grad_norm_(model.parameters(), config.max_grad_norm))
+        if counts:
+            total += torch.tensor([float(loss.detach()), float(entropy.sum()), float((w != 0).sum())])
+    sums["loss"], sums["entropy"], unclipped = all_sum(total).tolist()
+    sums["clipped"] = sums["weighted"] - int(unclipped)
+    sums["grad_norm"] = clip_gradients(model.parameters(), config.max_grad_norm)
     for group in run.optimizer.param_groups:
         group["lr"] = lr
     run.optimizer.step()

@@ -72,8 +72,11 @@ class Config:
     tensorboard: bool = knob(False, "write the metrics for TensorBoard too, if it is installed")
     # the machine
     device: str = knob("auto", "cpu, cuda, mps, or auto", choices=("auto", "cpu", "cuda", "mps"))
-    micro_batch_tokens: int = knob(16384, "tokens of one forward pass, padding included; a longer row goes alone", 1)
+    micro_batch_tokens: int = knob(2048, "tokens of one forward pass, padding included; a longer row goes alone", 1)
     rows_per_call: int = knob(512, "rows sampled together", 1)
+    decode: str = knob(
+        "loop", "loop: ended rows leave; static: HF's static cache, compiled on CUDA", choices=("loop", "static")
+    )
     prefill: bool = knob(False, "read the prefix with the prompt instead of forcing it token by token")
 
 

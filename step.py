@@ -77,8 +77,9 @@ class Batch:
     rewards: Tensor  # [B]
     response_advantage: Tensor  # [B]
     prefix_advantage: Tensor  # [B]
-    old_log_probs: Tensor  # [B, R] of the sampling policy
-    entropy: Tensor  # [B, R] of the sampling policy
+    old_log_probs: Tensor  # [B, R] of the sampling policy, from the training forward pass; 0 where nothing reads it
+    entropy: Tensor  # [B, R] likewise: what the entropy clip ranks
+    drawn_entropy: Tensor  # [B] summed over the tokens of each row that were drawn, as they were: the metric
     fractions: Tensor  # [B] share of the demonstration a row was given
 
 
@@ -104,15 +105,25 @@ def forward(model: PreTrainedModel, rollouts: Rollouts, rows: Tensor, temperatur
     return token_stats(model, ids.to(model.device), mask.to(model.device), width, temperature)
 
 
+def rows_that_count(method: Method, rollouts: Rollouts, own: Tensor, forced: Tensor) -> Tensor:
+    """Indices of the rows whose old log-probs or entropies are read: some token has a weight (where the ratio is 1)
+    or is ranked by the entropy clip. Groups of equal rewards have none under plain Dr.GRPO."""
+    zeros, mask, prefix = torch.zeros(rollouts.response_mask.shape), rollouts.response_mask, rollouts.prefix_mask
+    read = objective.token_weights(method, zeros, zeros, own, forced, prefix, mask, 0.0, 0.0, 1.0) != 0
+    if method.select != "all":
+        read |= prefix if method.clip_scope == "prefix" else mask
+    return read.any(1).nonzero().squeeze(1)
+
+
 @torch.no_grad()
-def old_stats(model: PreTrainedModel, rollouts: Rollouts, config: Config) -> tuple[Tensor, Tensor]:
-    """Log-probs and entropies of the sampling policy, [B, R]."""
+def old_stats(model: PreTrainedModel, rollouts: Rollouts, rows: Tensor, config: Config) -> tuple[Tensor, Tensor]:
+    """Log-probs and entropies of the sampling policy [B, R]; 0 outside `rows`."""
     log_probs = torch.zeros(rollouts.response_mask.shape)
     entropy = torch.zeros_like(log_probs)
-    for rows in micro_batches(rollouts, torch.arange(len(rollouts.texts)), config.micro_batch_tokens):
-        found = forward(model, rollouts, rows, config.temperature)
+    for chunk in micro_batches(rollouts, rows, config.micro_batch_tokens):
+        found = forward(model, rollouts, chunk, config.temperature)
         width = found[0].shape[1]
-        log_probs[rows, :width], entropy[rows, :width] = found[0].cpu(), found[1].cpu()
+        log_probs[chunk, :width], entropy[chunk, :width] = found[0].cpu(), found[1].cpu()
     return log_probs, entropy
 
 
@@ -135,6 +146,7 @@ def rollout_batch(run: "Run", picked: Sequence[int], step: int) -> Batch:
     """Sample, grade and compare: the batch of one step of reinforcement."""
     config, method = run.config, run.method
     rows = plan([run.data.encoded[i] for i in picked], method, config, step, config.rollouts_per_prompt)
+    drawn = torch.zeros(len(rows))
     responses = generate(
         run.model,
         rows,
@@ -142,15 +154,18 @@ def rollout_batch(run: "Run", picked: Sequence[int], step: int) -> Batch:
         config.temperature,
         rows_per_call=config.rows_per_call,
         prefill=config.prefill,
+        decode=config.decode,
+        entropy=drawn,
     )
     rollouts = pack(rows, responses, run.model, run.tokenizer)
     golds = [run.data.train[picked[row.group]].answer for row in rows]
     rewards = torch.tensor(grade_batch(rollouts.texts, golds)) * ~rollouts.truncated
     baseline = method.baseline or config.baseline
     own, forced = objective.advantages(rewards, rollouts.group, rollouts.hybrid, baseline, config.scale_by_std)
-    log_probs, entropy = old_stats(run.model, rollouts, config)
+    counting = rows_that_count(method, rollouts, own, forced)
+    log_probs, entropy = old_stats(run.model, rollouts, counting, config)
     fractions = torch.tensor([row.fraction for row in rows])
-    return Batch(rollouts, rewards, own, forced, log_probs, entropy, fractions)
+    return Batch(rollouts, rewards, own, forced, log_probs, entropy, drawn, fractions)
 
 
 def demonstration_batch(run: "Run", picked: Sequence[int], step: int) -> Batch:
@@ -158,7 +173,7 @@ def demonstration_batch(run: "Run", picked: Sequence[int], step: int) -> Batch:
     rows = plan([run.data.encoded[i] for i in picked], SFT, run.config, step, rollouts=1)
     rollouts = pack(rows, [row.prefix_ids for row in rows], run.model, run.tokenizer)
     none, zeros = torch.zeros(len(rows)), torch.zeros(rollouts.response_mask.shape)
-    return Batch(rollouts, none, none, none, zeros, zeros, torch.ones(len(rows)))
+    return Batch(rollouts, none, none, none, zeros, zeros, none, torch.ones(len(rows)))
 
 
 # ---- one update
@@ -302,7 +317,7 @@ def rl_metrics(batch: Batch, updates: list[dict], config: Config) -> dict[str, A
         "prefix_fraction": average(batch.fractions[hybrid]),
         "prefix_tokens": sum(u["forced"] for u in updates),
         "prefix_tokens_kept": sum(u["kept"] for u in updates),
-        "entropy": average(batch.entropy[own]),
+        "entropy": float(batch.drawn_entropy.sum()) / int(own.sum()) if own.any() else None,
         "clip_fraction": sum(u["clipped"] for u in updates) / max(1, sum(u["weighted"] for u in updates)),
         "response_tokens": average(rollouts.response_tokens),
         "truncated": average(rollouts.truncated[sampled]),

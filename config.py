@@ -74,8 +74,11 @@ class Config:
     device: str = knob("auto", "cpu, cuda, mps, or auto", choices=("auto", "cpu", "cuda", "mps"))
     recompute: bool = knob(False, "gradient checkpointing: make a layer's activations again instead of keeping them")
     offload: bool = knob(False, "CUDA: keep weights and optimizer in host memory between uses (slower)")
-    micro_batch_tokens: int = knob(16384, "tokens of one forward pass, padding included; a longer row goes alone", 1)
+    micro_batch_tokens: int = knob(2048, "tokens of one forward pass, padding included; a longer row goes alone", 1)
     rows_per_call: int = knob(512, "rows sampled together", 1)
+    decode: str = knob(
+        "loop", "loop: ended rows leave; static: HF's static cache, compiled on CUDA", choices=("loop", "static")
+    )
     prefill: bool = knob(False, "read the prefix with the prompt instead of forcing it token by token")
 
 

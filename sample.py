@@ -1,7 +1,7 @@
 """Rollouts: which rows a group has, their prefixes, batched sampling, and the tensors the update reads.
 
 In reading order: random numbers -> `prefix_fraction` -> `plan_group` (ids of every row to sample) -> `generate`
-(HF generate with two logits processors: draw a token, or force the prefix's) -> `Rollouts`.
+(HF generate with the processors and loops of decode.py) -> `Rollouts`.
 
     plan_group(problem) -> [Row(prompt_ids, prefix_ids), …]         ids only: text is never decoded and re-encoded
     generate(model, rows) -> [[token, …, eos], …]                   prefix + continuation
@@ -20,28 +20,19 @@ import math
 import sys
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any
 
 import numpy as np
 import torch
 from torch import Tensor
 from tqdm import tqdm
-from transformers import (
-    DynamicCache,
-    GenerationConfig,
-    LogitsProcessor,
-    LogitsProcessorList,
-    PreTrainedModel,
-)
-from transformers.cache_utils import DynamicLayer
+from transformers import GenerationConfig, LogitsProcessorList, PreTrainedModel
 
 from data.loader import Encoded, encode, render_prompt
+from decode import DECODERS, DrawTokenLogitsProcessor, PrefixForcingLogitsProcessor
 from model import load_model, pick_device, sampling
 from ranks import rank, union, world_size
 
 PREFIX_LOW, PREFIX_HIGH = 0.05, 0.95  # bounds of the prefix fraction [paper A.2]
-PREFILL_TOKENS = 2**14  # tokens of a call's prompts read in one forward pass, which bounds its memory
-DROP_AT = 0.8  # ended rows leave the decoding batch once this share or less is alive: a copy costs about one step
 
 
 # ---- random numbers
@@ -157,129 +148,6 @@ def plan_group(
 # ---- sampling
 
 
-class DrawTokenLogitsProcessor(LogitsProcessor):
-    """Samples: token = CDF^-1(u) of softmax(scores / temperature), u one number per row and position.
-
-    uniforms [B, R]. The drawn token gets score 0 and all others -inf, so `generate` takes it by argmax.
-    """
-
-    def __init__(self, uniforms: Tensor, prompt_length: int, temperature: float):
-        self.uniforms, self.prompt_length, self.temperature = uniforms, prompt_length, temperature
-
-    def keep(self, rows: Tensor) -> None:
-        self.uniforms = self.uniforms[rows]
-
-    def __call__(self, input_ids: Tensor, scores: Tensor) -> Tensor:
-        cdf = (scores.float() / self.temperature).softmax(-1).cumsum(-1)  # [B, V]
-        u = self.uniforms[:, input_ids.shape[1] - self.prompt_length, None]
-        # u * total, not u: rounding may leave the total below u. right=True skips tokens of probability 0.
-        token = torch.searchsorted(cdf, u * cdf[:, -1:], right=True)
-        return torch.full_like(scores, -torch.inf).scatter(1, token, 0.0)
-
-
-class PrefixForcingLogitsProcessor(LogitsProcessor):
-    """Forces row i's first prefix_lengths[i] tokens to be prefix_ids[i]; later tokens are left to the policy.
-
-    prefix_ids [B, L] (padded with anything), prefix_lengths [B], prompt_length: columns before the response.
-    """
-
-    def __init__(self, prefix_ids: Tensor, prefix_lengths: Tensor, prompt_length: int):
-        self.prefix_ids, self.prefix_lengths, self.prompt_length = prefix_ids, prefix_lengths, prompt_length
-
-    def keep(self, rows: Tensor) -> None:
-        self.prefix_ids, self.prefix_lengths = self.prefix_ids[rows], self.prefix_lengths[rows]
-
-    def __call__(self, input_ids: Tensor, scores: Tensor) -> Tensor:
-        position = input_ids.shape[1] - self.prompt_length
-        if position >= self.prefix_ids.shape[1]:
-            return scores
-        forced = torch.full_like(scores, -torch.inf).scatter(1, self.prefix_ids[:, position, None], 0.0)
-        return torch.where((position < self.prefix_lengths)[:, None], forced, scores)
-
-
-class RoomyLayer(DynamicLayer):
-    """A key-value cache layer that has room for `room` tokens at once, instead of copying itself at every token."""
-
-    def __init__(self, room: int):
-        super().__init__()
-        self.room, self.length = room, 0
-
-    def update(self, key_states: Tensor, value_states: Tensor, *args, **kwargs) -> tuple[Tensor, Tensor]:
-        start, self.length = self.length, self.length + key_states.shape[2]
-        if not self.is_initialized:
-            self.lazy_initialization(key_states, value_states)
-            batch, heads, _, width = key_states.shape
-            self.all_keys = key_states.new_empty(batch, heads, self.room, width)
-            self.all_values = value_states.new_empty(batch, heads, self.room, value_states.shape[3])
-        self.all_keys[:, :, start : self.length] = key_states
-        self.all_values[:, :, start : self.length] = value_states
-        return self._view()
-
-    def _view(self) -> tuple[Tensor, Tensor]:
-        self.keys, self.values = self.all_keys[:, :, : self.length], self.all_values[:, :, : self.length]
-        return self.keys, self.values
-
-    def batch_select_indices(self, indices: Tensor) -> None:
-        self.all_keys, self.all_values = self.all_keys[indices], self.all_values[indices]
-        self._view()
-
-
-def decode_rows(
-    model: PreTrainedModel,
-    input_ids: Tensor,
-    logits_processor: LogitsProcessorList,
-    stopping_criteria: list,
-    generation_config: GenerationConfig,
-    **model_kwargs: Any,
-) -> Tensor:
-    """The decoding loop `generate` calls: as its own, but rows that have ended leave the batch. -> [B, P+<=R]"""
-    if not all(isinstance(p, DrawTokenLogitsProcessor | PrefixForcingLogitsProcessor) for p in logits_processor):
-        raise ValueError(f"the sampler is not neutral: it has {[type(p).__name__ for p in logits_processor]}")
-    prompt, room = input_ids.shape[1], generation_config.max_length - input_ids.shape[1]
-    ends = torch.tensor(generation_config.eos_token_id, device=input_ids.device)
-    cache = DynamicCache(config=model.config)
-    if all(type(layer) is DynamicLayer for layer in cache.layers):  # sliding windows keep their own layers
-        cache.layers = [RoomyLayer(prompt + room) for _ in cache.layers]
-    output = input_ids.new_full((len(input_ids), prompt + room), generation_config.pad_token_id)
-    output[:, :prompt] = input_ids
-    mask = model_kwargs["attention_mask"]  # generate drops a mask of ones
-    attention_mask = torch.nn.functional.pad(torch.ones_like(input_ids) if mask is None else mask, (0, room), value=1)
-    position_ids = (attention_mask[:, :prompt].cumsum(1) - 1).clamp(min=0)
-    rows = torch.arange(len(input_ids), device=input_ids.device)  # the rows still in the batch
-    ended = torch.zeros_like(rows, dtype=torch.bool)
-
-    def scores_after(tokens: Tensor, position_ids: Tensor, length: int) -> Tensor:
-        mask = attention_mask[:, :length]
-        made = model(tokens, mask, position_ids, past_key_values=cache, use_cache=True, logits_to_keep=1)
-        return made.logits[:, -1]
-
-    block = max(1, PREFILL_TOKENS // len(input_ids))
-    last = (prompt - 1) // block * block  # long prompts are read in blocks of columns; the last one has the scores
-    for start in range(0, last, block):
-        columns = slice(start, start + block)
-        scores_after(input_ids[:, columns], position_ids[:, columns], columns.stop)
-    tokens, position_ids = input_ids[:, last:], position_ids[:, last:]
-    for length in range(prompt, prompt + room):
-        scores = scores_after(tokens, position_ids, length)
-        token = logits_processor(output[rows, :length], scores).argmax(-1)
-        token = token.masked_fill(ended, generation_config.pad_token_id)
-        output[rows, length] = token
-        # an end token inside a forced prefix would end the row here: encode_problem refuses such demonstrations
-        ended |= torch.isin(token, ends)
-        alive = (~ended).nonzero().squeeze(1)
-        if len(alive) == 0:
-            return output[:, : length + 1]
-        position_ids = position_ids[:, -1:] + 1
-        if len(alive) <= DROP_AT * len(rows):
-            rows, token, ended = rows[alive], token[alive], ended[alive]
-            position_ids, attention_mask = position_ids[alive], attention_mask[alive]
-            cache.batch_select_indices(alive)
-            for processor in logits_processor:
-                processor.keep(alive)
-        tokens = token[:, None]
-    return output
-
-
 def pad_left(sequences: Sequence[list[int]], pad_id: int) -> tuple[Tensor, Tensor]:
     """-> ids, mask [B, longest]"""
     width = max(map(len, sequences))
@@ -289,7 +157,12 @@ def pad_left(sequences: Sequence[list[int]], pad_id: int) -> tuple[Tensor, Tenso
 
 
 def _generate_batch(
-    model: PreTrainedModel, rows: Sequence[Row], max_response_tokens: int, temperature: float, prefill: bool
+    model: PreTrainedModel,
+    rows: Sequence[Row],
+    max_response_tokens: int,
+    temperature: float,
+    prefill: bool,
+    decode: str,
 ) -> list[list[int]]:
     """One call of HF generate. The prefix is forced token by token, or (prefill) read at once with the prompt."""
     config, device = model.generation_config, model.device
@@ -316,13 +189,14 @@ def _generate_batch(
         repetition_penalty=1.0,
         eos_token_id=config.eos_token_id,
         pad_token_id=config.pad_token_id,
+        cache_implementation="static" if decode == "static" else None,
     )
     output = model.generate(
         input_ids=ids.to(device),
         attention_mask=mask.to(device),
         generation_config=neutral,
         logits_processor=processors,
-        custom_generate=decode_rows,
+        custom_generate=DECODERS[decode],
         synced_gpus=False,  # ranks sample on their own
     )[:, prompt:].tolist()
     ends = set(config.eos_token_id)
@@ -342,12 +216,13 @@ def generate(
     *,
     rows_per_call: int = 512,
     prefill: bool = False,
+    decode: str = "loop",
     progress: str | None = None,
 ) -> list[list[int]]:
     """Responses of `rows`, in their order: prefix + continuation, the end token last unless cut off by the budget.
 
-    temperature 0 is greedy. `progress` names a tqdm bar. Rows of similar length share a call of at most
-    `rows_per_call` rows; which rows share one changes no token (up to rounding of the logits). With several ranks
+    temperature 0 is greedy. `decode`: one of DECODERS. `progress` names a tqdm bar. Rows of similar length share
+    a call of at most `rows_per_call` rows; which rows share one changes no token (up to rounding of the logits). With several ranks
     each samples the groups g = rank (mod ranks) and gets the others' responses; all must call.
     """
     responses = {i: list(row.prefix_ids) for i, row in enumerate(rows)}
@@ -359,7 +234,7 @@ def generate(
         for start in range(0, len(order), rows_per_call):
             chosen = order[start : start + rows_per_call]
             batch = [rows[i] for i in chosen]
-            sampled |= zip(chosen, _generate_batch(model, batch, max_response_tokens, temperature, prefill))
+            sampled |= zip(chosen, _generate_batch(model, batch, max_response_tokens, temperature, prefill, decode))
             bar.update(len(chosen))
     return list((responses | union(sampled)).values())
 

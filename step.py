@@ -156,6 +156,7 @@ def rollout_batch(run: "Run", picked: Sequence[int], step: int) -> Batch:
         config.temperature,
         rows_per_call=config.rows_per_call,
         prefill=config.prefill,
+        decode=config.decode,
     )
     rollouts = pack(rows, responses, run.model, run.tokenizer)
     golds = [run.data.train[picked[row.group]].answer for row in rows]
@@ -214,7 +215,7 @@ def update(run: "Run", batch: Batch, rows: Tensor, method: Method, normalizer: f
 
     weighted = weights(rows, batch.old_log_probs[rows]) != 0
     sums = {"loss": 0.0, "entropy": 0.0, "clipped": 0, "weighted": int(weighted.sum()), "forced": forced}
-    sums["kept"] = int((kept & rollouts.prefix_mask)[rows].sum()) if method.select != "all" else forced
+    sums["kept"] = int((kept & rollouts.prefix_mask)[rows].sum())
     active = rows[weighted.any(1)]
     if len(active) == 0:
         return sums | {"grad_norm": 0.0}

@@ -8,7 +8,7 @@ import torch
 from conftest import random_model
 from transformers import GenerationConfig
 
-import sample
+import decode
 from data.loader import Encoded
 from model import load_model
 from sample import (
@@ -287,5 +287,5 @@ def test_long_prompts_read_in_blocks_give_the_same_rows(model, monkeypatch):
     rows = some_rows()
     want = generate(model, rows, 24, prefill=True)
     for tokens in (1, 30, 100):
-        monkeypatch.setattr(sample, "PREFILL_TOKENS", tokens)
+        monkeypatch.setattr(decode, "PREFILL_TOKENS", tokens)
         assert generate(model, rows, 24, prefill=True) == want

@@ -1,0 +1,140 @@
+"""Decoding and updates of Qwen2.5 shapes (random weights, bf16) against the limits of the GPU.
+
+    python bench/cuda.py 0.5b 1.5b
+
+Writes bench/results/throughput-cuda-SHAPE.json. Decoding: 256 rows x 1024 new tokens, no row ends; plain `generate`
+(dynamic cache, eager), our loop, the static cache with HF's compiled forward pass. A decode pass cannot be faster
+than reading the weights and the filled part of the cache once: bytes / measured copy bandwidth. Update: forward and
+backward of token_stats; model FLOPs 6 N per token and 12 layers x width x length for attention (half of it causal),
+recomputation not counted, over the peak of a large bf16 product, measured too.
+"""
+
+import statistics
+import sys
+import time
+from collections.abc import Callable
+
+import torch
+from common import write
+from transformers import GenerationConfig, LogitsProcessorList, Qwen2Config, Qwen2ForCausalLM
+
+from model import sampling, token_stats
+from sample import DrawTokenLogitsProcessor, Row, generate
+
+SHAPES = {
+    "0.5b": {
+        "hidden_size": 896,
+        "intermediate_size": 4864,
+        "num_hidden_layers": 24,
+        "num_attention_heads": 14,
+        "num_key_value_heads": 2,
+    },
+    "1.5b": {
+        "hidden_size": 1536,
+        "intermediate_size": 8960,
+        "num_hidden_layers": 28,
+        "num_attention_heads": 12,
+        "num_key_value_heads": 2,
+    },
+}
+ROWS, PROMPT, NEW = 256, 256, 1024
+
+
+def seconds(call: Callable, repeats: int = 3) -> float:
+    """Median wall seconds of `call`, the GPU's queue emptied around it; the first call warms up."""
+    found = []
+    for _ in range(repeats + 1):
+        torch.cuda.synchronize()
+        start = time.perf_counter()
+        call()
+        torch.cuda.synchronize()
+        found.append(time.perf_counter() - start)
+    return statistics.median(found[1:])
+
+
+def limits() -> tuple[float, float]:
+    """-> bytes a second that a large copy moves (read and write), FLOPs a second of a large bf16 product"""
+    a = torch.empty(2**30, dtype=torch.uint8, device="cuda")
+    b = torch.empty_like(a)
+    x = torch.randn(8192, 8192, device="cuda", dtype=torch.bfloat16)
+    return 2 * a.numel() / seconds(lambda: b.copy_(a), 10), 2 * 8192**3 / seconds(lambda: x @ x, 10)
+
+
+def plain(model, ids: torch.Tensor, uniforms: torch.Tensor) -> None:
+    settings = GenerationConfig(
+        max_new_tokens=NEW, do_sample=False, eos_token_id=model.generation_config.eos_token_id, pad_token_id=0
+    )
+    processors = LogitsProcessorList([DrawTokenLogitsProcessor(uniforms, PROMPT, 1.0)])
+    with sampling(model):
+        model.generate(
+            input_ids=ids,
+            attention_mask=torch.ones_like(ids),
+            generation_config=settings,
+            logits_processor=processors,
+        )
+
+
+def bench(shape: str) -> None:
+    config = Qwen2Config(vocab_size=151936, max_position_embeddings=32768, tie_word_embeddings=True, **SHAPES[shape])
+    with torch.device("cuda"):
+        model = Qwen2ForCausalLM(config).to(torch.bfloat16)
+    model.generation_config = GenerationConfig(eos_token_id=[config.vocab_size], pad_token_id=0)  # no row ends
+    bandwidth, peak = limits()
+    parameters = model.num_parameters()
+    head = config.hidden_size // config.num_attention_heads
+    per_token = 2 * 2 * config.num_hidden_layers * config.num_key_value_heads * head  # bytes of keys and values
+    least = NEW * (2 * parameters + ROWS * (PROMPT + NEW / 2) * per_token) / bandwidth
+
+    prompts = torch.randint(0, 151936, (ROWS, PROMPT))
+    rows = [Row(i, (0, i), ids.tolist(), []) for i, ids in enumerate(prompts)]
+    uniforms = torch.rand(ROWS, NEW, device="cuda")
+    calls = {
+        "plain generate": lambda: plain(model, prompts.cuda(), uniforms),
+        "loop": lambda: generate(model, rows, NEW),
+        "static": lambda: generate(model, rows, NEW, decode="static"),
+    }
+    decoding = {}
+    for name, call in calls.items():
+        torch.cuda.reset_peak_memory_stats()
+        took = seconds(call)
+        decoding[name] = {
+            "s": round(took, 2),
+            "tokens_per_s": round(ROWS * NEW / took),
+            "share_of_bandwidth_limit": round(least / took, 3),
+            "peak_gib": round(torch.cuda.max_memory_allocated() / 2**30, 2),
+        }
+
+    batch, length = 8, 2048
+    ids = torch.randint(0, 151936, (batch, length), device="cuda")
+
+    def update() -> None:
+        model.train()
+        token_stats(model, ids, torch.ones_like(ids), length - PROMPT, 1.0)[0].sum().backward()
+        model.zero_grad()
+
+    torch.cuda.reset_peak_memory_stats()
+    took = seconds(update)
+    attention = 12 * config.num_hidden_layers * config.hidden_size * length / 2  # forward and backward, per token
+    flops = batch * length * (6 * parameters + attention)
+    write(
+        f"cuda-{shape}",
+        {
+            "device": torch.cuda.get_device_name(),
+            "parameters": parameters,
+            "copy_bytes_per_s": bandwidth,
+            "bf16_flops_per_s": peak,
+            "decoding": {"rows": ROWS, "new_tokens": NEW, "limit_s": round(least, 2), **decoding},
+            "update": {
+                "tokens_per_s": round(batch * length / took),
+                "model_flops_utilisation": round(flops / took / peak, 3),
+                "peak_gib": round(torch.cuda.max_memory_allocated() / 2**30, 2),
+            },
+        },
+    )
+
+
+if __name__ == "__main__":
+    if not torch.cuda.is_available():
+        sys.exit("cuda.py: no CUDA device found; on the CPU run bench/throughput.py")
+    for shape in sys.argv[1:] or SHAPES:
+        bench(shape)

@@ -1,0 +1,186 @@
+"""Where a default CPU step of `rft` spends its time, how cost grows, what the log-prob pass needs of memory.
+
+    OMP_NUM_THREADS=1 python bench/phases.py phases growth memory
+
+Each part prints a table and writes bench/results/throughput-PART.json. CPU seconds of the process.
+"""
+
+import functools
+import resource
+import statistics
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+
+import torch
+import transformers
+from common import BUDGET, main, new_run, rows_at, timed, write
+
+import decode
+import model as models
+import sample
+import step as steps
+from config import Config
+from sample import Row, generate
+
+# ---- where a step's time goes
+
+
+class Phases:
+    """Exclusive CPU seconds by phase: a phase's time does not count what the phases inside it take."""
+
+    def __init__(self):
+        self.seconds: dict[str, float] = {}
+        self.open: list[str] = ["rest of the step"]
+        self.since = time.process_time()
+
+    def switch(self) -> None:
+        now = time.process_time()
+        self.seconds[self.open[-1]] = self.seconds.get(self.open[-1], 0.0) + now - self.since
+        self.since = now
+
+    def wrap(self, owner: object, name: str, phase: str | Callable) -> None:
+        """Count calls of owner.name as `phase` (or as what phase(arguments) gives)."""
+        inner = getattr(owner, name)
+
+        @functools.wraps(inner)
+        def call(*args, **settings):
+            self.switch()
+            self.open.append(phase if isinstance(phase, str) else phase(*args, **settings))
+            try:
+                return inner(*args, **settings)
+            finally:
+                self.switch()
+                self.open.pop()
+
+        setattr(owner, name, call)
+
+
+def watch(run: steps.Run, phases: Phases, counts: dict[str, int]) -> None:
+    """Put timers around the step's parts."""
+
+    def forward_phase(ids, *_, **__):
+        word = "prompts: forward" if ids.shape[1] > 1 else "tokens: forward, without attention"
+        counts[word] = counts.get(word, 0) + 1
+        counts["rows " + word] = counts.get("rows " + word, 0) + len(ids)
+        return word
+
+    def training_phase(model, rollouts, rows, temperature):
+        columns, _ = rollouts.columns(rows)
+        counts["columns passed"] = counts.get("columns passed", 0) + len(rows) * (columns.stop - columns.start)
+        counts["of them tokens"] = counts.get("of them tokens", 0) + int(rollouts.attention_mask[rows].sum())
+        return "training forward: update" if torch.is_grad_enabled() else "training forward: old log-probs"
+
+    def attention_phase(*_, **__):
+        return "tokens: attention" if phases.open[-1].startswith("tokens") else phases.open[-1]
+
+    run.model.forward = run.model.forward  # an attribute of its own, so that the wrapper can be put there
+    phases.wrap(run.model, "forward", forward_phase)
+    phases.wrap(torch.nn.functional, "scaled_dot_product_attention", attention_phase)
+    phases.wrap(decode.RoomyLayer, "update", "cache: write")
+    phases.wrap(decode.RoomyLayer, "batch_select_indices", "cache: share prompts, drop ended rows")
+    phases.wrap(decode.DrawTokenLogitsProcessor, "__call__", "draw")
+    phases.wrap(steps, "generate", "rest of generate")
+    phases.wrap(steps, "pack", "pack, grade")
+    phases.wrap(steps, "grade_batch", "pack, grade")
+    phases.wrap(steps, "forward", training_phase)
+    phases.wrap(torch.Tensor, "backward", "backward")
+    phases.wrap(torch.nn.utils, "clip_grad_norm_", "clip, AdamW")
+    phases.wrap(run.optimizer, "step", "clip, AdamW")
+
+
+def bench_phases(repeats: int = 8) -> None:
+    run, phases, counts = new_run(), Phases(), {}
+    one = [timed(lambda: generate(run.model, rows_at(run, 0)[:1], BUDGET, 0.0)) for _ in range(5)]
+    fixed = statistics.median(cpu / (len(found[0]) or 1) for found, cpu, _ in one[1:])
+    steps.rl_step(run, 0)
+    watch(run, phases, counts)
+    for step in range(1, repeats + 1):
+        steps.rl_step(run, step)
+    phases.switch()
+    total = sum(phases.seconds.values())
+    table = {
+        name: {"cpu_ms_per_step": round(1000 * s / repeats, 1), "share": round(s / total, 3)}
+        for name, s in sorted(phases.seconds.items(), key=lambda item: -item[1])
+    }
+    passes = counts["tokens: forward, without attention"]
+    facts = {
+        "cpu_s_per_step": round(total / repeats, 3),
+        "decode passes per step": passes / repeats,
+        "rows of a decode pass": round(counts["rows tokens: forward, without attention"] / passes, 1),
+        "cpu_ms of a decode pass of one row (call overhead)": round(1000 * fixed, 2),
+        "padding in training passes": round(1 - counts["of them tokens"] / counts["columns passed"], 3),
+    }
+    write("phases", {"repeats": repeats, **facts, "table": table})
+
+
+# ---- growth, memory
+
+
+def bench_growth(repeats: int = 3) -> None:
+    """CPU seconds of sampling and of an update for more rows and for more tokens, all rows of the same length."""
+    run, table = new_run(), []
+    run.model.generation_config.eos_token_id = [run.model.config.vocab_size]  # never drawn: no row ends
+    for rows, budget in [(32, 96), (64, 96), (128, 96), (256, 96), (64, 48), (64, 192), (64, 384)]:
+        problems = run.data.encoded[: rows // 8]
+        plan = [Row(g, (g, i), problem.prompt_ids, []) for g, problem in enumerate(problems) for i in range(8)]
+        sampled, updated = [], []
+        for _ in range(repeats):
+            responses, cpu, _ = timed(lambda: generate(run.model, plan, budget))  # noqa: B023
+            sampled.append(cpu)
+            rollouts = sample.pack(plan, responses, run.model, run.tokenizer)
+
+            def passes():
+                for chunk in steps.micro_batches(rollouts, torch.arange(rows), Config.micro_batch_tokens):  # noqa: B023
+                    steps.forward(run.model, rollouts, chunk, 1.0)[0].sum().backward()  # noqa: B023
+
+            updated.append(timed(passes)[1])
+        tokens = rows * budget
+        table.append(
+            {
+                "rows": rows,
+                "tokens_per_row": budget,
+                "sample_cpu_s": round(statistics.median(sampled), 3),
+                "update_cpu_s": round(statistics.median(updated), 3),
+                "sampled_tokens_per_cpu_s": round(tokens / statistics.median(sampled)),
+                "update_tokens_per_cpu_s": round(tokens / statistics.median(updated)),
+            }
+        )
+    write("growth", {"repeats": repeats, "table": table})
+
+
+def naive_stats(model, ids, mask, response, temperature) -> torch.Tensor:
+    """The log-probs as a first version would have them: all logits, log_softmax over [B, R, V]."""
+    logits = model(input_ids=ids, attention_mask=mask).logits[:, -response - 1 : -1] / temperature
+    return logits.log_softmax(-1).gather(2, ids[:, -response:, None]).squeeze(2)
+
+
+def peak_of(name: str) -> float:
+    """MiB that this process needed at most for one log-prob pass and its backward, beyond the model's own."""
+    config = transformers.LlamaConfig(
+        vocab_size=32768, hidden_size=64, intermediate_size=128, num_hidden_layers=1, num_attention_heads=2
+    )
+    model = transformers.LlamaForCausalLM(config)
+    ids = torch.randint(0, 32768, (16, 544))
+    before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    arguments = model, ids, torch.ones_like(ids), 512, 1.0
+    found = naive_stats(*arguments) if name == "naive" else models.token_stats(*arguments)[0]
+    found.sum().backward()
+    return (resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before) / 1024
+
+
+def bench_memory() -> None:
+    """Each in a process of its own: 16 rows of 512 response tokens, 32,768 words."""
+    peaks = {}
+    for name in ("ours", "naive"):
+        command = [sys.executable, __file__, "peak", name]
+        peaks[name] = round(float(subprocess.run(command, capture_output=True, text=True, check=True).stdout))
+    write("memory", {"peak_mib": peaks, "ratio": round(peaks["ours"] / peaks["naive"], 3)})
+
+
+if __name__ == "__main__":
+    if sys.argv[1:2] == ["peak"]:
+        print(peak_of(sys.argv[2]))
+    else:
+        main({"phases": bench_phases, "growth": bench_growth, "memory": bench_memory})

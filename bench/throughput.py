@@ -1,0 +1,214 @@
+"""Speed of sampling and of the whole step on the CPU, beside plain generate, a hand-written loop and TRL.
+
+    OMP_NUM_THREADS=1 python bench/throughput.py sampling step
+
+Each part prints a table and writes bench/results/throughput-PART.json. The default step of `rft`: 16 problems x 8
+rollouts, at most 96 tokens, 2 updates, the embedded task and model. The learning rate is 0, so every repeat starts
+from the same weights; all contenders of a repeat see the same prompts and give the same tokens (asserted), in turn,
+so that a busy machine hits all alike. Times are process CPU seconds, beside wall seconds; ratios are medians over
+the repeats. Where the time goes, growth and memory: bench/phases.py. On CUDA: bench/cuda.py.
+"""
+
+import functools
+import statistics
+import tempfile
+import time
+from collections.abc import Callable
+
+import torch
+import transformers
+from common import BUDGET, PROBLEMS, main, medians, new_run, picked_at, rows_at, timed, write
+from hand_decode import hand_decode
+from transformers import GenerationConfig, LogitsProcessor, LogitsProcessorList
+
+import model as models
+import step as steps
+from config import Config
+from sample import DrawTokenLogitsProcessor, generate, pad_left, uniforms
+
+# ---- sampling
+
+
+def plain_generate(model, ids, mask, table) -> list[list[int]]:
+    """model.generate as it is: dynamic cache, ended rows stay. Our processor draws, so the tokens are ours."""
+    config, prompt = model.generation_config, ids.shape[1]
+    settings = GenerationConfig(
+        max_new_tokens=BUDGET, do_sample=False, eos_token_id=config.eos_token_id, pad_token_id=config.pad_token_id
+    )
+    processors = LogitsProcessorList([DrawTokenLogitsProcessor(table, prompt, 1.0)])
+    with models.sampling(model):
+        output = model.generate(
+            input_ids=ids, attention_mask=mask, generation_config=settings, logits_processor=processors
+        )
+    ends = config.eos_token_id[0]
+    rows = output[:, prompt:].tolist()
+    return [row[: row.index(ends) + 1] if ends in row else row for row in rows]
+
+
+def bench_sampling(repeats: int = 15) -> None:
+    run, times, tokens = new_run(), {}, []
+    for step in range(repeats + 1):  # the first warms up
+        rows = rows_at(run, step)
+        ids, mask = pad_left([row.prompt_ids for row in rows], run.model.generation_config.pad_token_id)
+        table = torch.stack([torch.from_numpy(uniforms(row.key, BUDGET)) for row in rows])
+        contenders = {
+            "hand-written loop": lambda: hand_decode(run.model, ids, mask, table, BUDGET, False),  # noqa: B023
+            "hand-written loop, shared prompts": lambda: hand_decode(run.model, ids, mask, table, BUDGET, True),  # noqa: B023
+            "ours": lambda: generate(run.model, rows, BUDGET),  # noqa: B023
+            "ours, static cache": lambda: generate(run.model, rows, BUDGET, decode="static"),  # noqa: B023
+            "plain generate": lambda: plain_generate(run.model, ids, mask, table),  # noqa: B023
+        }
+        want = None
+        for name, call in contenders.items():
+            found, cpu, wall = timed(call)
+            want = want or found
+            same = sum(a == b for a, b in zip(found, want))
+            assert same >= len(want) - 1, f"{name}: {same} of {len(want)} rows are the same"
+            if step:
+                times.setdefault(name, []).append((cpu, wall))
+        tokens.append(sum(map(len, want)))
+    table = medians(times, "hand-written loop")
+    for row in table.values():
+        row["tokens_per_cpu_s"] = round(statistics.mean(tokens) / row["cpu_s"])
+    write("sampling", {"rows": len(rows), "mean_tokens": statistics.mean(tokens), "repeats": repeats, "table": table})
+
+
+# ---- the whole step
+
+
+class Replay(LogitsProcessor):
+    """Makes TRL's sampler draw the given tokens: a scatter per token, so that its rows and lengths are ours."""
+
+    def __init__(self, responses: list[list[int]], pad: int, prompt: int):
+        width = max(map(len, responses))
+        self.tokens, self.prompt = torch.tensor([r + [pad] * (width - len(r)) for r in responses]), prompt
+
+    def __call__(self, input_ids, scores):
+        column = self.tokens[:, input_ids.shape[1] - self.prompt, None]
+        return torch.full_like(scores, -torch.inf).scatter(1, column, 0.0)
+
+
+def new_trainer(run: steps.Run, repeats: int, reward: Callable, rows_per_pass: int, callback):
+    """TRL's GRPOTrainer on the same problems in the same order: Dr.GRPO loss, 2 updates per 128 rollouts."""
+    from datasets import Dataset
+    from transformers import AutoModelForCausalLM
+    from trl import GRPOConfig, GRPOTrainer
+
+    from data.loader import render_prompt
+
+    problems = [run.data.train[i] for step in range(repeats + 1) for i in picked_at(run, step)]
+    data = [{"prompt": render_prompt(run.tokenizer, p.problem, p.system), "answer": p.answer} for p in problems]
+    rows = PROBLEMS * Config.rollouts_per_prompt
+    settings = GRPOConfig(
+        output_dir=tempfile.mkdtemp(),
+        use_cpu=True,
+        per_device_train_batch_size=rows_per_pass,
+        gradient_accumulation_steps=rows // Config.updates_per_step // rows_per_pass,
+        generation_batch_size=rows,
+        num_generations=Config.rollouts_per_prompt,
+        max_completion_length=BUDGET,
+        learning_rate=0.0,
+        lr_scheduler_type="constant",
+        adam_beta2=Config.adam_beta2,
+        gradient_checkpointing=False,  # on by default: it would cost TRL another forward pass
+        loss_type="dr_grpo",
+        scale_rewards="none",
+        shuffle_dataset=False,
+        report_to="none",
+        save_strategy="no",
+        logging_steps=Config.updates_per_step,
+        max_steps=(repeats + 1) * Config.updates_per_step,
+        disable_tqdm=True,
+        dataloader_pin_memory=False,
+    )
+    model = AutoModelForCausalLM.from_pretrained(Config.model, dtype=torch.float32)
+    return GRPOTrainer(
+        model=model,
+        reward_funcs=reward,
+        args=settings,
+        train_dataset=Dataset.from_list(data),
+        processing_class=run.tokenizer,
+        callbacks=[callback],
+    )
+
+
+def compare_steps(repeats: int, mixed: bool, rows_per_pass: int) -> dict:
+    """Ours and TRL's, step by step in turn. mixed: rewards 0 and 1 in every group, so that every row has weight."""
+    run, times, ours, trl_phases = new_run(), {"ours": [], "TRL": []}, {}, {}
+
+    def flipped(texts, golds):
+        return [float(i % 2) for i in range(len(texts))]
+
+    graded, generated = steps.grade_batch, steps.generate
+    steps.grade_batch = flipped if mixed else graded
+
+    def kept(*args, **settings):
+        ours["rows"], ours["responses"] = args[1], generated(*args, **settings)
+        return ours["responses"]
+
+    steps.generate = kept
+
+    def our_step(step: int) -> None:
+        (ours["metrics"], _), cpu, wall = timed(lambda: steps.rl_step(run, step))
+        times["ours"].append((cpu, wall))
+
+    class InTurn(transformers.TrainerCallback):
+        def on_step_end(self, args, state, control, **_):
+            if state.global_step % Config.updates_per_step:
+                return
+            times["TRL"].append((time.process_time() - self.cpu, time.perf_counter() - self.wall))
+            our_step(state.global_step // Config.updates_per_step)
+            self.start()
+
+        def start(self):
+            self.cpu, self.wall = time.process_time(), time.perf_counter()
+
+    def reward(completions, answer, **_):
+        return flipped(completions, answer) if mixed else graded(completions, answer)
+
+    callback = InTurn()
+    trainer = new_trainer(run, repeats, reward, rows_per_pass, callback)
+    plain = trainer.model.generate
+
+    @functools.wraps(plain)
+    def replayed(*args, **settings):
+        ids, mask = settings["input_ids"], settings["attention_mask"]
+        assert [i[m.bool()].tolist() for i, m in zip(ids, mask)] == [row.prompt_ids for row in ours["rows"]]
+        settings["logits_processor"] = LogitsProcessorList(
+            [Replay(ours["responses"], run.model.generation_config.pad_token_id, ids.shape[1])]
+        )
+        output, cpu, _ = timed(lambda: plain(*args, **settings))
+        trl_phases.setdefault("generate", []).append(cpu)
+        found = output[:, ids.shape[1] :].tolist()
+        assert all(row[: len(want)] == want for row, want in zip(found, ours["responses"]))
+        return output
+
+    trainer.model.generate = replayed
+    our_step(0)
+    callback.start()
+    trainer.train()
+    steps.grade_batch, steps.generate = graded, generated
+    times = {"ours": times["ours"][1:-1], "TRL": times["TRL"][1:]}  # the first pair warms up
+    log = ours["metrics"]
+    return {
+        "repeats": repeats,
+        "TRL rows per pass": rows_per_pass,
+        "TRL generate cpu_s": round(statistics.median(trl_phases["generate"][1:]), 3),
+        "ours, share of groups with equal rewards": log["equal_reward_groups"],
+        "ours, response tokens": log["response_tokens"],
+        "table": medians(times, "ours"),
+    }
+
+
+def bench_step(repeats: int = 9) -> None:
+    import trl
+
+    table = {"trl": trl.__version__}
+    for name, mixed in (("graded rewards", False), ("mixed rewards in every group", True)):
+        for rows in (64, 16):
+            table[f"{name}, TRL passes of {rows} rows"] = compare_steps(repeats, mixed, rows)
+    write("step", table)
+
+
+if __name__ == "__main__":
+    main({"sampling": bench_sampling, "step": bench_step})

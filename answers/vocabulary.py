@@ -65,7 +65,7 @@ OPERATORS = {
 SPACING = word_set(
     "left right big Big bigg Bigg bigl bigr Bigl Bigr biggl biggr Biggl Biggr displaystyle textstyle "
     "scriptstyle limits nolimits quad qquad thinspace enspace hspace hfill space normalsize large Large small "
-    "tiny bf rm it ensuremath"
+    "tiny bf rm it ensuremath middle mathop"
 )
 FONTS = word_set(
     "textbf mathbf boldsymbol bm mathit textit emph underline boxed fbox mathsf textsf cancel bcancel pmb "

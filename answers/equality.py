@@ -158,7 +158,7 @@ def _named_value(node: Node) -> tuple[Node | None, Node]:
         sides = [value]
     constant = not symbols(value)
     if not is_name(name):
-        if constant and name[0] in ("add", "mul") and all(_is_plain(x) for x in name[1]):  # a + b = 7, AB/CD = 1/2
+        if constant and _is_quantity(name):
             pass
         elif len(sides) > 1 or not symbols(name):  # 2 + 3 = 5
             sides, name = [name, *sides[:-1]], ("sym", "")
@@ -176,6 +176,17 @@ def _same_assignments(name_p: Node, value_p: Node, name_g: Node, value_g: Node) 
         return False
     p, g = dict(zip(name_p[3], value_p[3])), dict(zip(name_g[3], value_g[3]))
     return p.keys() == g.keys() and all(same(value, g[name]) for name, value in p.items())
+
+
+def _is_quantity(node: Node) -> bool:
+    """What an answer may name to state its value: a + b = 7, AB/CD = 1/2, |AB| = 5, cos A = 1/2; not |x| or 2x."""
+    if node[0] == "ratio":  # AB : CD
+        return all(_is_plain(x) or _is_quantity(x) for x in node[1])
+    if node[0] == "fn" and node[1] == "abs":
+        return node[2][0][0] == "mul" and all(_is_plain(x) for x in node[2][0][1])
+    if node[0] == "fn":
+        return node[1] in ("lim", "int", "sum") or (node[1] in ("sin", "cos", "tan") and _is_plain(node[2][0]))
+    return node[0] in ("add", "mul") and all(_is_plain(x) for x in node[1])
 
 
 def _is_plain(node: Node) -> bool:

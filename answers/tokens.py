@@ -43,6 +43,10 @@ _TIME_UNIT = re.compile(r"(?<=[\d})])(?:[\s~]|\\[,;: ])*(?:\\(?:text|mathrm|mbox
 _BASE = r"\s*(?:\\(?:text|mathrm|mbox)\s*\{)?[\s~]*\(?(?:in )?base[\s~]*\}?\s*\$?(\d{1,2})\$?\)?\s*\}?$"
 _LETTER_DEGREE = r"(?<=[\d)}])\s*\^\s*(?:\{?\s*\\(?:text|mathrm|mbox)\s*\{\s*o\s*\}\s*\}?|\{o\}|o\b)"
 _SYSTEM = r"\\left\s*\\\{\s*\\begin\s*\{array\}\s*(?:\{[lcr]+\})?(.*?)\\end\s*\{array\}\s*\\right\s*\."
+# \text{The area is } or \text{Answer: } before a value
+_LEAD = re.compile(
+    r"^(?:\\(?:text|mbox)\s*\{ *)?(?P<words>(?=[^:}]*[a-z]{3})[A-Za-z][A-Za-z ]{0,60})(?: is|:)[ }]*(?=[-\d\\(\[])"
+)
 _FONT = re.compile(rf"\\(?:{'|'.join(FONTS)})\s*(?=\{{)")
 # "k is any whole number" after a family of solutions says nothing that is graded
 _CLAUSE = (
@@ -84,7 +88,11 @@ def clean(text: str) -> str:
     text = re.sub(r"(?:\s|[.,;:]|\\[,;!\s]|\\\\|\\$)+$", "", text)
     text = re.sub(r"(?<!\.[a-z])\.(?=\s*\}+$)|^(?:=|\\approx|\\simeq)\s*", "", text)
     text = _TIME_UNIT.sub(r"\\text{ \1}", _SYMBOL_UNIT.sub(_symbol_unit, text))
-    text = re.sub(r"^([\[\]])([^\[\]]*,[^\[\]]*)([\[\]])$", _turned_brackets, _without_font(text))
+    text = _without_font(text)
+    lead = _LEAD.match(text)
+    if lead and not STOP_WORDS.intersection(lead["words"].lower().split()):
+        text = text[lead.end() :].lstrip()
+    text = re.sub(r"^([\[\]])([^\[\]]*,[^\[\]]*)([\[\]])$", _turned_brackets, text)
     return re.sub(r"^<(.*,.*)>$", r"(\1)", text)
 
 

@@ -6,7 +6,7 @@ Each part prints a table and writes bench/results/throughput-PART.json. The defa
 rollouts, at most 96 tokens, 2 updates, the embedded task and model. The learning rate is 0, so every repeat starts
 from the same weights; all contenders of a repeat see the same prompts and give the same tokens (asserted), in turn,
 so that a busy machine hits all alike. Times are process CPU seconds, beside wall seconds; ratios are medians over
-the repeats. Where the time goes, growth and memory: bench/phases.py. On CUDA: bench/cuda.py.
+the repeats. Where the time goes, growth and memory: bench/phases.py. On CUDA: bench/gpu.py.
 """
 
 import functools

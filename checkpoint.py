@@ -4,6 +4,8 @@ A checkpoint is one file: weights, optimizer state, the number of finished steps
 random state and no data position in it: every draw is a pure function of (seed, step, problem, rollout), and the
 order of problems of (seed, epoch). The file is written beside the old one and renamed over it, so that at any
 moment, also under SIGKILL, one whole checkpoint exists. Logs are cut back to the checkpoint's step on resume.
+With several ranks only the first writes; weights and optimizer are put together before and split again after, so a
+run may go on with another number of ranks.
 """
 
 import contextlib
@@ -17,10 +19,14 @@ from typing import Any
 import torch
 
 from config import Config
+from model import state_of
+from ranks import from_first, part_like, rank, whole
 
 
 def write_text(path: Path, text: str) -> None:
     """Write a file whole or not at all."""
+    if rank() > 0:
+        return
     partial = path.with_name(path.name + ".partial")
     partial.write_text(text, encoding="utf-8")
     os.replace(partial, path)
@@ -30,8 +36,12 @@ def state_file(folder: Path) -> Path:
     return folder / "checkpoint" / "state.pt"
 
 
-def save(folder: Path, state: dict[str, Any]) -> None:
-    """Make `state` the checkpoint of the run in `folder`."""
+def save(folder: Path, step: int, buffer: list[int], model: Any, optimizer: torch.optim.Optimizer) -> None:
+    """Make this the checkpoint of the run in `folder`. Called on every rank."""
+    state = {"step": step, "buffer": buffer, "model": whole(state_of(model))}
+    state["optimizer"] = whole(optimizer.state_dict())
+    if rank() > 0:
+        return
     path = state_file(folder)
     path.parent.mkdir(exist_ok=True)
     partial = path.with_name("state.pt.partial")
@@ -41,14 +51,37 @@ def save(folder: Path, state: dict[str, Any]) -> None:
     os.replace(partial, path)
 
 
-def load(folder: Path, device: torch.device) -> dict[str, Any] | None:
-    """The run's checkpoint; None if it has none yet."""
+def load(folder: Path, model: Any, optimizer: torch.optim.Optimizer) -> dict[str, Any] | None:
+    """Put the checkpoint's weights and optimizer state into place -> its step and buffer; None if there is none.
+
+    The file is mapped, not read: each rank takes its part. ValueError if it is of another model.
+    """
     path = state_file(folder)
-    return torch.load(path, map_location=device, weights_only=True) if path.exists() else None
+    if not path.exists():
+        return None
+    state = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
+    own, saved = state_of(model), state["model"]
+    other = [name for name in own.keys() | saved.keys() if name not in own or name not in saved]
+    other += [name for name in own.keys() & saved.keys() if own[name].shape != saved[name].shape]
+    if other:
+        raise ValueError(
+            f"{path} is the checkpoint of another model: {min(other)} differs; give the model it was made with, "
+            "or another out"
+        )
+    model.load_state_dict({name: part_like(saved[name], own[name]) for name in own}, strict=False)
+    parameters = [p for group in optimizer.param_groups for p in group["params"]]
+    for i, values in state["optimizer"]["state"].items():
+        for name, value in values.items():
+            if value.shape == parameters[i].shape:
+                values[name] = part_like(value, parameters[i])
+    optimizer.load_state_dict(state["optimizer"])
+    return {"step": state["step"], "buffer": state["buffer"]}
 
 
 def cut_log(path: Path, step: int) -> None:
     """Keep the rows of a JSONL log up to `step`; a last line that was cut short by a kill goes too."""
+    if rank() > 0:
+        return
     kept = []
     for line in path.read_text(encoding="utf-8").splitlines() if path.exists() else []:
         try:
@@ -61,6 +94,8 @@ def cut_log(path: Path, step: int) -> None:
 
 def append_rows(path: Path, rows: list[dict[str, Any]]) -> None:
     """Add rows to a JSONL log, on disk when this returns."""
+    if rank() > 0:
+        return
     with path.open("a", encoding="utf-8") as file:
         file.writelines(json.dumps(row, ensure_ascii=False) + "\n" for row in rows)
         file.flush()
@@ -78,7 +113,7 @@ def check_folder(config: Config) -> None:
     if not saved.exists():
         raise ValueError(f"out {config.out!r} exists and holds no run (no config.json): choose another folder")
     ours, theirs = dataclasses.asdict(config), json.loads(saved.read_text(encoding="utf-8"))
-    free = {"resume", "out", "save_every", "device", "tensorboard"}
+    free = {"resume", "out", "save_every", "device", "recompute", "offload", "tensorboard"}
     changed = [name for name in ours if name not in free and ours[name] != theirs.get(name)]
     if changed:
         was = ", ".join(f"{name} {theirs.get(name)!r}" for name in changed)
@@ -86,8 +121,10 @@ def check_folder(config: Config) -> None:
 
 
 def prepare_folder(config: Config) -> Path:
-    """The run's folder with its config.json: --out, or the first free runs/METHOD-NNN."""
+    """The run's folder with its config.json: --out, or the first free runs/METHOD-NNN. Made by the first rank."""
     folder = Path(config.out)
+    if rank() > 0:
+        return from_first(None)
     if config.out:
         folder.mkdir(parents=True, exist_ok=bool(config.resume))
     else:
@@ -98,4 +135,4 @@ def prepare_folder(config: Config) -> Path:
                 folder.mkdir()
                 break
     write_text(folder / "config.json", json.dumps(dataclasses.asdict(config), indent=1) + "\n")
-    return folder
+    return from_first(folder)

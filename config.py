@@ -59,8 +59,8 @@ class Config:
     clip_low: float = knob(0.2, "PPO clips the ratio below 1 - clip_low (paper: 0.2)", 0, 1)
     clip_high: float = knob(0.2, "PPO clips the ratio above 1 + clip_high (paper: 0.2)", 0)
     # the optimizer
-    lr: float = knob(2e-4, "of reinforcement, constant (paper: 1e-6)", 0)
-    sft_lr: float = knob(5e-4, "peak of supervised fine-tuning: 10% warm-up, then a cosine to 0 (paper: 5e-5)", 0)
+    lr: float = knob(1e-4, "of reinforcement, constant (paper: 1e-6)", 0)
+    sft_lr: float = knob(2.5e-4, "peak of supervised fine-tuning: 10% warm-up, then a cosine to 0 (paper: 5e-5)", 0)
     sft_steps: int = knob(64, "updates of the sft stage (paper: 3 epochs)", 0)
     sft_batch: int = knob(32, "demonstrations per sft update, and the size of ReLIFT's buffer (paper: 64)", 1)
     weight_decay: float = knob(0.0, "of AdamW (paper: 0.01)", 0)
@@ -72,6 +72,8 @@ class Config:
     tensorboard: bool = knob(False, "write the metrics for TensorBoard too, if it is installed")
     # the machine
     device: str = knob("auto", "cpu, cuda, mps, or auto", choices=("auto", "cpu", "cuda", "mps"))
+    recompute: bool = knob(False, "gradient checkpointing: make a layer's activations again instead of keeping them")
+    offload: bool = knob(False, "CUDA: keep weights and optimizer in host memory between uses (slower)")
     micro_batch_tokens: int = knob(2048, "tokens of one forward pass, padding included; a longer row goes alone", 1)
     rows_per_call: int = knob(512, "rows sampled together", 1)
     decode: str = knob(

@@ -14,6 +14,7 @@ from typing import Any
 from tqdm import tqdm
 
 from config import Config
+from ranks import rank, world_size
 
 LINE_EVERY = 10  # steps between lines when the output is piped
 SAMPLE_EVERY = 20  # steps between samples on a terminal
@@ -34,7 +35,9 @@ def colour(text: str, code: int) -> str:
 
 
 def show(text: str = "") -> None:
-    """A line above the progress bar."""
+    """A line above the progress bar; of several ranks the first alone speaks."""
+    if rank() > 0:
+        return
     tqdm.write(text, file=sys.stdout)
     sys.stdout.flush()
 
@@ -57,9 +60,10 @@ class Progress:
 
     def __init__(self, folder: Path, total: int, done: int, tensorboard: bool):
         self.total, self.warned = total, set()
-        self.bar = tqdm(total=total, initial=done, unit="step", disable=not sys.stderr.isatty(), dynamic_ncols=True)
+        quiet = not sys.stderr.isatty() or rank() > 0
+        self.bar = tqdm(total=total, initial=done, unit="step", disable=quiet, dynamic_ncols=True)
         self.writer = None
-        if tensorboard:
+        if tensorboard and rank() == 0:
             from torch.utils.tensorboard import SummaryWriter  # an extra, imported where it is used
 
             self.writer = SummaryWriter(folder / "tensorboard", purge_step=done + 1)
@@ -124,7 +128,9 @@ def show_start(run: Any, folder: Path, left_out: dict[str, int], total: int, don
     config, data = run.config, run.data
     parameters = sum(p.numel() for p in run.model.parameters())
     show(f"{config.method}: {total} steps" + (f", continued after step {done}" if done else "") + f" -> {folder}/")
-    show(f"  model      {config.model}, {parameters / 1e6:.2f} M parameters, on {run.model.device}")
+    ranks = f", {world_size()} ranks" if world_size() > 1 else ""
+    where = f"{run.model.device}{ranks}" + (", bf16 compute" if run.model.device.type == "cuda" else "")
+    show(f"  model      {config.model}, {parameters / 1e6:.2f} M parameters, on {where}")
     dropped = "".join(f", {count} left out ({why})" for why, count in left_out.items())
     show(f"  problems   {len(data.train)} of {config.data}, {len(data.demonstrated)} with demonstrations{dropped}")
     held = ", ".join(f"{len(problems)} {name}" for name, (problems, _) in data.held.items())

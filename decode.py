@@ -18,6 +18,7 @@ from transformers import (
 )
 from transformers.cache_utils import DynamicLayer
 
+PREFILL_TOKENS = 2**14  # tokens of a call's prompts read in one forward pass
 DROP_AT = 0.8  # ended rows leave the decoding batch once this share or less is alive: a copy costs about one step
 
 
@@ -25,22 +26,17 @@ class DrawTokenLogitsProcessor(LogitsProcessor):
     """Samples: token = CDF^-1(u) of softmax(scores / temperature), u one number per row and position.
 
     uniforms [B, R]. The drawn token gets score 0 and all others -inf, so `generate` takes it by argmax.
-    `entropy` [B, R] gets the entropy of each distribution drawn from, in nats.
     """
 
     def __init__(self, uniforms: Tensor, prompt_length: int, temperature: float):
         self.uniforms, self.prompt_length, self.temperature = uniforms, prompt_length, temperature
-        self.entropy, self.rows = torch.zeros_like(uniforms), torch.arange(len(uniforms), device=uniforms.device)
 
     def keep(self, rows: Tensor) -> None:
-        self.uniforms, self.rows = self.uniforms[rows], self.rows[rows]
+        self.uniforms = self.uniforms[rows]
 
     def __call__(self, input_ids: Tensor, scores: Tensor) -> Tensor:
-        position = input_ids.shape[1] - self.prompt_length
-        p = (scores.float() / self.temperature).softmax(-1)  # [B, V]
-        self.entropy[self.rows, position] = torch.special.entr(p).sum(-1)
-        cdf = p.cumsum(-1)
-        u = self.uniforms[:, position, None]
+        cdf = (scores.float() / self.temperature).softmax(-1).cumsum(-1)  # [B, V]
+        u = self.uniforms[:, input_ids.shape[1] - self.prompt_length, None]
         # u * total, not u: rounding may leave the total below u. right=True skips tokens of probability 0.
         token = torch.searchsorted(cdf, u * cdf[:, -1:], right=True)
         return torch.full_like(scores, -torch.inf).scatter(1, token, 0.0)
@@ -67,7 +63,7 @@ class PrefixForcingLogitsProcessor(LogitsProcessor):
 
 
 class RoomyLayer(DynamicLayer):
-    """A key-value cache layer that reserves `room` tokens at once, instead of copying itself at every token."""
+    """A key-value cache layer that has room for `room` tokens at once, instead of copying itself at every token."""
 
     def __init__(self, room: int):
         super().__init__()
@@ -78,8 +74,8 @@ class RoomyLayer(DynamicLayer):
         if not self.is_initialized:
             self.lazy_initialization(key_states, value_states)
             batch, heads, _, width = key_states.shape
-            self.all_keys = key_states.new_empty(batch, heads, self.length + self.room, width)
-            self.all_values = value_states.new_empty(batch, heads, self.length + self.room, value_states.shape[3])
+            self.all_keys = key_states.new_empty(batch, heads, self.room, width)
+            self.all_values = value_states.new_empty(batch, heads, self.room, value_states.shape[3])
         self.all_keys[:, :, start : self.length] = key_states
         self.all_values[:, :, start : self.length] = value_states
         return self._view()
@@ -100,13 +96,20 @@ def check_neutral(processors: LogitsProcessorList) -> None:
 
 
 def read_prompts(model: PreTrainedModel, cache: DynamicCache, input_ids: Tensor, attention_mask: Tensor) -> Tensor:
-    """Fill `cache` and give the scores after each prompt [B, V]; equal prompts (a group's) are read once."""
+    """Fill `cache` and give the scores after each prompt [B, V].
+
+    Equal prompts (a group's) are read once; long ones in blocks of columns, which bounds the memory of a pass.
+    """
     both, which = torch.unique(torch.cat([input_ids, attention_mask], dim=1), dim=0, return_inverse=True)
     ids, mask = both.chunk(2, dim=1)
     positions = (mask.cumsum(1) - 1).clamp(min=0)
-    scores = model(ids, mask, positions, past_key_values=cache, use_cache=True, logits_to_keep=1).logits[:, -1]
+    block = max(1, PREFILL_TOKENS // len(ids))
+    for start in range(0, ids.shape[1], block):
+        stop = min(start + block, ids.shape[1])
+        seen, new = mask[:, :stop], slice(start, stop)
+        made = model(ids[:, new], seen, positions[:, new], past_key_values=cache, use_cache=True, logits_to_keep=1)
     cache.batch_select_indices(which)
-    return scores[which]
+    return made.logits[:, -1][which]
 
 
 @torch.inference_mode()  # a tenth faster than no_grad where layers are small
@@ -130,7 +133,7 @@ def decode_rows(
     cache = DynamicCache(config=model.config)
     plain = all(type(layer) is DynamicLayer for layer in cache.layers)  # sliding windows keep their own layers
     if plain:
-        cache.layers = [RoomyLayer(room) for _ in cache.layers]
+        cache.layers = [RoomyLayer(prompt + room) for _ in cache.layers]
     scores = read_prompts(model, cache, input_ids, mask)
     position_ids = mask.sum(1, keepdim=True) - 1
     mask = torch.nn.functional.pad(mask, (0, room), value=1)

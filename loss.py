@@ -156,7 +156,12 @@ def kept_tokens(
     keep: float,
     generator: torch.Generator | None = None,
 ) -> Tensor:
-    """bool [B, R]: tokens that keep their weight under the method's entropy clip. All shapes [B, R], a mini-batch."""
+    """bool [B, R]: tokens that keep their weight: not a frozen prefix, not what the method's entropy clip drops.
+
+    All shapes [B, R], a mini-batch.
+    """
+    if method.guided == "zero":
+        return response_mask & ~prefix_mask
     if method.select == "all":
         return response_mask
     scope = prefix_mask if method.clip_scope == "prefix" else response_mask

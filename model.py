@@ -1,7 +1,8 @@
 """Load and save a HuggingFace causal LM with its tokenizer; log-probs and entropies of responses.
 
-In reading order: `load_model`, `save_model`, `sampling`; `token_stats`, the training forward
-pass. Left out: LoRA, quantisation, remote code, encoder-decoder models.
+In reading order: `load_model`, `save_model`, `sampling`; `token_stats`, the training forward pass. On CUDA, or with
+several ranks, the model is sharded (ranks.py), which nothing but this file has to know.
+Left out: LoRA, quantisation, remote code, encoder-decoder models, models that change their logits after the head.
 """
 
 import contextlib
@@ -10,13 +11,17 @@ import shutil
 import sys
 from collections.abc import Iterator
 from pathlib import Path
+from types import MethodType
 
 import torch
 from torch import Tensor
+from torch.distributed.fsdp import FSDPModule, register_fsdp_forward_method
 from torch.utils.checkpoint import checkpoint
-from transformers import AutoModelForCausalLM, AutoTokenizer, GenerationConfig, PreTrainedModel
+from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, GenerationConfig, PreTrainedModel
 from transformers import PreTrainedTokenizerBase as Tokenizer
 from transformers.utils import logging
+
+import ranks
 
 LOGITS_PER_CHUNK = 2**25  # elements of a [tokens, V] logits chunk: 128 MiB in fp32, whatever B, R and V are
 SMALL = 10_000_000  # below so many parameters a second CPU thread gains little, and costs much if a core is busy
@@ -31,14 +36,20 @@ def pick_device(name: str = "auto") -> torch.device:
     return torch.device("mps" if torch.backends.mps.is_available() else "cpu")
 
 
-def load_model(path: str, device: torch.device | str = "cpu") -> tuple[PreTrainedModel, Tokenizer]:
+def load_model(
+    path: str, device: torch.device | str = "cpu", *, recompute: bool = False, offload: bool = False
+) -> tuple[PreTrainedModel, Tokenizer]:
     """A causal LM in fp32 and its tokenizer, from a folder or a hub name.
 
     Weights are fp32 whatever the file holds: an update of 1e-6 vanishes in bf16. All dropout is 0, so that the
     training forward pass gives the log-probs the sampler had. The folder's generation config is reduced to its
     end and padding ids, so that a top_k or repetition_penalty in it cannot change the sampling distribution.
-    Raises ValueError, one line, for a folder without weights or tokenizer or a tokenizer without an end token.
+    After ranks.start() the model is sharded over the ranks; rank 0 alone reads the weights. `recompute`: a layer's
+    activations are made again in the backward pass instead of kept. `offload`: ranks.shard.
+    Raises ValueError, one line, for a folder without weights or tokenizer, a tokenizer without an end token, or a
+    model whose logits are not its output head's.
     """
+    device = torch.device(device)
     if not sys.stderr.isatty():
         logging.disable_progress_bar()
     folder = Path(path)
@@ -48,15 +59,50 @@ def load_model(path: str, device: torch.device | str = "cpu") -> tuple[PreTraine
         raise ValueError(f"model {path!r} holds no tokenizer files: save the tokenizer into the folder too")
     try:
         tokenizer = AutoTokenizer.from_pretrained(path)
-        model = AutoModelForCausalLM.from_pretrained(path, dtype=torch.float32)
+        if tokenizer.eos_token_id is None:
+            raise ValueError("its tokenizer has no eos_token, so no response could end: set one")
+        if ranks.rank() == 0:
+            model = AutoModelForCausalLM.from_pretrained(path, dtype=torch.float32)
+        else:  # the weights come from rank 0
+            with torch.device("meta"):
+                model = AutoModelForCausalLM.from_config(AutoConfig.from_pretrained(path), dtype=torch.float32)
     except (OSError, ValueError, KeyError) as error:
         reason = str(error).strip().split("\n")[0]
         raise ValueError(f"model {path!r} cannot be loaded: {reason}") from error
-    if tokenizer.eos_token_id is None:
-        raise ValueError(f"model {path!r}: its tokenizer has no eos_token, so no response could end: set one")
-    if len(tokenizer) > model.get_input_embeddings().num_embeddings:
-        rows = model.get_input_embeddings().num_embeddings
+    rows = model.get_input_embeddings().num_embeddings
+    if len(tokenizer) > rows:
         raise ValueError(f"model {path!r}: its tokenizer has {len(tokenizer)} tokens, its embedding {rows} rows")
+    remove_dropout(model)
+    if ranks.rank() == 0 and not head_gives_logits(model):
+        raise ValueError(
+            f"model {path!r}: its logits are not those of its output head (scaled or capped afterwards?), "
+            "so log-probs taken from the head would be wrong: use another model"
+        )
+    ends = ranks.from_first(model.generation_config.eos_token_id)  # rank 0 alone has read the folder's
+    ends = [] if ends is None else [ends] if isinstance(ends, int) else list(ends)
+    ends = [tokenizer.eos_token_id, *(end for end in ends if end != tokenizer.eos_token_id)]
+    pad = tokenizer.eos_token_id if tokenizer.pad_token_id is None else tokenizer.pad_token_id
+    model.generation_config = GenerationConfig(eos_token_id=ends, pad_token_id=pad)
+    if recompute:
+        recompute_layers(model)
+    if torch.distributed.is_initialized():
+        ranks.shard(model, device, offload)
+        model.token_stats = MethodType(_token_stats, model)
+        register_fsdp_forward_method(model, "token_stats")
+        return model.train(), tokenizer
+    if device.type == "cpu" and model.num_parameters() < SMALL and "OMP_NUM_THREADS" not in os.environ:
+        torch.set_num_threads(1)
+    return model.to(device).train(), tokenizer
+
+
+def recompute_layers(model: PreTrainedModel) -> None:
+    """Gradient checkpointing (transformers 5.23 has given the switch another name)."""
+    enable = getattr(model, "activation_checkpointing_enable", model.gradient_checkpointing_enable)
+    enable({"use_reentrant": False})
+
+
+def remove_dropout(model: PreTrainedModel) -> None:
+    """All dropout probabilities 0 (not eval mode: gradient checkpointing is inactive there)."""
     for key, value in model.config.to_dict().items():
         if "dropout" in key and isinstance(value, int | float) and value:
             setattr(model.config, key, 0.0)
@@ -65,21 +111,33 @@ def load_model(path: str, device: torch.device | str = "cpu") -> tuple[PreTraine
             module.p = 0.0
         elif isinstance(getattr(module, "attention_dropout", None), float):
             module.attention_dropout = 0.0
-    ends = model.generation_config.eos_token_id
-    ends = [] if ends is None else [ends] if isinstance(ends, int) else list(ends)
-    ends = [tokenizer.eos_token_id, *(end for end in ends if end != tokenizer.eos_token_id)]
-    pad = tokenizer.eos_token_id if tokenizer.pad_token_id is None else tokenizer.pad_token_id
-    model.generation_config = GenerationConfig(eos_token_id=ends, pad_token_id=pad)
-    if torch.device(device).type == "cpu" and model.num_parameters() < SMALL and "OMP_NUM_THREADS" not in os.environ:
-        torch.set_num_threads(1)
-    return model.to(device).train(), tokenizer
+
+
+@torch.no_grad()
+def head_gives_logits(model: PreTrainedModel) -> bool:
+    """Whether the model's logits are its output head's, tried on a few tokens."""
+    ids = torch.arange(4)[None]
+    head, hidden = model.get_output_embeddings(), model.base_model(input_ids=ids, use_cache=False).last_hidden_state
+    return torch.allclose(head(hidden), model(input_ids=ids, use_cache=False).logits, rtol=1e-5, atol=1e-5)
+
+
+def state_of(model: PreTrainedModel) -> dict[str, Tensor]:
+    """The model's state dict without the second names of tied weights."""
+    once = {name for name, _ in model.named_parameters()}
+    second = {name for name, _ in model.named_parameters(remove_duplicate=False)} - once
+    return {name: tensor for name, tensor in model.state_dict().items() if name not in second}
 
 
 def save_model(model: PreTrainedModel, tokenizer: Tokenizer, folder: str | Path) -> None:
-    """Write a HF model folder: to a temporary name first, then renamed, so a half-written one is never seen."""
+    """Write a HF model folder: to a temporary name first, then renamed, so a half-written one is never seen.
+
+    Called on every rank; rank 0 writes."""
+    state = ranks.whole(state_of(model))
+    if ranks.rank():
+        return
     folder, partial = Path(folder), Path(f"{folder}.partial")
     shutil.rmtree(partial, ignore_errors=True)
-    model.save_pretrained(partial)
+    model.save_pretrained(partial, state_dict=state)
     tokenizer.save_pretrained(partial)
     shutil.rmtree(folder, ignore_errors=True)
     partial.rename(folder)
@@ -87,10 +145,11 @@ def save_model(model: PreTrainedModel, tokenizer: Tokenizer, folder: str | Path)
 
 @contextlib.contextmanager
 def sampling(model: PreTrainedModel) -> Iterator[None]:
-    """Eval mode, no gradients: gradient checkpointing would turn the key-value cache off in train mode."""
+    """Eval mode, no gradients: gradient checkpointing would turn the key-value cache off in train mode. A sharded
+    model is whole on every rank inside, so that ranks may sample for different times."""
     model.eval()
     try:
-        with torch.no_grad():
+        with torch.no_grad(), ranks.gathered(model):
             yield
     finally:
         model.train()
@@ -111,6 +170,14 @@ def token_stats(
     fp32; [B, R, V] never exists, and padding costs nothing here. Positions are explicit, so that padding does not
     shift them.
     """
+    if isinstance(model, FSDPModule):  # as a method of the module, so that FSDP gathers the weights around it
+        return model.token_stats(input_ids, attention_mask, response_length, temperature)
+    return _token_stats(model, input_ids, attention_mask, response_length, temperature)
+
+
+def _token_stats(
+    model: PreTrainedModel, input_ids: Tensor, attention_mask: Tensor, response_length: int, temperature: float
+) -> tuple[Tensor, Tensor]:
     position_ids = (attention_mask.cumsum(1) - 1).clamp(min=0)
     hidden = model.base_model(
         input_ids=input_ids, attention_mask=attention_mask, position_ids=position_ids, use_cache=False
@@ -118,6 +185,13 @@ def token_stats(
     mask = attention_mask[:, -response_length:].bool()
     hidden = hidden[:, -response_length - 1 : -1][mask]  # [n, H]: the state at token t predicts token t + 1
     targets = input_ids[:, -response_length:][mask]  # [n]
+    log_probs, entropy = head_stats(model, hidden, targets, temperature)
+    empty = torch.zeros(mask.shape, dtype=torch.float32, device=mask.device)
+    return empty.masked_scatter(mask, log_probs), empty.masked_scatter(mask, entropy)
+
+
+def head_stats(model: PreTrainedModel, hidden: Tensor, targets: Tensor, temperature: float) -> tuple[Tensor, Tensor]:
+    """token_stats after the last layer: hidden [n, H], targets [n] -> log_probs [n], entropy [n], in chunks of n."""
     head = model.get_output_embeddings()
 
     def stats(hidden: Tensor, targets: Tensor) -> tuple[Tensor, Tensor]:
@@ -128,12 +202,10 @@ def token_stats(
 
     size = max(1, LOGITS_PER_CHUNK // model.config.vocab_size)
     if len(targets) <= size:
-        parts = [stats(hidden, targets)]
-    else:
-        parts = [
-            checkpoint(stats, *chunk, use_reentrant=False, preserve_rng_state=False)
-            for chunk in zip(hidden.split(size), targets.split(size))
-        ]
+        return stats(hidden, targets)
+    parts = [
+        checkpoint(stats, *chunk, use_reentrant=False, preserve_rng_state=False)
+        for chunk in zip(hidden.split(size), targets.split(size))
+    ]
     log_probs, entropy = (torch.cat(column) for column in zip(*parts))
-    empty = torch.zeros(mask.shape, dtype=torch.float32, device=mask.device)
-    return empty.masked_scatter(mask, log_probs), empty.masked_scatter(mask, entropy)
+    return log_probs, entropy

@@ -4,7 +4,8 @@
     python plot.py runs/rft-001 runs/prefix-rft-001 --out a.png    several runs, a colour each
     python plot.py --compare evals/a evals/b [--beside-paper]      evaluations: tables and compare.png
 
-A panel whose metric no run has (an SFT run has no reward) is left out. Reads metrics.jsonl and eval.json of runs, results.json of evaluations.
+A panel whose metric no run has (an SFT run has no reward) is left out. Reads metrics.jsonl and eval.json of runs,
+results.json of evaluations.
 """
 
 import argparse

@@ -30,6 +30,7 @@ from transformers import GenerationConfig, LogitsProcessorList, PreTrainedModel
 from data.loader import Encoded, encode, render_prompt
 from decode import DECODERS, DrawTokenLogitsProcessor, PrefixForcingLogitsProcessor
 from model import load_model, pick_device, sampling
+from ranks import rank, union, world_size
 
 PREFIX_LOW, PREFIX_HIGH = 0.05, 0.95  # bounds of the prefix fraction [paper A.2]
 
@@ -162,10 +163,8 @@ def _generate_batch(
     temperature: float,
     prefill: bool,
     decode: str,
-) -> tuple[list[list[int]], Tensor]:
-    """One call of HF generate -> responses, [B] the summed entropy of what each row's tokens were drawn from.
-
-    The prefix is forced token by token, or (prefill) read at once with the prompt."""
+) -> list[list[int]]:
+    """One call of HF generate. The prefix is forced token by token, or (prefill) read at once with the prompt."""
     config, device = model.generation_config, model.device
     lengths = [len(row.prefix_ids) for row in rows]
     given = [len(row.prefix_ids) if prefill else 0 for row in rows]  # prefix tokens that stand in the prompt
@@ -198,16 +197,15 @@ def _generate_batch(
         generation_config=neutral,
         logits_processor=processors,
         custom_generate=DECODERS[decode],
+        synced_gpus=False,  # ranks sample on their own
     )[:, prompt:].tolist()
     ends = set(config.eos_token_id)
-    responses, entropy = [], torch.zeros(len(rows))
-    drawn = processors[0].entropy.cpu() if temperature > 0 else torch.zeros(len(rows), steps)
-    for i, (row, n, length, tokens) in enumerate(zip(rows, given, lengths, output)):
+    responses = []
+    for row, n, length, tokens in zip(rows, given, lengths, output):
         tokens = (row.prefix_ids[:n] + tokens)[:max_response_tokens]
         stop = next((t + 1 for t in range(length, len(tokens)) if tokens[t] in ends), len(tokens))
         responses.append(tokens[:stop])
-        entropy[i] = drawn[i, length - n : stop - n].sum()
-    return responses, entropy
+    return responses
 
 
 def generate(
@@ -219,30 +217,26 @@ def generate(
     rows_per_call: int = 512,
     prefill: bool = False,
     decode: str = "loop",
-    entropy: Tensor | None = None,
     progress: str | None = None,
 ) -> list[list[int]]:
     """Responses of `rows`, in their order: prefix + continuation, the end token last unless cut off by the budget.
 
-    temperature 0 is greedy. `decode`: which of DECODERS. `entropy` [B], if given, gets the sum over a row's
-    sampled tokens of the entropy of what they were drawn from. `progress` names a tqdm bar. Rows of
-    similar prompt length share a call of at most `rows_per_call` rows; which rows share one changes no token (up to
-    rounding of the logits).
+    temperature 0 is greedy. `decode`: one of DECODERS. `progress` names a tqdm bar. Rows of similar length share
+    a call of at most `rows_per_call` rows; which rows share one changes no token (up to rounding of the logits). With several ranks
+    each samples the groups g = rank (mod ranks) and gets the others' responses; all must call.
     """
-    responses: list[list[int]] = [list(row.prefix_ids) for row in rows]
-    order = [i for i, row in enumerate(rows) if not row.complete]
-    order.sort(key=lambda i: (len(rows[i].prompt_ids), len(rows[i].prefix_ids)))
-    with sampling(model), tqdm(total=len(order), desc=progress, unit="row", disable=not progress) as bar:
+    responses = {i: list(row.prefix_ids) for i, row in enumerate(rows)}
+    sampled: dict[int, list[int]] = {}
+    order = [i for i, row in enumerate(rows) if not row.complete and row.group % world_size() == rank()]
+    order.sort(key=lambda i: (len(rows[i].prompt_ids) + prefill * len(rows[i].prefix_ids), len(rows[i].prefix_ids)))
+    quiet = not progress or rank() > 0
+    with sampling(model), tqdm(total=len(order), desc=progress, unit="row", disable=quiet) as bar:
         for start in range(0, len(order), rows_per_call):
             chosen = order[start : start + rows_per_call]
             batch = [rows[i] for i in chosen]
-            found, summed = _generate_batch(model, batch, max_response_tokens, temperature, prefill, decode)
-            for i, response in zip(chosen, found):
-                responses[i] = response
-            if entropy is not None:
-                entropy[chosen] = summed
+            sampled |= zip(chosen, _generate_batch(model, batch, max_response_tokens, temperature, prefill, decode))
             bar.update(len(chosen))
-    return responses
+    return list((responses | union(sampled)).values())
 
 
 # ---- what the update reads

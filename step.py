@@ -29,6 +29,7 @@ from data.loader import Encoded, Problem
 from eval import mean
 from loss import METHODS, Method
 from model import token_stats
+from ranks import all_sum, clip_gradients, rank, world_size
 from reward import grade_batch, is_read
 from sample import Rollouts, Row, generate, pack, plan_group, torch_generator
 
@@ -77,9 +78,8 @@ class Batch:
     rewards: Tensor  # [B]
     response_advantage: Tensor  # [B]
     prefix_advantage: Tensor  # [B]
-    old_log_probs: Tensor  # [B, R] of the sampling policy, from the training forward pass; 0 where nothing reads it
-    entropy: Tensor  # [B, R] likewise: what the entropy clip ranks
-    drawn_entropy: Tensor  # [B] summed over the tokens of each row that were drawn, as they were: the metric
+    old_log_probs: Tensor  # [B, R] of the sampling policy
+    entropy: Tensor  # [B, R] of the sampling policy
     fractions: Tensor  # [B] share of the demonstration a row was given
 
 
@@ -98,6 +98,18 @@ def micro_batches(rollouts: Rollouts, rows: Tensor, budget: int) -> list[Tensor]
     return [torch.tensor(chunk) for chunk in chunks]
 
 
+def share(rollouts: Rollouts, rows: Tensor, budget: int) -> list[tuple[Tensor, bool]]:
+    """This rank's micro-batches of `rows`, and whether each counts.
+
+    Rows are dealt to the ranks by length. FSDP wants equally many passes on every rank: one with fewer micro-batches
+    than another passes a row once more, which counts for nothing.
+    """
+    order = torch.cat(micro_batches(rollouts, rows, budget))
+    shares = [micro_batches(rollouts, order[r :: world_size()], budget) for r in range(world_size())]
+    mine, most = shares[rank()], max(map(len, shares))
+    return [(chunk, True) for chunk in mine] + [(order[:1], False)] * (most - len(mine))
+
+
 def forward(model: PreTrainedModel, rollouts: Rollouts, rows: Tensor, temperature: float) -> tuple[Tensor, Tensor]:
     """token_stats of some rows, cut to the columns they use -> log_probs, entropy [b, r]"""
     columns, width = rollouts.columns(rows)
@@ -105,26 +117,17 @@ def forward(model: PreTrainedModel, rollouts: Rollouts, rows: Tensor, temperatur
     return token_stats(model, ids.to(model.device), mask.to(model.device), width, temperature)
 
 
-def rows_that_count(method: Method, rollouts: Rollouts, own: Tensor, forced: Tensor) -> Tensor:
-    """Indices of the rows whose old log-probs or entropies are read: some token has a weight (where the ratio is 1)
-    or is ranked by the entropy clip. Groups of equal rewards have none under plain Dr.GRPO."""
-    zeros, mask, prefix = torch.zeros(rollouts.response_mask.shape), rollouts.response_mask, rollouts.prefix_mask
-    read = objective.token_weights(method, zeros, zeros, own, forced, prefix, mask, 0.0, 0.0, 1.0) != 0
-    if method.select != "all":
-        read |= prefix if method.clip_scope == "prefix" else mask
-    return read.any(1).nonzero().squeeze(1)
-
-
 @torch.no_grad()
-def old_stats(model: PreTrainedModel, rollouts: Rollouts, rows: Tensor, config: Config) -> tuple[Tensor, Tensor]:
-    """Log-probs and entropies of the sampling policy [B, R]; 0 outside `rows`."""
+def old_stats(model: PreTrainedModel, rollouts: Rollouts, config: Config) -> tuple[Tensor, Tensor]:
+    """Log-probs and entropies of the sampling policy, [B, R]."""
     log_probs = torch.zeros(rollouts.response_mask.shape)
     entropy = torch.zeros_like(log_probs)
-    for chunk in micro_batches(rollouts, rows, config.micro_batch_tokens):
-        found = forward(model, rollouts, chunk, config.temperature)
-        width = found[0].shape[1]
-        log_probs[chunk, :width], entropy[chunk, :width] = found[0].cpu(), found[1].cpu()
-    return log_probs, entropy
+    for rows, counts in share(rollouts, torch.arange(len(rollouts.texts)), config.micro_batch_tokens):
+        found = forward(model, rollouts, rows, config.temperature)
+        if counts:
+            width = found[0].shape[1]
+            log_probs[rows, :width], entropy[rows, :width] = found[0].cpu(), found[1].cpu()
+    return all_sum(log_probs), all_sum(entropy)
 
 
 def plan(problems: Sequence[Encoded], method: Method, config: Config, step: int, rollouts: int) -> list[Row]:
@@ -146,7 +149,6 @@ def rollout_batch(run: "Run", picked: Sequence[int], step: int) -> Batch:
     """Sample, grade and compare: the batch of one step of reinforcement."""
     config, method = run.config, run.method
     rows = plan([run.data.encoded[i] for i in picked], method, config, step, config.rollouts_per_prompt)
-    drawn = torch.zeros(len(rows))
     responses = generate(
         run.model,
         rows,
@@ -155,17 +157,15 @@ def rollout_batch(run: "Run", picked: Sequence[int], step: int) -> Batch:
         rows_per_call=config.rows_per_call,
         prefill=config.prefill,
         decode=config.decode,
-        entropy=drawn,
     )
     rollouts = pack(rows, responses, run.model, run.tokenizer)
     golds = [run.data.train[picked[row.group]].answer for row in rows]
     rewards = torch.tensor(grade_batch(rollouts.texts, golds)) * ~rollouts.truncated
     baseline = method.baseline or config.baseline
     own, forced = objective.advantages(rewards, rollouts.group, rollouts.hybrid, baseline, config.scale_by_std)
-    counting = rows_that_count(method, rollouts, own, forced)
-    log_probs, entropy = old_stats(run.model, rollouts, counting, config)
+    log_probs, entropy = old_stats(run.model, rollouts, config)
     fractions = torch.tensor([row.fraction for row in rows])
-    return Batch(rollouts, rewards, own, forced, log_probs, entropy, drawn, fractions)
+    return Batch(rollouts, rewards, own, forced, log_probs, entropy, fractions)
 
 
 def demonstration_batch(run: "Run", picked: Sequence[int], step: int) -> Batch:
@@ -173,7 +173,7 @@ def demonstration_batch(run: "Run", picked: Sequence[int], step: int) -> Batch:
     rows = plan([run.data.encoded[i] for i in picked], SFT, run.config, step, rollouts=1)
     rollouts = pack(rows, [row.prefix_ids for row in rows], run.model, run.tokenizer)
     none, zeros = torch.zeros(len(rows)), torch.zeros(rollouts.response_mask.shape)
-    return Batch(rollouts, none, none, none, zeros, zeros, none, torch.ones(len(rows)))
+    return Batch(rollouts, none, none, none, zeros, zeros, torch.ones(len(rows)))
 
 
 # ---- one update
@@ -215,21 +215,22 @@ def update(run: "Run", batch: Batch, rows: Tensor, method: Method, normalizer: f
 
     weighted = weights(rows, batch.old_log_probs[rows]) != 0
     sums = {"loss": 0.0, "entropy": 0.0, "clipped": 0, "weighted": int(weighted.sum()), "forced": forced}
-    sums["kept"] = int((kept & rollouts.prefix_mask)[rows].sum()) if method.select != "all" else forced
+    sums["kept"] = int((kept & rollouts.prefix_mask)[rows].sum())
     active = rows[weighted.any(1)]
     if len(active) == 0:
         return sums | {"grad_norm": 0.0}
-    for chunk in micro_batches(rollouts, active, config.micro_batch_tokens):
+    total = torch.zeros(3, dtype=torch.float64)  # loss, entropy, tokens with a weight
+    for chunk, counts in share(rollouts, active, config.micro_batch_tokens):
         log_probs, entropy = forward(model, rollouts, chunk, config.temperature)
         w = weights(chunk, log_probs)
-        mask = rollouts.response_mask[chunk, : log_probs.shape[1]].to(log_probs.device)
+        mask = counts & rollouts.response_mask[chunk, : log_probs.shape[1]].to(log_probs.device)
         loss = objective.weighted_loss(log_probs, w, mask, normalizer)
         loss.backward()
-        sums["loss"] += float(loss.detach())
-        sums["entropy"] += float(entropy.sum())
-        sums["clipped"] -= int((w != 0).sum())
-    sums["clipped"] += sums["weighted"]
-    sums["grad_norm"] = float(torch.nn.utils.clip_grad_norm_(model.parameters(), config.max_grad_norm))
+        if counts:
+            total += torch.tensor([float(loss.detach()), float(entropy.sum()), float((w != 0).sum())])
+    sums["loss"], sums["entropy"], unclipped = all_sum(total).tolist()
+    sums["clipped"] = sums["weighted"] - int(unclipped)
+    sums["grad_norm"] = clip_gradients(model.parameters(), config.max_grad_norm)
     for group in run.optimizer.param_groups:
         group["lr"] = lr
     run.optimizer.step()
@@ -317,7 +318,7 @@ def rl_metrics(batch: Batch, updates: list[dict], config: Config) -> dict[str, A
         "prefix_fraction": average(batch.fractions[hybrid]),
         "prefix_tokens": sum(u["forced"] for u in updates),
         "prefix_tokens_kept": sum(u["kept"] for u in updates),
-        "entropy": float(batch.drawn_entropy.sum()) / int(own.sum()) if own.any() else None,
+        "entropy": average(batch.entropy[own]),
         "clip_fraction": sum(u["clipped"] for u in updates) / max(1, sum(u["weighted"] for u in updates)),
         "response_tokens": average(rollouts.response_tokens),
         "truncated": average(rollouts.truncated[sampled]),

@@ -22,6 +22,7 @@ from transformers import PreTrainedModel
 
 import checkpoint
 import console
+import ranks
 from config import TASK, Config, parse_config
 from data.loader import Encoded, encode_problems, load_problems
 from eval import evaluate, summarize
@@ -80,6 +81,19 @@ def check_context(config: Config, encoded: list[Encoded], held: dict, context: i
             )
 
 
+def check_ranks(config: Config) -> None:
+    """Raises ValueError if a rank would have nothing to do."""
+    method, world = METHODS[config.method], ranks.world_size()
+    parts = {"prompts_per_step": config.prompts_per_step} if "rl" in method.stages else {}
+    if "sft" in method.stages or method.relift:
+        parts["sft_batch"] = config.sft_batch
+    for name, value in parts.items():
+        if value < world:
+            raise ValueError(
+                f"{name} is {value}, but there are {world} ranks: start at most {value}, or raise {name}"
+            )
+
+
 # ---- the run
 
 
@@ -127,7 +141,10 @@ def prepare(config: Config) -> tuple[Run, dict[str, int]]:
             load_problems(path)  # a broken line is found before a large model is loaded
     if config.tensorboard and importlib.util.find_spec("tensorboard") is None:
         raise ValueError("tensorboard is true, but it is not installed: pip install tensorboard")
-    model, tokenizer = load_model(config.model, pick_device(config.device))
+    device = pick_device(config.device)
+    ranks.start(device)
+    check_ranks(config)
+    model, tokenizer = load_model(config.model, device, recompute=config.recompute, offload=config.offload)
     context = getattr(model.config, "max_position_embeddings", None)
     data, left_out = load_data(config, tokenizer, model.generation_config.eos_token_id, context)
     run = Run(config, METHODS[config.method], model, tokenizer, data, new_optimizer(model, config), [])
@@ -148,7 +165,7 @@ def train(config: Config) -> int:
         base = score(run, "base")
         checkpoint.write_text(scores_file, json.dumps({"base": base}, indent=1) + "\n")
         console.show_base(run, base, time.perf_counter() - begun)
-    scores = json.loads(scores_file.read_text(encoding="utf-8"))
+    scores = ranks.from_first(json.loads(scores_file.read_text(encoding="utf-8")) if ranks.rank() == 0 else None)
 
     stopped = catch_signals()
     with console.Progress(folder, total, start, config.tensorboard) as progress:
@@ -161,20 +178,19 @@ def train(config: Config) -> int:
                 if step == sft_steps:  # each stage starts with a fresh optimizer, as two runs would
                     run.optimizer = new_optimizer(run.model, config)
                 metrics, shown = rl_step(run, step - sft_steps)
-            done = step + 1
+            done, stop = step + 1, ranks.from_first(stopped)
             if (config.eval_every and done % config.eval_every == 0) or done == total:
                 table = accuracy(run, "validation", 0.0, f"step {done}: validation")
                 metrics |= {f"eval_{level}": row["accuracy"] for level, row in table.items()}
             checkpoint.append_rows(folder / "samples.jsonl", [{"step": done, **sample} for sample in shown])
             checkpoint.append_rows(folder / "metrics.jsonl", [{"step": done, **metrics}])
             progress.step(done, metrics, shown)
-            if (config.save_every and done % config.save_every == 0) or done == total or stopped:
-                state = {"step": done, "buffer": run.buffer, "model": run.model.state_dict()}
-                checkpoint.save(folder, state | {"optimizer": run.optimizer.state_dict()})
-            if stopped and done < total:
+            if (config.save_every and done % config.save_every == 0) or done == total or stop:
+                checkpoint.save(folder, done, run.buffer, run.model, run.optimizer)
+            if stop and done < total:
                 progress.close()
                 console.show(f"stopped after step {done} of {total}; to go on: {console.command(config, folder)}")
-                return 128 + stopped[0]
+                return 128 + stop[0]
     save_model(run.model, run.tokenizer, folder / "final")
     if "trained" not in scores:
         scores["trained"] = score(run, "trained")
@@ -185,19 +201,19 @@ def train(config: Config) -> int:
 
 def restore(run: Run, folder: Path) -> int:
     """Put the run into the state of its checkpoint, if it has one -> the steps that are done."""
-    saved = checkpoint.load(folder, run.model.device)
+    saved = checkpoint.load(folder, run.model, run.optimizer)
     for log in ("metrics.jsonl", "samples.jsonl"):
         checkpoint.cut_log(folder / log, saved["step"] if saved else 0)
     if not saved:
         return 0
-    run.model.load_state_dict(saved["model"])
-    run.optimizer.load_state_dict(saved["optimizer"])
     run.buffer = saved["buffer"]
     return saved["step"]
 
 
 def draw_curves(folder: Path) -> str:
     """Draw curves.png if matplotlib is there -> what to say about it."""
+    if ranks.rank() > 0:
+        return ""
     try:
         from plot import draw
     except ImportError:
@@ -210,7 +226,7 @@ def catch_signals() -> list[int]:
     caught: list[int] = []
 
     def note(number: int, _: object) -> None:
-        if caught:
+        if caught and ranks.world_size() == 1:  # torchrun sends a signal again, and kills after 30 seconds
             sys.exit(128 + number)
         caught.append(number)
 
@@ -221,10 +237,18 @@ def catch_signals() -> list[int]:
 
 def main() -> None:
     try:
-        sys.exit(train(parse_config(sys.argv[1:])))
+        code = train(parse_config(sys.argv[1:]))
+        ranks.stop()
+        sys.exit(code)
     except (ValueError, OSError) as error:
-        print(f"train.py: {error}", file=sys.stderr)
+        who = f"rank {ranks.rank()}: " if ranks.world_size() > 1 else ""
+        print(f"train.py: {who}{error}", file=sys.stderr)
         sys.exit(2)
+    except RuntimeError as error:
+        if not ranks.lost(error):
+            raise
+        print(f"train.py: rank {ranks.rank()} lost another rank; --resume auto goes on ({error})", file=sys.stderr)
+        sys.exit(1)
     except KeyboardInterrupt:  # before the first step
         sys.exit(130)
 

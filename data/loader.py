@@ -74,7 +74,7 @@ def load_problems(path: str | Path) -> list[Problem]:
         raise ValueError(f"data file {str(path)!r} does not exist: give a JSONL file (its format: data/README.md)")
     problems, seen = [], {}
     try:
-        lines = path.read_text(encoding="utf-8").splitlines()
+        lines = path.read_text(encoding="utf-8").split("\n")  # splitlines() also splits at U+2028, which JSON allows
     except UnicodeDecodeError as error:
         raise ValueError(f"{path}: not UTF-8 text ({error.reason} at byte {error.start})") from error
     for number, line in enumerate(lines, 1):
@@ -96,9 +96,11 @@ def load_problems(path: str | Path) -> list[Problem]:
 
 
 def render_prompt(tokenizer: Tokenizer, problem: str, system: str = "") -> str:
-    """The prompt as text: the tokenizer's chat template, or "system\\n\\nproblem\\n" where it has none."""
+    """The prompt as text: the tokenizer's chat template, or "system\\n\\nproblem\\n" where it has none, after the
+    token that begins a text if the tokenizer puts one (Llama was trained with it)."""
     if not tokenizer.chat_template:
-        return (f"{system}\n\n" if system else "") + f"{problem}\n"
+        begin = tokenizer.bos_token if tokenizer("x")["input_ids"][0] == tokenizer.bos_token_id else ""
+        return begin + (f"{system}\n\n" if system else "") + f"{problem}\n"
     messages = [{"role": "system", "content": system}] if system else []
     messages.append({"role": "user", "content": problem})
     return tokenizer.apply_chat_template(messages, add_generation_prompt=True, tokenize=False)

@@ -8,6 +8,7 @@ import torch
 from conftest import random_model
 from transformers import GenerationConfig
 
+import decode
 from data.loader import Encoded
 from model import load_model
 from sample import (
@@ -280,3 +281,11 @@ def test_the_end_token_may_be_the_last_of_the_budget(model):
             assert again == response  # the same row with a budget it fills exactly
             return
     pytest.fail("no row ended: the test model is wrong")
+
+
+def test_long_prompts_read_in_blocks_give_the_same_rows(model, monkeypatch):
+    rows = some_rows()
+    want = generate(model, rows, 24, prefill=True)
+    for tokens in (1, 30, 100):
+        monkeypatch.setattr(decode, "PREFILL_TOKENS", tokens)
+        assert generate(model, rows, 24, prefill=True) == want

@@ -108,11 +108,9 @@ def test_the_ratio_is_one_to_the_bit_before_the_first_update(tokenizer):
     """Rule 8: the old pass and the first update run the same forward on the same micro-batch."""
     run = make_run(tokenizer)
     batch = rollout_batch(run, [0, 1, 2, 3], 0)
-    every = torch.arange(len(batch.rewards))
-    old, _ = steps.old_stats(run.model, batch.rollouts, every, run.config)
-    for rows in micro_batches(batch.rollouts, every, run.config.micro_batch_tokens):
+    for rows in micro_batches(batch.rollouts, torch.arange(len(batch.rewards)), run.config.micro_batch_tokens):
         log_probs, _ = steps.forward(run.model, batch.rollouts, rows, 1.0)
-        assert (log_probs.detach() == old[rows, : log_probs.shape[1]]).all()
+        assert (log_probs.detach() == batch.old_log_probs[rows, : log_probs.shape[1]]).all()
 
 
 def test_sampled_tokens_had_the_log_probs_the_update_sees(tokenizer):
@@ -120,13 +118,14 @@ def test_sampled_tokens_had_the_log_probs_the_update_sees(tokenizer):
     run = make_run(tokenizer, temperature=0.7)
     batch = rollout_batch(run, [0, 1, 2, 3], 0)
     r = batch.rollouts
-    old, _ = steps.old_stats(run.model, r, torch.arange(len(batch.rewards)), run.config)
     for i in range(0, len(batch.rewards), 5):
         ids = r.input_ids[i][r.attention_mask[i].bool()]
         n = int(r.response_tokens[i])
         with torch.no_grad():
             p = (run.model(input_ids=ids[None]).logits[0, -n - 1 : -1] / 0.7).log_softmax(-1)
-        torch.testing.assert_close(old[i, :n], p.gather(1, ids[-n:, None])[:, 0], atol=1e-4, rtol=1e-4)
+        torch.testing.assert_close(
+            batch.old_log_probs[i, :n], p.gather(1, ids[-n:, None])[:, 0], atol=1e-4, rtol=1e-4
+        )
 
 
 def test_the_kept_prefix_tokens_do_not_depend_on_micro_batches(tokenizer):
@@ -165,7 +164,6 @@ def test_metrics_describe_the_whole_batch(tokenizer):
     """Rule 12: against counts over the rollouts themselves, with many micro-batches."""
     run = make_run(tokenizer, micro_batch_tokens=40)
     batch = rollout_batch(run, pick(6, 4, 2, 0, "order"), 2)
-    _, entropy = steps.old_stats(run.model, batch.rollouts, torch.arange(len(batch.rewards)), run.config)
     metrics, _ = rl_step(run, 2)
     r = batch.rollouts
     assert metrics["reward"] == pytest.approx(batch.rewards.mean().item())
@@ -175,7 +173,7 @@ def test_metrics_describe_the_whole_batch(tokenizer):
     assert metrics["truncated"] == pytest.approx(sum(r.truncated.tolist()) / len(r.texts))
     assert metrics["prefix_tokens"] == int(r.prefix_mask.sum())
     own = r.response_mask & ~r.prefix_mask
-    assert metrics["entropy"] == pytest.approx(entropy[own].mean().item(), rel=1e-5)
+    assert metrics["entropy"] == pytest.approx(batch.entropy[own].mean().item(), rel=1e-5)
     groups = [set(batch.rewards[r.group == g].tolist()) for g in range(4)]
     assert metrics["equal_reward_groups"] == sum(len(g) == 1 for g in groups) / 4
 

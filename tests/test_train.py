@@ -177,7 +177,7 @@ def test_sigterm_ends_after_the_step_and_says_how_to_go_on(task, whole, tmp_path
 
 def test_resume_refuses_other_settings_and_an_existing_folder(task, whole):
     before = {p: p.stat().st_mtime_ns for p in whole[0].rglob("*")}
-    for settings, message in (({}, "exists"), ({"resume": "auto", "lr": 1e-5}, "lr 0.0002")):
+    for settings, message in (({}, "exists"), ({"resume": "auto", "lr": 1e-5}, "lr 0.0001")):
         result = run(arguments(task, whole[0], **settings))
         assert result.returncode == 2 and message in result.stderr and result.stderr.count("\n") == 1
     assert before == {p: p.stat().st_mtime_ns for p in whole[0].rglob("*")}

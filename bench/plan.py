@@ -1,0 +1,357 @@
+"""What a run will cost, before anything is loaded: memory of one GPU by part, rows sampled at once, tokens, hours.
+
+    python bench/plan.py --config configs/qwen2.5-math-7b.json --gpu H100 --gpus 8 [--method sft] [--FIELD VALUE …]
+    python bench/plan.py --check        the plan of small updates against measured peaks -> bench/results/plan.json
+
+Only the model's config is read. Memory of the update is not a formula: the layers and the head run forward and
+backward on the meta device (shapes without data) and every tensor that lives is counted (`update_bytes`). Attention
+counts as a fused kernel: queries, keys, values, mask and output are kept. The rest is arithmetic, in `plan`.
+Times are estimates from the GPU's data sheet and the shares below; they were not measured on any GPU.
+"""
+
+import argparse
+import json
+import sys
+import weakref
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
+from transformers import AttentionInterface, AutoConfig, AutoModelForCausalLM, LlamaConfig, Qwen2Config
+from transformers.modeling_layers import GradientCheckpointingLayer
+
+ROOT = Path(__file__).resolve().parent.parent
+sys.path[:0] = [str(ROOT), str(ROOT / "bench")]
+
+from measure import machine, peak_bytes  # noqa: E402
+
+import model as models  # noqa: E402
+from config import Config, parse_config  # noqa: E402
+from loss import METHODS  # noqa: E402
+from sample import PREFILL_TOKENS  # noqa: E402
+
+GIB = 2**30
+GPUS = {  # memory GB, bf16 TFLOP/s (dense), GB/s: the makers' data sheets
+    "3090": (24, 71, 936),
+    "4090": (24, 165, 1008),
+    "L40S": (48, 362, 864),
+    "A100": (80, 312, 2039),
+    "H100": (80, 989, 3350),
+    "H200": (141, 989, 4800),
+}
+USABLE = 0.92  # of the memory: the rest is the driver's and lost to fragmentation
+UPDATE_SHARE = 0.35  # of the peak TFLOP/s that forward and backward passes reach
+READ_SHARE = 0.6  # of the peak GB/s that decoding reaches
+LAYER_SECONDS = 0.0006  # a decoding step takes at least this a layer: Python and kernel launches
+MEAN_RESPONSE = 0.4  # of max_response_tokens, on average; the longest row of a call goes to the end
+
+
+class LiveBytes(TorchDispatchMode):
+    """Counts the bytes of tensors made inside it that are alive, and the most there were."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.live = self.peak = 0
+        self.known: set[int] = set()
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        result = func(*args, **(kwargs or {}))
+        given = {id(x.untyped_storage()) for x in tree_leaves((args, kwargs)) if isinstance(x, Tensor)}
+        for tensor in tree_leaves(result):
+            if isinstance(tensor, Tensor):
+                self.count(tensor.untyped_storage(), given)
+        return result
+
+    def count(self, storage: torch.UntypedStorage, given: set[int]) -> None:
+        key = id(storage)
+        if key in self.known or key in given:
+            return
+        self.known.add(key)
+        self.live += storage.nbytes()
+        self.peak = max(self.peak, self.live)
+        weakref.finalize(storage, self.forget, key, storage.nbytes())
+
+    def forget(self, key: int, size: int) -> None:
+        self.known.discard(key)
+        self.live -= size
+
+
+class FusedAttention(torch.autograd.Function):
+    """What a fused attention kernel makes and keeps; no values."""
+
+    @staticmethod
+    def forward(ctx, query: Tensor, key: Tensor, value: Tensor, bias: Tensor) -> Tensor:
+        out = torch.empty_like(query)
+        ctx.save_for_backward(query, key, value, bias, out, query.new_empty(query.shape[:3], dtype=torch.float32))
+        return out
+
+    @staticmethod
+    def backward(ctx, grad: Tensor):
+        return (*(torch.empty_like(saved) for saved in ctx.saved_tensors[:3]), None)
+
+
+def fused_attention(module, query, key, value, mask, **_: Any) -> tuple[Tensor, None]:
+    groups = query.shape[1] // key.shape[1]
+    key, value = (x.repeat_interleave(groups, dim=1) if groups > 1 else x for x in (key, value))
+    bias = torch.empty(mask.shape, dtype=query.dtype, device=mask.device)
+    return FusedAttention.apply(query, key, value, bias).transpose(1, 2).contiguous(), None
+
+
+AttentionInterface.register("planned", fused_attention)
+
+
+def empty_model(shape: Any, dtype: torch.dtype) -> Any:
+    """The model without weights."""
+    shape._attn_implementation = "planned"
+    with torch.device("meta"):
+        return AutoModelForCausalLM.from_config(shape, dtype=dtype, attn_implementation="planned").train()
+
+
+def update_bytes(shape: Any, rows: int, prompt: int, response: int, dtype: torch.dtype, recompute: bool) -> int:
+    """The most bytes one micro-batch's forward and backward pass holds beyond weights and gradients."""
+    model = empty_model(shape, dtype)
+    if recompute:
+        models.recompute_layers(model)
+    for parameter in model.parameters():  # a gradient is added to the one that stands there, and freed
+        parameter.register_post_accumulate_grad_hook(lambda p: setattr(p, "grad", None))
+    length = prompt + response
+    with LiveBytes() as counted, torch.device("meta"):
+        ids = torch.zeros(rows, length, dtype=torch.long)
+        mask = torch.ones(rows, 1, length, length, dtype=torch.bool)
+        made = model.base_model(input_ids=ids, attention_mask=mask, position_ids=ids, use_cache=False)
+        hidden = made.last_hidden_state[:, prompt - 1 : -1].reshape(rows * response, -1)
+        del made
+        log_probs, _ = models.head_stats(model, hidden, ids[:, prompt:].reshape(-1), 1.0)
+        del hidden
+        log_probs.sum().backward()
+    return counted.peak
+
+
+# ---- the plan
+
+
+@dataclass
+class Counts:
+    """Parameters: all, of the root (embedding, head, last norm), of one layer; key-value bytes of a token."""
+
+    total: int
+    root: int
+    layer: int
+    layers: int
+    cache: int
+    heads_width: int
+    intermediate: int
+    vocabulary: int
+
+
+def count(shape: Any) -> Counts:
+    model = empty_model(shape, torch.bfloat16)
+    layers = [module for module in model.modules() if isinstance(module, GradientCheckpointingLayer)]
+    total, layer = sum(p.numel() for p in model.parameters()), sum(p.numel() for p in layers[0].parameters())
+    width = getattr(shape, "head_dim", None) or shape.hidden_size // shape.num_attention_heads
+    return Counts(
+        total=total,
+        root=total - layer * len(layers),
+        layer=layer,
+        layers=len(layers),
+        cache=2 * 2 * len(layers) * shape.num_key_value_heads * width,
+        heads_width=shape.num_attention_heads * width,
+        intermediate=shape.intermediate_size,
+        vocabulary=shape.vocab_size,
+    )
+
+
+def plan(config: Config, shape: Any, gpus: int, prompt: int) -> dict[str, dict[str, float]]:
+    """Bytes on one GPU, by part, while updating and while sampling."""
+    n = count(shape)
+    length = prompt + config.max_response_tokens
+    rows = max(1, config.micro_batch_tokens // length)
+    host = config.offload
+    kept = {
+        "weights, fp32": 0 if host else 4 * n.total / gpus,
+        "optimizer, fp32": 0 if host else 8 * n.total / gpus,
+    }
+    update = kept | {
+        "gradients, fp32": 0 if host else 4 * n.total / gpus,
+        "weights in bf16 (root and two layers)": 2 * n.root + 4 * n.layer,
+        "gradients in bf16 and on their way": 2 * n.root + 8 * n.layer,
+        f"activations, {rows} x {length} tokens, and logits": update_bytes(
+            shape, rows, prompt, config.max_response_tokens, torch.bfloat16, config.recompute
+        ),
+    }
+    if "rl" not in METHODS[config.method].stages:
+        return {"update": update}
+    sampling = kept | {"weights in bf16 (all)": 2 * n.total}
+    sampling["one block of prompts"] = 2 * PREFILL_TOKENS * (3 * n.intermediate + 6 * n.heads_width)
+    cells = cache_tokens(config, prompt)
+    sampling[f"key-value caches, {config.rows_per_call} x {cells} tokens"] = config.rows_per_call * row_bytes(
+        n, cells
+    )
+    return {"update": update, "sampling": sampling}
+
+
+def cache_tokens(config: Config, prompt: int) -> int:
+    """Columns of a call at worst: a prefilled prefix widens the prompt of rows that have none, in the same call."""
+    prefixes = METHODS[config.method].rows in ("hybrid", "shared_prefix") and config.prefill
+    return prompt + config.max_response_tokens * (2 if prefixes else 1)
+
+
+def row_bytes(n: Counts, length: int) -> float:
+    """Of one row at full length: its cache, one layer's keys and values repeated for all heads, its next token."""
+    return n.cache * length + 2 * 2 * n.heads_width * length + 24 * n.vocabulary
+
+
+def hours(config: Config, shape: Any, gpus: int, gpu: str, prompt: int, mean: float) -> dict[str, float]:
+    """Estimated tokens and seconds of a step, and hours of the run."""
+    _, tflops, bandwidth = GPUS[gpu]
+    n, stages = count(shape), METHODS[config.method].stages
+    flops = tflops * 1e12 * UPDATE_SHARE * gpus
+    passes = 8 if config.recompute else 6  # FLOP a parameter and token: forward 2, backward 4, forward again 2
+    result: dict[str, float] = {}
+    if "sft" in stages:
+        result["sft seconds a step"] = passes * n.total * config.sft_batch * (prompt + mean) / flops
+        result["sft hours"] = config.sft_steps * result["sft seconds a step"] / 3600
+    if "rl" in stages:
+        rows = config.prompts_per_step * config.rollouts_per_prompt
+        calls = -(-rows // gpus // config.rows_per_call)
+        alive = min(config.rows_per_call, rows / gpus) * mean / config.max_response_tokens
+        read = 2 * n.total + 3 * alive * n.cache * (prompt + mean / 2)  # caches are read and copied for all heads
+        token = max(n.layers * LAYER_SECONDS, read / (bandwidth * 1e9 * READ_SHARE))
+        result["tokens a step, millions"] = rows * mean / 1e6
+        result["seconds sampling"] = calls * config.max_response_tokens * token
+        result["seconds updating"] = (passes + 2) * n.total * rows * (prompt + mean) / flops  # 2: old log-probs
+        seconds = result["seconds sampling"] + result["seconds updating"]
+        result["hours"] = config.steps * seconds / 3600
+    return result
+
+
+def advice(config: Config, parts: dict[str, dict[str, float]], n: Counts, free: float, length: int) -> list[str]:
+    """What to change where it does not fit."""
+    said = []
+    if sum(parts["update"].values()) > free:
+        said.append("more GPUs: weights, gradients and optimizer are split over them")
+        if not config.recompute:
+            said.append("--recompute true: keeps one layer's activations instead of all")
+        if config.micro_batch_tokens > length:
+            said.append(f"--micro_batch_tokens {length}: one row at a time")
+        if not config.offload:
+            said.append(f"--offload true: 16 bytes a parameter ({16 * n.total / GIB:.0f} GiB) go to host memory")
+        said.append("--max_response_tokens: activations and caches grow with it")
+    if "sampling" in parts and sum(parts["sampling"].values()) > free:
+        said.append("--rows_per_call: at most the number above")
+    return said
+
+
+def show(config: Config, gpu: str, gpus: int, prompt: int, mean: float | None) -> None:
+    shape = AutoConfig.from_pretrained(config.model)
+    n, length = count(shape), prompt + config.max_response_tokens
+    mean = mean or MEAN_RESPONSE * config.max_response_tokens
+    free = GPUS[gpu][0] * 1e9 * USABLE
+    print(
+        f"{config.model}: {n.total / 1e9:.2f} billion parameters, {n.layers} layers; {gpus} x {gpu}, {config.method}"
+    )
+    parts = plan(config, shape, gpus, prompt)
+    for phase, sizes in parts.items():
+        print(f"\n{phase}, GiB on each GPU")
+        for name, size in sizes.items():
+            print(f"  {name:<52}{size / GIB:8.2f}")
+        total = sum(sizes.values())
+        verdict = "fits" if total <= free else "DOES NOT FIT"
+        print(f"  {'total':<52}{total / GIB:8.2f}   {verdict} {free / GIB:.1f} usable")
+    if "sampling" in parts:
+        fixed = sum(size for name, size in parts["sampling"].items() if not name.startswith("key-value"))
+        at_once = max(0, int((free - fixed) / row_bytes(n, cache_tokens(config, prompt))))
+        print(f"\nrows that can be sampled at once: {at_once} (rows_per_call is {config.rows_per_call})")
+    for line in advice(config, parts, n, free, length):
+        print(f"  change  {line}")
+    print(f"\nhost memory: {4 * n.total / GIB:.0f} GiB to load, {12 * n.total / GIB:.0f} GiB to save a checkpoint")
+    print(f"\nestimates, for prompts of {prompt} and responses of {mean:.0f} tokens on average (--mean_response)")
+    for name, value in hours(config, shape, gpus, gpu, prompt, mean).items():
+        print(f"  {name:<52}{value:8.1f}")
+    _, tflops, bandwidth = GPUS[gpu]
+    print(f"  assumed: {UPDATE_SHARE:.0%} of {tflops} TFLOP/s in updates, {READ_SHARE:.0%} of {bandwidth} GB/s")
+    print(f"  in decoding, at least {1e3 * LAYER_SECONDS * n.layers:.0f} ms a decoded token; evaluation not counted")
+
+
+# ---- against measured peaks
+
+SMALL = {"hidden_size": 256, "intermediate_size": 768, "num_attention_heads": 4, "num_key_value_heads": 2}
+CASES = {
+    "qwen2, 8 rows": (Qwen2Config(**SMALL, num_hidden_layers=6, vocab_size=8000), 8, 32, 224, False),
+    "qwen2, 8 rows, recompute": (Qwen2Config(**SMALL, num_hidden_layers=6, vocab_size=8000), 8, 32, 224, True),
+    "llama, 2 long rows": (LlamaConfig(**SMALL, num_hidden_layers=4, vocab_size=32000), 2, 64, 960, False),
+    "llama, 2 long rows, recompute": (LlamaConfig(**SMALL, num_hidden_layers=4, vocab_size=32000), 2, 64, 960, True),
+}
+
+
+def measured(shape: Any, rows: int, prompt: int, response: int, recompute: bool) -> tuple[int, int]:
+    """Measured peak of an update in fp32 on one unsplit device -> (with, without weights, gradients, optimizer)."""
+    torch.manual_seed(0)
+    shape._attn_implementation = "sdpa"
+    device = models.pick_device()
+    model = AutoModelForCausalLM.from_config(shape, dtype=torch.float32).to(device).train()
+    if recompute:
+        models.recompute_layers(model)
+    optimizer = torch.optim.AdamW(model.parameters(), fused=True)
+    ids = torch.randint(0, shape.vocab_size, (rows, prompt + response), device=device)
+    mask = torch.ones_like(ids)
+    mask[0, :3] = 0  # a batch without padding would need no mask
+
+    def update() -> None:
+        models.token_stats(model, ids, mask, response, 1.0)[0].sum().backward()
+        optimizer.step()
+
+    update()  # gradients and the optimizer's state stand there from now on
+    static = 16 * sum(p.numel() for p in model.parameters())
+    beyond = peak_bytes(update)
+    return static + beyond, beyond
+
+
+def check() -> None:
+    results = {}
+    for name, (shape, rows, prompt, response, recompute) in CASES.items():
+        total, beyond = measured(shape, rows, prompt, response, recompute)
+        counted = update_bytes(shape, rows, prompt, response, torch.float32, recompute)
+        planned = total - beyond + counted
+        results[name] = {
+            "measured_bytes": total,
+            "planned_bytes": planned,
+            "error": round(planned / total - 1, 4),
+            "measured_beyond_weights_gradients_optimizer": beyond,
+            "planned_beyond": counted,
+            "error_beyond": round(counted / beyond - 1, 4),
+        }
+        print(f"{name:<32}{total / 2**20:8.0f} MiB measured {planned / 2**20:8.0f} planned", results[name])
+    out = ROOT / "bench" / "results" / "plan.json"
+    out.parent.mkdir(exist_ok=True)
+    what = "peak of a small update in fp32, unsplit, on this machine: measured and planned"
+    out.write_text(json.dumps({"what": what, "cases": results, "machine": machine()}, indent=1) + "\n")
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0], allow_abbrev=False)
+    parser.add_argument("--gpu", default="H100", choices=GPUS)
+    parser.add_argument("--gpus", type=int, default=1)
+    parser.add_argument(
+        "--prompt", type=int, default=0, help="longest prompt (default: 1024, or 256 for short budgets)"
+    )
+    parser.add_argument("--mean_response", type=float, help="average response (default 0.4 of the budget)")
+    parser.add_argument("--check", action="store_true")
+    args, rest = parser.parse_known_args()
+    if args.check:
+        return check()
+    try:
+        config = parse_config(rest)
+        prompt = args.prompt or (1024 if config.max_response_tokens > 1024 else 256)
+        show(config, args.gpu, args.gpus, prompt, args.mean_response)
+    except (ValueError, OSError) as error:
+        print(f"plan.py: {str(error).strip().splitlines()[0]}", file=sys.stderr)
+        sys.exit(2)
+
+
+if __name__ == "__main__":
+    main()

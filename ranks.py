@@ -1,0 +1,188 @@
+"""One run on several processes (ranks): who is who, exchange, and a model whose weights are sharded with FSDP2.
+
+A plain `python train.py` on a CPU uses none of this: rank() is 0, world_size() is 1, and every function hands back
+what it was given. `torchrun --nproc_per_node N train.py …` starts N ranks. All of them plan, grade and weigh the
+same rows; each samples and differentiates its share (sample.generate, step.share), and rank 0 writes and prints.
+On CUDA a single process is sharded too, over a mesh of one: the simplest way to fp32 weights with bf16 compute.
+
+    start -> shard                        in train.py and model.load_model
+    union, all_sum, from_first            what ranks tell each other, on the CPU (gloo)
+    gathered                              whole weights on every rank, for sampling
+    clip_gradients, whole, part_like      norm, checkpoints and final/ of a sharded model
+Left out: tensor and pipeline parallelism, several nodes without a shared folder.
+"""
+
+import contextlib
+import os
+from collections.abc import Iterable, Iterator
+from datetime import timedelta
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.fsdp import CPUOffloadPolicy, FSDPModule, MixedPrecisionPolicy, OffloadPolicy, fully_shard
+from torch.distributed.tensor import DTensor, distribute_tensor
+from transformers.modeling_layers import GradientCheckpointingLayer
+
+TIMEOUT = timedelta(hours=1)  # a rank that dies ends the others at once (torchrun), one that hangs after this
+
+
+def rank() -> int:
+    return dist.get_rank() if dist.is_initialized() else 0
+
+
+def world_size() -> int:
+    return dist.get_world_size() if dist.is_initialized() else 1
+
+
+def start(device: torch.device) -> None:
+    """Join the ranks torchrun started; alone on CUDA, be a group of one. Does nothing for one process elsewhere.
+
+    Raises ValueError for several ranks on a device that cannot, or more ranks than GPUs.
+    """
+    if dist.is_initialized() or ("RANK" not in os.environ and device.type != "cuda"):
+        return
+    if device.type not in ("cpu", "cuda"):
+        raise ValueError(f"several ranks need device cuda or cpu, found {device.type}: start python train.py alone")
+    if device.type == "cuda":
+        if device.index is not None and device.index >= torch.cuda.device_count():
+            raise ValueError(f"rank {device.index} has no GPU: there are {torch.cuda.device_count()}")
+        torch.cuda.set_device(device)
+    backend = "cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo"
+    alone = {} if "RANK" in os.environ else {"store": dist.HashStore(), "rank": 0, "world_size": 1}
+    dist.init_process_group(backend, timeout=TIMEOUT, **alone)
+
+
+def stop() -> None:
+    if dist.is_initialized():
+        dist.destroy_process_group()
+
+
+def lost(error: Exception) -> bool:
+    """Whether `error` says that another rank is gone."""
+    return isinstance(error, dist.DistError) or any(word in str(error) for word in ("gloo", "NCCL"))
+
+
+# ---- exchange
+
+
+def union(mine: dict) -> dict:
+    """The entries of every rank's dict, on every rank."""
+    if world_size() == 1:
+        return mine
+    parts: list[dict] = [{}] * world_size()
+    dist.all_gather_object(parts, mine)
+    return {key: value for part in parts for key, value in part.items()}
+
+
+def all_sum(values: Tensor) -> Tensor:
+    """Sum over the ranks of a tensor on the CPU, on every rank."""
+    if world_size() > 1:
+        dist.all_reduce(values)
+    return values
+
+
+def from_first(value: Any) -> Any:
+    """Rank 0's `value`, on every rank."""
+    box = [value]
+    if world_size() > 1:
+        dist.broadcast_object_list(box)
+    return box[0]
+
+
+# ---- a sharded model
+
+
+def shard(model: nn.Module, device: torch.device, offload: bool = False) -> None:
+    """Split fp32 weights, gradients and optimizer state over the ranks, layer by layer (FSDP2), in place.
+
+    On CUDA layers compute in bf16, gradients are summed in fp32. `offload` keeps the split weights and the
+    optimizer on the CPU. Rank 0 brings the weights on the CPU, the others a model on the meta device: only one
+    copy stands in host memory (4 bytes a parameter), and it is sent tensor by tensor.
+    Gradients are summed over ranks, not averaged: the loss has one global denominator.
+    """
+    bf16 = MixedPrecisionPolicy(param_dtype=torch.bfloat16, reduce_dtype=torch.float32)
+    settings = {
+        "mesh": init_device_mesh(device.type, (world_size(),)),
+        "mp_policy": bf16 if device.type == "cuda" else MixedPrecisionPolicy(),
+        "offload_policy": CPUOffloadPolicy() if offload and device.type == "cuda" else OffloadPolicy(),
+    }
+    weights = {name: parameter.data for name, parameter in model.named_parameters()}
+    buffers = dict(model.named_buffers())
+    for layer in [module for module in model.modules() if isinstance(module, GradientCheckpointingLayer)]:
+        fully_shard(layer, **settings)
+    fully_shard(model, **settings)
+    for module in _sharded(model):
+        module.set_gradient_divide_factor(1.0)
+        module.set_force_sum_reduction_for_comms(True)  # gloo has no scaled sum
+    if world_size() > 1:
+        _send_weights(model, weights, buffers, device, "cpu" if offload else device)
+
+
+@torch.no_grad()
+def _send_weights(
+    model: nn.Module, weights: dict[str, Tensor], buffers: dict[str, Tensor], device: torch.device, home: Any
+) -> None:
+    """Rank 0's weights and buffers to the others, whose model is still on the meta device."""
+    if rank() > 0:
+        model.to_empty(device=home)
+
+    def sent(tensor: Tensor) -> Tensor:
+        tensor = tensor.to(device) if rank() == 0 else torch.empty_like(tensor, device=device)
+        dist.broadcast(tensor, 0)
+        return tensor
+
+    for name, parameter in model.named_parameters():
+        parameter.data.copy_(part_like(sent(weights[name]), parameter))
+    for name, buffer in buffers.items():
+        owner, _, last = name.rpartition(".")
+        model.get_submodule(owner)._buffers[last] = sent(buffer)
+
+
+def _sharded(model: nn.Module) -> list[FSDPModule]:
+    return [module for module in model.modules() if isinstance(module, FSDPModule)]
+
+
+@contextlib.contextmanager
+def gathered(model: nn.Module) -> Iterator[None]:
+    """Whole weights on every rank (in bf16 on CUDA): what runs inside needs no other rank, however long it takes."""
+    parts = _sharded(model)
+    for module in parts:
+        module.set_reshard_after_forward(False, recurse=False)
+        module.unshard()
+    try:
+        yield
+    finally:
+        for module in parts:
+            module.reshard()
+            module.set_reshard_after_forward(module is not model, recurse=False)
+
+
+def clip_gradients(parameters: Iterable[nn.Parameter], max_norm: float) -> float:
+    """Scale the gradient down to `max_norm` -> its norm over all ranks, before."""
+    parameters = list(parameters)
+    norm = nn.utils.get_total_norm([p.grad for p in parameters if p.grad is not None])
+    norm = norm.full_tensor() if isinstance(norm, DTensor) else norm
+    nn.utils.clip_grads_with_norm_(parameters, max_norm, norm)
+    return float(norm)
+
+
+def whole(state: Any) -> Any:
+    """A state dict (nested dicts and lists) with its split tensors put together, on rank 0's CPU; None elsewhere."""
+    if isinstance(state, dict):
+        return {key: whole(value) for key, value in state.items()}
+    if isinstance(state, list):
+        return [whole(value) for value in state]
+    if not isinstance(state, DTensor):
+        return state
+    tensor = state.detach().to(state.device_mesh.device_type).full_tensor()
+    return tensor.cpu() if rank() == 0 else None
+
+
+def part_like(tensor: Tensor, like: Any) -> Tensor:
+    """`tensor`, which every rank holds whole, split as `like` is; itself if that is not split."""
+    if not isinstance(like, DTensor):
+        return tensor
+    return distribute_tensor(tensor, like.device_mesh, like.placements, src_data_rank=None)

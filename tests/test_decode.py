@@ -1,0 +1,69 @@
+"""decode.py: what makes sampling fast changes no token."""
+
+import pytest
+from conftest import random_model
+from test_sample import some_rows
+from transformers import GenerationConfig
+
+import decode
+from sample import Row, generate
+
+
+@pytest.fixture(scope="module")
+def model():
+    return random_model()
+
+
+def seen_batches(model, rows, budget=24, **settings) -> tuple[list[list[int]], list[tuple[int, int]]]:
+    """The responses, and the shape of the ids of every forward pass."""
+    shapes = []
+    hook_ids = model.model.embed_tokens.register_forward_pre_hook(lambda _, args: shapes.append(tuple(args[0].shape)))
+    try:
+        return generate(model, rows, budget, **settings), shapes
+    finally:
+        hook_ids.remove()
+
+
+@pytest.mark.parametrize("prefill", [False, True])
+@pytest.mark.parametrize("temperature", [0.0, 1.0])
+def test_the_static_cache_gives_the_same_tokens(model, temperature, prefill):
+    rows = some_rows(24)
+    loop = generate(model, rows, 24, temperature, prefill=prefill)
+    assert generate(model, rows, 24, temperature, prefill=prefill, decode="static") == loop
+    assert len({len(r) for r in loop}) > 3
+
+
+def test_the_static_path_is_neutral_too(model):
+    saved = model.generation_config
+    try:
+        model.generation_config = GenerationConfig(eos_token_id=[2], pad_token_id=0, no_repeat_ngram_size=1)
+        with pytest.raises(ValueError, match="not neutral"):
+            generate(model, some_rows(4), 8, decode="static")
+    finally:
+        model.generation_config = saved
+
+
+@pytest.mark.parametrize("drop_at", [0.01, 0.5, 0.999])
+def test_when_ended_rows_leave_changes_nothing(model, monkeypatch, drop_at):
+    rows = some_rows(24)
+    want = generate(model, rows, 24)
+    monkeypatch.setattr(decode, "DROP_AT", drop_at)
+    assert generate(model, rows, 24) == want
+
+
+def test_equal_prompts_are_read_once_and_ended_rows_leave(model):
+    prompts = {"p": [1, 9, 30], "q": [1, 9], "r": [9, 1, 30]}
+    rows = [Row(0, (0, 0, name, i), ids, []) for name, ids in prompts.items() for i in range(8)]
+    responses, shapes = seen_batches(model, rows)
+    assert shapes[0] == (3, 3) and {width for _, width in shapes[1:]} == {1}
+    counts = [count for count, _ in shapes[1:]]
+    assert counts == sorted(counts, reverse=True) and counts[0] <= 24 and len({len(r) for r in responses}) > 1
+    for t, count in enumerate(counts, start=1):  # at most 1 / DROP_AT times the rows that go on
+        assert count <= sum(len(r) > t for r in responses) / decode.DROP_AT
+    assert [generate(model, [row], 24)[0] for row in rows] == responses
+
+
+def test_the_same_ids_behind_other_masks_are_other_prompts(model):
+    """The padding id inside a prompt: [pad, 9] and a padded [9] have equal ids and unequal masks."""
+    rows = [Row(0, (0, 0, "p", 0), [0, 9], []), Row(0, (0, 0, "p", 1), [9], [])]
+    assert generate(model, rows, 24) == [generate(model, [row], 24)[0] for row in rows]

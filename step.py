@@ -85,15 +85,15 @@ class Batch:
 
 def micro_batches(rollouts: Rollouts, rows: Tensor, budget: int) -> list[Tensor]:
     """`rows` sorted by length and cut so that rows x columns stay within `budget` tokens (or a row is alone)."""
-    prompts = rollouts.attention_mask.sum(1) - rollouts.response_tokens
-    order = sorted(rows.tolist(), key=lambda i: (int(rollouts.response_tokens[i]), int(prompts[i])))
+    responses = rollouts.response_tokens
+    prompts, responses = (rollouts.attention_mask.sum(1) - responses).tolist(), responses.tolist()
     chunks: list[list[int]] = []
     prompt = response = 0
-    for i in order:
-        prompt, response = max(prompt, int(prompts[i])), max(response, int(rollouts.response_tokens[i]))
+    for i in sorted(rows.tolist(), key=lambda i: (responses[i], prompts[i])):
+        prompt, response = max(prompt, prompts[i]), max(response, responses[i])
         if not chunks or (len(chunks[-1]) + 1) * (prompt + response) > budget:
             chunks.append([])
-            prompt, response = int(prompts[i]), int(rollouts.response_tokens[i])
+            prompt, response = prompts[i], responses[i]
         chunks[-1].append(i)
     return [torch.tensor(chunk) for chunk in chunks]
 

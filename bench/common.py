@@ -1,8 +1,6 @@
 """What the speed benches share: the default run of rft, its rows, timers, results as JSON."""
 
 import json
-import platform
-import re
 import statistics
 import sys
 import tempfile
@@ -13,7 +11,7 @@ from pathlib import Path
 sys.path.insert(0, str(Path(__file__).parents[1]))
 
 import torch
-import transformers
+from measure import machine
 
 import step as steps
 from config import Config, from_dict
@@ -46,17 +44,6 @@ def timed(call: Callable) -> tuple[object, float, float]:
     cpu, wall = time.process_time(), time.perf_counter()
     result = call()
     return result, time.process_time() - cpu, time.perf_counter() - wall
-
-
-def machine() -> dict:
-    names = re.findall(r"model name\s*:\s*(.*)", Path("/proc/cpuinfo").read_text())
-    return {
-        "cpu": names[0] if names else platform.processor(),
-        "threads": torch.get_num_threads(),
-        "python": platform.python_version(),
-        "torch": torch.__version__,
-        "transformers": transformers.__version__,
-    }
 
 
 def write(part: str, table: dict) -> None:

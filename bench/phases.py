@@ -1,24 +1,20 @@
-"""Where a default CPU step of `rft` spends its time, how cost grows, what the log-prob pass needs of memory.
+"""Where a default CPU step of `rft` spends its time, and how cost grows with rows and tokens.
 
-    OMP_NUM_THREADS=1 python bench/phases.py phases growth memory
+    OMP_NUM_THREADS=1 python bench/phases.py phases growth
 
-Each part prints a table and writes bench/results/throughput-PART.json. CPU seconds of the process.
+Each part prints a table and writes bench/results/throughput-PART.json. CPU seconds of
+the process. Memory: bench/memory.py.
 """
 
 import functools
-import resource
 import statistics
-import subprocess
-import sys
 import time
 from collections.abc import Callable
 
 import torch
-import transformers
 from common import BUDGET, main, new_run, rows_at, timed, write
 
 import decode
-import model as models
 import sample
 import step as steps
 from config import Config
@@ -86,15 +82,16 @@ def watch(run: steps.Run, phases: Phases, counts: dict[str, int]) -> None:
     phases.wrap(steps, "grade_batch", "pack, grade")
     phases.wrap(steps, "forward", training_phase)
     phases.wrap(torch.Tensor, "backward", "backward")
-    phases.wrap(torch.nn.utils, "clip_grad_norm_", "clip, AdamW")
+    phases.wrap(steps, "clip_gradients", "clip, AdamW")
     phases.wrap(run.optimizer, "step", "clip, AdamW")
 
 
 def bench_phases(repeats: int = 8) -> None:
-    run, phases, counts = new_run(), Phases(), {}
+    run, counts = new_run(), {}
     one = [timed(lambda: generate(run.model, rows_at(run, 0)[:1], BUDGET, 0.0)) for _ in range(5)]
     fixed = statistics.median(cpu / (len(found[0]) or 1) for found, cpu, _ in one[1:])
     steps.rl_step(run, 0)
+    phases = Phases()
     watch(run, phases, counts)
     for step in range(1, repeats + 1):
         steps.rl_step(run, step)
@@ -115,7 +112,7 @@ def bench_phases(repeats: int = 8) -> None:
     write("phases", {"repeats": repeats, **facts, "table": table})
 
 
-# ---- growth, memory
+# ---- growth
 
 
 def bench_growth(repeats: int = 3) -> None:
@@ -150,37 +147,5 @@ def bench_growth(repeats: int = 3) -> None:
     write("growth", {"repeats": repeats, "table": table})
 
 
-def naive_stats(model, ids, mask, response, temperature) -> torch.Tensor:
-    """The log-probs as a first version would have them: all logits, log_softmax over [B, R, V]."""
-    logits = model(input_ids=ids, attention_mask=mask).logits[:, -response - 1 : -1] / temperature
-    return logits.log_softmax(-1).gather(2, ids[:, -response:, None]).squeeze(2)
-
-
-def peak_of(name: str) -> float:
-    """MiB that this process needed at most for one log-prob pass and its backward, beyond the model's own."""
-    config = transformers.LlamaConfig(
-        vocab_size=32768, hidden_size=64, intermediate_size=128, num_hidden_layers=1, num_attention_heads=2
-    )
-    model = transformers.LlamaForCausalLM(config)
-    ids = torch.randint(0, 32768, (16, 544))
-    before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-    arguments = model, ids, torch.ones_like(ids), 512, 1.0
-    found = naive_stats(*arguments) if name == "naive" else models.token_stats(*arguments)[0]
-    found.sum().backward()
-    return (resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before) / 1024
-
-
-def bench_memory() -> None:
-    """Each in a process of its own: 16 rows of 512 response tokens, 32,768 words."""
-    peaks = {}
-    for name in ("ours", "naive"):
-        command = [sys.executable, __file__, "peak", name]
-        peaks[name] = round(float(subprocess.run(command, capture_output=True, text=True, check=True).stdout))
-    write("memory", {"peak_mib": peaks, "ratio": round(peaks["ours"] / peaks["naive"], 3)})
-
-
 if __name__ == "__main__":
-    if sys.argv[1:2] == ["peak"]:
-        print(peak_of(sys.argv[2]))
-    else:
-        main({"phases": bench_phases, "growth": bench_growth, "memory": bench_memory})
+    main({"phases": bench_phases, "growth": bench_growth})

@@ -1,6 +1,6 @@
 """Decoding and updates of Qwen2.5 shapes (random weights, bf16) against the limits of the GPU.
 
-    python bench/cuda.py 0.5b 1.5b
+    python bench/gpu.py 0.5b 1.5b
 
 Writes bench/results/throughput-cuda-SHAPE.json. Decoding: 256 rows x 1024 new tokens, no row ends; plain `generate`
 (dynamic cache, eager), our loop, the static cache with HF's compiled forward pass. A decode pass cannot be faster
@@ -135,6 +135,6 @@ def bench(shape: str) -> None:
 
 if __name__ == "__main__":
     if not torch.cuda.is_available():
-        sys.exit("cuda.py: no CUDA device found; on the CPU run bench/throughput.py")
+        sys.exit("gpu.py: no CUDA device found; on the CPU run bench/throughput.py")
     for shape in sys.argv[1:] or SHAPES:
         bench(shape)

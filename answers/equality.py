@@ -18,14 +18,14 @@ equations (x^2 = 4 is not x = 2, -2), other identities for whole numbers only.
 from fractions import Fraction
 
 from .tree import (
-    CONSTANTS, EXPRESSIONS, INFINITY, MINUS_ONE, Node, REALS, Unreadable, ZERO, add, is_name, is_number, mul,
-    negative, num, symbols,
+    CONSTANTS, EXPRESSIONS, INFINITY, MINUS_ONE, Node, REALS, Unreadable, ZERO, add, is_name, is_number, is_region,
+    mul, negative, num, symbols,
 )  # fmt: skip
 from .regions import FLIPPED, regions_of
 from .values import DIGITS, ENOUGH, POINTS, SURE_DIGITS, WHOLE_POINTS, close, context, exact, is_real, value_at
 from .whole import Answer
 
-MAX_ITEMS = 200
+MAX_ITEMS, MAX_RELATIONS = 200, 40
 WHOLE_NAMES = set("ijklmnKMN")
 TURNED = FLIPPED | {"≡": "≡", "≈": "≈", "⊥": "⊥", "∥": "∥"}
 
@@ -100,8 +100,12 @@ def _same_items(p: tuple[Node, ...], g: tuple[Node, ...]) -> bool:
     """One to one in any order."""
     if len(p) != len(g) or len(p) > MAX_ITEMS:
         return False
-    left = list(g)
-    for item in p:
+    left, rest = list(g), []
+    for item in p:  # those that are written alike first: they cost nothing
+        left.remove(item) if item in left else rest.append(item)
+    if len(rest) > MAX_RELATIONS and any(item[0] in ("rel", "regions") for item in rest):
+        return False
+    for item in rest:
         match = next((k for k, other in enumerate(left) if same(item, other)), None)
         if match is None:
             return False
@@ -126,6 +130,9 @@ def _same_relations(p: Node, g: Node) -> bool:
         return same(value_p if name_p is None else p, value_g if name_g is None else g)
     if name_p and name_g and name_p[0] == name_g[0] == "seq":
         return _same_assignments(name_p, value_p, name_g, value_g)
+    for name, value, stated, other in ((name_p, value_p, p, g), (name_g, value_g, g, p)):
+        if name and value[0] == "seq" and stated[1][0] == "=" and is_region(other):  # P = (1, 2) is not 1 < x < 2
+            return False
     if (name_p is None) != (name_g is None) or (name_p is not None and name_p == name_g):
         if same(value_p, value_g):
             return True

@@ -10,6 +10,7 @@ from .tree import (
 from .values import DIGITS, context, is_real, value_at
 
 Part = tuple  # (low, low closed, high, high closed), an end being (value, its tree)
+MAX_LISTED = 40
 LOWEST, HIGHEST = (-context.inf, negative(INFINITY)), (context.inf, INFINITY)
 FLIPPED = {"<": ">", ">": "<", "<=": ">=", ">=": "<=", "!=": "!=", "=": "="}
 
@@ -53,7 +54,7 @@ def _parts(node: Node) -> list[Part] | None:
         if node[1] == "∖":
             return [rest for part in left for rest in _without(part, right)] if node[2][1][0] == "set" else None
         return left + right if node[1] == "∪" else _common(left, right)
-    if node[0] == "list" and all(map(is_region, node[1])):
+    if node[0] == "list" and len(node[1]) <= MAX_LISTED and all(map(is_region, node[1])):
         return _listed([_parts(x) for x in node[1]])
     return _of_relation(node[1], node[2]) if node[0] == "rel" else None
 

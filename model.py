@@ -14,6 +14,7 @@ from pathlib import Path
 from types import MethodType
 
 import torch
+from huggingface_hub.utils import logging as hub_logging
 from torch import Tensor
 from torch.distributed.fsdp import FSDPModule, register_fsdp_forward_method
 from torch.utils.checkpoint import checkpoint
@@ -52,7 +53,10 @@ def load_model(
     device = torch.device(device)
     if not sys.stderr.isatty():
         logging.disable_progress_bar()
+    hub_logging.set_verbosity_error()  # without a network: our one line instead of every retry
     folder = Path(path)
+    if not folder.exists() and path.count("/") != 1:
+        raise ValueError(f"model {path!r} is neither a folder that exists nor a hub name (ORGANISATION/NAME)")
     if folder.exists() and not any(folder.glob("*.safetensors")):
         raise ValueError(f"model {path!r} holds no *.safetensors weights: give a HuggingFace model folder")
     if folder.exists() and not any((*folder.glob("tokenizer*"), *folder.glob("vocab*"))):

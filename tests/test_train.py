@@ -243,7 +243,7 @@ def test_wrong_data(tmp_path, monkeypatch, capsys, content, message):
 @pytest.mark.parametrize(
     "settings, message",
     [
-        ({"model": "no/such/folder"}, "cannot be loaded"),
+        ({"model": "no/such/folder"}, "neither a folder that exists"),
         ({"max_response_tokens": 3}, "needs demonstrations"),
         ({"max_response_tokens": 4000}, "exceed the model's"),
         ({"prompts_per_step": 4000}, "prompts_per_step is 4000"),

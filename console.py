@@ -157,8 +157,8 @@ def show_base(run: Any, base: dict[str, Any], seconds: float) -> None:
     config = run.config
     steps = config.steps if "rl" in run.method.stages else 0
     sampled = steps * config.prompts_per_step * config.rollouts_per_prompt
-    update_share = 1.4  # of the sampling time: a step is sampling plus about 0.4 of it for the updates
-    estimate = seconds * (1 + update_share * sampled / rows)
+    row_cost = 2.5  # of a training row in evaluation rows: two more passes, and answers grow longer
+    estimate = seconds * (1 + row_cost * sampled / rows)
     show(f"  time       about {max(1, round(estimate / 60))} min")
 
 

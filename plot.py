@@ -70,7 +70,10 @@ def draw(runs: list[Path], target: Path) -> Path:
         for key in row
         if key.startswith("eval_") and key != "eval_all"
     )
-    panels = {"validation accuracy, greedy": tuple((level, level[5:]) for level in levels) or (("eval_all", ""),)}
+    if len(loaded) == 1:
+        panels = {"validation accuracy, greedy": tuple((level, level[5:]) for level in levels) or (("eval_all", ""),)}
+    else:  # a panel for each level, or the lines of several runs could not be told apart
+        panels = {f"validation accuracy, greedy: {level[5:]}": ((level, ""),) for level in (*levels, "eval_all")}
     panels |= PANELS
     panels = {title: ms for title, ms in panels.items() if any(points(run, m)[0] for run in loaded for m, _ in ms)}
     rows = -(-len(panels) // 3)

@@ -221,9 +221,9 @@ def generate(
 ) -> list[list[int]]:
     """Responses of `rows`, in their order: prefix + continuation, the end token last unless cut off by the budget.
 
-    temperature 0 is greedy. `decode`: one of DECODERS. `progress` names a tqdm bar. Rows of similar length share
-    a call of at most `rows_per_call` rows; which rows share one changes no token (up to rounding of the logits). With several ranks
-    each samples the groups g = rank (mod ranks) and gets the others' responses; all must call.
+    temperature 0 is greedy. `decode`: one of DECODERS. `progress` names a tqdm bar. Rows of similar length share a
+    call of at most `rows_per_call` rows; which rows share one changes no token (up to rounding of the logits). With
+    several ranks each samples the groups g = rank (mod ranks) and gets the others' responses; all must call.
     """
     responses = {i: list(row.prefix_ids) for i, row in enumerate(rows)}
     sampled: dict[int, list[int]] = {}

@@ -2,7 +2,8 @@
 
     tokens.py    text -> tokens, and the vocabulary          tree.py      the tree in normal form, exact arithmetic
     reader.py    tokens -> tree                              values.py    values at random points to 60 digits
-    whole.py     text -> answer: `read`                      equality.py  two answers: `equal`
+    whole.py     text -> answer: `read`                      regions.py   sets of real numbers as intervals
+    equality.py  two answers: `equal`
 
 No time limits, processes or signals are needed: characters, tokens, depth, digits and points are limited, nothing
 backtracks, and no text is ever evaluated. Not here: finding the answer in a response (reward.py).

@@ -10,27 +10,30 @@ Optional, but never contradicted: units, degrees, %, currency, the modulus, the 
 [0, 1). Three or more numbers in order are a tuple with or without parentheses, a column is a point, {5} is 5.
 
 Expressions are compared as functions of real variables where both are real at three or more of eight points, else as
-complex ones. Left out: solving equations (x^2 = 4 is not x = 2, -2), identities for whole numbers only.
+complex ones. With ⌊ ⌋ or ⌈ ⌉ whole numbers count, alone where the letters are i to n, K, M or N. Left out: solving
+equations (x^2 = 4 is not x = 2, -2), other identities for whole numbers only.
 """
 # ruff: isort: skip_file
 
 from fractions import Fraction
 
 from .tree import (
-    CONSTANTS, EXPRESSIONS, INFINITY, Node, REALS, Unreadable, ZERO, add, is_name, is_number, mul, negative,
-    num, symbols,
+    CONSTANTS, EXPRESSIONS, INFINITY, MINUS_ONE, Node, REALS, Unreadable, ZERO, add, is_name, is_number, is_region,
+    mul, negative, num, symbols,
 )  # fmt: skip
-from .values import DIGITS, ENOUGH, POINTS, SURE_DIGITS, close, context, exact, is_real, value_at
+from .regions import FLIPPED, regions_of
+from .values import DIGITS, ENOUGH, POINTS, SURE_DIGITS, WHOLE_POINTS, close, context, exact, is_real, value_at
 from .whole import Answer
 
-MAX_ITEMS = 200
-FLIPPED = {"<": ">", ">": "<", "<=": ">=", ">=": "<=", "=": "=", "!=": "!=", "≡": "≡", "≈": "≈", "⊥": "⊥", "∥": "∥"}
+MAX_ITEMS, MAX_RELATIONS = 200, 40
+WHOLE_NAMES = set("ijklmnKMN")
+TURNED = FLIPPED | {"≡": "≡", "≈": "≈", "⊥": "⊥", "∥": "∥"}
 
 
 def equal(prediction: Answer, gold: Answer) -> bool:
     """Whether a prediction is right. A multiple-choice gold accepts its letter only, words only equal words."""
     if gold.choice:
-        return prediction.choice == gold.choice
+        return gold.choice in (prediction.choice, prediction.option)
     if "text" in (prediction.node[0], gold.node[0]):
         return prediction.words is not None and prediction.words == gold.words
     pairs = [(prediction.node, gold.node), (prediction.second, gold.node), (prediction.node, gold.second)]
@@ -78,8 +81,6 @@ def _same_collections(p: Node, g: Node) -> bool:
         if len(matrix[1][0]) > 1 or seq[1] + seq[2] not in ("()", "[]"):
             return False
         return _same_in_order(column, seq[3]) if matrix is p else _same_in_order(seq[3], column)
-    if kinds == {"det"}:
-        return len(p[1]) == len(g[1]) and all(_same_in_order(a, b) for a, b in zip(p[1], g[1]))
     if kinds == {"ratio"}:
         return _same_ratio(p[1], g[1])
     if p[0] == "set" and len(p[1]) == 1 and g[0] in EXPRESSIONS:  # {5} is 5
@@ -99,8 +100,12 @@ def _same_items(p: tuple[Node, ...], g: tuple[Node, ...]) -> bool:
     """One to one in any order."""
     if len(p) != len(g) or len(p) > MAX_ITEMS:
         return False
-    left = list(g)
-    for item in p:
+    left, rest = list(g), []
+    for item in p:  # those that are written alike first: they cost nothing
+        left.remove(item) if item in left else rest.append(item)
+    if len(rest) > MAX_RELATIONS and any(item[0] in ("rel", "regions") for item in rest):
+        return False
+    for item in rest:
         match = next((k for k, other in enumerate(left) if same(item, other)), None)
         if match is None:
             return False
@@ -125,6 +130,9 @@ def _same_relations(p: Node, g: Node) -> bool:
         return same(value_p if name_p is None else p, value_g if name_g is None else g)
     if name_p and name_g and name_p[0] == name_g[0] == "seq":
         return _same_assignments(name_p, value_p, name_g, value_g)
+    for name, value, stated, other in ((name_p, value_p, p, g), (name_g, value_g, g, p)):
+        if name and value[0] == "seq" and stated[1][0] == "=" and is_region(other):  # P = (1, 2) is not 1 < x < 2
+            return False
     if (name_p is None) != (name_g is None) or (name_p is not None and name_p == name_g):
         if same(value_p, value_g):
             return True
@@ -135,7 +143,7 @@ def _same_relations(p: Node, g: Node) -> bool:
                 return (
                     _same_in_order(value[3], other[1]) if assigned is name_p else _same_in_order(other[1], value[3])
                 )
-    regions = _regions(p), _regions(g)
+    regions = regions_of(p), regions_of(g)
     if None not in regions:
         variables = [symbols(n) - {INFINITY[1], REALS[1]} for n in (p, g)]
         return (not all(variables) or variables[0] == variables[1]) and _same_regions(*regions)
@@ -157,7 +165,7 @@ def _named_value(node: Node) -> tuple[Node | None, Node]:
         sides = [value]
     constant = not symbols(value)
     if not is_name(name):
-        if constant and name[0] in ("add", "mul") and all(_is_plain(x) for x in name[1]):  # a + b = 7, AB/CD = 1/2
+        if constant and _is_quantity(name):
             pass
         elif len(sides) > 1 or not symbols(name):  # 2 + 3 = 5
             sides, name = [name, *sides[:-1]], ("sym", "")
@@ -177,6 +185,17 @@ def _same_assignments(name_p: Node, value_p: Node, name_g: Node, value_g: Node) 
     return p.keys() == g.keys() and all(same(value, g[name]) for name, value in p.items())
 
 
+def _is_quantity(node: Node) -> bool:
+    """What an answer may name to state its value: a + b = 7, AB/CD = 1/2, |AB| = 5, cos A = 1/2; not |x| or 2x."""
+    if node[0] == "ratio":  # AB : CD
+        return all(_is_plain(x) or _is_quantity(x) for x in node[1])
+    if node[0] == "fn" and node[1] == "abs":
+        return node[2][0][0] == "mul" and all(_is_plain(x) for x in node[2][0][1])
+    if node[0] == "fn":
+        return node[1] in ("lim", "int", "sum") or (node[1] in ("sin", "cos", "tan") and _is_plain(node[2][0]))
+    return node[0] in ("add", "mul") and all(_is_plain(x) for x in node[1])
+
+
 def _is_plain(node: Node) -> bool:
     if node[0] == "pow" and node[2] == num(-1):
         return all(map(_is_plain, node[1][1])) if node[1][0] == "mul" else _is_plain(node[1])
@@ -184,31 +203,42 @@ def _is_plain(node: Node) -> bool:
 
 
 def _approximations(node: Node) -> list[Node]:
-    """Both sides of "exact ≈ decimal" if the decimal is the exact value rounded; the value of "x ≈ decimal"."""
+    """Both sides of "exact ≈ decimal" if the decimal is the exact value rounded; the value of "x ≈ number"."""
     cut = node[1].index("≈")
     left, right = node[2][: cut + 1], node[2][cut + 1 :]
+    if len(right) == len(left) == 1 and is_name(left[0]):
+        return [right[0]] if is_number(right[0]) or (right[0][0] == "unit" and is_number(right[0][1])) else []
     if len(right) > 1 or right[0][0] != "dec":
         return []
-    if len(left) == 1 and is_name(left[0]):
-        return [right[0]]
     exact = ("rel", node[1][:cut], left) if cut else left[0]
     value = _named_value(exact)[1]
-    return [exact, right[0]] if value[0] in EXPRESSIONS and _rounds_to(value, right[0]) else []
+    return [exact, right[0]] if value[0] in EXPRESSIONS and _rounds_to(value, right[0], 2) else []
 
 
 def _same_relation(p: Node, g: Node) -> bool:
     """Relations side by side, also turned round; single ones also as lhs - rhs up to a constant factor."""
-    turned = tuple(FLIPPED.get(op, op) for op in reversed(p[1])), p[2][::-1]
-    for ops, sides in ((p[1], p[2]), turned if all(op in FLIPPED for op in p[1]) else (p[1], p[2])):
+    turned = tuple(TURNED.get(op, op) for op in reversed(p[1])), p[2][::-1]
+    for ops, sides in ((p[1], p[2]), turned if all(op in TURNED for op in p[1]) else (p[1], p[2])):
         if ops == g[1] and _same_in_order(sides, g[2]):
             return True
     if len(p[1]) > 1 or len(g[1]) > 1 or any(s[0] not in EXPRESSIONS for s in p[2] + g[2]):
         return False
     (op_p,), (op_g,) = p[1], g[1]
-    if op_g not in ("=", "!=", "<", ">", "<=", ">=") or op_p not in (op_g, FLIPPED[op_g]):
+    if op_g not in ("=", "!=", "<", ">", "<=", ">=") or op_p not in (op_g, TURNED[op_g]):
         return False
     signs = {1, -1} if op_p in ("=", "!=") else {1 if op_p == op_g else -1}
-    return _proportional(*(add(n[2][0], negative(n[2][1])) for n in (p, g)), signs)
+    terms = [add(n[2][0], negative(n[2][1])) for n in (p, g)]
+    if op_p == "=":
+        terms = list(map(_without_denominators, terms))
+    return _proportional(*terms, signs)
+
+
+def _without_denominators(node: Node) -> Node:
+    """y - 3/x times x: the equations y = 3/x and xy = 3 are the same."""
+    terms = node[1] if node[0] == "add" else (node,)
+    factors = [factor for term in terms for factor in (term[1] if term[0] == "mul" else (term,))]
+    below = {f[1] for f in factors if f[0] == "pow" and f[2] == MINUS_ONE and symbols(f[1])}
+    return add(*(mul(term, *sorted(below)) for term in terms)) if len(terms) > 1 and len(below) < 4 else node
 
 
 def _proportional(p: Node, g: Node, signs: set[int]) -> bool:
@@ -241,94 +271,6 @@ def _constant_ratio(p: Node, g: Node) -> bool:
     return len(values) >= ENOUGH and all(abs(v - values[0]) < abs(values[0]) * context.mpf(10) ** -45 for v in values)
 
 
-def _regions(node: Node) -> list[tuple] | None:
-    """A set of real numbers as sorted, merged intervals (low, low closed, high, high closed); None if it is none."""
-    parts = _parts(node)
-    if parts is None:
-        return None
-    merged: list[tuple] = []
-    for low, lowclosed, high, highclosed in sorted(parts, key=lambda r: (r[0][0], not r[1])):
-        if merged:
-            last = merged[-1]
-            touches = low[0] < last[2][0] or (low[0] == last[2][0] and (lowclosed or last[3]))
-            if touches:
-                end = max((last[2], last[3]), (high, highclosed), key=lambda e: (e[0][0], e[1]))
-                merged[-1] = (*last[:2], *end)
-                continue
-        merged.append((low, lowclosed, high, highclosed))
-    return merged
-
-
-def _parts(node: Node) -> list[tuple] | None:
-    ends = (-context.inf, negative(INFINITY)), (context.inf, INFINITY)
-    everything = [(ends[0], False, ends[1], False)]
-    if node == REALS:
-        return everything
-    if node[0] == "seq" and len(node[3]) == 2:
-        low, high = map(_end, node[3])
-        if low is None or high is None or not low[0] < high[0]:
-            return None
-        return [(low, node[1] == "[", high, node[2] == "]")]
-    if node[0] == "set" and node[1]:
-        points = [_end(x) for x in node[1]]
-        return None if None in points else [(x, True, x, True) for x in points]
-    if node[0] == "regions" and node[1] == "∪":
-        parts = [_parts(x) for x in node[2]]
-        return None if None in parts else parts[0] + parts[1]
-    if node[0] == "regions" and node[1] == "∖" and node[2][1][0] == "set":
-        left, points = _parts(node[2][0]), _parts(node[2][1])
-        return None if left is None or points is None else [r for part in left for r in _without(part, points)]
-    if node[0] == "list":
-        variables = {frozenset(symbols(x)) for x in node[1]}
-        parts = [_parts(x) if x[0] == "rel" else None for x in node[1]]
-        return None if None in parts or len(variables) > 1 else [r for part in parts for r in part]
-    return _inequality_parts(node, everything) if node[0] == "rel" else None
-
-
-def _inequality_parts(node: Node, everything: list[tuple]) -> list[tuple] | None:
-    """x > 1, 1 < x <= 2, x != 3, x in [0, 1]."""
-    ops, sides = node[1], node[2]
-    if ops == ("∈",):
-        return _parts(sides[1]) if sides[0][0] == "sym" else None
-    if not {"<", "<=", ">", ">=", "!="}.issuperset(ops) or len(ops) > 2:
-        return None
-    if ops[0] in (">", ">=") or (len(sides) == 2 and sides[1][0] == "sym" and is_name(sides[1])):
-        ops, sides = tuple(FLIPPED[op] for op in reversed(ops)), sides[::-1]
-    ends = [_end(side) for side in sides]
-    low, high = everything[0][0], everything[0][2]
-    if len(ops) == 1 and ((is_name(sides[0]) and ends[1]) or (is_name(sides[1]) and ends[0])):
-        value = ends[1] or ends[0]
-        if ops[0] == "!=":
-            return _without(everything[0], [(value, True, value, True)])
-        below = (ops[0][0] == "<") == is_name(sides[0])
-        closed = ops[0][-1] == "="
-        return [(low, False, value, closed) if below else (value, closed, high, False)]
-    if len(ops) == 2 and is_name(sides[1]) and ends[0] and ends[2] and ops[0][0] == ops[1][0] == "<":
-        return [(ends[0], ops[0] == "<=", ends[2], ops[1] == "<=")] if ends[0][0] < ends[2][0] else None
-    return None
-
-
-def _without(part: tuple, points: list[tuple]) -> list[tuple]:
-    found = [part]
-    for point, *_ in points:
-        pieces = []
-        for low, lowclosed, high, highclosed in found:
-            if low[0] < point[0] < high[0]:
-                pieces += [(low, lowclosed, point, False), (point, False, high, highclosed)]
-            else:
-                pieces.append((low, lowclosed and low[0] != point[0], high, highclosed and high[0] != point[0]))
-        found = pieces
-    return found
-
-
-def _end(node: Node) -> tuple | None:
-    """The value of an end point with its tree; None unless it is a real constant or ±∞."""
-    if node in (INFINITY, negative(INFINITY)):
-        return (context.inf if node == INFINITY else -context.inf), node
-    value = value_at(node, 0, DIGITS) if node[0] in EXPRESSIONS and not symbols(node) else None
-    return (context.re(value[0]), node) if value and is_real(value[0]) else None
-
-
 def _same_regions(p: list[tuple], g: list[tuple]) -> bool:
     return len(p) == len(g) and all(
         a[1] == b[1] and a[3] == b[3] and same(a[0][1], b[0][1]) and same(a[2][1], b[2][1]) for a, b in zip(p, g)
@@ -346,9 +288,9 @@ def _same_expressions(p: Node, g: Node) -> bool:
     return INFINITY not in (p, g) and _same_values(p, g)
 
 
-def _rounds_to(value: Node, decimal: Node) -> bool:
-    """Whether an exact value that no decimal can state rounds to a decimal of three or more significant digits."""
-    if abs(decimal[1]) < 100 * decimal[2] or value[0] == "dec" or symbols(value):
+def _rounds_to(value: Node, decimal: Node, digits: int = 3) -> bool:
+    """Whether an exact value that no decimal can state rounds to a decimal of at least so many significant digits."""
+    if abs(decimal[1]) < 10 ** (digits - 1) * decimal[2] or value[0] == "dec" or symbols(value):
         return False
     if value[0] == "num":
         rest = value[1].denominator
@@ -365,10 +307,13 @@ def _same_values(p: Node, g: Node) -> bool:
     """Equal at the random points where both are real, at least ENOUGH of them; else at all points.
 
     With a root and several variables only positive points count: √(x²y) is x√y where letters are lengths and masses.
+    With ⌊x⌋ or ⌈x⌉ whole numbers count too, and nothing else where all letters name whole numbers.
     """
     variables = symbols(p) | symbols(g)
     positive = len(variables) > 1 and _roots_only((p, g)) == (True, False)
     points = range((POINTS // 2 if positive else POINTS) if variables else 1)
+    if variables and _rounds((p, g)):
+        points = [*WHOLE_POINTS, *(() if variables <= WHOLE_NAMES else points)]
     agreed, complex_agreed, decided = [], 0, 0
     for index in points:
         pair = value_at(p, index, DIGITS), value_at(g, index, DIGITS)
@@ -390,6 +335,12 @@ def _same_values(p: Node, g: Node) -> bool:
     index = agreed[0] if agreed else 0
     pair = value_at(p, index, SURE_DIGITS), value_at(g, index, SURE_DIGITS)
     return all(pair) and close(*pair, SURE_DIGITS)
+
+
+def _rounds(node: Node) -> bool:
+    return node[:2] in (("fn", "floor"), ("fn", "ceil"), ("fn", "mod")) or any(
+        _rounds(x) for x in node if isinstance(x, tuple)
+    )
 
 
 def _roots_only(node: Node) -> tuple[bool, bool]:

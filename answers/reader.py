@@ -14,8 +14,8 @@ import re
 from .tokens import END, Cursor
 from .tree import (
     CONSTANTS, DEGREE, FUNCTIONS, MINUS_ONE, Node, ONE, PI, REALS, Unreadable, add, call, divide, expand_signs,
-    expression, function_value, in_base, matrix_of, mul, negative, num, power, read_literal, set_of, substitute,
-    sym, symbols, usual_form, written_out,
+    expression, function_value, in_base, is_region, matrix_of, mul, negative, num, power, read_literal, set_of,
+    substitute, sym, symbols, usual_form, written_out,
 )  # fmt: skip
 from .vocabulary import ACCENTS, LISTS, unit_name
 
@@ -44,8 +44,11 @@ class Reader(Cursor):
         found = [self.item()]
         while self.token[0] == "SEP":
             while self.token[0] == "SEP":  # "a, b, and c"
-                self.take()
-            found.append(self.item())
+                separator = self.take()
+            item = self.item()
+            if separator in ("or", "and") and is_region(found[-1], item):  # x < 1 or x > 2
+                item = ("regions", "∪" if separator == "or" else "∩", (found.pop(), item))
+            found.append(item)
         return found
 
     def item(self) -> Node:
@@ -78,7 +81,7 @@ class Reader(Cursor):
         scale, words = self.unit_words()
         if scale != 1:
             node = mul(node, num(scale))
-        if words:
+        if words and (unit_name(words) != unit or not unit):  # \\$5 dollars
             unit = unit_name((unit + " " if unit else "") + words)
         if self.is_op("pmod") or (self.is_op("(") and self.ahead(1) == ("OP", "mod")):
             in_parentheses = self.take() == "("
@@ -131,7 +134,7 @@ class Reader(Cursor):
     def starts_factor(self) -> bool:
         kind, value = self.token
         if kind == "NUM":
-            return self.tokens[self.at - 1][0] != "NUM"
+            return self.tokens[self.at - 1][0] != "NUM" or self.tokens[self.at - 2] == ("OP", "^")
         if kind == "OP":
             if value == "|":
                 return not self.bars and not self.bar_separates
@@ -185,11 +188,15 @@ class Reader(Cursor):
     def script(self) -> Node:
         """An exponent: a group, or a signed primary with its own exponent (2^3^2)."""
         sign = self.sign() if self.is_op("-", "+") else ONE
-        node = self.primary()
+        node = self.single()
         if self.is_op("^"):
             self.take()
             node = self.superscript(node)
         return node if sign == ONE else mul(sign, node)
+
+    def single(self) -> Node:
+        """An exponent, radicand or base of a logarithm: 2^3\\frac12 has no mixed number, it is 4."""
+        return read_literal(self.take()) if self.token[0] == "NUM" else self.primary()
 
     def primary(self) -> Node:
         self.depth += 1
@@ -272,10 +279,10 @@ class Reader(Cursor):
                 exponent = self.script()
             else:
                 base = self.log_base()
-        if name in ("min", "max", "gcd", "lcm") and self.is_op("(", "\\{"):
+        if name in ("min", "max", "gcd", "lcm") and self.is_op("(", "[", "\\{"):
             self.take()
             args = self.items()
-            self.expect(")", "\\}")
+            self.expect(")", "]", "\\}")
             return call(name, *args)
         inverse = exponent == MINUS_ONE and "arc" + name in FUNCTIONS
         argument = expression(self.argument())
@@ -292,7 +299,7 @@ class Reader(Cursor):
         ):
             self.tokens[self.at] = ("NUM", value[1:])  # \log_28 is the logarithm of 8 to base 2
             return read_literal(value[0])
-        return expression(self.primary())
+        return expression(self.single())
 
     def argument(self) -> Node:
         """(…), {…}, or the product that follows up to the next function, sign or division (\\sin 2 \\pi t / 3)."""
@@ -318,14 +325,14 @@ class Reader(Cursor):
                 self.take()
                 index = expression(self.sum())
                 self.expect("]")
-            inside = expression(self.primary())
+            inside = expression(self.single())
             odd = index[0] == "num" and index[1].denominator == 1 and index[1] % 2 == 1
             return call("root", inside, index) if odd else power(inside, power(index, MINUS_ONE))
         if name == "mathbb":
             letter = self.script_text()
             return REALS if letter == "R" else sym("set " + letter)
         if name in ACCENTS:
-            return self.name(f"{name} {self.script_text()}")
+            return self.name(f"{'vec' if name == 'overrightarrow' else name} {self.script_text()}")
         if name in ("angle", "triangle", "measuredangle"):
             letters = name.replace("measured", "")
             while self.token[0] == "NAME":

@@ -9,13 +9,15 @@ import re
 
 from .tree import Unreadable, word_set
 from .vocabulary import (
-    ALIASES, CHARACTERS, COMMANDS, FUNCTION_NAMES, GREEK, KNOWN, LISTS, MATRICES, NAMED, OPERATORS, SCALES,
+    ALIASES, CHARACTERS, COMMANDS, FONTS, FUNCTION_NAMES, GREEK, KNOWN, LISTS, MATRICES, NAMED, OPERATORS, SCALES,
     SHORT_UNITS, STOP_WORDS, TEXTS,
 )  # fmt: skip
 
 MAX_CHARS, MAX_TOKENS = 2_000, 700
 
 _TRANSLATION = str.maketrans(CHARACTERS)
+_SCRIPTS = re.compile("([⁺⁻⁰¹²³⁴-⁹ⁿ]+)|([₊₋₀-₉]+)")
+_SCRIPT_DIGITS = str.maketrans("⁺⁻⁰¹²³⁴⁵⁶⁷⁸⁹ⁿ₊₋₀₁₂₃₄₅₆₇₈₉", "+-0123456789n+-0123456789")
 _NAMES_IN_RUN = "|".join(
     sorted(FUNCTION_NAMES | {"pi", "sqrt"} | {n for n in GREEK if len(n) > 2}, key=len, reverse=True)
 )
@@ -32,9 +34,24 @@ _TOKEN = re.compile(
 )
 _UNIT = r"\s*\\(?:text|mathrm) *\{([^{}]*)\}\s*"
 _UNIT_FRACTION = re.compile(rf"\\[dt]?frac *\{{{_UNIT}\}} *\{{{_UNIT}\^?\{{?(\d?)\}}?\}}")
+_SYMBOL_UNIT = re.compile(
+    r"^(?P<value>(?=[^\\]*\d)[-\d.eE+{},^\s]*+(?:\\(?:times|cdot)\s*+10\s*+\^[-\d{}\s]*+)?+)(?:\s|~|\\[,;: ])*+"
+    r"(?P<unit>(?:\\(?:text|mathrm)\s*\{[~\s]*)?(?:[MLR]\s*\}?_\s*\{?\\odot|[kM]?\\Omega|\\AA|\\mathring\s*\{?A)"
+    r"|\\mu\s*\\(?:text|mathrm)\s*\{\s*[A-Za-z]{1,2}|\\(?:text|mathrm)\s*\{[~\s]*\\mu\s*[A-Za-z]{1,2})[}\s]*$"
+)
+_TIME_UNIT = re.compile(r"(?<=[\d})])(?:[\s~]|\\[,;: ])*(?:\\(?:text|mathrm|mbox)\s*\{[\s~]*)?(min|sec)s?\s*\}?$")
+_BASE = r"\s*(?:\\(?:text|mathrm|mbox)\s*\{)?[\s~]*\(?(?:in )?base[\s~]*\}?\s*\$?(\d{1,2})\$?\)?\s*\}?$"
+_LETTER_DEGREE = r"(?<=[\d)}])\s*\^\s*(?:\{?\s*\\(?:text|mathrm|mbox)\s*\{\s*o\s*\}\s*\}?|\{o\}|o\b)"
+_SYSTEM = r"\\left\s*\\\{\s*\\begin\s*\{array\}\s*(?:\{[lcr]+\})?(.*?)\\end\s*\{array\}\s*\\right\s*\."
+# \text{The area is } or \text{Answer: } before a value
+_LEAD = re.compile(
+    r"^(?:\\(?:text|mbox)\s*\{ *)?(?P<words>(?=[^:}]*[a-z]{3})[A-Za-z][A-Za-z ]{0,60})(?: is|:)[ }]*(?=[-\d\\(\[])"
+)
+_FONT = re.compile(rf"\\(?:{'|'.join(FONTS)})\s*(?=\{{)")
 # "k is any whole number" after a family of solutions says nothing that is graded
 _CLAUSE = (
-    r"(?:,|\(|\\quad)\s*(?:\\text *\{ *(?:where|for|with) *\})?\s*[a-z] *\\in *\\mathbb *\{?[ZN]\}?(?:\^\{?\+\}?)?"
+    r"(?:,|\(|\\quad)(?:\s|~|\\[,;: ]|\\q?quad)*(?:\\text *\{ *(?:where|for|with) *\})?"
+    r"\s*[a-z] *\\in *\\mathbb *\{?[ZN]\}?(?:\^\{?\+\}?)?"
     r" *\)?\s*$"
 )
 _BRACE = re.compile(r"\\.|[{}]", re.DOTALL)
@@ -52,18 +69,53 @@ def clean(text: str) -> str:
         raise Unreadable(f"it has {len(text):,} characters, more than {MAX_CHARS:,}")
     if re.search(r"[\x00-\x08\x0b-\x1f\x7f]", text):
         raise Unreadable("it holds a control character")
-    text = text.translate(_TRANSLATION).replace("...", "\\ldots ")
+    text = _SCRIPTS.sub(lambda m: ("^{" if m[1] else "_{") + m.group().translate(_SCRIPT_DIGITS) + "}", text)
+    text = re.sub(r"[\s~]+", " ", text.translate(_TRANSLATION)).replace("...", "\\ldots ").replace("{:}", ":")
     text = re.sub(r"(?<!\\)((?:\\\\)*)(?:\\[()\[\]]|\$)", r"\1 ", text).strip()
+    text = re.sub(_SYSTEM, r"\\begin{cases}\1\\end{cases}", text, flags=re.DOTALL)
+    text = re.sub(r"\\mathop\s*\{((?:[^{}]|\{[^{}]*\})*)\}", r"\1 ", text)
     text = re.sub(r"^\*\*(.*)\*\*$", r"\1", text).replace("**", "^")
     text = re.sub(r"\\(?:left|right)\s*\.|\\(?:text)?color\s*\{\w+\}|\b(?:np|math|numpy)\.", " ", text)
     text = re.sub(r"\bd([a-zA-Z])/d([a-zA-Z])\b", r"\\frac{d\1}{d\2}", text)
     text = re.sub(r"(?<=\d)\s*(k?m/(?:s|h|hr)(?:\^\{?2\}?)?)(?![A-Za-z])", r"\\text{ \1}", text)
     text = _UNIT_FRACTION.sub(_unit_fraction, text)
     text = re.sub(_CLAUSE, "", text)
+    text = re.sub(_BASE, r"_{\1}", text)
+    text = re.sub(_LETTER_DEGREE, r"^\\circ ", text)
+    text = re.sub(r"(?<=[)\]])\s*U\s*(?=[(\[][^()\[\]]*,)", r"\\cup ", text)  # (0, 1) U (2, 3)
     text = re.sub(r"(?<=\d)\s*[xX]\s*(?=10\s*\^)", r"\\times ", text)
     text = re.sub(r"(\d{0,30})\.(\d{0,30})\\(?:overline|bar|dot)\s*\{(\d{1,30})\}", _repeating, text)
     text = re.sub(r"(?:\s|[.,;:]|\\[,;!\s]|\\\\|\\$)+$", "", text)
+    text = re.sub(r"(?<!\.[a-z])\.(?=\s*\}+$)|^(?:=|\\approx|\\simeq)\s*", "", text)
+    text = _TIME_UNIT.sub(r"\\text{ \1}", _SYMBOL_UNIT.sub(_symbol_unit, text))
+    text = _without_font(text)
+    lead = _LEAD.match(text)
+    if lead and not STOP_WORDS.intersection(lead["words"].lower().split()):
+        text = text[lead.end() :].lstrip()
+    text = re.sub(r"^([\[\]])([^\[\]]*,[^\[\]]*)([\[\]])$", _turned_brackets, text)
     return re.sub(r"^<(.*,.*)>$", r"(\1)", text)
+
+
+def _without_font(text: str) -> str:
+    """The content of \\mathbf{...} and the like around the whole text."""
+    for _ in range(3):
+        match = _FONT.match(text)
+        start, stop = _group(text, match.end()) if match else (0, 0)
+        if not match or text[stop + 1 :].strip():
+            break
+        text = text[start:stop].strip()
+    return text
+
+
+def _turned_brackets(match: re.Match) -> str:
+    """]0, 1[ is (0, 1)."""
+    return f"{'[' if match[1] == '[' else '('}{match[2]}{']' if match[3] == ']' else ')'}"
+
+
+def _symbol_unit(match: re.Match) -> str:
+    """A unit that is written with a symbol, after the number that is the whole answer."""
+    unit = re.sub(r"\\(?:text|mathrm)|[^A-Za-z]", "", match["unit"])
+    return f"{match['value']}\\text{{ {unit}}}"
 
 
 def _unit_fraction(match: re.Match) -> str:
@@ -140,7 +192,7 @@ def _run(run: str, before: list[tuple[str, str]]) -> list[tuple[str, str]]:
     name = ALIASES.get(run, run)
     if name == "sqrt" or (name in FUNCTION_NAMES and name not in ("re", "im", "arg")):
         return [("COMMAND" if name == "sqrt" else "FUNC", name)]
-    if len(run) > 1 and run in NAMED and run not in ("Re", "Im", "in", "to"):
+    if len(run) > 1 and run in NAMED and run not in ("Re", "Im", "in", "to", "square", "star"):
         return [("NAME", NAMED[run])]
     parts = _RUN.fullmatch(run)
     if parts and parts[2] not in ("re", "im", "arg"):
@@ -192,8 +244,10 @@ def _group(text: str, at: int) -> tuple[int, int]:
 def _text(content: str, before: list[tuple[str, str]], grouped: bool, depth: int) -> list[tuple[str, str]]:
     """Tokens of a text command: words, a unit after a number, a separator, a function, else as outside of text."""
     words = re.sub(r"(?:[\s~$]|\\[,;:! ])+", " ", content).strip(" .,")
-    unit = re.sub(r"\\cdot|[{}]", " ", words)
     after_value = before and (before[-1][0] == "NUM" or before[-1][1] in (")", "}"))
+    if after_value and words in ("min", "sec"):
+        return [("TEXT", words)]
+    unit = re.sub(r"\\cdot|[{}]", " ", words)
     if after_value and "^" in unit and re.fullmatch(r"[A-Za-zÀ-ÿ](?:[A-Za-zÀ-ÿ /()-]|\^ *-?\d)*", unit):
         return [("TEXT", unit)]
     if not re.fullmatch(r"[A-Za-zÀ-ÿ][A-Za-zÀ-ÿ'’\-./ ]*", words) or words in ("e", "i", "d"):

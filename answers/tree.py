@@ -10,6 +10,7 @@ A node is a nested tuple that starts with its kind.
 Left out: collecting like terms, expanding, trigonometric rules. values.py finds values instead.
 """
 
+import functools
 import itertools
 import math
 import re
@@ -91,11 +92,14 @@ def _add_matrices(terms: tuple[Node, ...]) -> Node:
 
 
 def mul(*factors: Node) -> Node:
-    """Product in normal form; one factor may be a matrix. A decimal times ±10^k stays a decimal."""
+    """Product in normal form, also of matrices. A decimal times ±10^k stays a decimal."""
     matrices = [f for f in factors if f[0] == "matrix"]
-    if len(matrices) == 1:
+    if matrices:
+        product = functools.reduce(_matrix_product, matrices)
         scale = mul(*(f for f in factors if f[0] != "matrix"))
-        return ("matrix", tuple(tuple(mul(scale, cell) for cell in row) for row in matrices[0][1]))
+        if product[0] != "matrix":
+            return mul(scale, product)
+        return ("matrix", tuple(tuple(mul(scale, cell) for cell in row) for row in product[1]))
     product, rest, decimals = Fraction(1), [], []
     for factor in map(expression, factors):
         for part in factor[1] if factor[0] == "mul" else (factor,):
@@ -117,6 +121,18 @@ def mul(*factors: Node) -> Node:
     return rest[0] if len(rest) == 1 else ("mul", tuple(sorted(rest, key=repr)))
 
 
+def _matrix_product(a: Node, b: Node) -> Node:
+    """The product of two matrices; of two columns the scalar product."""
+    if a[0] != "matrix":
+        return ("matrix", tuple(tuple(mul(a, cell) for cell in row) for row in b[1]))
+    if len(a[1][0]) == len(b[1][0]) == 1 and len(a[1]) == len(b[1]):
+        return add(*(mul(x, y) for (x,), (y,) in zip(a[1], b[1])))
+    if len(a[1][0]) != len(b[1]) or size(a) * size(b) > 40_000:
+        raise Unreadable("matrices are multiplied that do not fit or are too large")
+    columns = tuple(zip(*b[1]))
+    return ("matrix", tuple(tuple(add(*map(mul, row, column)) for column in columns) for row in a[1]))
+
+
 def _is_power_of_ten(value: Fraction) -> bool:
     small, large = sorted((value.numerator, value.denominator))
     return small == 1 and large == 10 ** round((large.bit_length() - 1) * math.log10(2))
@@ -132,6 +148,8 @@ def divide(top: Node, bottom: Node) -> Node:
 
 def power(base: Node, exponent: Node) -> Node:
     """Power in normal form. A power too large to write out stays an opaque symbol: equal to itself only."""
+    if base[0] == "matrix" and exponent in (num(2), num(3)):
+        return mul(*[base] * int(exponent[1]))
     base, exponent = expression(base), expression(exponent)
     if exponent == ONE:
         return base
@@ -204,6 +222,12 @@ def size(node: Node) -> int:
     return 1 + sum(size(x) for x in node if isinstance(x, tuple))
 
 
+def is_region(*nodes: Node) -> bool:
+    """Whether the nodes are inequalities; all but one may be equations."""
+    ops = [set(n[1]) if n[0] == "rel" else {"<"} if n[0] == "regions" else {""} for n in nodes]
+    return all({"<", ">", "<=", ">=", "!=", "="}.issuperset(o) for o in ops) and any("=" not in o for o in ops)
+
+
 def is_name(node: Node) -> bool:
     """Whether a node can be the name of a value: x, f(x), V_1 : V_2, (p, q)."""
     if node[0] in ("ratio", "seq"):
@@ -234,7 +258,8 @@ NUMBER_WORDS = {word: value for value, word in enumerate(_COUNTED.split())}
 
 def in_base(digits: str, base: str) -> Node:
     """A number with its base."""
-    value = NUMBER_WORDS.get(base.strip().lower()) or (int(base) if re.fullmatch(r"[0-9]{1,2}", base) else 0)
+    base = base.strip("() ")
+    value = NUMBER_WORDS.get(base.lower()) or (int(base) if re.fullmatch(r"[0-9]{1,2}", base) else 0)
     if not 2 <= value <= 36 or any(int(d, 36) >= value for d in digits):
         raise Unreadable(f"{digits} is not a number in base {base}")
     return ("base", digits.lstrip("0") or "0", value)
@@ -314,4 +339,14 @@ def set_of(items: list[Node]) -> Node:
 def matrix_of(environment: str, rows: list[list[Node]]) -> Node:
     if len({len(row) for row in rows}) > 1 or not rows[0]:
         raise Unreadable("the rows of a matrix differ in length")
-    return ("det" if environment == "vmatrix" else "matrix", tuple(map(tuple, rows)))
+    return _determinant(tuple(map(tuple, rows))) if environment == "vmatrix" else ("matrix", tuple(map(tuple, rows)))
+
+
+def _determinant(rows: tuple[tuple[Node, ...], ...]) -> Node:
+    """Expanded along the first row, up to 4 x 4."""
+    if len(rows) != len(rows[0]) or len(rows) > 4 or size(rows) > 400:
+        raise Unreadable("a determinant is not square or larger than 4 x 4")
+    if len(rows) == 1:
+        return expression(rows[0][0])
+    minors = (tuple(row[:k] + row[k + 1 :] for row in rows[1:]) for k in range(len(rows)))
+    return add(*(mul(num((-1) ** k), rows[0][k], _determinant(minor)) for k, minor in enumerate(minors)))

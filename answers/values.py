@@ -13,6 +13,8 @@ import mpmath
 from .tree import CONSTANTS, DEGREE, FUNCTIONS, Node
 
 POINTS, ENOUGH = 8, 3
+WHOLES = [*range(1, 18), 24, 25, 31, 32, 33, 63, 64, 100]
+WHOLE_POINTS = range(POINTS, POINTS + len(WHOLES))
 DIGITS, SURE_DIGITS = 60, 150
 MAX_CALLS = 100  # of functions and powers in one expression
 MAX_SCALE = 10**100  # of sums, so that SURE_DIGITS are enough to see what was added
@@ -67,7 +69,9 @@ def exact(value: Fraction):
 
 @lru_cache(maxsize=4096)
 def _point(name: str | Node, index: int) -> Fraction:
-    """Points 0 to 3 are positive, below and above 1 by turns; 4 to 7 have either sign."""
+    """Points 0 to 3 are positive, below and above 1 by turns; 4 to 7 have either sign; WHOLE_POINTS are in WHOLES."""
+    if index in WHOLE_POINTS:
+        return Fraction(random.Random(repr(name)).sample(WHOLES, len(WHOLES))[index - POINTS])
     draw = random.Random(f"{name!r} at {index}")
     value = Fraction(draw.randrange(10**20, 9 * 10**20), 10**21)
     if draw.random() < 0.5:

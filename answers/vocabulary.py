@@ -65,7 +65,7 @@ OPERATORS = {
 SPACING = word_set(
     "left right big Big bigg Bigg bigl bigr Bigl Bigr biggl biggr Biggl Biggr displaystyle textstyle "
     "scriptstyle limits nolimits quad qquad thinspace enspace hspace hfill space normalsize large Large small "
-    "tiny bf rm it ensuremath"
+    "tiny bf rm it ensuremath middle mathop"
 )
 FONTS = word_set(
     "textbf mathbf boldsymbol bm mathit textit emph underline boxed fbox mathsf textsf cancel bcancel pmb "
@@ -102,6 +102,7 @@ def unit_name(words: str) -> str:
     )
     words = re.sub(r"\bsquared\b", "^2", re.sub(r"\bcubed\b", "^3", words))
     words = words.replace(" per ", "/").replace("·", " ").replace(".", "")
+    words = re.sub(r"\s*([A-Za-z]+)\s*\^\s*\{?-(\d)\}?", r"/\1^\2", words).replace("^1", "")  # m s^-1
     return re.sub(r"[\s{}]+", "", re.sub(r"[A-Za-z%$¢]+", _one_unit, words)).replace("mi/h", "mph")
 
 

@@ -10,7 +10,13 @@ from functools import lru_cache
 from .reader import Reader
 from .tokens import MAX_CHARS, clean, tokenize
 from .tree import NUMBER_WORDS, REALS, Node, Unreadable, in_base, num, sym
-from .vocabulary import FONTS, KNOWN, LISTS, SHORT_WORDS, TEXTS
+from .vocabulary import FONTS, KNOWN, LISTS, SHORT_WORDS, SPACING, TEXTS
+
+_NO_LETTERS = re.compile(
+    rf"\\(?:{'|'.join(FONTS | TEXTS | SPACING)})(?![A-Za-z])|\\[,;:! ]|[{{}}~\s]+"  # what is not seen of words
+)
+_CHOICE = re.compile(r"(?:(?i:the |correct |answer|option|choice|is|:| )+[ :])?\(? ?([A-Z]) ?\)?[.:]?")
+_OPTION = re.compile(r"(?:\( ?([A-Z]) ?\)[.:]? ?|([A-Z]) ?(?:\)[.:]? ?|[.:] ))(?P<text>[^,/ ].*)")
 
 
 @dataclass(frozen=True)
@@ -20,7 +26,8 @@ class Answer:
     node: Node
     second: Node | None = None
     words: str | None = None  # only where the whole answer is letters
-    choice: str | None = None  # the capital of a multiple-choice answer: B of (B), \\text{B}, B.
+    choice: str | None = None  # the capital of a multiple-choice answer: B of (B), \\text{B}, B., option B
+    option: str | None = None  # the capital that stands before the text of an option: B of (B) 12, B. Mercury
 
 
 def read(text: str) -> Answer:
@@ -33,13 +40,14 @@ def read(text: str) -> Answer:
 @lru_cache(maxsize=8192)
 def _read(text: str) -> Answer:
     cleaned = clean(text)
-    flat = re.sub(rf"\\(?:{'|'.join(FONTS | TEXTS)})(?![A-Za-z])|\\q?quad|\\[,;:! ]|[{{}}~\s]+", " ", cleaned)
-    flat = re.sub(r"\s+", " ", flat).strip(" .,")
+    flat = re.sub(r"\s+", " ", _NO_LETTERS.sub(" ", cleaned)).strip(" .,")
     if not flat:
         raise Unreadable("it is empty")
-    choice = re.fullmatch(r"\(? ?([A-Z]) ?\)?[.:]?", flat)
-    words, is_text = _words(flat, cleaned)
+    choice, words, is_text = _CHOICE.fullmatch(flat), *_words(flat, cleaned)
     letter = choice[1] if choice else None
+    option = _OPTION.fullmatch(flat)
+    if option and not re.search(r"\b[B-HJ-Z]\b|\([A-Z]\)|\bA[).,:]", option["text"]):
+        return Answer(("text", flat), words=flat, option=option[1] or option[2])
     if words and words.lower() in NUMBER_WORDS:
         return Answer(num(NUMBER_WORDS[words.lower()]), words=words)
     if words in ("all real numbers", "all reals", "real numbers", "set of all real numbers", "all real number"):

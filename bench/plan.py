@@ -31,8 +31,8 @@ from measure import machine, peak_bytes  # noqa: E402
 
 import model as models  # noqa: E402
 from config import Config, parse_config  # noqa: E402
+from decode import PREFILL_TOKENS  # noqa: E402
 from loss import METHODS  # noqa: E402
-from sample import PREFILL_TOKENS  # noqa: E402
 
 GIB = 2**30
 GPUS = {  # memory GB, bf16 TFLOP/s (dense), GB/s: the makers' data sheets

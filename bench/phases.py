@@ -106,7 +106,7 @@ def bench_phases(repeats: int = 8) -> None:
         "cpu_s_per_step": round(total / repeats, 3),
         "decode passes per step": passes / repeats,
         "rows of a decode pass": round(counts["rows tokens: forward, without attention"] / passes, 1),
-        "cpu_ms of a decode pass of one row (call overhead)": round(1000 * fixed, 2),
+        "cpu_ms per token of one row alone (call overhead)": round(1000 * fixed, 2),
         "padding in training passes": round(1 - counts["of them tokens"] / counts["columns passed"], 3),
     }
     write("phases", {"repeats": repeats, **facts, "table": table})

@@ -14,6 +14,7 @@ from conftest import random_model
 
 import train
 from config import parse_config
+from data.loader import Encoded
 from loss import METHODS
 from model import load_model, save_model
 
@@ -192,6 +193,16 @@ def test_every_method_runs(task, tmp_path, monkeypatch, capsys, method):
     assert len(rows) == {"sft": 1, "sft-rft": 3}.get(method, 2)
     base, final = load_model("data/base")[0].state_dict(), weights(tmp_path / "run")
     assert any(not torch.equal(base[name], final[name]) for name in base)
+
+
+@pytest.mark.parametrize("fraction, count", [(1.0, 40), (0.1, 4), (0.01, 1), (0.0, 0)])
+def test_kept_demonstrations_are_chosen_by_id(fraction, count):
+    """In any order and company the same ids, and a smaller share is part of a larger one."""
+    problems = [Encoded(f"p{i}", [1], [[5]] if i < 40 else [], 2) for i in range(60)]
+    kept = {problems[i].id for i in train.keep_fraction(problems, fraction)}
+    turned = problems[::-1]
+    assert len(kept) == count and kept == {turned[i].id for i in train.keep_fraction(turned, fraction)}
+    assert kept <= {problems[i].id for i in train.keep_fraction(problems, 0.5)} or fraction == 1.0
 
 
 # ---- wrong input: one line on stderr, exit code 2, nothing written

@@ -14,7 +14,7 @@ from typing import Any
 from tqdm import tqdm
 
 from config import Config
-from ranks import rank, world_size
+from ranks import launcher, rank, world_size
 
 LINE_EVERY = 10  # steps between lines when the output is piped
 SAMPLE_EVERY = 20  # steps between samples on a terminal
@@ -120,7 +120,7 @@ def command(config: Config, folder: Path) -> str:
         for field in dataclasses.fields(Config)
         if given[field.name] != field.default
     ]
-    return " ".join(["python train.py", *words])
+    return " ".join([launcher(), "train.py", *words])
 
 
 def show_start(run: Any, folder: Path, left_out: dict[str, int], total: int, done: int) -> None:
@@ -157,7 +157,7 @@ def show_base(run: Any, base: dict[str, Any], seconds: float) -> None:
     config = run.config
     steps = config.steps if "rl" in run.method.stages else 0
     sampled = steps * config.prompts_per_step * config.rollouts_per_prompt
-    row_cost = 2.5  # of a training row in evaluation rows: two more passes, and answers grow longer
+    row_cost = 5  # of a training row in evaluation rows: more passes, answers grow longer, validation goes on
     estimate = seconds * (1 + row_cost * sampled / rows)
     show(f"  time       about {max(1, round(estimate / 60))} min")
 

@@ -14,6 +14,7 @@ from transformers import (
     GenerationConfig,
     LogitsProcessor,
     LogitsProcessorList,
+    PreTrainedConfig,
     PreTrainedModel,
 )
 from transformers.cache_utils import DynamicLayer
@@ -87,6 +88,23 @@ class RoomyLayer(DynamicLayer):
     def batch_select_indices(self, indices: Tensor) -> None:
         self.all_keys, self.all_values = self.all_keys[indices], self.all_values[indices]
         self._view()
+
+
+def head_width(config: PreTrainedConfig) -> int:
+    return getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
+
+
+def cache_bytes(config: PreTrainedConfig) -> int:
+    """Bytes a token takes in the key-value cache, in bf16."""
+    heads = getattr(config, "num_key_value_heads", None) or config.num_attention_heads
+    return 2 * 2 * config.num_hidden_layers * heads * head_width(config)
+
+
+def row_bytes(config: PreTrainedConfig, columns: int) -> int:
+    """Bytes a row of `columns` tokens takes while it is sampled in bf16: its cache, one layer's keys and values
+    repeated for all heads, and 24 bytes a word of the vocabulary: scores, CDF and their copies."""
+    repeated = 2 * 2 * config.num_attention_heads * head_width(config)
+    return columns * (cache_bytes(config) + repeated) + 24 * config.vocab_size
 
 
 def check_neutral(processors: LogitsProcessorList) -> None:

@@ -1,7 +1,7 @@
 """Load and save a HuggingFace causal LM with its tokenizer; log-probs and entropies of responses.
 
-In reading order: `load_model`, `save_model`, `sampling`; `token_stats`, the training forward pass. On CUDA, or with
-several ranks, the model is sharded (ranks.py), which nothing but this file has to know.
+In reading order: `load_model`, `save_model`, `sampling`; `token_stats`, the training forward pass. In training on
+CUDA, or with several ranks, the model is sharded (ranks.py), which nothing but this file has to know.
 Left out: LoRA, quantisation, remote code, encoder-decoder models, models that change their logits after the head.
 """
 
@@ -38,15 +38,21 @@ def pick_device(name: str = "auto") -> torch.device:
 
 
 def load_model(
-    path: str, device: torch.device | str = "cpu", *, recompute: bool = False, offload: bool = False
+    path: str,
+    device: torch.device | str = "cpu",
+    *,
+    training: bool = False,
+    recompute: bool = False,
+    offload: bool = False,
 ) -> tuple[PreTrainedModel, Tokenizer]:
-    """A causal LM in fp32 and its tokenizer, from a folder or a hub name.
+    """A causal LM and its tokenizer, from a folder or a hub name.
 
-    Weights are fp32 whatever the file holds: an update of 1e-6 vanishes in bf16. All dropout is 0, so that the
-    training forward pass gives the log-probs the sampler had. The folder's generation config is reduced to its
+    `training`: weights are fp32 whatever the file holds, as an update of 1e-6 vanishes in bf16; after ranks.start()
+    they are sharded over the ranks, and rank 0 alone reads them. Otherwise every process has all of them, on CUDA
+    in bf16, which is what training computes in. All dropout is 0, so that the training forward pass gives the
+    log-probs the sampler had. The folder's generation config is reduced to its
     end and padding ids, so that a top_k or repetition_penalty in it cannot change the sampling distribution.
-    After ranks.start() the model is sharded over the ranks; rank 0 alone reads the weights. `recompute`: a layer's
-    activations are made again in the backward pass instead of kept. `offload`: ranks.shard.
+    `recompute`: a layer's activations are made again in the backward pass instead of kept. `offload`: ranks.shard.
     Raises ValueError, one line, for a folder without weights or tokenizer, a tokenizer without an end token, or a
     model whose logits are not its output head's.
     """
@@ -65,8 +71,9 @@ def load_model(
         tokenizer = AutoTokenizer.from_pretrained(path)
         if tokenizer.eos_token_id is None:
             raise ValueError("its tokenizer has no eos_token, so no response could end: set one")
-        if ranks.rank() == 0:
-            model = AutoModelForCausalLM.from_pretrained(path, dtype=torch.float32)
+        if ranks.rank() == 0 or not training:
+            dtype = torch.float32 if training or device.type != "cuda" else torch.bfloat16
+            model = AutoModelForCausalLM.from_pretrained(path, dtype=dtype)
         else:  # the weights come from rank 0
             with torch.device("meta"):
                 model = AutoModelForCausalLM.from_config(AutoConfig.from_pretrained(path), dtype=torch.float32)
@@ -89,7 +96,7 @@ def load_model(
     model.generation_config = GenerationConfig(eos_token_id=ends, pad_token_id=pad)
     if recompute:
         recompute_layers(model)
-    if torch.distributed.is_initialized():
+    if training and torch.distributed.is_initialized():
         ranks.shard(model, device, offload)
         model.token_stats = MethodType(_token_stats, model)
         register_fsdp_forward_method(model, "token_stats")

@@ -60,9 +60,24 @@ def stop() -> None:
         dist.destroy_process_group()
 
 
-def lost(error: Exception) -> bool:
-    """Whether `error` says that another rank is gone."""
-    return isinstance(error, dist.DistError) or any(word in str(error) for word in ("gloo", "NCCL"))
+def name() -> str:
+    """Who speaks, before a message: "" where there is one process."""
+    return f"rank {rank()}: " if world_size() > 1 else ""
+
+
+def launcher() -> str:
+    """What a command line begins with that starts as many ranks again."""
+    return f"torchrun --nproc_per_node {world_size()}" if world_size() > 1 else "python"
+
+
+def explain(error: RuntimeError) -> str:
+    """One line on an error that is no fault of the program: a full GPU, a rank that is gone; "" for any other."""
+    if isinstance(error, torch.OutOfMemoryError):
+        advice = "lower rows_per_call (sampling) or micro_batch_tokens (updates); bench/plan.py counts beforehand"
+        return f"the GPU's memory is full: {advice}"
+    if isinstance(error, dist.DistError) or any(word in str(error) for word in ("gloo", "NCCL")):
+        return f"lost another rank ({error})"
+    return ""
 
 
 # ---- exchange

@@ -14,6 +14,7 @@ Left out: clustering of problems that belong together, corrections for many comp
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 
@@ -31,6 +32,14 @@ class Answers:
     tokens: int = 0
     truncated: int = 0  # cut off by the budget: graded wrong
     unread: int = 0  # of the others: no boxed answer, or one that cannot be read
+
+    def add(self, row: dict[str, Any]) -> None:
+        """Count a graded response, a row of generations.jsonl."""
+        self.samples += 1
+        self.right += int(row["reward"])
+        self.tokens += row["tokens"]
+        self.truncated += int(row["truncated"])
+        self.unread += int(not row["truncated"] and not row["read"])
 
 
 def mean(values: Sequence[float]) -> float:

@@ -119,6 +119,7 @@ def accuracy(run: Run, name: str, temperature: float, title: str) -> dict[str, d
         max_response_tokens=run.config.eval_response_tokens,
         seed=run.config.seed,
         rows_per_call=run.config.rows_per_call,
+        decode=run.config.decode,
         progress=title if sys.stderr.isatty() else None,
     )
     return summarize(answers)
@@ -144,7 +145,9 @@ def prepare(config: Config) -> tuple[Run, dict[str, int]]:
     device = pick_device(config.device)
     ranks.start(device)
     check_ranks(config)
-    model, tokenizer = load_model(config.model, device, recompute=config.recompute, offload=config.offload)
+    model, tokenizer = load_model(
+        config.model, device, training=True, recompute=config.recompute, offload=config.offload
+    )
     context = getattr(model.config, "max_position_embeddings", None)
     data, left_out = load_data(config, tokenizer, model.generation_config.eos_token_id, context)
     run = Run(config, METHODS[config.method], model, tokenizer, data, new_optimizer(model, config), [])
@@ -241,13 +244,12 @@ def main() -> None:
         ranks.stop()
         sys.exit(code)
     except (ValueError, OSError) as error:
-        who = f"rank {ranks.rank()}: " if ranks.world_size() > 1 else ""
-        print(f"train.py: {who}{error}", file=sys.stderr)
+        print(f"train.py: {ranks.name()}{error}", file=sys.stderr)
         sys.exit(2)
     except RuntimeError as error:
-        if not ranks.lost(error):
+        if not (reason := ranks.explain(error)):
             raise
-        print(f"train.py: rank {ranks.rank()} lost another rank; --resume auto goes on ({error})", file=sys.stderr)
+        print(f"train.py: {ranks.name()}{reason}; --resume auto goes on from the last checkpoint", file=sys.stderr)
         sys.exit(1)
     except KeyboardInterrupt:  # before the first step
         sys.exit(130)

@@ -31,7 +31,7 @@ from measure import machine, peak_bytes  # noqa: E402
 
 import model as models  # noqa: E402
 from config import Config, parse_config  # noqa: E402
-from decode import PREFILL_TOKENS  # noqa: E402
+from decode import PREFILL_TOKENS, cache_bytes, head_width, row_bytes  # noqa: E402
 from loss import METHODS  # noqa: E402
 
 GIB = 2**30
@@ -145,23 +145,20 @@ class Counts:
     cache: int
     heads_width: int
     intermediate: int
-    vocabulary: int
 
 
 def count(shape: Any) -> Counts:
     model = empty_model(shape, torch.bfloat16)
     layers = [module for module in model.modules() if isinstance(module, GradientCheckpointingLayer)]
     total, layer = sum(p.numel() for p in model.parameters()), sum(p.numel() for p in layers[0].parameters())
-    width = getattr(shape, "head_dim", None) or shape.hidden_size // shape.num_attention_heads
     return Counts(
         total=total,
         root=total - layer * len(layers),
         layer=layer,
         layers=len(layers),
-        cache=2 * 2 * len(layers) * shape.num_key_value_heads * width,
-        heads_width=shape.num_attention_heads * width,
+        cache=cache_bytes(shape),
+        heads_width=shape.num_attention_heads * head_width(shape),
         intermediate=shape.intermediate_size,
-        vocabulary=shape.vocab_size,
     )
 
 
@@ -188,9 +185,8 @@ def plan(config: Config, shape: Any, gpus: int, prompt: int) -> dict[str, dict[s
     sampling = kept | {"weights in bf16 (all)": 2 * n.total}
     sampling["one block of prompts"] = 2 * PREFILL_TOKENS * (3 * n.intermediate + 6 * n.heads_width)
     cells = cache_tokens(config, prompt)
-    sampling[f"key-value caches, {config.rows_per_call} x {cells} tokens"] = config.rows_per_call * row_bytes(
-        n, cells
-    )
+    caches = f"key-value caches, {config.rows_per_call} x {cells} tokens"
+    sampling[caches] = config.rows_per_call * row_bytes(shape, cells)
     return {"update": update, "sampling": sampling}
 
 
@@ -198,11 +194,6 @@ def cache_tokens(config: Config, prompt: int) -> int:
     """Columns of a call at worst: a prefilled prefix widens the prompt of rows that have none, in the same call."""
     prefixes = METHODS[config.method].rows in ("hybrid", "shared_prefix") and config.prefill
     return prompt + config.max_response_tokens * (2 if prefixes else 1)
-
-
-def row_bytes(n: Counts, length: int) -> float:
-    """Of one row at full length: its cache, one layer's keys and values repeated for all heads, its next token."""
-    return n.cache * length + 2 * 2 * n.heads_width * length + 24 * n.vocabulary
 
 
 def hours(config: Config, shape: Any, gpus: int, gpu: str, prompt: int, mean: float) -> dict[str, float]:
@@ -264,7 +255,7 @@ def show(config: Config, gpu: str, gpus: int, prompt: int, mean: float | None) -
         print(f"  {'total':<52}{total / GIB:8.2f}   {verdict} {free / GIB:.1f} usable")
     if "sampling" in parts:
         fixed = sum(size for name, size in parts["sampling"].items() if not name.startswith("key-value"))
-        at_once = max(0, int((free - fixed) / row_bytes(n, cache_tokens(config, prompt))))
+        at_once = max(0, int((free - fixed) / row_bytes(shape, cache_tokens(config, prompt))))
         print(f"\nrows that can be sampled at once: {at_once} (rows_per_call is {config.rows_per_call})")
     for line in advice(config, parts, n, free, length):
         print(f"  change  {line}")

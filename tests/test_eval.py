@@ -3,8 +3,10 @@
 import argparse
 import itertools
 import json
+import os
 import random
 import re
+import subprocess
 import sys
 from fractions import Fraction
 from pathlib import Path
@@ -12,8 +14,11 @@ from types import SimpleNamespace
 
 import numpy as np
 import pytest
+import torch
+from transformers import LlamaConfig
 
 import eval
+import eval_folder
 import report
 import stats
 from benchmarks import choose_benchmarks
@@ -205,9 +210,14 @@ def test_grading_a_choice():
 # ---- the evaluation folder
 
 
+WORDS = (
+    "--model data/base --benchmarks embedded --problems 3 --samples 4 --temperature 1 "
+    "--max_response_tokens 40 --rows_per_call 10"
+)
+
+
 def arguments(**given) -> argparse.Namespace:
-    words = "--model data/base --benchmarks embedded --problems 3 --samples 4 --temperature 1"
-    args = eval.parse_args([*words.split(), "--max_response_tokens", "40", "--rows_per_call", "10"])
+    args = eval.parse_args(WORDS.split())
     for name, value in given.items():
         setattr(args, name, value)
     return args
@@ -285,6 +295,57 @@ def test_a_stopped_evaluation_continues_to_the_same_files(
     assert without_date(folder) == without_date(finished)
 
 
+def test_two_ranks_write_the_files_of_one_process(finished, tmp_path):
+    """As a user starts them."""
+    words = ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2", "eval.py", "--device", "cpu"]
+    words += [*WORDS.split(), "--out", str(tmp_path / "two")]
+    env = os.environ | {"OMP_NUM_THREADS": "1"}
+    done = subprocess.run([sys.executable, *words], env=env, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.count("evaluation ->") == 1 and done.stdout.count("written to") == 1
+    assert (tmp_path / "two" / "generations.jsonl").read_bytes() == (finished / "generations.jsonl").read_bytes()
+    two, one = without_date(tmp_path / "two"), without_date(finished)
+    assert (two["settings"].pop("ranks"), one["settings"].pop("ranks")) == (2, 1)
+    assert two == one
+
+
+@pytest.mark.usefixtures("no_figure")
+def test_an_evaluation_may_go_on_with_other_batches(finished, tmp_path):
+    """As it does on another number of ranks: which rows share a batch is no setting that decides a number."""
+    folder = copy(finished, tmp_path / "begun")
+    lines = (finished / "generations.jsonl").read_bytes().splitlines(keepends=True)
+    (folder / "generations.jsonl").write_bytes(b"".join(lines[:25]))
+    eval.run(arguments(out=folder, rows_per_call=7))
+    assert (folder / "generations.jsonl").read_bytes() == b"".join(lines)
+
+
+def test_as_many_rows_share_a_call_as_a_gpu_holds(monkeypatch):
+    config = LlamaConfig(
+        vocab_size=1000, hidden_size=64, num_hidden_layers=3, num_attention_heads=4, num_key_value_heads=2
+    )
+    model = SimpleNamespace(config=config, device=torch.device("cuda"))
+    row = (
+        100 * (3 * 2 * 2 * 16 + 2 * 4 * 16) * 2 + 24 * 1000
+    )  # bf16: keys and values of 3 layers, one layer's repeated
+    for free, rows in ((1e9, 512), (10 * row / 0.8 + 1, 10), (row / 2, 1)):
+        monkeypatch.setattr(torch.cuda, "mem_get_info", lambda _, free=free: (int(free), 0))
+        assert eval.rows_that_fit(model, 100) == rows
+    model.device = torch.device("cpu")
+    assert eval.rows_that_fit(model, 10**9) == 512
+
+
+def test_a_full_gpu_is_one_line(monkeypatch, capsys):
+    def full(args):
+        raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB")
+
+    monkeypatch.setattr(eval, "run", full)
+    monkeypatch.setattr(sys, "argv", ["eval.py", "--model", "data/base", "--benchmarks", "embedded"])
+    with pytest.raises(SystemExit) as stop:
+        eval.main()
+    error = capsys.readouterr().err
+    assert stop.value.code == 1 and error.startswith("eval.py: the GPU's memory is full: lower rows_per_call")
+
+
 @pytest.mark.usefixtures("no_figure")
 def test_a_complete_evaluation_samples_nothing_again(finished, monkeypatch):
     monkeypatch.setattr(eval, "respond", None)
@@ -313,7 +374,7 @@ def test_regrading_restores_changed_grades(finished, tmp_path, monkeypatch, caps
     assert "48 responses graded again, 5 grades changed" in capsys.readouterr().out
     assert (folder / "generations.jsonl").read_bytes() == (finished / "generations.jsonl").read_bytes()
     assert without_date(folder)["results"] == without_date(finished)["results"]
-    monkeypatch.setattr(eval, "grader_version", lambda: "another")
+    monkeypatch.setattr(eval_folder, "grader_version", lambda: "another")
     with pytest.raises(ValueError, match=r"graded by another version: first run {2}eval.py --regrade"):
         eval.run(arguments(out=folder))
 
@@ -322,7 +383,7 @@ def test_the_folder_of_another_evaluation_is_left_alone(finished, tmp_path, monk
     with pytest.raises(ValueError, match=r"other settings .*temperature: 1.0"):
         eval.run(arguments(out=finished, temperature=0.5))
     with monkeypatch.context() as patch:
-        patch.setattr(eval, "sha256", lambda *paths: "of another model")
+        patch.setattr(eval_folder, "sha256", lambda *paths: "of another model")
         with pytest.raises(ValueError, match=r"other settings .*weights"):
             eval.run(arguments(out=finished))
     foreign = copy(finished, tmp_path / "foreign")

@@ -53,7 +53,7 @@ def by_length(texts: list[str], _golds: list[str]) -> list[float]:
 
 def started(folder: Path, method: str) -> steps.Run:
     settings = {"lr": 1e-3, "sft_lr": 1e-3, "updates_per_step": 2} | CASES[method]
-    model, tokenizer = load_model(str(folder / "model"), recompute=settings.get("recompute", False))
+    model, tokenizer = load_model(str(folder / "model"), training=True, recompute=settings.get("recompute", False))
     run = make_run(tokenizer, method, model, **settings)
     run.optimizer = new_optimizer(model, run.config)
     return run
@@ -259,7 +259,7 @@ def test_a_step_on_cuda(results, monkeypatch, offload):
     device = pick_device("cuda")
     ranks.start(device)
     try:
-        model, tokenizer = load_model(str(folder / "model"), device, recompute=True, offload=offload)
+        model, tokenizer = load_model(str(folder / "model"), device, training=True, recompute=True, offload=offload)
         run = make_run(tokenizer, "prefix-rft", model)
         run.optimizer = new_optimizer(model, run.config)
         for number in range(2):

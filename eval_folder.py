@@ -1,0 +1,195 @@
+"""The folder of an evaluation: settings.json, generations.jsonl (a line per response), and grading it again.
+
+In reading order: everything that decides a number (`describe`), the folder, its stored responses, `regrade`.
+The report (results.json, results.md, passk.png) stands in report.py.
+"""
+
+import argparse
+import datetime
+import hashlib
+import itertools
+import json
+import platform
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import torch
+import transformers
+
+import ranks
+from benchmarks import Benchmark, all_draws, load_benchmark
+from checkpoint import write_text
+from choice import grade_response
+from data.loader import render_prompt
+from report import report
+from stats import Answers
+
+FREE = ("date", "device", "ranks", "rows_per_call", "decode")  # may be others when an evaluation is continued
+
+# ---- settings
+
+
+def sha256(*paths: Path) -> str:
+    digest = hashlib.sha256()
+    for path in paths:
+        with path.open("rb") as file:
+            while block := file.read(2**24):
+                digest.update(block)
+    return digest.hexdigest()
+
+
+def grader_version() -> str:
+    """sha256 of the files that decide whether a response is right."""
+    here = Path(__file__).parent
+    return sha256(*sorted(here.glob("answers/*.py")), here / "choice.py", here / "reward.py")
+
+
+def now() -> str:
+    return datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds")
+
+
+def describe(args: argparse.Namespace, model, tokenizer, benchmarks: list[Benchmark]) -> dict[str, Any]:
+    """Everything that decides a number, as settings.json keeps it."""
+    folder = Path(args.model)
+    weights = sha256(*sorted(folder.glob("*.safetensors"))) if folder.is_dir() else model.config._commit_hash
+    template, first = tokenizer.chat_template or "", benchmarks[0].problems[0]
+    return {
+        "model": args.model,
+        "weights": weights,  # sha256 of the files, or the hub's revision
+        "parameters": model.num_parameters(),
+        "dtype": str(model.dtype).removeprefix("torch."),
+        "chat_template": hashlib.sha256(template.encode()).hexdigest() if template else None,
+        "first_prompt": render_prompt(tokenizer, first.problem, first.system),
+        "first_prompt_ids": " ".join(map(str, benchmarks[0].encoded[0].prompt_ids)),
+        "benchmarks": {
+            b.name: {
+                "file": str(b.path),
+                "sha256": sha256(b.path),
+                "problems": len(b.problems),
+                "left_out": b.left_out,
+                "samples": b.samples,
+            }
+            for b in benchmarks
+        },
+        "problems_per_level": args.problems,
+        "system": args.system,
+        "temperature": args.temperature,
+        "top_p": 1.0,
+        "max_response_tokens": args.max_response_tokens,
+        "seed": args.seed,
+        "grader": grader_version(),
+        "versions": {
+            "python": platform.python_version(),
+            "torch": torch.__version__,
+            "transformers": transformers.__version__,
+        },
+        "device": str(model.device),
+        "ranks": ranks.world_size(),
+        "rows_per_call": args.rows_per_call,
+        "decode": args.decode,
+        "date": now(),
+    }
+
+
+# ---- the evaluation folder
+
+
+def open_folder(args: argparse.Namespace, settings: dict[str, Any]) -> Path:
+    """The folder of this evaluation, with its settings.json: --out, or the first free evals/MODEL-NNN.
+
+    Raises ValueError if --out holds anything but an evaluation with the same settings.
+    """
+    if not args.out:
+        path = Path(args.model)
+        name = path.parent.name if path.name == "final" and path.parent.name else path.resolve().name
+        args.out = next(f for i in itertools.count(1) if not (f := Path("evals") / f"{name}-{i:03d}").exists())
+    file = args.out / "settings.json"
+    if file.exists():
+        stored = json.loads(file.read_text(encoding="utf-8"))
+        changed = [k for k in settings if k not in FREE and settings[k] != stored.get(k)]
+        if changed == ["grader"]:
+            raise ValueError(f"{args.out} was graded by another version: first run  eval.py --regrade {args.out}")
+        if changed:
+            was = "; ".join(f"{k}: {json.dumps(stored.get(k))[:90]}" for k in changed)
+            raise ValueError(f"{args.out} holds an evaluation with other settings ({was}): choose another --out")
+    elif args.out.exists() and any(args.out.iterdir()):
+        raise ValueError(f"{args.out} exists and holds no evaluation (no settings.json): choose another --out")
+    else:
+        args.out.mkdir(parents=True, exist_ok=True)
+        write_text(file, json.dumps(settings, indent=1, ensure_ascii=False) + "\n")
+    return args.out
+
+
+def stored_rows(path: Path, benchmarks: list[Benchmark]) -> Iterator[tuple[Benchmark, int, dict[str, Any], int]]:
+    """(benchmark, index of the problem, row, bytes of its line) of the responses in generations.jsonl.
+
+    Ends before a line that was cut short. ValueError where a line is not the response that belongs there.
+    """
+    if not path.exists():
+        return
+    with path.open("rb") as file:
+        for number, (line, (benchmark, i, k)) in enumerate(zip(file, all_draws(benchmarks)), 1):
+            try:
+                row = json.loads(line)
+                found = row["benchmark"], row["id"], row["sample"]
+            except (ValueError, KeyError, TypeError):
+                return
+            if not line.endswith(b"\n"):
+                return
+            due = benchmark.name, benchmark.problems[i].id, k
+            if found != due:
+                raise ValueError(f"{path}:{number}: found response {found}, expected {due}: another evaluation's?")
+            yield benchmark, i, row, len(line)
+
+
+def cut_to_batches(path: Path, benchmarks: list[Benchmark], size: int, total: int) -> int:
+    """Cut generations.jsonl back to whole batches of `size`, so that what is sampled anew is batched (and so
+    rounded) as before -> the responses that stay, of `total`."""
+    done = position = kept = kept_position = 0
+    for *_, length in stored_rows(path, benchmarks):
+        done, position = done + 1, position + length
+        if done % size == 0 or done == total:
+            kept, kept_position = done, position
+    if path.exists():
+        with path.open("r+b") as file:
+            file.truncate(kept_position)
+    return kept
+
+
+def count(folder: Path, benchmarks: list[Benchmark]) -> dict[str, list[Answers]]:
+    """The stored responses, counted by benchmark and problem."""
+    answers = {b.name: [Answers(p.id, p.level) for p in b.problems] for b in benchmarks}
+    for benchmark, i, row, _ in stored_rows(folder / "generations.jsonl", benchmarks):
+        answers[benchmark.name][i].add(row)
+    return answers
+
+
+def regrade(folder: Path) -> None:
+    """Grade the stored responses again by the grader of today; report how many grades changed."""
+    file, path = folder / "settings.json", folder / "generations.jsonl"
+    if not file.exists() or not path.exists():
+        raise ValueError(f"{folder} holds no evaluation to grade again (no settings.json or generations.jsonl)")
+    settings = json.loads(file.read_text(encoding="utf-8"))
+    benchmarks = []
+    for name, stored in settings["benchmarks"].items():
+        path_of = Path(stored["file"])
+        per_level, system = settings["problems_per_level"], settings["system"]
+        benchmarks.append(load_benchmark(name, path_of, stored["samples"], per_level, system))
+        stored["sha256"] = sha256(path_of)  # a gold may have been corrected; the ids are checked row by row
+    changed = rows = 0
+    partial = folder / "generations.jsonl.partial"
+    with partial.open("w", encoding="utf-8") as out:
+        for benchmark, i, row, _ in stored_rows(path, benchmarks):
+            problem = benchmark.problems[i]
+            reward, read = grade_response(row["response"], problem.answer, benchmark.options.get(problem.id, ()))
+            new = row | {"reward": 0.0 if row["truncated"] else reward, "read": read}
+            out.write(json.dumps(new, ensure_ascii=False) + "\n")
+            changed, rows = changed + (new["reward"] != row["reward"]), rows + 1
+    partial.replace(path)
+    settings |= {"grader": grader_version(), "regraded": now()}
+    write_text(file, json.dumps(settings, indent=1, ensure_ascii=False) + "\n")
+    print(f"{rows} responses graded again, {changed} grades changed")
+    if rows < sum(len(b.problems) * b.samples for b in benchmarks):
+        raise ValueError(f"{folder} is not complete, so it has no results yet: continue it with --out {folder}")
+    report(folder, settings, count(folder, benchmarks))

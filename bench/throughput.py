@@ -6,7 +6,8 @@ Each part prints a table and writes bench/results/throughput-PART.json. The defa
 rollouts, at most 96 tokens, 2 updates, the embedded task and model. The learning rate is 0, so every repeat starts
 from the same weights; all contenders of a repeat see the same prompts and give the same tokens (asserted), in turn,
 so that a busy machine hits all alike. Times are process CPU seconds, beside wall seconds; ratios are medians over
-the repeats. Where the time goes, growth and memory: bench/phases.py. On CUDA: bench/gpu.py.
+the repeats. Peak memory, of tensors beyond those that stood before, is that of one more repeat, not timed. Where the
+time goes, and growth: bench/phases.py. On CUDA: bench/gpu.py.
 """
 
 import functools
@@ -19,6 +20,7 @@ import torch
 import transformers
 from common import BUDGET, PROBLEMS, main, medians, new_run, picked_at, rows_at, timed, write
 from hand_decode import hand_decode
+from measure import peak_bytes, peak_memory
 from transformers import GenerationConfig, LogitsProcessor, LogitsProcessorList
 
 import model as models
@@ -46,8 +48,8 @@ def plain_generate(model, ids, mask, table) -> list[list[int]]:
 
 
 def bench_sampling(repeats: int = 15) -> None:
-    run, times, tokens = new_run(), {}, []
-    for step in range(repeats + 1):  # the first warms up
+    run, times, tokens, peaks = new_run(), {}, [], {}
+    for step in range(repeats + 2):  # the first warms up, the last is for memory
         rows = rows_at(run, step)
         ids, mask = pad_left([row.prompt_ids for row in rows], run.model.generation_config.pad_token_id)
         table = torch.stack([torch.from_numpy(uniforms(row.key, BUDGET)) for row in rows])
@@ -60,16 +62,20 @@ def bench_sampling(repeats: int = 15) -> None:
         }
         want = None
         for name, call in contenders.items():
+            if step > repeats:
+                peaks[name] = peak_bytes(call)
+                continue
             found, cpu, wall = timed(call)
             want = want or found
             same = sum(a == b for a, b in zip(found, want))
             assert same >= len(want) - 1, f"{name}: {same} of {len(want)} rows are the same"
             if step:
                 times.setdefault(name, []).append((cpu, wall))
-        tokens.append(sum(map(len, want)))
+        tokens += [sum(map(len, want))] if want else []
     table = medians(times, "hand-written loop")
-    for row in table.values():
+    for name, row in table.items():
         row["tokens_per_cpu_s"] = round(statistics.mean(tokens) / row["cpu_s"])
+        row["peak_mib"] = round(peaks[name] / 2**20, 1)
     write("sampling", {"rows": len(rows), "mean_tokens": statistics.mean(tokens), "repeats": repeats, "table": table})
 
 
@@ -96,7 +102,7 @@ def new_trainer(run: steps.Run, repeats: int, reward: Callable, rows_per_pass: i
 
     from data.loader import render_prompt
 
-    problems = [run.data.train[i] for step in range(repeats + 1) for i in picked_at(run, step)]
+    problems = [run.data.train[i] for step in range(repeats + 2) for i in picked_at(run, step)]
     data = [{"prompt": render_prompt(run.tokenizer, p.problem, p.system), "answer": p.answer} for p in problems]
     rows = PROBLEMS * Config.rollouts_per_prompt
     settings = GRPOConfig(
@@ -117,7 +123,7 @@ def new_trainer(run: steps.Run, repeats: int, reward: Callable, rows_per_pass: i
         report_to="none",
         save_strategy="no",
         logging_steps=Config.updates_per_step,
-        max_steps=(repeats + 1) * Config.updates_per_step,
+        max_steps=(repeats + 2) * Config.updates_per_step,
         disable_tqdm=True,
         dataloader_pin_memory=False,
     )
@@ -134,7 +140,7 @@ def new_trainer(run: steps.Run, repeats: int, reward: Callable, rows_per_pass: i
 
 def compare_steps(repeats: int, mixed: bool, rows_per_pass: int) -> dict:
     """Ours and TRL's, step by step in turn. mixed: rewards 0 and 1 in every group, so that every row has weight."""
-    run, times, ours, trl_phases = new_run(), {"ours": [], "TRL": []}, {}, {}
+    run, times, ours, trl_phases, peaks = new_run(), {"ours": [], "TRL": []}, {}, {}, {}
 
     def flipped(texts, golds):
         return [float(i % 2) for i in range(len(texts))]
@@ -149,18 +155,29 @@ def compare_steps(repeats: int, mixed: bool, rows_per_pass: int) -> dict:
     steps.generate = kept
 
     def our_step(step: int) -> None:
+        if step > repeats:
+            peaks["ours"] = peak_bytes(lambda: steps.rl_step(run, step))
+            return
         (ours["metrics"], _), cpu, wall = timed(lambda: steps.rl_step(run, step))
         times["ours"].append((cpu, wall))
 
     class InTurn(transformers.TrainerCallback):
         def on_step_end(self, args, state, control, **_):
-            if state.global_step % Config.updates_per_step:
+            done, rest = divmod(state.global_step, Config.updates_per_step)
+            if rest:
+                return
+            if done > repeats + 1:
+                self.memory.__exit__(None, None, None)
+                peaks["TRL"] = self.peak[0]
                 return
             times["TRL"].append((time.process_time() - self.cpu, time.perf_counter() - self.wall))
-            our_step(state.global_step // Config.updates_per_step)
-            self.start()
+            our_step(done)
+            self.start(done)
 
-        def start(self):
+        def start(self, step):
+            if step > repeats:
+                self.memory = peak_memory()
+                self.peak = self.memory.__enter__()
             self.cpu, self.wall = time.process_time(), time.perf_counter()
 
     def reward(completions, answer, **_):
@@ -185,18 +202,20 @@ def compare_steps(repeats: int, mixed: bool, rows_per_pass: int) -> dict:
 
     trainer.model.generate = replayed
     our_step(0)
-    callback.start()
+    callback.start(0)
     trainer.train()
     steps.grade_batch, steps.generate = graded, generated
-    times = {"ours": times["ours"][1:-1], "TRL": times["TRL"][1:]}  # the first pair warms up
+    table = medians({name: pairs[1:] for name, pairs in times.items()}, "ours")  # the first pair warms up
+    for name, row in table.items():
+        row["peak_mib"] = round(peaks[name] / 2**20, 1)
     log = ours["metrics"]
     return {
         "repeats": repeats,
         "TRL rows per pass": rows_per_pass,
-        "TRL generate cpu_s": round(statistics.median(trl_phases["generate"][1:]), 3),
+        "TRL generate cpu_s": round(statistics.median(trl_phases["generate"][1:-1]), 3),
         "ours, share of groups with equal rewards": log["equal_reward_groups"],
         "ours, response tokens": log["response_tokens"],
-        "table": medians(times, "ours"),
+        "table": table,
     }
 
 

@@ -97,7 +97,11 @@ def load_model(
     if recompute:
         recompute_layers(model)
     if training and torch.distributed.is_initialized():
+        with torch.device("meta"):
+            plain = AutoModelForCausalLM.from_config(model.config, dtype=torch.float32)
+        plain.generation_config = model.generation_config
         ranks.shard(model, device, offload)
+        object.__setattr__(model, "plain", plain.eval())  # not a submodule: its weights are the model's (`sampling`)
         model.token_stats = MethodType(_token_stats, model)
         register_fsdp_forward_method(model, "token_stats")
         return model.train(), tokenizer
@@ -155,13 +159,23 @@ def save_model(model: PreTrainedModel, tokenizer: Tokenizer, folder: str | Path)
 
 
 @contextlib.contextmanager
-def sampling(model: PreTrainedModel) -> Iterator[None]:
-    """Eval mode, no gradients: gradient checkpointing would turn the key-value cache off in train mode. A sharded
-    model is whole on every rank inside, so that ranks may sample for different times."""
+def sampling(model: PreTrainedModel) -> Iterator[PreTrainedModel]:
+    """Gives the model to sample with: in eval mode, without gradients.
+
+    (Gradient checkpointing would turn the key-value cache off in train mode.) A sharded model gives a plain one of
+    the same shape that reads its gathered weights: ranks may sample for different times, without FSDP's hooks at
+    every layer of every token.
+    """
     model.eval()
     try:
         with torch.no_grad(), ranks.gathered(model):
-            yield
+            if not isinstance(model, FSDPModule):
+                yield model
+                return
+            for own, sharded in zip(model.plain.modules(), model.modules(), strict=True):
+                own._parameters.update(sharded._parameters)
+                own._buffers.update(sharded._buffers)
+            yield model.plain
     finally:
         model.train()
 

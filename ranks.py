@@ -126,10 +126,9 @@ def shard(model: nn.Module, device: torch.device, offload: bool = False) -> None
     }
     weights = {name: parameter.data for name, parameter in model.named_parameters()}
     buffers = dict(model.named_buffers())
-    for layer in [module for module in model.modules() if isinstance(module, GradientCheckpointingLayer)]:
-        fully_shard(layer, **settings)
-    fully_shard(model, **settings)
-    for module in _sharded(model):
+    layers = [module for module in model.modules() if isinstance(module, GradientCheckpointingLayer)]
+    for module in (*layers, model):
+        fully_shard(module, **settings)
         module.set_gradient_divide_factor(1.0)
         module.set_force_sum_reduction_for_comms(True)  # gloo has no scaled sum
     if world_size() > 1:
@@ -156,23 +155,18 @@ def _send_weights(
         model.get_submodule(owner)._buffers[last] = sent(buffer)
 
 
-def _sharded(model: nn.Module) -> list[FSDPModule]:
-    return [module for module in model.modules() if isinstance(module, FSDPModule)]
-
-
 @contextlib.contextmanager
 def gathered(model: nn.Module) -> Iterator[None]:
-    """Whole weights on every rank (in bf16 on CUDA): what runs inside needs no other rank, however long it takes."""
-    parts = _sharded(model)
+    """Whole weights on every rank (in bf16 on CUDA): what reads them inside needs no other rank, however long it
+    takes. The model's own forward pass would split them again: see model.sampling."""
+    parts = [module for module in model.modules() if isinstance(module, FSDPModule)]
     for module in parts:
-        module.set_reshard_after_forward(False, recurse=False)
         module.unshard()
     try:
         yield
     finally:
         for module in parts:
             module.reshard()
-            module.set_reshard_after_forward(module is not model, recurse=False)
 
 
 def clip_gradients(parameters: Iterable[nn.Parameter], max_norm: float) -> float:

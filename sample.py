@@ -230,11 +230,11 @@ def generate(
     order = [i for i, row in enumerate(rows) if not row.complete and row.group % world_size() == rank()]
     order.sort(key=lambda i: (len(rows[i].prompt_ids) + prefill * len(rows[i].prefix_ids), len(rows[i].prefix_ids)))
     quiet = not progress or rank() > 0
-    with sampling(model), tqdm(total=len(order), desc=progress, unit="row", disable=quiet) as bar:
+    with sampling(model) as policy, tqdm(total=len(order), desc=progress, unit="row", disable=quiet) as bar:
         for start in range(0, len(order), rows_per_call):
             chosen = order[start : start + rows_per_call]
             batch = [rows[i] for i in chosen]
-            sampled |= zip(chosen, _generate_batch(model, batch, max_response_tokens, temperature, prefill, decode))
+            sampled |= zip(chosen, _generate_batch(policy, batch, max_response_tokens, temperature, prefill, decode))
             bar.update(len(chosen))
     return list((responses | union(sampled)).values())
 

@@ -214,6 +214,8 @@ def test_bf16_compute_keeps_fp32_weights(results, alone, monkeypatch):
     assert 0 < (log_probs - exact).abs().max() < 0.3  # bf16, not fp32
     plan = steps.plan(run.data.encoded[:2], run.method, run.config, 0, 4)
     assert all(generate(run.model, plan, 12))
+    read = list(run.model.plain.parameters())  # by the model that samples: bf16, and no memory is held afterwards
+    assert {p.dtype for p in read} == {torch.bfloat16} and not any(p.untyped_storage().size() for p in read)
 
 
 def killable(folder: Path) -> subprocess.Popen:

@@ -208,6 +208,25 @@ def _generate_batch(
     return responses
 
 
+def _calls(
+    rows: Sequence[Row], order: Sequence[int], rows_per_call: int, max_response_tokens: int, prefill: bool
+) -> list[list[int]]:
+    """Cut `order`, sorted by length, into calls of at most `rows_per_call` rows: fewer where prefilled prefixes,
+    which widen a call for all its rows, would make it hold more tokens than so many rows without any."""
+    room = rows_per_call * (max((len(rows[i].prompt_ids) for i in order), default=0) + max_response_tokens)
+    calls: list[list[int]] = []
+    least = 0  # of the prefix tokens given to the rows of the call: the others are generated
+    for i in order:
+        given = prefill * len(rows[i].prefix_ids)
+        least = min(least, given)
+        columns = len(rows[i].prompt_ids) + given + max_response_tokens - least
+        if not calls or len(calls[-1]) == rows_per_call or (len(calls[-1]) + 1) * columns > room:
+            calls.append([])
+            least = given
+        calls[-1].append(i)
+    return calls
+
+
 def generate(
     model: PreTrainedModel,
     rows: Sequence[Row],
@@ -222,8 +241,9 @@ def generate(
     """Responses of `rows`, in their order: prefix + continuation, the end token last unless cut off by the budget.
 
     temperature 0 is greedy. `decode`: one of DECODERS. `progress` names a tqdm bar. Rows of similar length share a
-    call of at most `rows_per_call` rows; which rows share one changes no token (up to rounding of the logits). With
-    several ranks each samples the groups g = rank (mod ranks) and gets the others' responses; all must call.
+    call, which holds no more than `rows_per_call` rows of the longest prompt and max_response_tokens would; which
+    rows share one changes no token (up to rounding of the logits). With several ranks each samples the groups
+    g = rank (mod ranks) and gets the others' responses; all must call.
     """
     responses = {i: list(row.prefix_ids) for i, row in enumerate(rows)}
     sampled: dict[int, list[int]] = {}
@@ -231,8 +251,7 @@ def generate(
     order.sort(key=lambda i: (len(rows[i].prompt_ids) + prefill * len(rows[i].prefix_ids), len(rows[i].prefix_ids)))
     quiet = not progress or rank() > 0
     with sampling(model) as policy, tqdm(total=len(order), desc=progress, unit="row", disable=quiet) as bar:
-        for start in range(0, len(order), rows_per_call):
-            chosen = order[start : start + rows_per_call]
+        for chosen in _calls(rows, order, rows_per_call, max_response_tokens, prefill):
             batch = [rows[i] for i in chosen]
             sampled |= zip(chosen, _generate_batch(policy, batch, max_response_tokens, temperature, prefill, decode))
             bar.update(len(chosen))

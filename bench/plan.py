@@ -1,7 +1,7 @@
 """What a run will cost, before anything is loaded: memory of one GPU by part, rows sampled at once, tokens, hours.
 
     python bench/plan.py --config configs/qwen2.5-math-7b.json --gpu H100 --gpus 8 [--method sft] [--FIELD VALUE …]
-    python bench/plan.py --check        the plan of small updates against measured peaks -> bench/results/plan.json
+    python bench/plan.py --check        the plan of small models against measured peaks -> bench/results/plan.json
 
 Only the model's config is read. Memory of the update is not a formula: the layers and the head run forward and
 backward on the meta device (shapes without data) and every tensor that lives is counted (`update_bytes`). Attention
@@ -21,7 +21,14 @@ import torch
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
-from transformers import AttentionInterface, AutoConfig, AutoModelForCausalLM, LlamaConfig, Qwen2Config
+from transformers import (
+    AttentionInterface,
+    AutoConfig,
+    AutoModelForCausalLM,
+    GenerationConfig,
+    LlamaConfig,
+    Qwen2Config,
+)
 from transformers.modeling_layers import GradientCheckpointingLayer
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -31,8 +38,9 @@ from measure import machine, peak_bytes  # noqa: E402
 
 import model as models  # noqa: E402
 from config import Config, parse_config  # noqa: E402
-from decode import PREFILL_TOKENS, cache_bytes, head_width, row_bytes  # noqa: E402
+from decode import PREFILL_TOKENS, cache_bytes, head_width, row_bytes, token_bytes  # noqa: E402
 from loss import METHODS  # noqa: E402
+from sample import Row, generate  # noqa: E402
 
 GIB = 2**30
 GPUS = {  # memory GB, bf16 TFLOP/s (dense), GB/s: the makers' data sheets
@@ -143,8 +151,6 @@ class Counts:
     layer: int
     layers: int
     cache: int
-    heads_width: int
-    intermediate: int
 
 
 def count(shape: Any) -> Counts:
@@ -157,8 +163,6 @@ def count(shape: Any) -> Counts:
         layer=layer,
         layers=len(layers),
         cache=cache_bytes(shape),
-        heads_width=shape.num_attention_heads * head_width(shape),
-        intermediate=shape.intermediate_size,
     )
 
 
@@ -183,17 +187,22 @@ def plan(config: Config, shape: Any, gpus: int, prompt: int) -> dict[str, dict[s
     if "rl" not in METHODS[config.method].stages:
         return {"update": update}
     sampling = kept | {"weights in bf16 (all)": 2 * n.total}
-    sampling["one block of prompts"] = 2 * PREFILL_TOKENS * (3 * n.intermediate + 6 * n.heads_width)
-    cells = cache_tokens(config, prompt)
-    caches = f"key-value caches, {config.rows_per_call} x {cells} tokens"
-    sampling[caches] = config.rows_per_call * row_bytes(shape, cells)
+    sampling |= sampling_bytes(shape, config.rows_per_call, length)
     return {"update": update, "sampling": sampling}
 
 
-def cache_tokens(config: Config, prompt: int) -> int:
-    """Columns of a call at worst: a prefilled prefix widens the prompt of rows that have none, in the same call."""
-    prefixes = METHODS[config.method].rows in ("hybrid", "shared_prefix") and config.prefill
-    return prompt + config.max_response_tokens * (2 if prefixes else 1)
+def block_bytes(shape: Any, tokens: int = PREFILL_TOKENS, size: int = 2) -> int:
+    """Of a forward pass over `tokens` of the prompts, without their caches; `size`: of a number."""
+    return size * tokens * (3 * shape.intermediate_size + 6 * shape.num_attention_heads * head_width(shape))
+
+
+def sampling_bytes(shape: Any, rows: int, columns: int, tokens: int = PREFILL_TOKENS, size: int = 2) -> dict:
+    """Of a call of `rows` with up to `columns` tokens each, whose prompts are read `tokens` at a time."""
+    one_token = rows * token_bytes(shape, columns, size)
+    return {
+        f"key-value caches, {rows} x {columns} tokens": rows * columns * cache_bytes(shape, size),
+        "a block of prompts, or a token of all rows": max(block_bytes(shape, tokens, size), one_token),
+    }
 
 
 def hours(config: Config, shape: Any, gpus: int, gpu: str, prompt: int, mean: float) -> dict[str, float]:
@@ -238,6 +247,7 @@ def advice(config: Config, parts: dict[str, dict[str, float]], n: Counts, free: 
 
 
 def show(config: Config, gpu: str, gpus: int, prompt: int, mean: float | None) -> None:
+    models.hub_logging.set_verbosity_error()  # without a network: our one line instead of every retry
     shape = AutoConfig.from_pretrained(config.model)
     n, length = count(shape), prompt + config.max_response_tokens
     mean = mean or MEAN_RESPONSE * config.max_response_tokens
@@ -254,8 +264,9 @@ def show(config: Config, gpu: str, gpus: int, prompt: int, mean: float | None) -
         verdict = "fits" if total <= free else "DOES NOT FIT"
         print(f"  {'total':<52}{total / GIB:8.2f}   {verdict} {free / GIB:.1f} usable")
     if "sampling" in parts:
-        fixed = sum(size for name, size in parts["sampling"].items() if not name.startswith("key-value"))
-        at_once = max(0, int((free - fixed) / row_bytes(shape, cache_tokens(config, prompt))))
+        left = free - sum(list(parts["sampling"].values())[:-2])
+        beside_block = (left - block_bytes(shape)) / (length * cache_bytes(shape))
+        at_once = max(0, int(min(beside_block, left / row_bytes(shape, length))))
         print(f"\nrows that can be sampled at once: {at_once} (rows_per_call is {config.rows_per_call})")
     for line in advice(config, parts, n, free, length):
         print(f"  change  {line}")
@@ -302,8 +313,33 @@ def measured(shape: Any, rows: int, prompt: int, response: int, recompute: bool)
     return static + beyond, beyond
 
 
+SAMPLING = {  # rows, prompt, response
+    "qwen2, sampling": ("qwen2, 8 rows", 32, 32, 224),
+    "qwen2, sampling, prompts read in two blocks": ("qwen2, 8 rows", 64, 512, 4),
+    "llama, sampling, short responses": ("llama, 2 long rows", 32, 32, 32),
+}
+
+
+def measured_sampling(shape: Any, rows: int, prompt: int, response: int) -> int:
+    """Measured peak of a call of generate in fp32 in which no row ends, beyond the weights."""
+    shape._attn_implementation = "sdpa"
+    model = AutoModelForCausalLM.from_config(shape, dtype=torch.float32).to(models.pick_device())
+    model.generation_config = GenerationConfig(eos_token_id=[shape.vocab_size], pad_token_id=0)
+    prompts = torch.randint(0, shape.vocab_size, (rows, prompt)).tolist()
+    plan = [Row(i, (i,), ids[i % 3 :], []) for i, ids in enumerate(prompts)]
+    generate(model, plan, 2)
+    return peak_bytes(lambda: generate(model, plan, response))
+
+
 def check() -> None:
     results = {}
+    for name, (case, rows, prompt, response) in SAMPLING.items():
+        shape = CASES[case][0]
+        found = measured_sampling(shape, rows, prompt, response)
+        tokens = min(PREFILL_TOKENS, rows * prompt)
+        planned = sum(sampling_bytes(shape, rows, prompt + response, tokens, size=4).values())
+        results[name] = {"measured_bytes": found, "planned_bytes": planned, "error": round(planned / found - 1, 4)}
+        print(f"{name:<45}{found / 2**20:8.0f} MiB measured {planned / 2**20:8.0f} planned", results[name])
     for name, (shape, rows, prompt, response, recompute) in CASES.items():
         total, beyond = measured(shape, rows, prompt, response, recompute)
         counted = update_bytes(shape, rows, prompt, response, torch.float32, recompute)
@@ -316,10 +352,10 @@ def check() -> None:
             "planned_beyond": counted,
             "error_beyond": round(counted / beyond - 1, 4),
         }
-        print(f"{name:<32}{total / 2**20:8.0f} MiB measured {planned / 2**20:8.0f} planned", results[name])
+        print(f"{name:<45}{total / 2**20:8.0f} MiB measured {planned / 2**20:8.0f} planned", results[name])
     out = ROOT / "bench" / "results" / "plan.json"
     out.parent.mkdir(exist_ok=True)
-    what = "peak of a small update in fp32, unsplit, on this machine: measured and planned"
+    what = "peak of small updates and of sampling in fp32, unsplit, on this machine: measured and planned"
     out.write_text(json.dumps({"what": what, "cases": results, "machine": machine()}, indent=1) + "\n")
 
 

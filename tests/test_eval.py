@@ -324,9 +324,7 @@ def test_as_many_rows_share_a_call_as_a_gpu_holds(monkeypatch):
         vocab_size=1000, hidden_size=64, num_hidden_layers=3, num_attention_heads=4, num_key_value_heads=2
     )
     model = SimpleNamespace(config=config, device=torch.device("cuda"))
-    row = (
-        100 * (3 * 2 * 2 * 16 + 2 * 4 * 16) * 2 + 24 * 1000
-    )  # bf16: keys and values of 3 layers, one layer's repeated
+    row = 100 * (3 * 2 * 2 * 16 + 2 * 4 * 16) * 2  # bf16: keys and values of 3 layers, one's for all heads
     for free, rows in ((1e9, 512), (10 * row / 0.8 + 1, 10), (row / 2, 1)):
         monkeypatch.setattr(torch.cuda, "mem_get_info", lambda _, free=free: (int(free), 0))
         assert eval.rows_that_fit(model, 100) == rows

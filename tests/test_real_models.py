@@ -196,6 +196,15 @@ def test_planned_memory_is_the_measured_one(recompute):
     assert counted == pytest.approx(beyond, rel=0.15)
 
 
+@pytest.mark.parametrize("rows, prompt, response", [(32, 16, 8), (64, 128, 2)])
+def test_planned_memory_of_sampling_is_the_measured_one(rows, prompt, response):
+    """Where caches and the scores of a token, or caches and the pass over the prompts need most of it."""
+    size = {"hidden_size": 64, "intermediate_size": 192, "num_attention_heads": 4, "num_key_value_heads": 2}
+    shape = Qwen2Config(**size, num_hidden_layers=12, vocab_size=4000)
+    parts = plan.sampling_bytes(shape, rows, prompt + response, rows * prompt, size=4)
+    assert sum(parts.values()) == pytest.approx(plan.measured_sampling(shape, rows, prompt, response), rel=0.15)
+
+
 def test_a_plan_reads_the_config_only(tmp_path, capsys):
     size = {"hidden_size": 4096, "intermediate_size": 14336, "num_hidden_layers": 32, "num_attention_heads": 32}
     LlamaConfig(**size, num_key_value_heads=8, vocab_size=128256).save_pretrained(tmp_path)

@@ -2,6 +2,7 @@
 
 import json
 import math
+import random
 
 import pytest
 import torch
@@ -9,6 +10,7 @@ from conftest import random_model
 from transformers import GenerationConfig
 
 import decode
+import sample
 from data.loader import Encoded
 from model import load_model
 from sample import (
@@ -176,6 +178,29 @@ def test_a_prefix_is_kept_at_every_cut(model, prefill):
     rows = [Row(0, (0, 0, "p", cut), [1, 9], demonstration[:cut]) for cut in range(len(demonstration))]
     for row, response in zip(rows, generate(model, rows, 14, prefill=prefill)):
         assert response[: len(row.prefix_ids)] == row.prefix_ids and len(row.prefix_ids) < len(response) <= 14
+
+
+def test_a_call_never_holds_more_than_full_rows_would(model, monkeypatch):
+    """Prefilled prefixes widen a call for all its rows, so it takes fewer of them."""
+    generator, calls, generate_batch = random.Random(0), [], sample._generate_batch
+    rows = [
+        Row(i, (i,), [3] * generator.randint(1, 9), [7] * (generator.randint(0, 29) if i % 3 == 0 else 0))
+        for i in range(60)
+    ]
+    want = generate(model, rows, 30)
+
+    def watched(policy, batch, *settings):
+        width = max(len(row.prompt_ids) + len(row.prefix_ids) for row in batch)
+        calls.append((len(batch), width + 30 - min(len(row.prefix_ids) for row in batch)))
+        return generate_batch(policy, batch, *settings)
+
+    monkeypatch.setattr(sample, "_generate_batch", watched)
+    for rows_per_call in (1, 4, 16):
+        calls.clear()
+        assert generate(model, rows, 30, prefill=True, rows_per_call=rows_per_call) == want
+        longest = max(len(row.prompt_ids) for row in rows)
+        assert all(n <= rows_per_call and n * columns <= rows_per_call * (longest + 30) for n, columns in calls)
+        assert sum(n for n, _ in calls) == 60 and len(calls) <= 60 / rows_per_call * 1.6 + 1
 
 
 @pytest.mark.parametrize("temperature", [0.0, 1.0])

@@ -14,6 +14,7 @@ from typing import Any
 from tqdm import tqdm
 
 from config import Config
+from model import pick_device
 from ranks import launcher, rank, world_size
 
 LINE_EVERY = 10  # steps between lines when the output is piped
@@ -129,7 +130,8 @@ def show_start(run: Any, folder: Path, left_out: dict[str, int], total: int, don
     parameters = sum(p.numel() for p in run.model.parameters())
     show(f"{config.method}: {total} steps" + (f", continued after step {done}" if done else "") + f" -> {folder}/")
     ranks = f", {world_size()} ranks" if world_size() > 1 else ""
-    where = f"{run.model.device}{ranks}" + (", bf16 compute" if run.model.device.type == "cuda" else "")
+    device = pick_device(config.device)
+    where = f"{device}{ranks}" + (", bf16 compute" if device.type == "cuda" else "")
     show(f"  model      {config.model}, {parameters / 1e6:.2f} M parameters, on {where}")
     dropped = "".join(f", {count} left out ({why})" for why, count in left_out.items())
     show(f"  problems   {len(data.train)} of {config.data}, {len(data.demonstrated)} with demonstrations{dropped}")

@@ -1,23 +1,34 @@
-"""Decoding and updates of Qwen2.5 shapes (random weights, bf16) against the limits of the GPU.
+"""Qwen2.5 shapes with random weights on one GPU: speed against its limits, whole steps against the plan.
 
-    python bench/gpu.py 0.5b 1.5b
+    python bench/gpu.py limits step --shape 1.5b
 
-Writes bench/results/throughput-cuda-SHAPE.json. Decoding: 256 rows x 1024 new tokens, no row ends; plain `generate`
-(dynamic cache, eager), our loop, the static cache with HF's compiled forward pass. A decode pass cannot be faster
-than reading the weights and the filled part of the cache once: bytes / measured copy bandwidth. Update: forward and
-backward of token_stats; model FLOPs 6 N per token and 12 layers x width x length for attention (half of it causal),
-recomputation not counted, over the peak of a large bf16 product, measured too.
+Writes bench/results/throughput-cuda-PART-SHAPE.json.
+`limits`, in bf16. Decoding: 256 rows x 1024 new tokens, no row ends; plain `generate` (dynamic cache, eager), our
+loop, the static cache with HF's compiled forward pass. A decode pass cannot be faster than reading the weights and
+the filled part of the cache once: bytes / measured copy bandwidth. Update: forward and backward of token_stats; model
+FLOPs 6 N per token and 12 layers x width x length for attention (half of it causal), recomputation not counted, over
+the peak of a large bf16 product, measured too.
+`step`: two steps of prefix-rft as train.py makes them (fp32 weights, bf16 compute, 16 problems x 8 rollouts x 1024
+tokens), their seconds by phase and their peak memory beside that of bench/plan.py. Rewards are made up, so that every
+group has a gradient.
 """
 
+import argparse
 import statistics
 import sys
+import tempfile
 import time
 from collections.abc import Callable
 
 import torch
 from common import write
-from transformers import GenerationConfig, LogitsProcessorList, Qwen2Config, Qwen2ForCausalLM
+from measure import peak_memory
+from plan import plan
+from transformers import AutoTokenizer, GenerationConfig, LogitsProcessorList, Qwen2Config, Qwen2ForCausalLM
 
+import step as steps
+import train
+from config import Config, from_dict
 from model import sampling, token_stats
 from sample import DrawTokenLogitsProcessor, Row, generate
 
@@ -74,10 +85,15 @@ def plain(model, ids: torch.Tensor, uniforms: torch.Tensor) -> None:
         )
 
 
-def bench(shape: str) -> None:
+def new_model(shape: str) -> Qwen2ForCausalLM:
     config = Qwen2Config(vocab_size=151936, max_position_embeddings=32768, tie_word_embeddings=True, **SHAPES[shape])
     with torch.device("cuda"):
-        model = Qwen2ForCausalLM(config).to(torch.bfloat16)
+        return Qwen2ForCausalLM(config).to(torch.bfloat16)
+
+
+def bench_limits(shape: str) -> None:
+    model = new_model(shape)
+    config = model.config
     model.generation_config = GenerationConfig(eos_token_id=[config.vocab_size], pad_token_id=0)  # no row ends
     bandwidth, peak = limits()
     parameters = model.num_parameters()
@@ -117,7 +133,7 @@ def bench(shape: str) -> None:
     attention = 12 * config.num_hidden_layers * config.hidden_size * length / 2  # forward and backward, per token
     flops = batch * length * (6 * parameters + attention)
     write(
-        f"cuda-{shape}",
+        f"cuda-limits-{shape}",
         {
             "device": torch.cuda.get_device_name(),
             "parameters": parameters,
@@ -133,8 +149,58 @@ def bench(shape: str) -> None:
     )
 
 
+def watch(name: str, peaks: dict[str, list[int]]) -> None:
+    """Keep the peak memory of each call of step.NAME, what stood before it included."""
+    inner = getattr(steps, name)
+
+    def watched(*args, **settings):
+        before = torch.cuda.memory_allocated()
+        with peak_memory() as found:
+            result = inner(*args, **settings)
+        peaks.setdefault(name, []).append(before + found[0])
+        return result
+
+    setattr(steps, name, watched)
+
+
+def bench_step(shape: str) -> None:
+    settings = {"data": Config.data, "eval_every": 0, "max_response_tokens": NEW, "lr": 1e-6}
+    settings |= {"prefill": True, "recompute": True, "micro_batch_tokens": 16384, "rows_per_call": 128}
+    with tempfile.TemporaryDirectory() as folder:
+        new_model(shape).save_pretrained(folder)
+        AutoTokenizer.from_pretrained(Config.model).save_pretrained(folder)
+        run, _ = train.prepare(from_dict(settings | {"model": folder, "out": f"{folder}/run"}))
+    steps.grade_batch = lambda texts, golds: [float(i % 2) for i in range(len(texts))]
+    peaks: dict[str, list[int]] = {}
+    watch("generate", peaks)
+    watch("update", peaks)
+    log = [steps.rl_step(run, step)[0] for step in range(2)]
+    longest = max(len(problem.prompt_ids) for problem in run.data.encoded)
+    planned = {phase: sum(parts.values()) for phase, parts in plan(run.config, run.model.config, 1, longest).items()}
+    measured = {"sampling": max(peaks["generate"]), "update": max(peaks["update"])}
+    memory = {
+        phase: {
+            "measured_gib": round(measured[phase] / 2**30, 2),
+            "planned_gib": round(planned[phase] / 2**30, 2),
+            "error": round(planned[phase] / measured[phase] - 1, 3),
+        }
+        for phase in measured
+    }
+    keys = ("loss", "grad_norm", "response_tokens", "tokens_per_second", "seconds_sample", "seconds_update")
+    write(
+        f"cuda-step-{shape}",
+        {"settings": settings, "memory": memory, "steps": [{key: row[key] for key in keys} for row in log]},
+    )
+
+
+PARTS = {"limits": bench_limits, "step": bench_step}
+
 if __name__ == "__main__":
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0], allow_abbrev=False)
+    parser.add_argument("parts", nargs="+", choices=PARTS)
+    parser.add_argument("--shape", default="1.5b", choices=SHAPES)
+    args = parser.parse_args()
     if not torch.cuda.is_available():
         sys.exit("gpu.py: no CUDA device found; on the CPU run bench/throughput.py")
-    for shape in sys.argv[1:] or SHAPES:
-        bench(shape)
+    for part in args.parts:
+        PARTS[part](args.shape)

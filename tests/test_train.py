@@ -274,3 +274,22 @@ def test_a_model_without_a_chat_template_is_trained_too(task, tmp_path, tokenize
     argv = arguments(task, tmp_path / "run", model=tmp_path / "model", steps=1)
     assert train.train(parse_config(argv)) == 0
     assert "?\\n'" in capsys.readouterr().out  # the documented plain prompt ends with a newline
+
+
+def test_tensorboard_shows_the_metrics(task, tmp_path, monkeypatch):
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+    done = run(arguments(task, tmp_path / "run", steps=2, method="rft", tensorboard="true"))
+    assert done.returncode == 0, done.stderr
+    events = EventAccumulator(str(tmp_path / "run" / "tensorboard"))
+    events.Reload()
+    log = read_log(tmp_path / "run")
+    assert len(log) == 2
+    for name in ("loss", "reward", "entropy", "seconds_sample"):
+        assert [(e.step, e.value) for e in events.Scalars(name)] == [
+            (row["step"], pytest.approx(row[name], rel=1e-6)) for row in log
+        ]
+    assert "reward_hybrid" not in events.Tags()["scalars"]  # null in the log of a run without hybrid rows
+    monkeypatch.setattr(train.importlib.util, "find_spec", lambda name: None)
+    with pytest.raises(ValueError, match="not installed: pip install tensorboard"):
+        train.prepare(parse_config(arguments(task, tmp_path / "other", tensorboard="true")))

@@ -126,11 +126,12 @@ def encode_benchmarks(model, tokenizer, benchmarks: list[Benchmark], max_respons
 
 
 def rows_that_fit(model: PreTrainedModel, columns: int) -> int:
-    """How many rows of `columns` tokens to sample together: ROWS, on CUDA at most what the free memory holds."""
-    if model.device.type != "cuda":
-        return ROWS
-    free, _ = torch.cuda.mem_get_info(model.device)
-    return max(1, min(ROWS, int(0.8 * free / row_bytes(model.config, columns))))
+    """How many rows of `columns` tokens to sample together: ROWS, on CUDA at most what every GPU has memory for."""
+    fit = ROWS
+    if model.device.type == "cuda":
+        free, _ = torch.cuda.mem_get_info(model.device)
+        fit = max(1, min(ROWS, int(0.8 * free / row_bytes(model.config, columns))))
+    return min(ranks.union({ranks.rank(): fit}).values())
 
 
 # ---- sampling what is missing

@@ -145,7 +145,7 @@ def show_start(run: Any, folder: Path, left_out: dict[str, int], total: int, don
         )
     first = data.encoded[0].prompt_ids
     show(f"  prompt     {run.tokenizer.decode(first)!r}")
-    show(f"             ids {first[:24]}{' …' if len(first) > 24 else ''}")
+    show(f"             ids {first}")
 
 
 def show_base(run: Any, base: dict[str, Any], seconds: float) -> None:

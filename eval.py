@@ -213,7 +213,8 @@ def show(folder: Path, settings: dict[str, Any]) -> None:
     sets = ", ".join(f"{n} {b['problems']} x {b['samples']}" for n, b in settings["benchmarks"].items())
     for key, value in (settings | {"benchmarks": f"{sets} (problems x samples)"}).items():
         text = value if isinstance(value, str) and key != "first_prompt" else json.dumps(value, ensure_ascii=False)
-        print(f"  {key:<20} {text if len(text) <= 300 else text[:300] + ' …'}")
+        whole = len(text) <= 300 or key.startswith("first_prompt")
+        print(f"  {key:<20} {text if whole else text[:300] + ' …'}")
     for name, stored in settings["benchmarks"].items():
         if stored["left_out"]:
             print(f"  {name}: {stored['left_out']} problems left out: the grader cannot read their gold answer")

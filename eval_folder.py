@@ -53,13 +53,13 @@ def describe(args: argparse.Namespace, model, tokenizer, benchmarks: list[Benchm
     """Everything that decides a number, as settings.json keeps it."""
     folder = Path(args.model)
     weights = sha256(*sorted(folder.glob("*.safetensors"))) if folder.is_dir() else model.config._commit_hash
-    template, first = tokenizer.chat_template or "", benchmarks[0].problems[0]
+    first = benchmarks[0].problems[0]
     return {
         "model": args.model,
         "weights": weights,  # sha256 of the files, or the hub's revision
         "parameters": model.num_parameters(),
         "dtype": str(model.dtype).removeprefix("torch."),
-        "chat_template": hashlib.sha256(template.encode()).hexdigest() if template else None,
+        "chat_template": tokenizer.chat_template or "none: system message, an empty line, problem, a line end",
         "first_prompt": render_prompt(tokenizer, first.problem, first.system),
         "first_prompt_ids": " ".join(map(str, benchmarks[0].encoded[0].prompt_ids)),
         "benchmarks": {

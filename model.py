@@ -1,7 +1,7 @@
 """Load and save a HuggingFace causal LM with its tokenizer; log-probs and entropies of responses.
 
-In reading order: `load_model`, `save_model`, `sampling`; `token_stats`, the training forward pass. In training on
-CUDA, or with several ranks, the model is sharded (ranks.py), which nothing but this file has to know.
+In reading order: `load_tokenizer`, `load_model`, `save_model`, `sampling`; `token_stats`, the training forward pass.
+In training on CUDA, or with several ranks, the model is sharded (ranks.py), which nothing but this file has to know.
 Left out: LoRA, quantisation, remote code, encoder-decoder models, models that change their logits after the head.
 """
 
@@ -18,7 +18,14 @@ from huggingface_hub.utils import logging as hub_logging
 from torch import Tensor
 from torch.distributed.fsdp import FSDPModule, register_fsdp_forward_method
 from torch.utils.checkpoint import checkpoint
-from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, GenerationConfig, PreTrainedModel
+from transformers import (
+    AutoConfig,
+    AutoModelForCausalLM,
+    AutoTokenizer,
+    GenerationConfig,
+    PreTrainedConfig,
+    PreTrainedModel,
+)
 from transformers import PreTrainedTokenizerBase as Tokenizer
 from transformers.utils import logging
 
@@ -37,6 +44,52 @@ def pick_device(name: str = "auto") -> torch.device:
     return torch.device("mps" if torch.backends.mps.is_available() else "cpu")
 
 
+@contextlib.contextmanager
+def one_line(path: str) -> Iterator[None]:
+    """Errors of transformers and the hub as a ValueError of one line, with the fix where there is one."""
+    try:
+        yield
+    except (OSError, ValueError, KeyError) as error:
+        reason = str(error).strip().split("\n")[0]
+        if "trust_remote_code" in str(error):
+            reason = "it needs code of its own, which is never run here: use an architecture of transformers"
+        elif "gated repo" in str(error):
+            reason = f"it is gated: ask for access at https://huggingface.co/{path}, then run  hf auth login"
+        raise ValueError(f"model {path!r} cannot be loaded: {reason}") from error
+
+
+def load_config(path: str) -> PreTrainedConfig:
+    """The model's config, from a folder or a hub name. ValueError, one line, where there is none."""
+    hub_logging.set_verbosity_error()  # without a network: our one line instead of every retry
+    if not Path(path).exists() and path.count("/") != 1:
+        raise ValueError(f"model {path!r} is neither a folder that exists nor a hub name (ORGANISATION/NAME)")
+    with one_line(path):
+        return AutoConfig.from_pretrained(path, trust_remote_code=False)
+
+
+def load_tokenizer(path: str) -> tuple[Tokenizer, GenerationConfig]:
+    """The tokenizer, and the folder's generation config reduced to its end and padding ids, so that a top_k or
+    repetition_penalty in it cannot change the sampling distribution.
+
+    Raises ValueError, one line, for a folder without tokenizer or a tokenizer without an end token.
+    """
+    config, folder = load_config(path), Path(path)
+    if folder.exists() and not any((*folder.glob("tokenizer*"), *folder.glob("vocab*"))):
+        raise ValueError(f"model {path!r} holds no tokenizer files: save the tokenizer into the folder too")
+    with one_line(path):
+        tokenizer = AutoTokenizer.from_pretrained(path, trust_remote_code=False)
+        if tokenizer.eos_token_id is None:
+            raise ValueError("its tokenizer has no eos_token, so no response could end: set one")
+    try:
+        ends = GenerationConfig.from_pretrained(path).eos_token_id
+    except OSError:  # it has none
+        ends = GenerationConfig.from_model_config(config).eos_token_id
+    ends = [] if ends is None else [ends] if isinstance(ends, int) else list(ends)
+    ends = [tokenizer.eos_token_id, *(end for end in ends if end != tokenizer.eos_token_id)]
+    pad = tokenizer.eos_token_id if tokenizer.pad_token_id is None else tokenizer.pad_token_id
+    return tokenizer, GenerationConfig(eos_token_id=ends, pad_token_id=pad)
+
+
 def load_model(
     path: str,
     device: torch.device | str = "cpu",
@@ -45,41 +98,30 @@ def load_model(
     recompute: bool = False,
     offload: bool = False,
 ) -> tuple[PreTrainedModel, Tokenizer]:
-    """A causal LM and its tokenizer, from a folder or a hub name.
+    """A causal LM and its tokenizer, from a folder or a hub name (safetensors only; remote code is never run).
 
     `training`: weights are fp32 whatever the file holds, as an update of 1e-6 vanishes in bf16; after ranks.start()
     they are sharded over the ranks, and rank 0 alone reads them. Otherwise every process has all of them, on CUDA
     in bf16, which is what training computes in. All dropout is 0, so that the training forward pass gives the
-    log-probs the sampler had. The folder's generation config is reduced to its
-    end and padding ids, so that a top_k or repetition_penalty in it cannot change the sampling distribution.
+    log-probs the sampler had.
     `recompute`: a layer's activations are made again in the backward pass instead of kept. `offload`: ranks.shard.
-    Raises ValueError, one line, for a folder without weights or tokenizer, a tokenizer without an end token, or a
-    model whose logits are not its output head's.
+    Raises ValueError, one line, as load_tokenizer, and for a folder without weights or a model whose logits are not
+    its output head's.
     """
-    device = torch.device(device)
+    device, folder = torch.device(device), Path(path)
     if not sys.stderr.isatty():
         logging.disable_progress_bar()
-    hub_logging.set_verbosity_error()  # without a network: our one line instead of every retry
-    folder = Path(path)
-    if not folder.exists() and path.count("/") != 1:
-        raise ValueError(f"model {path!r} is neither a folder that exists nor a hub name (ORGANISATION/NAME)")
+    tokenizer, generation_config = load_tokenizer(path)
     if folder.exists() and not any(folder.glob("*.safetensors")):
         raise ValueError(f"model {path!r} holds no *.safetensors weights: give a HuggingFace model folder")
-    if folder.exists() and not any((*folder.glob("tokenizer*"), *folder.glob("vocab*"))):
-        raise ValueError(f"model {path!r} holds no tokenizer files: save the tokenizer into the folder too")
-    try:
-        tokenizer = AutoTokenizer.from_pretrained(path)
-        if tokenizer.eos_token_id is None:
-            raise ValueError("its tokenizer has no eos_token, so no response could end: set one")
+    with one_line(path):
         if ranks.rank() == 0 or not training:
             dtype = torch.float32 if training or device.type != "cuda" else torch.bfloat16
-            model = AutoModelForCausalLM.from_pretrained(path, dtype=dtype)
+            safe = {"use_safetensors": True, "trust_remote_code": False}
+            model = AutoModelForCausalLM.from_pretrained(path, dtype=dtype, **safe)
         else:  # the weights come from rank 0
             with torch.device("meta"):
-                model = AutoModelForCausalLM.from_config(AutoConfig.from_pretrained(path), dtype=torch.float32)
-    except (OSError, ValueError, KeyError) as error:
-        reason = str(error).strip().split("\n")[0]
-        raise ValueError(f"model {path!r} cannot be loaded: {reason}") from error
+                model = AutoModelForCausalLM.from_config(load_config(path), dtype=torch.float32)
     rows = model.get_input_embeddings().num_embeddings
     if len(tokenizer) > rows:
         raise ValueError(f"model {path!r}: its tokenizer has {len(tokenizer)} tokens, its embedding {rows} rows")
@@ -89,17 +131,13 @@ def load_model(
             f"model {path!r}: its logits are not those of its output head (scaled or capped afterwards?), "
             "so log-probs taken from the head would be wrong: use another model"
         )
-    ends = ranks.from_first(model.generation_config.eos_token_id)  # rank 0 alone has read the folder's
-    ends = [] if ends is None else [ends] if isinstance(ends, int) else list(ends)
-    ends = [tokenizer.eos_token_id, *(end for end in ends if end != tokenizer.eos_token_id)]
-    pad = tokenizer.eos_token_id if tokenizer.pad_token_id is None else tokenizer.pad_token_id
-    model.generation_config = GenerationConfig(eos_token_id=ends, pad_token_id=pad)
+    model.generation_config = generation_config
     if recompute:
         recompute_layers(model)
     if training and torch.distributed.is_initialized():
         with torch.device("meta"):
             plain = AutoModelForCausalLM.from_config(model.config, dtype=torch.float32)
-        plain.generation_config = model.generation_config
+        plain.generation_config = generation_config
         ranks.shard(model, device, offload)
         object.__setattr__(model, "plain", plain.eval())  # not a submodule: its weights are the model's (`sampling`)
         model.token_stats = MethodType(_token_stats, model)

@@ -27,7 +27,7 @@ from config import TASK, Config, parse_config
 from data.loader import Encoded, encode_problems, load_problems
 from eval import evaluate, summarize
 from loss import METHODS
-from model import load_model, pick_device, save_model
+from model import load_config, load_model, load_tokenizer, pick_device, save_model
 from sample import seed_of
 from step import Data, Run, pick, rl_step, sft_learning_rate, sft_step
 
@@ -137,19 +137,15 @@ def score(run: Run, who: str) -> dict[str, Any]:
 def prepare(config: Config) -> tuple[Run, dict[str, int]]:
     """Load and check everything; ValueError on wrong input. Nothing is written."""
     checkpoint.check_folder(config)
-    for path in (config.data, config.eval_data, config.test_data):
-        if path:
-            load_problems(path)  # a broken line is found before a large model is loaded
     if config.tensorboard and importlib.util.find_spec("tensorboard") is None:
         raise ValueError("tensorboard is true, but it is not installed: pip install tensorboard")
     device = pick_device(config.device)
     ranks.start(device)
     check_ranks(config)
-    model, tokenizer = load_model(
-        config.model, device, training=True, recompute=config.recompute, offload=config.offload
-    )
-    context = getattr(model.config, "max_position_embeddings", None)
-    data, left_out = load_data(config, tokenizer, model.generation_config.eos_token_id, context)
+    tokenizer, generation_config = load_tokenizer(config.model)
+    context = getattr(load_config(config.model), "max_position_embeddings", None)
+    data, left_out = load_data(config, tokenizer, generation_config.eos_token_id, context)  # before the weights
+    model, _ = load_model(config.model, device, training=True, recompute=config.recompute, offload=config.offload)
     run = Run(config, METHODS[config.method], model, tokenizer, data, new_optimizer(model, config), [])
     return run, left_out
 

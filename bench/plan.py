@@ -23,7 +23,6 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 from transformers import (
     AttentionInterface,
-    AutoConfig,
     AutoModelForCausalLM,
     GenerationConfig,
     LlamaConfig,
@@ -213,6 +212,8 @@ def hours(config: Config, shape: Any, gpus: int, gpu: str, prompt: int, mean: fl
     passes = 8 if config.recompute else 6  # FLOP a parameter and token: forward 2, backward 4, forward again 2
     result: dict[str, float] = {}
     if "sft" in stages:
+        result["sft steps"] = config.sft_steps
+        result["sft tokens, millions"] = config.sft_steps * config.sft_batch * (prompt + mean) / 1e6
         result["sft seconds a step"] = passes * n.total * config.sft_batch * (prompt + mean) / flops
         result["sft hours"] = config.sft_steps * result["sft seconds a step"] / 3600
     if "rl" in stages:
@@ -221,7 +222,9 @@ def hours(config: Config, shape: Any, gpus: int, gpu: str, prompt: int, mean: fl
         alive = min(config.rows_per_call, rows / gpus) * mean / config.max_response_tokens
         read = 2 * n.total + 3 * alive * n.cache * (prompt + mean / 2)  # caches are read and copied for all heads
         token = max(n.layers * LAYER_SECONDS, read / (bandwidth * 1e9 * READ_SHARE))
-        result["tokens a step, millions"] = rows * mean / 1e6
+        result["steps"] = config.steps
+        result["response tokens a step, millions"] = rows * mean / 1e6
+        result["response tokens of the run, millions"] = config.steps * rows * mean / 1e6
         result["seconds sampling"] = calls * config.max_response_tokens * token
         result["seconds updating"] = (passes + 2) * n.total * rows * (prompt + mean) / flops  # 2: old log-probs
         seconds = result["seconds sampling"] + result["seconds updating"]
@@ -229,10 +232,19 @@ def hours(config: Config, shape: Any, gpus: int, gpu: str, prompt: int, mean: fl
     return result
 
 
-def advice(config: Config, parts: dict[str, dict[str, float]], n: Counts, free: float, length: int) -> list[str]:
+def rows_at_once(shape: Any, sampling: dict[str, float], free: float, length: int) -> int:
+    """The most rows of a call; 0 if not even the weights of the `sampling` phase fit."""
+    left = free - sum(list(sampling.values())[:-2])  # the last two parts grow with the rows
+    beside_block = (left - block_bytes(shape)) / (length * cache_bytes(shape))
+    return max(0, int(min(beside_block, left / row_bytes(shape, length))))
+
+
+def advice(
+    config: Config, parts: dict[str, dict[str, float]], n: Counts, free: float, length: int, at_once: int
+) -> list[str]:
     """What to change where it does not fit."""
     said = []
-    if sum(parts["update"].values()) > free:
+    if sum(parts["update"].values()) > free or at_once == 0:
         said.append("more GPUs: weights, gradients and optimizer are split over them")
         if not config.recompute:
             said.append("--recompute true: keeps one layer's activations instead of all")
@@ -241,14 +253,13 @@ def advice(config: Config, parts: dict[str, dict[str, float]], n: Counts, free: 
         if not config.offload:
             said.append(f"--offload true: 16 bytes a parameter ({16 * n.total / GIB:.0f} GiB) go to host memory")
         said.append("--max_response_tokens: activations and caches grow with it")
-    if "sampling" in parts and sum(parts["sampling"].values()) > free:
-        said.append("--rows_per_call: at most the number above")
+    if 0 < at_once < config.rows_per_call and "sampling" in parts:
+        said.append(f"--rows_per_call {at_once}")
     return said
 
 
 def show(config: Config, gpu: str, gpus: int, prompt: int, mean: float | None) -> None:
-    models.hub_logging.set_verbosity_error()  # without a network: our one line instead of every retry
-    shape = AutoConfig.from_pretrained(config.model)
+    shape = models.load_config(config.model)
     n, length = count(shape), prompt + config.max_response_tokens
     mean = mean or MEAN_RESPONSE * config.max_response_tokens
     free = GPUS[gpu][0] * 1e9 * USABLE
@@ -263,12 +274,10 @@ def show(config: Config, gpu: str, gpus: int, prompt: int, mean: float | None) -
         total = sum(sizes.values())
         verdict = "fits" if total <= free else "DOES NOT FIT"
         print(f"  {'total':<52}{total / GIB:8.2f}   {verdict} {free / GIB:.1f} usable")
+    at_once = rows_at_once(shape, parts["sampling"], free, length) if "sampling" in parts else config.rows_per_call
     if "sampling" in parts:
-        left = free - sum(list(parts["sampling"].values())[:-2])
-        beside_block = (left - block_bytes(shape)) / (length * cache_bytes(shape))
-        at_once = max(0, int(min(beside_block, left / row_bytes(shape, length))))
         print(f"\nrows that can be sampled at once: {at_once} (rows_per_call is {config.rows_per_call})")
-    for line in advice(config, parts, n, free, length):
+    for line in advice(config, parts, n, free, length, at_once):
         print(f"  change  {line}")
     print(f"\nhost memory: {4 * n.total / GIB:.0f} GiB to load, {12 * n.total / GIB:.0f} GiB to save a checkpoint")
     print(f"\nestimates, for prompts of {prompt} and responses of {mean:.0f} tokens on average (--mean_response)")

@@ -293,3 +293,26 @@ def test_tensorboard_shows_the_metrics(task, tmp_path, monkeypatch):
     monkeypatch.setattr(train.importlib.util, "find_spec", lambda name: None)
     with pytest.raises(ValueError, match="not installed: pip install tensorboard"):
         train.prepare(parse_config(arguments(task, tmp_path / "other", tensorboard="true")))
+
+
+def test_demonstrations_that_cannot_be_used_are_counted(task, tmp_path, capsys):
+    """One too long for the budget, one wrong, one without a box: said at the start, the rest is used."""
+    rows = [json.loads(line) for line in (task / "train.jsonl").read_text().splitlines()]
+    used = sum(bool(row.get("demonstrations")) for row in rows)
+    rows[0]["demonstrations"] = ["1" * 99 + f"\\boxed{{{rows[0]['answer']}}}"]
+    rows[1]["demonstrations"] = ["\\boxed{1000}"]
+    rows[2]["demonstrations"] = ["no box"]
+    data = write_rows(tmp_path / "train.jsonl", rows)
+    run, left_out = train.prepare(parse_config(arguments(task, tmp_path / "run", data=data, max_response_tokens=80)))
+    assert left_out == {"too long": 1, "wrong or no answer": 2}
+    train.console.show_start(run, tmp_path, left_out, 4, 0)
+    said = capsys.readouterr().out
+    assert f"{used - 3} with demonstrations, 1 left out (too long), 2 left out (wrong or no answer)" in said
+    assert f"ids {run.data.encoded[0].prompt_ids}" in said
+
+
+def test_data_is_checked_before_weights_are_read(task, tmp_path, monkeypatch):
+    monkeypatch.setattr(train, "load_model", None)
+    write_rows(tmp_path / "train.jsonl", [{"problem": "1+1?", "answer": "2", "demonstrations": ["no box"]}])
+    with pytest.raises(ValueError, match=r"has none it can use \({'wrong or no answer': 1} left out\)"):
+        train.prepare(parse_config(arguments(task, tmp_path / "run", data=tmp_path / "train.jsonl")))

@@ -113,7 +113,8 @@ def check_folder(config: Config) -> None:
     if not saved.exists():
         raise ValueError(f"out {config.out!r} exists and holds no run (no config.json): choose another folder")
     ours, theirs = dataclasses.asdict(config), json.loads(saved.read_text(encoding="utf-8"))
-    free = {"resume", "out", "save_every", "device", "recompute", "offload", "tensorboard"}
+    free = {"resume", "out", "save_every", "device", "tensorboard"}
+    free |= {"recompute", "offload", "rows_per_call", "micro_batch_tokens", "decode"}  # memory: rounding may change
     changed = [name for name in ours if name not in free and ours[name] != theirs.get(name)]
     if changed:
         was = ", ".join(f"{name} {theirs.get(name)!r}" for name in changed)

@@ -33,7 +33,7 @@ from checkpoint import append_rows
 from choice import grade_response
 from data.loader import Encoded, Problem, encode_problems
 from decode import DECODERS, row_bytes
-from eval_folder import count, cut_to_batches, describe, open_folder, regrade
+from eval_folder import count, cut_to_batches, describe, open_folder, regrade, stored_settings
 from model import load_model, pick_device
 from report import report
 from sample import Row, generate, pack
@@ -229,11 +229,10 @@ def run(args: argparse.Namespace) -> None:
     ranks.start(device)
     model, tokenizer = load_model(args.model, device)
     longest = encode_benchmarks(model, tokenizer, benchmarks, args.max_response_tokens)
+    args.rows_per_call = args.rows_per_call or ranks.from_first(stored_settings(args.out)).get("rows_per_call")
     args.rows_per_call = args.rows_per_call or rows_that_fit(model, longest + args.max_response_tokens)
     if ranks.rank() == 0:
-        settings = describe(args, model, tokenizer, benchmarks)
-        args.out = open_folder(args, settings)
-        settings = json.loads((args.out / "settings.json").read_text(encoding="utf-8"))
+        args.out, settings = open_folder(args, describe(args, model, tokenizer, benchmarks))
         show(args.out, settings)
     args.out = ranks.from_first(args.out)
     sample_missing(model, tokenizer, args.out, benchmarks, args)
@@ -241,23 +240,33 @@ def run(args: argparse.Namespace) -> None:
         report(args.out, settings, count(args.out, benchmarks))
 
 
+def go_on(args: argparse.Namespace) -> str:
+    """The command that continues this evaluation."""
+    out = ["--out", str(args.out)] if args.out and "--out" not in sys.argv else []
+    return f"{ranks.launcher()} {shlex.join([*sys.argv, *out])}"
+
+
 def main() -> None:
     try:
         args = parse_args(sys.argv[1:])
-        regrade(args.regrade) if args.regrade else run(args)
+        if args.regrade:
+            ranks.start(torch.device("cpu"))
+            if ranks.rank() == 0:
+                regrade(args.regrade)
+        else:
+            run(args)
         ranks.stop()
     except (ValueError, OSError) as error:
         print(f"eval.py: {ranks.name()}{error}", file=sys.stderr)
         sys.exit(2)
     except RuntimeError as error:
-        if not (reason := ranks.explain(error)):
+        if not (reason := ranks.explain(error, "give a smaller --rows_per_call")):
             raise
-        print(f"eval.py: {ranks.name()}{reason}", file=sys.stderr)
+        print(f"eval.py: {ranks.name()}{reason}; to go on: {go_on(args)}", file=sys.stderr)
         sys.exit(1)
     except KeyboardInterrupt:
-        words = [*sys.argv, *(["--out", str(args.out)] if args.out and "--out" not in sys.argv else [])]
         if ranks.rank() == 0:
-            print(f"\nstopped; to go on: {ranks.launcher()} {shlex.join(words)}", file=sys.stderr)
+            print(f"\nstopped; to go on: {go_on(args)}", file=sys.stderr)
         sys.exit(130)
 
 

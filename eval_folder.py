@@ -25,7 +25,7 @@ from data.loader import render_prompt
 from report import report
 from stats import Answers
 
-FREE = ("date", "device", "ranks", "rows_per_call", "decode")  # may be others when an evaluation is continued
+FREE = ("device", "ranks", "rows_per_call", "decode")  # may change when an evaluation is continued: rounding
 
 # ---- settings
 
@@ -95,30 +95,39 @@ def describe(args: argparse.Namespace, model, tokenizer, benchmarks: list[Benchm
 # ---- the evaluation folder
 
 
-def open_folder(args: argparse.Namespace, settings: dict[str, Any]) -> Path:
-    """The folder of this evaluation, with its settings.json: --out, or the first free evals/MODEL-NNN.
+def stored_settings(folder: Path | None) -> dict[str, Any]:
+    """The settings.json of an evaluation; {} where there is none."""
+    file = folder / "settings.json" if folder else None
+    return json.loads(file.read_text(encoding="utf-8")) if file and file.exists() else {}
 
+
+def open_folder(args: argparse.Namespace, settings: dict[str, Any]) -> tuple[Path, dict[str, Any]]:
+    """The folder of this evaluation, --out or the first free evals/MODEL-NNN, and its settings as stored there.
+
+    An evaluation that goes on keeps its settings; those of FREE that changed are noted under "continued".
     Raises ValueError if --out holds anything but an evaluation with the same settings.
     """
     if not args.out:
         path = Path(args.model)
         name = path.parent.name if path.name == "final" and path.parent.name else path.resolve().name
         args.out = next(f for i in itertools.count(1) if not (f := Path("evals") / f"{name}-{i:03d}").exists())
-    file = args.out / "settings.json"
-    if file.exists():
-        stored = json.loads(file.read_text(encoding="utf-8"))
-        changed = [k for k in settings if k not in FREE and settings[k] != stored.get(k)]
+    if stored := stored_settings(args.out):
+        changed = [k for k in settings if k not in (*FREE, "date") and settings[k] != stored.get(k)]
         if changed == ["grader"]:
             raise ValueError(f"{args.out} was graded by another version: first run  eval.py --regrade {args.out}")
         if changed:
             was = "; ".join(f"{k}: {json.dumps(stored.get(k))[:90]}" for k in changed)
             raise ValueError(f"{args.out} holds an evaluation with other settings ({was}): choose another --out")
+        last, free = (stored.get("continued") or [stored])[-1], {k: settings[k] for k in FREE}
+        if free != {k: last.get(k) for k in FREE} and not (args.out / "results.json").exists():
+            stored["continued"] = [*stored.get("continued", []), free | {"date": settings["date"]}]
+        settings = stored
     elif args.out.exists() and any(args.out.iterdir()):
         raise ValueError(f"{args.out} exists and holds no evaluation (no settings.json): choose another --out")
     else:
         args.out.mkdir(parents=True, exist_ok=True)
-        write_text(file, json.dumps(settings, indent=1, ensure_ascii=False) + "\n")
-    return args.out
+    write_text(args.out / "settings.json", json.dumps(settings, indent=1, ensure_ascii=False) + "\n")
+    return args.out, settings
 
 
 def stored_rows(path: Path, benchmarks: list[Benchmark]) -> Iterator[tuple[Benchmark, int, dict[str, Any], int]]:
@@ -134,6 +143,8 @@ def stored_rows(path: Path, benchmarks: list[Benchmark]) -> Iterator[tuple[Bench
                 row = json.loads(line)
                 found = row["benchmark"], row["id"], row["sample"]
             except (ValueError, KeyError, TypeError):
+                return
+            if not row.keys() >= {"reward", "read", "truncated", "tokens", "response"}:
                 return
             if not line.endswith(b"\n"):
                 return
@@ -170,7 +181,7 @@ def regrade(folder: Path) -> None:
     file, path = folder / "settings.json", folder / "generations.jsonl"
     if not file.exists() or not path.exists():
         raise ValueError(f"{folder} holds no evaluation to grade again (no settings.json or generations.jsonl)")
-    settings = json.loads(file.read_text(encoding="utf-8"))
+    settings = stored_settings(folder)
     benchmarks = []
     for name, stored in settings["benchmarks"].items():
         path_of = Path(stored["file"])

@@ -36,12 +36,13 @@ SMALL = 10_000_000  # below so many parameters a second CPU thread gains little,
 
 
 def pick_device(name: str = "auto") -> torch.device:
-    """The device called `name`; "auto" takes CUDA, then MPS, then the CPU."""
-    if name != "auto":
-        return torch.device(name)
-    if torch.cuda.is_available():
-        return torch.device("cuda", int(os.environ.get("LOCAL_RANK", 0)))
-    return torch.device("mps" if torch.backends.mps.is_available() else "cpu")
+    """The device called `name`; "auto" takes CUDA, then MPS, then the CPU. On CUDA each rank has a GPU of its own."""
+    there = {"cuda": torch.cuda.is_available(), "mps": torch.backends.mps.is_available(), "cpu": True}
+    if name == "auto":
+        name = next(kind for kind in there if there[kind])
+    if not there[name]:
+        raise ValueError(f"device is {name}, but PyTorch finds none here: give --device auto")
+    return torch.device(name, int(os.environ.get("LOCAL_RANK", 0))) if name == "cuda" else torch.device(name)
 
 
 @contextlib.contextmanager
@@ -202,7 +203,7 @@ def sampling(model: PreTrainedModel) -> Iterator[PreTrainedModel]:
 
     (Gradient checkpointing would turn the key-value cache off in train mode.) A sharded model gives a plain one of
     the same shape that reads its gathered weights: ranks may sample for different times, without FSDP's hooks at
-    every layer of every token.
+    every layer of every token. Does not nest.
     """
     model.eval()
     try:

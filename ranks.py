@@ -3,9 +3,10 @@
 A plain `python train.py` on a CPU uses none of this: rank() is 0, world_size() is 1, and every function hands back
 what it was given. `torchrun --nproc_per_node N train.py …` starts N ranks. All of them plan, grade and weigh the
 same rows; each samples and differentiates its share (sample.generate, step.share), and rank 0 writes and prints.
-On CUDA a single process is sharded too, over a mesh of one: the simplest way to fp32 weights with bf16 compute.
+Training on CUDA shards in a single process too, over a mesh of one: the simplest way to fp32 weights with bf16
+compute. eval.py shares the rows in the same way; every rank has a whole model there.
 
-    start -> shard                        in train.py and model.load_model
+    start -> shard                        in train.py (eval.py: start alone) and model.load_model
     union, all_sum, from_first            what ranks tell each other, on the CPU (gloo)
     gathered                              whole weights on every rank, for sampling
     clip_gradients, whole, part_like      norm, checkpoints and final/ of a sharded model
@@ -45,7 +46,9 @@ def start(device: torch.device) -> None:
     if dist.is_initialized() or ("RANK" not in os.environ and device.type != "cuda"):
         return
     if device.type not in ("cpu", "cuda"):
-        raise ValueError(f"several ranks need device cuda or cpu, found {device.type}: start python train.py alone")
+        raise ValueError(
+            f"several ranks need device cuda or cpu, found {device.type}: start python alone, without torchrun"
+        )
     if device.type == "cuda":
         if device.index is not None and device.index >= torch.cuda.device_count():
             raise ValueError(f"rank {device.index} has no GPU: there are {torch.cuda.device_count()}")
@@ -70,11 +73,11 @@ def launcher() -> str:
     return f"torchrun --nproc_per_node {world_size()}" if world_size() > 1 else "python"
 
 
-def explain(error: RuntimeError) -> str:
-    """One line on an error that is no fault of the program: a full GPU, a rank that is gone; "" for any other."""
+def explain(error: RuntimeError, memory: str) -> str:
+    """One line on an error that is no fault of the program: a full GPU (with what to do about it, `memory`), a rank
+    that is gone; "" for any other."""
     if isinstance(error, torch.OutOfMemoryError):
-        advice = "lower rows_per_call (sampling) or micro_batch_tokens (updates); bench/plan.py counts beforehand"
-        return f"the GPU's memory is full: {advice}"
+        return f"the GPU's memory is full: {memory}"
     if isinstance(error, dist.DistError) or any(word in str(error) for word in ("gloo", "NCCL")):
         return f"lost another rank ({error})"
     return ""

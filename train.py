@@ -243,7 +243,8 @@ def main() -> None:
         print(f"train.py: {ranks.name()}{error}", file=sys.stderr)
         sys.exit(2)
     except RuntimeError as error:
-        if not (reason := ranks.explain(error)):
+        memory = "lower rows_per_call (sampling) or micro_batch_tokens (updates), see python bench/plan.py"
+        if not (reason := ranks.explain(error, memory)):
             raise
         print(f"train.py: {ranks.name()}{reason}; --resume auto goes on from the last checkpoint", file=sys.stderr)
         sys.exit(1)

@@ -20,6 +20,7 @@ from transformers import LlamaConfig
 import eval
 import eval_folder
 import report
+import sample
 import stats
 from benchmarks import choose_benchmarks
 from choice import chosen, grade_response, question
@@ -310,13 +311,41 @@ def test_two_ranks_write_the_files_of_one_process(finished, tmp_path):
 
 
 @pytest.mark.usefixtures("no_figure")
-def test_an_evaluation_may_go_on_with_other_batches(finished, tmp_path):
-    """As it does on another number of ranks: which rows share a batch is no setting that decides a number."""
+def test_an_evaluation_may_go_on_with_other_batches(finished, tmp_path, monkeypatch):
+    """On other ranks, another device or decoder: what was used is noted, and the tokens are the same."""
     folder = copy(finished, tmp_path / "begun")
     lines = (finished / "generations.jsonl").read_bytes().splitlines(keepends=True)
     (folder / "generations.jsonl").write_bytes(b"".join(lines[:25]))
-    eval.run(arguments(out=folder, rows_per_call=7))
+    stored = json.loads((folder / "settings.json").read_text())
+    (folder / "settings.json").write_text(json.dumps(stored | {"ranks": 8, "device": "cuda:0", "rows_per_call": 20}))
+    decoded, static = [], sample.DECODERS["static"]
+    monkeypatch.setitem(sample.DECODERS, "static", lambda *a, **k: decoded.append(len(a[1])) or static(*a, **k))
+    eval.run(arguments(out=folder, rows_per_call=None, decode="static"))
+    assert decoded == [20, 8]  # the stored rows_per_call is the default; 25 responses are one batch of 20
     assert (folder / "generations.jsonl").read_bytes() == b"".join(lines)
+    settings = json.loads((folder / "results.json").read_text())["settings"]
+    (went_on,) = settings["continued"]
+    assert went_on | {"date": ""} == {
+        "device": "cpu",
+        "ranks": 1,
+        "rows_per_call": 20,
+        "decode": "static",
+        "date": "",
+    }
+    assert settings["ranks"] == 8
+
+
+@pytest.mark.usefixtures("no_figure")
+def test_each_rank_gets_full_calls(finished, tmp_path, monkeypatch):
+    """Two ranks take 20 responses at a time where one takes 10."""
+    batches, append = [], eval.append_rows
+    monkeypatch.setattr(eval.ranks, "world_size", lambda: 2)
+    monkeypatch.setattr(eval.ranks, "from_first", lambda value: value)
+    monkeypatch.setattr(sample, "union", lambda mine: mine)
+    monkeypatch.setattr(eval, "append_rows", lambda path, rows: (batches.append(len(rows)), append(path, rows)))
+    eval.run(arguments(out=tmp_path / "two"))
+    assert batches == [20, 20, 8]
+    assert (tmp_path / "two" / "generations.jsonl").read_bytes() == (finished / "generations.jsonl").read_bytes()
 
 
 def test_as_many_rows_share_a_call_as_a_gpu_holds(monkeypatch):
@@ -328,6 +357,10 @@ def test_as_many_rows_share_a_call_as_a_gpu_holds(monkeypatch):
     for free, rows in ((1e9, 512), (10 * row / 0.8 + 1, 10), (row / 2, 1)):
         monkeypatch.setattr(torch.cuda, "mem_get_info", lambda _, free=free: (int(free), 0))
         assert eval.rows_that_fit(model, 100) == rows
+    monkeypatch.setattr(eval.ranks, "union", lambda mine: mine | {1: 7})  # another rank's GPU is fuller
+    monkeypatch.setattr(torch.cuda, "mem_get_info", lambda _: (10**9, 0))
+    assert eval.rows_that_fit(model, 100) == 7
+    monkeypatch.undo()
     model.device = torch.device("cpu")
     assert eval.rows_that_fit(model, 10**9) == 512
 
@@ -341,7 +374,10 @@ def test_a_full_gpu_is_one_line(monkeypatch, capsys):
     with pytest.raises(SystemExit) as stop:
         eval.main()
     error = capsys.readouterr().err
-    assert stop.value.code == 1 and error.startswith("eval.py: the GPU's memory is full: lower rows_per_call")
+    assert stop.value.code == 1 and error.count("\n") == 1
+    assert error.startswith(
+        "eval.py: the GPU's memory is full: give a smaller --rows_per_call; to go on: python eval.py"
+    )
 
 
 @pytest.mark.usefixtures("no_figure")

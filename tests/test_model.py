@@ -136,3 +136,25 @@ def test_the_best_device_is_chosen(monkeypatch, cuda, mps, want):
     monkeypatch.setattr(torch.backends.mps, "is_available", lambda: mps)
     monkeypatch.setenv("LOCAL_RANK", "2")
     assert str(pick_device()) == want and str(pick_device("cpu")) == "cpu"
+    if cuda:
+        assert str(pick_device("cuda")) == "cuda:2"
+    else:
+        with pytest.raises(ValueError, match="device is cuda, but PyTorch finds none here"):
+            pick_device("cuda")
+
+
+@pytest.mark.parametrize(
+    "device, training, want",
+    [("cuda", True, torch.float32), ("cuda", False, torch.bfloat16), ("cpu", False, torch.float32)],
+)
+def test_weights_are_bf16_only_for_sampling_on_cuda(monkeypatch, device, training, want):
+    class Found(Exception):
+        pass
+
+    def asked(path, dtype, **_):
+        raise Found(dtype)
+
+    monkeypatch.setattr(models.AutoModelForCausalLM, "from_pretrained", asked)
+    with pytest.raises(Found) as found:
+        load_model("data/base", device, training=training)
+    assert found.value.args == (want,)

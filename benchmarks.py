@@ -6,12 +6,13 @@ fields of data/loader.py. Left out: problems with images, proofs, code.
 
 import dataclasses
 import itertools
-import json
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
-from data.loader import Encoded, Problem, load_problems
+from choice import check_options
+from data.loader import Encoded, Problem, check_rows, read_rows
 
 PAPER = {  # the paper's benchmarks and its samples per problem [paper 4.1]
     "aime24": 32,
@@ -37,25 +38,36 @@ class Benchmark:
     samples: int
     problems: list[Problem]
     options: dict[str, list[str]]  # by problem id, for multiple choice
-    left_out: int  # problems whose gold answer the grader cannot read: data/prepare.py sets them aside
+    left_out: int  # problems that cannot be graded: data/prepare.py sets them aside
     encoded: list[Encoded] = dataclasses.field(default_factory=list)
+
+
+def read_options(path: Path, rows: dict[int, Any], problems: list[Problem]) -> dict[str, list[str]]:
+    """The options of multiple choice by problem id. ValueError, one line, for options that cannot be graded."""
+    options = {}
+    for (number, row), problem in zip(rows.items(), problems, strict=True):
+        if "options" in row:
+            try:
+                check_options(row["options"], problem.answer)
+            except ValueError as error:
+                raise ValueError(f"{path}:{number}: {error}") from error
+            options[problem.id] = row["options"]
+    return options
 
 
 def load_benchmark(name: str, path: Path, samples: int, per_level: int | None, system: str | None) -> Benchmark:
     """A JSONL file as a benchmark: the first `per_level` problems of each level (None: all), `system` (None: the
     rows' own) as system message. ValueError, one line, for a missing file or a bad line."""
-    if not path.is_file() and FILES.get(name) == path:
-        raise ValueError(f"benchmark {name} is not here yet: run  python data/prepare.py {name}")
-    problems = load_problems(path)
-    rows = (json.loads(line) for line in path.read_text(encoding="utf-8").splitlines() if line.strip())
-    options = {problem.id: row["options"] for problem, row in zip(problems, rows) if row.get("options")}
+    rows = read_rows(path)
+    problems = check_rows(path, rows)
+    options = read_options(path, rows, problems)
     if per_level is not None:
         levels = dict.fromkeys(problem.level for problem in problems)
         problems = [p for level in levels for p in [q for q in problems if q.level == level][:per_level]]
     if system is not None:
         problems = [dataclasses.replace(problem, system=system) for problem in problems]
     aside = path.with_suffix(".left_out.jsonl")
-    left_out = len(aside.read_text(encoding="utf-8").splitlines()) if aside.exists() else 0
+    left_out = len(read_rows(aside)) if aside.exists() else 0
     return Benchmark(name, path, samples, problems, options, left_out)
 
 

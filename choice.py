@@ -5,16 +5,18 @@ option's text ("iron", "\\frac12" for "1/2"). It is right if it names the gold o
 answers outside a box, and letters picked out of a sentence: what was meant there is a guess.
 """
 
+import reprlib
+import string
 from collections.abc import Sequence
 
 import regex
 
 from reward import extract_boxed, grade, is_equivalent, is_read
 
-LETTERS = "ABCDEFGHIJ"
+LETTERS = string.ascii_uppercase
 _STYLE = regex.compile(r"\s*\\(?:text|textbf|textit|mathrm|mathbf|mbox|boxed)\s*\{([^{}]*)\}\s*")
-_LETTER = regex.compile(r"\(?\s*([A-J])\s*\)?\s*[.:]?")
-_LABELLED = regex.compile(r"\(?([A-J])\s*[).:]\s*(.+)", regex.DOTALL)
+_LETTER = regex.compile(r"\(?\s*([A-Z])\s*\)?\s*[.:]?")
+_LABELLED = regex.compile(r"\(?([A-Z])\s*[).:]\s*(.+)", regex.DOTALL)
 
 
 def question(stem: str, options: Sequence[str]) -> str:
@@ -22,6 +24,18 @@ def question(stem: str, options: Sequence[str]) -> str:
     if not 2 <= len(options) <= len(LETTERS):
         raise ValueError(f"a question has {len(options)} options, expected 2 to {len(LETTERS)}: {stem[:60]!r}")
     return stem.strip() + "\n\n" + "\n".join(f"{letter}) {text.strip()}" for letter, text in zip(LETTERS, options))
+
+
+def check_options(options: object, gold: str) -> None:
+    """ValueError unless `options` is a list of 2 to 26 texts and `gold` the letter of one. Two texts may be alike, as
+    in a few public questions: their letters tell them apart."""
+    texts = isinstance(options, list) and all(isinstance(option, str) and option.strip() for option in options)
+    if not texts or not 2 <= len(options) <= len(LETTERS):
+        found, most = reprlib.repr(options), len(LETTERS)
+        raise ValueError(f"options is {found}, expected a list of 2 to {most} non-empty strings (or no such field)")
+    letters = list(LETTERS[: len(options)])
+    if gold not in letters:
+        raise ValueError(f"answer is {gold!r}, expected the letter of one of the options, {', '.join(letters)}")
 
 
 def _bare(text: str) -> str:

@@ -6,9 +6,12 @@ from there on only ids are used, so what is trained is what was sampled.
 """
 
 import json
+import reprlib
+import sys
 from collections import Counter
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 from transformers import PreTrainedTokenizerBase as Tokenizer
 
@@ -37,6 +40,15 @@ class Encoded:
     end_id: int  # the token that ends a demonstration
 
 
+def _check_text(text: str, where: str, field: str) -> None:
+    """ValueError for a lone surrogate (JSON can write one as \\ud800): it is no character, tokenizers refuse it."""
+    try:
+        text.encode()
+    except UnicodeEncodeError as error:
+        found = f"{text[error.start]!r} at character {error.start}, half of a pair"
+        raise ValueError(f"{where}: {field} has {found}: write the character itself") from error
+
+
 def _read_row(row: object, where: str, default_id: str) -> Problem:
     if not isinstance(row, dict):
         raise ValueError(f"{where}: found {type(row).__name__}, expected a JSON object with problem and answer")
@@ -47,12 +59,17 @@ def _read_row(row: object, where: str, default_id: str) -> Problem:
     for field in ("id", "problem", "answer", "level", "system"):
         value = row.get(field, "")
         if not isinstance(value, str):
-            raise ValueError(f"{where}: {field} is {value!r}, expected a string: put it in quotes")
+            raise ValueError(f"{where}: {field} is {reprlib.repr(value)}, expected a string: put it in quotes")
         if field in ("id", "problem", "answer") and not value.strip():
             raise ValueError(f"{where}: {field} is empty")
+        _check_text(value, where, field)
+    if row.get("level") == "all":
+        raise ValueError(f"{where}: level is 'all', which reports call the total: give it another name")
     demonstrations = row.get("demonstrations", [])
     if not isinstance(demonstrations, list) or not all(isinstance(d, str) and d for d in demonstrations):
         raise ValueError(f"{where}: demonstrations must be a list of non-empty strings (or be absent)")
+    for text in demonstrations:
+        _check_text(text, where, "demonstrations")
     try:
         check_gold(row["answer"])
     except ValueError as error:
@@ -67,25 +84,39 @@ def _read_row(row: object, where: str, default_id: str) -> Problem:
     )
 
 
-def load_problems(path: str | Path) -> list[Problem]:
-    """The problems of a JSONL file. Raises ValueError naming file and line, what was found and what was expected."""
+def _parse(line: str, where: str) -> Any:
+    try:
+        return json.loads(line)
+    except json.JSONDecodeError as error:
+        raise ValueError(f"{where}: not valid JSON: {error.msg} at column {error.colno}") from error
+    except RecursionError:
+        raise ValueError(f"{where}: nested too deeply, expected a flat JSON object with problem and answer") from None
+    except ValueError as error:  # Python's limit on the digits of a whole number
+        limit = sys.get_int_max_str_digits()
+        raise ValueError(f"{where}: a number has more than {limit} digits: put it in quotes") from error
+
+
+def read_rows(path: str | Path) -> dict[int, Any]:
+    """The JSON values of a JSONL file by line number, empty lines left out. ValueError as `load_problems`."""
     path = Path(path)
     if not path.is_file():
+        if path.parts[-3:-1] in (("data", "train"), ("data", "benchmarks")):  # where data/prepare.py writes
+            raise ValueError(f"{path}: {path.stem} is not here yet: run  python data/prepare.py {path.stem}")
         raise ValueError(f"data file {str(path)!r} does not exist: give a JSONL file (its format: data/README.md)")
-    problems, seen = [], {}
     try:
-        lines = path.read_text(encoding="utf-8").split("\n")  # splitlines() also splits at U+2028, which JSON allows
+        text = path.read_text(encoding="utf-8-sig")  # Windows editors begin a file with a byte order mark
     except UnicodeDecodeError as error:
         raise ValueError(f"{path}: not UTF-8 text ({error.reason} at byte {error.start})") from error
-    for number, line in enumerate(lines, 1):
-        if not line.strip():
-            continue
+    lines = enumerate(text.split("\n"), 1)  # splitlines() also splits at U+2028, which JSON allows
+    return {number: _parse(line, f"{path}:{number}") for number, line in lines if line.strip()}
+
+
+def check_rows(path: str | Path, rows: dict[int, Any]) -> list[Problem]:
+    """The problems in the rows of a file. ValueError as `load_problems`."""
+    problems, seen = [], {}
+    for number, row in rows.items():
         where = f"{path}:{number}"
-        try:
-            row = json.loads(line)
-        except json.JSONDecodeError as error:
-            raise ValueError(f"{where}: not valid JSON: {error.msg} at column {error.colno}") from error
-        problem = _read_row(row, where, default_id=f"{path.stem}-{number}")
+        problem = _read_row(row, where, default_id=f"{Path(path).stem}-{number}")
         if problem.id in seen:
             raise ValueError(f"{where}: the id {problem.id!r} stands at line {seen[problem.id]} too: ids are unique")
         seen[problem.id] = number
@@ -93,6 +124,11 @@ def load_problems(path: str | Path) -> list[Problem]:
     if not problems:
         raise ValueError(f"{path}: no problems in it: write one JSON object per line")
     return problems
+
+
+def load_problems(path: str | Path) -> list[Problem]:
+    """The problems of a JSONL file. Raises ValueError naming file and line, what was found and what was expected."""
+    return check_rows(path, read_rows(path))
 
 
 def render_prompt(tokenizer: Tokenizer, problem: str, system: str = "") -> str:

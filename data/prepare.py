@@ -1,12 +1,13 @@
 """Public sets from the Hugging Face hub as JSONL in our row format: python data/prepare.py NAME …
 
+    python data/prepare.py                     the list of all sets
     python data/prepare.py aime24 math500      benchmarks -> data/benchmarks/NAME.jsonl, for eval.py
     python data/prepare.py paper               the paper's nine benchmarks
     python data/prepare.py gsm8k openr1-46k    training sets with demonstrations -> data/train/NAME.jsonl
 
 Needs `datasets` (requirements-dev.txt). A file that is there already is kept (--force fetches it again), so a call
-that was stopped goes on. The number of rows is checked. The system message is carried in each row. Rows whose gold
-answer the grader cannot read are set aside in NAME.left_out.jsonl and counted: nobody could be right on them.
+that was stopped goes on. The number of rows is checked. The system message is carried in each row. Rows that cannot
+be graded (a gold answer nobody can read, an empty option) are set aside in NAME.left_out.jsonl and counted.
 Options of GPQA are shuffled by a seed made of the question's id; ARC and MMLU-Pro keep the order of the hub.
 
 Left out: the demonstrations of openr1-46k are not cut or graded here: data/loader.py does that when it knows the
@@ -24,10 +25,12 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from huggingface_hub.utils import logging as hub_logging
+
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # run as a script, it finds the grader
 
 from benchmarks import PAPER
-from choice import LETTERS, question
+from choice import LETTERS, check_options, question
 from reward import check_gold
 
 Row = dict[str, Any]
@@ -151,6 +154,7 @@ SOURCES = {
 
 def download(name: str, source: Source) -> list[Row]:
     """The rows of a set. ValueError, one line, where it cannot be had, with what to do."""
+    hub_logging.set_verbosity_error()  # without a network: our one line instead of every retry
     try:
         import datasets
     except ImportError:
@@ -160,7 +164,7 @@ def download(name: str, source: Source) -> list[Row]:
         return list(datasets.load_dataset(source.path, source.config, split=source.split))
     except Exception as error:  # the hub's clients raise errors of many kinds
         reason = (str(error).strip() or type(error).__name__).split("\n")[0]
-        if source.gated:
+        if source.gated and re.search(r"gated|cannot be accessed|40[13]", str(error)):
             help = f"it is gated: accept its terms at {page}, then run  hf auth login  with a read token"
         else:
             help = f"check the network and {page}"
@@ -168,7 +172,7 @@ def download(name: str, source: Source) -> list[Row]:
 
 
 def convert(name: str, source: Source, rows: list[Row]) -> tuple[list[Row], list[Row]]:
-    """Our rows, and those set aside because the grader cannot read their gold answer."""
+    """Our rows, and those set aside because they cannot be graded."""
     low, high = source.rows
     if not low <= len(rows) <= high:
         expected = str(low) if low == high else f"{low} to {high}"
@@ -185,11 +189,28 @@ def convert(name: str, source: Source, rows: list[Row]) -> tuple[list[Row], list
         new.setdefault("system", SOLVE)
         try:
             check_gold(new["answer"])
+            if "options" in new:
+                check_options(new["options"], new["answer"])
         except ValueError:
             left_out.append(new)
         else:
             ours.append(new)
     return ours, left_out
+
+
+def file_of(name: str) -> Path:
+    return FOLDER / SOURCES[name].folder / f"{name}.jsonl"
+
+
+def show_sets() -> None:
+    """Print every set: its name, place on the hub, rows, whether it is gated and whether it is there."""
+    for name, source in SOURCES.items():
+        rows = f"{source.rows[0]:,}{'+' if source.rows[0] < source.rows[1] else ''}"
+        gated = "  gated: accept its terms there" if source.gated else ""
+        there = f"  there: {file_of(name)}" if file_of(name).exists() else ""
+        print(f"{name:13}{source.folder:12}{rows:>7} rows  {source.path:30}{gated}{there}".rstrip())
+    print("\nFetch some:  python data/prepare.py NAME …  (paper: the paper's nine benchmarks).")
+    print("Each set's licence is on its page, https://huggingface.co/datasets/… and its place on the hub.")
 
 
 def write_rows(path: Path, rows: list[Row]) -> None:
@@ -207,7 +228,7 @@ def write_rows(path: Path, rows: list[Row]) -> None:
 def prepare(name: str, force: bool = False) -> Path:
     """Make sure the JSONL file of `name` is there -> its path. ValueError, one line, if it cannot be made."""
     source = SOURCES[name]
-    path = FOLDER / source.folder / f"{name}.jsonl"
+    path = file_of(name)
     if path.exists() and not force:
         print(f"{name}: {path} is there already (--force fetches it again)")
         return path
@@ -215,14 +236,14 @@ def prepare(name: str, force: bool = False) -> Path:
     write_rows(path.with_suffix(".left_out.jsonl"), left_out)
     write_rows(path, rows)
     aside = ", ".join(f"{row['id']} {row['answer'][:40]!r}" for row in left_out[:5])
-    told = f"; {len(left_out)} left out, the grader cannot read their gold: {aside}" if left_out else ""
+    told = f"; {len(left_out)} left out, they cannot be graded: {aside}" if left_out else ""
     print(f"{name}: {len(rows)} rows of {source.path} -> {path}{told}")
     return path
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description="Public sets -> JSONL.", allow_abbrev=False)
-    parser.add_argument("names", nargs="+", metavar="NAME", help=f"{', '.join(SOURCES)}, or paper")
+    parser.add_argument("names", nargs="*", metavar="NAME", help=f"{', '.join(SOURCES)}, or paper; none: list them")
     parser.add_argument("--force", action="store_true", help="fetch what is there already again")
     args = parser.parse_args()
     names = list(dict.fromkeys(n for name in args.names for n in (PAPER if name == "paper" else [name])))
@@ -231,6 +252,8 @@ def main() -> None:
     if unknown:
         print(f"prepare.py: unknown set {unknown[0]!r}: choose from {', '.join(SOURCES)}, or paper", file=sys.stderr)
         sys.exit(2)
+    if not names:
+        show_sets()
     for name in names:
         try:
             prepare(name, args.force)

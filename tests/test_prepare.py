@@ -3,10 +3,12 @@
 import dataclasses
 import importlib.util
 import json
+import logging
 import sys
 from pathlib import Path
 
 import pytest
+from huggingface_hub.utils import logging as hub_logging
 
 from benchmarks import FILES, PAPER, choose_benchmarks
 from choice import grade_response
@@ -157,12 +159,20 @@ def test_what_is_there_is_kept_and_force_fetches_it_again(hub, capsys):
 def test_golds_that_cannot_be_read_are_set_aside_and_named(hub, capsys):
     hub[0]["minerva"][1] = {"question": "Q", "answer": "\\frac{"}
     path = prepare.prepare("minerva")
-    assert "1 left out, the grader cannot read their gold: minerva-1" in capsys.readouterr().out
+    assert "1 left out, they cannot be graded: minerva-1" in capsys.readouterr().out
     assert len(load_problems(path)) == 1
     assert choose_benchmarks("minerva", None)[0].left_out == 1
     hub[0]["minerva"][1] = {"question": "Q", "answer": "5"}
     prepare.prepare("minerva", force=True)
     assert choose_benchmarks("minerva", None)[0].left_out == 0
+
+
+def test_a_question_with_an_empty_option_is_set_aside(hub):
+    row = HUB["mmlu_pro"][0]
+    hub[0]["mmlu_pro"][1] = row | {"options": ["a b", "N/A", "c", " ", *"efghij"]}
+    prepare.prepare("mmlu_pro")
+    (found,) = choose_benchmarks("mmlu_pro", None)
+    assert [p.id for p in found.problems] == ["mmlu_pro-0"] and found.left_out == 1
 
 
 def run(monkeypatch, *words: str) -> int:
@@ -186,6 +196,33 @@ def test_a_set_that_cannot_be_had_is_one_line_and_the_others_are_fetched(hub, mo
     assert FILES["aime24"].exists() and not FILES["gpqa_diamond"].exists()
     assert run(monkeypatch, "paper") == 2
     assert sum(path.exists() for path in FILES.values()) == 8
+
+
+def test_without_a_network_no_retry_is_told_and_a_gated_set_is_not_blamed(hub, monkeypatch, capsys):
+    said = []
+
+    def unreachable(path, config, split):
+        logger = hub_logging.get_logger("huggingface_hub.utils._http")
+        said.append(logger.isEnabledFor(logging.WARNING))  # the hub warns of every retry
+        raise ConnectionError(f"Couldn't reach '{path}' on the Hub (LocalEntryNotFoundError)")
+
+    monkeypatch.setattr(sys.modules["datasets"], "load_dataset", unreachable)
+    hub_logging.set_verbosity_warning()
+    assert run(monkeypatch, "gpqa_diamond", "aime24") == 2
+    error = capsys.readouterr().err
+    assert error.count("\n") == 2 == error.count("check the network") and "gated" not in error
+    assert said == [False, False]
+
+
+def test_without_names_the_sets_are_listed(hub, monkeypatch, capsys):
+    prepare.prepare("gsm8k")
+    capsys.readouterr()
+    assert run(monkeypatch) == 0
+    lines = {line.split()[0]: line for line in capsys.readouterr().out.splitlines() if line}
+    for name, source in prepare.SOURCES.items():
+        assert source.path in lines[name] and ("gated" in lines[name]) == (name == "gpqa_diamond")
+        assert ("there: " + str(Path("data/train/gsm8k.jsonl")) in lines[name]) == (name == "gsm8k")
+    assert hub[1] == ["openai/gsm8k"]
 
 
 def test_changed_sets_and_wrong_names_are_one_line(hub, monkeypatch, capsys):

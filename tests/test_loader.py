@@ -1,0 +1,93 @@
+"""data/loader.py and benchmarks.py: what other editors, languages and programs write into JSONL files."""
+
+import json
+import re
+from pathlib import Path
+
+import pytest
+
+from benchmarks import choose_benchmarks
+from data.loader import load_problems
+
+ROW = {"problem": "1+1?", "answer": "2"}
+
+
+@pytest.mark.parametrize(
+    "line, said",
+    [
+        (json.dumps(ROW | {"problem": "a\ud800"}), r"problem has '\\ud800' at character 1, half of a pair"),
+        (json.dumps(ROW | {"demonstrations": ["x", "\udc00"]}), r"demonstrations has '\\udc00' at character 0"),
+        (json.dumps(ROW | {"level": "\ud800"}), r"level has '\\ud800'"),
+        (json.dumps(ROW | {"level": "all"}), "level is 'all', which reports call the total: give it another name"),
+        ("[" * 100_000, "nested too deeply"),
+        ('{"problem": ' * 100_000, "nested too deeply"),
+        (
+            '{"problem": ' + "[" * 200 + "]" * 200 + ', "answer": "2"}',
+            r"problem is \[{7}\.\.\.\]{7}, expected a string",
+        ),
+        ('{"problem": "1+1?", "answer": ' + "1" * 5000 + "}", "a number has more than 4300 digits: put it in quotes"),
+    ],
+    ids=range(8),
+)
+def test_a_bad_line_is_named(line, said, tmp_path):
+    path = tmp_path / "bad.jsonl"
+    path.write_text(f"{json.dumps(ROW)}\n\n{line}\n")
+    with pytest.raises(ValueError, match=f"^{re.escape(str(path))}:3: {said}") as caught:
+        load_problems(path)
+    assert "\n" not in str(caught.value) and len(str(caught.value)) < len(str(path)) + 150
+
+
+def test_text_of_any_language_and_a_byte_order_mark_are_read(tmp_path):
+    rows = [ROW | {"problem": "𝑥 = 1\u2028?"}, ROW | {"problem": "é\ud83d\ude00"}]
+    lines = [json.dumps(rows[0], ensure_ascii=False), json.dumps(rows[1])]  # a real U+2028; a pair as two escapes
+    (tmp_path / "a.jsonl").write_bytes(b"\xef\xbb\xbf" + "\r\n".join(lines).encode())
+    assert [p.problem for p in load_problems(tmp_path / "a.jsonl")] == ["𝑥 = 1\u2028?", "é😀"]
+
+
+@pytest.mark.parametrize(
+    "path, said",
+    [
+        ("data/train/gsm8k.jsonl", "gsm8k is not here yet: run  python data/prepare.py gsm8k"),
+        ("data/benchmarks/aime24.jsonl", "run  python data/prepare.py aime24"),
+        ("data/recipes/test.jsonl", "does not exist: give a JSONL file"),
+        ("train/gsm8k.jsonl", "does not exist: give a JSONL file"),
+    ],
+)
+def test_a_missing_file_is_one_line_with_the_fix(path, said, tmp_path):
+    with pytest.raises(ValueError, match=re.escape(said)):
+        load_problems(tmp_path / path)
+
+
+@pytest.mark.parametrize(
+    "options, answer, said",
+    [
+        ([1, 2], "A", "options is [1, 2], expected a list of 2 to 26 non-empty strings"),
+        ("abc", "A", "options is 'abc', expected a list"),
+        (["x"], "A", "options is ['x'], expected a list"),
+        (["x", " "], "A", "options is ['x', ' '], expected a list"),
+        ([], "A", "options is [], expected a list"),
+        (None, "A", "options is None, expected a list"),
+        (["x"] * 27, "A", "options is [" + "'x', " * 6 + "...], expected a list of 2 to 26"),
+        (["x", "y"], "C", "answer is 'C', expected the letter of one of the options, A, B"),
+        (["x", "y"], "b", "answer is 'b', expected the letter"),
+        (["x", "y"], "AB", "answer is 'AB', expected the letter"),
+    ],
+)
+def test_options_that_cannot_be_graded_are_refused(options, answer, said, tmp_path):
+    path = tmp_path / "mine.jsonl"
+    path.write_text("\n" + json.dumps({"problem": "?", "answer": answer, "options": options}))
+    with pytest.raises(ValueError, match="^" + re.escape(f"{path}:2: {said}")):
+        choose_benchmarks("", path)
+
+
+def test_options_belong_to_their_line_whatever_stands_between(tmp_path):
+    rows = [
+        ROW | {"problem": "a\u2028b"},
+        {"problem": "?", "answer": "Z", "options": ["same", "same", *map(str, range(24))]},
+    ]
+    rows += [ROW | {"problem": "c"}]
+    path: Path = tmp_path / "mine.jsonl"
+    path.write_text("\n\n".join(json.dumps(row, ensure_ascii=False) for row in rows), encoding="utf-8-sig")
+    (tmp_path / "mine.left_out.jsonl").write_text(json.dumps(rows[0], ensure_ascii=False) + "\n", encoding="utf-8")
+    (found,) = choose_benchmarks("", path)
+    assert found.options == {"mine-3": rows[1]["options"]} and len(found.problems) == 3 and found.left_out == 1

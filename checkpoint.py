@@ -13,6 +13,7 @@ import dataclasses
 import itertools
 import json
 import os
+import pickle
 from pathlib import Path
 from typing import Any
 
@@ -30,6 +31,17 @@ def write_text(path: Path, text: str) -> None:
     partial = path.with_name(path.name + ".partial")
     partial.write_text(text, encoding="utf-8")
     os.replace(partial, path)
+
+
+def read_json(path: Path) -> dict[str, Any]:
+    """An object that this project wrote. ValueError, one line, where it is damaged."""
+    try:
+        value = json.loads(path.read_text(encoding="utf-8"))
+    except ValueError as error:
+        raise ValueError(f"{path}: not valid JSON ({error}): restore the file, or choose another folder") from error
+    if not isinstance(value, dict):
+        raise ValueError(f"{path}: found {type(value).__name__}, expected a JSON object: choose another folder")
+    return value
 
 
 def state_file(folder: Path) -> Path:
@@ -54,12 +66,15 @@ def save(folder: Path, step: int, buffer: list[int], model: Any, optimizer: torc
 def load(folder: Path, model: Any, optimizer: torch.optim.Optimizer) -> dict[str, Any] | None:
     """Put the checkpoint's weights and optimizer state into place -> its step and buffer; None if there is none.
 
-    The file is mapped, not read: each rank takes its part. ValueError if it is of another model.
+    The file is mapped, not read: each rank takes its part. ValueError if it is damaged or of another model.
     """
     path = state_file(folder)
     if not path.exists():
         return None
-    state = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
+    try:
+        state = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
+    except (OSError, RuntimeError, EOFError, pickle.UnpicklingError) as error:
+        raise ValueError(f"{path} is damaged: delete {path.parent} to start the run again from step 0") from error
     own, saved = state_of(model), state["model"]
     other = [name for name in own.keys() | saved.keys() if name not in own or name not in saved]
     other += [name for name in own.keys() & saved.keys() if own[name].shape != saved[name].shape]
@@ -112,7 +127,7 @@ def check_folder(config: Config) -> None:
     saved = folder / "config.json"
     if not saved.exists():
         raise ValueError(f"out {config.out!r} exists and holds no run (no config.json): choose another folder")
-    ours, theirs = dataclasses.asdict(config), json.loads(saved.read_text(encoding="utf-8"))
+    ours, theirs = dataclasses.asdict(config), read_json(saved)
     free = {"resume", "out", "save_every", "device", "tensorboard"}
     free |= {"recompute", "offload", "rows_per_call", "micro_batch_tokens", "decode"}  # memory: rounding may change
     changed = [name for name in ours if name not in free and ours[name] != theirs.get(name)]

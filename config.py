@@ -102,6 +102,8 @@ def check_value(field: dataclasses.Field, value: Any) -> Any:
         raise ValueError(f"{field.name} is {value!r}, expected {kind.__name__}, found {type(value).__name__}")
     if meta["choices"] and value not in meta["choices"]:
         raise ValueError(f"{field.name} is {value!r}{suggest(str(value), [str(c) for c in meta['choices'] if c])}")
+    if kind is float and not math.isfinite(value):
+        raise ValueError(f"{field.name} is {value}, expected a finite number")
     if meta["low"] is not None and not meta["low"] <= value <= meta["high"]:
         bounds = f"at least {meta['low']}" if meta["high"] == math.inf else f"{meta['low']} to {meta['high']}"
         raise ValueError(f"{field.name} is {value}, expected {bounds}")

@@ -191,6 +191,8 @@ def show_end(folder: Path, scores: dict[str, Any], figure: str, problem: str) ->
             )
             show(f"  {level:<10}" + "".join(f"{cell:>22}" for cell in cells))
     show(f"\n{curve(folder)}")
-    show(f"\nwritten to {folder}/: {figure}, metrics.jsonl, samples.jsonl, eval.json, final/ (the model)")
+    show(
+        f"\nwritten to {folder}/: {figure}, metrics.jsonl, samples.jsonl, eval.json, checkpoint/, final/ (the model)"
+    )
     show(f"try it       python sample.py --model {folder}/final {shlex.quote(problem)}")
     show(f"compare      python plot.py {folder} OTHER_RUN …")

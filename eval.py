@@ -33,13 +33,13 @@ from checkpoint import append_rows
 from choice import grade_response
 from data.loader import Encoded, Problem, encode_problems
 from decode import DECODERS, row_bytes
-from eval_folder import count, cut_to_batches, describe, open_folder, regrade, stored_settings
+from eval_folder import count, cut_broken_line, describe, open_folder, regrade, stored_settings
 from model import load_model, pick_device
 from report import report
 from sample import Row, generate, pack
-from stats import Answers, mean, pass_at_k, summarize
+from stats import Answers, pass_at_k
 
-__all__ = ["Answers", "evaluate", "mean", "pass_at_k", "summarize"]  # what the rest of the project uses
+__all__ = ["evaluate", "pass_at_k"]
 
 LINE_SECONDS = 15  # between plain progress lines where there is no terminal
 ROWS = 512  # responses sampled together, where they fit
@@ -141,12 +141,12 @@ def sample_missing(model, tokenizer, folder: Path, benchmarks: list[Benchmark], 
     """Sample and grade what generations.jsonl does not hold yet, `rows_per_call` responses a rank at a time."""
     path, total = folder / "generations.jsonl", sum(len(b.problems) * b.samples for b in benchmarks)
     size = args.rows_per_call * ranks.world_size()
-    first = done = ranks.from_first(cut_to_batches(path, benchmarks, size, total) if ranks.rank() == 0 else None)
+    first = done = ranks.from_first(cut_broken_line(path, benchmarks) if ranks.rank() == 0 else None)
     draws = itertools.islice(all_draws(benchmarks), done, None)
     start, said, tokens = time.perf_counter(), 0.0, 0
     quiet = ranks.rank() > 0
     with tqdm(total=total, initial=done, unit="response", disable=quiet or not sys.stderr.isatty()) as bar:
-        while batch := list(itertools.islice(draws, size)):
+        while batch := list(itertools.islice(draws, size - done % size)):  # whole batches, as without a stop
             rows = respond(
                 model,
                 tokenizer,
@@ -196,10 +196,10 @@ def parse_args(argv: Sequence[str]) -> argparse.Namespace:
         "--rows_per_call", type=int, help=f"responses sampled together (default {ROWS}, or what fits)"
     )
     args = parser.parse_args(argv)
-    for name in ("samples", "max_response_tokens", "problems", "rows_per_call"):
+    for name, least in {"samples": 1, "max_response_tokens": 1, "problems": 1, "rows_per_call": 1, "seed": 0}.items():
         value = getattr(args, name)
-        if value is not None and value < 1:
-            raise ValueError(f"{name} is {value}, expected at least 1")
+        if value is not None and value < least:
+            raise ValueError(f"{name} is {value}, expected at least {least}")
     if not 0 <= args.temperature <= 10:
         raise ValueError(f"temperature is {args.temperature}, expected 0 (greedy) to 10")
     if not args.model and not args.regrade:

@@ -19,7 +19,7 @@ import transformers
 
 import ranks
 from benchmarks import Benchmark, all_draws, load_benchmark
-from checkpoint import write_text
+from checkpoint import read_json, write_text
 from choice import grade_response
 from data.loader import render_prompt
 from report import report
@@ -98,7 +98,7 @@ def describe(args: argparse.Namespace, model, tokenizer, benchmarks: list[Benchm
 def stored_settings(folder: Path | None) -> dict[str, Any]:
     """The settings.json of an evaluation; {} where there is none."""
     file = folder / "settings.json" if folder else None
-    return json.loads(file.read_text(encoding="utf-8")) if file and file.exists() else {}
+    return read_json(file) if file and file.exists() else {}
 
 
 def open_folder(args: argparse.Namespace, settings: dict[str, Any]) -> tuple[Path, dict[str, Any]]:
@@ -133,39 +133,43 @@ def open_folder(args: argparse.Namespace, settings: dict[str, Any]) -> tuple[Pat
 def stored_rows(path: Path, benchmarks: list[Benchmark]) -> Iterator[tuple[Benchmark, int, dict[str, Any], int]]:
     """(benchmark, index of the problem, row, bytes of its line) of the responses in generations.jsonl.
 
-    Ends before a line that was cut short. ValueError where a line is not the response that belongs there.
+    A last line that was cut short is passed over. ValueError where a line is not the response that belongs there.
     """
     if not path.exists():
         return
+    fields = ("benchmark", "id", "sample", "reward", "read", "truncated", "tokens", "response")
+    size = path.stat().st_size
     with path.open("rb") as file:
         for number, (line, (benchmark, i, k)) in enumerate(zip(file, all_draws(benchmarks)), 1):
             try:
                 row = json.loads(line)
-                found = row["benchmark"], row["id"], row["sample"]
-            except (ValueError, KeyError, TypeError):
-                return
-            if not row.keys() >= {"reward", "read", "truncated", "tokens", "response"}:
-                return
+                values = [row[name] for name in fields]
+            except (ValueError, KeyError, TypeError) as error:
+                if file.tell() == size:
+                    return
+                raise ValueError(
+                    f"{path}:{number}: found {line[:40]!r}, expected a response with its grade: restore the line, or "
+                    "delete it and those after it to sample them again"
+                ) from error
             if not line.endswith(b"\n"):
                 return
-            due = benchmark.name, benchmark.problems[i].id, k
-            if found != due:
-                raise ValueError(f"{path}:{number}: found response {found}, expected {due}: another evaluation's?")
+            due = [benchmark.name, benchmark.problems[i].id, k]
+            if values[:3] != due:
+                raise ValueError(
+                    f"{path}:{number}: found response {values[:3]}, expected {due}: another evaluation's?"
+                )
             yield benchmark, i, row, len(line)
 
 
-def cut_to_batches(path: Path, benchmarks: list[Benchmark], size: int, total: int) -> int:
-    """Cut generations.jsonl back to whole batches of `size`, so that what is sampled anew is batched (and so
-    rounded) as before -> the responses that stay, of `total`."""
-    done = position = kept = kept_position = 0
+def cut_broken_line(path: Path, benchmarks: list[Benchmark]) -> int:
+    """Cut a last line that was not written whole off generations.jsonl -> the responses that stand there."""
+    done = size = 0
     for *_, length in stored_rows(path, benchmarks):
-        done, position = done + 1, position + length
-        if done % size == 0 or done == total:
-            kept, kept_position = done, position
+        done, size = done + 1, size + length
     if path.exists():
         with path.open("r+b") as file:
-            file.truncate(kept_position)
-    return kept
+            file.truncate(size)
+    return done
 
 
 def count(folder: Path, benchmarks: list[Benchmark]) -> dict[str, list[Answers]]:
@@ -188,7 +192,10 @@ def regrade(folder: Path) -> None:
         per_level, system = settings["problems_per_level"], settings["system"]
         benchmarks.append(load_benchmark(name, path_of, stored["samples"], per_level, system))
         stored["sha256"] = sha256(path_of)  # a gold may have been corrected; the ids are checked row by row
-    changed = rows = 0
+    rows, changed = (
+        sum(1 for _ in stored_rows(path, benchmarks)),
+        0,
+    )  # finds a damaged line before anything is written
     partial = folder / "generations.jsonl.partial"
     with partial.open("w", encoding="utf-8") as out:
         for benchmark, i, row, _ in stored_rows(path, benchmarks):
@@ -196,7 +203,7 @@ def regrade(folder: Path) -> None:
             reward, read = grade_response(row["response"], problem.answer, benchmark.options.get(problem.id, ()))
             new = row | {"reward": 0.0 if row["truncated"] else reward, "read": read}
             out.write(json.dumps(new, ensure_ascii=False) + "\n")
-            changed, rows = changed + (new["reward"] != row["reward"]), rows + 1
+            changed += new["reward"] != row["reward"]
     partial.replace(path)
     settings |= {"grader": grader_version(), "regraded": now()}
     write_text(file, json.dumps(settings, indent=1, ensure_ascii=False) + "\n")

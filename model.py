@@ -15,6 +15,7 @@ from types import MethodType
 
 import torch
 from huggingface_hub.utils import logging as hub_logging
+from safetensors import SafetensorError
 from torch import Tensor
 from torch.distributed.fsdp import FSDPModule, register_fsdp_forward_method
 from torch.utils.checkpoint import checkpoint
@@ -50,12 +51,17 @@ def one_line(path: str) -> Iterator[None]:
     """Errors of transformers and the hub as a ValueError of one line, with the fix where there is one."""
     try:
         yield
-    except (OSError, ValueError, KeyError) as error:
-        reason = str(error).strip().split("\n")[0]
-        if "trust_remote_code" in str(error):
-            reason = "it needs code of its own, which is never run here: use an architecture of transformers"
-        elif "gated repo" in str(error):
-            reason = f"it is gated: ask for access at https://huggingface.co/{path}, then run  hf auth login"
+    except torch.OutOfMemoryError:
+        raise
+    except (OSError, ValueError, KeyError, RuntimeError, SafetensorError) as error:
+        reasons = {
+            "trust_remote_code": "it needs code of its own, which is never run here: use another architecture",
+            "gated repo": f"it is gated: ask for access at https://huggingface.co/{path}, then run  hf auth login",
+            "couldn't connect": "the hub cannot be reached and its cache has not got it: give a model folder",
+            "ignore_mismatched_sizes": "its weights do not have the shapes of its config.json",
+        }
+        said = " ".join(str(error).split())[:200]
+        reason = next((text for words, text in reasons.items() if words in str(error)), said)
         raise ValueError(f"model {path!r} cannot be loaded: {reason}") from error
 
 

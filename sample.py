@@ -319,9 +319,9 @@ def main() -> None:
     parser.add_argument("--max_response_tokens", type=int, default=128)
     parser.add_argument("--system", default="", help="system message, if the chat template has one")
     parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--device", default="auto")
+    parser.add_argument("--device", default="auto", choices=("auto", "cpu", "cuda", "mps"))
     args = parser.parse_args()
-    if args.samples < 1 or args.max_response_tokens < 1 or args.temperature < 0:
+    if args.samples < 1 or args.max_response_tokens < 1 or not 0 <= args.temperature < math.inf:
         sys.exit("sample.py: --samples and --max_response_tokens must be at least 1, --temperature at least 0")
     try:
         model, tokenizer = load_model(args.model, pick_device(args.device))

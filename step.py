@@ -26,12 +26,12 @@ from transformers import PreTrainedModel
 import loss as objective
 from config import Config
 from data.loader import Encoded, Problem
-from eval import mean
 from loss import METHODS, Method
 from model import token_stats
 from ranks import all_sum, clip_gradients, rank, world_size
 from reward import grade_batch, is_read
 from sample import Rollouts, Row, generate, pack, plan_group, torch_generator
+from stats import mean
 
 SFT = METHODS["sft"]
 
@@ -231,6 +231,10 @@ def update(run: "Run", batch: Batch, rows: Tensor, method: Method, normalizer: f
     sums["loss"], sums["entropy"], unclipped = all_sum(total).tolist()
     sums["clipped"] = sums["weighted"] - int(unclipped)
     sums["grad_norm"] = clip_gradients(model.parameters(), config.max_grad_norm)
+    if not math.isfinite(sums["grad_norm"]):
+        raise ValueError(
+            f"the gradient's norm is {sums['grad_norm']}: the run has diverged, try a lower lr or sft_lr"
+        )
     for group in run.optimizer.param_groups:
         group["lr"] = lr
     run.optimizer.step()

@@ -25,10 +25,11 @@ import console
 import ranks
 from config import TASK, Config, parse_config
 from data.loader import Encoded, encode_problems, load_problems
-from eval import evaluate, summarize
+from eval import evaluate
 from loss import METHODS
 from model import load_config, load_model, load_tokenizer, pick_device, save_model
 from sample import seed_of
+from stats import summarize
 from step import Data, Run, pick, rl_step, sft_learning_rate, sft_step
 
 # ---- data
@@ -59,8 +60,11 @@ def load_data(config: Config, tokenizer, end_ids: list[int], context: int | None
         encoded[i] = dataclasses.replace(encoded[i], demonstrations=[])
     method = METHODS[config.method]
     if not demonstrated and (method.rows != "on_policy" or "sft" in method.stages or method.relift):
-        why = f" ({dict(left_out)} left out)" if left_out else ""
-        raise ValueError(f"method {config.method} needs demonstrations and {config.data} has none it can use{why}")
+        why = "".join(f", {count} left out ({why})" for why, count in left_out.items())
+        fix = ": raise max_response_tokens" if "too long" in left_out else ""
+        raise ValueError(
+            f"method {config.method} needs demonstrations and {config.data} has none it can use{why}{fix}"
+        )
     if "rl" in method.stages and config.prompts_per_step > len(train):
         raise ValueError(
             f"prompts_per_step is {config.prompts_per_step}, but {config.data} has only {len(train)} problems"
@@ -105,7 +109,7 @@ def new_optimizer(model: PreTrainedModel, config: Config) -> torch.optim.Optimiz
 
 
 def accuracy(run: Run, name: str, temperature: float, title: str) -> dict[str, dict[str, float]]:
-    """eval.summarize on the run's "validation" or "test" problems; {} where it has none."""
+    """stats.summarize on the run's "validation" or "test" problems; {} where it has none."""
     if name not in run.data.held:
         return {}
     problems, encoded = run.data.held[name]
@@ -164,7 +168,7 @@ def train(config: Config) -> int:
         base = score(run, "base")
         checkpoint.write_text(scores_file, json.dumps({"base": base}, indent=1) + "\n")
         console.show_base(run, base, time.perf_counter() - begun)
-    scores = ranks.from_first(json.loads(scores_file.read_text(encoding="utf-8")) if ranks.rank() == 0 else None)
+    scores = ranks.from_first(checkpoint.read_json(scores_file) if ranks.rank() == 0 else None)
 
     stopped = catch_signals()
     with console.Progress(folder, total, start, config.tensorboard) as progress:
@@ -248,7 +252,8 @@ def main() -> None:
             raise
         print(f"train.py: {ranks.name()}{reason}; --resume auto goes on from the last checkpoint", file=sys.stderr)
         sys.exit(1)
-    except KeyboardInterrupt:  # before the first step
+    except KeyboardInterrupt:
+        print("\ntrain.py: stopped before the first step: nothing is lost, start it again", file=sys.stderr)
         sys.exit(130)
 
 

@@ -369,7 +369,11 @@ def check() -> None:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0], allow_abbrev=False)
+    parser = argparse.ArgumentParser(
+        description=__doc__.splitlines()[0],
+        epilog="--config FILE and every --FIELD VALUE of train.py are taken too: --model, --method, …",
+        allow_abbrev=False,
+    )
     parser.add_argument("--gpu", default="H100", choices=GPUS)
     parser.add_argument("--gpus", type=int, default=1)
     parser.add_argument(
@@ -381,6 +385,8 @@ def main() -> None:
     if args.check:
         return check()
     try:
+        if args.gpus < 1 or args.prompt < 0 or not (args.mean_response or 1) > 0:
+            raise ValueError("--gpus must be at least 1, --prompt and --mean_response above 0")
         config = parse_config(rest)
         prompt = args.prompt or (1024 if config.max_response_tokens > 1024 else 256)
         show(config, args.gpu, args.gpus, prompt, args.mean_response)

@@ -14,7 +14,7 @@ WRONG += [(f.name, 1.5) for f in FIELDS if f.type is int] + [(f.name, 3) for f i
 WRONG += [(f.name, f.type(f.metadata["low"] - 1)) for f in FIELDS if f.metadata["low"] is not None]
 WRONG += [(f.name, f.type(f.metadata["high"] + 1)) for f in FIELDS if f.metadata["high"] < math.inf]
 WRONG += [(f.name, f.default + "x") for f in FIELDS if f.metadata["choices"]]
-WRONG += [(f.name, math.nan) for f in FIELDS if f.type is float]
+WRONG += [(f.name, value) for f in FIELDS if f.type is float for value in (math.nan, math.inf)]
 
 
 @pytest.mark.parametrize("name, value", WRONG, ids=lambda x: str(x)[:30])

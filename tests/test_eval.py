@@ -1,18 +1,15 @@
-"""eval.py and stats.py: every statistic against a hand count, brute force or a simulation; the evaluation folder."""
+"""eval.py: a scripted model against a hand count, multiple choice, the evaluation folder, wrong input."""
 
 import argparse
-import itertools
 import json
 import os
 import random
 import re
 import subprocess
 import sys
-from fractions import Fraction
 from pathlib import Path
 from types import SimpleNamespace
 
-import numpy as np
 import pytest
 import torch
 from transformers import LlamaConfig
@@ -21,94 +18,11 @@ import eval
 import eval_folder
 import report
 import sample
-import stats
 from benchmarks import choose_benchmarks
 from choice import chosen, grade_response, question
 from data.loader import Problem, encode_problems
-from eval import evaluate, pass_at_k, summarize
-from stats import average_interval, interval, paired_difference
-
-# ---- statistics
-
-
-def test_pass_at_k_is_the_share_of_draws_with_a_right_one():
-    for n in range(1, 8):
-        for c, k in itertools.product(range(n + 1), range(1, n + 1)):
-            draws = list(itertools.combinations([1] * c + [0] * (n - c), k))
-            assert pass_at_k(n, c, k) == pytest.approx(sum(map(any, draws)) / len(draws), abs=1e-15)
-
-
-def test_pass_at_k_is_exact_for_the_papers_2048_samples():
-    for c, k in ((1, 1024), (3, 1024), (1, 2048), (2047, 1), (5, 1), (0, 2048)):
-        fail = Fraction(1)
-        for i in range(k):  # the chance that k draws one after the other are all wrong
-            fail *= Fraction(max(0, 2048 - c - i), 2048 - i)
-        assert pass_at_k(2048, c, k) == float(1 - fail)
-
-
-@pytest.mark.parametrize("n, c, k", [(4, 2, 5), (4, 5, 1), (4, 2, 0), (4, -1, 2)])
-def test_pass_at_k_refuses_more_draws_than_samples(n, c, k):
-    with pytest.raises(ValueError, match=f"n = {n}, c = {c}, k = {k}"):
-        pass_at_k(n, c, k)
-
-
-def coverage(method, a: float, b: float, problems: int, samples: int, trials: int = 250) -> float:
-    """How often the interval holds the true mean of benchmarks whose problems are solved with Beta(a, b) chances."""
-    generator = np.random.default_rng(1)
-    hits = 0
-    for _ in range(trials):
-        low, high = method(generator.binomial(samples, generator.beta(a, b, problems)) / samples)
-        hits += low <= a / (a + b) <= high
-    return hits / trials
-
-
-@pytest.mark.parametrize(
-    "a, b, problems, samples",
-    [(0.1, 2, 30, 32), (0.05, 5, 30, 32), (2, 2, 30, 32), (1, 3, 83, 32), (0.3, 0.3, 200, 1), (1, 3, 10, 8)],
-)
-def test_the_interval_holds_the_truth_in_95_percent_of_simulated_benchmarks(a, b, problems, samples, monkeypatch):
-    monkeypatch.setattr(stats, "RESAMPLES", 500)
-    assert coverage(interval, a, b, problems, samples) >= 0.93
-
-    def plain(values):
-        return stats.middle_95(stats.resampled_means(values))
-
-    if (a, problems) == (0.05, 30):  # what the made-up problems are for
-        assert coverage(plain, a, b, problems, samples) < 0.85
-
-
-def test_an_interval_is_never_of_width_zero():
-    for problems in (1, 10, 200):
-        low, high = interval([0.0] * problems)
-        assert low == 0 and high > 0.25 / problems
-        low, high = interval([1.0] * problems)
-        assert high == 1 and low < 1 - 0.25 / problems
-
-
-def test_resampled_means_spread_like_the_standard_error():
-    values = np.random.default_rng(0).random(5_000)  # more than one block of resamples
-    means = stats.resampled_means(values)
-    assert len(means) == stats.RESAMPLES
-    assert means.mean() == pytest.approx(values.mean(), abs=1e-3)
-    assert means.std() == pytest.approx(values.std() / 5_000**0.5, rel=0.06)
-    assert (means == stats.resampled_means(values)).all()  # seeded
-    reach = 1.96 * means.std() / 2**0.5
-    expected = values.mean() - reach, values.mean() + reach
-    assert average_interval([values, values]) == pytest.approx(expected, abs=1e-3)
-
-
-def test_paired_difference_uses_the_pairing():
-    generator = np.random.default_rng(0)
-    first = generator.random(300)
-    second = first + 0.1 + 0.02 * generator.standard_normal(300)
-    middle, low, high = paired_difference(first, second)
-    error = (second - first).std() / 300**0.5
-    assert middle == pytest.approx((second - first).mean())
-    assert (low, high) == pytest.approx((middle - 1.96 * error, middle + 1.96 * error), abs=0.3 * error)
-    assert paired_difference(second, first)[0] == pytest.approx(-middle)
-    alike = paired_difference([0.0] * 30, [0.0] * 30)
-    assert alike[0] == 0 and alike[1] == -alike[2] and 0.05 < alike[2] < 0.2
-
+from eval import evaluate
+from stats import summarize
 
 # ---- a scripted model
 
@@ -291,7 +205,7 @@ def test_a_stopped_evaluation_continues_to_the_same_files(
     with monkeypatch.context() as patch:
         patch.setattr(eval, "append_rows", lambda path, rows: (batches.append(len(rows)), append(path, rows)))
         eval.run(arguments(out=folder))
-    assert batches == [10] * (4 - stop_after) + [8]  # half a batch is sampled again, whole
+    assert batches == [10 - whole] + [10] * (3 - stop_after) + [8]  # what stands there stays
     assert log.read_bytes() == (finished / "generations.jsonl").read_bytes()
     assert without_date(folder) == without_date(finished)
 
@@ -321,7 +235,7 @@ def test_an_evaluation_may_go_on_with_other_batches(finished, tmp_path, monkeypa
     decoded, static = [], sample.DECODERS["static"]
     monkeypatch.setitem(sample.DECODERS, "static", lambda *a, **k: decoded.append(len(a[1])) or static(*a, **k))
     eval.run(arguments(out=folder, rows_per_call=None, decode="static"))
-    assert decoded == [20, 8]  # the stored rows_per_call is the default; 25 responses are one batch of 20
+    assert decoded == [15, 8]  # the stored rows_per_call is the default: batches end at 20, 40, 48
     assert (folder / "generations.jsonl").read_bytes() == b"".join(lines)
     settings = json.loads((folder / "results.json").read_text())["settings"]
     (went_on,) = settings["continued"]
@@ -393,6 +307,23 @@ def copy(folder: Path, target: Path) -> Path:
     for name in ("settings.json", "generations.jsonl"):
         (target / name).write_bytes((folder / name).read_bytes())
     return target
+
+
+@pytest.mark.parametrize(
+    "bad", [b"garbage\n", b"[1, 2]\n", b"\n", b'{"benchmark": "embedded", "id": "x", "sample": 0}\n']
+)
+@pytest.mark.parametrize("regrade", [False, True])
+def test_a_damaged_line_is_named_and_nothing_is_lost(finished, tmp_path, bad, regrade):
+    folder = copy(finished, tmp_path / "damaged")
+    lines = (folder / "generations.jsonl").read_bytes().splitlines(keepends=True)
+    damaged = b"".join([*lines[:2], bad, *lines[3:]])
+    (folder / "generations.jsonl").write_bytes(damaged)
+    with pytest.raises(ValueError, match=r"generations.jsonl:3: found b'.*expected a response with its grade"):
+        eval.regrade(folder) if regrade else eval.run(arguments(out=folder))
+    assert (folder / "generations.jsonl").read_bytes() == damaged and len(list(folder.iterdir())) == 2
+    (folder / "settings.json").write_text('{"model": ')
+    with pytest.raises(ValueError, match=r"settings.json: not valid JSON"):
+        eval.regrade(folder) if regrade else eval.run(arguments(out=folder))
 
 
 @pytest.mark.usefixtures("no_figure")

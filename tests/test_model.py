@@ -158,3 +158,16 @@ def test_weights_are_bf16_only_for_sampling_on_cuda(monkeypatch, device, trainin
     with pytest.raises(Found) as found:
         load_model("data/base", device, training=training)
     assert found.value.args == (want,)
+
+
+def test_damaged_weights_are_one_line(tmp_path, tokenizer):
+    save_model(random_model(vocab_size=len(tokenizer)), tokenizer, tmp_path / "m")
+    weights, config = tmp_path / "m" / "model.safetensors", tmp_path / "m" / "config.json"
+    whole = weights.read_bytes()
+    weights.write_bytes(whole[:1000])
+    with pytest.raises(ValueError, match="cannot be loaded: Error while deserializing header"):
+        load_model(str(tmp_path / "m"))
+    weights.write_bytes(whole)
+    config.write_text(json.dumps(json.loads(config.read_text()) | {"hidden_size": 64}))
+    with pytest.raises(ValueError, match="its weights do not have the shapes of its config"):
+        load_model(str(tmp_path / "m"))

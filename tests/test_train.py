@@ -314,5 +314,26 @@ def test_demonstrations_that_cannot_be_used_are_counted(task, tmp_path, capsys):
 def test_data_is_checked_before_weights_are_read(task, tmp_path, monkeypatch):
     monkeypatch.setattr(train, "load_model", None)
     write_rows(tmp_path / "train.jsonl", [{"problem": "1+1?", "answer": "2", "demonstrations": ["no box"]}])
-    with pytest.raises(ValueError, match=r"has none it can use \({'wrong or no answer': 1} left out\)"):
+    with pytest.raises(ValueError, match=r"has none it can use, 1 left out \(wrong or no answer\)"):
         train.prepare(parse_config(arguments(task, tmp_path / "run", data=tmp_path / "train.jsonl")))
+
+
+@pytest.mark.parametrize("damage", [lambda data: data[:20_000], lambda data: b""])
+def test_a_damaged_checkpoint_is_one_line(task, tmp_path, damage, monkeypatch, capsys):
+    argv = arguments(task, tmp_path / "run", steps=1, method="rft")
+    assert train.train(parse_config(argv)) == 0
+    file = tmp_path / "run" / "checkpoint" / "state.pt"
+    file.write_bytes(damage(file.read_bytes()))
+    monkeypatch.setattr(sys, "argv", ["train.py", *argv, "--resume", "auto"])
+    with pytest.raises(SystemExit) as stop:
+        train.main()
+    error = capsys.readouterr().err
+    assert stop.value.code == 2 and error.count("\n") == 1
+    assert f"{file} is damaged: delete {file.parent} to start the run again" in error
+
+
+@pytest.mark.parametrize("settings", [{"method": "sft", "sft_lr": 1e30}, {"method": "prefix-rft", "lr": 1e30}])
+def test_a_run_that_diverges_stops_in_one_line(task, tmp_path, settings, monkeypatch):
+    monkeypatch.setattr(train, "score", lambda run, who: {"validation": {}, "test": {}, "test_sampled": {}})
+    with pytest.raises(ValueError, match=r"the gradient's norm is (nan|inf): the run has diverged, try a lower lr"):
+        train.train(parse_config(arguments(task, tmp_path / "run", max_response_tokens=80, **settings)))

@@ -1,6 +1,6 @@
 """The small study of the README: a grid of learning rates chosen on validation, then three seeds on the test set.
 
-    python results/study.py            every run (about 2 CPU minutes each), then the report
+    python results/study.py            every run (about 4 CPU minutes each), then the report
     python results/study.py report     study.json, study.md and study.png from the runs that are there
 
 Seed 0 is run at every setting of the grid; the setting with the highest greedy validation accuracy, over all levels,

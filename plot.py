@@ -1,11 +1,11 @@
 """Figures: the curves of one run or of several laid on one sheet; evaluations side by side.
 
     python plot.py runs/prefix-rft-001                          -> runs/prefix-rft-001/curves.png
-    python plot.py runs/rft-001 runs/prefix-rft-001 --out a.png    several runs, a colour each
-    python plot.py --compare evals/a evals/b [--beside-paper]      evaluations: tables and compare.png
+    python plot.py runs/rft-001 runs/prefix-rft-001                -> curves.png: several runs, a colour each
+    python plot.py --compare evals/a evals/b [--beside-paper]      -> compare.png, and tables of evaluations
 
-A panel whose metric no run has (an SFT run has no reward) is left out. Reads metrics.jsonl and eval.json of runs,
-results.json of evaluations.
+A panel whose metric is 0 or missing in all runs (an SFT run has no reward, RFT no prefixes) is left out; an accuracy
+or a reward of 0 is shown. Reads metrics.jsonl and eval.json of runs, results.json of evaluations.
 """
 
 import argparse
@@ -19,6 +19,7 @@ import matplotlib
 matplotlib.use("Agg")
 import matplotlib.pyplot as plt
 
+from checkpoint import read_json
 from report import cells, compare_tables, label, percent, problem_scores, read_results, shared_cells
 from stats import interval, powers_of_two
 
@@ -36,19 +37,27 @@ STYLES = ("-", "--", ":", "-.")
 
 
 def read_run(folder: Path) -> dict[str, Any]:
-    """{"name", "metrics": rows of metrics.jsonl, "scores": eval.json}; ValueError for a folder without them."""
+    """{"name", "metrics": rows of metrics.jsonl, "scores": eval.json}; ValueError where one is missing or damaged."""
     log = folder / "metrics.jsonl"
     if not log.exists() or not log.stat().st_size:
         raise ValueError(f"{folder} is not a run folder with steps in it: no metrics.jsonl")
-    metrics = [json.loads(line) for line in log.read_text(encoding="utf-8").splitlines()]
+    metrics = []
+    for number, line in enumerate(log.read_bytes().splitlines(), 1):
+        try:
+            row = json.loads(line)
+            metrics.append(row | {"step": int(row["step"])})
+        except (ValueError, KeyError, TypeError) as error:
+            raise ValueError(f"{log}:{number}: not valid JSON of a step, found {line[:40]!r}: delete it") from error
     scores = folder / "eval.json"
-    loaded = json.loads(scores.read_text(encoding="utf-8")) if scores.exists() else {}
-    return {"name": folder.name, "metrics": metrics, "scores": loaded}
+    return {"name": folder.name, "metrics": metrics, "scores": read_json(scores) if scores.exists() else {}}
 
 
 def points(run: dict[str, Any], metric: str) -> tuple[list[int], list[float]]:
-    """Steps and values of a metric, where it has one; an evaluation of the base stands at step 0."""
+    """Steps and values of a metric, where it has one; an evaluation of the base stands at step 0. None at all for
+    the prefix tokens of a run without prefixes."""
     pairs = [(row["step"], row[metric]) for row in run["metrics"] if row.get(metric) is not None]
+    if metric.startswith("prefix_tokens") and not any(value for _, value in pairs):
+        pairs = []
     base = run["scores"].get("base", {}).get("validation", {}).get(metric.removeprefix("eval_"))
     if metric.startswith("eval_") and base:
         pairs.insert(0, (0, base["accuracy"]))
@@ -75,41 +84,87 @@ def draw(runs: list[Path], target: Path) -> Path:
     else:  # a panel for each level, or the lines of several runs could not be told apart
         panels = {f"validation accuracy, greedy: {level[5:]}": ((level, ""),) for level in (*levels, "eval_all")}
     panels |= PANELS
-    panels = {title: ms for title, ms in panels.items() if any(points(run, m)[0] for run in loaded for m, _ in ms)}
+    panels = {title: metrics for title, metrics in panels.items() if worth_a_panel(loaded, metrics)}
     rows = -(-len(panels) // 3)
-    figure, axes = plt.subplots(rows, 3, figsize=(15, 3.6 * rows), squeeze=False, layout="constrained")
+    figure, axes = plt.subplots(rows, 3, figsize=(15, 3.6 * rows), squeeze=False, sharex=True, layout="constrained")
     for axis, (title, metrics) in zip(axes.flat, panels.items()):
-        for r, run in enumerate(loaded):
-            for m, (metric, legend) in enumerate(metrics):
-                steps, values = points(run, metric)
-                if not steps:
-                    continue
-                one = len(loaded) == 1
-                colour = f"C{m}" if one else f"C{r}"
-                label = legend if one else ", ".join(filter(None, (run["name"], legend)))
-                style, marker = ("-" if one else STYLES[m % 4]), "o" if metric.startswith("eval_") else None
-                if metric.startswith("eval_"):
-                    axis.plot(steps, values, style, color=colour, label=label, marker=marker, markersize=3)
-                else:
-                    axis.plot(steps, values, style, color=colour, alpha=0.2, linewidth=0.8)
-                    axis.plot(steps, smooth(values, 10), style, color=colour, label=label)
-        axis.set_title(title, fontsize=10)
-        axis.set_xlabel("step")
-        axis.grid(alpha=0.3)
-        if axis.get_legend_handles_labels()[1] and any(axis.get_legend_handles_labels()[1]):
-            axis.legend(fontsize=7)
+        draw_panel(axis, loaded, title, metrics)
     for axis in axes.flat[len(panels) :]:
         axis.remove()
-    figure.suptitle(", ".join(run["name"] for run in loaded) + "   (thin: each step; thick: mean of 10 steps)")
+    legend = "thin: each step; thick: mean of 10 steps" + "; dotted: SFT ends" * any(map(sft_end, loaded))
+    figure.suptitle(", ".join(run["name"] for run in loaded) + f"   ({legend})")
     return save(figure, target)
 
 
+def worth_a_panel(runs: list[dict[str, Any]], metrics: tuple[tuple[str, str], ...]) -> bool:
+    """Whether a run has one of the metrics, and not as 0 only; an accuracy or a reward may be 0."""
+    return any(
+        value or metric.startswith(("eval_", "reward"))
+        for run in runs
+        for metric, _ in metrics
+        for value in points(run, metric)[1]
+    )
+
+
+def sft_end(run: dict[str, Any]) -> int | None:
+    """The last step of an SFT stage before another stage; None without one. A row of an SFT step has no reward."""
+    steps = [row["step"] for row in run["metrics"] if "reward" not in row]
+    return steps[-1] if steps and steps[-1] < run["metrics"][-1]["step"] else None
+
+
+def draw_panel(axis: plt.Axes, runs: list[dict[str, Any]], title: str, metrics: tuple[tuple[str, str], ...]) -> None:
+    """A colour for each metric of a single run, or for each of several runs (their metrics differ in style then)."""
+    one = len(runs) == 1
+    for r, run in enumerate(runs):
+        for m, (metric, legend) in enumerate(metrics):
+            steps, values = points(run, metric)
+            if not steps:
+                continue
+            colour, style = (f"C{m}", "-") if one else (f"C{r}", STYLES[m % 4])
+            name = legend if one else ", ".join(filter(None, (run["name"], legend)))
+            if metric.startswith("eval_"):
+                axis.plot(steps, values, style, color=colour, label=name, clip_on=False, marker="o", markersize=3)
+            else:
+                axis.plot(steps, values, style, color=colour, alpha=0.2, linewidth=0.8)
+                axis.plot(steps, smooth(values, 10), style, color=colour, label=name, clip_on=False)
+        if end := sft_end(run):
+            axis.axvline(end, color="grey" if one else f"C{r}", linestyle=":", linewidth=0.8)
+    axis.set_ylim(bottom=max(0, axis.get_ylim()[0]))  # none is negative; lines at 0 stay whole: clip_on
+    axis.set_title(title, fontsize=10)
+    axis.set_xlabel("step")
+    axis.tick_params(labelbottom=True)  # shared axes show it in the last row only
+    axis.grid(alpha=0.3)
+    if any(axis.get_legend_handles_labels()[1]):
+        axis.legend(fontsize=7)
+
+
+# ---- the figure's file
+
+
+def check_target(target: Path) -> None:
+    """ValueError if no figure can be written to `target`."""
+    if target.is_dir():
+        raise ValueError(f"{target} is a folder: name the figure's file, for example --out {target / 'curves.png'}")
+    if target.suffix and target.suffix[1:].lower() not in plt.Figure().canvas.get_supported_filetypes():
+        raise ValueError(f"{target}: a figure cannot be written as {target.suffix}: end its name with .png or .pdf")
+    above = next(parent for parent in target.absolute().parents if parent.exists())
+    if not above.is_dir():
+        raise ValueError(f"{target}: {above} is a file, not a folder: choose another --out")
+
+
 def save(figure: plt.Figure, target: Path) -> Path:
-    """Write the figure whole or not at all, and close it."""
+    """Write the figure whole or not at all, and close it; its folder is made where there is none. OSError names
+    `target`, not the temporary file."""
     partial = target.with_name(f"{target.stem}.partial{target.suffix or '.png'}")
-    figure.savefig(partial, dpi=110)
-    plt.close(figure)
-    partial.replace(target)
+    try:
+        target.parent.mkdir(parents=True, exist_ok=True)
+        figure.savefig(partial, dpi=110)
+        partial.replace(target)
+    except OSError as error:
+        partial.unlink(missing_ok=True)
+        raise OSError(f"{target} cannot be written: {error.strerror or error}") from error
+    finally:
+        plt.close(figure)
     return target
 
 
@@ -183,11 +238,21 @@ def main() -> None:
     parser.add_argument("folders", nargs="+", type=Path, metavar="FOLDER", help="run folders; evaluation folders")
     parser.add_argument("--compare", action="store_true", help="the folders are evaluations: set them side by side")
     parser.add_argument("--beside-paper", action="store_true", help="with --compare: add the paper's results")
-    parser.add_argument("--out", type=Path, help="the figure's file (default: curves.png in the run, or compare.png)")
+    parser.add_argument(
+        "--out",
+        type=Path,
+        help="the figure's file (default: curves.png in the run's folder; of several runs curves.png, with --compare "
+        "compare.png, in the current folder)",
+    )
     args = parser.parse_args()
-    one_run = len(args.folders) == 1 and not args.compare
-    target = args.out or (args.folders[0] / "curves.png" if one_run else Path("compare.png"))
+    runs_target = args.folders[0] / "curves.png" if len(args.folders) == 1 else Path("curves.png")
+    target = args.out or (Path("compare.png") if args.compare else runs_target)
     try:
+        if args.out:
+            check_target(args.out)
+        resolved = [folder.resolve() for folder in args.folders]
+        if twice := [folder for i, folder in enumerate(args.folders) if resolved[i] in resolved[:i]]:
+            raise ValueError(f"{twice[0]} is given twice: name each folder once")
         if args.beside_paper and not args.compare:
             raise ValueError("--beside-paper needs --compare and evaluation folders")
         if args.compare:

@@ -9,7 +9,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from checkpoint import write_text
+from checkpoint import read_json, write_text
 from stats import Answers, average_interval, mean, paired_difference, pass_at_k, powers_of_two, summarize
 
 Results = dict[str, Any]  # a results.json
@@ -122,10 +122,16 @@ def figure(folder: Path) -> str:
 
 
 def read_results(folder: Path) -> Results:
+    """results.json and "name", the folder's. ValueError where it is missing, damaged or something else."""
     file = folder / "results.json"
     if not file.exists():
         raise ValueError(f"{folder} is not a finished evaluation: no results.json (eval.py writes it at its end)")
-    return json.loads(file.read_text(encoding="utf-8")) | {"name": folder.name}
+    results = read_json(file)
+    if missing := [key for key in ("results", "right", "settings") if not isinstance(results.get(key), dict)]:
+        raise ValueError(
+            f'{file}: not an evaluation\'s results (no "{missing[0]}"): write it with eval.py --regrade {folder}'
+        )
+    return results | {"name": folder.name}
 
 
 def problem_scores(results: Results, name: str, level: str, k: int = 1) -> dict[str, float]:
@@ -155,7 +161,8 @@ def compare_tables(evaluations: Sequence[Results], beside_paper: bool) -> str:
     first = evaluations[0]
     header = ["accuracy [95% interval]", "problems", *(e["name"] for e in evaluations)]
     rows = [[*header, *(f"{e['name']} − {first['name']}" for e in evaluations[1:])]]
-    for key in shared_cells(evaluations):
+    shared = shared_cells(evaluations)
+    for key in shared:
         found = [cells(e)[key] for e in evaluations]
         line = [label(*key), str(found[0]["problems"])]
         line += [f"{percent(row['accuracy'])} {percent(row['low'], row['high'])}" for row in found]
@@ -166,8 +173,11 @@ def compare_tables(evaluations: Sequence[Results], beside_paper: bool) -> str:
             line.append(f"{100 * middle:+.1f} {percent(low, high)}")
         rows.append(line)
     text = markdown_table(rows) + "\n"
-    for name in ("temperature", "max_response_tokens", "problems_per_level", "system", "chat_template", "grader"):
-        values = [e["settings"].get(name) for e in evaluations]
+    names = ("temperature", "max_response_tokens", "problems_per_level", "system", "chat_template", "grader")
+    told_of = {name: [e["settings"].get(name) for e in evaluations] for name in names}
+    for benchmark, _ in shared:
+        told_of[f"samples of {benchmark}"] = [e["results"][benchmark]["all"]["samples"] for e in evaluations]
+    for name, values in told_of.items():
         if any(value != values[0] for value in values):
             told = ", ".join(f"{e['name']} {str(value)[:40]}" for e, value in zip(evaluations, values))
             text += f"Not alike: {name} ({told})\n"

@@ -31,6 +31,12 @@ def two(tmp_path) -> list[Path]:
     return [a, b]
 
 
+def run_folder(folder: Path, rows: list[dict]) -> Path:
+    folder.mkdir()
+    (folder / "metrics.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    return folder
+
+
 def run(monkeypatch, *words: object) -> int:
     monkeypatch.setattr(sys, "argv", ["plot.py", *map(str, words)])
     try:
@@ -104,22 +110,106 @@ def test_unlike_evaluations_are_refused_in_one_line(two, tmp_path, monkeypatch, 
     assert not (tmp_path / "c.png").exists()
 
 
+def test_other_numbers_of_samples_are_told(two, tmp_path, monkeypatch, capsys):
+    half = evaluation(tmp_path / "half", {"aime24": {"p": 1, "q": 0, "r": 2, "s": 2}}, samples=2)
+    capsys.readouterr()
+    assert run(monkeypatch, "--compare", two[0], half, "--out", tmp_path / "c.png") == 0
+    told = [line for line in capsys.readouterr().out.splitlines() if line.startswith("Not alike")]
+    assert told == ["Not alike: samples of aime24 (a 4, half 2)"]
+
+
+def test_a_folder_given_twice_is_refused(tmp_path, monkeypatch, capsys):
+    (tmp_path / "b").mkdir()
+    assert run(monkeypatch, "--compare", tmp_path / "a", tmp_path / "b" / ".." / "a") == 2
+    error = capsys.readouterr().err
+    assert "a is given twice" in error and error.count("\n") == 1
+
+
+def test_damaged_files_are_named_in_one_line(tmp_path, monkeypatch, capsys):
+    log = run_folder(tmp_path / "x", [{"step": 1, "entropy": 1.0}]) / "metrics.jsonl"
+    results, scores = tmp_path / "a" / "results.json", tmp_path / "x" / "eval.json"
+    results.parent.mkdir()
+    for file, text, said in (
+        (results, '{"settings": {', f"{results}: not valid JSON"),
+        (results, "{}", f'{results}: not an evaluation\'s results (no "results")'),
+        (scores, '{"base": {', f"{scores}: not valid JSON"),
+        (log, log.read_text() + '{"step": 2, "ent', f"{log}:2: not valid JSON"),
+        (log, '{"entropy": 1.0}\n', f"{log}:1: not valid JSON of a step"),
+        (log, "3\n", f"{log}:1: not valid JSON of a step"),
+    ):
+        file.write_text(text)
+        capsys.readouterr()
+        words = ["--compare", results.parent] if file == results else [tmp_path / "x"]
+        assert run(monkeypatch, *words, "--out", tmp_path / "c.png") == 2
+        error = capsys.readouterr().err
+        assert error.startswith(f"plot.py: {said}") and error.count("\n") == 1
+    assert not (tmp_path / "c.png").exists()
+
+
+def test_a_target_that_cannot_be_written_is_named_and_nothing_is_left(tmp_path, monkeypatch, capsys):
+    folder = run_folder(tmp_path / "x", [{"step": 1, "entropy": 1.0}])
+    (tmp_path / "file").write_text("")
+    (tmp_path / "data").mkdir()
+    before = sorted(tmp_path.rglob("*"))
+    with monkeypatch.context() as patch:
+        patch.setattr(plot, "draw", None)  # it is refused before anything is drawn
+        for out, said in (("data", "is a folder"), ("file/c.png", "is a file"), ("c.foo", "as .foo")):
+            assert run(patch, folder, "--out", tmp_path / out) == 2
+            error = capsys.readouterr().err
+            assert error.startswith(f"plot.py: {tmp_path / out}") and said in error and error.count("\n") == 1
+    (folder / "curves.png").mkdir()
+    assert run(monkeypatch, folder) == 2
+    assert f"{folder / 'curves.png'} cannot be written: Is a directory" in capsys.readouterr().err
+    (folder / "curves.png").rmdir()
+    assert sorted(tmp_path.rglob("*")) == before
+    assert run(monkeypatch, folder, "--out", tmp_path / "new" / "c.png") == 0  # as the other tools make folders
+
+
+def test_several_runs_and_comparisons_have_files_of_their_own(two, tmp_path, monkeypatch, capsys):
+    runs = [run_folder(tmp_path / name, [{"step": 1, "entropy": 1.0}]) for name in "xy"]
+    monkeypatch.chdir(tmp_path)
+    for words, file in (
+        (runs, "curves.png"),
+        (["--compare", *two], "compare.png"),
+        (runs[:1], runs[0] / "curves.png"),
+    ):
+        assert run(monkeypatch, *words) == 0
+        assert capsys.readouterr().out.splitlines()[-1] == str(file) and (tmp_path / file).exists()
+
+
 def test_one_sample_a_problem_is_drawn_as_bars(tmp_path):
     folder = evaluation(tmp_path / "one", {"math500": {"x": 1, "y": 0}}, samples=1)
     assert (folder / "passk.png").stat().st_size > 5_000
 
 
 def test_curves_of_runs(tmp_path):
-    folders = [tmp_path / "x", tmp_path / "y"]
-    for folder in folders:
-        folder.mkdir()
-        rows = [{"step": s, "reward_on_policy": 0.1 * s, "entropy": 1.0, "eval_hard": 0.2} for s in (1, 2, 3)]
-        (folder / "metrics.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    rows = [{"step": s, "reward_on_policy": 0.1 * s, "entropy": 1.0, "eval_hard": 0.2} for s in (1, 2, 3)]
+    folders = [run_folder(tmp_path / name, rows) for name in "xy"]
     (folders[0] / "eval.json").write_text(json.dumps({"base": {"validation": {"hard": {"accuracy": 0.1}}}}))
     assert plot.draw(folders[:1], tmp_path / "one.png").stat().st_size > 10_000
     assert plot.draw(folders, tmp_path / "both.png").stat().st_size > 10_000
     assert plot.points(plot.read_run(folders[0]), "eval_hard") == ([0, 1, 2, 3], [0.1, 0.2, 0.2, 0.2])
     assert plot.smooth([1.0, 3.0, 5.0], 2) == [1.0, 2.0, 4.0]
+
+
+def test_panels_of_an_sft_stage_before_reinforcement(tmp_path, monkeypatch):
+    """No panel of prefixes, no axis below 0, one range of steps, a line where SFT ends; a reward of 0 is shown."""
+    sheets = []
+    monkeypatch.setattr(plot, "save", lambda figure, target: sheets.append(figure))
+    rl = {"reward": 0.0, "reward_on_policy": 0.0, "prefix_tokens": 0, "prefix_tokens_kept": 0}
+    rows = [{"step": s, "grad_norm": 1.0} for s in (1, 2, 3, 4)]
+    rows += [{"step": s, "grad_norm": 1.0, "truncated": 0.0, "unread": 0.1 * (s % 2)} | rl for s in (5, 6)]
+    run_folder(tmp_path / "sft-rft", rows)
+    plot.draw([tmp_path / "sft-rft"], tmp_path / "a.png")
+    panels = {axis.get_title(): axis for axis in sheets[0].axes}
+    assert list(panels) == ["reward (mean of 0 / 1)", "cut off or without a readable answer", "gradient norm"]
+    assert all(axis.get_ylim()[0] >= 0 for axis in panels.values())
+    assert len({axis.get_xlim() for axis in panels.values()}) == 1
+    assert all(any(list(line.get_xdata()) == [4, 4] for line in axis.lines) for axis in panels.values())
+    guided = run_folder(tmp_path / "prefix", [{"step": 1, "reward": 1.0, "prefix_tokens": 7}])
+    plot.draw([tmp_path / "sft-rft", guided], tmp_path / "a.png")
+    panel = next(axis for axis in sheets[1].axes if axis.get_title() == "prefix tokens per step")
+    assert panel.get_legend_handles_labels()[1] == ["prefix, all"]
 
 
 def test_markdown_tables_are_aligned():

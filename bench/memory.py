@@ -5,6 +5,7 @@
 One micro-batch, forward and backward, on a Qwen2-shaped model with random weights and a vocabulary of 32 000:
 `naive` holds the logits [B, R, V] and their softmax, as the textbook writes it; `chunked` is model.token_stats.
 Each with and without gradient checkpointing. Weights and optimizer are not counted: they are the same in all four.
+`head`: after the last layer alone, for vocabularies and lengths whose logits differ by 4 times: the peak does not.
 """
 
 import json
@@ -61,6 +62,20 @@ def main() -> None:
             peaks[key] = peak_bytes(work)
             gradients[key] = model.lm_head.weight.grad.clone()
             print(f"{key:<22}{peaks[key] / 2**20:9.0f} MiB")
+    heads = {}
+    for vocabulary, tokens in ((32_000, 4_000), (32_000, 16_000), (128_000, 4_000)):
+        config = Qwen2Config(vocab_size=vocabulary, **SHAPE, num_key_value_heads=2)
+        head = Qwen2ForCausalLM(config)
+        head.lm_head.weight.grad = torch.zeros_like(head.lm_head.weight)
+        hidden = torch.randn(tokens, SHAPE["hidden_size"], requires_grad=True)
+        targets = torch.randint(0, vocabulary, (tokens,))
+
+        def pass_head(head=head, hidden=hidden, targets=targets) -> None:
+            models.head_stats(head, hidden, targets, 1.0)[0].sum().backward()
+
+        name = f"{vocabulary} words, {tokens} tokens"
+        heads[name] = {"peak_bytes": peak_bytes(pass_head), "logits_bytes": 4 * vocabulary * tokens}
+        print(f"head: {name:<28}{heads[name]['peak_bytes'] / 2**20:9.0f} MiB")
     for gradient in gradients.values():
         torch.testing.assert_close(gradient, gradients["naive"], rtol=1e-3, atol=1e-3)
     result = {
@@ -69,6 +84,7 @@ def main() -> None:
         "logits_per_chunk": models.LOGITS_PER_CHUNK,
         "logits [B, R, V] in fp32, bytes": 4 * ROWS * RESPONSE * VOCABULARY,
         "peak_bytes": peaks,
+        "head": heads,
         "chunked / naive": round(peaks["chunked"] / peaks["naive"], 4),
         "chunked + recompute / naive": round(peaks["chunked + recompute"] / peaks["naive"], 4),
         "machine": machine(),

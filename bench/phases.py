@@ -2,7 +2,7 @@
 
     OMP_NUM_THREADS=1 python bench/phases.py phases growth
 
-Each part prints a table and writes bench/results/throughput-PART.json. CPU seconds of
+Each part prints a table and writes bench/results/throughput-PART.json; growth draws growth.png too. CPU seconds of
 the process. Memory: bench/memory.py.
 """
 
@@ -12,7 +12,7 @@ import time
 from collections.abc import Callable
 
 import torch
-from common import BUDGET, main, new_run, rows_at, timed, write
+from common import BUDGET, RESULTS, main, new_run, rows_at, timed, write
 
 import decode
 import sample
@@ -56,16 +56,23 @@ class Phases:
 def watch(run: steps.Run, phases: Phases, counts: dict[str, int]) -> None:
     """Put timers around the step's parts."""
 
-    def forward_phase(ids, *_, **__):
-        word = "prompts: forward" if ids.shape[1] > 1 else "tokens: forward, without attention"
-        counts[word] = counts.get(word, 0) + 1
-        counts["rows " + word] = counts.get("rows " + word, 0) + len(ids)
-        return word
+    def add(name, number):
+        counts[name] = counts.get(name, 0) + int(number)
+
+    def forward_phase(ids, mask, *_, **__):
+        if ids.shape[1] > 1:
+            return "prompts: forward"
+        add("decode passes", 1)
+        add("rows", len(ids))
+        add("ended rows", (ids == run.model.generation_config.pad_token_id).sum())
+        add("columns attended", mask.numel())
+        add("of them padding", (mask == 0).sum())
+        return "tokens: forward, without attention"
 
     def training_phase(model, rollouts, rows, temperature):
         columns, _ = rollouts.columns(rows)
-        counts["columns passed"] = counts.get("columns passed", 0) + len(rows) * (columns.stop - columns.start)
-        counts["of them tokens"] = counts.get("of them tokens", 0) + int(rollouts.attention_mask[rows].sum())
+        add("columns passed", len(rows) * (columns.stop - columns.start))
+        add("of them tokens", rollouts.attention_mask[rows].sum())
         return "training forward: update" if torch.is_grad_enabled() else "training forward: old log-probs"
 
     def attention_phase(*_, **__):
@@ -78,8 +85,8 @@ def watch(run: steps.Run, phases: Phases, counts: dict[str, int]) -> None:
     phases.wrap(decode.RoomyLayer, "batch_select_indices", "cache: share prompts, drop ended rows")
     phases.wrap(decode.DrawTokenLogitsProcessor, "__call__", "draw")
     phases.wrap(steps, "generate", "rest of generate")
-    phases.wrap(steps, "pack", "pack, grade")
-    phases.wrap(steps, "grade_batch", "pack, grade")
+    phases.wrap(steps, "pack", "pack")
+    phases.wrap(steps, "grade_batch", "grade")
     phases.wrap(steps, "forward", training_phase)
     phases.wrap(torch.Tensor, "backward", "backward")
     phases.wrap(steps, "clip_gradients", "clip, AdamW")
@@ -101,11 +108,13 @@ def bench_phases(repeats: int = 8) -> None:
         name: {"cpu_ms_per_step": round(1000 * s / repeats, 1), "share": round(s / total, 3)}
         for name, s in sorted(phases.seconds.items(), key=lambda item: -item[1])
     }
-    passes = counts["tokens: forward, without attention"]
+    passes = counts["decode passes"]
     facts = {
         "cpu_s_per_step": round(total / repeats, 3),
         "decode passes per step": passes / repeats,
-        "rows of a decode pass": round(counts["rows tokens: forward, without attention"] / passes, 1),
+        "rows of a decode pass": round(counts["rows"] / passes, 1),
+        "of them ended already": round(counts["ended rows"] / counts["rows"], 3),
+        "padding in a decode pass's attention": round(counts["of them padding"] / counts["columns attended"], 3),
         "cpu_ms per token of one row alone (call overhead)": round(1000 * fixed, 2),
         "padding in training passes": round(1 - counts["of them tokens"] / counts["columns passed"], 3),
     }
@@ -145,6 +154,27 @@ def bench_growth(repeats: int = 3) -> None:
             }
         )
     write("growth", {"repeats": repeats, "table": table})
+    draw_growth(table)
+
+
+def draw_growth(table: list[dict]) -> None:
+    """bench/results/growth.png: seconds over rows and over tokens a row; dotted: proportional to the last point."""
+    import matplotlib.pyplot as plt
+
+    figure, axes = plt.subplots(1, 2, figsize=(9, 3.6), layout="constrained")
+    for axis, x, fixed in ((axes[0], "rows", ("tokens_per_row", 96)), (axes[1], "tokens_per_row", ("rows", 64))):
+        points = sorted((row for row in table if row[fixed[0]] == fixed[1]), key=lambda row: row[x])
+        for name, colour in (("sample_cpu_s", "C0"), ("update_cpu_s", "C1")):
+            axis.plot([row[x] for row in points], [row[name] for row in points], "o-", color=colour, label=name)
+            last = points[-1]
+            axis.plot([0, last[x]], [0, last[name]], ":", color=colour)
+        axis.set_xlabel(x.replace("_", " "))
+        axis.set_ylabel("CPU seconds")
+        axis.set_title(f"{fixed[1]} {fixed[0].replace('_', ' ')}", fontsize=10)
+        axis.grid(alpha=0.3)
+        axis.legend(fontsize=8)
+    figure.savefig(RESULTS / "growth.png", dpi=120)
+    plt.close(figure)
 
 
 if __name__ == "__main__":

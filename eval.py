@@ -217,7 +217,7 @@ def show(folder: Path, settings: dict[str, Any]) -> None:
         print(f"  {key:<20} {text if whole else text[:300] + ' …'}")
     for name, stored in settings["benchmarks"].items():
         if stored["left_out"]:
-            print(f"  {name}: {stored['left_out']} problems left out: the grader cannot read their gold answer")
+            print(f"  {name}: {stored['left_out']} problems left out: they cannot be graded (see data/README.md)")
 
 
 def run(args: argparse.Namespace) -> None:

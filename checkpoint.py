@@ -71,6 +71,8 @@ def load(folder: Path, model: Any, optimizer: torch.optim.Optimizer) -> dict[str
     path = state_file(folder)
     if not path.exists():
         return None
+    with path.open("rb"):
+        pass  # a file that may not be read is not a damaged one: its OSError says what it is
     try:
         state = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
     except (OSError, RuntimeError, EOFError, pickle.UnpicklingError) as error:
@@ -97,14 +99,14 @@ def cut_log(path: Path, step: int) -> None:
     """Keep the rows of a JSONL log up to `step`; a last line that was cut short by a kill goes too."""
     if rank() > 0:
         return
-    kept = []
-    for line in path.read_text(encoding="utf-8").splitlines() if path.exists() else []:
+    kept, lines = [], path.read_bytes().split(b"\n") if path.exists() else []
+    for number, line in enumerate(lines[:-1], 1):  # what stands after the last line's end was cut short
         try:
             if json.loads(line)["step"] <= step:
-                kept.append(line)
-        except json.JSONDecodeError:
-            break
-    write_text(path, "".join(line + "\n" for line in kept))
+                kept.append(line.decode() + "\n")
+        except (ValueError, KeyError, TypeError) as error:
+            raise ValueError(f"{path}:{number}: found {line[:40]!r}, expected a step's row: delete it") from error
+    write_text(path, "".join(kept))
 
 
 def append_rows(path: Path, rows: list[dict[str, Any]]) -> None:

@@ -40,7 +40,7 @@ class DrawTokenLogitsProcessor(LogitsProcessor):
         u = self.uniforms[:, input_ids.shape[1] - self.prompt_length, None]
         # u * total, not u: rounding may leave the total below u. right=True skips tokens of probability 0.
         token = torch.searchsorted(cdf, u * cdf[:, -1:], right=True)
-        token = token.clamp(max=scores.shape[1] - 1)  # NaN, once a run has diverged: the update says so
+        token = token.clamp(max=scores.shape[1] - 1)  # NaN, once a run has diverged: step.old_stats says so
         return torch.full_like(scores, -torch.inf).scatter(1, token, 0.0)
 
 

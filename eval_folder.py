@@ -138,27 +138,29 @@ def stored_rows(path: Path, benchmarks: list[Benchmark]) -> Iterator[tuple[Bench
     if not path.exists():
         return
     fields = ("benchmark", "id", "sample", "reward", "read", "truncated", "tokens", "response")
-    size = path.stat().st_size
+    number = 0
     with path.open("rb") as file:
-        for number, (line, (benchmark, i, k)) in enumerate(zip(file, all_draws(benchmarks)), 1):
+        for number, (benchmark, i, k) in enumerate(all_draws(benchmarks), 1):
+            line = file.readline()
+            if not line.endswith(b"\n"):
+                return
             try:
                 row = json.loads(line)
-                values = [row[name] for name in fields]
+                found = [row[name] for name in fields][:3]
             except (ValueError, KeyError, TypeError) as error:
-                if file.tell() == size:
-                    return
                 raise ValueError(
                     f"{path}:{number}: found {line[:40]!r}, expected a response with its grade: restore the line, or "
                     "delete it and those after it to sample them again"
                 ) from error
-            if not line.endswith(b"\n"):
-                return
             due = [benchmark.name, benchmark.problems[i].id, k]
-            if values[:3] != due:
-                raise ValueError(
-                    f"{path}:{number}: found response {values[:3]}, expected {due}: another evaluation's?"
-                )
+            if found != due:
+                raise ValueError(f"{path}:{number}: found response {found}, expected {due}: another evaluation's?")
             yield benchmark, i, row, len(line)
+        if file.readline():
+            raise ValueError(
+                f"{path}:{number + 1}: found more responses than the {number} of its benchmarks: were "
+                "problems taken out of their files?"
+            )
 
 
 def cut_broken_line(path: Path, benchmarks: list[Benchmark]) -> int:
@@ -192,10 +194,8 @@ def regrade(folder: Path) -> None:
         per_level, system = settings["problems_per_level"], settings["system"]
         benchmarks.append(load_benchmark(name, path_of, stored["samples"], per_level, system))
         stored["sha256"] = sha256(path_of)  # a gold may have been corrected; the ids are checked row by row
-    rows, changed = (
-        sum(1 for _ in stored_rows(path, benchmarks)),
-        0,
-    )  # finds a damaged line before anything is written
+    rows = sum(1 for _ in stored_rows(path, benchmarks))  # finds a damaged line before anything is written
+    changed = 0
     partial = folder / "generations.jsonl.partial"
     with partial.open("w", encoding="utf-8") as out:
         for benchmark, i, row, _ in stored_rows(path, benchmarks):

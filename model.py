@@ -15,7 +15,6 @@ from types import MethodType
 
 import torch
 from huggingface_hub.utils import logging as hub_logging
-from safetensors import SafetensorError
 from torch import Tensor
 from torch.distributed.fsdp import FSDPModule, register_fsdp_forward_method
 from torch.utils.checkpoint import checkpoint
@@ -53,7 +52,7 @@ def one_line(path: str) -> Iterator[None]:
         yield
     except torch.OutOfMemoryError:
         raise
-    except (OSError, ValueError, KeyError, RuntimeError, SafetensorError) as error:
+    except Exception as error:  # a damaged folder can raise anything
         reasons = {
             "trust_remote_code": "it needs code of its own, which is never run here: use another architecture",
             "gated repo": f"it is gated: ask for access at https://huggingface.co/{path}, then run  hf auth login",
@@ -87,10 +86,12 @@ def load_tokenizer(path: str) -> tuple[Tokenizer, GenerationConfig]:
         tokenizer = AutoTokenizer.from_pretrained(path, trust_remote_code=False)
         if tokenizer.eos_token_id is None:
             raise ValueError("its tokenizer has no eos_token, so no response could end: set one")
-    try:
-        ends = GenerationConfig.from_pretrained(path).eos_token_id
-    except OSError:  # it has none
-        ends = GenerationConfig.from_model_config(config).eos_token_id
+        try:
+            ends = GenerationConfig.from_pretrained(path).eos_token_id
+        except OSError:
+            if (folder / "generation_config.json").exists():
+                raise
+            ends = GenerationConfig.from_model_config(config).eos_token_id
     ends = [] if ends is None else [ends] if isinstance(ends, int) else list(ends)
     ends = [tokenizer.eos_token_id, *(end for end in ends if end != tokenizer.eos_token_id)]
     pad = tokenizer.eos_token_id if tokenizer.pad_token_id is None else tokenizer.pad_token_id
@@ -125,7 +126,9 @@ def load_model(
         if ranks.rank() == 0 or not training:
             dtype = torch.float32 if training or device.type != "cuda" else torch.bfloat16
             safe = {"use_safetensors": True, "trust_remote_code": False}
-            model = AutoModelForCausalLM.from_pretrained(path, dtype=dtype, **safe)
+            model, info = AutoModelForCausalLM.from_pretrained(path, dtype=dtype, output_loading_info=True, **safe)
+            if info["missing_keys"]:
+                raise ValueError(f"its weights lack {min(info['missing_keys'])}: the file is not whole")
         else:  # the weights come from rank 0
             with torch.device("meta"):
                 model = AutoModelForCausalLM.from_config(load_config(path), dtype=torch.float32)

@@ -117,6 +117,13 @@ def forward(model: PreTrainedModel, rollouts: Rollouts, rows: Tensor, temperatur
     return token_stats(model, ids.to(model.device), mask.to(model.device), width, temperature)
 
 
+def check_finite(what: str, value: float) -> None:
+    """Raises ValueError if the run has diverged."""
+    if not math.isfinite(value):
+        fix = "start again in a new folder, with a lower lr or sft_lr"
+        raise ValueError(f"{what} is {value}: the run has diverged; {fix}")
+
+
 @torch.no_grad()
 def old_stats(model: PreTrainedModel, rollouts: Rollouts, config: Config) -> tuple[Tensor, Tensor]:
     """Log-probs and entropies of the sampling policy, [B, R]."""
@@ -127,7 +134,9 @@ def old_stats(model: PreTrainedModel, rollouts: Rollouts, config: Config) -> tup
         if counts:
             width = found[0].shape[1]
             log_probs[rows, :width], entropy[rows, :width] = found[0].cpu(), found[1].cpu()
-    return all_sum(log_probs), all_sum(entropy)
+    log_probs, entropy = all_sum(log_probs), all_sum(entropy)
+    check_finite("the sum of log-probs", float(log_probs.sum()))
+    return log_probs, entropy
 
 
 def plan(problems: Sequence[Encoded], method: Method, config: Config, step: int, rollouts: int) -> list[Row]:
@@ -231,10 +240,7 @@ def update(run: "Run", batch: Batch, rows: Tensor, method: Method, normalizer: f
     sums["loss"], sums["entropy"], unclipped = all_sum(total).tolist()
     sums["clipped"] = sums["weighted"] - int(unclipped)
     sums["grad_norm"] = clip_gradients(model.parameters(), config.max_grad_norm)
-    if not math.isfinite(sums["grad_norm"]):
-        raise ValueError(
-            f"the gradient's norm is {sums['grad_norm']}: the run has diverged, try a lower lr or sft_lr"
-        )
+    check_finite("the gradient's norm", sums["grad_norm"])
     for group in run.optimizer.param_groups:
         group["lr"] = lr
     run.optimizer.step()

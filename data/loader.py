@@ -101,7 +101,8 @@ def read_rows(path: str | Path) -> dict[int, Any]:
     path = Path(path)
     if not path.is_file():
         if path.parts[-3:-1] in (("data", "train"), ("data", "benchmarks")):  # where data/prepare.py writes
-            raise ValueError(f"{path}: {path.stem} is not here yet: run  python data/prepare.py {path.stem}")
+            fix = f"run  python data/prepare.py {path.stem}  (without a name: the list)"
+            raise ValueError(f"{path}: {path.stem} is not here yet: {fix}")
         raise ValueError(f"data file {str(path)!r} does not exist: give a JSONL file (its format: data/README.md)")
     try:
         text = path.read_text(encoding="utf-8-sig")  # Windows editors begin a file with a byte order mark

@@ -309,6 +309,17 @@ def copy(folder: Path, target: Path) -> Path:
     return target
 
 
+@pytest.mark.parametrize("regrade", [False, True])
+def test_more_responses_than_problems_are_refused(finished, tmp_path, regrade):
+    folder = copy(finished, tmp_path / "more")
+    for extra in (b"<<<<<<< HEAD\n", (folder / "generations.jsonl").read_bytes().splitlines(keepends=True)[-1]):
+        longer = (finished / "generations.jsonl").read_bytes() + extra
+        (folder / "generations.jsonl").write_bytes(longer)
+        with pytest.raises(ValueError, match=r"generations.jsonl:49: found more responses than the 48"):
+            eval.regrade(folder) if regrade else eval.run(arguments(out=folder))
+        assert (folder / "generations.jsonl").read_bytes() == longer
+
+
 @pytest.mark.parametrize(
     "bad", [b"garbage\n", b"[1, 2]\n", b"\n", b'{"benchmark": "embedded", "id": "x", "sample": 0}\n']
 )

@@ -6,6 +6,7 @@ import math
 import pytest
 import torch
 from conftest import random_model
+from safetensors.torch import load_file, save_file
 from transformers import GPT2Config, GPT2LMHeadModel
 
 import model as models
@@ -148,16 +149,12 @@ def test_the_best_device_is_chosen(monkeypatch, cuda, mps, want):
     [("cuda", True, torch.float32), ("cuda", False, torch.bfloat16), ("cpu", False, torch.float32)],
 )
 def test_weights_are_bf16_only_for_sampling_on_cuda(monkeypatch, device, training, want):
-    class Found(Exception):
-        pass
-
     def asked(path, dtype, **_):
-        raise Found(dtype)
+        raise OSError(f"asked for {dtype}")
 
     monkeypatch.setattr(models.AutoModelForCausalLM, "from_pretrained", asked)
-    with pytest.raises(Found) as found:
+    with pytest.raises(ValueError, match=f"asked for {want}"):
         load_model("data/base", device, training=training)
-    assert found.value.args == (want,)
 
 
 def test_damaged_weights_are_one_line(tmp_path, tokenizer):
@@ -170,4 +167,19 @@ def test_damaged_weights_are_one_line(tmp_path, tokenizer):
     weights.write_bytes(whole)
     config.write_text(json.dumps(json.loads(config.read_text()) | {"hidden_size": 64}))
     with pytest.raises(ValueError, match="its weights do not have the shapes of its config"):
+        load_model(str(tmp_path / "m"))
+
+
+def test_missing_weights_and_a_damaged_generation_config_are_refused(tmp_path, tokenizer):
+    save_model(random_model(vocab_size=len(tokenizer)), tokenizer, tmp_path / "m")
+    weights = load_file(tmp_path / "m" / "model.safetensors")
+    lost = weights.pop("model.layers.1.mlp.up_proj.weight")
+    save_file(weights, tmp_path / "m" / "model.safetensors", metadata={"format": "pt"})
+    with pytest.raises(ValueError, match=r"its weights lack model.layers.1.mlp.up_proj.weight"):
+        load_model(str(tmp_path / "m"))
+    weights["model.layers.1.mlp.up_proj.weight"] = lost
+    save_file(weights, tmp_path / "m" / "model.safetensors", metadata={"format": "pt"})
+    load_model(str(tmp_path / "m"))
+    (tmp_path / "m" / "generation_config.json").write_text('{"eos_token_id": [1, 5')
+    with pytest.raises(ValueError, match=r"cannot be loaded: .*generation_config.json"):
         load_model(str(tmp_path / "m"))

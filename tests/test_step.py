@@ -245,3 +245,11 @@ def test_every_config_field_is_read_somewhere():
                 if name == "config":
                     read.add(node.attr)
     assert {field.name for field in dataclasses.fields(Config)} <= read
+
+
+def test_weights_that_are_not_finite_stop_the_run(tokenizer):
+    """Also where no row has a weight, so that there would be no gradient: all rewards are 0 then."""
+    run = make_run(tokenizer, "rft")
+    torch.nn.init.constant_(run.model.lm_head.weight, torch.nan)
+    with pytest.raises(ValueError, match="the sum of log-probs is nan: the run has diverged"):
+        rl_step(run, 0)

@@ -12,6 +12,7 @@ import pytest
 import torch
 from conftest import random_model
 
+import checkpoint
 import train
 from config import parse_config
 from data.loader import Encoded
@@ -332,8 +333,33 @@ def test_a_damaged_checkpoint_is_one_line(task, tmp_path, damage, monkeypatch, c
     assert f"{file} is damaged: delete {file.parent} to start the run again" in error
 
 
-@pytest.mark.parametrize("settings", [{"method": "sft", "sft_lr": 1e30}, {"method": "prefix-rft", "lr": 1e30}])
+@pytest.mark.parametrize(
+    "settings",
+    [
+        {"method": "sft", "sft_lr": 1e30},
+        {"method": "prefix-rft", "lr": 1e30},
+    ],
+)
 def test_a_run_that_diverges_stops_in_one_line(task, tmp_path, settings, monkeypatch):
     monkeypatch.setattr(train, "score", lambda run, who: {"validation": {}, "test": {}, "test_sampled": {}})
-    with pytest.raises(ValueError, match=r"the gradient's norm is (nan|inf): the run has diverged, try a lower lr"):
+    with pytest.raises(
+        ValueError, match=r"is (nan|-?inf): the run has diverged; start again in a new folder, with a lower lr"
+    ):
         train.train(parse_config(arguments(task, tmp_path / "run", max_response_tokens=80, **settings)))
+
+
+def test_logs_are_cut_to_the_checkpoint_and_nothing_else_is_lost(tmp_path):
+    log = tmp_path / "samples.jsonl"
+    rows = [{"step": step, "problem": "a\u2028b\u0085c"} for step in (1, 1, 2, 3)]
+    checkpoint.append_rows(log, rows)
+    whole = log.read_bytes()
+    log.write_bytes(whole + b'{"step": 4, "pro')
+    checkpoint.cut_log(log, 9)
+    assert log.read_bytes() == whole
+    checkpoint.cut_log(log, 2)
+    assert [json.loads(line) for line in log.read_text().split("\n")[:-1]] == rows[:3]
+    for bad in (b"\n", b"[2]\n", b'{"x": 2}\n'):
+        log.write_bytes(bad + whole)
+        with pytest.raises(ValueError, match=r"samples.jsonl:1: found .*expected a step's row"):
+            checkpoint.cut_log(log, 2)
+        assert log.read_bytes() == bad + whole

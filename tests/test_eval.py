@@ -247,6 +247,13 @@ def test_an_evaluation_may_go_on_with_other_batches(finished, tmp_path, monkeypa
         "date": "",
     }
     assert settings["ranks"] == 8
+    eval.run(arguments(out=folder))  # complete: nothing goes on, so nothing is noted
+    assert eval_folder.stored_settings(folder)["continued"] == [went_on]
+    for _ in range(2):  # other settings than the last time are noted beside those before, the same ones are not
+        (folder / "generations.jsonl").write_bytes(b"".join(lines[:40]))
+        (folder / "results.json").unlink(missing_ok=True)
+        eval.run(arguments(out=folder))
+        assert [c["rows_per_call"] for c in eval_folder.stored_settings(folder)["continued"]] == [20, 10]
 
 
 @pytest.mark.usefixtures("no_figure")

@@ -6,11 +6,11 @@
     python eval.py --regrade evals/MODEL-NNN          grades its stored responses again, samples nothing
 
 In reading order: `evaluate` (all that train.py needs), the checks, sampling what is missing, the command line. The
-folder gets settings.json and generations.jsonl, a line per response (eval_folder.py), then results.json, results.md
-and passk.png (report.py). A response cut off by the budget is wrong, as in training; `unread` is the share of the
-others without a readable boxed answer. Draws are a pure function of (seed, problem, sample), so a stopped evaluation
-continues to the files it would have written, and ranks write those of one process (up to rounding: other rows share
-a batch). Left out: top-p below 1, majority voting, tools, models too large for one GPU.
+folder gets settings.json and generations.jsonl, a line per response (evaluation/folder.py), then results.json,
+results.md (evaluation/report.py) and passk.png. A response cut off by the budget is wrong, as in training; `unread`
+is the share of the others without a readable boxed answer. Draws are a pure function of (seed, problem, sample), so a
+stopped evaluation continues to the files it would have written, and ranks write those of one process (up to rounding:
+other rows share a batch). Left out: top-p below 1, majority voting, tools, models too large for one GPU.
 """
 
 import argparse
@@ -27,17 +27,17 @@ import torch
 from tqdm import tqdm
 from transformers import PreTrainedModel
 
-import ranks
-from benchmarks import FILES, Benchmark, all_draws, choose_benchmarks
-from checkpoint import append_rows
-from choice import grade_response
 from data.loader import Encoded, Problem, encode_problems
 from decode import DECODERS, row_bytes
-from eval_folder import count, cut_broken_line, describe, open_folder, regrade, stored_settings
+from evaluation.benchmarks import FILES, Benchmark, all_draws, choose_benchmarks
+from evaluation.folder import count, cut_broken_line, describe, open_folder, regrade, stored_settings
+from evaluation.multiple_choice import grade_response
+from evaluation.report import write_report
+from evaluation.statistics import Answers, pass_at_k
 from model import load_model, pick_device
-from report import report
 from sample import Row, generate, pack
-from stats import Answers, pass_at_k
+from support import distributed
+from support.checkpoint import append_rows
 
 __all__ = ["evaluate", "pass_at_k"]
 
@@ -93,7 +93,7 @@ def evaluate(
     decode: str = "loop",
     progress: str | None = None,
 ) -> list[Answers]:
-    """`samples` graded responses to each problem (temperature 0: greedy), counted. See `stats.summarize`."""
+    """`samples` graded responses to each problem (temperature 0: greedy), counted. See `statistics.summarize`."""
     draws = [Draw(p, e, (), k) for p, e in zip(problems, encoded) for k in range(samples)]
     settings = {"temperature": temperature, "max_response_tokens": max_response_tokens, "seed": seed}
     settings |= {"rows_per_call": rows_per_call, "decode": decode, "progress": progress}
@@ -131,7 +131,7 @@ def rows_that_fit(model: PreTrainedModel, columns: int) -> int:
     if model.device.type == "cuda":
         free, _ = torch.cuda.mem_get_info(model.device)
         fit = max(1, min(ROWS, int(0.8 * free / row_bytes(model.config, columns))))
-    return min(ranks.union({ranks.rank(): fit}).values())
+    return min(distributed.union({distributed.rank(): fit}).values())
 
 
 # ---- sampling what is missing
@@ -140,11 +140,11 @@ def rows_that_fit(model: PreTrainedModel, columns: int) -> int:
 def sample_missing(model, tokenizer, folder: Path, benchmarks: list[Benchmark], args: argparse.Namespace) -> None:
     """Sample and grade what generations.jsonl does not hold yet, `rows_per_call` responses a rank at a time."""
     path, total = folder / "generations.jsonl", sum(len(b.problems) * b.samples for b in benchmarks)
-    size = args.rows_per_call * ranks.world_size()
-    first = done = ranks.from_first(cut_broken_line(path, benchmarks) if ranks.rank() == 0 else None)
+    size = args.rows_per_call * distributed.world_size()
+    first = done = distributed.from_first(cut_broken_line(path, benchmarks) if distributed.rank() == 0 else None)
     draws = itertools.islice(all_draws(benchmarks), done, None)
     start, said, tokens = time.perf_counter(), 0.0, 0
-    quiet = ranks.rank() > 0
+    quiet = distributed.rank() > 0
     with tqdm(total=total, initial=done, unit="response", disable=quiet or not sys.stderr.isatty()) as bar:
         while batch := list(itertools.islice(draws, size - done % size)):  # whole batches, as without a stop
             rows = respond(
@@ -167,6 +167,18 @@ def sample_missing(model, tokenizer, folder: Path, benchmarks: list[Benchmark], 
                 said = seconds
                 left = seconds * (total - done) / (done - first)
                 print(f"{done}/{total} responses  {tokens / seconds:.0f} tokens/s  {left:.0f} s left", flush=True)
+
+
+def report(folder: Path, settings: dict[str, Any], answers: dict[str, list[Answers]]) -> None:
+    """Write and print the report of a finished evaluation; its figure too, if matplotlib is there."""
+    write_report(folder, settings, answers)
+    try:
+        from plot import draw_pass_at_k
+    except ImportError:
+        figure = f"(no passk.png: pip install matplotlib, then python plot.py --compare {folder})"
+    else:
+        figure = draw_pass_at_k([folder], folder / "passk.png").name
+    print(f"written to {folder}/: generations.jsonl, settings.json, results.json, results.md, {figure}")
 
 
 # ---- the command line
@@ -226,46 +238,46 @@ def run(args: argparse.Namespace) -> None:
     if args.temperature == 0 and max(b.samples for b in benchmarks) > 1:
         raise ValueError("temperature 0 is greedy, so all samples would be equal: give --samples 1 or a temperature")
     device = pick_device(args.device)
-    ranks.start(device)
+    distributed.start(device)
     model, tokenizer = load_model(args.model, device)
     longest = encode_benchmarks(model, tokenizer, benchmarks, args.max_response_tokens)
-    args.rows_per_call = args.rows_per_call or ranks.from_first(stored_settings(args.out)).get("rows_per_call")
+    args.rows_per_call = args.rows_per_call or distributed.from_first(stored_settings(args.out)).get("rows_per_call")
     args.rows_per_call = args.rows_per_call or rows_that_fit(model, longest + args.max_response_tokens)
-    if ranks.rank() == 0:
+    if distributed.rank() == 0:
         args.out, settings = open_folder(args, describe(args, model, tokenizer, benchmarks))
         show(args.out, settings)
-    args.out = ranks.from_first(args.out)
+    args.out = distributed.from_first(args.out)
     sample_missing(model, tokenizer, args.out, benchmarks, args)
-    if ranks.rank() == 0:
+    if distributed.rank() == 0:
         report(args.out, settings, count(args.out, benchmarks))
 
 
 def go_on(args: argparse.Namespace) -> str:
     """The command that continues this evaluation."""
     out = ["--out", str(args.out)] if args.out and "--out" not in sys.argv else []
-    return f"{ranks.launcher()} {shlex.join([*sys.argv, *out])}"
+    return f"{distributed.launcher()} {shlex.join([*sys.argv, *out])}"
 
 
 def main() -> None:
     try:
         args = parse_args(sys.argv[1:])
         if args.regrade:
-            ranks.start(torch.device("cpu"))
-            if ranks.rank() == 0:
-                regrade(args.regrade)
+            distributed.start(torch.device("cpu"))
+            if distributed.rank() == 0:
+                report(args.regrade, *regrade(args.regrade))
         else:
             run(args)
-        ranks.stop()
+        distributed.stop()
     except (ValueError, OSError) as error:
-        print(f"eval.py: {ranks.name()}{error}", file=sys.stderr)
+        print(f"eval.py: {distributed.name()}{error}", file=sys.stderr)
         sys.exit(2)
     except RuntimeError as error:
-        if not (reason := ranks.explain(error, "give a smaller --rows_per_call")):
+        if not (reason := distributed.explain(error, "give a smaller --rows_per_call")):
             raise
-        print(f"eval.py: {ranks.name()}{reason}; to go on: {go_on(args)}", file=sys.stderr)
+        print(f"eval.py: {distributed.name()}{reason}; to go on: {go_on(args)}", file=sys.stderr)
         sys.exit(1)
     except KeyboardInterrupt:
-        if ranks.rank() == 0:
+        if distributed.rank() == 0:
             print(f"\nstopped; to go on: {go_on(args)}", file=sys.stderr)
         sys.exit(130)
 

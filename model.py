@@ -1,7 +1,7 @@
 """Load and save a HuggingFace causal LM with its tokenizer; log-probs and entropies of responses.
 
 In reading order: `load_tokenizer`, `load_model`, `save_model`, `sampling`; `token_stats`, the training forward pass.
-In training on CUDA, or with several ranks, the model is sharded (ranks.py), which nothing but this file has to know.
+On CUDA, or with several processes, support/distributed.py shards a model in training: three calls here, no more.
 Left out: LoRA, quantisation, remote code, encoder-decoder models, models that change their logits after the head.
 """
 
@@ -11,12 +11,10 @@ import shutil
 import sys
 from collections.abc import Iterator
 from pathlib import Path
-from types import MethodType
 
 import torch
 from huggingface_hub.utils import logging as hub_logging
 from torch import Tensor
-from torch.distributed.fsdp import FSDPModule, register_fsdp_forward_method
 from torch.utils.checkpoint import checkpoint
 from transformers import (
     AutoConfig,
@@ -29,7 +27,7 @@ from transformers import (
 from transformers import PreTrainedTokenizerBase as Tokenizer
 from transformers.utils import logging
 
-import ranks
+from support import distributed
 
 LOGITS_PER_CHUNK = 2**25  # elements of a [tokens, V] logits chunk: 128 MiB in fp32, whatever B, R and V are
 SMALL = 10_000_000  # below so many parameters a second CPU thread gains little, and costs much if a core is busy
@@ -108,11 +106,12 @@ def load_model(
 ) -> tuple[PreTrainedModel, Tokenizer]:
     """A causal LM and its tokenizer, from a folder or a hub name (safetensors only; remote code is never run).
 
-    `training`: weights are fp32 whatever the file holds, as an update of 1e-6 vanishes in bf16; after ranks.start()
-    they are sharded over the ranks, and rank 0 alone reads them. Otherwise every process has all of them, on CUDA
-    in bf16, which is what training computes in. All dropout is 0, so that the training forward pass gives the
-    log-probs the sampler had.
-    `recompute`: a layer's activations are made again in the backward pass instead of kept. `offload`: ranks.shard.
+    `training`: weights are fp32 whatever the file holds, as an update of 1e-6 vanishes in bf16; after
+    distributed.start() they are sharded over the ranks, and rank 0 alone reads them. Otherwise every process has all
+    of them, on CUDA in bf16, which is what training computes in. All dropout is 0, so that the training forward pass
+    gives the log-probs the sampler had.
+    `recompute`: a layer's activations are made again in the backward pass instead of kept. `offload`: see
+    distributed.shard.
     Raises ValueError, one line, as load_tokenizer, and for a folder without weights or a model whose logits are not
     its output head's.
     """
@@ -123,7 +122,7 @@ def load_model(
     if folder.exists() and not any(folder.glob("*.safetensors")):
         raise ValueError(f"model {path!r} holds no *.safetensors weights: give a HuggingFace model folder")
     with one_line(path):
-        if ranks.rank() == 0 or not training:
+        if distributed.rank() == 0 or not training:
             dtype = torch.float32 if training or device.type != "cuda" else torch.bfloat16
             safe = {"use_safetensors": True, "trust_remote_code": False}
             model, info = AutoModelForCausalLM.from_pretrained(path, dtype=dtype, output_loading_info=True, **safe)
@@ -136,7 +135,7 @@ def load_model(
     if len(tokenizer) > rows:
         raise ValueError(f"model {path!r}: its tokenizer has {len(tokenizer)} tokens, its embedding {rows} rows")
     remove_dropout(model)
-    if ranks.rank() == 0 and not head_gives_logits(model):
+    if distributed.rank() == 0 and not head_gives_logits(model):
         raise ValueError(
             f"model {path!r}: its logits are not those of its output head (scaled or capped afterwards?), "
             "so log-probs taken from the head would be wrong: use another model"
@@ -148,10 +147,7 @@ def load_model(
         with torch.device("meta"):
             plain = AutoModelForCausalLM.from_config(model.config, dtype=torch.float32)
         plain.generation_config = generation_config
-        ranks.shard(model, device, offload)
-        object.__setattr__(model, "plain", plain.eval())  # not a submodule: its weights are the model's (`sampling`)
-        model.token_stats = MethodType(_token_stats, model)
-        register_fsdp_forward_method(model, "token_stats")
+        distributed.shard(model, plain, device, offload)
         return model.train(), tokenizer
     if device.type == "cpu" and model.num_parameters() < SMALL and "OMP_NUM_THREADS" not in os.environ:
         torch.set_num_threads(1)
@@ -195,8 +191,8 @@ def save_model(model: PreTrainedModel, tokenizer: Tokenizer, folder: str | Path)
     """Write a HF model folder: to a temporary name first, then renamed, so a half-written one is never seen.
 
     Called on every rank; rank 0 writes."""
-    state = ranks.whole(state_of(model))
-    if ranks.rank():
+    state = distributed.whole(state_of(model))
+    if distributed.rank():
         return
     folder, partial = Path(folder), Path(f"{folder}.partial")
     shutil.rmtree(partial, ignore_errors=True)
@@ -210,20 +206,12 @@ def save_model(model: PreTrainedModel, tokenizer: Tokenizer, folder: str | Path)
 def sampling(model: PreTrainedModel) -> Iterator[PreTrainedModel]:
     """Gives the model to sample with: in eval mode, without gradients.
 
-    (Gradient checkpointing would turn the key-value cache off in train mode.) A sharded model gives a plain one of
-    the same shape that reads its gathered weights: ranks may sample for different times, without FSDP's hooks at
-    every layer of every token. Does not nest.
+    (Gradient checkpointing would turn the key-value cache off in train mode.) Does not nest.
     """
     model.eval()
     try:
-        with torch.no_grad(), ranks.gathered(model):
-            if not isinstance(model, FSDPModule):
-                yield model
-                return
-            for own, sharded in zip(model.plain.modules(), model.modules(), strict=True):
-                own._parameters.update(sharded._parameters)
-                own._buffers.update(sharded._buffers)
-            yield model.plain
+        with torch.no_grad(), distributed.gathered(model) as whole:
+            yield whole
     finally:
         model.train()
 
@@ -243,9 +231,8 @@ def token_stats(
     fp32; [B, R, V] never exists, and padding costs nothing here. Positions are explicit, so that padding does not
     shift them.
     """
-    if isinstance(model, FSDPModule):  # as a method of the module, so that FSDP gathers the weights around it
-        return model.token_stats(input_ids, attention_mask, response_length, temperature)
-    return _token_stats(model, input_ids, attention_mask, response_length, temperature)
+    arguments = (input_ids, attention_mask, response_length, temperature)
+    return distributed.run_forward(model, _token_stats, *arguments)
 
 
 def _token_stats(

@@ -19,9 +19,9 @@ import matplotlib
 matplotlib.use("Agg")
 import matplotlib.pyplot as plt
 
-from checkpoint import read_json
-from report import cells, compare_tables, label, percent, problem_scores, read_results, shared_cells
-from stats import interval, powers_of_two
+from evaluation.report import cells, compare_tables, label, percent, problem_scores, read_results, shared_cells
+from evaluation.statistics import interval, powers_of_two
+from support.checkpoint import read_json
 
 PANELS = {  # title: the metrics it shows, as (name, legend) pairs
     "reward (mean of 0 / 1)": (("reward_on_policy", "on-policy rows"), ("reward_hybrid", "hybrid rows")),

@@ -30,7 +30,7 @@ from transformers import GenerationConfig, LogitsProcessorList, PreTrainedModel
 from data.loader import Encoded, encode, render_prompt
 from decode import DECODERS, DrawTokenLogitsProcessor, PrefixForcingLogitsProcessor
 from model import load_model, pick_device, sampling
-from ranks import rank, union, world_size
+from support.distributed import rank, union, world_size
 
 PREFIX_LOW, PREFIX_HIGH = 0.05, 0.95  # bounds of the prefix fraction [paper A.2]
 

@@ -17,6 +17,7 @@ import math
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass
+from statistics import fmean as mean
 from typing import Any
 
 import torch
@@ -24,14 +25,13 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 import loss as objective
-from config import Config
 from data.loader import Encoded, Problem
 from loss import METHODS, Method
 from model import token_stats
-from ranks import all_sum, clip_gradients, rank, world_size
 from reward import grade_batch, is_read
 from sample import Rollouts, Row, generate, pack, plan_group, torch_generator
-from stats import mean
+from support.config import Config
+from support.distributed import all_sum, clip_gradients, rank, world_size
 
 SFT = METHODS["sft"]
 
@@ -98,7 +98,7 @@ def micro_batches(rollouts: Rollouts, rows: Tensor, budget: int) -> list[Tensor]
     return [torch.tensor(chunk) for chunk in chunks]
 
 
-def share(rollouts: Rollouts, rows: Tensor, budget: int) -> list[tuple[Tensor, bool]]:
+def rank_share(rollouts: Rollouts, rows: Tensor, budget: int) -> list[tuple[Tensor, bool]]:
     """This rank's micro-batches of `rows`, and whether each counts.
 
     Rows are dealt to the ranks by length. FSDP wants equally many passes on every rank: one with fewer micro-batches
@@ -129,7 +129,7 @@ def old_stats(model: PreTrainedModel, rollouts: Rollouts, config: Config) -> tup
     """Log-probs and entropies of the sampling policy, [B, R]."""
     log_probs = torch.zeros(rollouts.response_mask.shape)
     entropy = torch.zeros_like(log_probs)
-    for rows, counts in share(rollouts, torch.arange(len(rollouts.texts)), config.micro_batch_tokens):
+    for rows, counts in rank_share(rollouts, torch.arange(len(rollouts.texts)), config.micro_batch_tokens):
         found = forward(model, rollouts, rows, config.temperature)
         if counts:
             width = found[0].shape[1]
@@ -229,7 +229,7 @@ def update(run: "Run", batch: Batch, rows: Tensor, method: Method, normalizer: f
     if len(active) == 0:
         return sums | {"grad_norm": 0.0}
     total = torch.zeros(3, dtype=torch.float64)  # loss, entropy, tokens with a weight
-    for chunk, counts in share(rollouts, active, config.micro_batch_tokens):
+    for chunk, counts in rank_share(rollouts, active, config.micro_batch_tokens):
         log_probs, entropy = forward(model, rollouts, chunk, config.temperature)
         w = weights(chunk, log_probs)
         mask = counts & rollouts.response_mask[chunk, : log_probs.shape[1]].to(log_probs.device)

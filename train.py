@@ -20,17 +20,15 @@ from typing import Any
 import torch
 from transformers import PreTrainedModel
 
-import checkpoint
-import console
-import ranks
-from config import TASK, Config, parse_config
 from data.loader import Encoded, encode_problems, load_problems
 from eval import evaluate
+from evaluation.statistics import summarize
 from loss import METHODS
 from model import load_config, load_model, load_tokenizer, pick_device, save_model
 from sample import seed_of
-from stats import summarize
 from step import Data, Run, pick, rl_step, sft_learning_rate, sft_step
+from support import checkpoint, console, distributed
+from support.config import TASK, Config, parse_config
 
 # ---- data
 
@@ -87,7 +85,7 @@ def check_context(config: Config, encoded: list[Encoded], held: dict, context: i
 
 def check_ranks(config: Config) -> None:
     """Raises ValueError if a rank would have nothing to do."""
-    method, world = METHODS[config.method], ranks.world_size()
+    method, world = METHODS[config.method], distributed.world_size()
     parts = {"prompts_per_step": config.prompts_per_step} if "rl" in method.stages else {}
     if "sft" in method.stages or method.relift:
         parts["sft_batch"] = config.sft_batch
@@ -109,7 +107,7 @@ def new_optimizer(model: PreTrainedModel, config: Config) -> torch.optim.Optimiz
 
 
 def accuracy(run: Run, name: str, temperature: float, title: str) -> dict[str, dict[str, float]]:
-    """stats.summarize on the run's "validation" or "test" problems; {} where it has none."""
+    """statistics.summarize on the run's "validation" or "test" problems; {} where it has none."""
     if name not in run.data.held:
         return {}
     problems, encoded = run.data.held[name]
@@ -144,7 +142,7 @@ def prepare(config: Config) -> tuple[Run, dict[str, int]]:
     if config.tensorboard and importlib.util.find_spec("tensorboard") is None:
         raise ValueError("tensorboard is true, but it is not installed: pip install tensorboard")
     device = pick_device(config.device)
-    ranks.start(device)
+    distributed.start(device)
     check_ranks(config)
     tokenizer, generation_config = load_tokenizer(config.model)
     context = getattr(load_config(config.model), "max_position_embeddings", None)
@@ -168,7 +166,7 @@ def train(config: Config) -> int:
         base = score(run, "base")
         checkpoint.write_text(scores_file, json.dumps({"base": base}, indent=1) + "\n")
         console.show_base(run, base, time.perf_counter() - begun)
-    scores = ranks.from_first(checkpoint.read_json(scores_file) if ranks.rank() == 0 else None)
+    scores = distributed.from_first(checkpoint.read_json(scores_file) if distributed.rank() == 0 else None)
 
     stopped = catch_signals()
     with console.Progress(folder, total, start, config.tensorboard) as progress:
@@ -181,7 +179,7 @@ def train(config: Config) -> int:
                 if step == sft_steps:  # each stage starts with a fresh optimizer, as two runs would
                     run.optimizer = new_optimizer(run.model, config)
                 metrics, shown = rl_step(run, step - sft_steps)
-            done, stop = step + 1, ranks.from_first(stopped)
+            done, stop = step + 1, distributed.from_first(stopped)
             if (config.eval_every and done % config.eval_every == 0) or done == total:
                 table = accuracy(run, "validation", 0.0, f"step {done}: validation")
                 metrics |= {f"eval_{level}": row["accuracy"] for level, row in table.items()}
@@ -215,7 +213,7 @@ def restore(run: Run, folder: Path) -> int:
 
 def draw_curves(folder: Path) -> str:
     """Draw curves.png if matplotlib is there -> what to say about it."""
-    if ranks.rank() > 0:
+    if distributed.rank() > 0:
         return ""
     try:
         from plot import draw
@@ -229,7 +227,7 @@ def catch_signals() -> list[int]:
     caught: list[int] = []
 
     def note(number: int, _: object) -> None:
-        if caught and ranks.world_size() == 1:  # torchrun sends a signal again, and kills after 30 seconds
+        if caught and distributed.world_size() == 1:  # torchrun sends a signal again, and kills after 30 seconds
             sys.exit(128 + number)
         caught.append(number)
 
@@ -241,16 +239,18 @@ def catch_signals() -> list[int]:
 def main() -> None:
     try:
         code = train(parse_config(sys.argv[1:]))
-        ranks.stop()
+        distributed.stop()
         sys.exit(code)
     except (ValueError, OSError) as error:
-        print(f"train.py: {ranks.name()}{error}", file=sys.stderr)
+        print(f"train.py: {distributed.name()}{error}", file=sys.stderr)
         sys.exit(2)
     except RuntimeError as error:
-        memory = "lower rows_per_call (sampling) or micro_batch_tokens (updates), see python bench/plan.py"
-        if not (reason := ranks.explain(error, memory)):
+        memory = "lower rows_per_call (sampling) or micro_batch_tokens (updates), see python plan.py"
+        if not (reason := distributed.explain(error, memory)):
             raise
-        print(f"train.py: {ranks.name()}{reason}; --resume auto goes on from the last checkpoint", file=sys.stderr)
+        print(
+            f"train.py: {distributed.name()}{reason}; --resume auto goes on from the last checkpoint", file=sys.stderr
+        )
         sys.exit(1)
     except KeyboardInterrupt:
         print("\ntrain.py: stopped before the first step: nothing is lost, start it again", file=sys.stderr)

@@ -1,21 +1,24 @@
-"""What the speed benches share: the default run of rft, its rows, timers, results as JSON."""
+"""What the benches share: the default run of rft and its rows, timers, peak memory, results as JSON."""
 
+import contextlib
 import json
+import platform
 import statistics
 import sys
 import tempfile
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
 
 import torch
-from measure import machine
+import transformers
+from torch.profiler import ProfilerActivity, profile
 
 import step as steps
-from config import Config, from_dict
 from sample import Row
+from support.config import Config, from_dict
 from train import prepare
 
 RESULTS = Path(__file__).parent / "results"
@@ -44,6 +47,46 @@ def timed(call: Callable) -> tuple[object, float, float]:
     cpu, wall = time.process_time(), time.perf_counter()
     result = call()
     return result, time.process_time() - cpu, time.perf_counter() - wall
+
+
+@contextlib.contextmanager
+def peak_memory() -> Iterator[list[int]]:
+    """The most bytes of tensors held at once inside, beyond what stood before, is in the list given, at the end.
+
+    Every allocation counts, also those inside kernels. CPU: the profiler's memory events; CUDA: the allocator's own
+    record.
+    """
+    found: list[int] = []
+    if torch.cuda.is_available():
+        torch.cuda.synchronize()
+        torch.cuda.reset_peak_memory_stats()
+        before = torch.cuda.memory_allocated()
+        yield found
+        torch.cuda.synchronize()
+        found.append(torch.cuda.max_memory_allocated() - before)
+        return
+    with profile(activities=[ProfilerActivity.CPU], profile_memory=True, acc_events=True) as record:
+        yield found
+    events = [event for event in record.profiler.kineto_results.events() if event.name() == "[memory]"]
+    held = peak = 0
+    for event in sorted(events, key=lambda event: event.start_ns()):
+        held += event.nbytes()
+        peak = max(peak, held)
+    found.append(peak)
+
+
+def peak_bytes(work: Callable[[], object]) -> int:
+    with peak_memory() as found:
+        work()
+    return found[0]
+
+
+def machine() -> dict[str, str | int]:
+    info = Path("/proc/cpuinfo")
+    names = [line.split(":")[1].strip() for line in info.read_text().splitlines() if line.startswith("model name")]
+    device = torch.cuda.get_device_name() if torch.cuda.is_available() else f"CPU, {names[0] if names else '?'}"
+    versions = {"torch": torch.__version__, "transformers": transformers.__version__}
+    return {"device": device, "threads": torch.get_num_threads(), "python": platform.python_version(), **versions}
 
 
 def write(part: str, table: dict) -> None:

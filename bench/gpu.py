@@ -9,7 +9,7 @@ the filled part of the cache once: bytes / measured copy bandwidth. Update: forw
 FLOPs 6 N per token and 12 layers x width x length for attention (half of it causal), recomputation not counted, over
 the peak of a large bf16 product, measured too.
 `step`: two steps of prefix-rft as train.py makes them (fp32 weights, bf16 compute, 16 problems x 8 rollouts x 1024
-tokens), their seconds by phase and their peak memory beside that of bench/plan.py. Rewards are made up, so that every
+tokens), their seconds by phase and their peak memory beside that of plan.py. Rewards are made up, so that every
 group has a gradient.
 """
 
@@ -21,16 +21,15 @@ import time
 from collections.abc import Callable
 
 import torch
-from common import write
-from measure import peak_memory
-from plan import plan
+from common import peak_memory, write
 from transformers import AutoTokenizer, GenerationConfig, LogitsProcessorList, Qwen2Config, Qwen2ForCausalLM
 
 import step as steps
 import train
-from config import Config, from_dict
 from model import sampling, token_stats
+from plan import plan
 from sample import DrawTokenLogitsProcessor, Row, generate
+from support.config import Config, from_dict
 
 SHAPES = {
     "0.5b": {

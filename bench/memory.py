@@ -9,19 +9,13 @@ Each with and without gradient checkpointing. Weights and optimizer are not coun
 """
 
 import json
-import sys
-from pathlib import Path
 
 import torch
+from common import RESULTS, machine, peak_bytes
 from torch import Tensor
 from transformers import Qwen2Config, Qwen2ForCausalLM
 
-ROOT = Path(__file__).resolve().parent.parent
-sys.path[:0] = [str(ROOT), str(ROOT / "bench")]
-
-from measure import machine, peak_bytes  # noqa: E402
-
-import model as models  # noqa: E402
+import model as models
 
 SHAPE = {"hidden_size": 128, "intermediate_size": 512, "num_hidden_layers": 4, "num_attention_heads": 4}
 VOCABULARY, ROWS, PROMPT, RESPONSE = 32_000, 8, 32, 992
@@ -89,9 +83,8 @@ def main() -> None:
         "chunked + recompute / naive": round(peaks["chunked + recompute"] / peaks["naive"], 4),
         "machine": machine(),
     }
-    out = ROOT / "bench" / "results" / "memory.json"
-    out.parent.mkdir(exist_ok=True)
-    out.write_text(json.dumps(result, indent=1) + "\n")
+    RESULTS.mkdir(exist_ok=True)
+    (RESULTS / "memory.json").write_text(json.dumps(result, indent=1) + "\n")
 
 
 if __name__ == "__main__":

@@ -17,8 +17,8 @@ from common import BUDGET, RESULTS, main, new_run, rows_at, timed, write
 import decode
 import sample
 import step as steps
-from config import Config
 from sample import Row, generate
+from support.config import Config
 
 # ---- where a step's time goes
 

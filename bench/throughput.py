@@ -18,15 +18,14 @@ from collections.abc import Callable
 
 import torch
 import transformers
-from common import BUDGET, PROBLEMS, main, medians, new_run, picked_at, rows_at, timed, write
+from common import BUDGET, PROBLEMS, main, medians, new_run, peak_bytes, peak_memory, picked_at, rows_at, timed, write
 from hand_decode import hand_decode
-from measure import peak_bytes, peak_memory
 from transformers import GenerationConfig, LogitsProcessor, LogitsProcessorList
 
 import model as models
 import step as steps
-from config import Config
 from sample import DrawTokenLogitsProcessor, generate, pad_left, uniforms
+from support.config import Config
 
 # ---- sampling
 

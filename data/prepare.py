@@ -29,8 +29,8 @@ from huggingface_hub.utils import logging as hub_logging
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # run as a script, it finds the grader
 
-from benchmarks import PAPER
-from choice import LETTERS, check_options, question
+from evaluation.benchmarks import PAPER
+from evaluation.multiple_choice import LETTERS, check_options, question
 from reward import check_gold
 
 Row = dict[str, Any]

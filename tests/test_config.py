@@ -6,7 +6,7 @@ import math
 
 import pytest
 
-from config import Config, from_dict, parse_config, usage
+from support.config import Config, from_dict, parse_config, usage
 
 FIELDS = dataclasses.fields(Config)
 WRONG = [(f.name, value) for f in FIELDS if f.type is not str for value in ("seven", "", None, [1])]

@@ -15,14 +15,14 @@ import torch
 from transformers import LlamaConfig
 
 import eval
-import eval_folder
-import report
 import sample
-from benchmarks import choose_benchmarks
-from choice import chosen, grade_response, question
 from data.loader import Problem, encode_problems
 from eval import evaluate
-from stats import summarize
+from evaluation import folder as folder_of_evaluation
+from evaluation import report
+from evaluation.benchmarks import choose_benchmarks
+from evaluation.multiple_choice import chosen, grade_response, question
+from evaluation.statistics import summarize
 
 # ---- a scripted model
 
@@ -248,12 +248,12 @@ def test_an_evaluation_may_go_on_with_other_batches(finished, tmp_path, monkeypa
     }
     assert settings["ranks"] == 8
     eval.run(arguments(out=folder))  # complete: nothing goes on, so nothing is noted
-    assert eval_folder.stored_settings(folder)["continued"] == [went_on]
+    assert folder.stored_settings(folder)["continued"] == [went_on]
     for _ in range(2):  # other settings than the last time are noted beside those before, the same ones are not
         (folder / "generations.jsonl").write_bytes(b"".join(lines[:40]))
         (folder / "results.json").unlink(missing_ok=True)
         eval.run(arguments(out=folder))
-        assert [c["rows_per_call"] for c in eval_folder.stored_settings(folder)["continued"]] == [20, 10]
+        assert [c["rows_per_call"] for c in folder.stored_settings(folder)["continued"]] == [20, 10]
 
 
 @pytest.mark.usefixtures("no_figure")
@@ -357,7 +357,7 @@ def test_regrading_restores_changed_grades(finished, tmp_path, monkeypatch, caps
     assert "48 responses graded again, 5 grades changed" in capsys.readouterr().out
     assert (folder / "generations.jsonl").read_bytes() == (finished / "generations.jsonl").read_bytes()
     assert without_date(folder)["results"] == without_date(finished)["results"]
-    monkeypatch.setattr(eval_folder, "grader_version", lambda: "another")
+    monkeypatch.setattr(folder_of_evaluation, "grader_version", lambda: "another")
     with pytest.raises(ValueError, match=r"graded by another version: first run {2}eval.py --regrade"):
         eval.run(arguments(out=folder))
 
@@ -366,7 +366,7 @@ def test_the_folder_of_another_evaluation_is_left_alone(finished, tmp_path, monk
     with pytest.raises(ValueError, match=r"other settings .*temperature: 1.0"):
         eval.run(arguments(out=finished, temperature=0.5))
     with monkeypatch.context() as patch:
-        patch.setattr(eval_folder, "sha256", lambda *paths: "of another model")
+        patch.setattr(folder_of_evaluation, "sha256", lambda *paths: "of another model")
         with pytest.raises(ValueError, match=r"other settings .*weights"):
             eval.run(arguments(out=finished))
     foreign = copy(finished, tmp_path / "foreign")

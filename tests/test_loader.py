@@ -6,8 +6,8 @@ from pathlib import Path
 
 import pytest
 
-from benchmarks import choose_benchmarks
 from data.loader import load_problems
+from evaluation.benchmarks import choose_benchmarks
 
 ROW = {"problem": "1+1?", "answer": "2"}
 

@@ -7,8 +7,9 @@ from pathlib import Path
 import pytest
 
 import plot
-from report import PUBLISHED, SIX, markdown_table, read_results, report
-from stats import Answers, paired_difference
+from eval import report
+from evaluation.report import PUBLISHED, SIX, markdown_table, read_results
+from evaluation.statistics import Answers, paired_difference
 
 SETTINGS = {"model": "m", "temperature": 0.6}
 

@@ -10,9 +10,9 @@ from pathlib import Path
 import pytest
 from huggingface_hub.utils import logging as hub_logging
 
-from benchmarks import FILES, PAPER, choose_benchmarks
-from choice import grade_response
 from data.loader import load_problems, render_prompt
+from evaluation.benchmarks import FILES, PAPER, choose_benchmarks
+from evaluation.multiple_choice import grade_response
 from reward import grade
 
 spec = importlib.util.spec_from_file_location("prepare", Path(__file__).parents[1] / "data" / "prepare.py")

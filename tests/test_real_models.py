@@ -21,16 +21,17 @@ from transformers import (
     Qwen2ForCausalLM,
 )
 
+import plan
 import step
 import train
-from config import from_dict
 from data.loader import encode, render_prompt
 from model import load_model
+from support.config import from_dict
 
 ROOT = Path(__file__).parents[1]
 sys.path.append(str(ROOT / "bench"))
 
-import plan  # noqa: E402
+from plan_check import measured, measured_sampling  # noqa: E402
 
 END, TURN, BEGIN = "<|endoftext|>", "<|im_end|>", "<|begin_of_text|>"
 TEMPLATE = (
@@ -188,10 +189,10 @@ def test_capped_logits_are_refused(tmp_path):
 
 @pytest.mark.parametrize("recompute", [False, True])
 def test_planned_memory_is_the_measured_one(recompute):
-    """bench/plan.py, which counts tensors without data, against the profiler's record of a real pass."""
+    """plan.py, which counts tensors without data, against the profiler's record of a real pass."""
     size = {"hidden_size": 64, "intermediate_size": 192, "num_attention_heads": 4, "num_key_value_heads": 2}
     shape = Qwen2Config(**size, num_hidden_layers=3, vocab_size=2000)
-    _, beyond = plan.measured(shape, 3, 16, 112, recompute)
+    _, beyond = measured(shape, 3, 16, 112, recompute)
     counted = plan.update_bytes(shape, 3, 16, 112, torch.float32, recompute)
     assert counted == pytest.approx(beyond, rel=0.15)
 
@@ -202,7 +203,7 @@ def test_planned_memory_of_sampling_is_the_measured_one(rows, prompt, response):
     size = {"hidden_size": 64, "intermediate_size": 192, "num_attention_heads": 4, "num_key_value_heads": 2}
     shape = Qwen2Config(**size, num_hidden_layers=12, vocab_size=4000)
     parts = plan.sampling_bytes(shape, rows, prompt + response, rows * prompt, size=4)
-    assert sum(parts.values()) == pytest.approx(plan.measured_sampling(shape, rows, prompt, response), rel=0.15)
+    assert sum(parts.values()) == pytest.approx(measured_sampling(shape, rows, prompt, response), rel=0.15)
 
 
 @pytest.mark.parametrize("vocabulary, columns", [(128_256, 9216), (4_000_000, 64)])

@@ -12,12 +12,12 @@ import pytest
 import torch
 from conftest import random_model
 
-import checkpoint
 import train
-from config import parse_config
 from data.loader import Encoded
 from loss import METHODS
 from model import load_model, save_model
+from support import checkpoint
+from support.config import parse_config
 
 ROOT = Path(__file__).parents[1]
 SMALL = {

@@ -11,8 +11,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from choice import check_options
 from data.loader import Encoded, Problem, check_rows, read_rows
+from evaluation.multiple_choice import check_options
 
 PAPER = {  # the paper's benchmarks and its samples per problem [paper 4.1]
     "aime24": 32,

@@ -2,28 +2,36 @@
 
 A plain `python train.py` on a CPU uses none of this: rank() is 0, world_size() is 1, and every function hands back
 what it was given. `torchrun --nproc_per_node N train.py …` starts N ranks. All of them plan, grade and weigh the
-same rows; each samples and differentiates its share (sample.generate, step.share), and rank 0 writes and prints.
+same rows; each samples and differentiates its share (sample.generate, step.rank_share), and rank 0 writes and prints.
 Training on CUDA shards in a single process too, over a mesh of one: the simplest way to fp32 weights with bf16
 compute. eval.py shares the rows in the same way; every rank has a whole model there.
 
     start -> shard                        in train.py (eval.py: start alone) and model.load_model
     union, all_sum, from_first            what ranks tell each other, on the CPU (gloo)
-    gathered                              whole weights on every rank, for sampling
+    run_forward, gathered                 the training pass; whole weights on every rank, for sampling
     clip_gradients, whole, part_like      norm, checkpoints and final/ of a sharded model
 Left out: tensor and pipeline parallelism, several nodes without a shared folder.
 """
 
 import contextlib
 import os
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from datetime import timedelta
+from types import MethodType
 from typing import Any
 
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 from torch.distributed.device_mesh import init_device_mesh
-from torch.distributed.fsdp import CPUOffloadPolicy, FSDPModule, MixedPrecisionPolicy, OffloadPolicy, fully_shard
+from torch.distributed.fsdp import (
+    CPUOffloadPolicy,
+    FSDPModule,
+    MixedPrecisionPolicy,
+    OffloadPolicy,
+    fully_shard,
+    register_fsdp_forward_method,
+)
 from torch.distributed.tensor import DTensor, distribute_tensor
 from transformers.modeling_layers import GradientCheckpointingLayer
 
@@ -113,13 +121,14 @@ def from_first(value: Any) -> Any:
 # ---- a sharded model
 
 
-def shard(model: nn.Module, device: torch.device, offload: bool = False) -> None:
+def shard(model: nn.Module, plain: nn.Module, device: torch.device, offload: bool = False) -> None:
     """Split fp32 weights, gradients and optimizer state over the ranks, layer by layer (FSDP2), in place.
 
     On CUDA layers compute in bf16, gradients are summed in fp32. `offload` keeps the split weights and the
     optimizer on the CPU. Rank 0 brings the weights on the CPU, the others a model on the meta device: only one
     copy stands in host memory (4 bytes a parameter), and it is sent tensor by tensor.
-    Gradients are summed over ranks, not averaged: the loss has one global denominator.
+    Gradients are summed over ranks, not averaged: the loss has one global denominator. `plain`, the same model on the
+    meta device, is what `gathered` hands out.
     """
     bf16 = MixedPrecisionPolicy(param_dtype=torch.bfloat16, reduce_dtype=torch.float32)
     settings = {
@@ -136,6 +145,19 @@ def shard(model: nn.Module, device: torch.device, offload: bool = False) -> None
         module.set_force_sum_reduction_for_comms(True)  # gloo has no scaled sum
     if world_size() > 1:
         _send_weights(model, weights, buffers, device, "cpu" if offload else device)
+    object.__setattr__(model, "plain", plain.eval())  # not a submodule: its weights are the model's
+    model.run_forward = MethodType(_call, model)
+    register_fsdp_forward_method(model, "run_forward")
+
+
+def _call(model: nn.Module, function: Callable, *arguments: Any) -> Any:
+    return function(model, *arguments)
+
+
+def run_forward(model: nn.Module, function: Callable, *arguments: Any) -> Any:
+    """function(model, *arguments), which passes through the model's parts. Of a sharded model it runs as a method,
+    around which FSDP gathers the weights."""
+    return model.run_forward(function, *arguments) if isinstance(model, FSDPModule) else function(model, *arguments)
 
 
 @torch.no_grad()
@@ -159,14 +181,23 @@ def _send_weights(
 
 
 @contextlib.contextmanager
-def gathered(model: nn.Module) -> Iterator[None]:
-    """Whole weights on every rank (in bf16 on CUDA): what reads them inside needs no other rank, however long it
-    takes. The model's own forward pass would split them again: see model.sampling."""
+def gathered(model: nn.Module) -> Iterator[nn.Module]:
+    """The model with whole weights on every rank (in bf16 on CUDA): it needs no other rank, however long it is used.
+
+    Of a sharded model it is a plain one of the same shape that reads the gathered weights, without FSDP's hooks at
+    every layer of every token (the sharded one would split the weights again).
+    """
+    if not isinstance(model, FSDPModule):
+        yield model
+        return
     parts = [module for module in model.modules() if isinstance(module, FSDPModule)]
     for module in parts:
         module.unshard()
+    for own, sharded in zip(model.plain.modules(), model.modules(), strict=True):
+        own._parameters.update(sharded._parameters)
+        own._buffers.update(sharded._buffers)
     try:
-        yield
+        yield model.plain
     finally:
         for module in parts:
             module.reshard()

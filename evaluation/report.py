@@ -1,7 +1,7 @@
 """The report of an evaluation: results.json, results.md and the tables on the terminal; evaluations side by side.
 
-results.json is {"settings", "results": {benchmark: {level or "all": a row of stats.summarize}}, "average" over the
-benchmarks, "right": {benchmark: {level: {problem id: right samples}}}}. Figures are in plot.py.
+results.json is {"settings", "results": {benchmark: {level or "all": a row of statistics.summarize}}, "average" over
+the benchmarks, "right": {benchmark: {level: {problem id: right samples}}}}. Figures are in plot.py.
 """
 
 import json
@@ -9,8 +9,16 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from checkpoint import read_json, write_text
-from stats import Answers, average_interval, mean, paired_difference, pass_at_k, powers_of_two, summarize
+from evaluation.statistics import (
+    Answers,
+    average_interval,
+    mean,
+    paired_difference,
+    pass_at_k,
+    powers_of_two,
+    summarize,
+)
+from support.checkpoint import read_json, write_text
 
 Results = dict[str, Any]  # a results.json
 
@@ -85,7 +93,7 @@ def results_tables(results: Results) -> str:
 # ---- one evaluation
 
 
-def report(folder: Path, settings: dict[str, Any], answers: dict[str, list[Answers]]) -> None:
+def write_report(folder: Path, settings: dict[str, Any], answers: dict[str, list[Answers]]) -> None:
     """Write the report on `answers` (by benchmark) into `folder`, and print its tables."""
     results: Results = {"settings": settings, "results": {n: summarize(a) for n, a in answers.items()}}
     if len(answers) > 1:
@@ -106,16 +114,6 @@ def report(folder: Path, settings: dict[str, Any], answers: dict[str, list[Answe
         lost = table["all"]["truncated"] + table["all"]["unread"]
         if lost > 0.5:
             print(f"{name}: {percent(lost)}% of the responses were cut off or had no readable boxed answer")
-    print(f"written to {folder}/: generations.jsonl, settings.json, results.json, results.md, {figure(folder)}")
-
-
-def figure(folder: Path) -> str:
-    """Draw passk.png if matplotlib is there -> what to say about it."""
-    try:
-        from plot import draw_pass_at_k
-    except ImportError:
-        return f"(no passk.png: pip install matplotlib, then python plot.py --compare {folder})"
-    return draw_pass_at_k([folder], folder / "passk.png").name
 
 
 # ---- several evaluations

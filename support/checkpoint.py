@@ -19,9 +19,9 @@ from typing import Any
 
 import torch
 
-from config import Config
 from model import state_of
-from ranks import from_first, part_like, rank, whole
+from support.config import Config
+from support.distributed import from_first, part_like, rank, whole
 
 
 def write_text(path: Path, text: str) -> None:

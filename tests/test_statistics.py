@@ -1,4 +1,4 @@
-"""stats.py: every statistic against a hand count, brute force or a simulation."""
+"""statistics.py: every statistic against a hand count, brute force or a simulation."""
 
 import itertools
 from fractions import Fraction
@@ -6,9 +6,9 @@ from fractions import Fraction
 import numpy as np
 import pytest
 
-import stats
 from eval import pass_at_k
-from stats import average_interval, interval, paired_difference
+from evaluation import statistics
+from evaluation.statistics import average_interval, interval, paired_difference
 
 
 def test_pass_at_k_is_the_share_of_draws_with_a_right_one():
@@ -47,11 +47,11 @@ def coverage(method, a: float, b: float, problems: int, samples: int, trials: in
     [(0.1, 2, 30, 32), (0.05, 5, 30, 32), (2, 2, 30, 32), (1, 3, 83, 32), (0.3, 0.3, 200, 1), (1, 3, 10, 8)],
 )
 def test_the_interval_holds_the_truth_in_95_percent_of_simulated_benchmarks(a, b, problems, samples, monkeypatch):
-    monkeypatch.setattr(stats, "RESAMPLES", 500)
+    monkeypatch.setattr(statistics, "RESAMPLES", 500)
     assert coverage(interval, a, b, problems, samples) >= 0.93
 
     def plain(values):
-        return stats.middle_95(stats.resampled_means(values))
+        return statistics.middle_95(statistics.resampled_means(values))
 
     if (a, problems) == (0.05, 30):  # what the made-up problems are for
         assert coverage(plain, a, b, problems, samples) < 0.85
@@ -67,11 +67,11 @@ def test_an_interval_is_never_of_width_zero():
 
 def test_resampled_means_spread_like_the_standard_error():
     values = np.random.default_rng(0).random(5_000)  # more than one block of resamples
-    means = stats.resampled_means(values)
-    assert len(means) == stats.RESAMPLES
+    means = statistics.resampled_means(values)
+    assert len(means) == statistics.RESAMPLES
     assert means.mean() == pytest.approx(values.mean(), abs=1e-3)
     assert means.std() == pytest.approx(values.std() / 5_000**0.5, rel=0.06)
-    assert (means == stats.resampled_means(values)).all()  # seeded
+    assert (means == statistics.resampled_means(values)).all()  # seeded
     reach = 1.96 * means.std() / 2**0.5
     expected = values.mean() - reach, values.mean() + reach
     assert average_interval([values, values]) == pytest.approx(expected, abs=1e-3)

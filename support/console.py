@@ -13,9 +13,9 @@ from typing import Any
 
 from tqdm import tqdm
 
-from config import Config
 from model import pick_device
-from ranks import launcher, rank, world_size
+from support.config import Config
+from support.distributed import launcher, rank, world_size
 
 LINE_EVERY = 10  # steps between lines when the output is piped
 SAMPLE_EVERY = 20  # steps between samples on a terminal

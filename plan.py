@@ -1,45 +1,31 @@
 """What a run will cost, before anything is loaded: memory of one GPU by part, rows sampled at once, tokens, hours.
 
-    python bench/plan.py --config configs/qwen2.5-math-7b.json --gpu H100 --gpus 8 [--method sft] [--FIELD VALUE …]
-    python bench/plan.py --check        the plan of small models against measured peaks -> bench/results/plan.json
+    python plan.py --config configs/qwen2.5-math-7b.json --gpu H100 --gpus 8 [--method sft] [--FIELD VALUE …]
 
 Only the model's config is read. Memory of the update is not a formula: the layers and the head run forward and
 backward on the meta device (shapes without data) and every tensor that lives is counted (`update_bytes`). Attention
-counts as a fused kernel: queries, keys, values, mask and output are kept. The rest is arithmetic, in `plan`.
+counts as a fused kernel: queries, keys, values, mask and output are kept. The rest is arithmetic, in `plan`;
+bench/plan_check.py compares both with measured peaks.
 Times are estimates from the GPU's data sheet and the shares below; they were not measured on any GPU.
 """
 
 import argparse
-import json
 import sys
 import weakref
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
-from transformers import (
-    AttentionInterface,
-    AutoModelForCausalLM,
-    GenerationConfig,
-    LlamaConfig,
-    Qwen2Config,
-)
+from transformers import AttentionInterface, AutoModelForCausalLM
 from transformers.modeling_layers import GradientCheckpointingLayer
 
-ROOT = Path(__file__).resolve().parent.parent
-sys.path[:0] = [str(ROOT), str(ROOT / "bench")]
-
-from measure import machine, peak_bytes  # noqa: E402
-
-import model as models  # noqa: E402
-from config import Config, parse_config  # noqa: E402
-from decode import PREFILL_TOKENS, cache_bytes, head_width, row_bytes, token_bytes  # noqa: E402
-from loss import METHODS  # noqa: E402
-from sample import Row, generate  # noqa: E402
+import model as models
+from decode import PREFILL_TOKENS, cache_bytes, head_width, row_bytes, token_bytes
+from loss import METHODS
+from support.config import Config, parse_config
 
 GIB = 2**30
 GPUS = {  # memory GB, bf16 TFLOP/s (dense), GB/s: the makers' data sheets
@@ -288,86 +274,6 @@ def show(config: Config, gpu: str, gpus: int, prompt: int, mean: float | None) -
     print(f"  in decoding, at least {1e3 * LAYER_SECONDS * n.layers:.0f} ms a decoded token; evaluation not counted")
 
 
-# ---- against measured peaks
-
-SMALL = {"hidden_size": 256, "intermediate_size": 768, "num_attention_heads": 4, "num_key_value_heads": 2}
-CASES = {
-    "qwen2, 8 rows": (Qwen2Config(**SMALL, num_hidden_layers=6, vocab_size=8000), 8, 32, 224, False),
-    "qwen2, 8 rows, recompute": (Qwen2Config(**SMALL, num_hidden_layers=6, vocab_size=8000), 8, 32, 224, True),
-    "llama, 2 long rows": (LlamaConfig(**SMALL, num_hidden_layers=4, vocab_size=32000), 2, 64, 960, False),
-    "llama, 2 long rows, recompute": (LlamaConfig(**SMALL, num_hidden_layers=4, vocab_size=32000), 2, 64, 960, True),
-}
-
-
-def measured(shape: Any, rows: int, prompt: int, response: int, recompute: bool) -> tuple[int, int]:
-    """Measured peak of an update in fp32 on one unsplit device -> (with, without weights, gradients, optimizer)."""
-    torch.manual_seed(0)
-    shape._attn_implementation = "sdpa"
-    device = models.pick_device()
-    model = AutoModelForCausalLM.from_config(shape, dtype=torch.float32).to(device).train()
-    if recompute:
-        models.recompute_layers(model)
-    optimizer = torch.optim.AdamW(model.parameters(), fused=True)
-    ids = torch.randint(0, shape.vocab_size, (rows, prompt + response), device=device)
-    mask = torch.ones_like(ids)
-    mask[0, :3] = 0  # a batch without padding would need no mask
-
-    def update() -> None:
-        models.token_stats(model, ids, mask, response, 1.0)[0].sum().backward()
-        optimizer.step()
-
-    update()  # gradients and the optimizer's state stand there from now on
-    static = 16 * sum(p.numel() for p in model.parameters())
-    beyond = peak_bytes(update)
-    return static + beyond, beyond
-
-
-SAMPLING = {  # rows, prompt, response
-    "qwen2, sampling": ("qwen2, 8 rows", 32, 32, 224),
-    "qwen2, sampling, prompts read in two blocks": ("qwen2, 8 rows", 64, 512, 4),
-    "llama, sampling, short responses": ("llama, 2 long rows", 32, 32, 32),
-}
-
-
-def measured_sampling(shape: Any, rows: int, prompt: int, response: int) -> int:
-    """Measured peak of a call of generate in fp32 in which no row ends, beyond the weights."""
-    shape._attn_implementation = "sdpa"
-    model = AutoModelForCausalLM.from_config(shape, dtype=torch.float32).to(models.pick_device())
-    model.generation_config = GenerationConfig(eos_token_id=[shape.vocab_size], pad_token_id=0)
-    prompts = torch.randint(0, shape.vocab_size, (rows, prompt)).tolist()
-    plan = [Row(i, (i,), ids[i % 3 :], []) for i, ids in enumerate(prompts)]
-    generate(model, plan, 2)
-    return peak_bytes(lambda: generate(model, plan, response))
-
-
-def check() -> None:
-    results = {}
-    for name, (case, rows, prompt, response) in SAMPLING.items():
-        shape = CASES[case][0]
-        found = measured_sampling(shape, rows, prompt, response)
-        tokens = min(PREFILL_TOKENS, rows * prompt)
-        planned = sum(sampling_bytes(shape, rows, prompt + response, tokens, size=4).values())
-        results[name] = {"measured_bytes": found, "planned_bytes": planned, "error": round(planned / found - 1, 4)}
-        print(f"{name:<45}{found / 2**20:8.0f} MiB measured {planned / 2**20:8.0f} planned", results[name])
-    for name, (shape, rows, prompt, response, recompute) in CASES.items():
-        total, beyond = measured(shape, rows, prompt, response, recompute)
-        counted = update_bytes(shape, rows, prompt, response, torch.float32, recompute)
-        planned = total - beyond + counted
-        results[name] = {
-            "measured_bytes": total,
-            "planned_bytes": planned,
-            "error": round(planned / total - 1, 4),
-            "measured_beyond_weights_gradients_optimizer": beyond,
-            "planned_beyond": counted,
-            "error_beyond": round(counted / beyond - 1, 4),
-        }
-        print(f"{name:<45}{total / 2**20:8.0f} MiB measured {planned / 2**20:8.0f} planned", results[name])
-    out = ROOT / "bench" / "results" / "plan.json"
-    out.parent.mkdir(exist_ok=True)
-    what = "peak of small updates and of sampling in fp32, unsplit, on this machine: measured and planned"
-    out.write_text(json.dumps({"what": what, "cases": results, "machine": machine()}, indent=1) + "\n")
-
-
 def main() -> None:
     parser = argparse.ArgumentParser(
         description=__doc__.splitlines()[0],
@@ -380,10 +286,7 @@ def main() -> None:
         "--prompt", type=int, default=0, help="longest prompt (default: 1024, or 256 for short budgets)"
     )
     parser.add_argument("--mean_response", type=float, help="average response (default 0.4 of the budget)")
-    parser.add_argument("--check", action="store_true")
     args, rest = parser.parse_known_args()
-    if args.check:
-        return check()
     try:
         if args.gpus < 1 or args.prompt < 0 or not (args.mean_response or 1) > 0:
             raise ValueError("--gpus must be at least 1, --prompt and --mean_response above 0")

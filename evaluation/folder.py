@@ -1,7 +1,7 @@
 """The folder of an evaluation: settings.json, generations.jsonl (a line per response), and grading it again.
 
 In reading order: everything that decides a number (`describe`), the folder, its stored responses, `regrade`.
-The report (results.json, results.md, passk.png) stands in report.py.
+The report (results.json, results.md) stands in report.py, its figure in plot.py.
 """
 
 import argparse
@@ -17,13 +17,12 @@ from typing import Any
 import torch
 import transformers
 
-import ranks
-from benchmarks import Benchmark, all_draws, load_benchmark
-from checkpoint import read_json, write_text
-from choice import grade_response
 from data.loader import render_prompt
-from report import report
-from stats import Answers
+from evaluation.benchmarks import Benchmark, all_draws, load_benchmark
+from evaluation.multiple_choice import grade_response
+from evaluation.statistics import Answers
+from support import distributed
+from support.checkpoint import read_json, write_text
 
 FREE = ("device", "ranks", "rows_per_call", "decode")  # may change when an evaluation is continued: rounding
 
@@ -41,8 +40,9 @@ def sha256(*paths: Path) -> str:
 
 def grader_version() -> str:
     """sha256 of the files that decide whether a response is right."""
-    here = Path(__file__).parent
-    return sha256(*sorted(here.glob("answers/*.py")), here / "choice.py", here / "reward.py")
+    root = Path(__file__).parents[1]
+    files = sorted(root.glob("answers/*.py"))
+    return sha256(*files, root / "evaluation" / "multiple_choice.py", root / "reward.py")
 
 
 def now() -> str:
@@ -85,7 +85,7 @@ def describe(args: argparse.Namespace, model, tokenizer, benchmarks: list[Benchm
             "transformers": transformers.__version__,
         },
         "device": str(model.device),
-        "ranks": ranks.world_size(),
+        "ranks": distributed.world_size(),
         "rows_per_call": args.rows_per_call,
         "decode": args.decode,
         "date": now(),
@@ -182,8 +182,8 @@ def count(folder: Path, benchmarks: list[Benchmark]) -> dict[str, list[Answers]]
     return answers
 
 
-def regrade(folder: Path) -> None:
-    """Grade the stored responses again by the grader of today; report how many grades changed."""
+def regrade(folder: Path) -> tuple[dict[str, Any], dict[str, list[Answers]]]:
+    """Grade the stored responses again by the grader of today, say how many grades changed -> settings, answers."""
     file, path = folder / "settings.json", folder / "generations.jsonl"
     if not file.exists() or not path.exists():
         raise ValueError(f"{folder} holds no evaluation to grade again (no settings.json or generations.jsonl)")
@@ -210,4 +210,4 @@ def regrade(folder: Path) -> None:
     print(f"{rows} responses graded again, {changed} grades changed")
     if rows < sum(len(b.problems) * b.samples for b in benchmarks):
         raise ValueError(f"{folder} is not complete, so it has no results yet: continue it with --out {folder}")
-    report(folder, settings, count(folder, benchmarks))
+    return settings, count(folder, benchmarks)

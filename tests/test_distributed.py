@@ -1,4 +1,4 @@
-"""ranks.py: two ranks give the rollouts, gradients, metrics and weights of one; nobody waits for ever."""
+"""distributed.py: two ranks give the rollouts, gradients, metrics and weights of one; nobody waits for ever."""
 
 import functools
 import os
@@ -16,13 +16,12 @@ from test_step import make_run
 from torch.distributed.tensor import DTensor
 from transformers import AutoModelForCausalLM, AutoTokenizer, GenerationConfig, LlamaConfig, LlamaForCausalLM
 
-import checkpoint
-import ranks
 import step as steps
-from config import from_dict
 from model import load_model, pick_device, save_model, token_stats
 from sample import generate
 from step import rl_step, sft_step
+from support import checkpoint, distributed
+from support.config import from_dict
 from train import check_ranks, new_optimizer
 
 ROOT = Path(__file__).parents[1]
@@ -69,12 +68,12 @@ def three_steps(folder: Path, method: str) -> dict:
     """Metrics, samples and weights of three steps; a checkpoint after the second, in `folder`/METHOD-RANKS."""
     run = started(folder, method)
     log = [one_step(run, number) for number in (0, 1)]
-    out = folder / f"{method}-{ranks.world_size()}"
+    out = folder / f"{method}-{distributed.world_size()}"
     out.mkdir(exist_ok=True)
     checkpoint.save(out, 2, run.buffer, run.model, run.optimizer)
     log.append(one_step(run, 2))
     save_model(run.model, run.tokenizer, out / "final")
-    return {"log": log, "weights": ranks.whole(run.model.state_dict())}
+    return {"log": log, "weights": distributed.whole(run.model.state_dict())}
 
 
 def resumed(folder: Path, method: str, saved_by: int) -> dict:
@@ -82,7 +81,7 @@ def resumed(folder: Path, method: str, saved_by: int) -> dict:
     run = started(folder, method)
     found = checkpoint.load(folder / f"{method}-{saved_by}", run.model, run.optimizer)
     run.buffer = found["buffer"]
-    return {"log": [one_step(run, found["step"])], "weights": ranks.whole(run.model.state_dict())}
+    return {"log": [one_step(run, found["step"])], "weights": distributed.whole(run.model.state_dict())}
 
 
 def equal_rewards(folder: Path) -> dict:
@@ -91,14 +90,14 @@ def equal_rewards(folder: Path) -> dict:
     run = started(folder, "prefix-rft")
     metrics, _ = rl_step(run, 0)
     steps.grade_batch = by_length
-    return {"grad_norm": metrics["grad_norm"], "weights": ranks.whole(run.model.state_dict())}
+    return {"grad_norm": metrics["grad_norm"], "weights": distributed.whole(run.model.state_dict())}
 
 
 def work(number: int, folder: Path, port: int) -> None:
     """What each of two ranks does."""
     torch.set_num_threads(1)
     os.environ |= {"RANK": str(number), "WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
-    ranks.start(torch.device("cpu"))
+    distributed.start(torch.device("cpu"))
     steps.grade_batch = by_length
     found = {method: three_steps(folder, method) for method in CASES}
     found["resumed"] = resumed(folder, "prefix-rft", saved_by=1)
@@ -111,7 +110,7 @@ def work(number: int, folder: Path, port: int) -> None:
         found["refused"] = str(error)
     if number == 0:
         torch.save(found, folder / "found.pt")
-    ranks.stop()
+    distributed.stop()
 
 
 @pytest.fixture(scope="module")
@@ -189,14 +188,14 @@ def alone():
     """A group of one, as on a single GPU."""
     torch.distributed.init_process_group("gloo", store=torch.distributed.HashStore(), rank=0, world_size=1)
     yield
-    ranks.stop()
+    distributed.stop()
 
 
 def test_bf16_compute_keeps_fp32_weights(results, alone, monkeypatch):
     """Rule 6, as on one GPU: a mesh of one; an update of 1e-6 is not lost, and sampling runs in bf16."""
     folder, *_ = results
-    half = functools.partial(ranks.MixedPrecisionPolicy, param_dtype=torch.bfloat16, reduce_dtype=torch.float32)
-    monkeypatch.setattr(ranks, "MixedPrecisionPolicy", half)
+    half = functools.partial(distributed.MixedPrecisionPolicy, param_dtype=torch.bfloat16, reduce_dtype=torch.float32)
+    monkeypatch.setattr(distributed, "MixedPrecisionPolicy", half)
     monkeypatch.setattr(steps, "grade_batch", by_length)
     run = started(folder, "prefix-rft")
     for group in run.optimizer.param_groups:
@@ -259,7 +258,7 @@ def test_a_step_on_cuda(results, monkeypatch, offload):
     folder, *_ = results
     monkeypatch.setattr(steps, "grade_batch", by_length)
     device = pick_device("cuda")
-    ranks.start(device)
+    distributed.start(device)
     try:
         model, tokenizer = load_model(str(folder / "model"), device, training=True, recompute=True, offload=offload)
         run = make_run(tokenizer, "prefix-rft", model)
@@ -269,5 +268,5 @@ def test_a_step_on_cuda(results, monkeypatch, offload):
             assert metrics["grad_norm"] > 0
         save_model(model, tokenizer, folder / f"cuda-{offload}")
     finally:
-        ranks.stop()
+        distributed.stop()
     assert AutoModelForCausalLM.from_pretrained(folder / f"cuda-{offload}")

@@ -170,15 +170,18 @@ def sample_missing(model, tokenizer, folder: Path, benchmarks: list[Benchmark], 
 
 
 def report(folder: Path, settings: dict[str, Any], answers: dict[str, list[Answers]]) -> None:
-    """Write and print the report of a finished evaluation; its figure too, if matplotlib is there."""
+    """Write and print the report of a finished evaluation, and its figure."""
     write_report(folder, settings, answers)
+    print(f"written to {folder}/: generations.jsonl, settings.json, results.json, results.md, {figure(folder)}")
+
+
+def figure(folder: Path) -> str:
+    """Draw passk.png if matplotlib is there -> what to say about it."""
     try:
         from plot import draw_pass_at_k
     except ImportError:
-        figure = f"(no passk.png: pip install matplotlib, then python plot.py --compare {folder})"
-    else:
-        figure = draw_pass_at_k([folder], folder / "passk.png").name
-    print(f"written to {folder}/: generations.jsonl, settings.json, results.json, results.md, {figure}")
+        return f"(no passk.png: pip install matplotlib, then python plot.py --compare {folder})"
+    return draw_pass_at_k([folder], folder / "passk.png").name
 
 
 # ---- the command line

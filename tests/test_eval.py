@@ -19,7 +19,6 @@ import sample
 from data.loader import Problem, encode_problems
 from eval import evaluate
 from evaluation import folder as folder_of_evaluation
-from evaluation import report
 from evaluation.benchmarks import choose_benchmarks
 from evaluation.multiple_choice import chosen, grade_response, question
 from evaluation.statistics import summarize
@@ -153,7 +152,7 @@ def finished(tmp_path_factory) -> Path:
 
 @pytest.fixture
 def no_figure(monkeypatch):
-    monkeypatch.setattr(report, "figure", lambda folder: "")
+    monkeypatch.setattr(eval, "figure", lambda folder: "")
 
 
 def test_a_run_keeps_every_response_and_setting(finished, tokenizer):
@@ -248,20 +247,20 @@ def test_an_evaluation_may_go_on_with_other_batches(finished, tmp_path, monkeypa
     }
     assert settings["ranks"] == 8
     eval.run(arguments(out=folder))  # complete: nothing goes on, so nothing is noted
-    assert folder.stored_settings(folder)["continued"] == [went_on]
+    assert folder_of_evaluation.stored_settings(folder)["continued"] == [went_on]
     for _ in range(2):  # other settings than the last time are noted beside those before, the same ones are not
         (folder / "generations.jsonl").write_bytes(b"".join(lines[:40]))
         (folder / "results.json").unlink(missing_ok=True)
         eval.run(arguments(out=folder))
-        assert [c["rows_per_call"] for c in folder.stored_settings(folder)["continued"]] == [20, 10]
+        assert [c["rows_per_call"] for c in folder_of_evaluation.stored_settings(folder)["continued"]] == [20, 10]
 
 
 @pytest.mark.usefixtures("no_figure")
 def test_each_rank_gets_full_calls(finished, tmp_path, monkeypatch):
     """Two ranks take 20 responses at a time where one takes 10."""
     batches, append = [], eval.append_rows
-    monkeypatch.setattr(eval.ranks, "world_size", lambda: 2)
-    monkeypatch.setattr(eval.ranks, "from_first", lambda value: value)
+    monkeypatch.setattr(eval.distributed, "world_size", lambda: 2)
+    monkeypatch.setattr(eval.distributed, "from_first", lambda value: value)
     monkeypatch.setattr(sample, "union", lambda mine: mine)
     monkeypatch.setattr(eval, "append_rows", lambda path, rows: (batches.append(len(rows)), append(path, rows)))
     eval.run(arguments(out=tmp_path / "two"))
@@ -278,7 +277,7 @@ def test_as_many_rows_share_a_call_as_a_gpu_holds(monkeypatch):
     for free, rows in ((1e9, 512), (10 * row / 0.8 + 1, 10), (row / 2, 1)):
         monkeypatch.setattr(torch.cuda, "mem_get_info", lambda _, free=free: (int(free), 0))
         assert eval.rows_that_fit(model, 100) == rows
-    monkeypatch.setattr(eval.ranks, "union", lambda mine: mine | {1: 7})  # another rank's GPU is fuller
+    monkeypatch.setattr(eval.distributed, "union", lambda mine: mine | {1: 7})  # another rank's GPU is fuller
     monkeypatch.setattr(torch.cuda, "mem_get_info", lambda _: (10**9, 0))
     assert eval.rows_that_fit(model, 100) == 7
     monkeypatch.undo()
@@ -353,7 +352,7 @@ def test_regrading_restores_changed_grades(finished, tmp_path, monkeypatch, caps
         row["reward"] = 1.0 - row["reward"]
     (folder / "generations.jsonl").write_text("".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows))
     monkeypatch.setattr(eval, "respond", None)
-    eval.regrade(folder)
+    eval.report(folder, *eval.regrade(folder))
     assert "48 responses graded again, 5 grades changed" in capsys.readouterr().out
     assert (folder / "generations.jsonl").read_bytes() == (finished / "generations.jsonl").read_bytes()
     assert without_date(folder)["results"] == without_date(finished)["results"]
@@ -382,7 +381,7 @@ def test_the_folder_of_another_evaluation_is_left_alone(finished, tmp_path, monk
 
 def test_without_matplotlib_the_report_says_how_to_draw_later(monkeypatch):
     monkeypatch.setitem(sys.modules, "plot", None)
-    said = report.figure(Path("evals/x"))
+    said = eval.figure(Path("evals/x"))
     assert said == "(no passk.png: pip install matplotlib, then python plot.py --compare evals/x)"
 
 

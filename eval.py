@@ -34,7 +34,8 @@ from evaluation.folder import count, cut_broken_line, describe, open_folder, reg
 from evaluation.multiple_choice import grade_response
 from evaluation.report import write_report
 from evaluation.statistics import Answers, pass_at_k
-from model import load_model, pick_device
+from model import load_model, pick_device, trained_with
+from reward import MATH, Reward, load_reward
 from sample import Row, generate, pack
 from support import distributed
 from support.checkpoint import append_rows
@@ -59,6 +60,7 @@ def respond(
     tokenizer,
     draws: Sequence[Draw],
     *,
+    reward: Reward,
     temperature: float,
     max_response_tokens: int,
     seed: int,
@@ -73,8 +75,8 @@ def respond(
     rollouts = pack(rows, responses, model, tokenizer)
     found = []
     for draw, ids, text, cut in zip(draws, responses, rollouts.texts, rollouts.truncated.tolist()):
-        reward, read = grade_response(text, draw.problem.answer, draw.options)
-        row = {"id": draw.problem.id, "sample": draw.sample, "reward": 0.0 if cut else reward, "read": read}
+        value, read = grade_response(reward, text, draw.problem, draw.options)
+        row = {"id": draw.problem.id, "sample": draw.sample, "reward": 0.0 if cut else value, "read": read}
         found.append(row | {"truncated": cut, "tokens": len(ids), "response": text})
     return found
 
@@ -85,6 +87,7 @@ def evaluate(
     problems: Sequence[Problem],
     encoded: Sequence[Encoded],
     *,
+    reward: Reward = MATH,
     samples: int = 1,
     temperature: float = 0.0,
     max_response_tokens: int,
@@ -95,7 +98,8 @@ def evaluate(
 ) -> list[Answers]:
     """`samples` graded responses to each problem (temperature 0: greedy), counted. See `statistics.summarize`."""
     draws = [Draw(p, e, (), k) for p, e in zip(problems, encoded) for k in range(samples)]
-    settings = {"temperature": temperature, "max_response_tokens": max_response_tokens, "seed": seed}
+    settings = {"reward": reward, "temperature": temperature, "max_response_tokens": max_response_tokens}
+    settings |= {"seed": seed}
     settings |= {"rows_per_call": rows_per_call, "decode": decode, "progress": progress}
     rows = respond(model, tokenizer, draws, **settings)
     answers = [Answers(problem.id, problem.level) for problem in problems]
@@ -151,6 +155,7 @@ def sample_missing(model, tokenizer, folder: Path, benchmarks: list[Benchmark], 
                 model,
                 tokenizer,
                 [Draw(b.problems[i], b.encoded[i], b.options.get(b.problems[i].id, ()), k) for b, i, k in batch],
+                reward=args.reward,
                 temperature=args.temperature,
                 max_response_tokens=args.max_response_tokens,
                 seed=args.seed,
@@ -201,7 +206,8 @@ def parse_args(argv: Sequence[str]) -> argparse.Namespace:
     parser.add_argument("--temperature", type=float, default=0.6, help="0 is greedy (default 0.6, the paper's)")
     parser.add_argument("--max_response_tokens", type=int, default=8192, help="(default 8192, the paper's)")
     parser.add_argument("--problems", type=int, help="only the first N of each level")
-    parser.add_argument("--system", help="system message, in place of the one in the rows")
+    parser.add_argument("--system", help="system message (default: the one the model was trained with, or the rows')")
+    parser.add_argument("--reward", help="math (default), exact, or FILE.py[:name]: a function of your own")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--out", type=Path, help="folder (default: a fresh evals/MODEL-NNN); an old one is continued")
     parser.add_argument("--regrade", type=Path, metavar="DIR", help="grade the responses stored in DIR again")
@@ -222,14 +228,17 @@ def parse_args(argv: Sequence[str]) -> argparse.Namespace:
     return args
 
 
-def show(folder: Path, settings: dict[str, Any]) -> None:
-    """What will run, before it does."""
+def show(folder: Path, settings: dict[str, Any], remembered: dict[str, Any]) -> None:
+    """What will run, before it does, and where that differs from what the model was trained with."""
     print(f"evaluation -> {folder}/")
     sets = ", ".join(f"{n} {b['problems']} x {b['samples']}" for n, b in settings["benchmarks"].items())
     for key, value in (settings | {"benchmarks": f"{sets} (problems x samples)"}).items():
         text = value if isinstance(value, str) and key != "first_prompt" else json.dumps(value, ensure_ascii=False)
         whole = len(text) <= 300 or key.startswith("first_prompt")
         print(f"  {key:<20} {text if whole else text[:300] + ' …'}")
+    for name, value in remembered.items():
+        if value is not None and settings[name] != value:
+            print(f"  the model was trained with another {name}: {json.dumps(value, ensure_ascii=False)[:300]}")
     for name, stored in settings["benchmarks"].items():
         if stored["left_out"]:
             print(f"  {name}: {stored['left_out']} problems left out: they cannot be graded (see data/README.md)")
@@ -237,7 +246,10 @@ def show(folder: Path, settings: dict[str, Any]) -> None:
 
 def run(args: argparse.Namespace) -> None:
     """A whole evaluation: load, check, sample what is missing, report. Called on every rank; the first writes."""
-    benchmarks = choose_benchmarks(args.benchmarks, args.data, args.samples, args.problems, args.system)
+    remembered = trained_with(args.model)
+    args.reward = load_reward(args.reward or "math")
+    args.system = remembered.get("system") if args.system is None else args.system
+    benchmarks = choose_benchmarks(args.benchmarks, args.data, args.samples, args.problems, args.system, args.reward)
     if args.temperature == 0 and max(b.samples for b in benchmarks) > 1:
         raise ValueError("temperature 0 is greedy, so all samples would be equal: give --samples 1 or a temperature")
     device = pick_device(args.device)
@@ -248,7 +260,7 @@ def run(args: argparse.Namespace) -> None:
     args.rows_per_call = args.rows_per_call or rows_that_fit(model, longest + args.max_response_tokens)
     if distributed.rank() == 0:
         args.out, settings = open_folder(args, describe(args, model, tokenizer, benchmarks))
-        show(args.out, settings)
+        show(args.out, settings, remembered)
     args.out = distributed.from_first(args.out)
     sample_missing(model, tokenizer, args.out, benchmarks, args)
     if distributed.rank() == 0:
@@ -267,7 +279,7 @@ def main() -> None:
         if args.regrade:
             distributed.start(torch.device("cpu"))
             if distributed.rank() == 0:
-                report(args.regrade, *regrade(args.regrade))
+                report(args.regrade, *regrade(args.regrade, args.reward))
         else:
             run(args)
         distributed.stop()

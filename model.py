@@ -6,11 +6,13 @@ Left out: LoRA, quantisation, remote code, encoder-decoder models, models that c
 """
 
 import contextlib
+import json
 import os
 import shutil
 import sys
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import torch
 from huggingface_hub.utils import logging as hub_logging
@@ -30,6 +32,7 @@ from transformers.utils import logging
 from support import distributed
 
 LOGITS_PER_CHUNK = 2**25  # elements of a [tokens, V] logits chunk: 128 MiB in fp32, whatever B, R and V are
+REMEMBERED = "trained_with.json"  # in a model folder that a run wrote
 SMALL = 10_000_000  # below so many parameters a second CPU thread gains little, and costs much if a core is busy
 
 
@@ -187,10 +190,12 @@ def state_of(model: PreTrainedModel) -> dict[str, Tensor]:
     return {name: tensor for name, tensor in model.state_dict().items() if name not in second}
 
 
-def save_model(model: PreTrainedModel, tokenizer: Tokenizer, folder: str | Path) -> None:
+def save_model(
+    model: PreTrainedModel, tokenizer: Tokenizer, folder: str | Path, remembered: dict[str, Any] | None = None
+) -> None:
     """Write a HF model folder: to a temporary name first, then renamed, so a half-written one is never seen.
 
-    Called on every rank; rank 0 writes."""
+    `remembered`: what `trained_with` will say about the model. Called on every rank; rank 0 writes."""
     state = distributed.whole(state_of(model))
     if distributed.rank():
         return
@@ -198,8 +203,25 @@ def save_model(model: PreTrainedModel, tokenizer: Tokenizer, folder: str | Path)
     shutil.rmtree(partial, ignore_errors=True)
     model.save_pretrained(partial, state_dict=state)
     tokenizer.save_pretrained(partial)
+    if remembered:
+        (partial / REMEMBERED).write_text(
+            json.dumps(remembered, ensure_ascii=False, indent=1) + "\n", encoding="utf-8"
+        )
     shutil.rmtree(folder, ignore_errors=True)
     partial.rename(folder)
+
+
+def trained_with(path: str) -> dict[str, Any]:
+    """What a run of this project noted in the model folder it wrote: "system", the system message its training rows
+    share (null: they have several), and "reward"; {} for any other model."""
+    file = Path(path) / REMEMBERED
+    try:
+        found = json.loads(file.read_text(encoding="utf-8")) if file.exists() else {}
+    except ValueError as error:
+        raise ValueError(f"{file}: not valid JSON ({error}): restore it or delete it") from error
+    if not isinstance(found, dict):
+        raise ValueError(f"{file}: found {type(found).__name__}, expected a JSON object: restore it or delete it")
+    return {name: found[name] for name in ("system", "reward") if isinstance(found.get(name), str)}
 
 
 @contextlib.contextmanager

@@ -1,12 +1,17 @@
-"""The reward: the last boxed answer of a response, graded 1.0 or 0.0 against the gold answer.
+"""The reward: math (the last boxed answer, equivalent to the gold one), exact (the same text), or your own function.
 
-What an answer means and when two answers are equal is in answers/. Not here: partial credit, format
-rewards, answers outside a box (a policy would learn to shower numbers), time limits (the reader is bounded).
+What a mathematical answer means and when two are equal is in answers/; `Reward` is what a run grades with. Not here:
+format rewards, answers outside a box (a policy would learn to shower numbers), time limits (the reader is bounded).
 """
 
+import hashlib
+import importlib.util
 import re
 from collections import deque
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
 
 from tqdm import tqdm
 
@@ -105,3 +110,85 @@ def check_gold(gold: str) -> None:
         raise ValueError(
             f"answer {gold[:80]!r} cannot be read: {error}; rewrite it as plain LaTeX or leave the problem out"
         ) from None
+
+
+# ---- what a run grades with
+
+
+@dataclass(frozen=True)
+class Reward:
+    """`function(response, problem)` in [0, 1], problem a data.loader.Problem. A response is right if it gets 1."""
+
+    name: str  # math | exact | FILE.py:function
+    function: Callable[[str, Any], float]
+    check: Callable[[Any], None]  # of a problem, when data is loaded: ValueError if it cannot be graded
+    is_read: Callable[[str], bool]  # whether the response states an answer, right or wrong
+    fingerprint: str  # sha256 of the code
+
+
+def _check_text(problem: Any) -> None:
+    if not problem.answer.strip():
+        raise ValueError("answer is empty: write the text that the box must hold")
+
+
+def _exact(response: str, problem: Any) -> float:
+    boxed = extract_boxed(response)
+    return float(boxed is not None and boxed.strip() == problem.answer.strip())
+
+
+def _sha256(*paths: Path) -> str:
+    return hashlib.sha256(b"".join(path.read_bytes() for path in paths)).hexdigest()
+
+
+def load_reward(name: str = "math") -> Reward:
+    """A built-in reward, or FILE.py[:function]: the file is run, and `function` (default: reward) taken from it.
+
+    A function `check(problem)` in the file, if there is one, is asked about every problem when data is loaded.
+    ValueError, one line, for an unknown name, a missing file or function, or an error while the file runs.
+    """
+    here = Path(__file__)
+    if name == "math":
+        code = _sha256(here, *sorted(here.with_name("answers").glob("*.py")))
+        return Reward(name, lambda text, p: grade(text, p.answer), lambda p: check_gold(p.answer), is_read, code)
+    if name == "exact":
+        return Reward(name, _exact, _check_text, lambda text: extract_boxed(text) is not None, _sha256(here))
+    file, _, function = name.partition(".py:") if ".py:" in name else (name.removesuffix(".py"), "", "")
+    path, function = Path(file + ".py"), function or "reward"
+    if not name.endswith(".py") and ".py:" not in name:
+        raise ValueError(f"reward is {name!r}, expected math, exact, or a Python file: FILE.py or FILE.py:function")
+    if not path.is_file():
+        raise ValueError(f"reward {name!r}: the file {str(path)!r} does not exist")
+    spec = importlib.util.spec_from_file_location(path.stem, path)
+    module = importlib.util.module_from_spec(spec)
+    try:
+        spec.loader.exec_module(module)
+    except Exception as error:
+        raise ValueError(f"reward {name!r}: {path} cannot be run: {type(error).__name__}: {error}") from error
+    if not callable(found := getattr(module, function, None)):
+        raise ValueError(f"reward {name!r}: {path} has no function {function}(response, problem)")
+    check = getattr(module, "check", lambda problem: None)
+    return Reward(f"{path}:{function}", found, check, lambda text: True, _sha256(path))
+
+
+MATH = load_reward()
+
+
+def grade_one(reward: Reward, response: str, problem: Any) -> float:
+    """The reward of a response; ValueError naming the problem where the function fails or is not within [0, 1]."""
+    try:
+        value = reward.function(response, problem)
+    except Exception as error:
+        said = f"{type(error).__name__}: {error}"
+        raise ValueError(f"reward {reward.name} failed on problem {problem.id!r}: {said}") from error
+    if not isinstance(value, int | float) or not 0 <= value <= 1:
+        raise ValueError(
+            f"reward {reward.name} gave {value!r} on problem {problem.id!r}, expected a number from 0 to 1"
+        )
+    return float(value)
+
+
+def grade_all(reward: Reward, responses: Sequence[str], problems: Sequence[Any]) -> list[float]:
+    """`grade_one` for each response and its problem. Large batches show a progress bar."""
+    pairs = list(zip(responses, problems, strict=True))
+    bar = tqdm(pairs, "grading", disable=len(pairs) < BATCH_WITH_BAR, leave=False)
+    return [grade_one(reward, response, problem) for response, problem in bar]

@@ -55,28 +55,44 @@ def uniforms(key: tuple, count: int) -> np.ndarray:
 # ---- the plan of a group
 
 
-def prefix_fraction(step: int, total_steps: int, schedule: str, generator: torch.Generator) -> float:
-    """The share l of the demonstration that is given at `step` (from 0) of `total_steps`.
+def cosine(progress: float) -> tuple[float, float]:
+    """Low falls from 0.95 to 0.05 along half a cosine. [paper 3.3, A.2]"""
+    return PREFIX_LOW + (PREFIX_HIGH - PREFIX_LOW) * (1 + math.cos(math.pi * progress)) / 2, PREFIX_HIGH
 
-    cosine    U(low_t, 0.95), low_t from 0.95 to 0.05 along half a cosine      [paper 3.3, A.2]
-    uniform   U(0.05, 0.95) throughout                                         [ablation, paper Fig. 6]
-    constant  0.5, the mean of uniform                                         [ablation]
-    uft       Binomial(5, p_t) / 5, p_t from 0.95 to 0.05 along half a cosine over the first 60%, then 0     [UFT]
-    """
-    span = PREFIX_HIGH - PREFIX_LOW
-    if schedule == "constant":
-        return PREFIX_LOW + span / 2
+
+def uniform(progress: float) -> tuple[float, float]:
+    """The whole range throughout. [ablation, paper Fig. 6]"""
+    return PREFIX_LOW, PREFIX_HIGH
+
+
+def constant(progress: float) -> tuple[float, float]:
+    """0.5, the mean of uniform. [ablation]"""
+    return 0.5, 0.5
+
+
+def uft(progress: float) -> tuple[float, float]:
+    """Any of 0, 1/5, ... 1 for 60% of the run, then nothing. [UFT; how often which: prefix_fraction]"""
+    return 0.0, 1.0 if progress < 0.6 else 0.0
+
+
+SCHEDULES = {schedule.__name__: schedule for schedule in (cosine, uniform, constant, uft)}  # progress -> low, high
+
+
+def prefix_range(step: int, total_steps: int, schedule: str) -> tuple[float, float]:
+    """The smallest and the largest share of the demonstration that may be given at `step` (from 0)."""
+    if schedule not in SCHEDULES:
+        raise ValueError(f"schedule is {schedule!r}, expected one of {', '.join(SCHEDULES)}")
+    return SCHEDULES[schedule](min(1.0, step / total_steps))
+
+
+def prefix_fraction(step: int, total_steps: int, schedule: str, generator: torch.Generator) -> float:
+    """The share l of the demonstration that is given at `step` (from 0) of `total_steps`: l ~ U(low, high) of the
+    schedule; for uft Binomial(5, p_t) / 5 with p_t from 0.95 to 0.05 along half a cosine over its range."""
+    low, high = prefix_range(step, total_steps, schedule)
     if schedule == "uft":
-        progress = step / (0.6 * total_steps)
-        chance = PREFIX_LOW + span * (1 + math.cos(math.pi * progress)) / 2 if progress < 1 else 0.0
-        return float((torch.rand(5, generator=generator) < chance).sum()) / 5
-    if schedule == "cosine":
-        low = PREFIX_LOW + span * (1 + math.cos(math.pi * min(1.0, step / total_steps))) / 2
-    elif schedule == "uniform":
-        low = PREFIX_LOW
-    else:
-        raise ValueError(f"schedule is {schedule!r}, expected cosine, uniform, constant or uft")
-    return low + (PREFIX_HIGH - low) * float(torch.rand((), generator=generator))
+        chance, _ = cosine(min(1.0, step / (0.6 * total_steps)))
+        return high * float((torch.rand(5, generator=generator) < chance).sum()) / 5
+    return low + (high - low) * float(torch.rand((), generator=generator))
 
 
 def prefix_length(fraction: float, demonstration_tokens: int, max_response_tokens: int) -> int:
@@ -106,36 +122,40 @@ def plan_group(
     rows: str,
     schedule: str,
     rollouts: int,
-    guided: int,
+    hybrid: int,
     max_response_tokens: int,
     seed: int,
     step: int,
     total_steps: int,
+    attempt: int = 0,
+    fraction: float | None = None,
 ) -> list[Row]:
-    """The rows of one problem's group: on-policy rows first, then `guided` rows that see a demonstration.
+    """The rows of one problem's group: on-policy rows first, then `hybrid` rows that see a demonstration.
 
     rows: "on_policy" | "hybrid" (a prefix each) | "demonstration" (all of it, nothing to sample) | "shared_prefix"
     (every row starts from the same prefix). A problem without demonstrations has on-policy rows only.
+    `fraction` takes the place of the schedule's draw; `attempt` counts how often the group was sampled before.
     """
     prefixes: list[list[int]] = [[] for _ in range(rollouts)]
     fractions = [0.0] * rollouts
     if rows != "on_policy" and problem.demonstrations:
-        chosen = {"shared_prefix": range(rollouts)}.get(rows, range(rollouts - guided, rollouts))
+        chosen = range(rollouts) if rows == "shared_prefix" else range(rollouts - hybrid, rollouts)
         for i in chosen:
             # a shared prefix is drawn once: its key names the first row for all of them
-            generator = torch_generator(seed, step, problem.id, chosen[0] if rows == "shared_prefix" else i)
-            pick = int(torch.randint(len(problem.demonstrations), (), generator=generator))
-            demonstration = problem.demonstrations[pick]
+            first = chosen[0] if rows == "shared_prefix" else i
+            generator = torch_generator(seed, step, problem.id, first, attempt)
+            which = int(torch.randint(len(problem.demonstrations), (), generator=generator))
+            demonstration = problem.demonstrations[which]
             if rows == "demonstration":
                 prefixes[i], fractions[i] = [*demonstration, problem.end_id], 1.0
             else:
-                fraction = prefix_fraction(step, total_steps, schedule, generator)
-                length = prefix_length(fraction, len(demonstration), max_response_tokens)
+                given = prefix_fraction(step, total_steps, schedule, generator) if fraction is None else fraction
+                length = prefix_length(given, len(demonstration), max_response_tokens)
                 prefixes[i], fractions[i] = demonstration[:length], length / len(demonstration)
     return [
         Row(
             group=group,
-            key=(seed, step, problem.id, i),
+            key=(seed, step, problem.id, i, attempt),
             prompt_ids=problem.prompt_ids,
             prefix_ids=prefix,
             complete=rows == "demonstration" and bool(prefix),
@@ -156,6 +176,39 @@ def pad_left(sequences: Sequence[list[int]], pad_id: int) -> tuple[Tensor, Tenso
     return ids, mask
 
 
+def _processors(
+    rows: Sequence[Row],
+    in_prompt: Sequence[int],
+    prompt_length: int,
+    max_response_tokens: int,
+    temperature: float,
+    device: torch.device,
+) -> LogitsProcessorList:
+    """What turns scores into the next token: forced prefixes, and draws (none: greedy). `in_prompt`: how many prefix
+    tokens of each row stand in its prompt already; position 0 of a row's draws is the response's first token."""
+    processors = LogitsProcessorList()
+    if temperature > 0:
+        table = np.zeros((len(rows), max_response_tokens - min(in_prompt)), dtype=np.float32)
+        for i, (row, n) in enumerate(zip(rows, in_prompt)):
+            table[i, : max_response_tokens - n] = uniforms(row.key, max_response_tokens)[n:]
+        processors.append(DrawTokenLogitsProcessor(torch.from_numpy(table).to(device), prompt_length, temperature))
+    lengths = [len(row.prefix_ids) - n for row, n in zip(rows, in_prompt)]
+    if max(lengths):
+        prefixes = torch.zeros(len(rows), max(lengths), dtype=torch.long)
+        for i, row in enumerate(rows):
+            prefixes[i, : lengths[i]] = torch.tensor(row.prefix_ids)
+        lengths = torch.tensor(lengths, device=device)
+        processors.append(PrefixForcingLogitsProcessor(prefixes.to(device), lengths, prompt_length))
+    return processors
+
+
+def _response(row: Row, tokens: list[int], ends: set[int], max_response_tokens: int) -> list[int]:
+    """`tokens`, which begin with the row's prefix, up to the first end token after it or the end of the budget."""
+    tokens = tokens[:max_response_tokens]
+    stop = next((t + 1 for t in range(len(row.prefix_ids), len(tokens)) if tokens[t] in ends), len(tokens))
+    return tokens[:stop]
+
+
 def _generate_batch(
     model: PreTrainedModel,
     rows: Sequence[Row],
@@ -166,63 +219,52 @@ def _generate_batch(
 ) -> list[list[int]]:
     """One call of HF generate. The prefix is forced token by token, or (prefill) read at once with the prompt."""
     config, device = model.generation_config, model.device
-    lengths = [len(row.prefix_ids) for row in rows]
-    given = [len(row.prefix_ids) if prefill else 0 for row in rows]  # prefix tokens that stand in the prompt
-    ids, mask = pad_left([row.prompt_ids + row.prefix_ids[:n] for row, n in zip(rows, given)], config.pad_token_id)
-    steps, prompt = max_response_tokens - min(given), ids.shape[1]
-    processors = LogitsProcessorList()
-    if temperature > 0:
-        table = np.zeros((len(rows), steps), dtype=np.float32)
-        for i, (row, n) in enumerate(zip(rows, given)):  # position 0 of the stream is the response's first token
-            table[i, : max_response_tokens - n] = uniforms(row.key, max_response_tokens)[n:]
-        processors.append(DrawTokenLogitsProcessor(torch.from_numpy(table).to(device), prompt, temperature))
-    if not prefill and max(lengths):
-        forced = torch.zeros(len(rows), max(lengths), dtype=torch.long)
-        for i, row in enumerate(rows):
-            forced[i, : lengths[i]] = torch.tensor(row.prefix_ids)
-        processors.append(
-            PrefixForcingLogitsProcessor(forced.to(device), torch.tensor(lengths, device=device), prompt)
-        )
-    neutral = GenerationConfig(
-        max_new_tokens=steps,
-        do_sample=False,  # our processor draws and generate takes the argmax: no temperature, top_k or top_p here
-        repetition_penalty=1.0,
-        eos_token_id=config.eos_token_id,
-        pad_token_id=config.pad_token_id,
-        cache_implementation="static" if decode == "static" else None,
-    )
+    in_prompt = [len(row.prefix_ids) if prefill else 0 for row in rows]
+    prompts = [row.prompt_ids + row.prefix_ids[:n] for row, n in zip(rows, in_prompt)]
+    ids, mask = pad_left(prompts, config.pad_token_id)
+    prompt_length = ids.shape[1]
     output = model.generate(
         input_ids=ids.to(device),
         attention_mask=mask.to(device),
-        generation_config=neutral,
-        logits_processor=processors,
+        generation_config=GenerationConfig(
+            max_new_tokens=max_response_tokens - min(in_prompt),
+            do_sample=False,  # our processor draws, generate takes the argmax: no temperature, top_k or top_p here
+            repetition_penalty=1.0,
+            eos_token_id=config.eos_token_id,
+            pad_token_id=config.pad_token_id,
+            cache_implementation="static" if decode == "static" else None,
+        ),
+        logits_processor=_processors(rows, in_prompt, prompt_length, max_response_tokens, temperature, device),
         custom_generate=DECODERS[decode],
         synced_gpus=False,  # ranks sample on their own
-    )[:, prompt:].tolist()
+    )[:, prompt_length:].tolist()
     ends = set(config.eos_token_id)
-    responses = []
-    for row, n, length, tokens in zip(rows, given, lengths, output):
-        tokens = (row.prefix_ids[:n] + tokens)[:max_response_tokens]
-        stop = next((t + 1 for t in range(length, len(tokens)) if tokens[t] in ends), len(tokens))
-        responses.append(tokens[:stop])
-    return responses
+    return [
+        _response(row, row.prefix_ids[:n] + tokens, ends, max_response_tokens)
+        for row, n, tokens in zip(rows, in_prompt, output)
+    ]
 
 
-def _calls(
+def _cut_into_calls(
     rows: Sequence[Row], order: Sequence[int], rows_per_call: int, max_response_tokens: int, prefill: bool
 ) -> list[list[int]]:
-    """Cut `order`, sorted by length, into calls of at most `rows_per_call` rows: fewer where prefilled prefixes,
-    which widen a call for all its rows, would make it hold more tokens than so many rows without any."""
-    room = rows_per_call * (max((len(rows[i].prompt_ids) for i in order), default=0) + max_response_tokens)
+    """Cut `order`, sorted by length, into calls of generate, none of which holds more tokens than `rows_per_call`
+    rows of the longest prompt and max_response_tokens would.
+
+    Without prefilling that means `rows_per_call` rows each. A prefilled prefix widens the prompt of all rows of its
+    call, and only as many tokens are saved as the shortest prefix of the call has.
+    """
+    longest_prompt = max((len(rows[i].prompt_ids) for i in order), default=0)
+    most_tokens = rows_per_call * (longest_prompt + max_response_tokens)
     calls: list[list[int]] = []
-    least = 0  # of the prefix tokens given to the rows of the call: the others are generated
+    shortest = 0  # prefix of the call
     for i in order:
-        given = prefill * len(rows[i].prefix_ids)
-        least = min(least, given)
-        columns = len(rows[i].prompt_ids) + given + max_response_tokens - least
-        if not calls or len(calls[-1]) == rows_per_call or (len(calls[-1]) + 1) * columns > room:
+        prefix = len(rows[i].prefix_ids) if prefill else 0
+        shortest = min(shortest, prefix)
+        columns = len(rows[i].prompt_ids) + prefix + max_response_tokens - shortest
+        if not calls or len(calls[-1]) == rows_per_call or (len(calls[-1]) + 1) * columns > most_tokens:
             calls.append([])
-            least = given
+            shortest = prefix
         calls[-1].append(i)
     return calls
 
@@ -251,7 +293,7 @@ def generate(
     order.sort(key=lambda i: (len(rows[i].prompt_ids) + prefill * len(rows[i].prefix_ids), len(rows[i].prefix_ids)))
     quiet = not progress or rank() > 0
     with sampling(model) as policy, tqdm(total=len(order), desc=progress, unit="row", disable=quiet) as bar:
-        for chosen in _calls(rows, order, rows_per_call, max_response_tokens, prefill):
+        for chosen in _cut_into_calls(rows, order, rows_per_call, max_response_tokens, prefill):
             batch = [rows[i] for i in chosen]
             sampled |= zip(chosen, _generate_batch(policy, batch, max_response_tokens, temperature, prefill, decode))
             bar.update(len(chosen))

@@ -3,37 +3,38 @@
 A step of reinforcement (`rl_step`):
 
     problems  -> plan_group, generate, pack            rollouts: on-policy rows and hybrid ones, in one batch
-              -> grade_batch                           0 / 1; a response cut off by the budget gets 0
+              -> grade                                 0 to 1; a response cut off by the budget gets 0
+              -> (hpt, rescue) `second_chance`         groups without a right row are replaced or sampled again
               -> advantages                            of each row's own tokens and of its prefix
               -> old log-probs and entropies           one forward pass, before the first update
-              -> for each mini-batch: kept_tokens, then micro-batches: token_stats, token_weights, loss, backward;
+              -> for each mini-batch: weight_mask, then micro-batches: token_stats, token_weights, loss, backward;
                  clip the gradient, AdamW
+              -> (relift) one update on demonstrations of collected problems
 
-A supervised step (`sft_step`) is the same with whole demonstrations as rows, weight 1 and nothing to sample. Every
-method is an entry of loss.METHODS; nothing here asks which one it is.
+A supervised step (`sft_step`) is the same with whole demonstrations as rows and nothing to sample. Every method is an
+entry of loss.METHODS; nothing here asks which one it is.
 """
 
 import math
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass
-from statistics import fmean as mean
 from typing import Any
 
 import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 
-import loss as objective
 from data.loader import Encoded, Problem
-from loss import METHODS, Method
+from loss import Method, Tokens, advantages, coefficient_at, token_weights, weight_mask, weighted_loss
 from model import token_stats
-from reward import grade_batch, is_read
+from reward import Reward, grade_all
 from sample import Rollouts, Row, generate, pack, plan_group, torch_generator
 from support.config import Config
 from support.distributed import all_sum, clip_gradients, rank, world_size
+from support.record import example_rows, group_record, step_metrics
 
-SFT = METHODS["sft"]
+RESCUE_FRACTIONS = (0.25, 0.5, 0.75)  # of a demonstration, one after the other [GHPO: characters, here tokens]
 
 
 @dataclass
@@ -42,7 +43,7 @@ class Data:
 
     train: list[Problem]
     encoded: list[Encoded]
-    demonstrated: list[int]  # indices of training problems that have a demonstration
+    supervised: list[Encoded]  # problems with a demonstration, for the sft stage
     held: dict[str, tuple[list[Problem], list[Encoded]]]  # "validation" and "test", where there are such problems
 
 
@@ -54,17 +55,115 @@ class Run:
     method: Method
     model: PreTrainedModel
     tokenizer: Any
+    reward: Reward
     data: Data
     optimizer: torch.optim.Optimizer
-    buffer: list[int]  # ReLIFT: unsolved problems that wait for an SFT update
+    collector: "Collector | None" = None  # ReLIFT
 
 
-def pick(count: int, per_step: int, step: int, *key: object) -> list[int]:
+@dataclass
+class Collector:
+    """ReLIFT: unsolved problems that wait for an update on their demonstrations, newest first; its optimizer."""
+
+    waiting: list[int]  # indices of training problems
+    optimizer: torch.optim.Optimizer
+
+
+def problems_of_step(count: int, per_step: int, step: int, *key: object) -> list[int]:
     """Indices of step `step`'s problems: a fresh random order each epoch, whose remainder is skipped."""
     per_step = min(per_step, count)
     epoch, place = divmod(step, count // per_step)
     order = torch.randperm(count, generator=torch_generator(*key, epoch)).tolist()
     return order[place * per_step : (place + 1) * per_step]
+
+
+# ---- the rollouts of a step
+
+
+@dataclass
+class Graded:
+    """Sampled rows with their responses and rewards, group after group."""
+
+    rows: list[Row]
+    responses: list[list[int]]
+    rewards: list[float]
+
+    def with_groups(self, other: "Graded") -> "Graded":
+        """The same, with the groups of `other` in place of their own."""
+        changed = {row.group for row in other.rows}
+        stay = [entry for entry in self.entries() if entry[0].group not in changed]
+        columns = zip(*sorted([*stay, *other.entries()], key=lambda entry: entry[0].group))
+        return Graded(*map(list, columns))
+
+    def entries(self) -> list[tuple[Row, list[int], float]]:
+        return list(zip(self.rows, self.responses, self.rewards))
+
+    def unsolved(self, gate: int) -> list[int]:
+        """Groups in which at most `gate` rows are right (reward 1)."""
+        right: dict[int, int] = {}
+        for row, reward in zip(self.rows, self.rewards):
+            right[row.group] = right.get(row.group, 0) + (reward == 1)
+        return [group for group, count in right.items() if count <= gate]
+
+
+def plan(run: Run, picked: Sequence[int], groups: Sequence[int], step: int, rollouts: int, **how: Any) -> list[Row]:
+    """The rows of some groups of this step; `picked` are the step's problems, `how` goes to plan_group."""
+    config = run.config
+    settings = {
+        "schedule": run.method.schedule,
+        "hybrid": min(rollouts, config.hybrid_per_prompt),
+        "max_response_tokens": config.max_response_tokens,
+        "seed": config.seed,
+        "step": step,
+        "total_steps": config.steps,
+    }
+    return [
+        row
+        for group in groups
+        for row in plan_group(run.data.encoded[picked[group]], group, rollouts=rollouts, **settings, **how)
+    ]
+
+
+def sample_and_grade(run: Run, picked: Sequence[int], rows: list[Row]) -> Graded:
+    config = run.config
+    responses = generate(
+        run.model,
+        rows,
+        config.max_response_tokens,
+        config.temperature,
+        rows_per_call=config.rows_per_call,
+        prefill=config.prefill,
+        decode=config.decode,
+    )
+    rollouts = pack(rows, responses, run.model, run.tokenizer)
+    rewards = grade_all(run.reward, rollouts.texts, [run.data.train[picked[row.group]] for row in rows])
+    rewards = [0.0 if cut else reward for reward, cut in zip(rewards, rollouts.truncated.tolist())]
+    return Graded(rows, responses, rewards)
+
+
+def second_chance(run: Run, picked: Sequence[int], graded: Graded, step: int) -> Graded:
+    """What the method does, before any update, with groups that no rollout solved and that have a demonstration.
+
+    replace   one whole demonstration in the group's place [HPT]
+    rescue    all rows again behind the same first 25%, then 50%, then 75% of a demonstration, until one is right
+              [GHPO, BREAD; GHPO puts the hint into the prompt and divides advantages by the deviation]
+    """
+    config = run.config
+
+    def unsolved() -> list[int]:
+        return [g for g in graded.unsolved(config.gate) if run.data.encoded[picked[g]].demonstrations]
+
+    if run.method.unsolved == "replace" and (groups := unsolved()):
+        rows = plan(run, picked, groups, step, rollouts=1, rows="demonstration")
+        graded = graded.with_groups(sample_and_grade(run, picked, rows))
+    elif run.method.unsolved == "rescue":
+        for attempt, fraction in enumerate(RESCUE_FRACTIONS, 1):
+            if not (groups := unsolved()):
+                break
+            again = {"rows": "shared_prefix", "attempt": attempt, "fraction": fraction}
+            rows = plan(run, picked, groups, step, config.rollouts_per_prompt, **again)
+            graded = graded.with_groups(sample_and_grade(run, picked, rows))
+    return graded
 
 
 # ---- one batch
@@ -98,15 +197,15 @@ def micro_batches(rollouts: Rollouts, rows: Tensor, budget: int) -> list[Tensor]
     return [torch.tensor(chunk) for chunk in chunks]
 
 
-def rank_share(rollouts: Rollouts, rows: Tensor, budget: int) -> list[tuple[Tensor, bool]]:
+def rank_micro_batches(rollouts: Rollouts, rows: Tensor, budget: int) -> list[tuple[Tensor, bool]]:
     """This rank's micro-batches of `rows`, and whether each counts.
 
     Rows are dealt to the ranks by length. FSDP wants equally many passes on every rank: one with fewer micro-batches
     than another passes a row once more, which counts for nothing.
     """
     order = torch.cat(micro_batches(rollouts, rows, budget))
-    shares = [micro_batches(rollouts, order[r :: world_size()], budget) for r in range(world_size())]
-    mine, most = shares[rank()], max(map(len, shares))
+    of_ranks = [micro_batches(rollouts, order[r :: world_size()], budget) for r in range(world_size())]
+    mine, most = of_ranks[rank()], max(map(len, of_ranks))
     return [(chunk, True) for chunk in mine] + [(order[:1], False)] * (most - len(mine))
 
 
@@ -129,7 +228,8 @@ def old_stats(model: PreTrainedModel, rollouts: Rollouts, config: Config) -> tup
     """Log-probs and entropies of the sampling policy, [B, R]."""
     log_probs = torch.zeros(rollouts.response_mask.shape)
     entropy = torch.zeros_like(log_probs)
-    for rows, counts in rank_share(rollouts, torch.arange(len(rollouts.texts)), config.micro_batch_tokens):
+    every_row = torch.arange(len(rollouts.texts))
+    for rows, counts in rank_micro_batches(rollouts, every_row, config.micro_batch_tokens):
         found = forward(model, rollouts, rows, config.temperature)
         if counts:
             width = found[0].shape[1]
@@ -139,47 +239,26 @@ def old_stats(model: PreTrainedModel, rollouts: Rollouts, config: Config) -> tup
     return log_probs, entropy
 
 
-def plan(problems: Sequence[Encoded], method: Method, config: Config, step: int, rollouts: int) -> list[Row]:
-    """The rows of all groups; `step` counts from 0 in its stage."""
-    settings = {
-        "rows": method.rows,
-        "schedule": method.schedule,
-        "rollouts": rollouts,
-        "guided": min(rollouts, config.hybrid_per_prompt),
-        "max_response_tokens": config.max_response_tokens,
-        "seed": config.seed,
-        "step": step,
-        "total_steps": config.steps,
-    }
-    return [row for group, problem in enumerate(problems) for row in plan_group(problem, group, **settings)]
-
-
-def rollout_batch(run: "Run", picked: Sequence[int], step: int) -> Batch:
-    """Sample, grade and compare: the batch of one step of reinforcement."""
+def rollout_batch(run: Run, picked: Sequence[int], step: int) -> tuple[Batch, list[int]]:
+    """Sample, grade and compare: the batch of one step of reinforcement, and the groups that no rollout solved."""
     config, method = run.config, run.method
-    rows = plan([run.data.encoded[i] for i in picked], method, config, step, config.rollouts_per_prompt)
-    responses = generate(
-        run.model,
-        rows,
-        config.max_response_tokens,
-        config.temperature,
-        rows_per_call=config.rows_per_call,
-        prefill=config.prefill,
-        decode=config.decode,
-    )
-    rollouts = pack(rows, responses, run.model, run.tokenizer)
-    golds = [run.data.train[picked[row.group]].answer for row in rows]
-    rewards = torch.tensor(grade_batch(rollouts.texts, golds)) * ~rollouts.truncated
+    rows = plan(run, picked, range(len(picked)), step, config.rollouts_per_prompt, rows=method.rows)
+    graded = sample_and_grade(run, picked, rows)
+    unsolved = graded.unsolved(config.gate)
+    graded = second_chance(run, picked, graded, step)
+    rollouts, rewards = pack(graded.rows, graded.responses, run.model, run.tokenizer), torch.tensor(graded.rewards)
     baseline = method.baseline or config.baseline
-    own, forced = objective.advantages(rewards, rollouts.group, rollouts.hybrid, baseline, config.scale_by_std)
-    log_probs, entropy = old_stats(run.model, rollouts, config)
-    fractions = torch.tensor([row.fraction for row in rows])
-    return Batch(rollouts, rewards, own, forced, log_probs, entropy, fractions)
+    scale_by_std = config.scale_by_std if method.scale_by_std is None else method.scale_by_std
+    compared = advantages(rewards, rollouts.group, rollouts.hybrid, baseline, scale_by_std)
+    fractions = torch.tensor([row.fraction for row in graded.rows])
+    return Batch(rollouts, rewards, *compared, *old_stats(run.model, rollouts, config), fractions), unsolved
 
 
-def demonstration_batch(run: "Run", picked: Sequence[int], step: int) -> Batch:
+def demonstration_batch(run: Run, problems: Sequence[Encoded], step: int) -> Batch:
     """Whole demonstrations, one per problem: what an SFT update reads. Nothing is sampled or graded."""
-    rows = plan([run.data.encoded[i] for i in picked], SFT, run.config, step, rollouts=1)
+    settings = {"schedule": "constant", "rollouts": 1, "hybrid": 1, "max_response_tokens": 0, "total_steps": 1}
+    settings |= {"rows": "demonstration", "seed": run.config.seed, "step": step}
+    rows = [row for i, problem in enumerate(problems) for row in plan_group(problem, i, **settings)]
     rollouts = pack(rows, [row.prefix_ids for row in rows], run.model, run.tokenizer)
     none, zeros = torch.zeros(len(rows)), torch.zeros(rollouts.response_mask.shape)
     return Batch(rollouts, none, none, none, zeros, zeros, torch.ones(len(rows)))
@@ -188,63 +267,79 @@ def demonstration_batch(run: "Run", picked: Sequence[int], step: int) -> Batch:
 # ---- one update
 
 
-def update(run: "Run", batch: Batch, rows: Tensor, method: Method, normalizer: float, lr: float, key: tuple) -> dict:
-    """One optimizer step on the mini-batch `rows`; sums over its tokens for the metrics.
-
-    The gradient is that of the whole mini-batch whatever the micro-batches are: the kept tokens, Z (`normalizer`)
-    and the number of demonstration tokens are taken before it is cut. Rows without any weight are left out of the
-    forward pass (Z stays); without any row there is no signal, and no optimizer step.
-    """
-    config, model, rollouts = run.config, run.model, batch.rollouts
-    forced = int(rollouts.prefix_mask[rows].sum())
-    kept = torch.zeros_like(rollouts.response_mask)
-    kept[rows] = objective.kept_tokens(
-        method,
+def mini_batch(run: Run, batch: Batch, rows: Tensor, normalizer: float, progress: float, key: tuple) -> Tokens:
+    """What the weights of the mini-batch `rows` depend on, before its update: taken before it is cut into
+    micro-batches or dealt to ranks. Its tensors have all rows of the batch; outside `rows` no token has a weight."""
+    config, rollouts = run.config, batch.rollouts
+    demonstration_tokens = int(rollouts.prefix_mask[rows].sum())
+    mask = torch.zeros_like(rollouts.response_mask)
+    mask[rows] = weight_mask(
+        run.method,
         rollouts.response_mask[rows],
         rollouts.prefix_mask[rows],
         batch.entropy[rows],
         config.entropy_keep,
         torch_generator(config.seed, "entropy clip", *key),
     )
+    return Tokens(
+        log_probs=batch.old_log_probs,
+        old_log_probs=batch.old_log_probs,
+        entropy=batch.entropy,
+        response_mask=rollouts.response_mask,
+        prefix_mask=rollouts.prefix_mask,
+        weight_mask=mask,
+        rewards=batch.rewards,
+        response_advantage=batch.response_advantage,
+        prefix_advantage=batch.prefix_advantage,
+        clip_low=config.clip_low,
+        clip_high=config.clip_high,
+        coefficient=coefficient_at(run.method, progress, config.coefficient),
+        policy_tokens=int(rollouts.response_mask[rows].sum()) - demonstration_tokens,
+        demonstration_tokens=demonstration_tokens,
+        normalizer=normalizer,
+        max_response_tokens=config.max_response_tokens,
+    )
 
-    def weights(rows: Tensor, log_probs: Tensor) -> Tensor:
-        width, device = log_probs.shape[1], log_probs.device
-        return objective.token_weights(
-            method,
-            log_probs.detach(),
-            batch.old_log_probs[rows, :width].to(device),
-            batch.response_advantage[rows].to(device),
-            batch.prefix_advantage[rows].to(device),
-            rollouts.prefix_mask[rows, :width].to(device),
-            kept[rows, :width].to(device),
-            config.clip_low,
-            config.clip_high,
-            normalizer / max(1, forced),
-        )
 
-    weighted = weights(rows, batch.old_log_probs[rows]) != 0
-    sums = {"loss": 0.0, "entropy": 0.0, "clipped": 0, "weighted": int(weighted.sum()), "forced": forced}
-    sums["kept"] = int((kept & rollouts.prefix_mask)[rows].sum())
-    active = rows[weighted.any(1)]
+def update(
+    run: Run, batch: Batch, tokens: Tokens, temperature: float, optimizer: torch.optim.Optimizer, lr: float
+) -> dict[str, float]:
+    """One optimizer step on a mini-batch; sums over its tokens for the metrics.
+
+    The gradient is that of the whole mini-batch whatever the micro-batches are. Rows without any weight are left out
+    of the forward pass (Z stays); without any row there is no signal, and no optimizer step.
+    """
+    config, method, model = run.config, run.method, run.model
+    has_weight = token_weights(method, tokens) != 0
+    sums = {
+        "loss": 0.0,
+        "grad_norm": 0.0,
+        "entropy": 0.0,
+        "clipped": 0,
+        "weighted": int(has_weight.sum()),
+        "demonstration_tokens": tokens.demonstration_tokens,
+        "demonstration_kept": int((tokens.weight_mask & tokens.prefix_mask).sum()),
+    }
+    active = has_weight.any(1).nonzero().squeeze(1)
     if len(active) == 0:
-        return sums | {"grad_norm": 0.0}
+        return sums
     total = torch.zeros(3, dtype=torch.float64)  # loss, entropy, tokens with a weight
-    for chunk, counts in rank_share(rollouts, active, config.micro_batch_tokens):
-        log_probs, entropy = forward(model, rollouts, chunk, config.temperature)
-        w = weights(chunk, log_probs)
-        mask = counts & rollouts.response_mask[chunk, : log_probs.shape[1]].to(log_probs.device)
-        loss = objective.weighted_loss(log_probs, w, mask, normalizer)
+    for rows, counts in rank_micro_batches(batch.rollouts, active, config.micro_batch_tokens):
+        log_probs, entropy = forward(model, batch.rollouts, rows, temperature)
+        part = tokens.at(rows, log_probs, entropy)
+        weights = token_weights(method, part)
+        loss = weighted_loss(log_probs, weights, part.response_mask & counts, tokens.normalizer)
         loss.backward()
         if counts:
-            total += torch.tensor([float(loss.detach()), float(entropy.sum()), float((w != 0).sum())])
+            total += torch.tensor([float(loss.detach()), float(entropy.sum()), float((weights != 0).sum())])
     sums["loss"], sums["entropy"], unclipped = all_sum(total).tolist()
     sums["clipped"] = sums["weighted"] - int(unclipped)
     sums["grad_norm"] = clip_gradients(model.parameters(), config.max_grad_norm)
     check_finite("the gradient's norm", sums["grad_norm"])
-    for group in run.optimizer.param_groups:
+    for group in optimizer.param_groups:
         group["lr"] = lr
-    run.optimizer.step()
-    run.optimizer.zero_grad()
+    optimizer.step()
+    optimizer.zero_grad()
     return sums
 
 
@@ -259,103 +354,64 @@ def sft_learning_rate(step: int, config: Config) -> float:
     return config.sft_lr * (1 + math.cos(math.pi * (step - warm_up) / max(1, config.sft_steps - warm_up))) / 2
 
 
-def sft_step(run: Run, picked: Sequence[int], step: int, lr: float) -> dict[str, Any]:
-    """One supervised update: the mean negative log-likelihood of the demonstrations' tokens."""
+def sft_step(
+    run: Run, problems: Sequence[Encoded], step: int, optimizer: torch.optim.Optimizer, lr: float
+) -> dict[str, Any]:
+    """One update on the demonstrations of `problems`, at temperature 1: nothing is sampled here."""
     start = time.perf_counter()
-    batch = demonstration_batch(run, picked, step)
-    tokens = int(batch.rollouts.prefix_mask.sum())
-    sums = update(run, batch, torch.arange(len(picked)), SFT, tokens, lr, ("sft", step))
+    batch = demonstration_batch(run, problems, step)
+    count = int(batch.rollouts.prefix_mask.sum())
+    tokens = mini_batch(run, batch, torch.arange(len(problems)), count, 0.0, ("sft", step))
+    sums = update(run, batch, tokens, 1.0, optimizer, lr)
     seconds = time.perf_counter() - start
     return {
         "loss": sums["loss"],
         "grad_norm": sums["grad_norm"],
         "lr": lr,
-        "entropy": sums["entropy"] / tokens,
-        "response_tokens": tokens / len(picked),
-        "tokens_per_second": tokens / seconds,
+        "entropy": sums["entropy"] / count,
+        "response_tokens": count / len(problems),
+        "tokens_per_second": count / seconds,
         "seconds_update": seconds,
     }
 
 
-def rl_step(run: Run, step: int) -> tuple[dict[str, Any], list[dict[str, Any]]]:
-    """One step of reinforcement -> its metrics, and two of its rows to look at."""
-    config, method = run.config, run.method
+def collect(run: Run, picked: Sequence[int], unsolved: Sequence[int], step: int) -> dict[str, Any]:
+    """ReLIFT: unsolved problems wait, newest first and each as often as it was met; once `relift_buffer` wait, the
+    first so many give one supervised update, with an optimizer of its own."""
+    config, collector = run.config, run.collector
+    collector.waiting[:0] = [picked[g] for g in unsolved if run.data.encoded[picked[g]].demonstrations]
+    metrics: dict[str, Any] = {"relift_updates": 0, "relift_lr": config.relift_lr}
+    if len(collector.waiting) >= config.relift_buffer:
+        chosen = [run.data.encoded[i] for i in collector.waiting[: config.relift_buffer]]
+        del collector.waiting[: config.relift_buffer]
+        found = sft_step(run, chosen, step, collector.optimizer, config.relift_lr)
+        metrics |= {"relift_updates": 1, "relift_loss": found["loss"], "relift_grad_norm": found["grad_norm"]}
+    return metrics | {"relift_buffer": len(collector.waiting)}
+
+
+def rl_step(run: Run, step: int, record: bool = False) -> tuple[dict[str, Any], list[dict], dict | None]:
+    """One step of reinforcement -> its metrics, two of its rows to look at and, if asked for, one whole group."""
+    config = run.config
     start = time.perf_counter()
-    picked = pick(len(run.data.train), config.prompts_per_step, step, config.seed, "order")
-    batch = rollout_batch(run, picked, step)
+    picked = problems_of_step(len(run.data.train), config.prompts_per_step, step, config.seed, "order")
+    batch, unsolved = rollout_batch(run, picked, step)
     sampled = time.perf_counter()
-    group = batch.rollouts.group
-    updates = []
-    for part, groups in enumerate(torch.arange(len(picked)).chunk(config.updates_per_step)):
-        rows = torch.isin(group, groups).nonzero().squeeze(1)
-        normalizer = len(rows) * config.max_response_tokens
-        updates.append(update(run, batch, rows, method, normalizer, config.lr, (step, part)))
-    if method.relift:
-        solved = set(group[batch.rewards > 0].tolist())
-        unsolved = [i for g, i in enumerate(picked) if g not in solved and run.data.encoded[i].demonstrations]
-        run.buffer += [i for i in unsolved if i not in run.buffer]
-        if len(run.buffer) >= config.sft_batch:
-            chosen, run.buffer = run.buffer[: config.sft_batch], run.buffer[config.sft_batch :]
-            sft_step(run, chosen, step, config.sft_lr)
-    metrics = rl_metrics(batch, updates, config)
+    updates, recorded = [], None
+    for part, groups in enumerate(torch.arange(len(picked)).tensor_split(config.updates_per_step)):
+        rows = torch.isin(batch.rollouts.group, groups).nonzero().squeeze(1)
+        # Z counts the planned rows: where a demonstration has taken a group's place, fewer are left
+        normalizer = len(groups) * config.rollouts_per_prompt * config.max_response_tokens
+        tokens = mini_batch(run, batch, rows, normalizer, step / config.steps, (step, part))
+        if record and part == 0:
+            recorded = group_record(run, batch, tokens, rows, picked)
+        updates.append(update(run, batch, tokens, config.temperature, run.optimizer, config.lr))
+    metrics = step_metrics(run, batch, updates, len(unsolved) / len(picked))
+    if run.collector:
+        metrics |= collect(run, picked, unsolved, step)
     end = time.perf_counter()
     metrics |= {
         "tokens_per_second": int(batch.rollouts.response_mask.sum()) / (end - start),
         "seconds_sample": sampled - start,
         "seconds_update": end - sampled,
     }
-    return metrics, samples(run, batch, picked)
-
-
-def rl_metrics(batch: Batch, updates: list[dict], config: Config) -> dict[str, Any]:
-    """Of the whole batch, every mini-batch and micro-batch. None where there is nothing to average."""
-    rollouts, rewards, hybrid = batch.rollouts, batch.rewards, batch.rollouts.hybrid
-    own = rollouts.response_mask & ~rollouts.prefix_mask
-    sampled = own.any(1)  # not a whole demonstration
-
-    def average(values: Tensor) -> float | None:
-        return float(values.float().mean()) if len(values) else None
-
-    groups = [rewards[rollouts.group == g] for g in range(int(rollouts.group.max()) + 1)]
-    unread = [not cut and not is_read(text) for text, cut in zip(rollouts.texts, rollouts.truncated.tolist())]
-    return {
-        "loss": mean([u["loss"] for u in updates]),
-        "grad_norm": mean([u["grad_norm"] for u in updates]),
-        "lr": config.lr,
-        "reward": average(rewards),
-        "reward_on_policy": average(rewards[~hybrid]),
-        "reward_hybrid": average(rewards[hybrid]),
-        "prefix_fraction": average(batch.fractions[hybrid]),
-        "prefix_tokens": sum(u["forced"] for u in updates),
-        "prefix_tokens_kept": sum(u["kept"] for u in updates),
-        "entropy": average(batch.entropy[own]),
-        "clip_fraction": sum(u["clipped"] for u in updates) / max(1, sum(u["weighted"] for u in updates)),
-        "response_tokens": average(rollouts.response_tokens),
-        "truncated": average(rollouts.truncated[sampled]),
-        "unread": average(torch.tensor(unread)[sampled]),
-        "equal_reward_groups": mean([float(r.min() == r.max()) for r in groups]),
-    }
-
-
-def samples(run: Run, batch: Batch, picked: Sequence[int]) -> list[dict[str, Any]]:
-    """The first on-policy row and the first hybrid one, with prefix and continuation told apart."""
-    rollouts, shown = batch.rollouts, []
-    for wanted in (False, True):
-        for i in (rollouts.hybrid == wanted).nonzero().flatten()[:1].tolist():
-            problem = run.data.train[picked[int(rollouts.group[i])]]
-            ids = rollouts.input_ids[i, -rollouts.response_mask.shape[1] :]
-            prefix = ids[rollouts.prefix_mask[i]]
-            rest = ids[rollouts.response_mask[i] & ~rollouts.prefix_mask[i]]
-            shown.append(
-                {
-                    "id": problem.id,
-                    "problem": problem.problem,
-                    "answer": problem.answer,
-                    "hybrid": wanted,
-                    "prefix": run.tokenizer.decode(prefix),
-                    "continuation": run.tokenizer.decode(rest),
-                    "reward": float(batch.rewards[i]),
-                    "truncated": bool(rollouts.truncated[i]),
-                }
-            )
-    return shown
+    return metrics, example_rows(run, batch, picked), recorded

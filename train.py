@@ -25,50 +25,60 @@ from eval import evaluate
 from evaluation.statistics import summarize
 from loss import METHODS
 from model import load_config, load_model, load_tokenizer, pick_device, save_model
+from reward import Reward, load_reward
 from sample import seed_of
-from step import Data, Run, pick, rl_step, sft_learning_rate, sft_step
+from step import Collector, Data, Run, problems_of_step, rl_step, sft_learning_rate, sft_step
 from support import checkpoint, console, distributed
 from support.config import TASK, Config, parse_config
 
 # ---- data
 
 
-def keep_fraction(problems: Sequence[Encoded], fraction: float) -> list[int]:
-    """Indices of the share of demonstrated problems that keep their demonstrations: chosen by id, so the choice is
-    the same in every run and a smaller share is part of a larger one."""
-    demonstrated = [i for i, problem in enumerate(problems) if problem.demonstrations]
-    ranked = sorted(demonstrated, key=lambda i: seed_of("demonstration", problems[i].id))
-    return sorted(ranked[: math.ceil(fraction * len(demonstrated))])
+def keep_fraction(problems: Sequence[Encoded], fraction: float) -> list[Encoded]:
+    """`problems`, of whose demonstrated ones the share `fraction` keep their demonstrations: chosen by id, so the
+    choice is the same in every run and a smaller share is part of a larger one."""
+    demonstrated = [problem.id for problem in problems if problem.demonstrations]
+    ranked = sorted(demonstrated, key=lambda name: seed_of("demonstration", name))
+    keeping = set(ranked[: math.ceil(fraction * len(demonstrated))])
+    return [
+        problem if problem.id in keeping else dataclasses.replace(problem, demonstrations=[]) for problem in problems
+    ]
 
 
-def load_data(config: Config, tokenizer, end_ids: list[int], context: int | None) -> tuple[Data, dict[str, int]]:
+def load_data(
+    config: Config, reward: Reward, tokenizer, end_ids: list[int], context: int | None
+) -> tuple[Data, dict[str, int]]:
     """The run's data, checked against its settings, and how many demonstrations were left out for which reason."""
-    train = load_problems(config.data)
+    train = load_problems(config.data, reward)
     embedded = config.data == Config.data
     files = {"validation": config.eval_data, "test": config.test_data}
     held = {}
     for name, path in files.items():
         if path or embedded:
-            problems = load_problems(path or f"{TASK}/{name}.jsonl")
+            problems = load_problems(path or f"{TASK}/{name}.jsonl", reward)
             bare = [dataclasses.replace(problem, demonstrations=()) for problem in problems]
-            held[name] = problems, encode_problems(tokenizer, bare, config.max_response_tokens, end_ids)[0]
-    encoded, left_out = encode_problems(tokenizer, train, config.max_response_tokens, end_ids)
-    demonstrated = keep_fraction(encoded, config.demonstration_fraction)
-    for i in set(range(len(encoded))) - set(demonstrated):
-        encoded[i] = dataclasses.replace(encoded[i], demonstrations=[])
+            held[name] = problems, encode_problems(tokenizer, bare, config.max_response_tokens, end_ids, reward)[0]
+    encoded, left_out = encode_problems(tokenizer, train, config.max_response_tokens, end_ids, reward)
+    encoded = keep_fraction(encoded, config.demonstration_fraction)
+    supervised = encoded
+    if config.sft_data:
+        problems = load_problems(config.sft_data, reward)
+        supervised, dropped = encode_problems(tokenizer, problems, config.max_response_tokens, end_ids, reward)
+        supervised, left_out = keep_fraction(supervised, config.demonstration_fraction), left_out + dropped
+    supervised = [problem for problem in supervised if problem.demonstrations]
     method = METHODS[config.method]
-    if not demonstrated and (method.rows != "on_policy" or "sft" in method.stages or method.relift):
+    used = supervised if "sft" in method.stages else [problem for problem in encoded if problem.demonstrations]
+    if method.needs_demonstrations and not used:
+        file = (config.sft_data if "sft" in method.stages else "") or config.data
         why = "".join(f", {count} left out ({why})" for why, count in left_out.items())
         fix = ": raise max_response_tokens" if "too long" in left_out else ""
-        raise ValueError(
-            f"method {config.method} needs demonstrations and {config.data} has none it can use{why}{fix}"
-        )
+        raise ValueError(f"method {config.method} needs demonstrations and {file} has none it can use{why}{fix}")
     if "rl" in method.stages and config.prompts_per_step > len(train):
         raise ValueError(
             f"prompts_per_step is {config.prompts_per_step}, but {config.data} has only {len(train)} problems"
         )
-    check_context(config, encoded, held, context)
-    return Data(train, encoded, demonstrated, held), dict(left_out)
+    check_context(config, [*encoded, *supervised], held, context)
+    return Data(train, encoded, supervised, held), dict(left_out)
 
 
 def check_context(config: Config, encoded: list[Encoded], held: dict, context: int | None) -> None:
@@ -87,8 +97,10 @@ def check_ranks(config: Config) -> None:
     """Raises ValueError if a rank would have nothing to do."""
     method, world = METHODS[config.method], distributed.world_size()
     parts = {"prompts_per_step": config.prompts_per_step} if "rl" in method.stages else {}
-    if "sft" in method.stages or method.relift:
+    if "sft" in method.stages:
         parts["sft_batch"] = config.sft_batch
+    if method.unsolved == "collect":
+        parts["relift_buffer"] = config.relift_buffer
     for name, value in parts.items():
         if value < world:
             raise ValueError(
@@ -116,6 +128,7 @@ def accuracy(run: Run, name: str, temperature: float, title: str) -> dict[str, d
         run.tokenizer,
         problems,
         encoded,
+        reward=run.reward,
         samples=run.config.eval_samples if temperature else 1,
         temperature=temperature,
         max_response_tokens=run.config.eval_response_tokens,
@@ -146,9 +159,15 @@ def prepare(config: Config) -> tuple[Run, dict[str, int]]:
     check_ranks(config)
     tokenizer, generation_config = load_tokenizer(config.model)
     context = getattr(load_config(config.model), "max_position_embeddings", None)
-    data, left_out = load_data(config, tokenizer, generation_config.eos_token_id, context)  # before the weights
+    reward = load_reward(config.reward)
+    data, left_out = load_data(
+        config, reward, tokenizer, generation_config.eos_token_id, context
+    )  # before the weights
     model, _ = load_model(config.model, device, training=True, recompute=config.recompute, offload=config.offload)
-    run = Run(config, METHODS[config.method], model, tokenizer, data, new_optimizer(model, config), [])
+    method = METHODS[config.method]
+    run = Run(config, method, model, tokenizer, reward, data, new_optimizer(model, config))
+    if method.unsolved == "collect":
+        run.collector = Collector([], new_optimizer(model, config))
     return run, left_out
 
 
@@ -168,31 +187,41 @@ def train(config: Config) -> int:
         console.show_base(run, base, time.perf_counter() - begun)
     scores = distributed.from_first(checkpoint.read_json(scores_file) if distributed.rank() == 0 else None)
 
+    def due(done: int) -> bool:
+        """Whether validation accuracy is measured, and a group recorded, at the step that makes it `done` steps."""
+        return done == total or bool(config.eval_every and done % config.eval_every == 0)
+
     stopped = catch_signals()
     with console.Progress(folder, total, start, config.tensorboard) as progress:
         for step in range(start, total):
             if step < sft_steps:
-                picked = pick(len(run.data.demonstrated), config.sft_batch, step, config.seed, "sft order")
-                picked = [run.data.demonstrated[i] for i in picked]
-                metrics, shown = sft_step(run, picked, step, sft_learning_rate(step, config)), []
+                picked = problems_of_step(len(run.data.supervised), config.sft_batch, step, config.seed, "sft order")
+                problems = [run.data.supervised[i] for i in picked]
+                metrics = sft_step(run, problems, step, run.optimizer, sft_learning_rate(step, config))
+                shown, group = [], None
             else:
                 if step == sft_steps:  # each stage starts with a fresh optimizer, as two runs would
                     run.optimizer = new_optimizer(run.model, config)
-                metrics, shown = rl_step(run, step - sft_steps)
+                metrics, shown, group = rl_step(run, step - sft_steps, record=step == sft_steps or due(step + 1))
             done, stop = step + 1, distributed.from_first(stopped)
-            if (config.eval_every and done % config.eval_every == 0) or done == total:
+            if due(done):
                 table = accuracy(run, "validation", 0.0, f"step {done}: validation")
-                metrics |= {f"eval_{level}": row["accuracy"] for level, row in table.items()}
+                for level, row in table.items():
+                    metrics |= {f"eval_{level}": row["accuracy"], f"eval_{level}_low": row["low"]}
+                    metrics |= {f"eval_{level}_high": row["high"]}
             checkpoint.append_rows(folder / "samples.jsonl", [{"step": done, **sample} for sample in shown])
+            checkpoint.append_rows(folder / "groups.jsonl", [{"step": done, **group}] if group else [])
             checkpoint.append_rows(folder / "metrics.jsonl", [{"step": done, **metrics}])
             progress.step(done, metrics, shown)
             if (config.save_every and done % config.save_every == 0) or done == total or stop:
-                checkpoint.save(folder, done, run.buffer, run.model, run.optimizer)
+                checkpoint.save(folder, done, run)
             if stop and done < total:
                 progress.close()
                 console.show(f"stopped after step {done} of {total}; to go on: {console.command(config, folder)}")
                 return 128 + stop[0]
-    save_model(run.model, run.tokenizer, folder / "final")
+    systems = {problem.system for problem in run.data.train}
+    remembered = {"system": systems.pop() if len(systems) == 1 else None, "reward": run.reward.name}
+    save_model(run.model, run.tokenizer, folder / "final", remembered)
     if "trained" not in scores:
         scores["trained"] = score(run, "trained")
         checkpoint.write_text(scores_file, json.dumps(scores, indent=1) + "\n")
@@ -202,13 +231,10 @@ def train(config: Config) -> int:
 
 def restore(run: Run, folder: Path) -> int:
     """Put the run into the state of its checkpoint, if it has one -> the steps that are done."""
-    saved = checkpoint.load(folder, run.model, run.optimizer)
-    for log in ("metrics.jsonl", "samples.jsonl"):
-        checkpoint.cut_log(folder / log, saved["step"] if saved else 0)
-    if not saved:
-        return 0
-    run.buffer = saved["buffer"]
-    return saved["step"]
+    done = checkpoint.load(folder, run)
+    for log in ("metrics.jsonl", "samples.jsonl", "groups.jsonl"):
+        checkpoint.cut_log(folder / log, done)
+    return done
 
 
 def draw_curves(folder: Path) -> str:

@@ -15,7 +15,7 @@ from typing import Any
 
 from transformers import PreTrainedTokenizerBase as Tokenizer
 
-from reward import check_gold, grade
+from reward import MATH, Reward, grade_one
 
 
 @dataclass(frozen=True)
@@ -49,7 +49,7 @@ def _check_text(text: str, where: str, field: str) -> None:
         raise ValueError(f"{where}: {field} has {found}: write the character itself") from error
 
 
-def _read_row(row: object, where: str, default_id: str) -> Problem:
+def _read_row(row: object, where: str, default_id: str, reward: Reward) -> Problem:
     if not isinstance(row, dict):
         raise ValueError(f"{where}: found {type(row).__name__}, expected a JSON object with problem and answer")
     for field in ("problem", "answer"):
@@ -70,11 +70,7 @@ def _read_row(row: object, where: str, default_id: str) -> Problem:
         raise ValueError(f"{where}: demonstrations must be a list of non-empty strings (or be absent)")
     for text in demonstrations:
         _check_text(text, where, "demonstrations")
-    try:
-        check_gold(row["answer"])
-    except ValueError as error:
-        raise ValueError(f"{where}: {error}") from error
-    return Problem(
+    problem = Problem(
         id=row["id"],
         problem=row["problem"],
         answer=row["answer"],
@@ -82,6 +78,11 @@ def _read_row(row: object, where: str, default_id: str) -> Problem:
         level=row.get("level", ""),
         system=row.get("system", ""),
     )
+    try:
+        reward.check(problem)
+    except Exception as error:  # a check of the user's own can raise anything
+        raise ValueError(f"{where}: {error}") from error
+    return problem
 
 
 def _parse(line: str, where: str) -> Any:
@@ -112,12 +113,12 @@ def read_rows(path: str | Path) -> dict[int, Any]:
     return {number: _parse(line, f"{path}:{number}") for number, line in lines if line.strip()}
 
 
-def check_rows(path: str | Path, rows: dict[int, Any]) -> list[Problem]:
+def check_rows(path: str | Path, rows: dict[int, Any], reward: Reward = MATH) -> list[Problem]:
     """The problems in the rows of a file. ValueError as `load_problems`."""
     problems, seen = [], {}
     for number, row in rows.items():
         where = f"{path}:{number}"
-        problem = _read_row(row, where, default_id=f"{Path(path).stem}-{number}")
+        problem = _read_row(row, where, default_id=f"{Path(path).stem}-{number}", reward=reward)
         if problem.id in seen:
             raise ValueError(f"{where}: the id {problem.id!r} stands at line {seen[problem.id]} too: ids are unique")
         seen[problem.id] = number
@@ -127,9 +128,10 @@ def check_rows(path: str | Path, rows: dict[int, Any]) -> list[Problem]:
     return problems
 
 
-def load_problems(path: str | Path) -> list[Problem]:
-    """The problems of a JSONL file. Raises ValueError naming file and line, what was found and what was expected."""
-    return check_rows(path, read_rows(path))
+def load_problems(path: str | Path, reward: Reward = MATH) -> list[Problem]:
+    """The problems of a JSONL file, which `reward` can grade. Raises ValueError naming file and line, what was found
+    and what was expected."""
+    return check_rows(path, read_rows(path), reward)
 
 
 def render_prompt(tokenizer: Tokenizer, problem: str, system: str = "") -> str:
@@ -153,12 +155,16 @@ def encode(tokenizer: Tokenizer, text: str, what: str = "text") -> list[int]:
 
 
 def encode_problems(
-    tokenizer: Tokenizer, problems: list[Problem], max_response_tokens: int, end_ids: list[int]
+    tokenizer: Tokenizer,
+    problems: list[Problem],
+    max_response_tokens: int,
+    end_ids: list[int],
+    reward: Reward = MATH,
 ) -> tuple[list[Encoded], Counter]:
     """Problems as ids, and how many demonstrations were left out for which reason.
 
-    A demonstration is used only if it fits the budget with its end token (`too long`), the grader finds its answer
-    equal to the problem's (`wrong or no answer`) and no end token stands inside it (`end token inside`).
+    A demonstration is used only if it fits the budget with its end token (`too long`), its reward is 1 (`not right`)
+    and no end token stands inside it (`end token inside`).
     """
     encoded, left_out = [], Counter()
     for problem in problems:
@@ -168,8 +174,8 @@ def encode_problems(
             ids = encode(tokenizer, text, f"demonstration of {problem.id!r}")
             if len(ids) + 1 > max_response_tokens:
                 left_out["too long"] += 1
-            elif grade(text, problem.answer) != 1.0:
-                left_out["wrong or no answer"] += 1
+            elif grade_one(reward, text, problem) != 1.0:
+                left_out["not right"] += 1
             elif set(ids) & set(end_ids):
                 left_out["end token inside"] += 1
             else:

@@ -13,6 +13,7 @@ from typing import Any
 
 from data.loader import Encoded, Problem, check_rows, read_rows
 from evaluation.multiple_choice import check_options
+from reward import MATH, Reward
 
 PAPER = {  # the paper's benchmarks and its samples per problem [paper 4.1]
     "aime24": 32,
@@ -55,11 +56,13 @@ def read_options(path: Path, rows: dict[int, Any], problems: list[Problem]) -> d
     return options
 
 
-def load_benchmark(name: str, path: Path, samples: int, per_level: int | None, system: str | None) -> Benchmark:
+def load_benchmark(
+    name: str, path: Path, samples: int, per_level: int | None, system: str | None, reward: Reward = MATH
+) -> Benchmark:
     """A JSONL file as a benchmark: the first `per_level` problems of each level (None: all), `system` (None: the
     rows' own) as system message. ValueError, one line, for a missing file or a bad line."""
     rows = read_rows(path)
-    problems = check_rows(path, rows)
+    problems = check_rows(path, rows, reward)
     options = read_options(path, rows, problems)
     if per_level is not None:
         levels = dict.fromkeys(problem.level for problem in problems)
@@ -77,6 +80,7 @@ def choose_benchmarks(
     samples: int | None = None,
     per_level: int | None = None,
     system: str | None = None,
+    reward: Reward = MATH,
 ) -> list[Benchmark]:
     """The benchmarks of a comma-separated list of names ("paper": the paper's nine), and the file `data` beside them.
 
@@ -89,7 +93,8 @@ def choose_benchmarks(
     chosen = {name: FILES[name] for name in listed} | ({data.stem: data} if data else {})
     if not chosen:
         raise ValueError("nothing to evaluate on: give --benchmarks or --data")
-    return [load_benchmark(n, path, samples or PAPER.get(n, 1), per_level, system) for n, path in chosen.items()]
+    how = (per_level, system, reward)
+    return [load_benchmark(n, path, samples or PAPER.get(n, 1), *how) for n, path in chosen.items()]
 
 
 def all_draws(benchmarks: Iterable[Benchmark]) -> Iterator[tuple[Benchmark, int, int]]:

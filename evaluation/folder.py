@@ -21,6 +21,7 @@ from data.loader import render_prompt
 from evaluation.benchmarks import Benchmark, all_draws, load_benchmark
 from evaluation.multiple_choice import grade_response
 from evaluation.statistics import Answers
+from reward import Reward, load_reward
 from support import distributed
 from support.checkpoint import read_json, write_text
 
@@ -38,11 +39,10 @@ def sha256(*paths: Path) -> str:
     return digest.hexdigest()
 
 
-def grader_version() -> str:
-    """sha256 of the files that decide whether a response is right."""
-    root = Path(__file__).parents[1]
-    files = sorted(root.glob("answers/*.py"))
-    return sha256(*files, root / "evaluation" / "multiple_choice.py", root / "reward.py")
+def grader_version(reward: Reward) -> str:
+    """sha256 of the code that decides whether a response is right."""
+    choices = sha256(Path(__file__).with_name("multiple_choice.py")) if reward.name == "math" else ""
+    return hashlib.sha256((reward.fingerprint + choices).encode()).hexdigest()
 
 
 def now() -> str:
@@ -78,7 +78,8 @@ def describe(args: argparse.Namespace, model, tokenizer, benchmarks: list[Benchm
         "top_p": 1.0,
         "max_response_tokens": args.max_response_tokens,
         "seed": args.seed,
-        "grader": grader_version(),
+        "reward": args.reward.name,
+        "grader": grader_version(args.reward),
         "versions": {
             "python": platform.python_version(),
             "torch": torch.__version__,
@@ -182,17 +183,22 @@ def count(folder: Path, benchmarks: list[Benchmark]) -> dict[str, list[Answers]]
     return answers
 
 
-def regrade(folder: Path) -> tuple[dict[str, Any], dict[str, list[Answers]]]:
-    """Grade the stored responses again by the grader of today, say how many grades changed -> settings, answers."""
+def regrade(folder: Path, name: str | None) -> tuple[dict[str, Any], dict[str, list[Answers]]]:
+    """Grade the stored responses again, by the reward called `name` (None: the one they were graded by), and say how
+    many grades changed -> settings, answers. A file of the user's own is run only if `name` names it."""
     file, path = folder / "settings.json", folder / "generations.jsonl"
     if not file.exists() or not path.exists():
         raise ValueError(f"{folder} holds no evaluation to grade again (no settings.json or generations.jsonl)")
     settings = stored_settings(folder)
+    graded_by = settings.get("reward", "math")
+    if name is None and graded_by not in ("math", "exact"):
+        raise ValueError(f"{folder} was graded by {graded_by}, which is not run unasked: give --reward {graded_by}")
+    reward = load_reward(name or graded_by)
     benchmarks = []
-    for name, stored in settings["benchmarks"].items():
+    for benchmark, stored in settings["benchmarks"].items():
         path_of = Path(stored["file"])
         per_level, system = settings["problems_per_level"], settings["system"]
-        benchmarks.append(load_benchmark(name, path_of, stored["samples"], per_level, system))
+        benchmarks.append(load_benchmark(benchmark, path_of, stored["samples"], per_level, system, reward))
         stored["sha256"] = sha256(path_of)  # a gold may have been corrected; the ids are checked row by row
     rows = sum(1 for _ in stored_rows(path, benchmarks))  # finds a damaged line before anything is written
     changed = 0
@@ -200,12 +206,13 @@ def regrade(folder: Path) -> tuple[dict[str, Any], dict[str, list[Answers]]]:
     with partial.open("w", encoding="utf-8") as out:
         for benchmark, i, row, _ in stored_rows(path, benchmarks):
             problem = benchmark.problems[i]
-            reward, read = grade_response(row["response"], problem.answer, benchmark.options.get(problem.id, ()))
-            new = row | {"reward": 0.0 if row["truncated"] else reward, "read": read}
+            options = benchmark.options.get(problem.id, ())
+            value, read = grade_response(reward, row["response"], problem, options)
+            new = row | {"reward": 0.0 if row["truncated"] else value, "read": read}
             out.write(json.dumps(new, ensure_ascii=False) + "\n")
             changed += new["reward"] != row["reward"]
     partial.replace(path)
-    settings |= {"grader": grader_version(), "regraded": now()}
+    settings |= {"reward": reward.name, "grader": grader_version(reward), "regraded": now()}
     write_text(file, json.dumps(settings, indent=1, ensure_ascii=False) + "\n")
     print(f"{rows} responses graded again, {changed} grades changed")
     if rows < sum(len(b.problems) * b.samples for b in benchmarks):

@@ -11,7 +11,8 @@ from collections.abc import Sequence
 
 import regex
 
-from reward import extract_boxed, grade, is_equivalent, is_read
+from data.loader import Problem
+from reward import Reward, extract_boxed, grade_one, is_equivalent, is_read
 
 LETTERS = string.ascii_uppercase
 _STYLE = regex.compile(r"\s*\\(?:text|textbf|textit|mathrm|mathbf|mbox|boxed)\s*\{([^{}]*)\}\s*")
@@ -68,10 +69,13 @@ def chosen(boxed: str, options: Sequence[str]) -> str | None:
     return same[0] if len(same) == 1 else None
 
 
-def grade_response(response: str, gold: str, options: Sequence[str] = ()) -> tuple[float, bool]:
-    """(reward 0 or 1, whether the boxed answer could be read). Without options it is reward.grade."""
-    if not options:
-        return grade(response, gold), is_read(response)
+def grade_response(
+    reward: Reward, response: str, problem: Problem, options: Sequence[str] = ()
+) -> tuple[float, bool]:
+    """(the reward, whether the answer could be read). `options` of multiple choice are looked at by the default
+    reward only."""
+    if not options or reward.name != "math":
+        return grade_one(reward, response, problem), reward.is_read(response)
     boxed = extract_boxed(response)
     letter = None if boxed is None else chosen(boxed, options)
-    return float(letter == gold), letter is not None or is_read(response)
+    return float(letter == problem.answer), letter is not None or is_read(response)

@@ -1,8 +1,8 @@
 """The run folder: make it, save to it, resume from it, exactly: k steps + resume + k steps = 2k steps, bit for bit.
 
-A checkpoint is one file: weights, optimizer state, the number of finished steps and ReLIFT's buffer. There is no
-random state and no data position in it: every draw is a pure function of (seed, step, problem, rollout), and the
-order of problems of (seed, epoch). The file is written beside the old one and renamed over it, so that at any
+A checkpoint is one file: weights, optimizer state, the number of finished steps; ReLIFT's buffer and optimizer. There
+is no random state and no data position in it: every draw is a pure function of (seed, step, problem, rollout), and
+the order of problems of (seed, epoch). The file is written beside the old one and renamed over it, so that at any
 moment, also under SIGKILL, one whole checkpoint exists. Logs are cut back to the checkpoint's step on resume.
 With several ranks only the first writes; weights and optimizer are put together before and split again after, so a
 run may go on with another number of ranks.
@@ -48,10 +48,14 @@ def state_file(folder: Path) -> Path:
     return folder / "checkpoint" / "state.pt"
 
 
-def save(folder: Path, step: int, buffer: list[int], model: Any, optimizer: torch.optim.Optimizer) -> None:
-    """Make this the checkpoint of the run in `folder`. Called on every rank."""
-    state = {"step": step, "buffer": buffer, "model": whole(state_of(model))}
-    state["optimizer"] = whole(optimizer.state_dict())
+def save(folder: Path, step: int, run: Any) -> None:
+    """Make this the checkpoint of the run (a step.Run) in `folder`. Called on every rank."""
+    state = {"step": step, "model": whole(state_of(run.model)), "optimizer": whole(run.optimizer.state_dict())}
+    if run.collector:
+        state["collector"] = {
+            "waiting": run.collector.waiting,
+            "optimizer": whole(run.collector.optimizer.state_dict()),
+        }
     if rank() > 0:
         return
     path = state_file(folder)
@@ -63,21 +67,21 @@ def save(folder: Path, step: int, buffer: list[int], model: Any, optimizer: torc
     os.replace(partial, path)
 
 
-def load(folder: Path, model: Any, optimizer: torch.optim.Optimizer) -> dict[str, Any] | None:
-    """Put the checkpoint's weights and optimizer state into place -> its step and buffer; None if there is none.
+def load(folder: Path, run: Any) -> int:
+    """Put the checkpoint into the run (a step.Run) -> its step; 0 if there is none.
 
     The file is mapped, not read: each rank takes its part. ValueError if it is damaged or of another model.
     """
     path = state_file(folder)
     if not path.exists():
-        return None
+        return 0
     with path.open("rb"):
         pass  # a file that may not be read is not a damaged one: its OSError says what it is
     try:
         state = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
     except (OSError, RuntimeError, EOFError, pickle.UnpicklingError) as error:
         raise ValueError(f"{path} is damaged: delete {path.parent} to start the run again from step 0") from error
-    own, saved = state_of(model), state["model"]
+    own, saved = state_of(run.model), state["model"]
     other = [name for name in own.keys() | saved.keys() if name not in own or name not in saved]
     other += [name for name in own.keys() & saved.keys() if own[name].shape != saved[name].shape]
     if other:
@@ -85,14 +89,22 @@ def load(folder: Path, model: Any, optimizer: torch.optim.Optimizer) -> dict[str
             f"{path} is the checkpoint of another model: {min(other)} differs; give the model it was made with, "
             "or another out"
         )
-    model.load_state_dict({name: part_like(saved[name], own[name]) for name in own}, strict=False)
+    run.model.load_state_dict({name: part_like(saved[name], own[name]) for name in own}, strict=False)
+    load_optimizer(run.optimizer, state["optimizer"])
+    if run.collector:
+        run.collector.waiting = state["collector"]["waiting"]
+        load_optimizer(run.collector.optimizer, state["collector"]["optimizer"])
+    return state["step"]
+
+
+def load_optimizer(optimizer: torch.optim.Optimizer, state: dict[str, Any]) -> None:
+    """Put a saved state, whole tensors, into an optimizer whose parameters may be split over ranks."""
     parameters = [p for group in optimizer.param_groups for p in group["params"]]
-    for i, values in state["optimizer"]["state"].items():
+    for i, values in state["state"].items():
         for name, value in values.items():
             if value.shape == parameters[i].shape:
                 values[name] = part_like(value, parameters[i])
-    optimizer.load_state_dict(state["optimizer"])
-    return {"step": state["step"], "buffer": state["buffer"]}
+    optimizer.load_state_dict(state)
 
 
 def cut_log(path: Path, step: int) -> None:

@@ -9,6 +9,7 @@ import difflib
 import json
 import math
 import sys
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -33,7 +34,9 @@ class Config:
     data: str = knob(f"{TASK}/train.jsonl", "training problems, JSONL (format: data/README.md; paper: OpenR1-46k)")
     eval_data: str = knob("", "problems for the curve during the run (embedded task: its validation set)")
     test_data: str = knob("", "problems for the result at the end (embedded task: its test set)")
+    sft_data: str = knob("", "problems of the sft stage, where they are others than data")
     demonstration_fraction: float = knob(1.0, "share of demonstrated problems that keep theirs (paper: 1)", 0, 1)
+    reward: str = knob("math", "math (paper), exact (the boxed text), or FILE.py[:name], a function of your own")
     # how long, where to
     steps: int = knob(120, "steps of reinforcement (paper: 500)", 0)
     seed: int = knob(0, "of every random draw", 0)
@@ -42,7 +45,7 @@ class Config:
         "", "auto: continue the run in --out from its last checkpoint, or start it", choices=("", "auto")
     )
     save_every: int = knob(20, "steps between checkpoints; 0: only at the end", 0)
-    eval_every: int = knob(20, "steps between evaluations; 0: only at the end", 0)
+    eval_every: int = knob(10, "steps between evaluations; 0: only at the end", 0)
     # rollouts
     prompts_per_step: int = knob(16, "problems per step (paper: 128)", 1)
     rollouts_per_prompt: int = knob(8, "N, rows of a group (paper: 8)", 1)
@@ -51,18 +54,22 @@ class Config:
     max_response_tokens: int = knob(96, "budget of prefix + continuation (paper: 8192)", 2)
     # the objective
     updates_per_step: int = knob(2, "mini-batches of a step (paper: 2)", 1)
+    coefficient: float | None = knob(None, "c in the method's weights (loss.METHODS); empty: the method's own", 0)
     baseline: str = knob(
         "on_policy", "of the advantage (loss.advantages; paper Eq. 3: group)", choices=("on_policy", "group")
     )
     scale_by_std: bool = knob(False, "divide advantages by the group's standard deviation (paper: no)")
     entropy_keep: float = knob(0.2, "share of prefix tokens the entropy clip keeps (paper: 0.2)", 0, 1)
-    clip_low: float = knob(0.2, "PPO clips the ratio below 1 - clip_low (paper: 0.2)", 0, 1)
-    clip_high: float = knob(0.2, "PPO clips the ratio above 1 + clip_high (paper: 0.2)", 0)
+    clip_low: float = knob(0.2, "PPO clips the ratio below 1 - clip_low (paper: 0.2)", 1e-3, 1)
+    clip_high: float = knob(0.2, "PPO clips the ratio above 1 + clip_high (paper: 0.2)", 1e-3)
+    gate: int = knob(0, "hpt, rescue, relift: a group with at most so many right rows is unsolved (HPT: 0)", 0)
     # the optimizer
     lr: float = knob(1e-4, "of reinforcement, constant (paper: 1e-6)", 0)
     sft_lr: float = knob(2.5e-4, "peak of supervised fine-tuning: 10% warm-up, then a cosine to 0 (paper: 5e-5)", 0)
     sft_steps: int = knob(64, "updates of the sft stage (paper: 3 epochs)", 0)
-    sft_batch: int = knob(32, "demonstrations per sft update, and the size of ReLIFT's buffer (paper: 64)", 1)
+    sft_batch: int = knob(32, "demonstrations per sft update (paper: 64)", 1)
+    relift_lr: float = knob(1e-4, "of ReLIFT's supervised updates, constant (source: 1e-6)", 0)
+    relift_buffer: int = knob(32, "demonstrations that wait for a ReLIFT update (source: 128)", 1)
     weight_decay: float = knob(0.0, "of AdamW (paper: 0.01)", 0)
     adam_beta2: float = knob(0.99, "of AdamW (paper: 0.999)", 0, 0.999999)
     max_grad_norm: float = knob(1.0, "gradients are scaled down to this norm (paper: 1)", 0)
@@ -90,6 +97,10 @@ def suggest(word: str, known: list[str]) -> str:
 def check_value(field: dataclasses.Field, value: Any) -> Any:
     """`value` (from JSON, or a string from the command line) as the field's type; ValueError if it is not one."""
     kind, meta = field.type, field.metadata
+    if kind == float | None:
+        if value in (None, ""):
+            return None
+        kind = float
     if isinstance(value, str) and kind is not str:
         try:
             value = {"true": True, "false": False}[value.lower()] if kind is bool else kind(value)
@@ -112,9 +123,17 @@ def check_value(field: dataclasses.Field, value: Any) -> Any:
 
 def check_together(config: Config) -> Config:
     """Raises ValueError for settings that contradict each other."""
-    rows = METHODS[config.method].rows
-    guided = rows in ("hybrid", "demonstration") and "rl" in METHODS[config.method].stages
-    if guided and config.hybrid_per_prompt >= config.rollouts_per_prompt:
+    method = METHODS[config.method]
+    if "rl" in method.stages and config.rollouts_per_prompt < 2:
+        raise ValueError(
+            f"rollouts_per_prompt is {config.rollouts_per_prompt}, expected at least 2: a response is compared with "
+            "others to the same problem, so a single one has no gradient"
+        )
+    if config.coefficient is not None and method.coefficient is None:
+        having = ", ".join(name for name, m in METHODS.items() if m.coefficient is not None)
+        raise ValueError(f"coefficient is {config.coefficient}, but {config.method} has none; these have: {having}")
+    mixed = method.rows in ("hybrid", "demonstration") and "rl" in method.stages
+    if mixed and config.hybrid_per_prompt >= config.rollouts_per_prompt:
         raise ValueError(
             f"hybrid_per_prompt is {config.hybrid_per_prompt} of {config.rollouts_per_prompt} rollouts_per_prompt, "
             "expected fewer: the on-policy rows of a group are its baseline"
@@ -141,11 +160,42 @@ def from_dict(values: dict[str, Any]) -> Config:
 def usage() -> str:
     lines = ["usage: python train.py [--config FILE.json] [--FIELD VALUE ...]", ""]
     for field in dataclasses.fields(Config):
-        lines.append(f"  --{field.name} {field.type.__name__.upper()}  (default {field.default!r})")
+        kind = "FLOAT" if field.type == float | None else field.type.__name__.upper()
+        default = "empty" if field.default is None else repr(field.default)
+        lines.append(f"  --{field.name} {kind}  (default {default})")
         lines.append(f"        {field.metadata['help']}")
         if field.metadata["choices"]:
             lines.append(f"        one of: {', '.join(str(c) for c in field.metadata['choices'] if c)}")
+    return "\n".join([*lines, "", "the methods (formulas: loss.py)", "", methods_table()])
+
+
+def methods_table() -> str:
+    """loss.METHODS as a Markdown table, a row for each method."""
+    given = {"collect": "; unsolved: SFT later", "replace": "; unsolved: a demonstration instead"}
+    given |= {"rescue": "; unsolved: again behind a prefix", "": ""}
+    titles = (
+        "method",
+        "source",
+        "rows of a group",
+        "w of own tokens",
+        "w of demonstration tokens",
+        "c",
+        "entropy clip",
+    )
+    lines = [f"| {' | '.join(titles)} |", "|---" * len(titles) + "|"]
+    for name, m in METHODS.items():
+        c = "–" if m.coefficient is None else f"{m.coefficient:g}"
+        c += "" if m.coefficient_end is None else f" to {m.coefficient_end:g}"
+        formulas = [formula(m.policy_weight) if "rl" in m.stages else "–"]
+        formulas += [formula(m.demonstration_weight) if m.needs_demonstrations else "–"]
+        cells = [f"`{name}`", m.source, m.rows + given[m.unsolved], *formulas, c, m.entropy_clip or "–"]
+        lines.append(f"| {' | '.join(cells)} |")
     return "\n".join(lines)
+
+
+def formula(weight: Callable) -> str:
+    """The first line of a weight function's docstring."""
+    return (weight.__doc__ or weight.__name__).splitlines()[0]
 
 
 def parse_config(argv: list[str]) -> Config:

@@ -133,8 +133,9 @@ def show_start(run: Any, folder: Path, left_out: dict[str, int], total: int, don
     device = pick_device(config.device)
     where = f"{device}{ranks}" + (", bf16 compute" if device.type == "cuda" else "")
     show(f"  model      {config.model}, {parameters / 1e6:.2f} M parameters, on {where}")
+    demonstrated = sum(bool(problem.demonstrations) for problem in data.encoded)
     dropped = "".join(f", {count} left out ({why})" for why, count in left_out.items())
-    show(f"  problems   {len(data.train)} of {config.data}, {len(data.demonstrated)} with demonstrations{dropped}")
+    show(f"  problems   {len(data.train)} of {config.data}, {demonstrated} with demonstrations{dropped}")
     held = ", ".join(f"{len(problems)} {name}" for name, (problems, _) in data.held.items())
     show(f"  held out   {held or 'none: give --eval_data and --test_data to see accuracy'}")
     if "rl" in run.method.stages:

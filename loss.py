@@ -294,7 +294,7 @@ def row_mean(t: Tokens) -> Tensor:
     token mean per micro-batch, in which such a demonstration is nearly always alone: then this is that weight. It
     grows with the number of replaced groups, as no constant over Z would.
     """
-    lengths = t.prefix_mask.sum(1, keepdim=True).clamp(min=1)
+    lengths = t.prefix_mask.sum(1, keepdim=True).clamp(min=1).to(t.log_probs)
     return (t.coefficient * t.max_response_tokens / lengths).expand_as(t.log_probs)
 
 

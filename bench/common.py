@@ -34,12 +34,12 @@ def new_run(**settings) -> steps.Run:
 
 
 def picked_at(run: steps.Run, step: int) -> list[int]:
-    return steps.pick(len(run.data.train), run.config.prompts_per_step, step, run.config.seed, "order")
+    return steps.problems_of_step(len(run.data.train), run.config.prompts_per_step, step, run.config.seed, "order")
 
 
 def rows_at(run: steps.Run, step: int) -> list[Row]:
-    encoded = [run.data.encoded[i] for i in picked_at(run, step)]
-    return steps.plan(encoded, run.method, run.config, step, run.config.rollouts_per_prompt)
+    picked = picked_at(run, step)
+    return steps.plan(run, picked, range(len(picked)), step, run.config.rollouts_per_prompt, rows=run.method.rows)
 
 
 def timed(call: Callable) -> tuple[object, float, float]:

@@ -4,7 +4,14 @@ import pytest
 import torch
 from transformers import AutoTokenizer, GenerationConfig, LlamaConfig, LlamaForCausalLM
 
+from reward import Reward
+
 torch.set_num_threads(1)
+
+BY_LENGTH = Reward(
+    "by length", lambda text, problem: float(len(text) % 2), lambda problem: None, lambda text: True, "none"
+)  # about half right, the same for equal responses
+ALL_WRONG = Reward("all wrong", lambda text, problem: 0.0, lambda problem: None, lambda text: True, "none")
 
 
 @pytest.fixture(scope="session")

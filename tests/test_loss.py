@@ -5,7 +5,17 @@ import math
 import pytest
 import torch
 
-from loss import METHODS, advantages, entropy_clip, kept_tokens, ppo_weight, token_weights, weighted_loss
+from loss import (
+    METHODS,
+    Tokens,
+    advantages,
+    coefficient_at,
+    entropy_clip,
+    ppo_weight,
+    token_weights,
+    weight_mask,
+    weighted_loss,
+)
 
 # ---- advantages
 
@@ -48,7 +58,7 @@ def test_advantages_of_the_drawing():
 
 
 def test_equal_rewards_give_no_signal():
-    """Rule 9: 0 everywhere, but a hybrid continuation keeps r_h under on_policy."""
+    """0 everywhere, but a hybrid continuation keeps r_h under on_policy."""
     group, hybrid = torch.zeros(4, dtype=torch.long), torch.tensor([False, False, False, True])
     for reward in (0.0, 1.0):
         own, prefix = advantages(torch.full((4,), reward), group, hybrid)
@@ -74,6 +84,21 @@ def test_scaling_divides_by_the_unbiased_deviation():
         rewards, torch.zeros(6, dtype=torch.long), torch.zeros(6, dtype=torch.bool), scale_by_std=True
     )
     torch.testing.assert_close(own, (rewards - rewards.mean()) / (rewards.std() + 1e-6))
+
+
+@pytest.mark.parametrize("common", [0.0, 0.1, 1.0])
+def test_a_deviation_that_is_only_rounding_divides_nothing(common):
+    """Seven times 0.1 has a mean that is not 0.1 in floats: the on-policy rows get 0, the prefix r_h - 0.1."""
+    rewards, group, hybrid = (
+        torch.tensor([common] * 7 + [1.0]),
+        torch.zeros(8, dtype=torch.long),
+        torch.arange(8) == 7,
+    )
+    own, prefix = advantages(rewards, group, hybrid, scale_by_std=True)
+    assert own.tolist() == [0.0] * 7 + [1.0]
+    assert prefix[7].item() == pytest.approx(1 - common)
+    equal, _ = advantages(torch.full((8,), common), group, hybrid, "group", scale_by_std=True)
+    assert equal.tolist() == [0.0] * 8
 
 
 # ---- entropy clip
@@ -134,56 +159,68 @@ def test_an_infinite_ratio_gives_no_nan():
 
 
 class Group:
-    """Random rows of unequal length: four problems of six rows, the last row of each guided (in SFT: every row)."""
+    """Random rows of unequal length: four problems of six rows, the last of each with demonstration tokens (shared
+    prefix and batches of demonstrations: every row; methods that replace or rescue: the first problem's)."""
 
     def __init__(self, name: str, moved: bool, seed: int = 0):
         torch.manual_seed(seed)
+        self.method = METHODS[name]
         self.B, self.R, self.V = 24, 12, 7
-        self.logits = torch.randn(self.B, self.R, self.V, requires_grad=True)
+        self.logits = torch.randn(self.B, self.R, self.V, dtype=torch.float64, requires_grad=True)
         self.ids = torch.randint(0, self.V, (self.B, self.R))
         lengths = torch.randint(4, self.R + 1, (self.B,))
         column = torch.arange(self.R)
         self.mask = column < lengths[:, None]
         self.group = torch.arange(4).repeat_interleave(6)
-        guided = (torch.arange(self.B) % 6 == 5) | (name == "sft")
+        self.supervised = self.method.stages[0] == "sft"
+        last, first_group = torch.arange(self.B) % 6 == 5, self.group == 0
         prefix = {
             "on_policy": torch.zeros(self.B, dtype=torch.long),
-            "hybrid": torch.where(guided, lengths - 2, 0),
-            "demonstration": torch.where(guided, lengths, 0),
+            "hybrid": torch.where(last, lengths - 2, 0),
+            "demonstration": torch.where(last, lengths, 0),
             "shared_prefix": torch.full((self.B,), 2),
-        }[METHODS[name].rows]
+        }[self.method.rows]
+        if self.supervised:
+            prefix = lengths
+        elif self.method.unsolved in ("replace", "rescue"):
+            prefix = torch.where(first_group, lengths if self.method.unsolved == "replace" else 2, 0)
         self.prefix_mask = column < prefix[:, None]
         self.hybrid = prefix > 0
-        self.rewards = torch.randint(0, 2, (self.B,)).float()
+        self.rewards = torch.randint(0, 2, (self.B,)).double()
         self.log_probs = self.logits.log_softmax(-1).gather(-1, self.ids[..., None]).squeeze(-1)
         probs = self.logits.detach().softmax(-1)
         self.entropy = -(probs * probs.log()).sum(-1)
         shift = 0.4 * torch.randn(self.B, self.R) if moved else 0.0
         self.old = self.log_probs.detach() + shift
-        self.Z = self.B * self.R
+        self.T_d = int(self.prefix_mask.sum())
+        self.T_own = int(self.mask.sum()) - self.T_d
+        self.Z = float(self.T_d if self.supervised else self.B * self.R)
+        baseline = self.method.baseline or "on_policy"
+        self.advantage = advantages(self.rewards, self.group, self.hybrid, baseline, bool(self.method.scale_by_std))
 
-    def ours(self, name: str, rows: torch.Tensor | None = None) -> torch.Tensor:
-        """The gradient by token_weights and weighted_loss, on `rows` or all."""
-        method = METHODS[name]
+    def ours(self, rows: torch.Tensor | None = None, coefficient: float | None = None) -> torch.Tensor:
+        """The gradient by token_weights and weighted_loss, on `rows` or all, at the run's beginning."""
         rows = torch.arange(self.B) if rows is None else rows
-        own, forced = advantages(self.rewards, self.group, self.hybrid, method.baseline or "on_policy")
         generator = torch.Generator().manual_seed(3)
-        kept = kept_tokens(method, self.mask, self.prefix_mask, self.entropy, 0.2, generator)
-        tokens = int(self.prefix_mask.sum())
-        z = tokens if name == "sft" else self.Z
-        weights = token_weights(
-            method,
-            self.log_probs.detach()[rows],
-            self.old[rows],
-            own[rows],
-            forced[rows],
-            self.prefix_mask[rows],
-            kept[rows],
-            0.2,
-            0.2,
-            z / max(1, tokens),
-        )
-        loss = weighted_loss(self.log_probs[rows], weights, self.mask[rows], z)
+        tokens = Tokens(
+            log_probs=self.log_probs.detach(),
+            old_log_probs=self.old,
+            entropy=self.entropy,
+            response_mask=self.mask,
+            prefix_mask=self.prefix_mask,
+            weight_mask=weight_mask(self.method, self.mask, self.prefix_mask, self.entropy, 0.2, generator),
+            rewards=self.rewards,
+            response_advantage=self.advantage[0],
+            prefix_advantage=self.advantage[1],
+            clip_low=0.2,
+            clip_high=0.2,
+            coefficient=coefficient_at(self.method, 0.0, coefficient),
+            policy_tokens=self.T_own,
+            demonstration_tokens=self.T_d,
+            normalizer=self.Z,
+            max_response_tokens=self.R,
+        ).at(rows, self.log_probs[rows], self.entropy[rows])
+        loss = weighted_loss(self.log_probs[rows], token_weights(self.method, tokens), self.mask[rows], self.Z)
         return torch.autograd.grad(loss, self.logits, retain_graph=True)[0]
 
 
@@ -196,38 +233,88 @@ def top_entropy(mask, entropy, share):
     return kept
 
 
+def cross_entropy(g: Group, weight=1.0):
+    """weight * -log p of demonstration tokens, [number of them], from the logits"""
+    mask = g.prefix_mask
+    nll = torch.nn.functional.cross_entropy(g.logits[mask], g.ids[mask], reduction="none")
+    return nll * (weight[mask] if isinstance(weight, torch.Tensor) else weight)
+
+
 def textbook(name: str, g: Group) -> torch.Tensor:
-    """-objective of each method's paper, written out with what autograd can differentiate."""
-    ratio = (g.log_probs - g.old).exp()
+    """The loss of each method as its source states it, written out with what autograd can differentiate."""
+    ratio, p = (g.log_probs - g.old).exp(), g.log_probs.exp()
     policy, prefix = g.mask & ~g.prefix_mask, g.prefix_mask
-    baseline = "group" if name in ("luffy", "uft") else "on_policy"
-    own, forced = (
-        torch.tensor(a)[:, None] for a in by_hand(*map(torch.Tensor.tolist, (g.rewards, g.group, g.hybrid)), baseline)
+    group_baseline = name in ("luffy", "uft", "srft", "rescue")
+    own, given = (
+        torch.tensor(a, dtype=torch.float64)[:, None]
+        for a in by_hand(
+            *map(torch.Tensor.tolist, (g.rewards, g.group, g.hybrid)), "group" if group_baseline else "on_policy"
+        )
     )
-    on_policy = (ppo_surrogate(ratio, own, 0.2, 0.2) * policy).sum() / g.Z
-    guided = ppo_surrogate(ratio, forced, 0.2, 0.2)
-    if name == "sft":  # token-mean cross-entropy of the demonstrations
-        rows = g.hybrid
-        return torch.nn.functional.cross_entropy(g.logits[rows][g.mask[rows]], g.ids[rows][g.mask[rows]])
-    if name in ("rft", "relift", "sft-rft", "prefix-rft-frozen"):
-        return -on_policy
-    if name == "rft-entropy-clip":
-        return -(ppo_surrogate(ratio, own, 0.2, 0.2) * top_entropy(g.mask, g.entropy, 0.2)).sum() / g.Z
-    if name == "rft+sft":
-        return -on_policy - g.log_probs[prefix].mean()
-    if name == "luffy":  # ratio without clip; f(pi) with f(p) = p / (p + 0.1) on the demonstration
-        shaped = g.log_probs.exp() / (g.log_probs.exp() + 0.1)
-        return -((ratio * own * policy).sum() + (shaped * forced * prefix).sum()) / g.Z
-    if name == "uft":
-        return -on_policy - 0.001 * g.log_probs[prefix].mean()
-    if name == "prefix-rft-static":
-        return -on_policy - 0.001 * g.log_probs[prefix].sum() / g.Z
+    if name in ("uft", "chord-mu", "chord-phi"):  # advantages over the deviation of the baseline's rows
+        for k in range(4):
+            members = (g.group == k) & (torch.ones_like(g.hybrid) if group_baseline else ~g.hybrid)
+            std = g.rewards[members].std()
+            own = torch.where((members & (std > 0))[:, None], own / (std + 1e-6), own)
+    surrogate, plain = ppo_surrogate(ratio, own, 0.2, 0.2), ratio * own
+    clipped_rl, plain_rl = -(surrogate * policy).sum(), -(plain * policy).sum()
+    of_prefix = ppo_surrogate(ratio, given, 0.2, 0.2)
+    entropy = (g.entropy * g.mask).sum(1, keepdim=True) / g.mask.sum(1, keepdim=True)  # H of a row
+    q = p.detach()
+    shaped = p / (p + 0.1)
+    L = g.R
     kept = {
         "prefix-rft-all": lambda: prefix,
         "prefix-rft-low": lambda: top_entropy(prefix, -g.entropy, 0.2),
         "prefix-rft-random": lambda: entropy_clip(prefix, g.entropy, 0.2, "random", torch.Generator().manual_seed(3)),
-    }.get(name, lambda: top_entropy(prefix, g.entropy, 0.2))()
-    return -on_policy - (guided * kept).sum() / g.Z
+        "prefix-rft-frozen": lambda: torch.zeros_like(prefix),
+    }.get(name, lambda: top_entropy(prefix, g.entropy, 0.2))
+    ends = ("", "-frozen", "-all", "-low", "-random", "-uniform", "-constant")
+    of_the_paper = tuple(f"prefix-rft{end}" for end in ends)
+    losses = {
+        ("sft", "sft-rft"): lambda: cross_entropy(g).mean(),
+        ("dft", "dft-rft"): lambda: cross_entropy(g, q).mean(),
+        ("rft",): lambda: clipped_rl / g.Z,
+        ("relift",): lambda: plain_rl / g.Z,
+        ("rescue",): lambda: clipped_rl / g.Z,
+        ("rft-entropy-clip",): lambda: -(surrogate * top_entropy(g.mask, g.entropy, 0.2)).sum() / g.Z,
+        # RL summed over rows and tokens / L, not divided by rows; SFT a token mean with coefficient c * rows: the
+        # source's gradient is `rows` times ours
+        ("rft+sft",): lambda: (plain_rl / L + 0.1 * g.B * cross_entropy(g).mean()) / g.B,
+        ("luffy",): lambda: -((plain * policy).sum() + (shaped * given * prefix).sum()) / g.Z,
+        # both terms token means; the common factor T_own / Z only scales the step
+        ("uft",): lambda: (clipped_rl / g.T_own + 0.001 * cross_entropy(g).mean()) * g.T_own / g.Z,
+        ("chord-mu",): lambda: (0.1 * clipped_rl / g.T_own + 0.9 * cross_entropy(g).mean()) * g.T_own / g.Z,
+        ("chord-phi",): lambda: (
+            (0.9 * clipped_rl / g.T_own + 0.1 * cross_entropy(g, q * (1 - q)).mean()) * g.T_own / g.Z
+        ),
+        # a micro-batch for each demonstration that took a group's place: its token mean beside a sum / L
+        ("hpt",): lambda: (
+            (
+                plain_rl / L
+                - sum(
+                    (g.log_probs[i] * prefix[i]).sum() / prefix[i].sum()
+                    for i in g.hybrid.nonzero().flatten().tolist()
+                )
+            )
+            / g.B
+        ),
+        ("srft",): lambda: (
+            (
+                -(torch.where(g.rewards[:, None] == 1, 0.1 * entropy.exp(), -1.0) * g.log_probs * policy).sum() / L
+                - (shaped * given * prefix).sum() / L
+                + 0.1 * g.B * cross_entropy(g, (0.5 * (-entropy).exp()).expand_as(q)).mean()
+            )
+            / g.B
+        ),
+        ("prefix-rft-trust",): lambda: (plain_rl - ((p / q.clamp(min=0.1)) * prefix).sum()) / g.Z,
+        ("prefix-rft-static",): lambda: (clipped_rl - 0.001 * (g.log_probs * prefix).sum()) / g.Z,
+        of_the_paper: lambda: (clipped_rl - (of_prefix * kept()).sum()) / g.Z,
+    }
+    found = [loss for names, loss in losses.items() if name in names]
+    if not found:
+        pytest.skip(f"the loss of {name} as its source states it is not written here yet: add it to `losses`")
+    return found[0]()
 
 
 @pytest.mark.parametrize("moved", [False, True], ids=["before an update", "after an update"])
@@ -237,27 +324,44 @@ def test_gradient_equals_the_textbook_objective(name, moved):
         g = Group(name, moved, seed)
         want = torch.autograd.grad(textbook(name, g), g.logits, retain_graph=True)[0]
         assert want.abs().max() > 0
-        torch.testing.assert_close(g.ours(name), want, rtol=1e-4, atol=1e-7)
+        torch.testing.assert_close(g.ours(), want, rtol=1e-9, atol=1e-12)  # float64: 1e-16 times some hundred terms
 
 
 @pytest.mark.parametrize("name", METHODS)
 def test_sum_over_micro_batches_is_the_whole_gradient(name):
     g = Group(name, moved=True)
-    parts = sum(
-        g.ours(name, rows) for rows in torch.randperm(g.B, generator=torch.Generator().manual_seed(0)).split(5)
-    )
-    # kept tokens and denominators are those of the mini-batch, as in step.update
-    torch.testing.assert_close(parts, g.ours(name), rtol=1e-4, atol=1e-7)
+    chunks = torch.randperm(g.B, generator=torch.Generator().manual_seed(0)).split(5)
+    parts = sum(g.ours(rows) for rows in chunks)  # mask and denominators are those of the mini-batch
+    torch.testing.assert_close(parts, g.ours(), rtol=1e-9, atol=1e-12)
+
+
+@pytest.mark.parametrize("name", [name for name, method in METHODS.items() if method.coefficient is not None])
+def test_the_coefficient_setting_is_read(name):
+    g = Group(name, moved=True)
+    assert torch.equal(g.ours(), g.ours(coefficient=METHODS[name].coefficient))
+    assert not torch.allclose(g.ours(), g.ours(coefficient=METHODS[name].coefficient / 2))
+
+
+def test_a_coefficient_falls_along_half_a_cosine():
+    method = METHODS["chord-mu"]
+    found = [coefficient_at(method, progress, None) for progress in (0, 0.25, 0.5, 1)]
+    assert found == pytest.approx([0.9, 0.05 + 0.85 * (1 + 0.5**0.5) / 2, 0.475, 0.05])
+    assert coefficient_at(method, 0.0, 0.3) == 0.3 and coefficient_at(method, 1.0, 0.3) == pytest.approx(0.05)
+    assert coefficient_at(METHODS["luffy"], 0.7, None) == 0.1 and coefficient_at(METHODS["rft"], 0.7, None) == 1.0
 
 
 def test_every_method_is_another_objective():
-    """No two entries of the table give the same gradient on rows of their own kind, but for named twins."""
-    twins = {frozenset(p) for p in (("rft", "relift"), ("rft", "sft-rft"), ("relift", "sft-rft"))}
-    same_weights = {"prefix-rft", "prefix-rft-uniform", "prefix-rft-constant"}  # they differ in the prefix length
-    grads = {}
-    for name, method in METHODS.items():
-        grads[name] = (method.rows, Group(name, moved=True).ours(name))
-    for a in grads:
-        for b in grads:
-            if a < b and grads[a][0] == grads[b][0] and frozenset((a, b)) not in twins and not {a, b} <= same_weights:
-                assert not torch.allclose(grads[a][1], grads[b][1]), (a, b)
+    """No two entries of the table give the same gradient on rows of their own kind, but for those that differ in
+    their rows or stages only."""
+    grads = {name: Group(name, moved=True).ours() for name in METHODS}
+    for a in METHODS:
+        for b in METHODS:
+            one, other = METHODS[a], METHODS[b]
+            alike = (one.rows, one.stages, one.schedule, one.unsolved) == (
+                other.rows,
+                other.stages,
+                other.schedule,
+                other.unsolved,
+            )
+            if a < b and alike:
+                assert not torch.allclose(grads[a], grads[b]), (a, b)

@@ -80,7 +80,7 @@ PROBLEM = Encoded("p1", [1, 20, 21, 22], [list(range(30, 50)), list(range(50, 60
 PLAN = {
     "schedule": "uniform",
     "rollouts": 8,
-    "guided": 1,
+    "hybrid": 1,
     "max_response_tokens": 40,
     "seed": 0,
     "step": 3,
@@ -101,7 +101,7 @@ def test_plans_of_a_group():
     assert whole.complete and whole.prefix_ids in [[*d, 2] for d in PROBLEM.demonstrations]
     shared = plan_group(PROBLEM, 0, rows="shared_prefix", **PLAN)
     assert len({tuple(row.prefix_ids) for row in shared}) == 1 and len({row.key for row in shared}) == 8
-    two = plan_group(PROBLEM, 0, rows="hybrid", **(PLAN | {"guided": 2}))
+    two = plan_group(PROBLEM, 0, rows="hybrid", **(PLAN | {"hybrid": 2}))
     assert [bool(row.prefix_ids) for row in two] == [False] * 6 + [True] * 2
     bare = plan_group(Encoded("p2", [1], [], 2), 0, rows="hybrid", **PLAN)
     assert all(not row.prefix_ids for row in bare)
@@ -199,7 +199,7 @@ def test_calls_are_as_few_as_their_memory_allows():
         best = [0]
         for end in range(1, size + 1):
             best.append(1 + min(best[start] for start in range(end) if fits(rows[start:end])))
-        calls = sample._calls(rows, range(size), most, budget, True)
+        calls = sample._cut_into_calls(rows, range(size), most, budget, True)
         assert [i for call in calls for i in call] == list(range(size)), trial
         assert all(fits([rows[i] for i in call]) for call in calls) and len(calls) == best[-1], trial
 

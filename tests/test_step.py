@@ -7,16 +7,30 @@ from pathlib import Path
 
 import pytest
 import torch
-from conftest import random_model
+from conftest import ALL_WRONG, BY_LENGTH, random_model
 
 import step as steps
 from data.loader import Encoded, Problem
-from loss import METHODS
-from step import Data, Run, micro_batches, pick, rl_step, rollout_batch, sft_learning_rate, sft_step, update
+from loss import METHODS, clipped, unclipped, zero
+from step import (
+    Collector,
+    Data,
+    Run,
+    micro_batches,
+    mini_batch,
+    problems_of_step,
+    rl_step,
+    rollout_batch,
+    sft_learning_rate,
+    sft_step,
+    update,
+)
 from support.config import Config, from_dict
 
 
-def make_run(tokenizer, method="prefix-rft", model=None, problems=6, demonstrated=5, **settings) -> Run:
+def make_run(
+    tokenizer, method="prefix-rft", model=None, problems=6, demonstrated=5, reward=BY_LENGTH, **settings
+) -> Run:
     """A run on random problems whose answers the random model sometimes hits: rewards are drawn, not graded."""
     defaults = {
         "prompts_per_step": 4,
@@ -37,15 +51,11 @@ def make_run(tokenizer, method="prefix-rft", model=None, problems=6, demonstrate
     train = [Problem(f"p{i}", f"problem {i}", "1") for i in range(problems)]
     model = model or random_model()
     optimizer = torch.optim.SGD(model.parameters(), lr=config.lr)
-    return Run(
-        config, METHODS[method], model, tokenizer, Data(train, encoded, list(range(demonstrated)), {}), optimizer, []
-    )
-
-
-@pytest.fixture(autouse=True)
-def drawn_rewards(monkeypatch):
-    """Grade by the length of the text: about half right, the same for equal rollouts."""
-    monkeypatch.setattr(steps, "grade_batch", lambda texts, golds: [float(len(text) % 2) for text in texts])
+    data = Data(train, encoded, encoded[:demonstrated], {})
+    run = Run(config, METHODS[method], model, tokenizer, reward, data, optimizer)
+    if run.method.unsolved == "collect":
+        run.collector = Collector([], torch.optim.SGD(model.parameters(), lr=config.relift_lr))
+    return run
 
 
 def gradients(run: Run, budget: int, second_update: bool) -> list[torch.Tensor]:
@@ -54,11 +64,11 @@ def gradients(run: Run, budget: int, second_update: bool) -> list[torch.Tensor]:
         run, config=dataclasses.replace(run.config, micro_batch_tokens=budget, max_grad_norm=1e9)
     )
     if run.method.stages == ("sft",):
-        batch = steps.demonstration_batch(run, [0, 1, 2], 0)
+        batch = steps.demonstration_batch(run, run.data.supervised[:3], 0)
         z = float(batch.rollouts.prefix_mask.sum())
     else:
-        batch = rollout_batch(run, [0, 1, 2, 5], 4)
-        z = len(batch.rewards) * run.config.max_response_tokens
+        batch, _ = rollout_batch(run, [0, 1, 2, 5], 4)
+        z = 16 * run.config.max_response_tokens
     if second_update:  # the ratio has moved
         noise = torch.randn(batch.old_log_probs.shape, generator=torch.Generator().manual_seed(0))
         batch = dataclasses.replace(batch, old_log_probs=batch.old_log_probs + 0.3 * noise)
@@ -73,9 +83,8 @@ def gradients(run: Run, budget: int, second_update: bool) -> list[torch.Tensor]:
         def zero_grad(self):
             run.model.zero_grad()
 
-    update(
-        dataclasses.replace(run, optimizer=Spy()), batch, torch.arange(len(batch.rewards)), run.method, z, 1.0, (0, 0)
-    )
+    tokens = mini_batch(run, batch, torch.arange(len(batch.rewards)), z, 0.3, (0, 0))
+    update(run, batch, tokens, 1.0, Spy(), 1.0)
     return found
 
 
@@ -92,7 +101,7 @@ def test_gradient_is_the_same_for_any_micro_batches(tokenizer, method, second_up
 
 
 def test_micro_batches_hold_every_row_once_within_the_budget(tokenizer):
-    batch = rollout_batch(make_run(tokenizer), [0, 1, 2, 3], 0)
+    batch, _ = rollout_batch(make_run(tokenizer), [0, 1, 2, 3], 0)
     rows = torch.arange(len(batch.rewards))
     for budget in (1, 50, 100, 10**6):
         chunks = micro_batches(batch.rollouts, rows, budget)
@@ -107,7 +116,7 @@ def test_micro_batches_hold_every_row_once_within_the_budget(tokenizer):
 def test_the_ratio_is_one_to_the_bit_before_the_first_update(tokenizer):
     """Rule 8: the old pass and the first update run the same forward on the same micro-batch."""
     run = make_run(tokenizer)
-    batch = rollout_batch(run, [0, 1, 2, 3], 0)
+    batch, _ = rollout_batch(run, [0, 1, 2, 3], 0)
     for rows in micro_batches(batch.rollouts, torch.arange(len(batch.rewards)), run.config.micro_batch_tokens):
         log_probs, _ = steps.forward(run.model, batch.rollouts, rows, 1.0)
         assert (log_probs.detach() == batch.old_log_probs[rows, : log_probs.shape[1]]).all()
@@ -116,7 +125,7 @@ def test_the_ratio_is_one_to_the_bit_before_the_first_update(tokenizer):
 def test_sampled_tokens_had_the_log_probs_the_update_sees(tokenizer):
     """Old log-probs against the model run on each row alone, at the sampling temperature (rule 3)."""
     run = make_run(tokenizer, temperature=0.7)
-    batch = rollout_batch(run, [0, 1, 2, 3], 0)
+    batch, _ = rollout_batch(run, [0, 1, 2, 3], 0)
     r = batch.rollouts
     for i in range(0, len(batch.rewards), 5):
         ids = r.input_ids[i][r.attention_mask[i].bool()]
@@ -131,40 +140,41 @@ def test_sampled_tokens_had_the_log_probs_the_update_sees(tokenizer):
 def test_the_kept_prefix_tokens_do_not_depend_on_micro_batches(tokenizer):
     counts = set()
     for budget in (1, 100, 10**6):
-        metrics, _ = rl_step(make_run(tokenizer, micro_batch_tokens=budget), 0)
+        metrics, *_ = rl_step(make_run(tokenizer, micro_batch_tokens=budget), 0)
         counts.add((metrics["prefix_tokens"], metrics["prefix_tokens_kept"]))
         assert metrics["prefix_tokens_kept"] < metrics["prefix_tokens"]
     assert len(counts) == 1
 
 
-@pytest.mark.parametrize("method", [m for m in METHODS if m != "sft"])
-@pytest.mark.parametrize("case", ["all wrong", "all truncated", "no demonstrations", "one rollout"])
-def test_nothing_is_nan_in_the_corner_cases(tokenizer, monkeypatch, method, case):
-    """Rule 9."""
-    settings, demonstrated = {}, 5
+@pytest.mark.parametrize("method", [name for name, method in METHODS.items() if "rl" in method.stages])
+@pytest.mark.parametrize("case", ["all wrong", "all truncated", "no demonstrations", "two rollouts"])
+def test_nothing_is_nan_in_the_corner_cases(tokenizer, method, case):
+    settings, demonstrated, reward = {}, 5, BY_LENGTH
     if case == "all wrong":
-        monkeypatch.setattr(steps, "grade_batch", lambda texts, golds: [0.0] * len(texts))
+        reward = ALL_WRONG
     if case == "all truncated":
         settings["max_response_tokens"] = 2
     if case == "no demonstrations":
         demonstrated = 0
-    if case == "one rollout":
-        settings["rollouts_per_prompt"] = 2 if METHODS[method].rows in ("hybrid", "demonstration") else 1
-    run = make_run(tokenizer, method, demonstrated=demonstrated, **settings)
+    if case == "two rollouts":
+        settings["rollouts_per_prompt"] = 2
+    run = make_run(tokenizer, method, demonstrated=demonstrated, reward=reward, **settings)
     before = [p.clone() for p in run.model.parameters()]
-    metrics, _ = rl_step(run, 3)
+    metrics, *_ = rl_step(run, 3)
     for value in metrics.values():
         assert value is None or math.isfinite(value)
     assert all(p.isfinite().all() for p in run.model.parameters())
-    if case == "all wrong" and METHODS[method].guided == "ppo" and method != "relift":
+    compared = (clipped, unclipped, zero)
+    weights = (METHODS[method].policy_weight, METHODS[method].demonstration_weight)
+    if case == "all wrong" and all(weight in compared for weight in weights):
         assert all((a == b).all() for a, b in zip(before, run.model.parameters()))  # no signal, no step
 
 
 def test_metrics_describe_the_whole_batch(tokenizer):
     """Rule 12: against counts over the rollouts themselves, with many micro-batches."""
     run = make_run(tokenizer, micro_batch_tokens=40)
-    batch = rollout_batch(run, pick(6, 4, 2, 0, "order"), 2)
-    metrics, _ = rl_step(run, 2)
+    batch, _ = rollout_batch(run, problems_of_step(6, 4, 2, 0, "order"), 2)
+    metrics, *_ = rl_step(run, 2)
     r = batch.rollouts
     assert metrics["reward"] == pytest.approx(batch.rewards.mean().item())
     assert metrics["reward_on_policy"] == pytest.approx(batch.rewards[~r.hybrid].mean().item())
@@ -179,7 +189,7 @@ def test_metrics_describe_the_whole_batch(tokenizer):
 
 
 def test_truncated_responses_get_no_reward(tokenizer):
-    batch = rollout_batch(make_run(tokenizer, max_response_tokens=4), [0, 1, 2, 3], 0)
+    batch, _ = rollout_batch(make_run(tokenizer, max_response_tokens=4), [0, 1, 2, 3], 0)
     graded = torch.tensor([float(len(t) % 2) for t in batch.rollouts.texts])
     assert (batch.rewards[batch.rollouts.truncated] == 0).all() and graded[batch.rollouts.truncated].sum() > 0
     assert (batch.rewards == graded * ~batch.rollouts.truncated).all()
@@ -187,9 +197,8 @@ def test_truncated_responses_get_no_reward(tokenizer):
 
 def test_an_sft_step_descends_the_token_mean(tokenizer):
     run = make_run(tokenizer, "sft")
-    run.optimizer = torch.optim.SGD(run.model.parameters(), lr=0.0)
-    losses = [sft_step(run, [0, 1, 2], 0, 0.05)["loss"] for _ in range(5)]
-    ids = [run.data.encoded[i] for i in (0, 1, 2)]
+    ids = run.data.supervised[:3]
+    losses = [sft_step(run, ids, 0, run.optimizer, 0.05)["loss"] for _ in range(5)]
     fresh, total, tokens = random_model(), 0.0, 0
     for problem in ids:  # the first loss against plain cross-entropy, row by row
         response = [*problem.demonstrations[0], 2]
@@ -201,24 +210,141 @@ def test_an_sft_step_descends_the_token_mean(tokenizer):
     assert losses == sorted(losses, reverse=True)
 
 
-def test_relift_collects_unsolved_problems_and_spends_a_full_buffer(tokenizer, monkeypatch):
+def test_relift_collects_unsolved_problems_newest_first_and_spends_a_full_buffer(tokenizer, monkeypatch):
+    """Each as often as it was met, no more than one update a step, the oldest wait on."""
     spent = []
-    monkeypatch.setattr(steps, "grade_batch", lambda texts, golds: [0.0] * len(texts))
-    monkeypatch.setattr(steps, "sft_step", lambda run, picked, step, lr: spent.append(list(picked)))
-    run = make_run(tokenizer, "relift", demonstrated=5, sft_batch=4, prompts_per_step=3)
-    seen: list[int] = []
-    for step in range(2):
-        seen += [i for i in pick(6, 3, step, 0, "order") if i < 5]  # problem 5 has no demonstration
-        rl_step(run, step)
-    assert len(seen) == 5 and spent == [seen[:4]] and run.buffer == seen[4:]
+
+    def spend(run, problems, step, optimizer, lr):
+        spent.append([problem.id for problem in problems])
+        assert optimizer is run.collector.optimizer and lr == 0.25
+        return {"loss": 0.5, "grad_norm": 2.0}
+
+    monkeypatch.setattr(steps, "sft_step", spend)
+    run = make_run(
+        tokenizer, "relift", reward=ALL_WRONG, relift_buffer=4, prompts_per_step=3, updates_per_step=1, relift_lr=0.25
+    )
+    waiting: list[int] = []
+    for step in range(6):
+        met = [i for i in problems_of_step(6, 3, step, 0, "order") if i < 5]  # problem 5 has no demonstration
+        waiting = met + waiting
+        expected, updates = waiting, 0
+        if len(waiting) >= 4:
+            expected, updates, chosen = waiting[4:], 1, waiting[:4]
+        metrics, *_ = rl_step(run, step)
+        if updates:
+            assert spent[-1] == [f"p{i}" for i in chosen] and metrics["relift_loss"] == 0.5
+        assert (metrics["relift_updates"], metrics["relift_buffer"]) == (updates, len(expected))
+        assert run.collector.waiting == expected
+        waiting = expected
+    assert len(spent) >= 3
 
 
-def test_pick_visits_every_problem_once_an_epoch():
+def test_hpt_puts_a_demonstration_in_the_place_of_an_unsolved_group(tokenizer):
+    run = make_run(tokenizer, "hpt", reward=ALL_WRONG)
+    batch, unsolved = rollout_batch(run, [0, 3, 5, 1], 0)
+    assert unsolved == [0, 1, 2, 3]
+    rows = batch.rollouts.group.tolist()
+    assert rows == [0, 1, 2, 2, 2, 2, 3]  # problem 5 has no demonstration and stays on-policy
+    for i in (0, 1, 6):
+        assert batch.rollouts.prefix_mask[i].equal(batch.rollouts.response_mask[i])
+    solved = dataclasses.replace(BY_LENGTH, function=lambda text, problem: float(problem.id == "p3"))
+    batch, unsolved = rollout_batch(dataclasses.replace(run, reward=solved), [0, 3, 5, 1], 0)
+    truncated_group = batch.rollouts.truncated[batch.rollouts.group == 1].all()
+    assert not truncated_group and unsolved == [0, 2, 3]
+    assert batch.rollouts.group.tolist() == [0, 1, 1, 1, 1, 2, 2, 2, 2, 3]
+    assert not batch.rollouts.hybrid[1:5].any()
+
+
+def test_the_gate_decides_what_is_unsolved(tokenizer):
+    graded = steps.Graded(
+        [steps.Row(g, (), [], []) for g in (0, 0, 1, 1, 2, 2)], [[]] * 6, [1.0, 1.0, 1.0, 0.5, 0.0, 0.5]
+    )
+    assert [graded.unsolved(gate) for gate in (0, 1, 2)] == [[2], [1, 2], [0, 1, 2]]  # right is a reward of 1
+
+
+def test_rescue_samples_unsolved_groups_again_behind_longer_prefixes(tokenizer, monkeypatch):
+    """Until a row is right: p0 is right behind 50%, p1 never; p3 was right at once; p5 has no demonstration."""
+    run = make_run(tokenizer, "rescue")
+    calls: list[list[steps.Row]] = []
+
+    def graded(run, picked, rows):
+        calls.append(rows)
+        names = [run.data.encoded[picked[row.group]].id for row in rows]
+        right = [name == "p3" or (name == "p0" and row.fraction > 0.4) for name, row in zip(names, rows)]
+        return steps.Graded(rows, [[*row.prefix_ids, 2] for row in rows], [float(r) for r in right])
+
+    monkeypatch.setattr(steps, "sample_and_grade", graded)
+    batch, unsolved = rollout_batch(run, [0, 1, 3, 5], 7)
+    assert unsolved == [0, 1, 3]
+    assert [sorted({row.group for row in rows}) for rows in calls] == [[0, 1, 2, 3], [0, 1], [0, 1], [1]]
+    for attempt, rows in enumerate(calls):
+        assert {row.key[-1] for row in rows} == {attempt} and len({row.key for row in rows}) == len(rows)
+        for group in {row.group for row in rows}:
+            assert len({tuple(row.prefix_ids) for row in rows if row.group == group}) == 1
+    demonstration = run.data.encoded[1].demonstrations[0]
+    assert calls[3][0].prefix_ids == demonstration[: math.floor(0.75 * len(demonstration))]
+    assert batch.rollouts.group.tolist() == [g for g in range(4) for _ in range(4)]
+    assert batch.rewards.tolist() == [1.0] * 4 + [0.0] * 4 + [1.0] * 4 + [0.0] * 4
+    assert (batch.response_advantage == 0).all()  # the baseline is the whole group
+
+
+def test_demonstrations_alone_are_learned_at_temperature_1(tokenizer, monkeypatch):
+    """Whatever the sampling temperature is; inside a step of reinforcement every pass uses it."""
+    used: list[float] = []
+    plain = steps.forward
+    monkeypatch.setattr(steps, "forward", lambda *a: used.append(a[-1]) or plain(*a))
+    run = make_run(tokenizer, "sft-rft", temperature=0.6)
+    sft_step(run, run.data.supervised[:3], 0, run.optimizer, 0.1)
+    assert set(used) == {1.0}
+    used.clear()
+    rl_step(run, 0)
+    assert set(used) == {0.6}
+
+
+@pytest.mark.parametrize("parts", range(1, 17))
+def test_a_step_makes_as_many_updates_as_asked(tokenizer, monkeypatch, parts):
+    """As equal as possible, every problem once."""
+    run = make_run(tokenizer, "rft", problems=16, prompts_per_step=16, updates_per_step=parts, rollouts_per_prompt=2)
+    sizes: list[int] = []
+
+    def note(run, batch, tokens, *rest):
+        sizes.append(len(batch.rollouts.group[tokens.weight_mask.any(1)].unique()))
+        return dict.fromkeys(
+            ("loss", "grad_norm", "demonstration_tokens", "demonstration_kept", "clipped", "weighted"), 0
+        )
+
+    monkeypatch.setattr(steps, "update", note)
+    rl_step(run, 0)
+    assert len(sizes) == parts and sum(sizes) == 16 and max(sizes) - min(sizes) <= 1
+
+
+def test_a_recorded_group_is_what_the_update_reads(tokenizer):
+    run = make_run(tokenizer, updates_per_step=1)
+    _, _, group = rl_step(run, 5, record=True)
+    run = make_run(tokenizer, updates_per_step=1)
+    picked = problems_of_step(6, 4, 5, 0, "order")
+    batch, _ = rollout_batch(run, picked, 5)
+    tokens = mini_batch(run, batch, torch.arange(16), 16 * 20, 0.5, (5, 0))
+    weights = steps.token_weights(run.method, tokens)
+    place = next(g for g, i in enumerate(picked) if f"p{i}" == group["id"])
+    assert [row["hybrid"] for row in group["rows"]] == [False, False, False, True]
+    for i, row in zip((batch.rollouts.group == place).nonzero().flatten().tolist(), group["rows"]):
+        n = int(batch.rollouts.response_tokens[i])
+        assert row["tokens_total"] == n == len(row["ids"]) == len(row["tokens"])
+        assert row["weight"] == pytest.approx(weights[i, :n].tolist(), abs=1e-4)
+        assert row["source"] == batch.rollouts.prefix_mask[i, :n].long().tolist()
+        assert row["reward"] == batch.rewards[i]
+    hybrid = group["rows"][3]
+    assert sum(hybrid["source"]) > 0 and sum(hybrid["kept"]) < len(hybrid["kept"])
+
+
+def test_every_problem_comes_once_an_epoch():
     for count, size in ((12, 4), (13, 4), (3, 8)):
         size_used = min(size, count)
-        epoch = [i for s in range(count // size_used) for i in pick(count, size, s, 0)]
+        epoch = [i for s in range(count // size_used) for i in problems_of_step(count, size, s, 0)]
         assert len(set(epoch)) == len(epoch) == count - count % size_used
-    assert pick(12, 4, 0, 0) != pick(12, 4, 3, 0) and pick(12, 4, 0, 0) != pick(12, 4, 0, 1)
+    orders = [problems_of_step(12, 4, step, seed) for step, seed in ((0, 0), (3, 0), (0, 1))]
+    assert orders[0] != orders[1] and orders[0] != orders[2]  # another epoch, another seed
 
 
 def test_sft_learning_rate_warms_up_and_falls_to_zero():

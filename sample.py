@@ -370,7 +370,8 @@ def main() -> None:
         for problem in args.problems:
             prompt = render_prompt(tokenizer, problem, args.system)
             ids = encode(tokenizer, prompt, "problem")
-            rows = [Row(0, (args.seed, problem, i), ids, []) for i in range(args.samples)]
+            samples = args.samples if args.temperature else 1  # greedy responses are all alike
+            rows = [Row(0, (args.seed, problem, i), ids, []) for i in range(samples)]
             responses = generate(model, rows, args.max_response_tokens, args.temperature)
             print(f"prompt  {prompt}")
             for text in pack(rows, responses, model, tokenizer).texts:

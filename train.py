@@ -45,17 +45,24 @@ def keep_fraction(problems: Sequence[Encoded], fraction: float) -> list[Encoded]
     ]
 
 
+def data_files(config: Config) -> dict[str, str]:
+    """The files of a run by what they are for; the embedded task has its own for evaluation."""
+    embedded = config.data == Config.data
+    files = {"data": config.data, "sft_data": config.sft_data}
+    files["validation"] = config.eval_data or (f"{TASK}/validation.jsonl" if embedded else "")
+    files["test"] = config.test_data or (f"{TASK}/test.jsonl" if embedded else "")
+    return {name: path for name, path in files.items() if path}
+
+
 def load_data(
     config: Config, reward: Reward, tokenizer, end_ids: list[int], context: int | None
 ) -> tuple[Data, dict[str, int]]:
     """The run's data, checked against its settings, and how many demonstrations were left out for which reason."""
     train = load_problems(config.data, reward)
-    embedded = config.data == Config.data
-    files = {"validation": config.eval_data, "test": config.test_data}
     held = {}
-    for name, path in files.items():
-        if path or embedded:
-            problems = load_problems(path or f"{TASK}/{name}.jsonl", reward)
+    for name in ("validation", "test"):
+        if path := data_files(config).get(name):
+            problems = load_problems(path, reward)
             bare = [dataclasses.replace(problem, demonstrations=()) for problem in problems]
             held[name] = problems, encode_problems(tokenizer, bare, config.max_response_tokens, end_ids, reward)[0]
     encoded, left_out = encode_problems(tokenizer, train, config.max_response_tokens, end_ids, reward)
@@ -174,7 +181,7 @@ def prepare(config: Config) -> tuple[Run, dict[str, int]]:
 def train(config: Config) -> int:
     """A whole run -> the exit code: 0, or 128 + the number of the signal that stopped it."""
     run, left_out = prepare(config)
-    folder = checkpoint.prepare_folder(config)
+    folder = checkpoint.prepare_folder(config, checkpoint.made_of(run, data_files(config)))
     sft_steps = config.sft_steps if "sft" in run.method.stages else 0
     total = sft_steps + (config.steps if "rl" in run.method.stages else 0)
     start = restore(run, folder)
@@ -263,8 +270,12 @@ def catch_signals() -> list[int]:
 
 
 def main() -> None:
+    again = "start it again"
     try:
-        code = train(parse_config(sys.argv[1:]))
+        config = parse_config(sys.argv[1:])
+        if config.out and not config.resume:
+            again += " with --resume auto"
+        code = train(config)
         distributed.stop()
         sys.exit(code)
     except (ValueError, OSError) as error:
@@ -279,7 +290,7 @@ def main() -> None:
         )
         sys.exit(1)
     except KeyboardInterrupt:
-        print("\ntrain.py: stopped before the first step: nothing is lost, start it again", file=sys.stderr)
+        print(f"\ntrain.py: stopped before the first step: nothing is lost, {again}", file=sys.stderr)
         sys.exit(130)
 
 

@@ -23,20 +23,11 @@ from evaluation.multiple_choice import grade_response
 from evaluation.statistics import Answers
 from reward import Reward, load_reward
 from support import distributed
-from support.checkpoint import read_json, write_text
+from support.checkpoint import read_json, sha256, weights_fingerprint, write_text
 
 FREE = ("device", "ranks", "rows_per_call", "decode")  # may change when an evaluation is continued: rounding
 
 # ---- settings
-
-
-def sha256(*paths: Path) -> str:
-    digest = hashlib.sha256()
-    for path in paths:
-        with path.open("rb") as file:
-            while block := file.read(2**24):
-                digest.update(block)
-    return digest.hexdigest()
 
 
 def grader_version(reward: Reward) -> str:
@@ -51,12 +42,10 @@ def now() -> str:
 
 def describe(args: argparse.Namespace, model, tokenizer, benchmarks: list[Benchmark]) -> dict[str, Any]:
     """Everything that decides a number, as settings.json keeps it."""
-    folder = Path(args.model)
-    weights = sha256(*sorted(folder.glob("*.safetensors"))) if folder.is_dir() else model.config._commit_hash
     first = benchmarks[0].problems[0]
     return {
         "model": args.model,
-        "weights": weights,  # sha256 of the files, or the hub's revision
+        "weights": weights_fingerprint(args.model, model),
         "parameters": model.num_parameters(),
         "dtype": str(model.dtype).removeprefix("torch."),
         "chat_template": tokenizer.chat_template or "none: system message, an empty line, problem, a line end",

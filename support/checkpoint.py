@@ -10,6 +10,7 @@ run may go on with another number of ranks.
 
 import contextlib
 import dataclasses
+import hashlib
 import itertools
 import json
 import os
@@ -42,6 +43,35 @@ def read_json(path: Path) -> dict[str, Any]:
     if not isinstance(value, dict):
         raise ValueError(f"{path}: found {type(value).__name__}, expected a JSON object: choose another folder")
     return value
+
+
+def sha256(*paths: Path) -> str:
+    """Of the files' contents, one after the other."""
+    digest = hashlib.sha256()
+    for path in paths:
+        with path.open("rb") as file:
+            while block := file.read(2**24):
+                digest.update(block)
+    return digest.hexdigest()
+
+
+def weights_fingerprint(path: str, model: Any) -> str:
+    """What identifies a model's weights: sha256 of a folder's files, or the hub's revision."""
+    folder = Path(path)
+    return sha256(*sorted(folder.glob("*.safetensors"))) if folder.is_dir() else model.config._commit_hash
+
+
+def made_of(run: Any, files: dict[str, str]) -> dict[str, str]:
+    """Fingerprints of all that a run (a step.Run) takes by name: its data `files`, the base model, the prompts and
+    demonstrations as rendered and encoded, the reward. {} on other ranks than the first."""
+    if rank() > 0:
+        return {}
+    texts = [(p.prompt_ids, p.demonstrations) for p in (*run.data.encoded, *run.data.supervised)]
+    texts += [p.prompt_ids for _, encoded in run.data.held.values() for p in encoded]
+    found = {name: sha256(Path(path)) for name, path in files.items()}
+    found["model"] = weights_fingerprint(run.config.model, run.model)
+    found["prompts and demonstrations as token ids"] = hashlib.sha256(repr(texts).encode()).hexdigest()
+    return found | {"reward": run.reward.fingerprint}
 
 
 def state_file(folder: Path) -> Path:
@@ -150,9 +180,28 @@ def check_folder(config: Config) -> None:
         raise ValueError(f"out {config.out!r} holds a run with other settings ({was}): repeat them to resume it")
 
 
-def prepare_folder(config: Config) -> Path:
-    """The run's folder with its config.json: --out, or the first free runs/METHOD-NNN. Made by the first rank."""
+def changed_ingredients(config: Config, ingredients: dict[str, str]) -> list[str]:
+    """Which of them are not those of the run in --out, if there is one."""
+    saved = Path(config.out) / "config.json"
+    if not config.out or not saved.exists():
+        return []
+    known = read_json(saved).get("made_of", {})
+    changed = [name for name in ingredients if known.get(name) != ingredients[name]]
+    return [f"{name} ({value})" if (value := getattr(config, name, "")) else name for name in changed]
+
+
+def prepare_folder(config: Config, ingredients: dict[str, str]) -> Path:
+    """The run's folder with its config.json: --out, or the first free runs/METHOD-NNN. Made by the first rank.
+
+    config.json holds the settings and, under "made_of", the fingerprints of the run's `ingredients`. ValueError if
+    the run that is to go on was made of others.
+    """
     folder = Path(config.out)
+    if changed := from_first(changed_ingredients(config, ingredients) if rank() == 0 else None):
+        raise ValueError(
+            f"out {config.out!r} holds a run that was made of something else: {', '.join(changed)} changed since; "
+            "restore what it was to go on, or choose another folder"
+        )
     if rank() > 0:
         return from_first(None)
     if config.out:
@@ -164,5 +213,6 @@ def prepare_folder(config: Config) -> Path:
             with contextlib.suppress(FileExistsError):
                 folder.mkdir()
                 break
-    write_text(folder / "config.json", json.dumps(dataclasses.asdict(config), indent=1) + "\n")
+    content = dataclasses.asdict(config) | {"made_of": ingredients}
+    write_text(folder / "config.json", json.dumps(content, indent=1) + "\n")
     return from_first(folder)

@@ -38,7 +38,7 @@ class Config:
     demonstration_fraction: float = knob(1.0, "share of demonstrated problems that keep theirs (paper: 1)", 0, 1)
     reward: str = knob("math", "math (paper), exact (the boxed text), or FILE.py[:name], a function of your own")
     # how long, where to
-    steps: int = knob(120, "steps of reinforcement (paper: 500)", 0)
+    steps: int = knob(120, "steps of reinforcement (paper: 500)", 1)
     seed: int = knob(0, "of every random draw", 0)
     out: str = knob("", "run folder; empty: a fresh runs/METHOD-NNN")
     resume: str = knob(
@@ -66,7 +66,7 @@ class Config:
     # the optimizer
     lr: float = knob(1e-4, "of reinforcement, constant (paper: 1e-6)", 0)
     sft_lr: float = knob(2.5e-4, "peak of supervised fine-tuning: 10% warm-up, then a cosine to 0 (paper: 5e-5)", 0)
-    sft_steps: int = knob(64, "updates of the sft stage (paper: 3 epochs)", 0)
+    sft_steps: int = knob(64, "updates of the sft stage (paper: 3 epochs)", 1)
     sft_batch: int = knob(32, "demonstrations per sft update (paper: 64)", 1)
     relift_lr: float = knob(1e-4, "of ReLIFT's supervised updates, constant (source: 1e-6)", 0)
     relift_buffer: int = knob(32, "demonstrations that wait for a ReLIFT update (source: 128)", 1)
@@ -228,4 +228,5 @@ def parse_config(argv: list[str]) -> Config:
             raise ValueError(f"{path} is not valid JSON: {error}") from error
         if not isinstance(values, dict):
             raise ValueError(f"{path}: found {type(values).__name__}, expected a JSON object of settings")
+        values.pop("made_of", None)  # a run's config.json
     return from_dict({**values, **given})

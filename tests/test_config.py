@@ -9,12 +9,15 @@ import pytest
 from support.config import Config, from_dict, parse_config, usage
 
 FIELDS = dataclasses.fields(Config)
-WRONG = [(f.name, value) for f in FIELDS if f.type is not str for value in ("seven", "", None, [1])]
+OPTIONAL = [f for f in FIELDS if f.type == float | None]
+KIND = {f.name: float if f in OPTIONAL else f.type for f in FIELDS}
+WRONG = [(f.name, value) for f in FIELDS if f.type is not str for value in ("seven", [1])]
+WRONG += [(f.name, value) for f in FIELDS if f.type is not str and f not in OPTIONAL for value in ("", None)]
 WRONG += [(f.name, 1.5) for f in FIELDS if f.type is int] + [(f.name, 3) for f in FIELDS if f.type in (str, bool)]
-WRONG += [(f.name, f.type(f.metadata["low"] - 1)) for f in FIELDS if f.metadata["low"] is not None]
-WRONG += [(f.name, f.type(f.metadata["high"] + 1)) for f in FIELDS if f.metadata["high"] < math.inf]
+WRONG += [(f.name, KIND[f.name](f.metadata["low"] - 1)) for f in FIELDS if f.metadata["low"] is not None]
+WRONG += [(f.name, KIND[f.name](f.metadata["high"] + 1)) for f in FIELDS if f.metadata["high"] < math.inf]
 WRONG += [(f.name, f.default + "x") for f in FIELDS if f.metadata["choices"]]
-WRONG += [(f.name, value) for f in FIELDS if f.type is float for value in (math.nan, math.inf)]
+WRONG += [(f.name, value) for f in FIELDS if KIND[f.name] is float for value in (math.nan, math.inf)]
 
 
 @pytest.mark.parametrize("name, value", WRONG, ids=lambda x: str(x)[:30])
@@ -41,7 +44,8 @@ def test_every_default_is_allowed_and_read_back_from_text(field):
     assert getattr(from_dict({field.name: field.default, "out": "x"}), field.name) in (field.default, "x")
     assert field.metadata["help"] and f"--{field.name}" in usage()
     if field.name not in ("resume",):
-        assert parse_config([f"--{field.name}", str(field.default)]) == Config()
+        text = "" if field.default is None else str(field.default)
+        assert parse_config([f"--{field.name}", text]) == Config()
 
 
 def test_the_command_line_wins_over_the_file(tmp_path):
@@ -62,8 +66,15 @@ def test_the_command_line_wins_over_the_file(tmp_path):
         (["--config", "no.json"], "cannot be read"),
         (["--resume", "auto"], "give --out"),
         (["--hybrid_per_prompt", "8"], "hybrid_per_prompt is 8 of 8"),
-        (["--method", "luffy", "--rollouts_per_prompt", "1"], "hybrid_per_prompt is 1 of 1"),
+        (
+            ["--method", "luffy", "--rollouts_per_prompt", "2", "--hybrid_per_prompt", "2"],
+            "hybrid_per_prompt is 2 of 2",
+        ),
         (["--updates_per_step", "17"], "updates_per_step is 17"),
+        (["--method", "rft", "--rollouts_per_prompt", "1"], "rollouts_per_prompt is 1, expected at least 2"),
+        (["--clip_low", "0"], "clip_low is 0.0, expected 0.001 to 1"),
+        (["--coefficient", "0.5"], "coefficient is 0.5, but prefix-rft has none; these have: .*luffy"),
+        (["--steps", "0"], "steps is 0, expected at least 1"),
         (["--scale_by_std", "maybe"], "expected true or false"),
     ],
 )

@@ -288,7 +288,7 @@ def uncertain_means(t: Tokens) -> Tensor:
 
 
 def row_mean(t: Tokens) -> Tensor:
-    """c·L/|y*|
+    """c·L/len(y*)
 
     The token mean of each demonstration that stands in a group's place. [HPT] There RL is a sum / L and SFT c times a
     token mean per micro-batch, in which such a demonstration is nearly always alone: then this is that weight. It

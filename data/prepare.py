@@ -110,13 +110,16 @@ def gsm8k_test(row: Row, index: int) -> Row:
 
 
 def openr1_46k(row: Row, index: int) -> Row:
-    """Elliott/Openr1-Math-46k-8192: prompt [system, user], target [assistant], reward_model {ground_truth, style}."""
+    """Elliott/Openr1-Math-46k-8192: prompt [system, user], target [assistant], reward_model {ground_truth, style}.
+
+    The complement is read as if it had the same columns, with or without a target: nobody has run that yet.
+    """
     said = {message["role"]: message["content"] for message in row["prompt"]}
     return {
         "problem": said["user"],
         "answer": row["reward_model"]["ground_truth"],
         "system": said.get("system", ""),
-        "demonstrations": [row["target"][0]["content"]],
+        "demonstrations": [message["content"] for message in row.get("target") or []],
     }
 
 
@@ -146,6 +149,9 @@ SOURCES = {
     "gsm8k_test": Source("openai/gsm8k", "main", "test", (1319, 1319), gsm8k_test),
     "gsm8k": Source("openai/gsm8k", "main", "train", (7473, 7473), gsm8k, folder="train"),
     "openr1-46k": Source("Elliott/Openr1-Math-46k-8192", None, "train", (45_000, 47_000), openr1_46k, folder="train"),
+    "openr1-48k-complement": Source(  # what LUFFY's SFT→RFT learns from in its second stage
+        "Elliott/Openr1-Math-48k-Complement", None, "train", (1, 100_000), openr1_46k, folder="train"
+    ),
 }
 
 

@@ -172,7 +172,7 @@ def count(folder: Path, benchmarks: list[Benchmark]) -> dict[str, list[Answers]]
     return answers
 
 
-def regrade(folder: Path, name: str | None) -> tuple[dict[str, Any], dict[str, list[Answers]]]:
+def regrade(folder: Path, name: str | None = None) -> tuple[dict[str, Any], dict[str, list[Answers]]]:
     """Grade the stored responses again, by the reward called `name` (None: the one they were graded by), and say how
     many grades changed -> settings, answers. A file of the user's own is run only if `name` names it."""
     file, path = folder / "settings.json", folder / "generations.jsonl"

@@ -173,23 +173,18 @@ def methods_table() -> str:
     """loss.METHODS as a Markdown table, a row for each method."""
     given = {"collect": "; unsolved: SFT later", "replace": "; unsolved: a demonstration instead"}
     given |= {"rescue": "; unsolved: again behind a prefix", "": ""}
-    titles = (
-        "method",
-        "source",
-        "rows of a group",
-        "w of own tokens",
-        "w of demonstration tokens",
-        "c",
-        "entropy clip",
-    )
-    lines = [f"| {' | '.join(titles)} |", "|---" * len(titles) + "|"]
+    lines = ["| method | source | rows of a group | baseline | w of own tokens | of the demonstration | c | clip |"]
+    lines.append("|---" * 8 + "|")
     for name, m in METHODS.items():
-        c = "–" if m.coefficient is None else f"{m.coefficient:g}"
+        rl, dash = "rl" in m.stages, "–"
+        rows = m.rows + (f" ({m.schedule})" if m.rows in ("hybrid", "shared_prefix") else "") + given[m.unsolved]
+        baseline = (m.baseline or "as set") + (", over std" if m.scale_by_std else "")
+        c = dash if m.coefficient is None else f"{m.coefficient:g}"
         c += "" if m.coefficient_end is None else f" to {m.coefficient_end:g}"
-        formulas = [formula(m.policy_weight) if "rl" in m.stages else "–"]
-        formulas += [formula(m.demonstration_weight) if m.needs_demonstrations else "–"]
-        cells = [f"`{name}`", m.source, m.rows + given[m.unsolved], *formulas, c, m.entropy_clip or "–"]
-        lines.append(f"| {' | '.join(cells)} |")
+        cells = [f"`{name}`", m.source, rows, baseline if rl else dash]
+        cells += [formula(m.policy_weight) if rl else dash]
+        cells += [formula(m.demonstration_weight) if m.needs_demonstrations else dash]
+        lines.append(f"| {' | '.join([*cells, c, m.entropy_clip or dash])} |")
     return "\n".join(lines)
 
 

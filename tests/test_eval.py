@@ -22,6 +22,7 @@ from evaluation import folder as folder_of_evaluation
 from evaluation.benchmarks import choose_benchmarks
 from evaluation.multiple_choice import chosen, grade_response, question
 from evaluation.statistics import summarize
+from reward import MATH
 
 # ---- a scripted model
 
@@ -112,10 +113,10 @@ def test_two_options_of_the_same_value_are_told_apart_by_words_or_letter():
 
 
 def test_grading_a_choice():
-    assert grade_response("so \\boxed{iron}", "A", OPTIONS) == (1.0, True)
-    assert grade_response("so \\boxed{B}", "A", OPTIONS) == (0.0, True)
-    assert grade_response("so A", "A", OPTIONS) == (0.0, False)
-    assert grade_response("\\boxed{C}", "C") == (1.0, True)
+    assert grade_response(MATH, "so \\boxed{iron}", Problem("p", "?", "A"), OPTIONS) == (1.0, True)
+    assert grade_response(MATH, "so \\boxed{B}", Problem("p", "?", "A"), OPTIONS) == (0.0, True)
+    assert grade_response(MATH, "so A", Problem("p", "?", "A"), OPTIONS) == (0.0, False)
+    assert grade_response(MATH, "\\boxed{C}", Problem("p", "?", "C")) == (1.0, True)
     assert question("Which?", ["x", "y"]) == "Which?\n\nA) x\nB) y"
     with pytest.raises(ValueError, match="has 1 options"):
         question("Which?", ["x"])
@@ -356,7 +357,7 @@ def test_regrading_restores_changed_grades(finished, tmp_path, monkeypatch, caps
     assert "48 responses graded again, 5 grades changed" in capsys.readouterr().out
     assert (folder / "generations.jsonl").read_bytes() == (finished / "generations.jsonl").read_bytes()
     assert without_date(folder)["results"] == without_date(finished)["results"]
-    monkeypatch.setattr(folder_of_evaluation, "grader_version", lambda: "another")
+    monkeypatch.setattr(folder_of_evaluation, "grader_version", lambda reward: "another")
     with pytest.raises(ValueError, match=r"graded by another version: first run {2}eval.py --regrade"):
         eval.run(arguments(out=folder))
 
@@ -365,7 +366,7 @@ def test_the_folder_of_another_evaluation_is_left_alone(finished, tmp_path, monk
     with pytest.raises(ValueError, match=r"other settings .*temperature: 1.0"):
         eval.run(arguments(out=finished, temperature=0.5))
     with monkeypatch.context() as patch:
-        patch.setattr(folder_of_evaluation, "sha256", lambda *paths: "of another model")
+        patch.setattr(folder_of_evaluation, "weights_fingerprint", lambda *a: "of another model")
         with pytest.raises(ValueError, match=r"other settings .*weights"):
             eval.run(arguments(out=finished))
     foreign = copy(finished, tmp_path / "foreign")

@@ -10,10 +10,10 @@ from pathlib import Path
 import pytest
 from huggingface_hub.utils import logging as hub_logging
 
-from data.loader import load_problems, render_prompt
+from data.loader import Problem, load_problems, render_prompt
 from evaluation.benchmarks import FILES, PAPER, choose_benchmarks
 from evaluation.multiple_choice import grade_response
-from reward import grade
+from reward import MATH, grade
 
 spec = importlib.util.spec_from_file_location("prepare", Path(__file__).parents[1] / "data" / "prepare.py")
 prepare = importlib.util.module_from_spec(spec)
@@ -77,6 +77,10 @@ HUB = {  # name: (a row as the hub has it, the fields of ours that it must give)
         | {"reward_model": {"ground_truth": "1", "style": "rule"}, "extra_info": {"index": 3, "split": "default"}},
         {"system": "Think.", "problem": "Solve $x=1$.", "demonstrations": ["<think>\nok\n</think>\n\\boxed{1}"]},
     ),
+    "openr1-48k-complement": (  # whether its rows have a target could not be seen
+        {"prompt": [{"role": "system", "content": "Think."}, MESSAGE], "reward_model": {"ground_truth": "1"}},
+        {"system": "Think.", "problem": "Solve $x=1$.", "demonstrations": []},
+    ),
 }
 
 
@@ -113,7 +117,10 @@ def test_a_set_becomes_rows_that_load_and_render(name, hub, tokenizer):
         assert "letter" in row["system"]
         gold = row["options"]["ABCDEFGHIJ".index(row["answer"])]
         assert gold == {"arc_c": "y", "gpqa_diamond": "right", "mmlu_pro": "c"}[name]
-        assert grade_response(f"\\boxed{{{gold}}}", row["answer"], row["options"]) == (1.0, True)
+        assert grade_response(MATH, f"\\boxed{{{gold}}}", Problem("p", "?", row["answer"]), row["options"]) == (
+            1.0,
+            True,
+        )
     if name in FILES:
         assert path == FILES[name] and choose_benchmarks(name, None)[0].problems
 

@@ -4,7 +4,18 @@ import time
 
 import pytest
 
-from reward import BATCH_WITH_BAR, check_gold, extract_boxed, grade, grade_batch, is_equivalent, is_read
+from data.loader import Problem
+from reward import (
+    BATCH_WITH_BAR,
+    check_gold,
+    extract_boxed,
+    grade,
+    grade_all,
+    grade_batch,
+    is_equivalent,
+    is_read,
+    load_reward,
+)
 
 BOXES = [
     ("so \\boxed{42}.", "42"),
@@ -139,3 +150,85 @@ def test_check_gold_names_the_answer_the_reason_and_the_fix(gold):
 def test_check_gold_accepts_what_answer_keys_hold():
     for gold in ("042", "$\\frac{1}{2}$", "(B)", "\\text{Evelyn}", "x \\in [-2,7]", "2516_8", "4.5e33", "$69$,$84$"):
         check_gold(gold)
+
+
+# ---- a reward of one's own
+
+PROBLEM = Problem("p7", "What is half of a cat?", "ca")
+OWN = '''
+def reward(response, problem):
+    """The share of the answer's letters that the response has."""
+    return sum(letter in response for letter in problem.answer) / len(problem.answer)
+
+def fails(response, problem):
+    return 1 / 0
+
+def wrong(response, problem):
+    return {value}
+
+def check(problem):
+    if problem.answer == "dog":
+        raise ValueError("no dogs")
+'''
+
+
+def own(tmp_path, value="2"):
+    path = tmp_path / "own.py"
+    path.write_text(OWN.replace("{value}", value))
+    return path
+
+
+def test_a_reward_of_ones_own_gives_partial_credit(tmp_path):
+    path = own(tmp_path)
+    found = load_reward(str(path))
+    assert found.name == f"{path}:reward" and found.function("cat", PROBLEM) == 1.0
+    assert grade_all(found, ["cat", "act", "xc"], [PROBLEM] * 3) == [1.0, 1.0, 0.5]
+    with pytest.raises(ValueError, match="no dogs"):
+        found.check(Problem("p", "x", "dog"))
+    assert found.fingerprint != load_reward("math").fingerprint
+    before = found.fingerprint
+    path.write_text(path.read_text() + "\n")
+    assert load_reward(f"{path}:reward").fingerprint != before
+
+
+@pytest.mark.parametrize(
+    "spec, said",
+    [
+        ("maths", "reward is 'maths', expected math, exact, or a Python file"),
+        ("{folder}/none.py", "does not exist"),
+        ("{folder}/own.py:rewards", "has no function rewards"),
+        ("{folder}/broken.py", "cannot be run: SyntaxError"),
+    ],
+)
+def test_a_reward_that_cannot_be_had_is_one_line(tmp_path, spec, said):
+    own(tmp_path)
+    (tmp_path / "broken.py").write_text("def reward(:\n")
+    with pytest.raises(ValueError, match=said) as error:
+        load_reward(spec.replace("{folder}", str(tmp_path)))
+    assert "\n" not in str(error.value)
+
+
+@pytest.mark.parametrize(
+    "name, value, said",
+    [
+        ("fails", "0", "failed on problem 'p7': ZeroDivisionError"),
+        ("wrong", "2", "gave 2 on problem 'p7', expected a number from 0 to 1"),
+        ("wrong", "-0.1", "gave -0.1"),
+        ("wrong", "float('nan')", "gave nan"),
+        ("wrong", "'1'", "gave '1'"),
+        ("wrong", "None", "gave None"),
+    ],
+)
+def test_what_a_reward_gives_is_checked(tmp_path, name, value, said):
+    with pytest.raises(ValueError, match=said):
+        grade_all(load_reward(f"{own(tmp_path, value)}:{name}"), ["x"], [PROBLEM])
+
+
+def test_exact_compares_the_text_in_the_box():
+    found = load_reward("exact")
+    golds = [Problem("p", "?", "cat")] * 4
+    assert grade_all(found, ["\\boxed{ cat }", "\\boxed{act}", "cat", "\\boxed{cat"], golds) == [1.0, 0.0, 0.0, 0.0]
+    assert grade_all(load_reward("math"), ["\\boxed{act}"], golds[:1]) == [1.0]  # letters are variables there
+    assert not found.is_read("cat") and found.is_read("\\boxed{x}")
+    with pytest.raises(ValueError, match="answer is empty"):
+        found.check(Problem("p", "?", " "))

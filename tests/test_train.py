@@ -2,6 +2,7 @@
 
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -183,6 +184,57 @@ def test_resume_refuses_other_settings_and_an_existing_folder(task, whole):
         result = run(arguments(task, whole[0], **settings))
         assert result.returncode == 2 and message in result.stderr and result.stderr.count("\n") == 1
     assert before == {p: p.stat().st_mtime_ns for p in whole[0].rglob("*")}
+
+
+@pytest.mark.parametrize("what", ["data", "model", "template", "reward"])
+def test_resume_refuses_a_run_made_of_something_else(task, tmp_path, monkeypatch, what):
+    """The same names, other content: nothing is written, and the message says what changed."""
+    monkeypatch.chdir(ROOT)
+    model, data, reward = tmp_path / "model", tmp_path / "train.jsonl", tmp_path / "own.py"
+    shutil.copytree("data/base", model)
+    shutil.copy(task / "train.jsonl", data)
+    reward.write_text(
+        "from reward import grade\n\ndef reward(text, problem):\n    return grade(text, problem.answer)\n"
+    )
+    settings = {"model": model, "data": data, "reward": reward, "method": "rft", "steps": 1, "resume": "auto"}
+    argv = arguments(task, tmp_path / "run", **settings)
+    assert train.train(parse_config(argv)) == 0
+    if what == "data":
+        data.write_text("".join(data.read_text().splitlines(keepends=True)[:-1]))
+    elif what == "model":
+        loaded, tokenizer = load_model(str(model))
+        loaded.lm_head.weight.data += 1.0
+        save_model(loaded, tokenizer, model)
+    elif what == "template":
+        template = model / "chat_template.jinja"
+        template.write_text("Today:" + template.read_text())
+    else:
+        reward.write_text(reward.read_text() + "# another\n")
+    before = {p: p.stat().st_mtime_ns for p in (tmp_path / "run").rglob("*")}
+    said = {"data": rf"data \({data}\)", "model": rf"model \({model}\) ", "reward": rf"reward \({reward}\) "}
+    with pytest.raises(ValueError, match=said.get(what, "prompts and demonstrations as token ids changed since")):
+        train.train(parse_config(argv))
+    assert before == {p: p.stat().st_mtime_ns for p in (tmp_path / "run").rglob("*")}
+
+
+def test_a_reward_of_ones_own_is_used_everywhere(task, tmp_path, monkeypatch, capsys):
+    """Loader, rollouts and evaluation: half a point for a response with a box, a whole one for a 7 in it."""
+    monkeypatch.chdir(ROOT)
+    path = tmp_path / "sevens.py"
+    path.write_text(
+        "def sevens(response, problem):\n    return 0.5 * ('boxed' in response) + 0.5 * ('7' in response)\n"
+    )
+    argv = arguments(task, tmp_path / "run", reward=f"{path}:sevens", method="prefix-rft", steps=2)
+    assert train.train(parse_config(argv)) == 0
+    said = capsys.readouterr().out
+    assert "left out (not right)" in said  # demonstrations without a 7
+    rows = read_log(tmp_path / "run")
+    assert 0.3 < rows[0]["reward_on_policy"] < 1 and rows[0]["unread"] == 0
+    scores = json.loads((tmp_path / "run" / "eval.json").read_text())
+    assert 0.3 < scores["base"]["test"]["all"]["accuracy"] < 1
+    kept = json.loads((tmp_path / "run" / "config.json").read_text())
+    assert kept["reward"] == f"{path}:sevens" and len(kept["made_of"]["reward"]) == 64
+    assert json.loads((tmp_path / "run" / "final" / "trained_with.json").read_text())["reward"] == f"{path}:sevens"
 
 
 @pytest.mark.parametrize("method", [name for name in METHODS if name != "prefix-rft"])

@@ -1,6 +1,6 @@
 """The statistics of an evaluation: accuracy and pass@k, 95% intervals over problems, paired differences, by level.
 
-All of them need only how many of a problem's samples were right, so that is what is kept. An interval says how far
+Accuracy is the mean reward; a response is right if its reward is 1, and pass@k counts those. An interval says how far
 the accuracy would move with other problems of the same kind. Its ends are
 
     upper limit: mean + 1.96 standard errors, of the scores and one more problem solved
@@ -38,7 +38,8 @@ class Answers:
     id: str
     level: str = ""
     samples: int = 0
-    right: int = 0
+    right: int = 0  # samples whose reward is 1
+    rewards: float = 0.0  # the sum of all rewards, each in [0, 1]
     tokens: int = 0
     truncated: int = 0  # cut off by the budget: graded wrong
     unread: int = 0  # of the others: no boxed answer, or one that cannot be read
@@ -46,10 +47,16 @@ class Answers:
     def add(self, row: dict[str, Any]) -> None:
         """Count a graded response, a row of generations.jsonl."""
         self.samples += 1
-        self.right += int(row["reward"])
+        self.right += row["reward"] == 1
+        self.rewards += row["reward"]
         self.tokens += row["tokens"]
         self.truncated += int(row["truncated"])
         self.unread += int(not row["truncated"] and not row["read"])
+
+    @property
+    def accuracy(self) -> float:
+        """Mean reward of the samples."""
+        return self.rewards / self.samples
 
 
 def mean(values: Sequence[float]) -> float:
@@ -114,14 +121,14 @@ def paired_difference(first: Sequence[float], second: Sequence[float]) -> tuple[
 
 
 def summarize(answers: Sequence[Answers]) -> dict[str, dict[str, float]]:
-    """By level, and over all problems as "all": accuracy (avg@k) with its 95% interval, mean response
+    """By level, and over all problems as "all": accuracy (avg@k: mean reward) with its 95% interval, mean response
     length, the shares of cut off and unread responses, pass@1, 2, 4, … up to the number of samples."""
     levels = list(dict.fromkeys(a.level for a in answers if a.level))
     table = {}
     for level in [*levels, "all"]:
         chosen = [a for a in answers if level in (a.level, "all")]
         samples = chosen[0].samples
-        scores = [a.right / a.samples for a in chosen]
+        scores = [a.accuracy for a in chosen]
         low, high = interval(scores)
         table[level] = {
             "problems": len(chosen),

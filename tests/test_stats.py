@@ -7,7 +7,8 @@ from fractions import Fraction
 import numpy as np
 import pytest
 
-from stats import average_interval, interval, paired_difference, pass_at_k
+from eval import pass_at_k
+from stats import Answers, average_interval, interval, paired_difference, summarize
 
 
 def test_pass_at_k_is_the_share_of_draws_with_a_right_one():
@@ -151,3 +152,16 @@ def test_paired_difference_uses_the_pairing():
     assert middle == pytest.approx((second - first).mean())
     assert (low, high) == pytest.approx((middle - 1.96 * error, middle + 1.96 * error), abs=0.5 * error)
     assert paired_difference(second, first) == pytest.approx((-middle, -high, -low))
+
+
+def test_partial_credit_counts_in_the_accuracy_only():
+    """A response is right if its reward is 1; accuracy and its interval are of mean rewards."""
+    answers = [Answers("a", "easy"), Answers("b", "hard")]
+    for answer, rewards in zip(answers, ([0.5, 1.0, 0.25, 0.75], [0.0, 0.999, 0.0, 0.001])):
+        for reward in rewards:
+            answer.add({"reward": reward, "tokens": 7, "truncated": False, "read": True})
+    assert [(a.right, a.rewards) for a in answers] == [(1, 2.5), (0, 1.0)]
+    everything = summarize(answers)["all"]
+    assert everything["accuracy"] == (2.5 + 1) / 8
+    assert (everything["low"], everything["high"]) == interval([2.5 / 4, 1 / 4])
+    assert (everything["pass@1"], everything["pass@4"]) == (1 / 8, 1 / 2)

@@ -214,7 +214,7 @@ def show_sets() -> None:
         rows = f"{source.rows[0]:,}{'+' if source.rows[0] < source.rows[1] else ''}"
         gated = "  gated: accept its terms there" if source.gated else ""
         there = f"  there: {file_of(name)}" if file_of(name).exists() else ""
-        print(f"{name:13}{source.folder:12}{rows:>7} rows  {source.path:30}{gated}{there}".rstrip())
+        print(f"{name:23}{source.folder:12}{rows:>8} rows  {source.path:34}{gated}{there}".rstrip())
     print("\nFetch some:  python data/prepare.py NAME …  (paper: the paper's nine benchmarks).")
     print("Each set's licence is on its page, https://huggingface.co/datasets/… and its place on the hub.")
 

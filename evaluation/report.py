@@ -1,7 +1,8 @@
 """The report of an evaluation: results.json, results.md and the tables on the terminal; evaluations side by side.
 
 results.json is {"settings", "results": {benchmark: {level or "all": a row of statistics.summarize}}, "average" over
-the benchmarks, "right": {benchmark: {level: {problem id: right samples}}}}. Figures are in plot.py.
+the benchmarks, "right": {benchmark: {level: {problem id: right samples}}}, "rewards": the same with sums of rewards,
+only where a reward is neither 0 nor 1 (else it would be "right" again)}. Figures are in plot.py.
 """
 
 import json
@@ -97,23 +98,33 @@ def write_report(folder: Path, settings: dict[str, Any], answers: dict[str, list
     """Write the report on `answers` (by benchmark) into `folder`, and print its tables."""
     results: Results = {"settings": settings, "results": {n: summarize(a) for n, a in answers.items()}}
     if len(answers) > 1:
-        scores = [[a.right / a.samples for a in found] for found in answers.values()]
+        scores = [[a.accuracy for a in found] for found in answers.values()]
         low, high = average_interval(scores)
         results["average"] = {"accuracy": mean([mean(s) for s in scores]), "low": low, "high": high}
-    results["right"] = {}
-    for name, found in answers.items():
-        levels = dict.fromkeys(a.level for a in found)
-        results["right"][name] = {level: {a.id: a.right for a in found if a.level == level} for level in levels}
+    results["right"] = by_problem(answers, "right")
+    if (rewards := by_problem(answers, "rewards")) != results["right"]:
+        results["rewards"] = rewards
     write_text(folder / "results.json", json.dumps(results, indent=1, ensure_ascii=False) + "\n")
     tables = results_tables(results)
     listed = "".join(f"- {k}: `{json.dumps(v, ensure_ascii=False)}`\n" for k, v in settings.items())
-    title = f"# {settings['model']}\n\nAccuracy is avg@k in %: the mean over problems of the share of right samples."
+    title = (
+        f"# {settings['model']}\n\nAccuracy is avg@k in %: the mean over problems of the mean reward of k samples."
+    )
     write_text(folder / "results.md", f"{title}\n\n{tables}\n## Settings\n\n{listed}")
     print(f"\n{tables}")
     for name, table in results["results"].items():
         lost = table["all"]["truncated"] + table["all"]["unread"]
         if lost > 0.5:
             print(f"{name}: {percent(lost)}% of the responses were cut off or had no readable boxed answer")
+
+
+def by_problem(answers: dict[str, list[Answers]], count: str) -> dict[str, dict[str, dict[str, float]]]:
+    """{benchmark: {level: {problem id: its Answers.`count`}}}"""
+    table: dict[str, dict[str, dict[str, float]]] = {}
+    for name, found in answers.items():
+        levels = dict.fromkeys(a.level for a in found)
+        table[name] = {level: {a.id: getattr(a, count) for a in found if a.level == level} for level in levels}
+    return table
 
 
 # ---- several evaluations
@@ -132,12 +143,12 @@ def read_results(folder: Path) -> Results:
     return results | {"name": folder.name}
 
 
-def problem_scores(results: Results, name: str, level: str, k: int = 1) -> dict[str, float]:
-    """{problem id: pass@k} of a benchmark's level or "all" ("all" joins the levels); k = 1 is the share right."""
+def problem_scores(results: Results, name: str, level: str, k: int | None = None) -> dict[str, float]:
+    """{problem id: mean reward, or with k its pass@k} of a benchmark's level or "all" ("all" joins the levels)."""
     samples = results["results"][name]["all"]["samples"]
-    right = results["right"][name]
-    chosen = [counts for own, counts in right.items() if level in (own, "all")]
-    return {i: pass_at_k(samples, c, k) for counts in chosen for i, c in counts.items()}
+    table = results["right"] if k else results.get("rewards", results["right"])
+    chosen = [counts for own, counts in table[name].items() if level in (own, "all")]
+    return {i: pass_at_k(samples, c, k) if k else c / samples for counts in chosen for i, c in counts.items()}
 
 
 def shared_cells(evaluations: Sequence[Results]) -> list[tuple[str, str]]:

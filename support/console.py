@@ -106,7 +106,7 @@ class Progress:
 
 def show_sample(sample: dict[str, Any]) -> None:
     """Problem, prefix, continuation and verdict of a row; the prefix ends at the bar."""
-    right = sample["reward"] > 0
+    right = sample["reward"] == 1
     verdict = "right" if right else "cut off" if sample["truncated"] else f"wrong, the answer is {sample['answer']}"
     prefix = colour(sample["prefix"], 34) + "|" if sample["hybrid"] else ""
     show(colour(f"  {'hybrid   ' if sample['hybrid'] else 'on-policy'}  {sample['problem']}", 2))

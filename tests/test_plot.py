@@ -8,7 +8,7 @@ import pytest
 
 import plot
 from eval import report
-from evaluation.report import PUBLISHED, SIX, markdown_table, read_results
+from evaluation.report import PUBLISHED, SIX, markdown_table, problem_scores, read_results
 from evaluation.statistics import Answers, paired_difference
 
 SETTINGS = {"model": "m", "temperature": 0.6}
@@ -18,7 +18,7 @@ def evaluation(folder: Path, right: dict[str, dict[str, int]], samples: int = 4,
     """A finished evaluation in which problem i of benchmark b had right[b][i] right samples; p, r, x are easy."""
     folder.mkdir()
     answers = {
-        name: [Answers(i, ("easy", "hard")[ord(i) % 2], samples, c, 10) for i, c in counts.items()]
+        name: [Answers(i, ("easy", "hard")[ord(i) % 2], samples, c, c, 10) for i, c in counts.items()]
         for name, counts in right.items()
     }
     report(folder, SETTINGS | settings, answers)
@@ -63,6 +63,30 @@ def test_comparison_pairs_the_problems_by_id(two, tmp_path, monkeypatch, capsys)
     assert "| aime24: easy " in out and "math500" not in out
     assert "Not alike: temperature (a 0.6, b 1.0)" in out
     assert (tmp_path / "c.png").stat().st_size > 20_000
+
+
+def test_partial_rewards_are_kept_and_paired(two, tmp_path, monkeypatch, capsys):
+    """Accuracy and differences are of mean rewards, pass@k of right samples, also when read back."""
+    levels = {"p": "easy", "q": "hard", "r": "easy", "s": "hard"}
+    rewards = {"p": 1.5, "q": 0.75, "r": 2.0, "s": 4.0}  # the sums of four samples, of which 1, 0, 2, 4 are right
+    right = {"p": 1, "q": 0, "r": 2, "s": 4}
+    answers = [Answers(i, levels[i], 4, right[i], rewards[i], 10) for i in rewards]
+    (tmp_path / "partial").mkdir()
+    other = [Answers("x", "easy", 4, 0, 1.0, 10)]
+    report(tmp_path / "partial", SETTINGS, {"aime24": answers, "minerva": other})
+    results = read_results(tmp_path / "partial")
+    assert results["rewards"]["aime24"] == {"easy": {"p": 1.5, "r": 2.0}, "hard": {"q": 0.75, "s": 4.0}}
+    assert results["average"]["accuracy"] == (8.25 / 16 + 0.25) / 2
+    assert "rewards" not in read_results(two[0])  # there they are what "right" says
+    assert problem_scores(results, "aime24", "all") == {"p": 0.375, "q": 0.1875, "r": 0.5, "s": 1}
+    assert problem_scores(results, "aime24", "all", 1) == problem_scores(read_results(two[0]), "aime24", "all")
+    capsys.readouterr()
+    assert run(monkeypatch, "--compare", two[0], tmp_path / "partial", "--out", tmp_path / "c.png") == 0
+    middle, low, high = paired_difference([0.25, 0, 0.5, 1], [0.375, 0.1875, 0.5, 1])
+    expected = f"{100 * middle:+.1f} [{100 * low:.1f}, {100 * high:.1f}]"
+    line = next(line for line in capsys.readouterr().out.splitlines() if line.startswith("| aime24  "))
+    line = " ".join(line.split())
+    assert "| 43.8 [" in line and "| 51.6 [" in line and expected in line and expected.startswith("+7.8")
 
 
 def test_published_rows_are_marked_as_published(two, tmp_path, monkeypatch, capsys):

@@ -55,28 +55,38 @@ def uniforms(key: tuple, count: int) -> np.ndarray:
 # ---- the plan of a group
 
 
+def prefix_range(step: int, total_steps: int, schedule: str) -> tuple[float, float]:
+    """The interval (low, high) in which the share l of `step` (from 0) of `total_steps` is drawn.
+
+    cosine    (low_t, 0.95), low_t from 0.95 to 0.05 along half a cosine       [paper 3.3, A.2]
+    uniform   (0.05, 0.95) throughout                                          [ablation, paper Fig. 6]
+    constant  (0.5, 0.5), the mean of uniform                                  [ablation]
+    uft       (0, 1) over the first 60%, then (0, 0)                           [UFT]
+    """
+    span = PREFIX_HIGH - PREFIX_LOW
+    if schedule == "cosine":
+        return PREFIX_LOW + span * (1 + math.cos(math.pi * min(1.0, step / total_steps))) / 2, PREFIX_HIGH
+    if schedule == "uniform":
+        return PREFIX_LOW, PREFIX_HIGH
+    if schedule == "constant":
+        return PREFIX_LOW + span / 2, PREFIX_LOW + span / 2
+    if schedule == "uft":
+        return 0.0, float(step < 0.6 * total_steps)
+    raise ValueError(f"schedule is {schedule!r}, expected cosine, uniform, constant or uft")
+
+
 def prefix_fraction(step: int, total_steps: int, schedule: str, generator: torch.Generator) -> float:
     """The share l of the demonstration that is given at `step` (from 0) of `total_steps`.
 
-    cosine    U(low_t, 0.95), low_t from 0.95 to 0.05 along half a cosine      [paper 3.3, A.2]
-    uniform   U(0.05, 0.95) throughout                                         [ablation, paper Fig. 6]
-    constant  0.5, the mean of uniform                                         [ablation]
-    uft       Binomial(5, p_t) / 5, p_t from 0.95 to 0.05 along half a cosine over the first 60%, then 0     [UFT]
+    l ~ U(low, high) of `prefix_range`; under uft l ~ Binomial(5, p_t) / 5, p_t from 0.95 to 0.05 along half a cosine
+    over the first 60% of the steps, then 0.
     """
-    span = PREFIX_HIGH - PREFIX_LOW
-    if schedule == "constant":
-        return PREFIX_LOW + span / 2
+    low, high = prefix_range(step, total_steps, schedule)
     if schedule == "uft":
         progress = step / (0.6 * total_steps)
-        chance = PREFIX_LOW + span * (1 + math.cos(math.pi * progress)) / 2 if progress < 1 else 0.0
+        chance = PREFIX_LOW + (PREFIX_HIGH - PREFIX_LOW) * (1 + math.cos(math.pi * progress)) / 2 if high else 0.0
         return float((torch.rand(5, generator=generator) < chance).sum()) / 5
-    if schedule == "cosine":
-        low = PREFIX_LOW + span * (1 + math.cos(math.pi * min(1.0, step / total_steps))) / 2
-    elif schedule == "uniform":
-        low = PREFIX_LOW
-    else:
-        raise ValueError(f"schedule is {schedule!r}, expected cosine, uniform, constant or uft")
-    return low + (PREFIX_HIGH - low) * float(torch.rand((), generator=generator))
+    return low + (high - low) * float(torch.rand((), generator=generator))
 
 
 def prefix_length(fraction: float, demonstration_tokens: int, max_response_tokens: int) -> int:

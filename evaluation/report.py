@@ -1,7 +1,7 @@
 """The report of an evaluation: results.json, results.md and the tables on the terminal; evaluations side by side.
 
 results.json is {"settings", "results": {benchmark: {level or "all": a row of statistics.summarize}}, "average" over
-the benchmarks, "right": {benchmark: {level: {problem id: right samples}}}}. Figures are in plot.py.
+the benchmarks, "right": {benchmark: {level: {problem id: right samples}}}}. Figures are in comparison.py.
 """
 
 import json

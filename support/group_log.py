@@ -15,6 +15,7 @@ train.py writes it; support/group_figure.py and support/group_page.py draw it.
 """
 
 import json
+import math
 from pathlib import Path
 from typing import Any
 
@@ -23,22 +24,17 @@ from support.figure import BLUE, VERMILLION
 Group = dict[str, Any]
 Row = dict[str, Any]
 
-FIELDS = {"step": int, "method": str, "id": str, "problem": str, "answer": str, "prompt": list, "rows": list}
-ROW_FIELDS = {
-    "hybrid": bool,
-    "complete": bool,
-    "reward": (int, float),
-    "truncated": bool,
-    "advantage": (int, float),
-    "prefix_advantage": (int, float),
-    "tokens_total": int,
-}
-LISTS = {"tokens": str, "ids": int, "source": int, "entropy": (int, float), "kept": int, "weight": (int, float)}
+KINDS = {"a text": str, "a whole number": int, "a number": (int, float), "true or false": bool, "a list": list}
+TEXT, INT, NUMBER, BOOL, LIST = KINDS
+FIELDS = {"step": INT, "method": TEXT, "id": TEXT, "problem": TEXT, "answer": TEXT, "prompt": LIST, "rows": LIST}
+ROW_FIELDS = {"hybrid": BOOL, "complete": BOOL, "reward": NUMBER, "truncated": BOOL}
+ROW_FIELDS |= {"advantage": NUMBER, "prefix_advantage": NUMBER, "tokens_total": INT}
+LISTS = {"tokens": TEXT, "ids": INT, "source": INT, "entropy": NUMBER, "kept": INT, "weight": NUMBER}
 SOURCES = {  # whose token: the colour of its cell, and what it is
     "prompt": ("#DADADA", "the problem, the same for all"),
     "prefix": ("#F8C65C", "beginning of a demonstration: given"),
     "demonstration": ("#F8C65C", "a whole demonstration: given"),
-    "continuation": ("#8AD3BA", "the policy goes on from the prefix"),
+    "continuation": ("#63C2A1", "the policy goes on from the prefix"),
     "own": ("#C3E1F6", "the policy answers without help"),
 }
 DROPPED = "#FBEBC8"  # the cell of a token whose weight was taken away
@@ -73,12 +69,17 @@ def read_group(folder: Path, step: int | None = None) -> Group:
     return groups[step]
 
 
-def check_fields(values: Any, fields: dict[str, Any], where: str) -> None:
+def check_value(value: Any, expected: str, where: str) -> None:
+    """ValueError if `value` is not what KINDS says; no number is infinite or NaN."""
+    if not isinstance(value, KINDS[expected]) or (isinstance(value, float) and not math.isfinite(value)):
+        raise ValueError(f"{where} is {str(value)[:40]!r}, expected {expected}")
+
+
+def check_fields(values: Any, fields: dict[str, str], where: str) -> None:
     if not isinstance(values, dict):
         raise ValueError(f"{where} is {type(values).__name__}, expected an object")
-    for name, kind in fields.items():
-        if not isinstance(values.get(name), kind):
-            raise ValueError(f"{where}: {name} is {str(values.get(name))[:40]!r}, expected {kind}")
+    for name, expected in fields.items():
+        check_value(values.get(name), expected, f"{where}: {name}")
 
 
 def check_group(group: Any) -> Group:
@@ -86,15 +87,15 @@ def check_group(group: Any) -> Group:
     check_fields(group, FIELDS, "group")
     if not group["rows"]:
         raise ValueError("group: rows is empty, expected the rollouts of a problem")
+    for t, token in enumerate(group["prompt"]):
+        check_value(token, TEXT, f"group: prompt[{t}]")
     for number, row in enumerate(group["rows"], 1):
-        check_fields(row, ROW_FIELDS | dict.fromkeys(LISTS, list), f"row {number}")
-        for name, kind in LISTS.items():
+        check_fields(row, ROW_FIELDS | dict.fromkeys(LISTS, LIST), f"row {number}")
+        for name, expected in LISTS.items():
             if len(row[name]) != len(row["tokens"]):
                 raise ValueError(f"row {number}: {len(row[name])} {name} of {len(row['tokens'])} tokens")
-            if not all(isinstance(value, kind) for value in row[name]):
-                raise ValueError(f"row {number}: {name} holds something else than {kind}")
-    if not all(isinstance(token, str) for token in group["prompt"]):
-        raise ValueError("group: prompt holds something else than the texts of tokens")
+            for t, value in enumerate(row[name]):
+                check_value(value, expected, f"row {number}: {name}[{t}]")
     return group
 
 

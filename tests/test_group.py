@@ -210,7 +210,7 @@ def test_the_picture_shows_what_the_log_says(group):
 
 def test_any_text_can_be_drawn(group, tmp_path, recwarn):
     """No mathematics of a $, no missing glyph's warning, nothing beyond the page."""
-    group["rows"][0]["tokens"] = ["$x^", "\\frac{", "漢字😀"]
+    group["rows"][0]["tokens"] = ["$x^$", "$\\frac{$", "漢字😀"]
     group |= {"prompt": ["\n", HOSTILE], "answer": "$" * 300}
     assert draw_group(group, tmp_path / "g.png").stat().st_size > 10_000
     assert not [warning for warning in recwarn if "Glyph" in str(warning.message)]
@@ -249,11 +249,28 @@ def test_the_page_says_every_number_of_a_token(group):
     assert "… 312 more" in Page(group_html(group)).words
 
 
+def test_the_page_draws_entropy_and_weight(group):
+    """Bars of the lanes: |w| = 1 and 2 nats are full ones; a negative weight hangs from the middle."""
+    html = group_html(group)
+    lanes = re.findall(
+        r'class="e"><i style="height:([\d.]+)px.*?class="w"><i style="height:([\d.]+)px;(\w+):50%', html
+    )
+    assert len(lanes) == 9
+    assert [float(entropy) for entropy, _, _ in lanes[5:]] == [0, 12, 3, 6]
+    assert [(float(weight), side) for _, weight, side in lanes[3:5]] == [(4.5, "top")] * 2
+    assert [(float(weight), side) for _, weight, side in (lanes[0], lanes[6], lanes[8])] == [
+        (4.5, "bottom"),
+        (2.2, "bottom"),
+        (9, "bottom"),
+    ]
+
+
 def test_hostile_text_stays_text_and_nothing_is_fetched(group):
-    group |= {"method": HOSTILE, "id": HOSTILE, "problem": HOSTILE, "answer": HOSTILE, "prompt": [HOSTILE]}
+    plain = Page(group_html(group | {"prompt": ["1", "2"]}))
+    group |= {name: HOSTILE for name in ("method", "id", "problem", "answer")} | {"prompt": ["<b>", HOSTILE]}
     group["rows"][0]["tokens"] = ["<script>", HOSTILE, "&amp;"]
     html = group_html(group)
-    page, plain = Page(html), Page(group_html(group | {"method": "m", "answer": "2"}))
+    page = Page(html)
     assert page.tags == plain.tags and not {"script", "img", "link", "iframe"} & set(page.tags)
     assert not [name for name, _ in page.attributes if name.startswith("on") or name in ("src", "href")]
     assert f"right answer: {HOSTILE}" in page.words

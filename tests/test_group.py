@@ -267,7 +267,7 @@ def test_the_page_draws_entropy_and_weight(group):
 
 def test_hostile_text_stays_text_and_nothing_is_fetched(group):
     plain = Page(group_html(group | {"prompt": ["1", "2"]}))
-    group |= {name: HOSTILE for name in ("method", "id", "problem", "answer")} | {"prompt": ["<b>", HOSTILE]}
+    group |= dict.fromkeys(("method", "id", "problem", "answer"), HOSTILE) | {"prompt": ["<b>", HOSTILE]}
     group["rows"][0]["tokens"] = ["<script>", HOSTILE, "&amp;"]
     html = group_html(group)
     page = Page(html)

@@ -2,7 +2,7 @@
 
 results.json is {"settings", "results": {benchmark: {level or "all": a row of statistics.summarize}}, "average" over
 the benchmarks, "right": {benchmark: {level: {problem id: right samples}}}, "rewards": the same with sums of rewards,
-only where a reward is neither 0 nor 1 (else it would be "right" again)}. Figures are in plot.py.
+only where a reward is neither 0 nor 1 (else it would be "right" again)}. Figures are in figures/comparison.py.
 """
 
 import json

@@ -24,7 +24,8 @@ Left out: clustering of problems that belong together, corrections for many comp
 """
 
 import math
-from collections.abc import Sequence
+import re
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -120,10 +121,22 @@ def paired_difference(first: Sequence[float], second: Sequence[float]) -> tuple[
     return float(values.mean()), max(-1.0, low), min(1.0, high)
 
 
+def natural_order(levels: Iterable[str]) -> list[str]:
+    """The different levels as a reader counts them: numbered ones by their numbers (2 terms, 3 terms, 10 terms), easy
+    before medium before hard, others as they come."""
+    found = list(dict.fromkeys(levels))
+    if all(re.search(r"\d", level) for level in found):
+        return sorted(
+            found, key=lambda level: [int(part) if part.isdigit() else part for part in re.split(r"(\d+)", level)]
+        )
+    known = ("easy", "medium", "hard")
+    return sorted(found, key=lambda level: known.index(level.lower()) if level.lower() in known else len(known))
+
+
 def summarize(answers: Sequence[Answers]) -> dict[str, dict[str, float]]:
     """By level, and over all problems as "all": accuracy (avg@k: mean reward) with its 95% interval, mean response
     length, the shares of cut off and unread responses, pass@1, 2, 4, … up to the number of samples."""
-    levels = list(dict.fromkeys(a.level for a in answers if a.level))
+    levels = natural_order(a.level for a in answers if a.level)
     table = {}
     for level in [*levels, "all"]:
         chosen = [a for a in answers if level in (a.level, "all")]

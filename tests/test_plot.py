@@ -1,15 +1,22 @@
-"""plot.py: figures of runs and evaluations are written; comparisons show the right numbers and refuse unlike ones."""
+"""plot.py: figures of runs and evaluations are written and show the right numbers; unlike ones are refused.
+
+Groups of rollouts: test_group.py."""
 
 import json
+import math
 import sys
 from pathlib import Path
 
 import pytest
+from matplotlib.axes import Axes
 
 import plot
 from eval import report
 from evaluation.report import PUBLISHED, SIX, markdown_table, problem_scores, read_results
-from evaluation.statistics import Answers, paired_difference
+from evaluation.statistics import Answers, natural_order, paired_difference, summarize
+from figures import curves
+from sample import prefix_fraction, prefix_range, torch_generator
+from support.config import Config
 
 SETTINGS = {"model": "m", "temperature": 0.6}
 
@@ -207,34 +214,168 @@ def test_one_sample_a_problem_is_drawn_as_bars(tmp_path):
     assert (folder / "passk.png").stat().st_size > 5_000
 
 
-def test_curves_of_runs(tmp_path):
-    rows = [{"step": s, "reward_on_policy": 0.1 * s, "entropy": 1.0, "eval_hard": 0.2} for s in (1, 2, 3)]
-    folders = [run_folder(tmp_path / name, rows) for name in "xy"]
-    (folders[0] / "eval.json").write_text(json.dumps({"base": {"validation": {"hard": {"accuracy": 0.1}}}}))
-    assert plot.draw(folders[:1], tmp_path / "one.png").stat().st_size > 10_000
-    assert plot.draw(folders, tmp_path / "both.png").stat().st_size > 10_000
-    assert plot.points(plot.read_run(folders[0]), "eval_hard") == ([0, 1, 2, 3], [0.1, 0.2, 0.2, 0.2])
-    assert plot.smooth([1.0, 3.0, 5.0], 2) == [1.0, 2.0, 4.0]
+# ---- curves of runs
+
+LOGGED = [
+    {"step": s, "reward_on_policy": 0.1 * s, "entropy": 1.0, "eval_hard": 0.2, "eval_all": 0.25 * s}
+    for s in (1, 2, 3)
+]
+
+
+def with_base(folder: Path, **problems: int) -> Path:
+    """eval.json with the base model's validation: a tenth right in every level."""
+    table = {level: {"accuracy": 0.1, "low": 0.05, "high": 0.2, "problems": n} for level, n in problems.items()}
+    (folder / "eval.json").write_text(json.dumps({"base": {"validation": table}}))
+    return folder
+
+
+def panels_of(monkeypatch, *folders: Path) -> dict[str, Axes]:
+    """The panels of the sheet that `draw` makes, by title."""
+    figures = []
+    monkeypatch.setattr(curves, "save", lambda figure, target: figures.append(figure))
+    plot.draw(list(folders), Path("sheet.png"))
+    return {axis.get_title("left"): axis for axis in figures[0].axes}
+
+
+def lines_of(axis: Axes) -> dict[str, tuple[list, list]]:
+    return {line.get_label(): (list(line.get_xdata()), list(line.get_ydata())) for line in axis.lines}
+
+
+def bands_of(axis: Axes) -> list[set[tuple[float, float]]]:
+    """The corners of each shaded band."""
+    return [{tuple(xy.round(6).tolist()) for xy in band.get_paths()[0].vertices} for band in axis.collections]
+
+
+def test_the_base_stands_at_step_0_and_steps_to_a_share_counts_it(tmp_path):
+    folder = with_base(run_folder(tmp_path / "x", LOGGED), hard=50, all=100)
+    loaded = curves.read_run(folder)
+    assert [(step, value) for step, value, *_ in curves.evaluations(loaded, "hard")] == [
+        (0, 0.1),
+        (1, 0.2),
+        (2, 0.2),
+        (3, 0.2),
+    ]
+    reached = {share: curves.steps_to(loaded, share) for share in (0.1, 0.26, 0.5, 0.75, 0.76)}
+    assert reached == {0.1: 0, 0.26: 2, 0.5: 2, 0.75: 3, 0.76: None}
+    assert curves.smooth([1.0, 3.0, 5.0], 2) == [1.0, 2.0, 4.0]
+
+
+def test_accuracy_has_its_interval_and_its_number_of_problems(tmp_path, monkeypatch):
+    rows = [
+        {"step": 5, "eval_hard": 0.5, "eval_hard_low": 0.4, "eval_hard_high": 0.7, "eval_low": 0.3, "eval_all": 0.4}
+    ]
+    folder = with_base(run_folder(tmp_path / "x", rows), hard=50, low=10, all=60)
+    assert curves.levels([curves.read_run(folder)]) == ["hard", "low", "all"]  # a level may be called low
+    panel = panels_of(monkeypatch, folder)["validation accuracy, greedy"]
+    assert lines_of(panel)["hard, 50 problems"] == ([0, 5], [0.1, 0.5])
+    assert bands_of(panel) == [{(0, 0.05), (0, 0.2), (5, 0.4), (5, 0.7)}]
+    assert panel.get_ylim() == (0, 1) and panel.get_ylabel() == "% right"
+
+
+def test_levels_stand_in_their_natural_order():
+    assert natural_order(["10 terms", "2 terms", "3 terms", "2 terms"]) == ["2 terms", "3 terms", "10 terms"]
+    assert natural_order(["ood", "hard", "easy", "medium"]) == ["easy", "medium", "hard", "ood"]
+    assert natural_order(["Physics", "Algebra"]) == ["Physics", "Algebra"]
+    table = summarize([Answers(str(i), f"level {i}", 1, 1, 1) for i in (10, 9, 1)])
+    assert list(table) == ["level 1", "level 9", "level 10", "all"]
+
+
+@pytest.mark.parametrize("schedule", ["cosine", "uniform", "constant", "uft"])
+@pytest.mark.parametrize("step", [0, 20, 50, 99])
+def test_the_range_of_the_schedule_holds_what_is_drawn_and_no_more(schedule, step):
+    low, high = prefix_range(step, 100, schedule)
+    generator = torch_generator("range", schedule, step)
+    drawn = [prefix_fraction(step, 100, schedule, generator) for _ in range(1000)]
+    assert low <= min(drawn) and max(drawn) <= high
+    # of 1000 uniform draws none lies in a given fiftieth of the range with a chance of (1 - 1/50)^1000 = 2e-9
+    if schedule != "uft":
+        assert min(drawn) - low <= (high - low) / 50 and high - max(drawn) <= (high - low) / 50
+
+
+def test_the_share_given_is_drawn_before_the_range_of_its_schedule(tmp_path, monkeypatch):
+    rows = [
+        {"step": s, "reward": 0.5, "reward_hybrid": 1.0, "prefix_fraction": 0.8, "hybrid_rows": 3} for s in (1, 2)
+    ]
+    folder = run_folder(tmp_path / "x", rows)
+    settings = {"method": "prefix-rft", "steps": 10, "prompts_per_step": 2, "rollouts_per_prompt": 4}
+    (folder / "config.json").write_text(json.dumps(settings))
+    panels = panels_of(monkeypatch, folder)
+    low = 0.05 + 0.9 * (1 + math.cos(math.pi / 10)) / 2  # of step 2, the second: half a cosine of 10 steps
+    assert bands_of(panels["demonstration given"]) == [{(1, 0.95), (2, 0.95), (2, round(low, 6))}]
+    assert panels["reward"].get_legend_handles_labels()[1] == ["hybrid, 3 rows a step"]
+    assert panels["demonstration given"].get_ylim() == (0, 1)
+    row = curves.rows_per_point(curves.read_run(folder), "reward_on_policy")
+    assert row == 2 * 4 - 3
+
+
+def test_noise_does_not_fill_a_panel(tmp_path, monkeypatch):
+    rows = [
+        {"step": s, "reward": 0, "truncated": 0.01 * (s % 2), "clip_fraction": 1e-4 * s, "entropy": 0.2}
+        for s in (1, 2)
+    ]
+    panels = panels_of(monkeypatch, run_folder(tmp_path / "x", rows))
+    tops = {title: axis.get_ylim()[1] for title, axis in panels.items()}
+    assert (
+        tops["lost responses"] > 0.09 and tops["stopped by PPO's clip"] > 0.04 and tops["entropy of the policy"] > 0.4
+    )
+    assert all(axis.get_ylim()[0] == 0 and axis.get_ylabel() and axis.get_xlabel() for axis in panels.values())
+
+
+def test_whole_demonstrations_have_no_panels_of_prefixes(tmp_path, monkeypatch):
+    """Their share is always 1 and their reward too: nothing to see. What is not known is not drawn."""
+    given = {"reward_hybrid": 1.0, "prefix_fraction": 1.0, "prefix_tokens": 70, "prefix_tokens_kept": 70}
+    rows = [{"step": s, "reward": 0.1, "reward_on_policy": 0.1, "rescued": 3} | given for s in (1, 2)]
+    panels = panels_of(monkeypatch, run_folder(tmp_path / "luffy", rows))
+    assert list(panels) == ["reward"] and panels["reward"].get_legend_handles_labels()[1] == ["on-policy"]
+    part = [{"step": 1, "reward": 0.1, "prefix_fraction": 0.5, "prefix_tokens": 9, "prefix_tokens_kept": 9}]
+    panels = panels_of(monkeypatch, run_folder(tmp_path / "all", part))
+    assert panels["prefix tokens"].get_legend_handles_labels()[1] == ["all"]  # the kept ones are the same
 
 
 def test_panels_of_an_sft_stage_before_reinforcement(tmp_path, monkeypatch):
     """No panel of prefixes, no axis below 0, one range of steps, a line where SFT ends; a reward of 0 is shown."""
-    sheets = []
-    monkeypatch.setattr(plot, "save", lambda figure, target: sheets.append(figure))
     rl = {"reward": 0.0, "reward_on_policy": 0.0, "prefix_tokens": 0, "prefix_tokens_kept": 0}
     rows = [{"step": s, "grad_norm": 1.0} for s in (1, 2, 3, 4)]
     rows += [{"step": s, "grad_norm": 1.0, "truncated": 0.0, "unread": 0.1 * (s % 2)} | rl for s in (5, 6)]
-    run_folder(tmp_path / "sft-rft", rows)
-    plot.draw([tmp_path / "sft-rft"], tmp_path / "a.png")
-    panels = {axis.get_title(): axis for axis in sheets[0].axes}
-    assert list(panels) == ["reward (mean of 0 / 1)", "cut off or without a readable answer", "gradient norm"]
-    assert all(axis.get_ylim()[0] >= 0 for axis in panels.values())
+    panels = panels_of(monkeypatch, run_folder(tmp_path / "sft-rft", rows))
+    assert list(panels) == ["reward", "lost responses", "gradient norm"]
     assert len({axis.get_xlim() for axis in panels.values()}) == 1
     assert all(any(list(line.get_xdata()) == [4, 4] for line in axis.lines) for axis in panels.values())
-    guided = run_folder(tmp_path / "prefix", [{"step": 1, "reward": 1.0, "prefix_tokens": 7}])
-    plot.draw([tmp_path / "sft-rft", guided], tmp_path / "a.png")
-    panel = next(axis for axis in sheets[1].axes if axis.get_title() == "prefix tokens per step")
-    assert panel.get_legend_handles_labels()[1] == ["prefix, all"]
+
+
+def test_several_runs_have_fewer_panels_and_one_table(tmp_path, monkeypatch, capsys):
+    folders = [
+        with_base(run_folder(tmp_path / name, LOGGED[:n]), hard=50, all=100) for name, n in (("x", 3), ("y", 1))
+    ]
+    capsys.readouterr()
+    assert run(monkeypatch, *folders, "--out", tmp_path / "both.png") == 0
+    lines = [line.replace(" ", "").split("|")[1:-1] for line in capsys.readouterr().out.splitlines()]
+    assert lines[0][-1] == "stepsto60%"
+    assert lines[2:4] == [["x", "10.0", "75.0", "–", "3", "3"], ["y", "10.0", "25.0", "–", "1", "–"]]
+    assert (tmp_path / "both.png").stat().st_size > 20_000
+    panels = panels_of(monkeypatch, *folders)
+    assert list(panels) == ["validation accuracy: all", "reward of on-policy rows", "entropy of the policy"]
+    assert not any(axis.get_legend() for axis in panels.values())
+
+
+def test_runs_on_different_problems_are_refused_or_told_apart(tmp_path, monkeypatch, capsys):
+    first, other = (
+        with_base(run_folder(tmp_path / name, LOGGED), hard=n, all=n) for name, n in (("x", 50), ("y", 40))
+    )
+    capsys.readouterr()
+    assert run(monkeypatch, first, other, "--out", tmp_path / "c.png") == 2
+    error = capsys.readouterr().err
+    assert "x and y were evaluated on different problems (x: hard: 50" in error and error.count("\n") == 1
+    assert not (tmp_path / "c.png").exists()
+    with_base(other, hard=50, all=50)
+    for folder, data in ((first, Config.data), (other, "mine.jsonl")):
+        (folder / "config.json").write_text(json.dumps({"data": data, "model": "m"}))
+    assert run(monkeypatch, first, other, "--out", tmp_path / "c.png") == 0
+    told = [line for line in capsys.readouterr().out.splitlines() if line.startswith("Not alike")]
+    assert told == [
+        f"Not alike: data (x {Config.data}, y mine.jsonl)",
+        "Not alike: eval_data (x data/recipes/validation.jsonl, y None)",
+    ]
 
 
 def test_markdown_tables_are_aligned():

@@ -1,0 +1,86 @@
+"""Figures of evaluations: pass@k over k, and accuracies with their intervals side by side."""
+
+from pathlib import Path
+from typing import Any
+
+import matplotlib
+from matplotlib.axes import Axes
+
+from evaluation.report import cells, label, percent, problem_scores, read_results, shared_cells
+from evaluation.statistics import interval, powers_of_two
+from figures.figure import COLOURS, TYPE, in_percent, save, sheet
+
+
+def plot_pass_at_k(axis: Axes, evaluations: list[dict[str, Any]], name: str, level: str) -> None:
+    """pass@k over k on a log2 axis, a line for each evaluation; the band is the 95% interval over problems."""
+    for e, evaluation in enumerate(evaluations):
+        samples = evaluation["results"][name][level]["samples"]
+        ks = powers_of_two(samples)
+        scores = [list(problem_scores(evaluation, name, level, k).values()) for k in ks]
+        bands = [interval(values) for values in scores]
+        axis.plot(
+            ks,
+            [sum(v) / len(v) for v in scores],
+            "o-",
+            color=COLOURS[e % len(COLOURS)],
+            markersize=3,
+            label=evaluation["name"],
+        )
+        axis.fill_between(
+            ks, [low for low, _ in bands], [high for _, high in bands], color=COLOURS[e % len(COLOURS)], alpha=0.15
+        )
+    axis.set_xscale("log", base=2)
+    axis.xaxis.set_major_formatter(lambda k, _: f"{k:g}")
+    axis.set_xlabel("k (samples)")
+    axis.set_ylabel("pass@k, % of problems")
+    axis.set_ylim(0, 1)
+    axis.yaxis.set_major_formatter(in_percent)
+    axis.set_title(label(name, level), loc="left")
+    axis.grid(alpha=0.3)
+    axis.legend()
+
+
+def plot_accuracy(axis: Axes, evaluations: list[dict[str, Any]], shared: list[tuple[str, str]]) -> None:
+    """A group of bars for each benchmark or level, a bar for each evaluation, with its 95% interval."""
+    width = 0.8 / len(evaluations)
+    for e, evaluation in enumerate(evaluations):
+        rows = [cells(evaluation)[key] for key in shared]
+        places = [g + (e - (len(evaluations) - 1) / 2) * width for g in range(len(shared))]
+        heights = [row["accuracy"] for row in rows]
+        down = [max(0.0, row["accuracy"] - row["low"]) for row in rows]
+        up = [max(0.0, row["high"] - row["accuracy"]) for row in rows]
+        axis.bar(
+            places,
+            heights,
+            width,
+            color=COLOURS[e % len(COLOURS)],
+            yerr=[down, up],
+            capsize=2,
+            label=evaluation["name"],
+        )
+        for place, height, row in zip(places, heights, rows):
+            text = percent(height)
+            axis.annotate(text, (place, row["high"]), ha="center", va="bottom", fontsize=6.5)
+    axis.set_xticks(range(len(shared)), [label(*key) for key in shared], fontsize=7.5, rotation=20, ha="right")
+    axis.set_ylim(0, 1.05)
+    axis.set_ylabel("% right")
+    axis.yaxis.set_major_formatter(in_percent)
+    axis.set_title("accuracy (avg@k) with 95% intervals", loc="left")
+    axis.grid(axis="y", alpha=0.3)
+    axis.legend()
+
+
+def draw_pass_at_k(folders: list[Path], target: Path, with_accuracy: bool = False) -> Path:
+    """A panel of pass@k for each benchmark and level with several samples, after one of accuracies if it is asked
+    for or there is nothing else to show."""
+    evaluations = [read_results(folder) for folder in folders]
+    shared = shared_cells(evaluations)
+    curves = [(n, l) for n, l in shared if all(e["results"][n][l]["samples"] > 1 for e in evaluations)]
+    first = 1 if with_accuracy or not curves else 0
+    with matplotlib.rc_context(TYPE):
+        figure, axes = sheet(first + len(curves), 2.8)
+        if first:
+            plot_accuracy(axes[0], evaluations, shared)
+        for axis, key in zip(axes[first:], curves):
+            plot_pass_at_k(axis, evaluations, *key)
+    return save(figure, target)

@@ -1,0 +1,344 @@
+"""Curves of runs: metrics.jsonl, eval.json and config.json of run folders, drawn and compared.
+
+One run: a panel for each thing it logs, a colour for each metric. Several runs: fewer panels, a colour for each run,
+one legend; runs on different problems are refused. An axis starts at 0 and reaches at least as far as its Panel
+says, so that noise looks as small as it is. A panel whose metric is missing, or says nothing in any run, is left out.
+"""
+
+import json
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import matplotlib
+from matplotlib.axes import Axes
+from matplotlib.ticker import MaxNLocator
+
+from evaluation.report import markdown_table, percent
+from evaluation.statistics import natural_order
+from figures.figure import COLOURS, STYLES, TYPE, in_percent, save, sheet
+from loss import METHODS
+from sample import prefix_range
+from support.checkpoint import read_json
+from support.config import TASK, Config
+
+Run = dict[str, Any]  # "name", "metrics" (rows), "scores" (eval.json), "config" (config.json)
+
+SMOOTH = 10  # steps of a thick curve's mean
+REACHED = 0.6  # the share of "steps to 60%"
+MOST_LEVELS = 6  # more could not be told apart
+
+
+@dataclass(frozen=True)
+class Panel:
+    """One panel of a sheet."""
+
+    title: str
+    unit: str  # of the vertical axis
+    metrics: tuple[tuple[str, str], ...]  # (name, legend)
+    top: float = 0.0  # the axis reaches at least so far
+    share: bool = True  # in percent
+
+
+REWARD = Panel("reward", "mean reward", (("reward_on_policy", "on-policy"), ("reward_hybrid", "hybrid")), 1, False)
+FRACTION = Panel("demonstration given", "% of its tokens", (("prefix_fraction", "hybrid"),), 1)
+ENTROPY = Panel("entropy of the policy", "nats per own token", (("entropy", ""),), 0.5, False)
+LENGTH = Panel("response length", "tokens", (("response_tokens", ""),), 20, False)
+PANELS = (
+    REWARD,
+    FRACTION,
+    Panel("prefix tokens", "tokens per step", (("prefix_tokens", "all"), ("prefix_tokens_kept", "kept")), 10, False),
+    ENTROPY,
+    LENGTH,
+    Panel("lost responses", "% of sampled rows", (("truncated", "cut off"), ("unread", "no readable answer")), 0.1),
+    Panel("groups with equal rewards", "% of groups", (("equal_reward_groups", ""),), 1),
+    Panel("stopped by PPO's clip", "% of weighted tokens", (("clip_fraction", ""),), 0.05),
+    Panel("gradient norm", "L2 norm before clipping", (("grad_norm", ""),), 0.1, False),
+)
+COMPACT = (  # of several runs
+    Panel("reward of on-policy rows", "mean reward", REWARD.metrics[:1], 1, False),
+    FRACTION,
+    ENTROPY,
+    LENGTH,
+)
+
+
+# ---- reading
+
+
+def read_run(folder: Path) -> Run:
+    """The logs of a run folder; ValueError where they are missing or damaged."""
+    log = folder / "metrics.jsonl"
+    if not log.exists() or not log.stat().st_size:
+        raise ValueError(f"{folder} is not a run folder with steps in it: no metrics.jsonl")
+    metrics = []
+    for number, line in enumerate(log.read_bytes().splitlines(), 1):
+        try:
+            row = json.loads(line)
+            metrics.append(row | {"step": int(row["step"])})
+        except (ValueError, KeyError, TypeError) as error:
+            raise ValueError(f"{log}:{number}: not valid JSON of a step, found {line[:40]!r}: delete it") from error
+    files = {name: folder / f"{name}.json" for name in ("eval", "config")}
+    found = {name: read_json(file) if file.exists() else {} for name, file in files.items()}
+    return {"name": folder.name, "metrics": metrics, "scores": found["eval"], "config": found["config"]}
+
+
+def base_scores(run: Run) -> dict[str, dict[str, float]]:
+    """The base model's validation, by level and over "all"; {} if the run has none."""
+    return run["scores"].get("base", {}).get("validation", {})
+
+
+def levels(runs: list[Run]) -> list[str]:
+    """The levels that the runs were evaluated on, in their natural order, "all" last."""
+    names = [level for run in runs for level in base_scores(run)]
+    for row in (row for run in runs for row in run["metrics"]):
+        for key in (key for key in row if key.startswith("eval_")):
+            stem, _, end = key.rpartition("_")
+            if not (end in ("low", "high") and stem in row):  # an interval of eval_LEVEL
+                names.append(key.removeprefix("eval_"))
+    return [*natural_order(name for name in names if name != "all"), *(["all"] if "all" in names else [])]
+
+
+def evaluations(run: Run, level: str) -> list[tuple[int, float, float | None, float | None]]:
+    """(step, accuracy, low, high) of the validation of a level; the base stands at step 0. None: not logged."""
+    base = base_scores(run).get(level)
+    found = [(0, base["accuracy"], base.get("low"), base.get("high"))] if base else []
+    name = f"eval_{level}"
+    for row in run["metrics"]:
+        if row.get(name) is not None:
+            found.append((row["step"], row[name], row.get(f"{name}_low"), row.get(f"{name}_high")))
+    return found
+
+
+def steps_to(run: Run, share: float) -> int | None:
+    """The first evaluated step at which validation accuracy over all levels was at least `share`; None: not yet."""
+    return next((step for step, accuracy, *_ in evaluations(run, "all") if accuracy >= share), None)
+
+
+def gives_whole_demonstrations(run: Run) -> bool:
+    given = [row["prefix_fraction"] for row in run["metrics"] if row.get("prefix_fraction") is not None]
+    return bool(given) and min(given) == 1
+
+
+def points(run: Run, metric: str) -> tuple[list[int], list[float]]:
+    """Steps and values of a metric, where it says something: not the reward, length and share of demonstrations
+    that are always given whole, nor the kept prefix tokens where all are kept."""
+    pairs = [(row["step"], row[metric]) for row in run["metrics"] if row.get(metric) is not None]
+    if metric in ("prefix_fraction", "reward_hybrid", "prefix_tokens", "prefix_tokens_kept"):
+        same = metric == "prefix_tokens_kept" and [value for _, value in pairs] == points(run, "prefix_tokens")[1]
+        if same or gives_whole_demonstrations(run) or (metric != "reward_hybrid" and not any(v for _, v in pairs)):
+            return [], []
+    return [step for step, _ in pairs], [value for _, value in pairs]
+
+
+def rows_per_point(run: Run, metric: str) -> float | None:
+    """Over how many rows a step's value is a mean, on average over the steps; None where it is not known."""
+    hybrid = [row["hybrid_rows"] for row in run["metrics"] if row.get("hybrid_rows") is not None]
+    guided = sum(hybrid) / len(hybrid) if hybrid else None if points(run, "reward_hybrid")[0] else 0
+    rows = [run["config"].get(name) for name in ("prompts_per_step", "rollouts_per_prompt")]
+    if guided is None or None in rows:
+        return None
+    return {"reward_on_policy": rows[0] * rows[1] - guided, "reward_hybrid": guided, "prefix_fraction": guided}.get(
+        metric
+    )
+
+
+def sft_end(run: Run) -> int | None:
+    """The last step of an SFT stage before another stage; None without one. A row of an SFT step has no reward."""
+    steps = [row["step"] for row in run["metrics"] if "reward" not in row]
+    return steps[-1] if steps and steps[-1] < run["metrics"][-1]["step"] else None
+
+
+def schedule_band(run: Run) -> tuple[list[int], list[float], list[float]]:
+    """Steps, and the interval from which the share given is drawn at each (sample.prefix_range)."""
+    steps, _ = points(run, "prefix_fraction")
+    method = METHODS.get(run["config"].get("method"))
+    if not steps or method is None:
+        return [], [], []
+    before = sft_end(run) or 0
+    bands = [prefix_range(step - 1 - before, run["config"]["steps"], method.schedule) for step in steps]
+    if all(band == (0, 1) for band in bands):  # says nothing
+        return [], [], []
+    return steps, [low for low, _ in bands], [high for _, high in bands]
+
+
+# ---- comparing
+
+
+def check_alike(runs: list[Run]) -> list[str]:
+    """ValueError for runs that were evaluated on different problems -> a line for each other thing they differ in
+    that is not the method."""
+    counts = {run["name"]: {level: row["problems"] for level, row in base_scores(run).items()} for run in runs}
+    known = {name: problems for name, problems in counts.items() if problems}
+    for name, problems in known.items():
+        first = next(iter(known))
+        if problems != known[first]:
+            told = f"{first}: {known[first]}; {name}: {problems}".replace("{", "").replace("}", "").replace("'", "")
+            raise ValueError(f"{first} and {name} were evaluated on different problems ({told}): draw them apart")
+    found = {"data": [run["config"].get("data") for run in runs]}
+    found["eval_data"] = [
+        run["config"].get("eval_data") or (f"{TASK}/validation.jsonl" if data == Config.data else None)
+        for run, data in zip(runs, found["data"])
+    ]
+    found |= {name: [run["config"].get(name) for run in runs] for name in ("model", "reward", "eval_response_tokens")}
+    lines = []
+    for name, values in found.items():
+        if len({str(value) for value in values}) > 1:
+            told = ", ".join(f"{run['name']} {value}" for run, value in zip(runs, values))
+            lines.append(f"Not alike: {name} ({told})")
+    return lines
+
+
+def compare_runs(folders: list[Path]) -> str:
+    """A table of several runs: validation accuracy of the base and at the end, and how soon REACHED was reached."""
+    runs = [read_run(folder) for folder in folders]
+    rows = [
+        ["validation, greedy, all levels", "base %", "last %", "95% interval", "at step", f"steps to {REACHED:.0%}"]
+    ]
+    for run in runs:
+        found = evaluations(run, "all")
+        if not found:
+            rows.append([run["name"], *["–"] * 5])
+            continue
+        step, accuracy, low, high = found[-1]
+        base = percent(found[0][1]) if found[0][0] == 0 else "–"
+        reached = steps_to(run, REACHED)
+        bounds = "–" if low is None or high is None else percent(low, high)
+        rows.append(
+            [run["name"], base, percent(accuracy), bounds, str(step), "–" if reached is None else str(reached)]
+        )
+    return markdown_table(rows) + "".join(line + "\n" for line in check_alike(runs))
+
+
+# ---- drawing
+
+
+def accuracy_panels(runs: list[Run]) -> list[Panel]:
+    """One panel with a line for each level; of several runs a panel for each, or lines could not be told apart."""
+    shown = levels(runs)
+    if len(shown) == 2 or len(shown) > MOST_LEVELS + 1:  # of a single level "all" says the same
+        shown = shown[-1:]
+    if len(runs) > 1:
+        return [Panel(f"validation accuracy: {level}", "% right", ((f"eval_{level}", ""),), 1) for level in shown]
+    reached = steps_to(runs[0], REACHED)
+    title = "validation accuracy, greedy" + ("" if reached is None else f" ({REACHED:.0%} of all at step {reached})")
+    return [Panel(title, "% right", tuple((f"eval_{level}", level) for level in shown), 1)] if shown else []
+
+
+def draw(folders: list[Path], target: Path) -> Path:
+    """Write one sheet of curves of all runs to `target`: accuracy first, then PANELS, or COMPACT of several runs."""
+    runs = [read_run(folder) for folder in folders]
+    unlike = check_alike(runs)
+    one = len(runs) == 1
+    accuracy = accuracy_panels(runs)
+    panels = [panel for panel in (*accuracy, *(PANELS if one else COMPACT)) if worth_a_panel(runs, panel)]
+    last = max(row["step"] for run in runs for row in run["metrics"])
+    notes = [f"thin: each step, thick: mean of the last {SMOOTH} steps"]
+    bands = ["95% interval of an accuracy"] * any(map(has_intervals, runs))
+    bands += ["range the schedule draws from"] * any(schedule_band(run)[0] for run in runs)
+    notes += ["band: " + ", ".join(bands)] * bool(bands)
+    notes += ["dotted: SFT ends"] * any(map(sft_end, runs))
+    with matplotlib.rc_context(TYPE):
+        figure, axes = sheet(len(panels), 2.2, wide_first=one and bool(accuracy), xlim=(0, last))
+        for axis, panel in zip(axes, panels):
+            draw_panel(axis, runs, panel)
+        if one:
+            figure.suptitle(runs[0]["name"], x=0.01, ha="left", fontsize=10, weight="bold")
+            if accuracy:
+                legend = axes[0].legend(loc="center left", bbox_to_anchor=(1.02, 0.5), frameon=False)
+                legend.set_in_layout(False)  # it stands in the third column and moves nothing
+        else:
+            lines, words = run_handles(axes[0], runs)
+            figure.legend(lines, words, loc="outside upper left", ncols=min(4, len(runs)), frameon=False)
+        figure.supxlabel("\n".join(["; ".join(notes), *unlike]), x=0.01, ha="left", fontsize=7.5)
+    return save(figure, target)
+
+
+def has_intervals(run: Run) -> bool:
+    return sum(low is not None for level in levels([run]) for _, _, low, _ in evaluations(run, level)) > 1
+
+
+def run_handles(axis: Axes, runs: list[Run]) -> tuple[list[Any], list[str]]:
+    """A line of each run for the sheet's legend, and its words."""
+    lines, words = [], []
+    for r, run in enumerate(runs):
+        reached = steps_to(run, REACHED)
+        lines += axis.plot([], [], STYLES[r // len(COLOURS) % 4], color=COLOURS[r % len(COLOURS)])
+        words.append(run["name"] + ("" if reached is None else f" ({REACHED:.0%} at step {reached})"))
+    return lines, words
+
+
+def worth_a_panel(runs: list[Run], panel: Panel) -> bool:
+    """Whether a run has one of the metrics, and not as 0 only; an accuracy or a reward may be 0."""
+    for run in runs:
+        for metric, _ in panel.metrics:
+            if metric.startswith("eval_"):
+                if evaluations(run, metric.removeprefix("eval_")):
+                    return True
+            elif any(value or metric.startswith("reward") for value in points(run, metric)[1]):
+                return True
+    return False
+
+
+def draw_panel(axis: Axes, runs: list[Run], panel: Panel) -> None:
+    """A colour for each metric of a single run, or for each of several runs (which have one metric a panel)."""
+    highest = panel.top
+    for r, run in enumerate(runs):
+        for m, (metric, legend) in enumerate(panel.metrics):
+            place = m if len(runs) == 1 else r
+            colour, style = COLOURS[place % len(COLOURS)], STYLES[place // len(COLOURS) % 4]
+            name = legend if len(runs) == 1 else ""
+            if metric.startswith("eval_"):
+                values = draw_accuracy(axis, run, metric.removeprefix("eval_"), colour, style, name)
+            else:
+                values = draw_metric(axis, run, metric, colour, style, name)
+            highest = max([highest, *values])
+        if end := sft_end(run):
+            axis.axvline(end, color="grey", linestyle=":", linewidth=0.8)
+    axis.set_ylim(0, highest * (1 if panel.top == 1 and highest <= 1 else 1.05))  # nothing drawn here is negative
+    if panel.share:
+        axis.yaxis.set_major_formatter(in_percent)
+    axis.set_title(panel.title, loc="left")
+    axis.set_ylabel(panel.unit)
+    axis.set_xlabel("step")
+    axis.xaxis.set_major_locator(MaxNLocator("auto", integer=True))
+    axis.grid(alpha=0.3)
+    if len(runs) > 1 and panel.metrics[0][0] == "eval_all":
+        axis.axhline(REACHED, color="grey", linestyle=":", linewidth=0.8)
+    if axis.get_legend_handles_labels()[1]:
+        axis.legend()
+
+
+def draw_accuracy(axis: Axes, run: Run, level: str, colour: str, style: str, name: str) -> list[float]:
+    """Points of evaluations, with the band of their intervals -> what was drawn."""
+    found = evaluations(run, level)
+    problems = base_scores(run).get(level, {}).get("problems")
+    label = f"{name}, {problems} problems" if name and problems else name
+    steps, values = [step for step, *_ in found], [accuracy for _, accuracy, *_ in found]
+    axis.plot(
+        steps, values, style, color=colour, label=label, clip_on=False, marker="o", markersize=2.5, linewidth=1.2
+    )
+    band = [(step, low, high) for step, _, low, high in found if low is not None and high is not None]
+    if len(band) > 1:
+        axis.fill_between(*zip(*band), color=colour, alpha=0.12, linewidth=0)
+    return values
+
+
+def draw_metric(axis: Axes, run: Run, metric: str, colour: str, style: str, name: str) -> list[float]:
+    """A thin line of each step, a thick one of the mean of the last SMOOTH steps -> what was drawn."""
+    steps, values = points(run, metric)
+    if not steps:
+        return []
+    rows = rows_per_point(run, metric)
+    label = f"{name}, {rows:.0f} rows a step" if name and rows else name
+    if metric == "prefix_fraction":
+        steps_of_band, low, high = schedule_band(run)
+        axis.fill_between(steps_of_band, low, high, color=colour, alpha=0.12, linewidth=0)
+    axis.plot(steps, values, style, color=colour, alpha=0.3, linewidth=0.7)
+    axis.plot(steps, smooth(values, SMOOTH), style, color=colour, label=label, clip_on=False, linewidth=1.4)
+    return values
+
+
+def smooth(values: list[float], width: int) -> list[float]:
+    """Mean of the last `width` values at each place."""
+    return [sum(values[max(0, i + 1 - width) : i + 1]) / min(width, i + 1) for i in range(len(values))]

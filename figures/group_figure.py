@@ -1,0 +1,255 @@
+"""One group of rollouts as a picture: every token, whose it is, its entropy, whether it is kept, its weight.
+
+    8  hybrid     the tokens, a cell each, coloured by source; in a frame: kept while others are dropped
+       kept       ■ or □ (only in a row that loses tokens)
+       entropy    grey bars
+       weight     bars up (w > 0, more likely) or down (w < 0, less likely)
+
+All places are in points (1/72 inch), from the top left. Rows wrap; what is beyond LINES lines is counted, not drawn.
+"""
+
+from dataclasses import dataclass
+from functools import cache
+from pathlib import Path
+
+import matplotlib
+from matplotlib.axes import Axes
+from matplotlib.figure import Figure
+from matplotlib.font_manager import findfont, get_font
+from matplotlib.patches import Rectangle
+
+from figures import group_log as log
+from figures.figure import TYPE, WIDTH, save
+from figures.group_log import FAINT, INK, Group, Row
+
+PAGE = 72 * WIDTH
+LEFT, RIGHT = 100.0, PAGE - 8  # of the tokens; what stands left of them says which row it is
+SIZES = (10.5, 10.0, 9.5, 9.0, 8.5, 8.0)  # of the tokens: the largest that leaves every row on one line, or the last
+TEXT, SMALL = 8.0, 7.0  # of words
+KEPT, ENTROPY, WEIGHT, BETWEEN, BRACKET = 6.0, 9.0, 13.0, 6.0, 11.0  # heights
+LINES = 3  # of a row
+MONO = "DejaVu Sans Mono"  # comes with matplotlib
+
+
+@dataclass
+class Cell:
+    """A token's place: its index in the row, the line it stands on, its left edge and width."""
+
+    index: int
+    line: int
+    x: float
+    width: float
+    text: str
+
+
+@dataclass
+class Picture:
+    """What the drawing of every part needs."""
+
+    axis: Axes
+    group: Group
+    size: float  # of the tokens' type
+    entropy_top: float
+    weight_top: float
+
+    @property
+    def cell(self) -> float:
+        """Height of a token's cell."""
+        return 1.5 * self.size
+
+    def line_height(self, row: Row) -> float:
+        """Of one line of tokens with its lanes."""
+        return self.cell + 1 + KEPT * log.drops(row) + ENTROPY + 1 + WEIGHT + BETWEEN
+
+    def row_height(self, row: Row) -> float:
+        cells, _ = flow(row["tokens"], row["tokens_total"], self.size)
+        return (1 + cells[-1].line if cells else 1) * self.line_height(row) + BRACKET * row["hybrid"]
+
+    def write(self, x: float, y: float, text: str, size: float = TEXT, ink: str = INK, **kwargs: object) -> None:
+        """Text whose middle height is at y. No character of it has a meaning: a $ is a dollar."""
+        self.axis.text(x, y, text, fontsize=size, color=ink, va="center_baseline", parse_math=False, **kwargs)
+
+    def box(self, x: float, y: float, width: float, height: float, colour: str, edge: str = "none") -> None:
+        self.axis.add_patch(Rectangle((x, y), width, height, facecolor=colour, edgecolor=edge, linewidth=0.8))
+
+    def line(self, xs: list[float], ys: list[float], colour: str = "#BBBBBB") -> None:
+        self.axis.plot(xs, ys, color=colour, linewidth=0.7, solid_capstyle="butt")
+
+
+@cache
+def drawable(text: str) -> str:
+    """The text of a token as it is drawn, with □ for what the font has no sign for."""
+    font = get_font(findfont(MONO))
+    return "".join(c if font.get_char_index(ord(c)) else "□" for c in log.visible(text))
+
+
+def character(size: float) -> float:
+    """Width of a character of MONO."""
+    return 0.602 * size
+
+
+def flow(tokens: list[str], total: int, size: float) -> tuple[list[Cell], str]:
+    """The cells of a row's tokens, and what to write after the last: "… 312 more" of its `total` tokens, or ""."""
+    cells: list[Cell] = []
+    x, line = LEFT, 0
+    for index, token in enumerate(tokens):
+        text = drawable(token)
+        width = len(text) * character(size) + 0.25 * size
+        if x + width > RIGHT and x > LEFT:
+            x, line = LEFT, line + 1
+        if line == LINES:
+            break
+        cells.append(Cell(index, line, x, width, text))
+        x += width
+    while cells and len(cells) < total and cells[-1].x + cells[-1].width + 50 > RIGHT:
+        cells.pop()  # room for the note
+    rest = total - len(cells)
+    return cells, f"… {rest} more" if rest else ""
+
+
+def token_size(group: Group) -> float:
+    def fits(size: float) -> bool:
+        placed = [flow(row["tokens"], row["tokens_total"], size)[0] for row in group["rows"]]
+        return all(cells[-1].line == 0 for cells in placed if cells)
+
+    return next(filter(fits, SIZES), SIZES[-1])
+
+
+def group_figure(group: Group) -> Figure:
+    """The picture of a group (group_log.py says what a group is) as a matplotlib figure."""
+    with matplotlib.rc_context(TYPE):
+        figure = Figure()
+        axis = figure.add_axes((0, 0, 1, 1))
+        picture = Picture(axis, group, token_size(group), *log.scales(group))
+        y = draw_head(picture)
+        for number, row in enumerate(group["rows"], 1):
+            y = draw_row(picture, row, number, y)
+        height = draw_legend(picture, y)
+        figure.set_size_inches(WIDTH, height / 72)
+        axis.set_xlim(0, PAGE)
+        axis.set_ylim(height, 0)
+        axis.axis("off")
+    return figure
+
+
+def draw_group(group: Group, target: Path | str) -> Path:
+    """Write the picture of a group to `target` (.png, .pdf or .svg)."""
+    return save(group_figure(group), Path(target))
+
+
+def draw_head(picture: Picture) -> float:
+    """Title, prompt and answer -> where the rows begin."""
+    group, y = picture.group, 46.0
+    picture.write(8, 14, log.title(group), 11, weight="bold")
+    picture.write(8, 30, log.summary(group), TEXT)
+    picture.write(8, y + picture.cell / 2, "prompt", weight="bold")
+    cells, note = flow(group["prompt"], len(group["prompt"]), picture.size)
+    for cell in cells:
+        draw_cell(picture, cell, y + cell.line * (picture.cell + 2), log.SOURCES["prompt"][0])
+    end = cells[-1] if cells else Cell(0, 0, LEFT, 0, "")
+    y += end.line * (picture.cell + 2)
+    answer = f"{note}   right answer: {drawable(group['answer'])}"
+    x = end.x + end.width + 4
+    if x + len(answer) * character(TEXT) > RIGHT:
+        x, y = LEFT, y + picture.cell
+    picture.write(x, y + picture.cell / 2, answer)
+    return y + picture.cell + 12
+
+
+def draw_cell(picture: Picture, cell: Cell, y: float, colour: str, edge: str = "none", **kwargs: object) -> None:
+    picture.box(cell.x + 0.4, y, cell.width - 0.8, picture.cell, colour, edge)
+    middle = cell.x + cell.width / 2, y + picture.cell / 2
+    picture.write(*middle, cell.text, picture.size, ha="center", family=MONO, **kwargs)
+
+
+# ---- a row
+
+
+def draw_row(picture: Picture, row: Row, number: int, y: float) -> float:
+    """A row and what stands left of it -> where the next begins."""
+    cells, note = flow(row["tokens"], row["tokens_total"], picture.size)
+    height = picture.line_height(row)
+    if row["hybrid"]:
+        y += BRACKET
+        draw_brackets(picture, row, cells, y)
+    picture.write(8, y + picture.cell / 2, f"{number}  {log.kind(row)}", weight="bold" if row["hybrid"] else "normal")
+    picture.write(17, y + picture.cell + 7, log.verdict(row), SMALL)
+    if not row["hybrid"]:
+        ink = log.SIGN_INK[(row["advantage"] > 0) - (row["advantage"] < 0)]
+        picture.write(17, y + picture.cell + 17, f"A = {log.signed(row['advantage'])}", SMALL, ink)
+    for line in range(1 + cells[-1].line if cells else 0):
+        drawn = [cell for cell in cells if cell.line == line]
+        draw_lanes(picture, row, drawn, y + line * height)
+    if note and cells:
+        end = cells[-1]
+        picture.write(end.x + end.width + 5, y + end.line * height + picture.cell / 2, note, SMALL, FAINT)
+    return y + picture.row_height(row) - BRACKET * row["hybrid"]
+
+
+def draw_lanes(picture: Picture, row: Row, cells: list[Cell], top: float) -> None:
+    """One line of tokens at height `top`, and what stands under them."""
+    y = top + picture.cell + 1
+    if log.drops(row):
+        picture.write(LEFT - 4, y + KEPT / 2, "kept", 6.2, FAINT, ha="right")
+    floor = y + KEPT * log.drops(row) + ENTROPY
+    middle = floor + 1 + WEIGHT / 2
+    picture.write(LEFT - 4, floor - 3, "entropy", 6.2, FAINT, ha="right")
+    picture.write(LEFT - 4, middle, "weight", 6.2, FAINT, ha="right")
+    framed = log.chosen(row)
+    for cell in cells:
+        t = cell.index
+        kept = bool(row["kept"][t])
+        colour = log.SOURCES[log.source(row, t)][0] if kept else log.DROPPED
+        looks = {"edge": INK, "weight": "bold"} if framed[t] else {}
+        draw_cell(picture, cell, top, colour, ink=INK if kept else FAINT, **looks)
+        x, width = cell.x + 0.4, cell.width - 0.8
+        if log.drops(row):
+            picture.box(cell.x + cell.width / 2 - 1.6, y + 1.4, 3.2, 3.2, INK if kept else "white", INK)
+        bar = ENTROPY * row["entropy"][t] / picture.entropy_top
+        picture.box(x, floor - bar, width, bar, "#8C8C8C")
+        if share := row["weight"][t] / picture.weight_top:
+            bar = WEIGHT / 2 * max(abs(share), 0.12)  # a small weight is still seen
+            picture.box(x, middle - bar if share > 0 else middle, width, bar, log.weight_colour(share))
+    if cells:
+        picture.line([LEFT, cells[-1].x + cells[-1].width], [middle, middle])
+
+
+def draw_brackets(picture: Picture, row: Row, cells: list[Cell], y: float) -> None:
+    """Over the first line of a hybrid row, which begins at y: its parts and their advantages."""
+    free = LEFT  # where the next words may begin
+    for whose, words, advantage in log.parts(row):
+        part = [cell for cell in cells if cell.line == 0 and log.source(row, cell.index) == whose]
+        if part:
+            left, right = part[0].x + 0.8, part[-1].x + part[-1].width - 0.8
+            picture.line([left, left, right, right], [y - 1.5, y - 3.5, y - 3.5, y - 1.5], INK)
+            free = max(left, free)
+        text = f"{words}, A = {log.signed(advantage)}"
+        picture.write(free, y - 9, text, SMALL)
+        free += 0.6 * SMALL * len(text)
+
+
+# ---- the legend
+
+
+def draw_legend(picture: Picture, y: float) -> float:
+    """Sources on the left, lanes on the right, the formula under both -> the height of the whole picture."""
+    column, step = 330.0, 13.0
+    picture.line([8, RIGHT], [y, y])
+    y += 12
+    sources, lanes = log.sources(picture.group), log.lanes(picture.group)
+    for place, name in enumerate(sources):
+        at = y + step * place
+        picture.box(8, at - 5, 20, 10, log.SOURCES[name][0])
+        picture.write(34, at, name, weight="bold")
+        picture.write(LEFT + 4, at, log.SOURCES[name][1])
+    for place, (name, words) in enumerate(lanes):
+        picture.write(column, y + step * place, name, weight="bold")
+        picture.write(column + 46, y + step * place, words)
+    at = y + step * len(lanes)
+    for place in range(41):
+        picture.box(column + 46 + 2 * place, at - 4, 2, 8, log.weight_colour((place - 20) / 20))
+    picture.write(column + 42, at, log.signed(-picture.weight_top), SMALL, ha="right")
+    picture.write(column + 132, at, f"{log.signed(picture.weight_top)}   red: made less likely, blue: more", SMALL)
+    y += step * max(len(sources), len(lanes) + 1)
+    picture.write(8, y + 2, log.FORMULA, SMALL)
+    return y + 14

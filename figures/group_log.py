@@ -1,0 +1,208 @@
+"""groups.jsonl of a run folder: one group of rollouts a recorded step, and the words in which figures speak of it.
+
+A line is {"step", "method", "id", "problem", "answer", "prompt": [token, …], "rows": [row, …]}; a row has
+
+    hybrid, complete     it starts with demonstration tokens; it is a whole demonstration, nothing was sampled
+    reward, truncated    its grade; whether the budget cut it off
+    advantage            A of its own tokens; prefix_advantage: A of its demonstration tokens (loss.advantages)
+    tokens, ids          at most the first 512 of its tokens_total response tokens, as text and as ids
+    source               1 at demonstration tokens, 0 at the policy's own
+    entropy              of the sampling policy at the token, in nats
+    kept                 0 where the method takes a token's weight away (loss.kept_tokens)
+    weight               w at the step's first update (loss.token_weights)
+
+train.py writes it; support/group_figure.py and support/group_page.py draw it.
+"""
+
+import json
+import math
+from pathlib import Path
+from typing import Any
+
+from figures.figure import BLUE, VERMILLION
+
+Group = dict[str, Any]
+Row = dict[str, Any]
+
+KINDS = {"a text": str, "a whole number": int, "a number": (int, float), "true or false": bool, "a list": list}
+TEXT, INT, NUMBER, BOOL, LIST = KINDS
+FIELDS = {"step": INT, "method": TEXT, "id": TEXT, "problem": TEXT, "answer": TEXT, "prompt": LIST, "rows": LIST}
+ROW_FIELDS = {"hybrid": BOOL, "complete": BOOL, "reward": NUMBER, "truncated": BOOL}
+ROW_FIELDS |= {"advantage": NUMBER, "prefix_advantage": NUMBER, "tokens_total": INT}
+LISTS = {"tokens": TEXT, "ids": INT, "source": INT, "entropy": NUMBER, "kept": INT, "weight": NUMBER}
+SOURCES = {  # whose token: the colour of its cell, and what it is
+    "prompt": ("#DADADA", "the problem, the same for all"),
+    "prefix": ("#F8C65C", "beginning of a demonstration: given"),
+    "demonstration": ("#F8C65C", "a whole demonstration: given"),
+    "continuation": ("#63C2A1", "the policy goes on from the prefix"),
+    "own": ("#C3E1F6", "the policy answers without help"),
+}
+DROPPED = "#FBEBC8"  # the cell of a token whose weight was taken away
+LESS, NEUTRAL, MORE = VERMILLION, "#F2F2F2", BLUE  # w < 0, w = 0, w > 0
+INK, FAINT = "#222222", "#6B6B6B"
+SIGN_INK = {-1: LESS, 0: FAINT, 1: MORE}  # of an advantage's text
+
+
+def read_groups(folder: Path) -> list[Group]:
+    """All recorded groups, in the order of their steps. ValueError names the line and field that is wrong."""
+    log = folder / "groups.jsonl"
+    if not log.exists():
+        raise ValueError(f"{folder} has no groups.jsonl: a run of train.py that samples rollouts records one")
+    groups = []
+    for number, line in enumerate(log.read_bytes().splitlines(), 1):
+        try:
+            groups.append(check_group(json.loads(line)))
+        except ValueError as error:
+            raise ValueError(f"{log}:{number}: {str(error)[:150]}: delete the line") from error
+    if not groups:
+        raise ValueError(f"{log} is empty: its first group is recorded after the first step")
+    return groups
+
+
+def read_group(folder: Path, step: int | None = None) -> Group:
+    """The group recorded at `step`, the last one without it. ValueError lists the steps there are."""
+    groups = {group["step"]: group for group in read_groups(folder)}
+    if step is None:
+        return list(groups.values())[-1]
+    if step not in groups:
+        raise ValueError(f"{folder} has no group of step {step}: choose from {', '.join(map(str, groups))}")
+    return groups[step]
+
+
+def check_value(value: Any, expected: str, where: str) -> None:
+    """ValueError if `value` is not what KINDS says; no number is infinite or NaN."""
+    if not isinstance(value, KINDS[expected]) or (isinstance(value, float) and not math.isfinite(value)):
+        raise ValueError(f"{where} is {str(value)[:40]!r}, expected {expected}")
+
+
+def check_fields(values: Any, fields: dict[str, str], where: str) -> None:
+    if not isinstance(values, dict):
+        raise ValueError(f"{where} is {type(values).__name__}, expected an object")
+    for name, expected in fields.items():
+        check_value(values.get(name), expected, f"{where}: {name}")
+
+
+def check_group(group: Any) -> Group:
+    """The group, if it has every field that is drawn; else a ValueError."""
+    check_fields(group, FIELDS, "group")
+    if not group["rows"]:
+        raise ValueError("group: rows is empty, expected the rollouts of a problem")
+    for t, token in enumerate(group["prompt"]):
+        check_value(token, TEXT, f"group: prompt[{t}]")
+    for number, row in enumerate(group["rows"], 1):
+        check_fields(row, ROW_FIELDS | dict.fromkeys(LISTS, LIST), f"row {number}")
+        for name, expected in LISTS.items():
+            if len(row[name]) != len(row["tokens"]):
+                raise ValueError(f"row {number}: {len(row[name])} {name} of {len(row['tokens'])} tokens")
+            for t, value in enumerate(row[name]):
+                check_value(value, expected, f"row {number}: {name}[{t}]")
+    return group
+
+
+# ---- words
+
+
+def kind(row: Row) -> str:
+    return "demonstration" if row["complete"] else "hybrid" if row["hybrid"] else "on-policy"
+
+
+def source(row: Row, place: int) -> str:
+    """The key of SOURCES of a row's token."""
+    if row["source"][place]:
+        return "demonstration" if row["complete"] else "prefix"
+    return "continuation" if row["hybrid"] else "own"
+
+
+def sources(group: Group) -> list[str]:
+    """The keys of SOURCES that the group has, in their order."""
+    found = {source(row, t) for row in group["rows"] for t in range(len(row["tokens"]))}
+    return [name for name in SOURCES if name == "prompt" or name in found]
+
+
+def drops(row: Row) -> bool:
+    return not all(row["kept"])
+
+
+def chosen(row: Row) -> list[bool]:
+    """At each token: whether it is kept while others of its source are not."""
+    losing = {source(row, t) for t, kept in enumerate(row["kept"]) if not kept}
+    return [bool(kept) and source(row, t) in losing for t, kept in enumerate(row["kept"])]
+
+
+def verdict(row: Row) -> str:
+    if row["reward"] in (0, 1):
+        return "✓ right" if row["reward"] else "✗ cut off" if row["truncated"] else "✗ wrong"
+    return f"reward {row['reward']:.2f}"
+
+
+def parts(row: Row) -> list[tuple[str, str, float]]:
+    """The parts of a hybrid row in their order, as (key of SOURCES, what it is, its advantage A)."""
+    if row["complete"]:
+        return [("demonstration", "the expert's whole demonstration", row["prefix_advantage"])]
+    prefix = f"prefix: the expert's first {sum(row['source'])} tokens"
+    found = [("prefix", prefix, row["prefix_advantage"])]
+    if 0 in row["source"]:
+        found.append(("continuation", "continuation: the policy goes on", row["advantage"]))
+    return found
+
+
+def signed(value: float) -> str:
+    """0.25 -> "+0.25", -0.25 with a real minus sign, 0 without any; two decimals, or two digits of a small one."""
+    if value == 0:
+        return "0"
+    return (f"{value:+.2f}" if abs(value) >= 0.01 else f"{value:+.2g}").replace("-", "−")
+
+
+def visible(text: str, longest: int = 24) -> str:
+    """A token's text on one line: spaces, line ends and tabs as signs, what cannot be printed as �."""
+    signs = {" ": "·", "\n": "↵", "\t": "⇥"}
+    shown = "".join(signs.get(c, c if c.isprintable() else "�") for c in text)
+    return (shown if len(shown) <= longest else shown[: longest - 1] + "…") or "∅"
+
+
+def scales(group: Group) -> tuple[float, float]:
+    """The largest entropy and the largest |w| of the group: the full bars of their lanes. 1 where all are 0."""
+    entropies = [value for row in group["rows"] for value in row["entropy"]]
+    weights = [abs(value) for row in group["rows"] for value in row["weight"]]
+    return max(entropies, default=0.0) or 1.0, max(weights, default=0.0) or 1.0
+
+
+def weight_colour(share: float) -> str:
+    """ "#rrggbb" on a diverging scale: share = w / largest |w| from -1 (LESS) over 0 (NEUTRAL) to 1 (MORE)."""
+    end = MORE if share > 0 else LESS
+    amount = 0.35 + 0.65 * min(1.0, abs(share)) if share else 0.0  # a small weight is still seen
+    channels = [(int(NEUTRAL[i : i + 2], 16), int(end[i : i + 2], 16)) for i in (1, 3, 5)]
+    return "#" + "".join(f"{round(low + (high - low) * amount):02x}" for low, high in channels)
+
+
+def title(group: Group) -> str:
+    return f"One group of {group['method']}: {len(group['rows'])} answers to one problem, step {group['step']}"
+
+
+def summary(group: Group) -> str:
+    """One sentence about the rows."""
+    counts = {
+        name: sum(kind(row) == name for row in group["rows"]) for name in ("on-policy", "hybrid", "demonstration")
+    }
+    words = {
+        "on-policy": "{} by the policy alone",
+        "hybrid": "{} begun with an expert's tokens",
+        "demonstration": "{} written by an expert",
+    }
+    listed = ", ".join(words[name].format(count) for name, count in counts.items() if count)
+    return f"{listed}. Each is graded; then every token gets a weight w: how much more or less likely it is made."
+
+
+def lanes(group: Group) -> list[tuple[str, str]]:
+    """What stands under a token, as (name, explanation) pairs; "kept" only where something is dropped."""
+    entropy_top, weight_top = scales(group)
+    rows = [("entropy", f"how unsure the policy was; full bar: {entropy_top:.2f} nats")]
+    if any(map(drops, group["rows"])):
+        rows.insert(0, ("kept", "■ keeps its weight, □ loses it, w = 0 (loss.kept_tokens)"))
+    return [*rows, ("weight", f"w at the first update; full bar: |w| = {weight_top:.3g}")]
+
+
+FORMULA = (
+    "grad L = −(1/Z) Σ w ∇ log π(token)      w: loss.token_weights; at the first update of most methods w = A, the "
+    "advantage (loss.advantages)"
+)

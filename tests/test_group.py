@@ -1,0 +1,279 @@
+"""A group of rollouts: the log is checked; picture and page show each token's source, entropy, fate and weight."""
+
+import copy
+import json
+import math
+import re
+from html.parser import HTMLParser
+from pathlib import Path
+
+import pytest
+from matplotlib.colors import to_hex
+from test_plot import run
+
+from figures import group_log
+from figures.group_figure import LEFT, LINES, RIGHT, draw_group, flow, group_figure
+from figures.group_page import group_html
+
+HOSTILE = "</title></style><script>window.hacked=1</script>\"'><img src=x onerror=hacked()>&lt;"
+
+
+def a_row(tokens: str, given: int = 0, **fields) -> dict:
+    """A row whose tokens are single characters, the first `given` from a demonstration."""
+    n = len(tokens)
+    return {
+        "hybrid": given > 0,
+        "complete": given == n,
+        "reward": 1.0,
+        "truncated": False,
+        "advantage": 0.5,
+        "prefix_advantage": 0.25,
+        "tokens": list(tokens),
+        "ids": list(range(100, 100 + n)),
+        "source": [1] * given + [0] * (n - given),
+        "entropy": [0.25] * n,
+        "kept": [1] * n,
+        "weight": [0.5] * n,
+        "tokens_total": n,
+    } | fields
+
+
+@pytest.fixture
+def group() -> dict:
+    """Two on-policy rows, one of them cut off, and a hybrid row that keeps one of three prefix tokens."""
+    rows = [
+        a_row("abc"),
+        a_row("de", reward=0.0, truncated=True, advantage=-0.5, weight=[-0.5, -0.5]),
+        a_row("WXYz", given=3, kept=[0, 1, 0, 1], weight=[0.0, 0.25, 0.0, 1.0], entropy=[0.0, 2.0, 0.5, 1.0]),
+    ]
+    names = {"step": 20, "method": "prefix-rft", "id": "p1", "problem": "1+1?", "answer": "2"}
+    return names | {"prompt": ["1", "+", "1", "?"], "rows": rows}
+
+
+@pytest.fixture
+def folder(tmp_path, group) -> Path:
+    """A run folder with groups of steps 1 and 20."""
+    lines = [json.dumps(group | {"step": step}) + "\n" for step in (1, 20)]
+    (tmp_path / "groups.jsonl").write_text("".join(lines))
+    return tmp_path
+
+
+# ---- the log
+
+
+def test_a_group_is_found_by_its_step_and_the_last_is_the_default(folder, group):
+    assert group_log.read_group(folder) == group
+    assert group_log.read_group(folder, 1)["step"] == 1
+    with pytest.raises(ValueError, match="no group of step 7: choose from 1, 20"):
+        group_log.read_group(folder, 7)
+
+
+def test_a_damaged_log_is_told_by_line_and_field(folder, group, monkeypatch, capsys):
+    def broken(change) -> str:
+        other = copy.deepcopy(group)
+        change(other)
+        return json.dumps(other)
+
+    for text, said in (
+        ('{"step": 1,', "Expecting"),
+        ("3", "group is int, expected an object"),
+        (broken(lambda g: g.pop("method")), "group: method is 'None', expected a text"),
+        (broken(lambda g: g["rows"][1].pop("entropy")), "row 2: entropy is 'None', expected a list"),
+        (broken(lambda g: g["rows"][2]["kept"].pop()), "row 3: 3 kept of 4 tokens"),
+        (broken(lambda g: g["rows"][0]["weight"].__setitem__(1, "x")), "row 1: weight[1] is 'x', expected a number"),
+        (broken(lambda g: g["rows"][0]["entropy"].__setitem__(2, math.nan)), "row 1: entropy[2] is 'nan'"),
+        (broken(lambda g: g["rows"].clear()), "rows is empty"),
+    ):
+        (folder / "groups.jsonl").write_text(json.dumps(group) + "\n" + text + "\n")
+        capsys.readouterr()
+        assert run(monkeypatch, "--group", folder) == 2
+        error = capsys.readouterr().err
+        assert error.startswith(f"plot.py: {folder}/groups.jsonl:2: ") and said in error and error.count("\n") == 1
+    assert [file.name for file in folder.iterdir()] == ["groups.jsonl"]
+
+
+def test_the_command_writes_a_picture_and_a_page(folder, monkeypatch, capsys):
+    capsys.readouterr()
+    assert run(monkeypatch, "--group", folder) == 0
+    assert run(monkeypatch, "--group", folder, 1, "--out", folder / "new" / "a.png") == 0
+    files = [folder / "group-20.png", folder / "group-20.html", folder / "new" / "a.png", folder / "new" / "a.html"]
+    assert capsys.readouterr().out.split() == [str(file) for file in files]
+    assert all(file.stat().st_size > 3_000 for file in files)
+
+
+@pytest.mark.parametrize(
+    "words, said",
+    [
+        (["--group", "none"], "none has no groups.jsonl"),
+        (["--group", "FOLDER", "last"], "--group takes a run folder and a step"),
+        (["--group", "FOLDER", "1", "2"], "--group takes a run folder and a step"),
+        (["--group", "FOLDER", "--compare"], "give run folders, or --group RUN [STEP]"),
+        ([], "give run folders, or --group RUN [STEP]"),
+    ],
+)
+def test_wrong_words_are_told_in_one_line(words, said, folder, monkeypatch, capsys):
+    before = sorted(folder.iterdir())
+    assert run(monkeypatch, *[str(folder) if word == "FOLDER" else word for word in words]) == 2
+    error = capsys.readouterr().err
+    assert said in error and error.count("\n") == 1
+    assert sorted(folder.iterdir()) == before
+
+
+# ---- words and colours
+
+
+def test_whose_a_token_is(group):
+    whole = a_row("ab", given=2)
+    rows = [*group["rows"], whole]
+    assert [[group_log.source(row, t) for t in range(len(row["tokens"]))] for row in rows] == [
+        ["own"] * 3,
+        ["own"] * 2,
+        ["prefix"] * 3 + ["continuation"],
+        ["demonstration"] * 2,
+    ]
+    assert [group_log.kind(row) for row in rows] == ["on-policy", "on-policy", "hybrid", "demonstration"]
+    assert [group_log.verdict(row) for row in rows] == ["✓ right", "✗ cut off", "✓ right", "✓ right"]
+    assert group_log.verdict(a_row("a", reward=0.4)) == "reward 0.40"
+    assert [part[2] for part in group_log.parts(rows[2])] == [0.25, 0.5]
+    assert group_log.chosen(rows[2]) == [False, True, False, False]  # of the continuation none is dropped
+
+
+def test_the_scale_of_weights_diverges_from_a_neutral_zero():
+    def channels(share: float) -> list[int]:
+        return [int(group_log.weight_colour(share)[i : i + 2], 16) for i in (1, 3, 5)]
+
+    assert group_log.weight_colour(0) == group_log.NEUTRAL.lower() and len(set(channels(0))) == 1
+    assert group_log.weight_colour(1) == group_log.MORE.lower()
+    assert group_log.weight_colour(-1) == group_log.LESS.lower()
+    for sign in (-1, 1):  # the stronger, the farther from neutral
+        far = [sum(abs(c - 0xF2) for c in channels(sign * share)) for share in (0, 0.01, 0.5, 1)]
+        assert far == sorted(set(far))
+
+
+def test_every_token_is_seen():
+    shown = {
+        " a": "·a",
+        "\n\n": "↵↵",
+        "\t": "⇥",
+        "": "∅",
+        "\x1b[31m": "�[31m",
+        "<eos>": "<eos>",
+        "x" * 99: "x" * 23 + "…",
+    }
+    assert {text: group_log.visible(text) for text in shown} == shown
+    assert [group_log.signed(value) for value in (0, 0.25, -0.5, 0.001)] == ["0", "+0.25", "−0.50", "+0.001"]
+
+
+# ---- the picture
+
+
+def test_rows_wrap_and_the_rest_is_counted():
+    cells, note = flow(["abcd"] * 20, 20, 8)
+    assert len(cells) == 20 and note == ""
+    assert all(cell.x >= LEFT and cell.x + cell.width <= RIGHT for cell in cells)
+    starts = [cell.x for cell in cells if cell.index and cell.line != cells[cell.index - 1].line]
+    assert starts == [LEFT] * cells[-1].line
+    cells, note = flow(["abcd"] * 500, 3000, 8)
+    assert cells[-1].line == LINES - 1 and note == f"… {3000 - len(cells)} more"
+    assert flow(["a"] * 10, 322, 8)[1] == "… 312 more"
+    assert flow([], 0, 8) == ([], "")
+
+
+def test_the_picture_shows_what_the_log_says(group):
+    figure = group_figure(group)
+    axis = figure.axes[0]
+    texts = [text.get_text() for text in axis.texts]
+    boxes = [(to_hex(patch.get_facecolor()), patch) for patch in axis.patches if patch.get_y() < 400]
+    legend = next(text.get_position()[1] for text in axis.texts if text.get_text().startswith("the problem"))
+    above = [(colour, patch) for colour, patch in boxes if patch.get_y() + patch.get_height() < legend - 6]
+
+    def drawn(colour: str) -> list:
+        return [patch for found, patch in above if found == colour.lower()]
+
+    counts = {name: len(drawn(colour)) for name, (colour, _) in group_log.SOURCES.items()}
+    assert counts == {"prompt": 4, "prefix": 1, "demonstration": 1, "continuation": 1, "own": 5}  # one colour for two
+    assert len(drawn(group_log.DROPPED)) == 2
+    assert [text for text in texts if len(text) == 1 and text in "abcdeWXYz"] == list("abcdeWXYz")
+    assert "1  on-policy" in texts and "✗ cut off" in texts and "A = −0.50" in texts
+    assert "prefix: the expert's first 3 tokens, A = +0.25" in texts
+    # |w| = 1 is a full bar, 0.5 half of one: negative bars hang, positive ones stand
+    full, half = drawn(group_log.weight_colour(1)), drawn(group_log.weight_colour(0.5))
+    hanging = drawn(group_log.weight_colour(-0.5))
+    assert (len(full), len(half), len(hanging)) == (1, 3, 2)
+    assert full[0].get_height() == pytest.approx(2 * half[0].get_height())
+    zero_lines = {round(line.get_ydata()[0], 3) for line in axis.lines}
+    assert all(round(bar.get_y() + bar.get_height(), 3) in zero_lines for bar in full + half)
+    assert all(round(bar.get_y(), 3) in zero_lines for bar in hanging)
+    entropy = [patch.get_height() for patch in drawn("#8C8C8C")]
+    assert entropy[-4:] == pytest.approx([0, 9, 2.25, 4.5])  # 2 nats, the most of the group, is a full bar of 9 pt
+
+
+def test_any_text_can_be_drawn(group, tmp_path, recwarn):
+    """No mathematics of a $, no missing glyph's warning, nothing beyond the page."""
+    group["rows"][0]["tokens"] = ["$x^$", "$\\frac{$", "漢字😀"]
+    group |= {"prompt": ["\n", HOSTILE], "answer": "$" * 300}
+    assert draw_group(group, tmp_path / "g.png").stat().st_size > 10_000
+    assert not [warning for warning in recwarn if "Glyph" in str(warning.message)]
+    draw_group(group | {"prompt": [], "rows": [a_row("")]}, tmp_path / "empty.png")
+
+
+# ---- the page
+
+
+class Page(HTMLParser):
+    """The tags of a page, its text, and what is said of each token on hover."""
+
+    def __init__(self, html: str):
+        super().__init__()
+        self.tags, self.said, self.words, self.attributes = [], [], "", []
+        self.feed(html)
+
+    def handle_starttag(self, tag, attributes):
+        self.tags.append(tag)
+        self.attributes += attributes
+        if "data-said" in dict(attributes):
+            self.said.append(dict(attributes)["data-said"])
+
+    def handle_data(self, data):
+        self.words += data
+
+
+def test_the_page_says_every_number_of_a_token(group):
+    page = Page(group_html(group))
+    assert len(page.said) == 9
+    assert page.said[0] == "'a'   id 100   own   entropy 0.250 nats   kept   w = +0.50"
+    assert page.said[5] == "'W'   id 100   prefix   entropy 0.000 nats   dropped   w = 0"
+    assert page.said[8] == "'z'   id 103   continuation   entropy 1.000 nats   kept   w = +1.00"
+    assert "A = −0.50" in page.words and "right answer: 2" in page.words
+    group["rows"][0]["tokens_total"] = 315
+    assert "… 312 more" in Page(group_html(group)).words
+
+
+def test_the_page_draws_entropy_and_weight(group):
+    """Bars of the lanes: |w| = 1 and 2 nats are full ones; a negative weight hangs from the middle."""
+    html = group_html(group)
+    lanes = re.findall(
+        r'class="e"><i style="height:([\d.]+)px.*?class="w"><i style="height:([\d.]+)px;(\w+):50%', html
+    )
+    assert len(lanes) == 9
+    assert [float(entropy) for entropy, _, _ in lanes[5:]] == [0, 12, 3, 6]
+    assert [(float(weight), side) for _, weight, side in lanes[3:5]] == [(4.5, "top")] * 2
+    assert [(float(weight), side) for _, weight, side in (lanes[0], lanes[6], lanes[8])] == [
+        (4.5, "bottom"),
+        (2.2, "bottom"),
+        (9, "bottom"),
+    ]
+
+
+def test_hostile_text_stays_text_and_nothing_is_fetched(group):
+    plain = Page(group_html(group | {"prompt": ["1", "2"]}))
+    group |= dict.fromkeys(("method", "id", "problem", "answer"), HOSTILE) | {"prompt": ["<b>", HOSTILE]}
+    group["rows"][0]["tokens"] = ["<script>", HOSTILE, "&amp;"]
+    html = group_html(group)
+    page = Page(html)
+    assert page.tags == plain.tags and not {"script", "img", "link", "iframe"} & set(page.tags)
+    assert not [name for name, _ in page.attributes if name.startswith("on") or name in ("src", "href")]
+    assert f"right answer: {HOSTILE}" in page.words
+    assert page.said[0].startswith("'<script>'") and page.said[2].startswith("'&amp;'")
+    assert "url(" not in html and "@import" not in html and not re.search(r"https?:", html)
+    assert ("content", "default-src 'none'; style-src 'unsafe-inline'") in page.attributes

@@ -67,7 +67,7 @@ def plot_accuracy(axis: Axes, evaluations: list[dict[str, Any]], shared: list[tu
     axis.yaxis.set_major_formatter(in_percent)
     axis.set_title("accuracy (avg@k) with 95% intervals", loc="left")
     axis.grid(axis="y", alpha=0.3)
-    axis.legend()
+    axis.legend(loc="center left", bbox_to_anchor=(1.02, 0.5), frameon=False).set_in_layout(False)
 
 
 def draw_pass_at_k(folders: list[Path], target: Path, with_accuracy: bool = False) -> Path:
@@ -78,7 +78,7 @@ def draw_pass_at_k(folders: list[Path], target: Path, with_accuracy: bool = Fals
     curves = [(n, l) for n, l in shared if all(e["results"][n][l]["samples"] > 1 for e in evaluations)]
     first = 1 if with_accuracy or not curves else 0
     with matplotlib.rc_context(TYPE):
-        figure, axes = sheet(first + len(curves), 2.8)
+        figure, axes = sheet(first + len(curves), 2.8, wide_first=bool(first))
         if first:
             plot_accuracy(axes[0], evaluations, shared)
         for axis, key in zip(axes[first:], curves):

@@ -135,7 +135,7 @@ def rows_that_fit(model: PreTrainedModel, columns: int) -> int:
     if model.device.type == "cuda":
         free, _ = torch.cuda.mem_get_info(model.device)
         fit = max(1, min(ROWS, int(0.8 * free / row_bytes(model.config, columns))))
-    return min(distributed.union({distributed.rank(): fit}).values())
+    return min(distributed.gather_dict({distributed.rank(): fit}).values())
 
 
 # ---- sampling what is missing
@@ -145,7 +145,7 @@ def sample_missing(model, tokenizer, folder: Path, benchmarks: list[Benchmark], 
     """Sample and grade what generations.jsonl does not hold yet, `rows_per_call` responses a rank at a time."""
     path, total = folder / "generations.jsonl", sum(len(b.problems) * b.samples for b in benchmarks)
     size = args.rows_per_call * distributed.world_size()
-    first = done = distributed.from_first(cut_broken_line(path, benchmarks) if distributed.rank() == 0 else None)
+    first = done = distributed.from_rank_0(cut_broken_line(path, benchmarks) if distributed.rank() == 0 else None)
     draws = itertools.islice(all_draws(benchmarks), done, None)
     start, said, tokens = time.perf_counter(), 0.0, 0
     quiet = distributed.rank() > 0
@@ -256,12 +256,12 @@ def run(args: argparse.Namespace) -> None:
     distributed.start(device)
     model, tokenizer = load_model(args.model, device)
     longest = encode_benchmarks(model, tokenizer, benchmarks, args.max_response_tokens)
-    args.rows_per_call = args.rows_per_call or distributed.from_first(stored_settings(args.out)).get("rows_per_call")
+    args.rows_per_call = args.rows_per_call or distributed.from_rank_0(stored_settings(args.out)).get("rows_per_call")
     args.rows_per_call = args.rows_per_call or rows_that_fit(model, longest + args.max_response_tokens)
     if distributed.rank() == 0:
         args.out, settings = open_folder(args, describe(args, model, tokenizer, benchmarks))
         show(args.out, settings, remembered)
-    args.out = distributed.from_first(args.out)
+    args.out = distributed.from_rank_0(args.out)
     sample_missing(model, tokenizer, args.out, benchmarks, args)
     if distributed.rank() == 0:
         report(args.out, settings, count(args.out, benchmarks))

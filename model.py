@@ -196,7 +196,7 @@ def save_model(
     """Write a HF model folder: to a temporary name first, then renamed, so a half-written one is never seen.
 
     `remembered`: what `trained_with` will say about the model. Called on every rank; rank 0 writes."""
-    state = distributed.whole(state_of(model))
+    state = distributed.full_state(state_of(model))
     if distributed.rank():
         return
     folder, partial = Path(folder), Path(f"{folder}.partial")

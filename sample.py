@@ -30,7 +30,7 @@ from transformers import GenerationConfig, LogitsProcessorList, PreTrainedModel
 from data.loader import Encoded, encode, render_prompt
 from decode import DECODERS, DrawTokenLogitsProcessor, PrefixForcingLogitsProcessor
 from model import load_model, pick_device, sampling
-from support.distributed import rank, union, world_size
+from support.distributed import gather_dict, rank, world_size
 
 PREFIX_LOW, PREFIX_HIGH = 0.05, 0.95  # bounds of the prefix fraction [paper A.2]
 
@@ -297,7 +297,7 @@ def generate(
             batch = [rows[i] for i in chosen]
             sampled |= zip(chosen, _generate_batch(policy, batch, max_response_tokens, temperature, prefill, decode))
             bar.update(len(chosen))
-    return list((responses | union(sampled)).values())
+    return list((responses | gather_dict(sampled)).values())
 
 
 # ---- what the update reads

@@ -31,7 +31,7 @@ from model import token_stats
 from reward import Reward, grade_all
 from sample import Rollouts, Row, generate, pack, plan_group, torch_generator
 from support.config import Config
-from support.distributed import all_sum, clip_gradients, rank, world_size
+from support.distributed import clip_gradients, rank, sum_over_ranks, world_size
 from support.record import example_rows, group_record, step_metrics
 
 RESCUE_FRACTIONS = (0.25, 0.5, 0.75)  # of a demonstration, one after the other [GHPO: characters, here tokens]
@@ -234,7 +234,7 @@ def old_stats(model: PreTrainedModel, rollouts: Rollouts, config: Config) -> tup
         if counts:
             width = found[0].shape[1]
             log_probs[rows, :width], entropy[rows, :width] = found[0].cpu(), found[1].cpu()
-    log_probs, entropy = all_sum(log_probs), all_sum(entropy)
+    log_probs, entropy = sum_over_ranks(log_probs), sum_over_ranks(entropy)
     check_finite("the sum of log-probs", float(log_probs.sum()))
     return log_probs, entropy
 
@@ -332,7 +332,7 @@ def update(
         loss.backward()
         if counts:
             total += torch.tensor([float(loss.detach()), float(entropy.sum()), float((weights != 0).sum())])
-    sums["loss"], sums["entropy"], unclipped = all_sum(total).tolist()
+    sums["loss"], sums["entropy"], unclipped = sum_over_ranks(total).tolist()
     sums["clipped"] = sums["weighted"] - int(unclipped)
     sums["grad_norm"] = clip_gradients(model.parameters(), config.max_grad_norm)
     check_finite("the gradient's norm", sums["grad_norm"])

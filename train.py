@@ -192,7 +192,7 @@ def train(config: Config) -> int:
         base = score(run, "base")
         checkpoint.write_text(scores_file, json.dumps({"base": base}, indent=1) + "\n")
         console.show_base(run, base, time.perf_counter() - begun)
-    scores = distributed.from_first(checkpoint.read_json(scores_file) if distributed.rank() == 0 else None)
+    scores = distributed.from_rank_0(checkpoint.read_json(scores_file) if distributed.rank() == 0 else None)
 
     def due(done: int) -> bool:
         """Whether validation accuracy is measured, and a group recorded, at the step that makes it `done` steps."""
@@ -210,7 +210,7 @@ def train(config: Config) -> int:
                 if step == sft_steps:  # each stage starts with a fresh optimizer, as two runs would
                     run.optimizer = new_optimizer(run.model, config)
                 metrics, shown, group = rl_step(run, step - sft_steps, record=step == sft_steps or due(step + 1))
-            done, stop = step + 1, distributed.from_first(stopped)
+            done, stop = step + 1, distributed.from_rank_0(stopped)
             if due(done):
                 table = accuracy(run, "validation", 0.0, f"step {done}: validation")
                 for level, row in table.items():

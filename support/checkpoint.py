@@ -22,7 +22,7 @@ import torch
 
 from model import state_of
 from support.config import Config
-from support.distributed import from_first, part_like, rank, whole
+from support.distributed import from_rank_0, full_state, rank, shard_like
 
 
 def write_text(path: Path, text: str) -> None:
@@ -80,11 +80,15 @@ def state_file(folder: Path) -> Path:
 
 def save(folder: Path, step: int, run: Any) -> None:
     """Make this the checkpoint of the run (a step.Run) in `folder`. Called on every rank."""
-    state = {"step": step, "model": whole(state_of(run.model)), "optimizer": whole(run.optimizer.state_dict())}
+    state = {
+        "step": step,
+        "model": full_state(state_of(run.model)),
+        "optimizer": full_state(run.optimizer.state_dict()),
+    }
     if run.collector:
         state["collector"] = {
             "waiting": run.collector.waiting,
-            "optimizer": whole(run.collector.optimizer.state_dict()),
+            "optimizer": full_state(run.collector.optimizer.state_dict()),
         }
     if rank() > 0:
         return
@@ -119,7 +123,7 @@ def load(folder: Path, run: Any) -> int:
             f"{path} is the checkpoint of another model: {min(other)} differs; give the model it was made with, "
             "or another out"
         )
-    run.model.load_state_dict({name: part_like(saved[name], own[name]) for name in own}, strict=False)
+    run.model.load_state_dict({name: shard_like(saved[name], own[name]) for name in own}, strict=False)
     load_optimizer(run.optimizer, state["optimizer"])
     if run.collector:
         run.collector.waiting = state["collector"]["waiting"]
@@ -133,7 +137,7 @@ def load_optimizer(optimizer: torch.optim.Optimizer, state: dict[str, Any]) -> N
     for i, values in state["state"].items():
         for name, value in values.items():
             if value.shape == parameters[i].shape:
-                values[name] = part_like(value, parameters[i])
+                values[name] = shard_like(value, parameters[i])
     optimizer.load_state_dict(state)
 
 
@@ -197,13 +201,13 @@ def prepare_folder(config: Config, ingredients: dict[str, str]) -> Path:
     the run that is to go on was made of others.
     """
     folder = Path(config.out)
-    if changed := from_first(changed_ingredients(config, ingredients) if rank() == 0 else None):
+    if changed := from_rank_0(changed_ingredients(config, ingredients) if rank() == 0 else None):
         raise ValueError(
             f"out {config.out!r} holds a run that was made of something else: {', '.join(changed)} changed since; "
             "restore what it was to go on, or choose another folder"
         )
     if rank() > 0:
-        return from_first(None)
+        return from_rank_0(None)
     if config.out:
         folder.mkdir(parents=True, exist_ok=bool(config.resume))
     else:
@@ -215,4 +219,4 @@ def prepare_folder(config: Config, ingredients: dict[str, str]) -> Path:
                 break
     content = dataclasses.asdict(config) | {"made_of": ingredients}
     write_text(folder / "config.json", json.dumps(content, indent=1) + "\n")
-    return from_first(folder)
+    return from_rank_0(folder)

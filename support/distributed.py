@@ -6,10 +6,10 @@ same rows; each samples and differentiates its share (sample.generate, step.rank
 Training on CUDA shards in a single process too, over a mesh of one: the simplest way to fp32 weights with bf16
 compute. eval.py shares the rows in the same way; every rank has a whole model there.
 
-    start -> shard                        in train.py (eval.py: start alone) and model.load_model
-    union, all_sum, from_first            what ranks tell each other, on the CPU (gloo)
-    run_forward, gathered                 the training pass; whole weights on every rank, for sampling
-    clip_gradients, whole, part_like      norm, checkpoints and final/ of a sharded model
+    start -> shard                             in train.py (eval.py: start alone) and model.load_model
+    gather_dict, sum_over_ranks, from_rank_0   what ranks tell each other, on the CPU (gloo)
+    run_forward, gathered                      the training pass; whole weights on every rank, for sampling
+    clip_gradients, full_state, shard_like     norm, checkpoints and final/ of a sharded model
 Left out: tensor and pipeline parallelism, several nodes without a shared folder.
 """
 
@@ -94,7 +94,7 @@ def explain(error: RuntimeError, memory: str) -> str:
 # ---- exchange
 
 
-def union(mine: dict) -> dict:
+def gather_dict(mine: dict) -> dict:
     """The entries of every rank's dict, on every rank."""
     if world_size() == 1:
         return mine
@@ -103,14 +103,14 @@ def union(mine: dict) -> dict:
     return {key: value for part in parts for key, value in part.items()}
 
 
-def all_sum(values: Tensor) -> Tensor:
+def sum_over_ranks(values: Tensor) -> Tensor:
     """Sum over the ranks of a tensor on the CPU, on every rank."""
     if world_size() > 1:
         dist.all_reduce(values)
     return values
 
 
-def from_first(value: Any) -> Any:
+def from_rank_0(value: Any) -> Any:
     """Rank 0's `value`, on every rank."""
     box = [value]
     if world_size() > 1:
@@ -174,7 +174,7 @@ def _send_weights(
         return tensor
 
     for name, parameter in model.named_parameters():
-        parameter.data.copy_(part_like(sent(weights[name]), parameter))
+        parameter.data.copy_(shard_like(sent(weights[name]), parameter))
     for name, buffer in buffers.items():
         owner, _, last = name.rpartition(".")
         model.get_submodule(owner)._buffers[last] = sent(buffer)
@@ -212,19 +212,19 @@ def clip_gradients(parameters: Iterable[nn.Parameter], max_norm: float) -> float
     return float(norm)
 
 
-def whole(state: Any) -> Any:
+def full_state(state: Any) -> Any:
     """A state dict (nested dicts and lists) with its split tensors put together, on rank 0's CPU; None elsewhere."""
     if isinstance(state, dict):
-        return {key: whole(value) for key, value in state.items()}
+        return {key: full_state(value) for key, value in state.items()}
     if isinstance(state, list):
-        return [whole(value) for value in state]
+        return [full_state(value) for value in state]
     if not isinstance(state, DTensor):
         return state
     tensor = state.detach().to(state.device_mesh.device_type).full_tensor()
     return tensor.cpu() if rank() == 0 else None
 
 
-def part_like(tensor: Tensor, like: Any) -> Tensor:
+def shard_like(tensor: Tensor, like: Any) -> Tensor:
     """`tensor`, which every rank holds whole, split as `like` is; itself if that is not split."""
     if not isinstance(like, DTensor):
         return tensor

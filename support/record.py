@@ -34,6 +34,7 @@ def step_metrics(run: Any, batch: Any, updates: list[dict], unsolved: float) -> 
         "reward": average(rewards),
         "reward_on_policy": average(rewards[~hybrid]),
         "reward_hybrid": average(rewards[hybrid]),
+        "hybrid_rows": int(hybrid.sum()),
         "prefix_fraction": average(batch.fractions[hybrid]),
         "prefix_tokens": sum(u["demonstration_tokens"] for u in updates),
         "prefix_tokens_kept": sum(u["demonstration_kept"] for u in updates),
@@ -74,16 +75,16 @@ def example_rows(run: Any, batch: Any, picked: Sequence[int]) -> list[dict[str, 
 def group_record(run: Any, batch: Any, tokens: Tokens, rows: Tensor, picked: Sequence[int]) -> dict[str, Any]:
     """One group of the mini-batch `rows`, before its update, token by token: what `plot.py --group` draws.
 
-    The first group that has a demonstration's tokens and unequal rewards, else one that has the former, else the
-    first of all. Of each row at most RECORDED_TOKENS tokens, with entropy in nats, whether the entropy clip keeps
-    the token, and its weight w at the first update.
+    The first group that has demonstration tokens and unequal rewards of its on-policy rows, else one that has the
+    former, else the first of all. Of each row at most RECORDED_TOKENS tokens, with entropy in nats, whether the
+    entropy clip keeps the token, and its weight w at the first update.
     """
     rollouts = batch.rollouts
 
     def interest(group: int) -> tuple[bool, bool]:
         members = rows[rollouts.group[rows] == group]
-        rewards = batch.rewards[members]
-        return bool(rollouts.hybrid[members].any()), bool(rewards.min() < rewards.max())
+        hybrid = rollouts.hybrid[members]
+        return bool(hybrid.any()), len(batch.rewards[members][~hybrid].unique()) > 1
 
     groups = rollouts.group[rows].unique().tolist()
     group = max(groups, key=interest)

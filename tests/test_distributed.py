@@ -87,21 +87,21 @@ def three_steps(folder: Path, method: str) -> dict:
     checkpoint.save(out, 2, run)
     log.append(one_step(run, 2))
     save_model(run.model, run.tokenizer, out / "final")
-    return {"log": log, "weights": distributed.whole(run.model.state_dict())}
+    return {"log": log, "weights": distributed.full_state(run.model.state_dict())}
 
 
 def resumed(folder: Path, method: str, saved_by: int) -> dict:
     """The third step, from the checkpoint that so many ranks saved."""
     run = started(folder, method)
     done = checkpoint.load(folder / f"{method}-{saved_by}", run)
-    return {"log": [one_step(run, done)], "weights": distributed.whole(run.model.state_dict())}
+    return {"log": [one_step(run, done)], "weights": distributed.full_state(run.model.state_dict())}
 
 
 def equal_rewards(folder: Path) -> dict:
     """All wrong: no row has a weight, no rank makes a step, none waits."""
     run = started(folder, "prefix-rft", ALL_WRONG)
     metrics, *_ = rl_step(run, 0)
-    return {"grad_norm": metrics["grad_norm"], "weights": distributed.whole(run.model.state_dict())}
+    return {"grad_norm": metrics["grad_norm"], "weights": distributed.full_state(run.model.state_dict())}
 
 
 def work(number: int, folder: Path, port: int) -> None:

@@ -81,7 +81,7 @@ def read_json(path: Path) -> dict[str, Any]:
 
 @contextlib.contextmanager
 def locked(folder: Path) -> Iterator[None]:
-    """Make `folder` if need be and keep other processes of this project out of it; the first rank does.
+    """Keep other processes of this project out of `folder`; the first rank does.
 
     The lock is the system's, on an open file: it ends with the process, also with a killed one, and cannot be stale.
     ValueError if another process has it.
@@ -89,7 +89,6 @@ def locked(folder: Path) -> Iterator[None]:
     if rank() > 0:
         yield
         return
-    folder.mkdir(parents=True, exist_ok=True)
     with (folder / "lock").open("a") as file:
         try:
             if os.name == "nt":

@@ -15,7 +15,7 @@ from loss import Tokens, token_weights
 RECORDED_TOKENS = 512  # of a row of a recorded group
 
 
-def step_metrics(run: Any, batch: Any, updates: list[dict], unsolved: float) -> dict[str, Any]:
+def step_metrics(run: Any, batch: Any, updates: list[dict]) -> dict[str, Any]:
     """Of the whole batch, every mini-batch and micro-batch. None where there is nothing to average."""
     rollouts, rewards, hybrid = batch.rollouts, batch.rewards, batch.rollouts.hybrid
     policy = rollouts.response_mask & ~rollouts.prefix_mask
@@ -43,7 +43,9 @@ def step_metrics(run: Any, batch: Any, updates: list[dict], unsolved: float) -> 
         "response_tokens": average(rollouts.response_tokens),
         "truncated": average(rollouts.truncated[sampled]),
         "unread": average(torch.tensor(unread)[sampled]),
-        "unsolved": unsolved,
+        "unsolved": len(batch.unsolved_groups) / len(groups),
+        "sampled_tokens": batch.sampled_tokens,
+        "trained_tokens": sum(u["weighted"] for u in updates),
         "equal_reward_groups": fmean(float(r.min() == r.max()) for r in groups),
     }
 

@@ -3,7 +3,7 @@ same values at random points to 45 digits. When in doubt, not equal: a policy le
 
 Decimals. Two decimals, or a decimal in the prediction and an exact gold, are compared as exact numbers: 3.14 is
 not π, 0.333 is not 1/3, 0.3330 is 0.333. Only a gold that is itself a decimal of at least three significant digits
-also accepts an exact prediction that no decimal can state (1/3, √2) and that rounds to it: gold 0.333 accepts 1/3.
+also accepts a fraction that no decimal can state and that rounds to it: gold 0.333 accepts 1/3; √2 needs four digits.
 
 Optional, but never contradicted: units, degrees, %, currency, the modulus, the base, the name in "x = 5" (5 cm is
 5 and is not 5 m). Free order: sets and lists, the sides of =. Ordered: tuples, points, matrices. [0, 1] is not
@@ -18,8 +18,8 @@ equations (x^2 = 4 is not x = 2, -2), other identities for whole numbers only.
 from fractions import Fraction
 
 from .tree import (
-    CONSTANTS, EXPRESSIONS, INFINITY, MINUS_ONE, Node, REALS, Unreadable, ZERO, add, is_name, is_number, is_region,
-    mul, negative, num, symbols,
+    CONSTANTS, EXPRESSIONS, INFINITY, MINUS_ONE, Node, REALS, Unreadable, ZERO, add, is_modulo, is_name, is_number,
+    is_region, mul, negative, num, residue, sym, symbols,
 )  # fmt: skip
 from .regions import FLIPPED, regions_of
 from .values import DIGITS, ENOUGH, POINTS, SURE_DIGITS, WHOLE_POINTS, close, context, exact, is_real, value_at
@@ -36,6 +36,11 @@ def equal(prediction: Answer, gold: Answer) -> bool:
         return gold.choice in (prediction.choice, prediction.option)
     if "text" in (prediction.node[0], gold.node[0]):
         return prediction.words is not None and prediction.words == gold.words
+    conditions = prediction.condition, gold.condition
+    if conditions[0] != conditions[1] and ("" not in conditions or len("".join(conditions)) > 1):  # a domain is optional
+        return False
+    if gold.node[0] == "list" and prediction.words and set("ABCDEFGH").issuperset(prediction.words):  # AD for A, D
+        return same(("list", tuple(map(sym, prediction.words))), gold.node)
     pairs = [(prediction.node, gold.node), (prediction.second, gold.node), (prediction.node, gold.second)]
     try:
         return any(same(p, g) for p, g in pairs if p is not None and g is not None)
@@ -48,11 +53,13 @@ def same(p: Node, g: Node) -> bool:
     if p == g:
         return True
     if p[0] == "unit" or g[0] == "unit":
-        (p, unit_p), (g, unit_g) = ((n[1], n[2]) if n[0] == "unit" else (n, None) for n in (p, g))
-        return _same_units(unit_p, unit_g) and same(p, g)
+        (p, unit_p), (g, unit_g) = _without_unit(p), _without_unit(g)
+        return (unit_p == unit_g or None in (unit_p, unit_g)) and same(p, g)
     for node, other, gold_first in ((p, g, False), (g, p, True)):
         if node[0] == "rel" and "≈" in node[1]:
             return any(same(*((other, v) if gold_first else (v, other))) for v in _approximations(node))
+    if p[0] == g[0] == "rel" and ("≡" in p[1]) != ("≡" in g[1]):  # x ≡ 2 is not x = 2
+        return False
     if p[0] == "rel" or g[0] == "rel" or "regions" in (p[0], g[0]) or REALS in (p, g):
         return _same_relations(p, g)
     if p[0] in EXPRESSIONS and g[0] in EXPRESSIONS:
@@ -60,8 +67,11 @@ def same(p: Node, g: Node) -> bool:
     return _same_collections(p, g)
 
 
-def _same_units(p: str | None, g: str | None) -> bool:
-    return p is None or g is None or p == g
+def _without_unit(node: Node) -> tuple[Node, str | Node | None]:
+    """5 cm is 5 with a unit, 7 (mod 5) is 2 with a modulus."""
+    if is_modulo(node):
+        return residue(node[1], node[2][1]), node[2]
+    return node[1:] if node[0] == "unit" else (node, None)
 
 
 def _same_collections(p: Node, g: Node) -> bool:
@@ -154,7 +164,7 @@ def _same_relations(p: Node, g: Node) -> bool:
 
 def _named_value(node: Node) -> tuple[Node | None, Node]:
     """x = 5 is 5 by the name x, x ∈ A is A; in a chain the last side counts if the others agree with it."""
-    if node[0] != "rel" or len(set(node[1])) > 1 or node[1][0] not in ("=", "∈"):
+    if node[0] != "rel" or len(set(node[1])) > 1 or node[1][0] not in ("=", "∈", "≡"):
         return None, node
     name, *sides = node[2]
     if node[1][0] == "∈":
@@ -281,14 +291,14 @@ def _same_regions(p: list[tuple], g: list[tuple]) -> bool:
 
 
 def _same_expressions(p: Node, g: Node) -> bool:
-    if g[0] == "dec" and _rounds_to(p, g):
+    if g[0] == "dec" and _rounds_to(p, g, 3 if p[0] == "num" else 4):
         return True
     if is_number(p) and is_number(g):
         return p[1] == g[1]
     return INFINITY not in (p, g) and _same_values(p, g)
 
 
-def _rounds_to(value: Node, decimal: Node, digits: int = 3) -> bool:
+def _rounds_to(value: Node, decimal: Node, digits: int) -> bool:
     """Whether an exact value that no decimal can state rounds to a decimal of at least so many significant digits."""
     if abs(decimal[1]) < 10 ** (digits - 1) * decimal[2] or value[0] == "dec" or symbols(value):
         return False

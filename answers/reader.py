@@ -11,15 +11,16 @@ from fractions import Fraction
 
 import re
 
-from .tokens import END, Cursor
+from .tokens import END, NO_UNIT, Cursor
 from .tree import (
     CONSTANTS, DEGREE, FUNCTIONS, MINUS_ONE, Node, ONE, PI, REALS, Unreadable, add, call, divide, expand_signs,
-    expression, function_value, in_base, is_region, matrix_of, mul, negative, num, power, read_literal, set_of,
-    substitute, sym, symbols, usual_form, written_out,
+    expression, function_value, in_base, is_modulo, is_region, matrix_of, mul, negative, num, power, read_literal,
+    set_of, substitute, sym, symbols, usual_form, written_out,
 )  # fmt: skip
 from .vocabulary import ACCENTS, LISTS, unit_name
 
 MAX_DEPTH = 24
+MODS = ("OP", "mod"), ("OP", "pmod")
 
 
 class Reader(Cursor):
@@ -33,6 +34,7 @@ class Reader(Cursor):
         self.degrees = False
         self.currency: str | None = None
         self.signs = 0  # ± seen
+        self.congruence = ("REL", "≡") in tokens  # where \\bmod means what \\pmod means
 
     def whole(self) -> Node:
         items = self.items()
@@ -56,6 +58,9 @@ class Reader(Cursor):
         while self.token[0] == "REL":
             ops.append(self.take())
             sides.append(self.set_operation())
+        if "≡" in ops and is_modulo(sides[-1]):  # the modulus is that of all sides
+            _, sides[-1], modulus = sides[-1]
+            return ("unit", ("rel", tuple(ops), tuple(sides)), modulus)
         return ("rel", tuple(ops), tuple(sides)) if ops else sides[0]
 
     def set_operation(self) -> Node:
@@ -83,13 +88,15 @@ class Reader(Cursor):
             node = mul(node, num(scale))
         if words and (unit_name(words) != unit or not unit):  # \\$5 dollars
             unit = unit_name((unit + " " if unit else "") + words)
-        if self.is_op("pmod") or (self.is_op("(") and self.ahead(1) == ("OP", "mod")):
-            in_parentheses = self.take() == "("
-            if in_parentheses:
+        if self.is_op("mod", "pmod") or (self.is_op("(") and self.ahead(1) in MODS):
+            mark = self.take()
+            if mark == "(":
                 self.take()
-            unit = f"mod {self.factor()}"
-            if in_parentheses:
+            unit = ("mod", expression(self.factor()))
+            if mark == "(":
                 self.expect(")")
+            if mark == "mod" and not self.congruence:
+                node = call("mod", node, unit[1])
         return ("unit", node, unit) if unit else node
 
     def sign(self) -> Node:
@@ -123,9 +130,6 @@ class Reader(Cursor):
                 divides = self.take() == "/"
                 factor = mul(self.sign(), self.factor()) if self.is_op("+", "-") else self.factor()
                 factors.append(power(factor, MINUS_ONE) if divides else factor)
-            elif self.is_op("mod"):
-                self.take()
-                factors = [call("mod", mul(*factors), self.factor())]
             elif self.starts_factor():
                 factors.append(self.factor())
             else:
@@ -138,7 +142,7 @@ class Reader(Cursor):
         if kind == "OP":
             if value == "|":
                 return not self.bars and not self.bar_separates
-            return value in ("[", "{", "⌊", "⌈") or (value == "(" and self.ahead(1) != ("OP", "mod"))
+            return value in ("[", "{", "⌊", "⌈") or (value == "(" and self.ahead(1) not in MODS and not self.is_unit())
         return kind in ("NAME", "FUNC", "COMMAND", "BEGIN")
 
     def factor(self) -> Node:
@@ -219,9 +223,7 @@ class Reader(Cursor):
         if kind == "FUNC":
             return self.function(value)
         if kind == "TEXT":
-            while self.token[0] == "TEXT":
-                value += " " + self.take()
-            return sym(value if len(value) == 1 else value.lower())
+            return self.words(value)
         if kind == "CURRENCY":
             self.currency = value
             return self.factor()
@@ -240,6 +242,16 @@ class Reader(Cursor):
         if value in ("|", "⌊", "⌈"):
             return self.enclosed(value)
         raise Unreadable(f"{value!r} is not expected where it stands")
+
+    def words(self, words: str) -> Node:
+        """Words that are an answer or the name of a value: \\text{Area of }ABC = 5, not words before a value."""
+        while self.token[0] == "TEXT":
+            words += " " + self.take()
+        after = next((t for t in self.tokens[self.at :] if t[0] != "NAME" and t[1] not in "()"), END)
+        alone = self.token[0] in ("SEP", "END", "END_ENV") or self.is_op(")", "]", "}", "\\}", "&", "|")
+        if (self.starts_factor() and after != ("REL", "=")) or not (alone or NO_UNIT.isdisjoint(words.lower().split())):
+            raise Unreadable(f"the words {words!r} stand before {self.token[1]!r}")
+        return sym(words if len(words) == 1 else words.lower())
 
     def number(self, literal: str) -> Node:
         node = read_literal(literal)

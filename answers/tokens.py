@@ -7,7 +7,7 @@ arguments, BEGIN and END_ENV of matrices, REL a relation, SEP between the items 
 
 import re
 
-from .tree import Unreadable, word_set
+from .tree import NUMBER_WORDS, Unreadable, word_set
 from .vocabulary import (
     ALIASES, CHARACTERS, COMMANDS, FONTS, FUNCTION_NAMES, GREEK, KNOWN, LISTS, MATRICES, NAMED, OPERATORS, SCALES,
     SHORT_UNITS, STOP_WORDS, TEXTS,
@@ -43,17 +43,13 @@ _TIME_UNIT = re.compile(r"(?<=[\d})])(?:[\s~]|\\[,;: ])*(?:\\(?:text|mathrm|mbox
 _BASE = r"\s*(?:\\(?:text|mathrm|mbox)\s*\{)?[\s~]*\(?(?:in )?base[\s~]*\}?\s*\$?(\d{1,2})\$?\)?\s*\}?$"
 _LETTER_DEGREE = r"(?<=[\d)}])\s*\^\s*(?:\{?\s*\\(?:text|mathrm|mbox)\s*\{\s*o\s*\}\s*\}?|\{o\}|o\b)"
 _SYSTEM = r"\\left\s*\\\{\s*\\begin\s*\{array\}\s*(?:\{[lcr]+\})?(.*?)\\end\s*\{array\}\s*\\right\s*\."
+# 12 (cm)
+_UNIT_IN_PARENTHESES = rf"(?<=\d)(?:\s|\\[,;: ])*\(\s*({'|'.join(sorted(SHORT_UNITS))})\s*\)"
 # \text{The area is } or \text{Answer: } before a value
 _LEAD = re.compile(
-    r"^(?:\\(?:text|mbox)\s*\{ *)?(?P<words>(?=[^:}]*[a-z]{3})[A-Za-z][A-Za-z ]{0,60})(?: is|:)[ }]*(?=[-\d\\(\[])"
+    r"^(?:\\(?:text|mbox)\s*\{ *)?(?P<words>(?=[^:}]*[a-z]{3})[A-Za-z][A-Za-z ]{0,60})(?: is| are| was| were|:)[ }:]*(?=[-\d\\(\[])"
 )
 _FONT = re.compile(rf"\\(?:{'|'.join(FONTS)})\s*(?=\{{)")
-# "k is any whole number" after a family of solutions says nothing that is graded
-_CLAUSE = (
-    r"(?:,|\(|\\quad)(?:\s|~|\\[,;: ]|\\q?quad)*(?:\\text *\{ *(?:where|for|with) *\})?"
-    r"\s*[a-z] *\\in *\\mathbb *\{?[ZN]\}?(?:\^\{?\+\}?)?"
-    r" *\)?\s*$"
-)
 _BRACE = re.compile(r"\\.|[{}]", re.DOTALL)
 _PLAIN_OPERATORS = {"==": "=", "->": "→", "=>": "→", "...": "…"}
 _RELATIONS = word_set("= < > <= >= != ∈ ∉ ≈ ≡ ~ ≅ ∝ → ⊥ ∥ ⊂ ⊆")
@@ -65,8 +61,6 @@ _SEPARATORS = {",", ";", "or", "and", "\\\\"}
 
 def clean(text: str) -> str:
     """The text without math delimiters, final punctuation and spellings that mean the same."""
-    if len(text) > MAX_CHARS:
-        raise Unreadable(f"it has {len(text):,} characters, more than {MAX_CHARS:,}")
     if re.search(r"[\x00-\x08\x0b-\x1f\x7f]", text):
         raise Unreadable("it holds a control character")
     text = _SCRIPTS.sub(lambda m: ("^{" if m[1] else "_{") + m.group().translate(_SCRIPT_DIGITS) + "}", text)
@@ -79,7 +73,6 @@ def clean(text: str) -> str:
     text = re.sub(r"\bd([a-zA-Z])/d([a-zA-Z])\b", r"\\frac{d\1}{d\2}", text)
     text = re.sub(r"(?<=\d)\s*(k?m/(?:s|h|hr)(?:\^\{?2\}?)?)(?![A-Za-z])", r"\\text{ \1}", text)
     text = _UNIT_FRACTION.sub(_unit_fraction, text)
-    text = re.sub(_CLAUSE, "", text)
     text = re.sub(_BASE, r"_{\1}", text)
     text = re.sub(_LETTER_DEGREE, r"^\\circ ", text)
     text = re.sub(r"(?<=[)\]])\s*U\s*(?=[(\[][^()\[\]]*,)", r"\\cup ", text)  # (0, 1) U (2, 3)
@@ -87,7 +80,10 @@ def clean(text: str) -> str:
     text = re.sub(r"(\d{0,30})\.(\d{0,30})\\(?:overline|bar|dot)\s*\{(\d{1,30})\}", _repeating, text)
     text = re.sub(r"(?:\s|[.,;:]|\\[,;!\s]|\\\\|\\$)+$", "", text)
     text = re.sub(r"(?<!\.[a-z])\.(?=\s*\}+$)|^(?:=|\\approx|\\simeq)\s*", "", text)
+    text = re.sub(_UNIT_IN_PARENTHESES, r"\\text{ \1}", text)
     text = _TIME_UNIT.sub(r"\\text{ \1}", _SYMBOL_UNIT.sub(_symbol_unit, text))
+    if text.endswith("}") and text.count("}") - text.count("\\}") > text.count("{") - text.count("\\{"):
+        text = text[:-1]
     text = _without_font(text)
     lead = _LEAD.match(text)
     if lead and not STOP_WORDS.intersection(lead["words"].lower().split()):
@@ -149,7 +145,11 @@ def tokenize(text: str, grouped: bool = True, depth: int = 0) -> list[tuple[str,
         elif kind == "escaped":
             out.append({"$": ("CURRENCY", "$"), "|": ("OP", "|"), "%": ("OP", "%")}.get(value, ("OP", "\\" + value)))
         elif kind == "run":
-            out += _run(value, out)
+            spaced = text[match.start() - 1 : match.start()] == " " and text[at : at + 1] in " ,."
+            letters = _run(value, out, spaced)
+            if 1 < len(value) == len(letters) and not value.isupper() and _goes_on_in_words(text, at):
+                raise Unreadable(f"the word {value!r} is no part of an answer")
+            out += letters
         elif kind == "op":
             if value == "!=" and out and out[-1][0] == "NUM":
                 out.append(("OP", "!"))
@@ -185,10 +185,16 @@ def _operator(value: str) -> tuple[str, str]:
     return ("NAME", "…") if value == "…" else ("REL" if value in _RELATIONS else "OP", value)
 
 
-def _run(run: str, before: list[tuple[str, str]]) -> list[tuple[str, str]]:
-    """A run of letters: a name, a function, a word, or a product of single letters."""
-    if run in ("or", "and", "mod"):
-        return [_operator(run)]
+def _goes_on_in_words(text: str, at: int) -> bool:
+    """Whether a number or another short word stands behind a short word: he has 12."""
+    match = re.compile(r" (?:\d|([a-z]{2,3})(?![A-Za-z]))").match(text, at)
+    return match is not None and match[1] not in KNOWN | SHORT_UNITS | {"or", "and"}
+
+
+def _run(run: str, before: list[tuple[str, str]], spaced: bool = False) -> list[tuple[str, str]]:
+    """A run of letters, and whether spaces stand around it: a name, a function, a word, or a product of letters."""
+    if run in ("or", "and", "mod", "modulo"):
+        return [_operator(run[:3])]
     name = ALIASES.get(run, run)
     if name == "sqrt" or (name in FUNCTION_NAMES and name not in ("re", "im", "arg")):
         return [("COMMAND" if name == "sqrt" else "FUNC", name)]
@@ -197,7 +203,8 @@ def _run(run: str, before: list[tuple[str, str]]) -> list[tuple[str, str]]:
     parts = _RUN.fullmatch(run)
     if parts and parts[2] not in ("re", "im", "arg"):
         return [token for part in parts.groups() if part for token in _run(part, before)]
-    if len(run) > 3 or (run in SHORT_UNITS and before and before[-1][0] == "NUM"):
+    is_unit = run in SHORT_UNITS and before and before[-1][0] == "NUM" and (spaced or run != "mg")  # 2mg is a weight
+    if len(run) > 3 or is_unit or (spaced and run in STOP_WORDS):
         return [("TEXT", run)]
     letters = [("NAME", letter) for letter in run]
     if len(run) > 1 and before and before[-1] == ("OP", "/"):  # t/RC
@@ -218,7 +225,7 @@ def _command(name: str, text: str, at: int, out: list[tuple[str, str]], grouped:
         return stop + 1
     if name in OPERATORS:
         value = OPERATORS[name]
-        out.append(("CURRENCY", value) if value in "£€¥" else _operator("pmod" if name == "pmod" else value))
+        out.append(("CURRENCY", value) if value in "£€¥" else _operator(value))
     elif name in NAMED:
         out.append(("NAME", NAMED[name]))
     elif name in FUNCTION_NAMES or name in ALIASES:
@@ -245,6 +252,8 @@ def _text(content: str, before: list[tuple[str, str]], grouped: bool, depth: int
     """Tokens of a text command: words, a unit after a number, a separator, a function, else as outside of text."""
     words = re.sub(r"(?:[\s~$]|\\[,;:! ])+", " ", content).strip(" .,")
     after_value = before and (before[-1][0] == "NUM" or before[-1][1] in (")", "}"))
+    if after_value and words[:1] + words[-1:] == "()":
+        words = words[1:-1]
     if after_value and words in ("min", "sec"):
         return [("TEXT", words)]
     unit = re.sub(r"\\cdot|[{}]", " ", words)
@@ -254,8 +263,8 @@ def _text(content: str, before: list[tuple[str, str]], grouped: bool, depth: int
         if depth > 3:
             raise Unreadable("text commands are nested too deep")
         return tokenize(content, grouped, depth + 1)
-    if words.lower() in ("or", "and"):
-        return [("SEP", words.lower())]
+    if words.lower() in ("or", "and", "mod", "modulo"):
+        return [_operator(words.lower()[:3])]
     name = ALIASES.get(words, words)
     if name in FUNCTION_NAMES:
         return [("FUNC", name)]
@@ -264,6 +273,7 @@ def _text(content: str, before: list[tuple[str, str]], grouped: bool, depth: int
 
 
 END = ("END", "")
+NO_UNIT = STOP_WORDS.union(NUMBER_WORDS)
 
 
 class Cursor:
@@ -308,7 +318,7 @@ class Cursor:
 
     def is_application(self, name: str) -> bool:
         kinds = [self.ahead(k)[0] for k in range(1, 4)]
-        if kinds[0] in ("NUM", "NAME") and self.ahead(2) == ("OP", ")"):
+        if kinds[0] in ("NUM", "NAME", "TEXT") and self.ahead(2) == ("OP", ")"):
             return True
         if name[0] in "fghFGHP" and self.ahead(1) == ("OP", "-") and self.ahead(3) == ("OP", ")"):
             return True
@@ -323,8 +333,14 @@ class Cursor:
                 return True
         return False
 
+    def is_unit(self) -> bool:
+        """Whether a unit in parentheses stands here: (weeks), (cm^2)."""
+        return self.is_op("(") and self.ahead(1)[0] == "TEXT" and self.ahead(2)[1] in (")", "^", "/")
+
     def unit_words(self) -> tuple[int, str]:
+        """The words of a unit, in parentheses or not, and the number that "million" stands for."""
         words, scale = "", 1
+        in_parentheses = self.is_unit() and self.take()
         while True:
             if self.token[0] == "TEXT" or self.is_op("%") or self.token[0] == "CURRENCY":
                 words += " " + self.take()
@@ -335,8 +351,10 @@ class Cursor:
                 words += "/" if self.take() == "/" else " "
             else:
                 break
+        if in_parentheses:
+            self.expect(")")
         pieces = words.split()
-        if len(pieces) > 4 or STOP_WORDS.intersection(w.lower().strip("'") for w in pieces):
+        if len(pieces) > 4 or pieces[:1] in (["squared"], ["cubed"]) or not NO_UNIT.isdisjoint(words.lower().split()):
             raise Unreadable(f"the words{words!r} follow the answer")
         while pieces and pieces[0].lower().rstrip("s") in SCALES:
             scale *= SCALES[pieces.pop(0).lower().rstrip("s")]

@@ -63,7 +63,20 @@ def expression(node: Node) -> Node:
         return node
     if node[0] == "unit" and node[2] == "degree":
         return mul(node[1], DEGREE)
+    if is_modulo(node):  # (n mod 2) + 1
+        return node[1]
     raise Unreadable(f"a {node[0]} stands where a number or expression is expected")
+
+
+def is_modulo(node: Node) -> bool:
+    return node[0] == "unit" and node[2][0] == "mod"
+
+
+def residue(node: Node, modulus: Node) -> Node:
+    """7 (mod 5) is 2; both sides of a congruence of numbers."""
+    if node[0] == "rel":
+        return ("rel", node[1], tuple(residue(side, modulus) for side in node[2]))
+    return call("mod", node, modulus) if is_number(node) and is_number(modulus) else node
 
 
 def add(*terms: Node) -> Node:
@@ -300,13 +313,21 @@ def expand_signs(node: Node) -> list[Node]:
 
 
 def usual_form(items: list[Node]) -> Node:
-    """One node for the items of a list: n = -6, 9 is n = -6, n = 9; x = 1, y = 2 is (x, y) = (1, 2)."""
+    """One node for the items of a list: n = -6, 9 is n = -6, n = 9; x = 1, y = 2 is (x, y) = (1, 2).
+
+    The modulus at the end of x ≡ 1, 4 (mod 5) is that of all items.
+    """
     if len(items) == 1:
         return items[0]
-    named = [x[0] == "rel" and x[1] == ("=",) and is_name(x[2][0]) for x in items]
+    if items[0][:2] == ("rel", ("≡",)) and is_modulo(items[-1]):
+        modulus = items[-1][2]
+        listed = usual_form([x[1] if is_modulo(x) else x for x in items])
+        return ("list", tuple(("unit", x, modulus) for x in listed[1]))
+    named = [x[0] == "rel" and x[1] in (("=",), ("≡",)) and is_name(x[2][0]) for x in items]
     if named[0] and not any(x[0] == "rel" for x in items[1:]):
-        items = [items[0]] + [("rel", ("=",), (items[0][2][0], x)) for x in items[1:]]
-    elif all(named) and len({x[2][0] for x in items}) == len(items):
+        _, ops, (name, _) = items[0]
+        items = [items[0]] + [("rel", ops, (name, x)) for x in items[1:]]
+    elif all(named) and len({x[2][0] for x in items}) == len(items) and {x[1] for x in items} == {("=",)}:
         names, values = zip(*(x[2] for x in items))
         return ("rel", ("=",), (("seq", "(", ")", names), ("seq", "(", ")", values)))
     return ("list", tuple(items))

@@ -36,8 +36,6 @@ GREEK = {
     "Omega": "Ω",
 }  # fmt: skip
 CHARACTERS |= {letter: f"\\{name} " for name, letter in GREEK.items()}
-CHARACTERS |= {digit: f"^{{{value}}}" for value, digit in enumerate("⁰¹²³⁴⁵⁶⁷⁸⁹")}
-CHARACTERS |= {"⁻": "^-", "ⁿ": "^n"} | {digit: f"_{{{value}}}" for value, digit in enumerate("₀₁₂₃₄₅₆₇₈₉")}
 
 # Command or plain word -> symbol.
 NAMED = GREEK | {"var" + name: GREEK[name] for name in ("epsilon", "theta", "pi", "rho", "sigma", "phi")}
@@ -53,14 +51,13 @@ OPERATORS = {
     "cdot": "*", "times": "*", "ast": "*", "div": "/", "le": "<=", "leq": "<=", "leqslant": "<=", "ge": ">=",
     "geq": ">=", "geqslant": ">=", "ne": "!=", "neq": "!=", "lt": "<", "gt": ">", "pm": "±", "mp": "∓", "cup": "∪",
     "bigcup": "∪", "cap": "∩", "setminus": "∖", "backslash": "∖", "in": "∈", "notin": "∉", "approx": "≈",
-    "simeq": "≈",
-    "equiv": "≡", "sim": "~", "cong": "≅", "propto": "∝", "to": "→", "rightarrow": "→", "Rightarrow": "→",
+    "simeq": "≈", "equiv": "≡", "sim": "~", "cong": "≅", "propto": "∝", "to": "→", "rightarrow": "→", "Rightarrow": "→",
     "implies": "→", "mapsto": "→", "perp": "⊥", "parallel": "∥", "mid": "|", "vert": "|", "lvert": "|", "rvert": "|",
     "Vert": "|", "lfloor": "⌊", "rfloor": "⌋", "lceil": "⌈", "rceil": "⌉", "langle": "(", "rangle": ")",
     "lbrace": "\\{", "rbrace": "\\}", "lbrack": "[", "rbrack": "]", "colon": ":", "prime": "'", "circ": "∘",
     "subset": "⊂", "subseteq": "⊆", "land": "and", "lor": "or", "vee": "or", "wedge": "and", "pounds": "£",
-    "euro": "€", "yen": "¥", "choose": "choose", "emptyset": "∅", "varnothing": "∅", "bmod": "mod", "pmod": "mod",
-    "mod": "mod", "newline": "\\\\",
+    "euro": "€", "yen": "¥", "choose": "choose", "emptyset": "∅", "varnothing": "∅", "bmod": "mod", "mod": "mod",
+    "pmod": "pmod", "newline": "\\\\",
 }  # fmt: skip
 SPACING = word_set(
     "left right big Big bigg Bigg bigl bigr Bigl Bigr biggl biggr Biggl Biggr displaystyle textstyle "
@@ -75,10 +72,10 @@ TEXTS = {"text", "mathrm", "mbox", "textrm", "textnormal", "operatorname", "hbox
 ACCENTS = word_set("overline bar hat vec dot ddot tilde widehat widetilde overrightarrow mathcal mathfrak mathscr")
 
 STOP_WORDS = word_set(
-    "or and any if when where for not no mod except than with without is are isnt to base more less most least fewer "
-    "over "
-    "under about approximately nearly almost roughly between until up either neither nor but wrong false "
-    "incorrect"
+    "or and any if when where for not no never mod except than with without is are isnt isn't arent aren't to base "
+    "more less most least fewer over under above below about approximately nearly almost roughly between until up "
+    "either neither nor but wrong false incorrect negative plus minus half halves thirds fifths tenths "
+    "hundredths thousandths factorial choose modulo remainder inverse"
 )
 SCALES = {"hundred": 10**2, "thousand": 10**3, "million": 10**6, "billion": 10**9, "trillion": 10**12, "dozen": 12}
 SHORT_WORDS = word_set("yes no odd all any none one two six ten red sun mon tue wed thu fri sat max min dne")
@@ -89,7 +86,7 @@ _UNITS = {
     "mg": "milligram", "lb": "pound", "oz": "ounce", "L": "liter litre l", "mL": "milliliter millilitre ml",
     "s": "second sec", "min": "minute", "h": "hour hr", "day": "day", "week": "week wk", "month": "month",
     "year": "year yr", "degree": "degree deg", "%": "percent pct percentage", "cent": "cent ¢",
-    "$": "dollar buck usd", "unit": "unit", "N": "newton", "J": "joule", "W": "watt", "V": "volt", "A": "ampere amp",
+    "$": "dollar buck usd", "€": "euro eur", "unit": "unit", "N": "newton", "J": "joule", "W": "watt", "V": "volt", "A": "ampere amp",
     "K": "kelvin", "Pa": "pascal", "Hz": "hertz", "rad": "radian", "C": "celsius", "F": "fahrenheit",
 }  # fmt: skip
 _SPELLINGS = {long: short for short, names in _UNITS.items() for long in [short, *names.split()]}
@@ -123,4 +120,8 @@ COMMANDS |= {"frac", "dfrac", "tfrac", "cfrac", "dbinom", "tbinom"}
 MATRICES = "pmatrix|bmatrix|matrix|smallmatrix|Bmatrix|vmatrix|array"
 LISTS = "aligned|align|cases|gathered|split"
 KNOWN = set(NAMED) | set(OPERATORS) | SPACING | FONTS | TEXTS | COMMANDS | FUNCTION_NAMES | set(ALIASES)
-SHORT_UNITS = word_set("cm mm km in ft yd mi kg mg lb oz mL min sec hr deg pct mph")  # without \\text, after a number
+# Without \\text, after a number.
+SHORT_UNITS = word_set(
+    "cm mm km in ft yd mi kg mg lb lbs oz mL ml dL dl cL cl gal mol min sec hr hrs wk wks yr yrs deg pct mph kph rpm "
+    "kHz MHz GHz kWh USD EUR men"
+)

@@ -1,6 +1,8 @@
 """A whole answer: words, a time, a letter of a choice, or mathematics for reader.py.
 
-Left out: prose other than by its exact words, units beyond their spelling, matrix algebra beyond sums and multiples.
+Words are an answer alone, up to MAX_WORDS of them, or in a list; else they are a unit, the name of a value, or a
+condition at the end. Any other words make an answer unreadable: nobody would write the same sentence again.
+Left out: units beyond their spelling, matrix algebra beyond sums and multiples.
 """
 
 import re
@@ -18,6 +20,20 @@ _NO_LETTERS = re.compile(
 _CHOICE = re.compile(r"(?:(?i:the |correct |answer|option|choice|is|:| )+[ :])?\(? ?([A-Z]) ?\)?[.:]?")
 _OPTION = re.compile(r"(?:\( ?([A-Z]) ?\)[.:]? ?|([A-Z]) ?(?:\)[.:]? ?|[.:] ))(?P<text>[^,/ ].*)")
 
+# Where a condition begins: f(x) = 2x \text{ for all } x, x = k\pi, k \in \mathbb{Z}
+_CONDITION = re.compile(
+    r"(?<![A-Za-z\\])(?:for|where|with|such that|when|if)(?![A-Za-z])|\\forall"
+    r"|(?:[,(]|\\quad)(?: |\\[,;: ]|\\q?quad)*[a-z] *\\in *\\mathbb *\{?[ZN]\}?(?:\^\{?\+\}?)?[ )]*$"
+)
+_JOINT = re.compile(r"(?:[ ,(]|\\[,;: ]|\\q?quad|\\(?:text|mathrm|mbox) *\{)+$")
+_KIND = r"((?:positive|non-?negative)?integer|(?:real|natural|rational|complex|)(?:number|constant|value)?)s?"
+_DOMAIN = re.compile(  # in a condition without spaces and braces that says no more than this
+    rf"(?:(?:for|\\for)(?:all|any|every|each){_KIND}[A-Za-z]|[,(]*(?:for|where|with)?[A-Za-z](?=\\in|is))(?:,[A-Za-z])*"
+    rf"(?:\\in\\mathbb([ZNQRC])([\^_]?[+0])?|isan?(?:arbitrary|any)?{_KIND}|isany{_KIND})?|for(?:all)?[i-n]\\geq?[01]"
+)
+_DOMAINS = {"int": "Z", "pos": "N", "non": "N", "nat": "N", "rea": "R", "rat": "Q", "com": "C"}
+MAX_WORDS = 5
+
 
 @dataclass(frozen=True)
 class Answer:
@@ -27,6 +43,7 @@ class Answer:
     second: Node | None = None
     words: str | None = None  # only where the whole answer is letters
     choice: str | None = None  # the capital of a multiple-choice answer: B of (B), \\text{B}, B., option B
+    condition: str = ""  # behind the answer: a domain such as Z for "k is an integer", else its text without spaces
     option: str | None = None  # the capital that stands before the text of an option: B of (B) 12, B. Mercury
 
 
@@ -53,27 +70,44 @@ def _read(text: str) -> Answer:
     if words in ("all real numbers", "all reals", "real numbers", "set of all real numbers", "all real number"):
         return Answer(REALS, words=words)
     if is_text:
+        if len(words.split()) > MAX_WORDS:
+            raise Unreadable(f"it is a sentence of {len(words.split())} words")
         return Answer(("text", words), words=words, choice=letter)
     special = _time(flat) or _letter_digits(flat)
     if special:
         return Answer(special)
+    value, condition = _split(cleaned)
     try:
-        node = _tree(cleaned, True)
+        node = _tree(value, True)
     except Unreadable:
         if letter:  # B)
             return Answer(sym(letter), choice=letter)
         if words:
             return Answer(("text", words), words=words)
-        if not re.search(r"\b(?:where|such that|for (?:all|any|every|some)|when|if)\b", flat):
+        if not condition or "\\begin" not in cleaned:
             raise
-        return Answer(("prose", tuple(value for _, value in tokenize(cleaned) if value not in "{}")))
+        return Answer(("piecewise", tuple(part for _, part in tokenize(cleaned) if part not in "{}")))
     second = None
-    if re.search(r"\d,\d{3}", cleaned):
+    if re.search(r"\d,\d{3}", value):
         try:
-            second = _tree(cleaned, False)
+            second = _tree(value, False)
         except Unreadable:
             second = None
-    return Answer(node, second if second != node else None, words, letter)
+    return Answer(node, second if second != node else None, words, letter, condition)
+
+
+def _split(text: str) -> tuple[str, str]:
+    """The answer and the condition behind it."""
+    match = _CONDITION.search(text)
+    value = _JOINT.sub("", text[: match.start()]) if match else ""
+    if not value:
+        return text, ""
+    condition = re.sub(r"\\(?:text|mathrm|mbox|q?quad|[,;: ])|[ {}]", "", text[match.start() :]).rstrip(")")
+    domain = _DOMAIN.fullmatch(condition)
+    if not domain:
+        return value, condition
+    kind, number_set, positive, *kinds = domain.groups("")
+    return value, ("N" if positive else number_set) or _DOMAINS.get((kind or "".join(kinds))[:3], "")
 
 
 def _tree(text: str, grouped: bool) -> Node:

@@ -52,12 +52,16 @@ def same(p: Node, g: Node) -> bool:
     """Whether the tree of a prediction and that of a gold mean the same."""
     if p == g:
         return True
-    if p[0] == "unit" or g[0] == "unit":
-        (p, unit_p), (g, unit_g) = _without_unit(p), _without_unit(g)
-        return (unit_p == unit_g or None in (unit_p, unit_g)) and same(p, g)
+    for node, other in ((p, g), (g, p)):
+        if node[0] == "set" and len(node[1]) == 1 and other[0] in EXPRESSIONS | {"unit"}:  # {5} is 5
+            return same(node[1][0], g) if node is p else same(p, node[1][0])
     for node, other, gold_first in ((p, g, False), (g, p, True)):
         if node[0] == "rel" and "≈" in node[1]:
             return any(same(*((other, v) if gold_first else (v, other))) for v in _approximations(node))
+    kinds = {p[0], g[0]}
+    if "unit" in kinds and (kinds != {"unit", "rel"} or "rel" in (p[1][0], g[1][0])):  # x = 5 cm has its unit inside
+        (p, unit_p), (g, unit_g) = _without_unit(p), _without_unit(g)
+        return (unit_p == unit_g or None in (unit_p, unit_g)) and same(p, g)
     if p[0] == g[0] == "rel" and ("≡" in p[1]) != ("≡" in g[1]):  # x ≡ 2 is not x = 2
         return False
     if p[0] == "rel" or g[0] == "rel" or "regions" in (p[0], g[0]) or REALS in (p, g):
@@ -93,10 +97,6 @@ def _same_collections(p: Node, g: Node) -> bool:
         return _same_in_order(column, seq[3]) if matrix is p else _same_in_order(seq[3], column)
     if kinds == {"ratio"}:
         return _same_ratio(p[1], g[1])
-    if p[0] == "set" and len(p[1]) == 1 and g[0] in EXPRESSIONS:  # {5} is 5
-        return same(p[1][0], g)
-    if g[0] == "set" and len(g[1]) == 1 and p[0] in EXPRESSIONS:
-        return same(p, g[1][0])
     if p[0] == "base" and p[2] == 10:
         return g == num(int(p[1]))
     return g[0] == "base" and g[1].isdigit() and p == num(int(g[1]))  # the base may go without saying
@@ -348,9 +348,8 @@ def _same_values(p: Node, g: Node) -> bool:
 
 
 def _rounds(node: Node) -> bool:
-    return node[:2] in (("fn", "floor"), ("fn", "ceil"), ("fn", "mod")) or any(
-        _rounds(x) for x in node if isinstance(x, tuple)
-    )
+    rounds = node[0] == "fn" and node[1] in ("floor", "ceil", "mod", "!!")
+    return rounds or any(_rounds(x) for x in node if isinstance(x, tuple))
 
 
 def _roots_only(node: Node) -> tuple[bool, bool]:

@@ -34,7 +34,10 @@ class Reader(Cursor):
         self.degrees = False
         self.currency: str | None = None
         self.signs = 0  # ± seen
-        self.congruence = ("REL", "≡") in tokens  # where \\bmod means what \\pmod means
+        self.congruence = any(  # where \bmod means what \pmod means, and = means ≡
+            b in (("REL", "≡"), ("OP", "pmod")) or (a, b) == (("OP", "("), ("OP", "mod"))
+            for a, b in zip(tokens, tokens[1:])
+        )
 
     def whole(self) -> Node:
         items = self.items()
@@ -58,9 +61,9 @@ class Reader(Cursor):
         while self.token[0] == "REL":
             ops.append(self.take())
             sides.append(self.set_operation())
-        if "≡" in ops and is_modulo(sides[-1]):  # the modulus is that of all sides
+        if ops and self.congruence and is_modulo(sides[-1]):  # the modulus is that of all sides
             _, sides[-1], modulus = sides[-1]
-            return ("unit", ("rel", tuple(ops), tuple(sides)), modulus)
+            return ("unit", ("rel", tuple("≡" if op == "=" else op for op in ops), tuple(sides)), modulus)
         return ("rel", tuple(ops), tuple(sides)) if ops else sides[0]
 
     def set_operation(self) -> Node:

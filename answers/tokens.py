@@ -9,7 +9,7 @@ import re
 
 from .tree import NUMBER_WORDS, Unreadable, word_set
 from .vocabulary import (
-    ALIASES, CHARACTERS, COMMANDS, FONTS, FUNCTION_NAMES, GREEK, KNOWN, LISTS, MATRICES, NAMED, OPERATORS, SCALES,
+    ALIASES, CHARACTERS, COMMANDS, CURRENCIES, FONTS, FUNCTION_NAMES, GREEK, KNOWN, LISTS, MATRICES, NAMED, OPERATORS, SCALES,
     SHORT_UNITS, STOP_WORDS, TEXTS,
 )  # fmt: skip
 
@@ -43,8 +43,8 @@ _TIME_UNIT = re.compile(r"(?<=[\d})])(?:[\s~]|\\[,;: ])*(?:\\(?:text|mathrm|mbox
 _BASE = r"\s*(?:\\(?:text|mathrm|mbox)\s*\{)?[\s~]*\(?(?:in )?base[\s~]*\}?\s*\$?(\d{1,2})\$?\)?\s*\}?$"
 _LETTER_DEGREE = r"(?<=[\d)}])\s*\^\s*(?:\{?\s*\\(?:text|mathrm|mbox)\s*\{\s*o\s*\}\s*\}?|\{o\}|o\b)"
 _SYSTEM = r"\\left\s*\\\{\s*\\begin\s*\{array\}\s*(?:\{[lcr]+\})?(.*?)\\end\s*\{array\}\s*\\right\s*\."
-# 12 (cm)
-_UNIT_IN_PARENTHESES = rf"(?<=\d)(?:\s|\\[,;: ])*\(\s*({'|'.join(sorted(SHORT_UNITS))})\s*\)"
+# 12 (cm), 12 (cm^2)
+_UNIT_IN_PARENTHESES = rf"(?<=\d)(?:\s|\\[,;: ])*\(\s*({'|'.join(sorted(SHORT_UNITS))})\s*(\^\{{?\d\}}?)?\s*\)"
 # \text{The area is } or \text{Answer: } before a value
 _LEAD = re.compile(
     r"^(?:\\(?:text|mbox)\s*\{ *)?(?P<words>(?=[^:}]*[a-z]{3})[A-Za-z][A-Za-z ]{0,60})(?: is| are| was| were|:)[ }:]*(?=[-\d\\(\[])"
@@ -53,6 +53,7 @@ _FONT = re.compile(rf"\\(?:{'|'.join(FONTS)})\s*(?=\{{)")
 _BRACE = re.compile(r"\\.|[{}]", re.DOTALL)
 _PLAIN_OPERATORS = {"==": "=", "->": "→", "=>": "→", "...": "…"}
 _RELATIONS = word_set("= < > <= >= != ∈ ∉ ≈ ≡ ~ ≅ ∝ → ⊥ ∥ ⊂ ⊆")
+NO_UNIT = STOP_WORDS.union(NUMBER_WORDS, SCALES, (f"{scale}s" for scale in SCALES))
 _SEPARATORS = {",", ";", "or", "and", "\\\\"}
 
 
@@ -80,7 +81,7 @@ def clean(text: str) -> str:
     text = re.sub(r"(\d{0,30})\.(\d{0,30})\\(?:overline|bar|dot)\s*\{(\d{1,30})\}", _repeating, text)
     text = re.sub(r"(?:\s|[.,;:]|\\[,;!\s]|\\\\|\\$)+$", "", text)
     text = re.sub(r"(?<!\.[a-z])\.(?=\s*\}+$)|^(?:=|\\approx|\\simeq)\s*", "", text)
-    text = re.sub(_UNIT_IN_PARENTHESES, r"\\text{ \1}", text)
+    text = re.sub(_UNIT_IN_PARENTHESES, r"\\text{ \1}\2", text)
     text = _TIME_UNIT.sub(r"\\text{ \1}", _SYMBOL_UNIT.sub(_symbol_unit, text))
     if text.endswith("}") and text.count("}") - text.count("\\}") > text.count("{") - text.count("\\{"):
         text = text[:-1]
@@ -145,7 +146,7 @@ def tokenize(text: str, grouped: bool = True, depth: int = 0) -> list[tuple[str,
         elif kind == "escaped":
             out.append({"$": ("CURRENCY", "$"), "|": ("OP", "|"), "%": ("OP", "%")}.get(value, ("OP", "\\" + value)))
         elif kind == "run":
-            spaced = text[match.start() - 1 : match.start()] == " " and text[at : at + 1] in " ,."
+            spaced = text[match.start() - 1 : match.start()] in " " and text[at : at + 1] in " ,."
             letters = _run(value, out, spaced)
             if 1 < len(value) == len(letters) and not value.isupper() and _goes_on_in_words(text, at):
                 raise Unreadable(f"the word {value!r} is no part of an answer")
@@ -195,6 +196,8 @@ def _run(run: str, before: list[tuple[str, str]], spaced: bool = False) -> list[
     """A run of letters, and whether spaces stand around it: a name, a function, a word, or a product of letters."""
     if run in ("or", "and", "mod", "modulo"):
         return [_operator(run[:3])]
+    if run in CURRENCIES:
+        return [("CURRENCY", CURRENCIES[run])]
     name = ALIASES.get(run, run)
     if name == "sqrt" or (name in FUNCTION_NAMES and name not in ("re", "im", "arg")):
         return [("COMMAND" if name == "sqrt" else "FUNC", name)]
@@ -204,7 +207,7 @@ def _run(run: str, before: list[tuple[str, str]], spaced: bool = False) -> list[
     if parts and parts[2] not in ("re", "im", "arg"):
         return [token for part in parts.groups() if part for token in _run(part, before)]
     is_unit = run in SHORT_UNITS and before and before[-1][0] == "NUM" and (spaced or run != "mg")  # 2mg is a weight
-    if len(run) > 3 or is_unit or (spaced and run in STOP_WORDS):
+    if len(run) > 3 or is_unit or (spaced and run in NO_UNIT):
         return [("TEXT", run)]
     letters = [("NAME", letter) for letter in run]
     if len(run) > 1 and before and before[-1] == ("OP", "/"):  # t/RC
@@ -273,7 +276,6 @@ def _text(content: str, before: list[tuple[str, str]], grouped: bool, depth: int
 
 
 END = ("END", "")
-NO_UNIT = STOP_WORDS.union(NUMBER_WORDS)
 
 
 class Cursor:
@@ -354,8 +356,8 @@ class Cursor:
         if in_parentheses:
             self.expect(")")
         pieces = words.split()
-        if len(pieces) > 4 or pieces[:1] in (["squared"], ["cubed"]) or not NO_UNIT.isdisjoint(words.lower().split()):
-            raise Unreadable(f"the words{words!r} follow the answer")
         while pieces and pieces[0].lower().rstrip("s") in SCALES:
             scale *= SCALES[pieces.pop(0).lower().rstrip("s")]
+        if len(pieces) > 4 or pieces[:1] in (["squared"], ["cubed"]) or not NO_UNIT.isdisjoint(map(str.lower, pieces)):
+            raise Unreadable(f"the words{words!r} follow the answer")
         return scale, " ".join(pieces)

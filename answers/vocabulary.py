@@ -74,7 +74,7 @@ ACCENTS = word_set("overline bar hat vec dot ddot tilde widehat widetilde overri
 STOP_WORDS = word_set(
     "or and any if when where for not no never mod except than with without is are isnt isn't arent aren't to base "
     "more less most least fewer over under above below about approximately nearly almost roughly between until up "
-    "either neither nor but wrong false incorrect negative plus minus half halves thirds fifths tenths "
+    "either neither nor but unless wrong false incorrect negative plus minus half halves thirds fifths tenths "
     "hundredths thousandths factorial choose modulo remainder inverse"
 )
 SCALES = {"hundred": 10**2, "thousand": 10**3, "million": 10**6, "billion": 10**9, "trillion": 10**12, "dozen": 12}
@@ -123,5 +123,6 @@ KNOWN = set(NAMED) | set(OPERATORS) | SPACING | FONTS | TEXTS | COMMANDS | FUNCT
 # Without \\text, after a number.
 SHORT_UNITS = word_set(
     "cm mm km in ft yd mi kg mg lb lbs oz mL ml dL dl cL cl gal mol min sec hr hrs wk wks yr yrs deg pct mph kph rpm "
-    "kHz MHz GHz kWh USD EUR men"
+    "kHz MHz GHz kWh men"
 )
+CURRENCIES = {"USD": "$", "EUR": "€", "GBP": "£"}

@@ -28,7 +28,7 @@ _CONDITION = re.compile(
 _JOINT = re.compile(r"(?:[ ,(]|\\[,;: ]|\\q?quad|\\(?:text|mathrm|mbox) *\{)+$")
 _KIND = r"((?:positive|non-?negative)?integer|(?:real|natural|rational|complex|)(?:number|constant|value)?)s?"
 _DOMAIN = re.compile(  # in a condition without spaces and braces that says no more than this
-    rf"(?:(?:for|\\for)(?:all|any|every|each){_KIND}[A-Za-z]|[,(]*(?:for|where|with)?[A-Za-z](?=\\in|is))(?:,[A-Za-z])*"
+    rf"(?:(?:for|\\for)(?:all|any|every|each|some(?=constant|integer)){_KIND}[A-Za-z]|[,(]*(?:for|where|with)?[A-Za-z](?=\\in|is))(?:,[A-Za-z])*"
     rf"(?:\\in\\mathbb([ZNQRC])([\^_]?[+0])?|isan?(?:arbitrary|any)?{_KIND}|isany{_KIND})?|for(?:all)?[i-n]\\geq?[01]"
 )
 _DOMAINS = {"int": "Z", "pos": "N", "non": "N", "nat": "N", "rea": "R", "rat": "Q", "com": "C"}

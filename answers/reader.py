@@ -11,7 +11,7 @@ from fractions import Fraction
 
 import re
 
-from .tokens import END, NO_UNIT, Cursor
+from .tokens import END, NO_NAME, Cursor
 from .tree import (
     CONSTANTS, DEGREE, FUNCTIONS, MINUS_ONE, Node, ONE, PI, REALS, Unreadable, add, call, divide, expand_signs,
     expression, function_value, in_base, is_modulo, is_region, matrix_of, mul, negative, num, power, read_literal,
@@ -250,9 +250,10 @@ class Reader(Cursor):
         """Words that are an answer or the name of a value: \\text{Area of }ABC = 5, not words before a value."""
         while self.token[0] == "TEXT":
             words += " " + self.take()
-        after = next((t for t in self.tokens[self.at :] if t[0] != "NAME" and t[1] not in "()"), END)
         alone = self.token[0] in ("SEP", "END", "END_ENV") or self.is_op(")", "]", "}", "\\}", "&", "|")
-        if (self.starts_factor() and after != ("REL", "=")) or not (alone or NO_UNIT.isdisjoint(words.lower().split())):
+        goes_on = self.token[0] == "NAME" or self.is_op("(")
+        is_name = not self.starts_factor() or (goes_on and any(kind == "REL" for kind, _ in self.tokens[self.at :]))
+        if not alone and not (is_name and NO_NAME.isdisjoint(words.lower().split())):
             raise Unreadable(f"the words {words!r} stand before {self.token[1]!r}")
         return sym(words if len(words) == 1 else words.lower())
 

@@ -84,7 +84,7 @@ def _read(text: str) -> Answer:
             return Answer(sym(letter), choice=letter)
         if words:
             return Answer(("text", words), words=words)
-        if not condition or "\\begin" not in cleaned:
+        if "\\begin" not in cleaned or not _CONDITION.search(cleaned):
             raise
         return Answer(("piecewise", tuple(part for _, part in tokenize(cleaned) if part not in "{}")))
     second = None
@@ -100,7 +100,7 @@ def _split(text: str) -> tuple[str, str]:
     """The answer and the condition behind it."""
     match = _CONDITION.search(text)
     value = _JOINT.sub("", text[: match.start()]) if match else ""
-    if not value:
+    if not value or any(word not in KNOWN for word in re.findall(r"(?<![A-Za-z\\])[A-Za-z]{4,}", value)):
         return text, ""
     condition = re.sub(r"\\(?:text|mathrm|mbox|q?quad|[,;: ])|[ {}]", "", text[match.start() :]).rstrip(")")
     domain = _DOMAIN.fullmatch(condition)

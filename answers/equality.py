@@ -255,30 +255,14 @@ def _proportional(p: Node, g: Node, signs: set[int]) -> bool:
     """Whether p / g is a constant, its sign among `signs`."""
     if symbols(p) != symbols(g) or ZERO in (p, g) or not symbols(p):
         return False
-    ratio = None
+    ratios = []
     for index in range(POINTS):
         p_value, g_value = value_at(p, index, DIGITS), value_at(g, index, DIGITS)
         if p_value and g_value and g_value[0]:
-            ratio = p_value[0] / g_value[0]
-            break
-    if not ratio or not is_real(ratio) or (1 if context.re(ratio) > 0 else -1) not in signs:
+            ratios.append(p_value[0] / g_value[0])
+    if len(ratios) < ENOUGH or not is_real(ratios[0]) or (1 if context.re(ratios[0]) > 0 else -1) not in signs:
         return False
-    factor = _rational(ratio)
-    return (factor is not None and _same_values(p, mul(num(factor), g))) or _constant_ratio(p, g)
-
-
-def _rational(value) -> Fraction | None:
-    found = Fraction(str(context.nstr(context.re(value), 50))).limit_denominator(10**12)
-    return found if abs(float(found) - float(context.re(value))) <= 1e-15 * abs(float(found)) else None
-
-
-def _constant_ratio(p: Node, g: Node) -> bool:
-    values = []
-    for index in range(POINTS):
-        pair = value_at(p, index, DIGITS), value_at(g, index, DIGITS)
-        if all(pair) and pair[1][0]:
-            values.append(pair[0][0] / pair[1][0])
-    return len(values) >= ENOUGH and all(abs(v - values[0]) < abs(values[0]) * context.mpf(10) ** -45 for v in values)
+    return all(abs(r - ratios[0]) < abs(ratios[0]) * context.mpf(10) ** -45 for r in ratios)
 
 
 def _same_regions(p: list[tuple], g: list[tuple]) -> bool:

@@ -20,7 +20,7 @@ from .tree import (
 from .vocabulary import ACCENTS, LISTS, unit_name
 
 MAX_DEPTH = 24
-MODS = ("OP", "mod"), ("OP", "pmod")
+MODS = ("mod", "pmod")
 
 
 class Reader(Cursor):
@@ -34,10 +34,7 @@ class Reader(Cursor):
         self.degrees = False
         self.currency: str | None = None
         self.signs = 0  # ± seen
-        self.congruence = any(  # where \bmod means what \pmod means, and = means ≡
-            b in (("REL", "≡"), ("OP", "pmod")) or (a, b) == (("OP", "("), ("OP", "mod"))
-            for a, b in zip(tokens, tokens[1:])
-        )
+        self.congruence = re.search(r"≡|pmod|\(mod", "".join(value for _, value in tokens))  # where = with mod is ≡
 
     def whole(self) -> Node:
         items = self.items()
@@ -91,15 +88,14 @@ class Reader(Cursor):
             node = mul(node, num(scale))
         if words and (unit_name(words) != unit or not unit):  # \\$5 dollars
             unit = unit_name((unit + " " if unit else "") + words)
-        if self.is_op("mod", "pmod") or (self.is_op("(") and self.ahead(1) in MODS):
-            mark = self.take()
-            if mark == "(":
-                self.take()
+        in_parentheses = self.is_op("(") and self.ahead(1)[1] in MODS and self.take()
+        if self.is_op(*MODS):
+            self.take()
             unit = ("mod", expression(self.factor()))
-            if mark == "(":
-                self.expect(")")
-            if mark == "mod" and not self.congruence:
+            if not self.congruence:  # 17 mod 5 is a number, 17 (mod 5) a class of numbers
                 node = call("mod", node, unit[1])
+        if in_parentheses:
+            self.expect(")")
         return ("unit", node, unit) if unit else node
 
     def sign(self) -> Node:
@@ -145,7 +141,8 @@ class Reader(Cursor):
         if kind == "OP":
             if value == "|":
                 return not self.bars and not self.bar_separates
-            return value in ("[", "{", "⌊", "⌈") or (value == "(" and self.ahead(1) not in MODS and not self.is_unit())
+            is_group = value == "(" and self.ahead(1)[1] not in MODS and not self.is_unit()
+            return is_group or value in ("[", "{", "⌊", "⌈")
         return kind in ("NAME", "FUNC", "COMMAND", "BEGIN")
 
     def factor(self) -> Node:
@@ -307,12 +304,7 @@ class Reader(Cursor):
 
     def log_base(self) -> Node:
         kind, value = self.token
-        if (
-            kind == "NUM"
-            and len(value) > 1
-            and value.isdigit()
-            and self.ahead(1)[0] not in ("NUM", "NAME", "COMMAND", "OP")
-        ):
+        if kind == "NUM" and len(value) > 1 and value.isdigit() and self.ahead(1)[0] in ("END", "REL", "SEP"):
             self.tokens[self.at] = ("NUM", value[1:])  # \log_28 is the logarithm of 8 to base 2
             return read_literal(value[0])
         return expression(self.single())
@@ -382,38 +374,39 @@ class Reader(Cursor):
             return expression(self.primary())
         raise Unreadable("a fraction has no argument")
 
+    def inside(self, bar_separates: bool = False) -> list[Node]:
+        """The items in brackets, where no | closes what was opened outside."""
+        saved = self.bars, self.bar_separates
+        self.bars, self.bar_separates = 0, bar_separates
+        items = self.items()
+        self.bars, self.bar_separates = saved
+        return items
+
     def sequence(self, opening: str) -> Node:
         """Parentheses or brackets: grouping around one item, else a tuple, point or interval."""
-        saved, self.bars, self.bar_separates = (self.bars, self.bar_separates), 0, False
-        items = self.items()
+        items = self.inside()
         closing = self.expect(")", "]")
-        self.bars, self.bar_separates = saved
         if len(items) == 1 and opening + closing in ("()", "[]"):
             return items[0]
         return ("seq", opening, closing, tuple(items))
 
     def braces(self) -> Node:
-        saved, self.bars, self.bar_separates = (self.bars, self.bar_separates), 0, False
-        items = self.items()
+        items = self.inside()
         if self.is_op("choose"):
             self.take()
             items = [call("binom", items[0], self.sum())]
         self.expect("}")
-        self.bars, self.bar_separates = saved
         return items[0] if len(items) == 1 else ("set", tuple(x for item in items for x in expand_signs(item)))
 
     def set(self) -> Node:
         if self.is_op("\\}"):
             self.take()
             return ("set", ())
-        saved, self.bars, self.bar_separates = (self.bars, self.bar_separates), 0, True
-        items = self.items()
+        items = self.inside(bar_separates=True)
         if self.is_op("|"):
             self.take()
-            condition = self.items()
-            items = [("builder", items[0], tuple(condition))]
+            items = [("builder", items[0], tuple(self.inside()))]
         self.expect("\\}")
-        self.bars, self.bar_separates = saved
         return set_of(items)
 
     def enclosed(self, opening: str) -> Node:

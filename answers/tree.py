@@ -148,7 +148,7 @@ def _matrix_product(a: Node, b: Node) -> Node:
 
 def _is_power_of_ten(value: Fraction) -> bool:
     small, large = sorted((value.numerator, value.denominator))
-    return small == 1 and large == 10 ** round((large.bit_length() - 1) * math.log10(2))
+    return small == 1 and str(large).rstrip("0") == "1"
 
 
 def negative(node: Node) -> Node:
@@ -177,33 +177,24 @@ def power(base: Node, exponent: Node) -> Node:
     return ("pow", base, exponent)
 
 
-def sqrt(node: Node) -> Node:
-    return power(node, num(Fraction(1, 2)))
-
-
-def _whole(args: tuple[Node, ...], limit: int) -> list[int] | None:
-    if all(is_number(a) and a[1].denominator == 1 and abs(a[1]) <= limit for a in args):
-        return [int(a[1]) for a in args]
-    return None
+_OF_NUMBERS = {"abs": abs, "floor": math.floor, "ceil": math.ceil, "min": lambda *x: min(x), "max": lambda *x: max(x)}
+_OF_WHOLE_NUMBERS = {  # up to a limit, with or without negative ones
+    "gcd": (10**100, True, math.gcd), "lcm": (10**100, True, math.lcm), "mod": (10**100, True, lambda n, m: n % m),
+    "binom": (2500, False, math.comb), "!": (1400, False, math.factorial),
+    "!!": (1400, False, lambda n: math.prod(range(n, 0, -2))),
+}  # fmt: skip
 
 
 def call(name: str, *args: Node) -> Node:
     """A function of expressions, done exactly where the arguments are small whole numbers."""
     args = tuple(map(expression, args))
-    if name in ("abs", "floor", "ceil", "min", "max") and all(map(is_number, args)):
-        do = {"abs": abs, "floor": math.floor, "ceil": math.ceil, "min": lambda *x: min(x), "max": lambda *x: max(x)}[
-            name
-        ]
-        return num(do(*(a[1] for a in args)))
-    if name in ("gcd", "lcm", "mod", "binom", "!", "!!"):
-        whole = _whole(args, {"binom": 2500, "!": 1400, "!!": 1400}.get(name, 10**100))
-        if whole and name in ("gcd", "lcm"):
-            return num(getattr(math, name)(*whole))
-        if whole and name == "mod" and whole[1]:
-            return num(whole[0] % whole[1])
-        if whole and min(whole) >= 0 and name != "mod":
-            do = {"binom": math.comb, "!": math.factorial, "!!": lambda n: math.prod(range(n, 0, -2))}[name]
-            return num(do(*whole))
+    values = [a[1] for a in args] if all(map(is_number, args)) else []
+    if values and name in _OF_NUMBERS:
+        return num(_OF_NUMBERS[name](*values))
+    if values and name in _OF_WHOLE_NUMBERS and (name != "mod" or values[1]):
+        limit, negative_too, of_whole_numbers = _OF_WHOLE_NUMBERS[name]
+        if all(v.denominator == 1 and (-limit if negative_too else 0) <= v <= limit for v in values):
+            return num(of_whole_numbers(*map(int, values)))
     return ("fn", name, args)
 
 
@@ -300,11 +291,10 @@ def expand_signs(node: Node) -> list[Node]:
     names = sorted(name for name in symbols(node) if name.startswith("±"))
     if len(names) > 3:
         raise Unreadable("it has more than three ±")
-    together = "±0" in names
     found = []
-    for signs in (
-        [(1,) * len(names), (-1,) * len(names)] if together else itertools.product((1, -1), repeat=len(names))
-    ):
+    for signs in itertools.product((1, -1), repeat=len(names)):
+        if "±0" in names and len(set(signs)) > 1:
+            continue
         one = node
         for name, sign in zip(names, signs):
             one = substitute(one, sym(name), num(sign))

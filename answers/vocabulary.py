@@ -28,37 +28,31 @@ CHARACTERS = {
     "\u200b": "", "\ufeff": "", "𝑖": "i", "∠": "\\angle ", "△": "\\triangle ", "⊥": "\\perp ", "∥": "\\parallel ",
     "∣": "|", "ϵ": "\\epsilon ", "ϕ": "\\phi ", "µ": "\\mu ",
 }  # fmt: skip
-GREEK = {
-    "alpha": "α", "beta": "β", "gamma": "γ", "delta": "δ", "epsilon": "ε", "zeta": "ζ", "eta": "η", "theta": "θ",
-    "iota": "ι", "kappa": "κ", "lambda": "λ", "mu": "μ", "nu": "ν", "xi": "ξ", "pi": "π", "rho": "ρ", "sigma": "σ",
-    "tau": "τ", "upsilon": "υ", "phi": "φ", "chi": "χ", "psi": "ψ", "omega": "ω", "Gamma": "Γ", "Delta": "Δ",
-    "Theta": "Θ", "Lambda": "Λ", "Xi": "Ξ", "Pi": "Π", "Sigma": "Σ", "Upsilon": "Υ", "Phi": "Φ", "Psi": "Ψ",
-    "Omega": "Ω",
-}  # fmt: skip
+_SMALL = "alpha beta gamma delta epsilon zeta eta theta iota kappa lambda mu nu xi pi rho sigma tau upsilon phi chi psi omega"
+_CAPITALS = "Gamma Delta Theta Lambda Xi Pi Sigma Upsilon Phi Psi Omega"
+GREEK = dict(zip(f"{_SMALL} {_CAPITALS}".split(), "αβγδεζηθικλμνξπρστυφχψωΓΔΘΛΞΠΣΥΦΨΩ", strict=True))
 CHARACTERS |= {letter: f"\\{name} " for name, letter in GREEK.items()}
 
 # Command or plain word -> symbol.
 NAMED = GREEK | {"var" + name: GREEK[name] for name in ("epsilon", "theta", "pi", "rho", "sigma", "phi")}
-NAMED |= {
-    "infty": "∞", "infinity": "∞", "infin": "∞", "inf": "∞", "oo": "∞", "hbar": "ħ", "ell": "ℓ", "partial": "∂",
-    "mho": "℧", "imath": "i", "jmath": "j", "degree": "°", "ldots": "…", "dots": "…", "cdots": "…", "dotsc": "…",
-    "dotsb": "…", "vdots": "…", "ddots": "…", "aleph": "ℵ", "nabla": "∇", "wp": "℘", "Re": "Re", "Im": "Im",
-    "odot": "☉", "oplus": "⊕", "otimes": "⊗", "dagger": "†", "star": "⋆", "forall": "∀", "exists": "∃",
-    "therefore": "∴",
-    "Box": "□", "square": "□", "cdotp": "·",
+_NAMES_OF_SYMBOLS = {
+    "∞": "infty infinity infin inf oo", "…": "ldots dots cdots dotsc dotsb vdots ddots", "°": "degree", "ħ": "hbar",
+    "ℓ": "ell", "∂": "partial", "℧": "mho", "i": "imath", "j": "jmath", "ℵ": "aleph", "∇": "nabla", "℘": "wp",
+    "Re": "Re", "Im": "Im", "☉": "odot", "⊕": "oplus", "⊗": "otimes", "†": "dagger", "⋆": "star", "∀": "forall",
+    "∃": "exists", "∴": "therefore", "□": "Box square", "·": "cdotp",
 }  # fmt: skip
-OPERATORS = {
-    "cdot": "*", "times": "*", "ast": "*", "div": "/", "le": "<=", "leq": "<=", "leqslant": "<=", "ge": ">=",
-    "geq": ">=", "geqslant": ">=", "ne": "!=", "neq": "!=", "lt": "<", "gt": ">", "pm": "±", "mp": "∓", "cup": "∪",
-    "bigcup": "∪", "cap": "∩", "setminus": "∖", "backslash": "∖", "in": "∈", "notin": "∉", "approx": "≈",
-    "simeq": "≈", "equiv": "≡", "sim": "~", "cong": "≅", "propto": "∝", "to": "→", "rightarrow": "→", "Rightarrow": "→",
-    "implies": "→", "mapsto": "→", "perp": "⊥", "parallel": "∥", "mid": "|", "vert": "|", "lvert": "|", "rvert": "|",
-    "Vert": "|", "lfloor": "⌊", "rfloor": "⌋", "lceil": "⌈", "rceil": "⌉", "langle": "(", "rangle": ")",
-    "lbrace": "\\{", "rbrace": "\\}", "lbrack": "[", "rbrack": "]", "colon": ":", "prime": "'", "circ": "∘",
-    "subset": "⊂", "subseteq": "⊆", "land": "and", "lor": "or", "vee": "or", "wedge": "and", "pounds": "£",
-    "euro": "€", "yen": "¥", "choose": "choose", "emptyset": "∅", "varnothing": "∅", "bmod": "mod", "mod": "mod",
-    "pmod": "pmod", "newline": "\\\\",
+NAMED |= {name: symbol for symbol, names in _NAMES_OF_SYMBOLS.items() for name in names.split()}
+_NAMES_OF_OPERATORS = {
+    "*": "cdot times ast", "/": "div", "±": "pm", "∓": "mp", "mod": "mod bmod", "pmod": "pmod", "choose": "choose",
+    "<=": "le leq leqslant", ">=": "ge geq geqslant", "!=": "ne neq", "<": "lt", ">": "gt", "≈": "approx simeq",
+    "≡": "equiv", "~": "sim", "≅": "cong", "∝": "propto", "→": "to rightarrow Rightarrow implies mapsto", "⊥": "perp",
+    "∥": "parallel", "∈": "in", "∉": "notin", "⊂": "subset", "⊆": "subseteq", "∅": "emptyset varnothing",
+    "∪": "cup bigcup", "∩": "cap", "∖": "setminus backslash", "and": "land wedge", "or": "lor vee",
+    "|": "mid vert lvert rvert Vert", "⌊": "lfloor", "⌋": "rfloor", "⌈": "lceil", "⌉": "rceil", "(": "langle",
+    ")": "rangle", "[": "lbrack", "]": "rbrack", "\\{": "lbrace", "\\}": "rbrace", ":": "colon", "'": "prime",
+    "∘": "circ", "£": "pounds", "€": "euro", "¥": "yen", "\\\\": "newline",
 }  # fmt: skip
+OPERATORS = {name: operator for operator, names in _NAMES_OF_OPERATORS.items() for name in names.split()}
 SPACING = word_set(
     "left right big Big bigg Bigg bigl bigr Bigl Bigr biggl biggr Biggl Biggr displaystyle textstyle "
     "scriptstyle limits nolimits quad qquad thinspace enspace hspace hfill space normalsize large Large small "

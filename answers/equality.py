@@ -15,8 +15,6 @@ equations (x^2 = 4 is not x = 2, -2), other identities for whole numbers only.
 """
 # ruff: isort: skip_file
 
-from fractions import Fraction
-
 from .tree import (
     CONSTANTS, EXPRESSIONS, INFINITY, MINUS_ONE, Node, REALS, Unreadable, ZERO, add, is_modulo, is_name, is_number,
     is_region, mul, negative, num, residue, sym, symbols,
@@ -36,8 +34,8 @@ def equal(prediction: Answer, gold: Answer) -> bool:
         return gold.choice in (prediction.choice, prediction.option)
     if "text" in (prediction.node[0], gold.node[0]):
         return prediction.words is not None and prediction.words == gold.words
-    conditions = prediction.condition, gold.condition
-    if conditions[0] != conditions[1] and ("" not in conditions or len("".join(conditions)) > 1):  # a domain is optional
+    conditions = {prediction.condition, gold.condition}
+    if len(conditions) > 1 and ("" not in conditions or len("".join(conditions)) > 1):  # but a domain is optional
         return False
     if gold.node[0] == "list" and prediction.words and set("ABCDEFGH").issuperset(prediction.words):  # AD for A, D
         return same(("list", tuple(map(sym, prediction.words))), gold.node)
@@ -147,12 +145,10 @@ def _same_relations(p: Node, g: Node) -> bool:
         if same(value_p, value_g):
             return True
         if name_p is None or name_g is None:
-            assigned, value, other = (name_g, value_g, p) if name_p is None else (name_p, value_p, g)
+            assigned, other = (name_g, p) if name_p is None else (name_p, g)
             plain = other[0] == "list" and not any(x[0] == "rel" for x in other[1])
-            if assigned[0] == value[0] == "seq" and plain:  # x = 1, y = 2 for 1, 2
-                return (
-                    _same_in_order(value[3], other[1]) if assigned is name_p else _same_in_order(other[1], value[3])
-                )
+            if assigned[0] == "seq" and plain and "seq" in (value_p[0], value_g[0]):  # x = 1, y = 2 for 1, 2
+                return _same_in_order(value_p[-1], value_g[-1])
     regions = regions_of(p), regions_of(g)
     if None not in regions:
         variables = [symbols(n) - {INFINITY[1], REALS[1]} for n in (p, g)]
@@ -174,17 +170,14 @@ def _named_value(node: Node) -> tuple[Node | None, Node]:
         name, value = value, name
         sides = [value]
     constant = not symbols(value)
-    if not is_name(name):
-        if constant and _is_quantity(name):
-            pass
-        elif len(sides) > 1 or not symbols(name):  # 2 + 3 = 5
-            sides, name = [name, *sides[:-1]], ("sym", "")
-        else:
+    if not is_name(name) and not (constant and _is_quantity(name)):
+        if len(sides) == 1 and symbols(name):
             return None, node
+        sides, name = [name, *sides[:-1]], None  # 2 + 3 = 5
     agree = all((constant and symbols(side)) or same(side, value) for side in sides)
-    if not agree or (name[0] == "sym" and name[1] in symbols(value)):
+    if not agree or (name and name[0] == "sym" and name[1] in symbols(value)):
         return None, node
-    return (name, value) if name[1] else (None, value)
+    return name, value
 
 
 def _same_assignments(name_p: Node, value_p: Node, name_g: Node, value_g: Node) -> bool:

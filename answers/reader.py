@@ -176,14 +176,6 @@ class Reader(Cursor):
             self.at += 3 if braced else 1
             self.degrees = True
             return mul(base, DEGREE)
-        if mark == ("OP", "'") and base[0] == "sym":
-            self.at += 1 if braced else 0
-            name = base[1]
-            while self.is_op("'"):
-                name += self.take()
-            if braced:
-                self.expect("}")
-            return self.name(name)
         exponent = self.script()
         if exponent == MINUS_ONE and base[0] == "sym" and base[1] in "fgh" and self.is_op("("):
             return self.name(base[1] + "^-1")
@@ -429,16 +421,13 @@ class Reader(Cursor):
         rows: list[list[Node]] = [[]]
         while self.token[0] != "END_ENV":
             rows[-1].append(self.item())
-            if self.is_op("&"):
+            if self.token == ("SEP", "\\\\"):
                 self.take()
-            elif self.token == ("SEP", "\\\\"):
-                self.take()
-                if self.token[0] != "END_ENV":
-                    rows.append([])
+                rows.append([])
             elif self.token[0] != "END_ENV":
-                raise Unreadable("a matrix is not closed")
+                self.expect("&")
         self.take()
-        return matrix_of(name, rows)
+        return matrix_of(name, [row for row in rows if row])
 
     def big_operator(self, name: str) -> Node:
         """Sums and products over up to 100 whole numbers are written out; others are opaque."""

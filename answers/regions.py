@@ -4,6 +4,8 @@ Left out: inequalities that are neither linear nor |linear|, and several variabl
 """
 # ruff: isort: skip_file
 
+import functools
+
 from .tree import (
     EXPRESSIONS, INFINITY, Node, ONE, REALS, ZERO, add, divide, is_name, is_region, mul, negative, sym, symbols,
 )  # fmt: skip
@@ -66,10 +68,7 @@ def _listed(found: list[list[Part] | None]) -> list[Part] | None:
     pieces = [part for parts in found for part in parts]
     if len(_merged(pieces)) == len(pieces):
         return pieces
-    common = found[0]
-    for parts in found[1:]:
-        common = _common(common, parts)
-    return common
+    return functools.reduce(_common, found)
 
 
 def _common(left: list[Part], right: list[Part]) -> list[Part]:
@@ -86,13 +85,7 @@ def _common(left: list[Part], right: list[Part]) -> list[Part]:
 def _without(part: Part, points: list[Part]) -> list[Part]:
     found = [part]
     for point, *_ in points:
-        pieces = []
-        for low, low_closed, high, high_closed in found:
-            if low[0] < point[0] < high[0]:
-                pieces += [(low, low_closed, point, False), (point, False, high, high_closed)]
-            else:
-                pieces.append((low, low_closed and low[0] != point[0], high, high_closed and high[0] != point[0]))
-        found = pieces
+        found = _common(found, [(LOWEST, False, point, False), (point, False, HIGHEST, False)])
     return found
 
 

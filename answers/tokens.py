@@ -9,8 +9,8 @@ import re
 
 from .tree import NUMBER_WORDS, Unreadable, word_set
 from .vocabulary import (
-    ALIASES, CHARACTERS, COMMANDS, CURRENCIES, FONTS, FUNCTION_NAMES, GREEK, KNOWN, LISTS, MATRICES, NAMED, OPERATORS, SCALES,
-    SHORT_UNITS, STOP_WORDS, TEXTS,
+    ALIASES, CHARACTERS, COMMANDS, CURRENCIES, FONTS, FUNCTION_NAMES, GREEK, KNOWN, LISTS, MATRICES, NAMED, OPERATORS,
+    SCALES, SHORT_UNITS, STOP_WORDS, TEXTS,
 )  # fmt: skip
 
 MAX_CHARS, MAX_TOKENS = 2_000, 700
@@ -23,7 +23,7 @@ _NAMES_IN_RUN = "|".join(
 )
 _RUN = re.compile(rf"([A-Za-z]?)({_NAMES_IN_RUN})({'|'.join(GREEK)}|[A-Za-z]?)")
 _GROUPED = re.compile(
-    r"\d{1,3}(?P<sep>,\\!\s*|\{,\}\s*|\\,|,|[ ~])\d{3}(?:(?:,\\!\s*|\{,\}\s*|\\,|,|[ ~])\d{3})*(?!,?\d)"
+    r"\d{1,3}(?P<sep>,\\!\s*|\{,\}\s*|\\,|,|[ ~])\d{3}(?:(?:,\\!\s*|\{,\}\s*|\\,|,|[ ~])\d{3})*(?!,?\d)(?:\.\d+)?"
 )
 _NUMBER = re.compile(r"(?:\d+\.?\d*|\.\d+)(?:[eE][-+]?\d+)?")
 _TOKEN = re.compile(
@@ -33,7 +33,7 @@ _TOKEN = re.compile(
     % ((f"{MATRICES}|{LISTS}",) * 2)
 )
 _UNIT = r"\s*\\(?:text|mathrm) *\{([^{}]*)\}\s*"
-_UNIT_FRACTION = re.compile(rf"\\[dt]?frac *\{{{_UNIT}\}} *\{{{_UNIT}\^?\{{?(\d?)\}}?\}}")
+_UNIT_FRACTION = re.compile(rf"\\[dt]?frac *\{{{_UNIT}\}} *\{{{_UNIT}(\^(?:\d|\{{\d\}}))?\}}")
 _SYMBOL_UNIT = re.compile(
     r"^(?P<value>(?=[^\\]*\d)[-\d.eE+{},^\s]*+(?:\\(?:times|cdot)\s*+10\s*+\^[-\d{}\s]*+)?+)(?:\s|~|\\[,;: ])*+"
     r"(?P<unit>(?:\\(?:text|mathrm)\s*\{[~\s]*)?(?:[MLR]\s*\}?_\s*\{?\\odot|[kM]?\\Omega|\\AA|\\mathring\s*\{?A)"
@@ -47,7 +47,8 @@ _SYSTEM = r"\\left\s*\\\{\s*\\begin\s*\{array\}\s*(?:\{[lcr]+\})?(.*?)\\end\s*\{
 _UNIT_IN_PARENTHESES = rf"(?<=\d)(?:\s|\\[,;: ])*\(\s*({'|'.join(sorted(SHORT_UNITS))})\s*(\^\{{?\d\}}?)?\s*\)"
 # \text{The area is } or \text{Answer: } before a value
 _LEAD = re.compile(
-    r"^(?:\\(?:text|mbox)\s*\{ *)?(?P<words>(?=[^:}]*[a-z]{3})[A-Za-z][A-Za-z ]{0,60})(?: is| are| was| were|:)[ }:]*(?=[-\d\\(\[])"
+    r"^(?:\\(?:text|mbox)\s*\{ *)?(?P<words>(?=[^:}]*[a-z]{3})[A-Za-z][A-Za-z ,]{0,60})"
+    r"(?: (?:is|are|was|were)|:)[ }:]*(?=[-\d\\(\[])"
 )
 _FONT = re.compile(rf"\\(?:{'|'.join(FONTS)})\s*(?=\{{)")
 _BRACE = re.compile(r"\\.|[{}]", re.DOTALL)
@@ -68,15 +69,17 @@ def clean(text: str) -> str:
     text = _SCRIPTS.sub(lambda m: ("^{" if m[1] else "_{") + m.group().translate(_SCRIPT_DIGITS) + "}", text)
     text = re.sub(r"[\s~]+", " ", text.translate(_TRANSLATION)).replace("...", "\\ldots ").replace("{:}", ":")
     text = re.sub(r"(?<!\\)((?:\\\\)*)(?:\\[()\[\]]|\$)", r"\1 ", text).strip()
+    text = re.sub(r"\^ *(?:\{ *(?:\\prime *|')+\}|\\prime)", lambda m: "'" * len(re.findall("prime|'", m[0])), text)
     text = re.sub(_SYSTEM, r"\\begin{cases}\1\\end{cases}", text, flags=re.DOTALL)
     text = re.sub(r"\\mathop\s*\{((?:[^{}]|\{[^{}]*\})*)\}", r"\1 ", text)
     text = re.sub(r"^\*\*(.*)\*\*$", r"\1", text).replace("**", "^")
     text = re.sub(r"\\(?:left|right)\s*\.|\\(?:text)?color\s*\{\w+\}|\b(?:np|math|numpy)\.", " ", text)
     text = re.sub(r"\bd([a-zA-Z])/d([a-zA-Z])\b", r"\\frac{d\1}{d\2}", text)
     text = re.sub(r"(?<=\d)\s*(k?m/(?:s|h|hr)(?:\^\{?2\}?)?)(?![A-Za-z])", r"\\text{ \1}", text)
-    text = _UNIT_FRACTION.sub(_unit_fraction, text)
+    text = _UNIT_FRACTION.sub(r"\\text{ \1/\2}\3", text)
     text = re.sub(_BASE, r"_{\1}", text)
     text = re.sub(_LETTER_DEGREE, r"^\\circ ", text)
+    text = re.sub(r"(\d *(?:\\degree|\^ *\{? *\\circ *\}?)) *([CF])$", r"\1\\text{ \2}", text)
     text = re.sub(r"(?<=[)\]])\s*U\s*(?=[(\[][^()\[\]]*,)", r"\\cup ", text)  # (0, 1) U (2, 3)
     text = re.sub(r"(?<=\d)\s*[xX]\s*(?=10\s*\^)", r"\\times ", text)
     text = re.sub(r"(\d{0,30})\.(\d{0,30})\\(?:overline|bar|dot)\s*\{(\d{1,30})\}", _repeating, text)
@@ -90,7 +93,8 @@ def clean(text: str) -> str:
     lead = _LEAD.match(text)
     if lead and not STOP_WORDS.intersection(lead["words"].lower().split()):
         text = text[lead.end() :].lstrip()
-    text = re.sub(r"^([\[\]])([^\[\]]*,[^\[\]]*)([\[\]])$", _turned_brackets, text)
+    text = re.sub(r"^\](?=[^\[\]]*,[^\[\]]*[\[\]]$)", "(", text)  # ]0, 1[ is (0, 1)
+    text = re.sub(r"^([(\[][^\[\]]*,[^\[\]]*)\[$", r"\1)", text)
     return re.sub(r"^<(.*,.*)>$", r"(\1)", text)
 
 
@@ -105,19 +109,10 @@ def _without_font(text: str) -> str:
     return text
 
 
-def _turned_brackets(match: re.Match) -> str:
-    """]0, 1[ is (0, 1)."""
-    return f"{'[' if match[1] == '[' else '('}{match[2]}{']' if match[3] == ']' else ')'}"
-
-
 def _symbol_unit(match: re.Match) -> str:
     """A unit that is written with a symbol, after the number that is the whole answer."""
     unit = re.sub(r"\\(?:text|mathrm)|[^A-Za-z]", "", match["unit"])
     return f"{match['value']}\\text{{ {unit}}}"
-
-
-def _unit_fraction(match: re.Match) -> str:
-    return f"\\text{{ {match[1]}/{match[2]}}}" + (f"^{{{match[3]}}}" if match[3] else "")
 
 
 def _repeating(match: re.Match) -> str:
@@ -167,16 +162,11 @@ def tokenize(text: str, grouped: bool = True, depth: int = 0) -> list[tuple[str,
 def _match_number(text: str, at: int, grouped: bool) -> str | None:
     match = _GROUPED.match(text, at)
     if match and not (at > 1 and text[at - 1] == "," and text[at - 2].isdigit()):
-        inside = text[:at].rstrip()[-1:] in ("(", "[", "{") and text[match.end() :].lstrip()[:1] in (
-            ")",
-            "]",
-            "}",
-            "\\",
-        )
+        opened, closed = text[:at].rstrip()[-1:], text[match.end() :].lstrip()[:1]
+        inside = opened in ("(", "[", "{") and closed in (")", "]", "}", "\\")
         plain = match["sep"] == "," and ",0" not in match.group()
         if not plain or (grouped and not inside):
-            tail = re.compile(r"\.\d+").match(text, match.end())
-            return match.group() + (tail.group() if tail else "")
+            return match.group()
     match = _NUMBER.match(text, at)
     return match.group() if match else None
 
@@ -207,8 +197,8 @@ def _run(run: str, before: list[tuple[str, str]], spaced: bool = False) -> list[
     parts = _RUN.fullmatch(run)
     if parts and parts[2] not in ("re", "im", "arg"):
         return [token for part in parts.groups() if part for token in _run(part, before)]
-    is_unit = run in SHORT_UNITS and before and before[-1][0] == "NUM" and (spaced or run != "mg")  # 2mg is a weight
-    if len(run) > 3 or is_unit or (spaced and run in NO_UNIT):
+    follows = before and before[-1][0] in ("NUM", "TEXT") and (spaced or run != "mg")  # 2mg is a weight
+    if len(run) > 3 or (follows and run in SHORT_UNITS) or (spaced and run in NO_UNIT):
         return [("TEXT", run)]
     letters = [("NAME", letter) for letter in run]
     if len(run) > 1 and before and before[-1] == ("OP", "/"):  # t/RC
@@ -309,19 +299,18 @@ class Cursor:
         """A subscript as text: of x_1, x_{n+1}, \\lambda_{\\text{red}}."""
         if not self.is_op("{"):
             return self.take()
-        depth, text = 0, ""
-        while True:
+        self.take()
+        text, depth = "", 1
+        while depth:
             if self.token == END:
                 raise Unreadable("a brace is never closed")
             value = self.take()
             depth += {"{": 1, "}": -1}.get(value, 0)
-            if not depth:
-                return text
-            text += value if value != "{" else ""
+            text += value.strip("{}")
+        return text
 
     def is_application(self, name: str) -> bool:
-        kinds = [self.ahead(k)[0] for k in range(1, 4)]
-        if kinds[0] in ("NUM", "NAME", "TEXT") and self.ahead(2) == ("OP", ")"):
+        if self.ahead(1)[0] in ("NUM", "NAME", "TEXT") and self.ahead(2) == ("OP", ")"):
             return True
         if name[0] in "fghFGHP" and self.ahead(1) == ("OP", "-") and self.ahead(3) == ("OP", ")"):
             return True
@@ -359,6 +348,7 @@ class Cursor:
         pieces = words.split()
         while pieces and pieces[0].lower().rstrip("s") in SCALES:
             scale *= SCALES[pieces.pop(0).lower().rstrip("s")]
-        if len(pieces) > 4 or pieces[:1] in (["squared"], ["cubed"]) or not NO_UNIT.isdisjoint(map(str.lower, pieces)):
+        is_power = pieces[:1] in (["squared"], ["cubed"])
+        if len(pieces) > 4 or is_power or not NO_UNIT.isdisjoint(map(str.lower, pieces)):
             raise Unreadable(f"the words{words!r} follow the answer")
         return scale, " ".join(pieces)

@@ -245,10 +245,8 @@ def is_name(node: Node) -> bool:
 def read_literal(text: str) -> Node:
     """142 and 142.0 are exact; 0.50 is a decimal that states hundredths; 4.5e33 states 1e32."""
     mantissa, _, exponent = text.lower().partition("e")
-    if len(exponent.lstrip("+-")) > 4:
-        raise Unreadable("a number has too many digits")
     whole, _, places = mantissa.partition(".")
-    shift = int(exponent or 0)
+    shift = int(exponent or 0) if len(exponent) < 7 else MAX_BITS
     if abs(shift) > 4000:
         raise Unreadable("a number has too many digits")
     unit = Fraction(10) ** (shift - len(places))
@@ -348,7 +346,7 @@ def set_of(items: list[Node]) -> Node:
 
 
 def matrix_of(environment: str, rows: list[list[Node]]) -> Node:
-    if len({len(row) for row in rows}) > 1 or not rows[0]:
+    if len({len(row) for row in rows}) != 1:
         raise Unreadable("the rows of a matrix differ in length")
     return _determinant(tuple(map(tuple, rows))) if environment == "vmatrix" else ("matrix", tuple(map(tuple, rows)))
 

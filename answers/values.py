@@ -147,18 +147,13 @@ def _function(name: str, args: list):
 
 def _root(value, degree):
     """The real odd root of a real number."""
-    if not is_real(value):
-        return value ** (1 / degree)
-    value = context.re(value)
-    return value ** (1 / degree) if value >= 0 else -((-value) ** (1 / degree))
+    if is_real(value) and context.re(value) < 0:
+        return -((-context.re(value)) ** (1 / degree))
+    return value ** (1 / degree)
 
 
-_RENAMED = {
-    "abs": "fabs", "ln": "log", "!": "factorial", "!!": "fac2", "binom": "binomial", "arcsin": "asin", "arccos": "acos",
-    "arctan": "atan", "arccot": "acot", "arcsec": "asec", "arccsc": "acsc", "arcsinh": "asinh", "arccosh": "acosh",
-    "arctanh": "atanh",
-}  # fmt: skip
+_RENAMED = {"abs": "fabs", "ln": "log", "!": "factorial", "!!": "fac2", "binom": "binomial"}
 _FUNCTION_OF = {
-    name: getattr(context, _RENAMED.get(name, name))
+    name: getattr(context, _RENAMED.get(name) or name.replace("arc", "a"))  # arcsin is asin in mpmath
     for name in FUNCTIONS - {"root", "floor", "ceil", "min", "max", "gcd", "lcm", "mod"}
 }

@@ -9,29 +9,24 @@ from .tree import FUNCTIONS, word_set
 
 # Unicode and the ASCII or LaTeX it stands for.
 CHARACTERS = {
-    "−": "-", "–": "-", "—": "-", "‐": "-", "×": "\\times ", "·": "\\cdot ", "⋅": "\\cdot ", "∙": "\\cdot ", "∗": "*",
-    "÷": "\\div ", "∕": "/", "⁄": "/", "√": "\\sqrt ", "∛": "\\sqrt[3]", "∜": "\\sqrt[4]", "∞": "\\infty ",
-    "°": "\\degree ", "º": "\\degree ", "≤": "\\le ", "⩽": "\\le ", "≥": "\\ge ", "⩾": "\\ge ", "≠": "\\ne ",
-    "≈": "\\approx ", "≡": "\\equiv ", "∈": "\\in ", "∪": "\\cup ", "∩": "\\cap ", "∖": "\\setminus ", "±": "\\pm ",
-    "∓": "\\mp ", "∅": "\\emptyset ", "ℝ": "\\mathbb{R}", "ℤ": "\\mathbb{Z}", "ℕ": "\\mathbb{N}", "ℚ": "\\mathbb{Q}",
-    "ℂ": "\\mathbb{C}", "⌊": "\\lfloor ", "⌋": "\\rfloor ", "⌈": "\\lceil ", "⌉": "\\rceil ", "⟨": "\\langle ",
-    "⟩": "\\rangle ", "〈": "\\langle ", "〉": "\\rangle ",
-    "′": "'", "’": "'", "‘": "'", "″": "''", "“": '"', "”": '"',
-    "…": "\\ldots ", "⋯": "\\ldots ", "（": "(", "）": ")", "［": "[", "］": "]", "，": ",", "、": ",",
-    "；": ";", "：": ":",
-    "。": ".", "％": "%", "＝": "=", "＋": "+", "－": "-", "＜": "<", "＞": ">", "∶": ":", "→": "\\to ", "⇒": "\\to ",
-    "ı": "i", "ħ": "\\hbar ", "ℏ": "\\hbar ", "∂": "\\partial ", "∑": "\\sum ", "∏": "\\prod ", "∫": "\\int ",
-    "½": "\\frac{1}{2}", "⅓": "\\frac{1}{3}", "⅔": "\\frac{2}{3}", "¼": "\\frac{1}{4}", "¾": "\\frac{3}{4}",
-    "⅕": "\\frac{1}{5}", "⅙": "\\frac{1}{6}", "⅛": "\\frac{1}{8}", "⅜": "\\frac{3}{8}", "⅝": "\\frac{5}{8}",
-    "⅞": "\\frac{7}{8}", "€": "\\euro ", "¢": "\\text{ cents}", "Å": "Å",
-    "£": "\\pounds ", "¥": "\\yen ", "\u00a0": " ", "\u2009": " ", "\u202f": " ",
-    "\u200b": "", "\ufeff": "", "𝑖": "i", "∠": "\\angle ", "△": "\\triangle ", "⊥": "\\perp ", "∥": "\\parallel ",
-    "∣": "|", "ϵ": "\\epsilon ", "ϕ": "\\phi ", "µ": "\\mu ",
+    "−": "-", "–": "-", "—": "-", "‐": "-", "×": "\\times ", "·": "\\cdot ", "⋅": "\\cdot ", "∙": "\\cdot ",
+    "∗": "*", "÷": "\\div ", "∕": "/", "⁄": "/", "√": "\\sqrt ", "∛": "\\sqrt[3]", "∜": "\\sqrt[4]",
+    "º": "\\degree ", "≤": "\\le ", "⩽": "\\le ", "≥": "\\ge ", "⩾": "\\ge ", "≠": "\\ne ", "ℝ": "\\mathbb{R}",
+    "ℤ": "\\mathbb{Z}", "ℕ": "\\mathbb{N}", "ℚ": "\\mathbb{Q}", "ℂ": "\\mathbb{C}", "⟨": "\\langle ",
+    "⟩": "\\rangle ", "〈": "\\langle ", "〉": "\\rangle ", "′": "'", "’": "'", "‘": "'", "″": "''", "“": '"',
+    "”": '"', "⋯": "\\ldots ", "（": "(", "）": ")", "［": "[", "］": "]", "，": ",", "、": ",", "；": ";",
+    "：": ":", "。": ".", "％": "%", "＝": "=", "＋": "+", "－": "-", "＜": "<", "＞": ">", "∶": ":", "⇒": "\\to ",
+    "ı": "i", "ℏ": "\\hbar ", "∑": "\\sum ", "∏": "\\prod ", "∫": "\\int ", "½": "\\frac{1}{2}", "⅓": "\\frac{1}{3}",
+    "⅔": "\\frac{2}{3}", "¼": "\\frac{1}{4}", "¾": "\\frac{3}{4}", "⅕": "\\frac{1}{5}", "⅙": "\\frac{1}{6}",
+    "⅛": "\\frac{1}{8}", "⅜": "\\frac{3}{8}", "⅝": "\\frac{5}{8}", "⅞": "\\frac{7}{8}", "¢": "\\text{ cents}",
+    "\u00a0": " ", "\u2009": " ", "\u202f": " ", "\u200b": "", "\ufeff": "", "𝑖": "i", "∠": "\\angle ",
+    "△": "\\triangle ", "∣": "|", "ϵ": "\\epsilon ", "ϕ": "\\phi ", "µ": "\\mu ",
 }  # fmt: skip
-_SMALL = "alpha beta gamma delta epsilon zeta eta theta iota kappa lambda mu nu xi pi rho sigma tau upsilon phi chi psi omega"
-_CAPITALS = "Gamma Delta Theta Lambda Xi Pi Sigma Upsilon Phi Psi Omega"
-GREEK = dict(zip(f"{_SMALL} {_CAPITALS}".split(), "αβγδεζηθικλμνξπρστυφχψωΓΔΘΛΞΠΣΥΦΨΩ", strict=True))
-CHARACTERS |= {letter: f"\\{name} " for name, letter in GREEK.items()}
+_GREEK = (
+    "alpha beta gamma delta epsilon zeta eta theta iota kappa lambda mu nu xi pi rho sigma tau upsilon phi chi psi "
+    "omega Gamma Delta Theta Lambda Xi Pi Sigma Upsilon Phi Psi Omega"
+)
+GREEK = dict(zip(_GREEK.split(), "αβγδεζηθικλμνξπρστυφχψωΓΔΘΛΞΠΣΥΦΨΩ", strict=True))
 
 # Command or plain word -> symbol.
 NAMED = GREEK | {"var" + name: GREEK[name] for name in ("epsilon", "theta", "pi", "rho", "sigma", "phi")}
@@ -53,6 +48,8 @@ _NAMES_OF_OPERATORS = {
     "∘": "circ", "£": "pounds", "€": "euro", "¥": "yen", "\\\\": "newline",
 }  # fmt: skip
 OPERATORS = {name: operator for operator, names in _NAMES_OF_OPERATORS.items() for name in names.split()}
+_NAMES = {letter: name for name, letter in GREEK.items()} | _NAMES_OF_SYMBOLS | _NAMES_OF_OPERATORS
+CHARACTERS = {sign: f"\\{names.split()[0]} " for sign, names in _NAMES.items() if not sign.isascii()} | CHARACTERS
 SPACING = word_set(
     "left right big Big bigg Bigg bigl bigr Bigl Bigr biggl biggr Biggl Biggr displaystyle textstyle "
     "scriptstyle limits nolimits quad qquad thinspace enspace hspace hfill space normalsize large Large small "
@@ -80,8 +77,9 @@ _UNITS = {
     "mg": "milligram", "lb": "pound", "oz": "ounce", "L": "liter litre l", "mL": "milliliter millilitre ml",
     "s": "second sec", "min": "minute", "h": "hour hr", "day": "day", "week": "week wk", "month": "month",
     "year": "year yr", "degree": "degree deg", "%": "percent pct percentage", "cent": "cent ¢",
-    "$": "dollar buck usd", "€": "euro eur", "unit": "unit", "N": "newton", "J": "joule", "W": "watt", "V": "volt", "A": "ampere amp",
-    "K": "kelvin", "Pa": "pascal", "Hz": "hertz", "rad": "radian", "C": "celsius", "F": "fahrenheit",
+    "$": "dollar buck usd", "€": "euro eur", "unit": "unit", "N": "newton", "J": "joule", "W": "watt", "V": "volt",
+    "A": "ampere amp", "K": "kelvin", "Pa": "pascal", "Hz": "hertz", "rad": "radian", "C": "celsius",
+    "F": "fahrenheit",
 }  # fmt: skip
 _SPELLINGS = {long: short for short, names in _UNITS.items() for long in [short, *names.split()]}
 
@@ -116,7 +114,7 @@ LISTS = "aligned|align|cases|gathered|split"
 KNOWN = set(NAMED) | set(OPERATORS) | SPACING | FONTS | TEXTS | COMMANDS | FUNCTION_NAMES | set(ALIASES)
 # Without \\text, after a number.
 SHORT_UNITS = word_set(
-    "cm mm km in ft yd mi kg mg lb lbs oz mL ml dL dl cL cl gal mol min sec hr hrs wk wks yr yrs deg pct mph kph rpm "
-    "kHz MHz GHz kWh men"
+    "cm mm km in ft yd mi kg mg lb lbs oz mL ml dL dl cL cl gal mol min sec hr hrs wk wks yr yrs deg rad pct mph kph "
+    "rpm kHz MHz GHz kWh men sq cu per"
 )
 CURRENCIES = {"USD": "$", "EUR": "€", "GBP": "£"}

@@ -5,6 +5,7 @@ condition at the end. Any other words make an answer unreadable: nobody would wr
 Left out: units beyond their spelling, matrix algebra beyond sums and multiples.
 """
 
+import contextlib
 import re
 from dataclasses import dataclass
 from functools import lru_cache
@@ -23,15 +24,29 @@ _OPTION = re.compile(r"(?:\( ?([A-Z]) ?\)[.:]? ?|([A-Z]) ?(?:\)[.:]? ?|[.:] ))(?
 # Where a condition begins: f(x) = 2x \text{ for all } x, x = k\pi, k \in \mathbb{Z}
 _CONDITION = re.compile(
     r"(?<![A-Za-z\\])(?:for|where|with|such that|when|if)(?![A-Za-z])|\\forall"
-    r"|(?:[,(]|\\quad)(?: |\\[,;: ]|\\q?quad)*[a-z] *\\in *\\mathbb *\{?[ZN]\}?(?:\^\{?\+\}?)?[ )]*$"
+    r"|(?:[,(]|\\quad)(?:[ }]|\\[,;: ]|\\q?quad)*(?P<names>[a-z](?: *, *[a-z])*)"
+    r" *(?:\\in|(?:\\text *\{ *)?(?:is|are|an?)\b)"
 )
 _JOINT = re.compile(r"(?:[ ,(]|\\[,;: ]|\\q?quad|\\(?:text|mathrm|mbox) *\{)+$")
-_KIND = r"((?:positive|non-?negative)?integer|(?:real|natural|rational|complex|)(?:number|constant|value)?)s?"
-_DOMAIN = re.compile(  # in a condition without spaces and braces that says no more than this
-    rf"(?:(?:for|\\for)(?:all|any|every|each|some(?=constant|integer)){_KIND}[A-Za-z]|[,(]*(?:for|where|with)?[A-Za-z](?=\\in|is))(?:,[A-Za-z])*"
-    rf"(?:\\in\\mathbb([ZNQRC])([\^_]?[+0])?|isan?(?:arbitrary|any)?{_KIND}|isany{_KIND})?|for(?:all)?[i-n]\\geq?[01]"
+_NAMES = r"[A-Za-z](?:(?:,|and)[A-Za-z])*"
+_KIND = (
+    r"(?:(?:positive|non-?negative)?integer|(?:real|natural|rational|complex)(?:number|constant)?|number|constant)s?"
 )
-_DOMAINS = {"int": "Z", "pos": "N", "non": "N", "nat": "N", "rea": "R", "rat": "Q", "com": "C"}
+_SET = r"\\in\\mathbb[ZNQRC](?:.?[+0])?"
+_DOMAIN = re.compile(  # in a condition without spaces and braces that says no more than this
+    rf"(?:for|\\for)(?:all|any|every|each|some(?=constant|integer))(?:{_KIND})?{_NAMES}(?:{_SET})?"
+    rf"|[,(]*(?:for|where|with)?{_NAMES}(?:{_SET}|(?:is|are)?(?:an?|any)?(?:arbitrary)?{_KIND})"
+    r"|for(?:all)?[i-n]\\geq?[01]"
+)
+_DOMAINS = {
+    "positive": "N",
+    "negative": "N",
+    "natural": "N",
+    "integer": "Z",
+    "real": "R",
+    "rational": "Q",
+    "complex": "C",
+}
 MAX_WORDS = 5
 
 
@@ -89,10 +104,8 @@ def _read(text: str) -> Answer:
         return Answer(("piecewise", tuple(part for _, part in tokenize(cleaned) if part not in "{}")))
     second = None
     if re.search(r"\d,\d{3}", value):
-        try:
+        with contextlib.suppress(Unreadable):
             second = _tree(value, False)
-        except Unreadable:
-            second = None
     return Answer(node, second if second != node else None, words, letter, condition)
 
 
@@ -103,11 +116,14 @@ def _split(text: str) -> tuple[str, str]:
     if not value or any(word not in KNOWN for word in re.findall(r"(?<![A-Za-z\\])[A-Za-z]{4,}", value)):
         return text, ""
     condition = re.sub(r"\\(?:text|mathrm|mbox|q?quad|[,;: ])|[ {}]", "", text[match.start() :]).rstrip(")")
-    domain = _DOMAIN.fullmatch(condition)
-    if not domain:
+    says_domain = _DOMAIN.fullmatch(condition)
+    unnamed = set(re.findall("[a-z]", match["names"] or "")).difference(re.sub(r"\\[A-Za-z]+", "", value))
+    if unnamed or (match["names"] and not says_domain):  # x = 1, y \in \mathbb{R}
+        return text, ""
+    if not says_domain:
         return value, condition
-    kind, number_set, positive, *kinds = domain.groups("")
-    return value, ("N" if positive else number_set) or _DOMAINS.get((kind or "".join(kinds))[:3], "")
+    kind = re.search(r"\\mathbb(.)|positive|negative|natural|integer|real|rational|complex", condition)
+    return value, "N" if "+" in condition else (kind[1] or _DOMAINS[kind[0]]) if kind else ""
 
 
 def _tree(text: str, grouped: bool) -> Node:
@@ -130,7 +146,8 @@ def _words(flat: str, cleaned: str) -> tuple[str | None, bool]:
     long = any(len(run) > 3 and run not in KNOWN for run in runs)
     words = " ".join(runs)
     if long or words.lower() in SHORT_WORDS:
-        words = re.sub(r"^(?:the|a|an) |(?<=solution)s$|(?<=real number)s$", "", words.lower())
+        words = re.sub("^dne$", "does not exist", words.lower())
+        words = re.sub(r"^(?:the|a|an) |(?<=solution)s$|(?<=real number)s$", "", words)
         listed = {"or", "and"} & set(runs) and not cleaned.startswith("\\")
         return words, not listed
     return words, re.match(rf"\\(?:{'|'.join(TEXTS)})\b", cleaned) is not None and not set(runs) & KNOWN

@@ -65,14 +65,13 @@ class Reader(Cursor):
 
     def set_operation(self) -> Node:
         node = self.ratio()
-        while self.is_op("∪", "∩", "∖"):
-            node = ("regions", self.take(), (node, self.ratio()))
+        while op := self.accept("∪", "∩", "∖"):
+            node = ("regions", op, (node, self.ratio()))
         return node
 
     def ratio(self) -> Node:
         parts = [self.quantity()]
-        while self.is_op(":"):
-            self.take()
+        while self.accept(":"):
             parts.append(self.quantity())
         return ("ratio", tuple(parts)) if len(parts) > 1 else parts[0]
 
@@ -89,8 +88,7 @@ class Reader(Cursor):
         if words and (unit_name(words) != unit or not unit):  # \\$5 dollars
             unit = unit_name((unit + " " if unit else "") + words)
         in_parentheses = self.is_op("(") and self.ahead(1)[1] in MODS and self.take()
-        if self.is_op(*MODS):
-            self.take()
+        if self.accept(*MODS):
             unit = ("mod", expression(self.factor()))
             if not self.congruence:  # 17 mod 5 is a number, 17 (mod 5) a class of numbers
                 node = call("mod", node, unit[1])
@@ -101,8 +99,7 @@ class Reader(Cursor):
     def sign(self) -> Node:
         """The product of the signs that stand here; ± is a symbol that expand_signs replaces by +1 and -1."""
         sign = ONE
-        while self.is_op("+", "-", "±", "∓"):
-            op = self.take()
+        while op := self.accept("+", "-", "±", "∓"):
             if op == "-":
                 sign = negative(sign)
             elif op == "±":
@@ -110,8 +107,8 @@ class Reader(Cursor):
                 sign = mul(sign, sym(f"±{self.signs}"))
             elif op == "∓":
                 sign = mul(sign, MINUS_ONE, sym("±0"))
-            if op in "±∓" and self.is_op("*"):
-                self.take()
+            if op in "±∓":
+                self.accept("*")
         return sign
 
     def sum(self) -> Node:
@@ -125,10 +122,9 @@ class Reader(Cursor):
     def term(self) -> Node:
         factors = [self.factor()]
         while True:
-            if self.is_op("*", "/"):
-                divides = self.take() == "/"
+            if op := self.accept("*", "/"):
                 factor = mul(self.sign(), self.factor()) if self.is_op("+", "-") else self.factor()
-                factors.append(power(factor, MINUS_ONE) if divides else factor)
+                factors.append(power(factor, MINUS_ONE) if op == "/" else factor)
             elif self.starts_factor():
                 factors.append(self.factor())
             else:
@@ -149,13 +145,10 @@ class Reader(Cursor):
         node = self.primary()
         while self.token[0] == "OP":
             value = self.token[1]
-            if value == "^":
-                self.take()
+            if self.accept("^"):
                 node = self.superscript(node)
-            elif value == "!":
-                self.take()
-                double = self.is_op("!") and self.take()
-                node = call("!!" if double else "!", node)
+            elif self.accept("!"):
+                node = call("!!" if self.accept("!") else "!", node)
             elif value == "_" and node[0] == "num" and node[1].denominator == 1 and node[1] >= 0:
                 self.take()
                 node = in_base(str(node[1]), self.script_text())
@@ -185,8 +178,7 @@ class Reader(Cursor):
         """An exponent: a group, or a signed primary with its own exponent (2^3^2)."""
         sign = self.sign() if self.is_op("-", "+") else ONE
         node = self.single()
-        if self.is_op("^"):
-            self.take()
+        if self.accept("^"):
             node = self.superscript(node)
         return node if sign == ONE else mul(sign, node)
 
@@ -257,18 +249,16 @@ class Reader(Cursor):
                 top, bottom = read_literal(self.take()), read_literal(self.ahead(1)[1])
                 self.at += 2
                 return add(node, divide(top, bottom))
-            if self.is_op("_"):
-                self.take()
+            if self.accept("_"):
                 return in_base(literal, self.script_text())
         return node
 
     def name(self, name: str) -> Node:
         """A variable with subscript and primes, or a function of its own: f(x), u(t), I(0), t(0,4]."""
-        if self.is_op("_"):
-            self.take()
+        if self.accept("_"):
             name += "_" + self.script_text()
-        while self.is_op("'"):
-            name += self.take()
+        while self.accept("'"):
+            name += "'"
         if name not in CONSTANTS and self.is_op("(") and self.is_application(name):
             self.take()
             inside = self.sequence("(")
@@ -279,13 +269,12 @@ class Reader(Cursor):
 
     def function(self, name: str) -> Node:
         exponent = base = None
-        while self.is_op("^", "_"):
-            if self.take() == "^":
+        while mark := self.accept("^", "_"):
+            if mark == "^":
                 exponent = self.script()
             else:
                 base = self.log_base()
-        if name in ("min", "max", "gcd", "lcm") and self.is_op("(", "[", "\\{"):
-            self.take()
+        if name in ("min", "max", "gcd", "lcm") and self.accept("(", "[", "\\{"):
             args = self.items()
             self.expect(")", "]", "\\}")
             return call(name, *args)
@@ -321,8 +310,7 @@ class Reader(Cursor):
             return call("binom", self.digit_or_group(), self.digit_or_group())
         if name == "sqrt":
             index = num(2)
-            if self.is_op("["):
-                self.take()
+            if self.accept("["):
                 index = expression(self.sum())
                 self.expect("]")
             inside = expression(self.single())
@@ -384,19 +372,16 @@ class Reader(Cursor):
 
     def braces(self) -> Node:
         items = self.inside()
-        if self.is_op("choose"):
-            self.take()
+        if self.accept("choose"):
             items = [call("binom", items[0], self.sum())]
         self.expect("}")
         return items[0] if len(items) == 1 else ("set", tuple(x for item in items for x in expand_signs(item)))
 
     def set(self) -> Node:
-        if self.is_op("\\}"):
-            self.take()
+        if self.accept("\\}"):
             return ("set", ())
         items = self.inside(bar_separates=True)
-        if self.is_op("|"):
-            self.take()
+        if self.accept("|"):
             items = [("builder", items[0], tuple(self.inside()))]
         self.expect("\\}")
         return set_of(items)

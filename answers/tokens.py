@@ -290,6 +290,10 @@ class Cursor:
     def is_op(self, *values: str) -> bool:
         return self.token[0] == "OP" and self.token[1] in values
 
+    def accept(self, *values: str) -> str:
+        """Takes the operator that stands here if it is one of `values`, else returns ""."""
+        return self.take() if self.is_op(*values) else ""
+
     def expect(self, *values: str) -> str:
         if not self.is_op(*values):
             raise Unreadable(f"{self.token[1] or 'the end'!r} stands where {' or '.join(values)} is expected")
@@ -297,9 +301,8 @@ class Cursor:
 
     def script_text(self) -> str:
         """A subscript as text: of x_1, x_{n+1}, \\lambda_{\\text{red}}."""
-        if not self.is_op("{"):
+        if not self.accept("{"):
             return self.take()
-        self.take()
         text, depth = "", 1
         while depth:
             if self.token == END:
@@ -336,8 +339,7 @@ class Cursor:
         while True:
             if self.token[0] == "TEXT" or self.is_op("%") or self.token[0] == "CURRENCY":
                 words += " " + self.take()
-            elif words and self.is_op("^"):
-                self.take()
+            elif words and self.accept("^"):
                 words += f"^{self.script_text()}"
             elif words and self.is_op("/", "*") and self.ahead(1)[0] == "TEXT":
                 words += "/" if self.take() == "/" else " "

@@ -52,10 +52,12 @@ def same(p: Node, g: Node) -> bool:
         return True
     for node, other in ((p, g), (g, p)):
         if node[0] == "set" and len(node[1]) == 1 and other[0] in EXPRESSIONS | {"unit"}:  # {5} is 5
-            return same(node[1][0], g) if node is p else same(p, node[1][0])
-    for node, other, gold_first in ((p, g, False), (g, p, True)):
-        if node[0] == "rel" and "≈" in node[1]:
-            return any(same(*((other, v) if gold_first else (v, other))) for v in _approximations(node))
+            values = node[1]
+        elif node[0] == "rel" and "≈" in node[1]:
+            values = _approximations(node)
+        else:
+            continue
+        return any(same(value, g) if node is p else same(p, value) for value in values)
     kinds = {p[0], g[0]}
     if "unit" in kinds and (kinds != {"unit", "rel"} or "rel" in (p[1][0], g[1][0])):  # x = 5 cm has its unit inside
         (p, unit_p), (g, unit_g) = _without_unit(p), _without_unit(g)

@@ -199,22 +199,13 @@ class Reader(Cursor):
         return node
 
     def read_primary(self, kind: str, value: str) -> Node:
-        if kind == "NUM":
-            return self.number(value)
-        if kind == "NAME":
-            self.degrees |= value == "°"
-            return self.name(value)
-        if kind == "FUNC":
-            return self.function(value)
-        if kind == "TEXT":
-            return self.words(value)
+        readers = {"NUM": self.number, "NAME": self.name, "FUNC": self.function, "TEXT": self.words}
+        readers |= {"BEGIN": self.environment, "COMMAND": self.command}
+        if kind in readers:
+            return readers[kind](value)
         if kind == "CURRENCY":
             self.currency = value
             return self.factor()
-        if kind == "BEGIN":
-            return self.environment(value)
-        if kind == "COMMAND":
-            return self.command(value)
         if value in ("(", "["):
             return self.sequence(value)
         if value == "{":
@@ -255,6 +246,7 @@ class Reader(Cursor):
 
     def name(self, name: str) -> Node:
         """A variable with subscript and primes, or a function of its own: f(x), u(t), I(0), t(0,4]."""
+        self.degrees |= name == "°"
         if self.accept("_"):
             name += "_" + self.script_text()
         while self.accept("'"):
@@ -262,9 +254,8 @@ class Reader(Cursor):
         if name not in CONSTANTS and self.is_op("(") and self.is_application(name):
             self.take()
             inside = self.sequence("(")
-            arguments = inside[3] if inside[0] == "seq" else (inside,)
-            brackets = inside[1] + inside[2] if inside[0] == "seq" else "()"
-            return ("fn", f"{name}{brackets}", arguments)
+            _, opening, closing, arguments = inside if inside[0] == "seq" else ("seq", "(", ")", (inside,))
+            return ("fn", name + opening + closing, arguments)
         return sym(name)
 
     def function(self, name: str) -> Node:
@@ -325,8 +316,8 @@ class Reader(Cursor):
             letters = name.replace("measured", "")
             while self.token[0] == "NAME":
                 letters += " " + self.take()
-                if self.is_op("_"):
-                    letters += self.take() + self.script_text()
+                if self.accept("_"):
+                    letters += "_" + self.script_text()
             return sym(letters)
         if name in ("sum", "prod", "int", "lim"):
             return self.big_operator(name)
@@ -417,8 +408,8 @@ class Reader(Cursor):
     def big_operator(self, name: str) -> Node:
         """Sums and products over up to 100 whole numbers are written out; others are opaque."""
         low = high = sym("")
-        while self.is_op("_", "^"):
-            if self.take() == "_":
+        while mark := self.accept("_", "^"):
+            if mark == "_":
                 low = self.item() if not self.is_op("{") else self.primary()
             else:
                 high = self.script()

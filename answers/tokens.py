@@ -55,6 +55,8 @@ _BRACE = re.compile(r"\\.|[{}]", re.DOTALL)
 _PLAIN_OPERATORS = {"==": "=", "->": "→", "=>": "→", "...": "…"}
 _RELATIONS = word_set("= < > <= >= != ∈ ∉ ≈ ≡ ~ ≅ ∝ → ⊥ ∥ ⊂ ⊆")
 NO_UNIT = STOP_WORDS.union(NUMBER_WORDS, SCALES, (f"{scale}s" for scale in SCALES))
+_FOLLOWING = re.compile(r" (?:\d|([a-z]{2,3})(?![A-Za-z]))")  # behind a short word in prose: he has 12
+_NO_PROSE = KNOWN | SHORT_UNITS | {"or", "and"}
 NO_NAME = NO_UNIT | {"square", "squared", "cube", "cubed", "root", "twice", "double", "triple"}
 _SEPARATORS = {",", ";", "or", "and", "\\\\"}
 
@@ -144,7 +146,8 @@ def tokenize(text: str, grouped: bool = True, depth: int = 0) -> list[tuple[str,
         elif kind == "run":
             spaced = text[match.start() - 1 : match.start()] in " " and text[at : at + 1] in " ,."
             letters = _run(value, out, spaced)
-            if 1 < len(value) == len(letters) and not value.isupper() and _goes_on_in_words(text, at):
+            following = _FOLLOWING.match(text, at) if 1 < len(value) == len(letters) and not value.isupper() else None
+            if following and following[1] not in _NO_PROSE:
                 raise Unreadable(f"the word {value!r} is no part of an answer")
             out += letters
         elif kind == "op":
@@ -175,12 +178,6 @@ def _operator(value: str) -> tuple[str, str]:
     if value in _SEPARATORS:
         return ("SEP", value)
     return ("NAME", "…") if value == "…" else ("REL" if value in _RELATIONS else "OP", value)
-
-
-def _goes_on_in_words(text: str, at: int) -> bool:
-    """Whether a number or another short word stands behind a short word: he has 12."""
-    match = re.compile(r" (?:\d|([a-z]{2,3})(?![A-Za-z]))").match(text, at)
-    return match is not None and match[1] not in KNOWN | SHORT_UNITS | {"or", "and"}
 
 
 def _run(run: str, before: list[tuple[str, str]], spaced: bool = False) -> list[tuple[str, str]]:
@@ -245,7 +242,8 @@ def _group(text: str, at: int) -> tuple[int, int]:
 def _text(content: str, before: list[tuple[str, str]], grouped: bool, depth: int) -> list[tuple[str, str]]:
     """Tokens of a text command: words, a unit after a number, a separator, a function, else as outside of text."""
     words = re.sub(r"(?:[\s~$]|\\[,;:! ])+", " ", content).strip(" .,")
-    after_value = before and (before[-1][0] == "NUM" or before[-1][1] in (")", "}"))
+    last = next((token for token in reversed(before) if token != ("OP", "(")), END)
+    after_value = last[0] == "NUM" or last[1] in (")", "}")
     if after_value and words[:1] + words[-1:] == "()":
         words = words[1:-1]
     if after_value and words in ("min", "sec"):

@@ -108,11 +108,7 @@ def mul(*factors: Node) -> Node:
     """Product in normal form, also of matrices. A decimal times ±10^k stays a decimal."""
     matrices = [f for f in factors if f[0] == "matrix"]
     if matrices:
-        product = functools.reduce(_matrix_product, matrices)
-        scale = mul(*(f for f in factors if f[0] != "matrix"))
-        if product[0] != "matrix":
-            return mul(scale, product)
-        return ("matrix", tuple(tuple(mul(scale, cell) for cell in row) for row in product[1]))
+        return functools.reduce(_matrix_product, matrices, mul(*(f for f in factors if f[0] != "matrix")))
     product, rest, decimals = Fraction(1), [], []
     for factor in map(expression, factors):
         for part in factor[1] if factor[0] == "mul" else (factor,):
@@ -135,7 +131,7 @@ def mul(*factors: Node) -> Node:
 
 
 def _matrix_product(a: Node, b: Node) -> Node:
-    """The product of two matrices; of two columns the scalar product."""
+    """The product of a number and a matrix or of two matrices; of two columns the scalar product."""
     if a[0] != "matrix":
         return ("matrix", tuple(tuple(mul(a, cell) for cell in row) for row in b[1]))
     if len(a[1][0]) == len(b[1][0]) == 1 and len(a[1]) == len(b[1]):

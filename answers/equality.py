@@ -6,8 +6,9 @@ not π, 0.333 is not 1/3, 0.3330 is 0.333. Only a gold that is itself a decimal 
 also accepts a fraction that no decimal can state and that rounds to it: gold 0.333 accepts 1/3; √2 needs four digits.
 
 Optional, but never contradicted: units, degrees, %, currency, the modulus, the base, the name in "x = 5" (5 cm is
-5 and is not 5 m). Free order: sets and lists, the sides of =. Ordered: tuples, points, matrices. [0, 1] is not
-[0, 1). Three or more numbers in order are a tuple with or without parentheses, a column is a point, {5} is 5.
+5 and is not 5 m), a domain such as "for all real x". Any other condition must be the same, word by word. Free order:
+sets and lists, the sides of =. Ordered: tuples, points, matrices. [0, 1] is not [0, 1). Three or more numbers in order
+are a tuple with or without parentheses, a column is a point, {5} is 5.
 
 Expressions are compared as functions of real variables where both are real at three or more of eight points, else as
 complex ones. With ⌊ ⌋ or ⌈ ⌉ whole numbers count, alone where the letters are i to n, K, M or N. Left out: solving
@@ -60,6 +61,8 @@ def same(p: Node, g: Node) -> bool:
         return any(same(value, g) if node is p else same(p, value) for value in values)
     kinds = {p[0], g[0]}
     if "unit" in kinds and (kinds != {"unit", "rel"} or "rel" in (p[1][0], g[1][0])):  # x = 5 cm has its unit inside
+        if p[:2] == ("unit", g) or g[:2] == ("unit", p):  # -1 (mod 7) is -1, and as a residue it is 6
+            return True
         (p, unit_p), (g, unit_g) = _without_unit(p), _without_unit(g)
         return (unit_p == unit_g or None in (unit_p, unit_g)) and same(p, g)
     if p[0] == g[0] == "rel" and ("≡" in p[1]) != ("≡" in g[1]):  # x ≡ 2 is not x = 2

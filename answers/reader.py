@@ -21,6 +21,8 @@ from .vocabulary import ACCENTS, LISTS, unit_name
 
 MAX_DEPTH = 24
 MODS = ("mod", "pmod")
+READERS = {"NUM": "number", "NAME": "name", "FUNC": "function", "TEXT": "words", "BEGIN": "environment"}
+READERS["COMMAND"] = "command"
 
 
 class Reader(Cursor):
@@ -199,10 +201,8 @@ class Reader(Cursor):
         return node
 
     def read_primary(self, kind: str, value: str) -> Node:
-        readers = {"NUM": self.number, "NAME": self.name, "FUNC": self.function, "TEXT": self.words}
-        readers |= {"BEGIN": self.environment, "COMMAND": self.command}
-        if kind in readers:
-            return readers[kind](value)
+        if kind in READERS:
+            return getattr(self, READERS[kind])(value)
         if kind == "CURRENCY":
             self.currency = value
             return self.factor()
@@ -220,12 +220,13 @@ class Reader(Cursor):
 
     def words(self, words: str) -> Node:
         """Words that are an answer or the name of a value: \\text{Area of }ABC = 5, not words before a value."""
+        is_value = self.at > 1 and self.tokens[self.at - 2][0] == "REL"
         while self.token[0] == "TEXT":
             words += " " + self.take()
         alone = self.token[0] in ("SEP", "END", "END_ENV") or self.is_op(")", "]", "}", "\\}", "&", "|")
         goes_on = self.token[0] == "NAME" or self.is_op("(")
         is_name = not self.starts_factor() or (goes_on and any(kind == "REL" for kind, _ in self.tokens[self.at :]))
-        if not alone and not (is_name and NO_NAME.isdisjoint(words.lower().split())):
+        if (is_value or not alone) and not (is_name and NO_NAME.isdisjoint(words.lower().split())):
             raise Unreadable(f"the words {words!r} stand before {self.token[1]!r}")
         return sym(words if len(words) == 1 else words.lower())
 

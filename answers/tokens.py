@@ -290,7 +290,11 @@ class Cursor:
 
     def accept(self, *values: str) -> str:
         """Takes the operator that stands here if it is one of `values`, else returns ""."""
-        return self.take() if self.is_op(*values) else ""
+        kind, value = self.token
+        if kind != "OP" or value not in values:
+            return ""
+        self.at += 1
+        return value
 
     def expect(self, *values: str) -> str:
         if not self.is_op(*values):

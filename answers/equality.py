@@ -7,8 +7,8 @@ also accepts a fraction that no decimal can state and that rounds to it: gold 0.
 
 Optional, but never contradicted: units, degrees, %, currency, the modulus, the base, the name in "x = 5" (5 cm is
 5 and is not 5 m), a domain such as "for all real x". Any other condition must be the same, word by word. Free order:
-sets and lists, the sides of =. Ordered: tuples, points, matrices. [0, 1] is not [0, 1). Three or more numbers in order
-are a tuple with or without parentheses, a column is a point, {5} is 5.
+sets and lists, the sides of =. Ordered: tuples, points, matrices. [0, 1] is not [0, 1). Three or more numbers in
+order are a tuple with or without parentheses, a column is a point, {5} is 5.
 
 Expressions are compared as functions of real variables where both are real at three or more of eight points, else as
 complex ones. With ⌊ ⌋ or ⌈ ⌉ whole numbers count, alone where the letters are i to n, K, M or N. Left out: solving
@@ -285,10 +285,8 @@ def _rounds_to(value: Node, decimal: Node, digits: int) -> bool:
     if abs(decimal[1]) < 10 ** (digits - 1) * decimal[2] or value[0] == "dec" or symbols(value):
         return False
     if value[0] == "num":
-        rest = value[1].denominator
-        while rest % 2 == 0 or rest % 5 == 0:
-            rest //= 2 if rest % 2 == 0 else 5
-        return rest > 1 and 2 * abs(value[1] - decimal[1]) < decimal[2]
+        no_decimal = pow(10, value[1].denominator.bit_length(), value[1].denominator) > 0
+        return no_decimal and 2 * abs(value[1] - decimal[1]) < decimal[2]
     found = value_at(value, 0, DIGITS)
     if not found or not is_real(found[0]):
         return False

@@ -154,9 +154,6 @@ class Reader(Cursor):
             elif value == "_" and node[0] == "num" and node[1].denominator == 1 and node[1] >= 0:
                 self.take()
                 node = in_base(str(node[1]), self.script_text())
-            elif value == "_" and node[0] == "pow" and node[1][0] == "sym":  # E^2_0
-                self.take()
-                node = power(sym(f"{node[1][1]}_{self.script_text()}"), node[2])
             elif value == "%" and (self.ahead(1)[0] in ("NUM", "NAME", "COMMAND") or self.ahead(1)[1] in ("*", "(")):
                 self.take()
                 node = mul(node, num(Fraction(1, 100)))

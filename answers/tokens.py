@@ -32,19 +32,6 @@ _TOKEN = re.compile(
     r"|(?P<run>[A-Za-z]+)|(?P<op><=|>=|!=|==|->|=>|\.\.\.|[-+*/^_!()\[\]{}|:=<>&%%,;'])"
     % ((f"{MATRICES}|{LISTS}",) * 2)
 )
-_UNIT = r"\s*\\(?:text|mathrm) *\{([^{}]*)\}\s*"
-_UNIT_FRACTION = re.compile(rf"\\[dt]?frac *\{{{_UNIT}\}} *\{{{_UNIT}(\^(?:\d|\{{\d\}}))?\}}")
-_SYMBOL_UNIT = re.compile(
-    r"^(?P<value>(?=[^\\]*\d)[-\d.eE+{},^\s]*+(?:\\(?:times|cdot)\s*+10\s*+\^[-\d{}\s]*+)?+)(?:\s|~|\\[,;: ])*+"
-    r"(?P<unit>(?:\\(?:text|mathrm)\s*\{[~\s]*)?(?:[MLR]\s*\}?_\s*\{?\\odot|[kM]?\\Omega|\\AA|\\mathring\s*\{?A)"
-    r"|\\mu\s*\\(?:text|mathrm)\s*\{\s*[A-Za-z]{1,2}|\\(?:text|mathrm)\s*\{[~\s]*\\mu\s*[A-Za-z]{1,2})[}\s]*$"
-)
-_TIME_UNIT = re.compile(r"(?<=[\d})])(?:[\s~]|\\[,;: ])*(?:\\(?:text|mathrm|mbox)\s*\{[\s~]*)?(min|sec)s?\s*\}?$")
-_BASE = r"\s*(?:\\(?:text|mathrm|mbox)\s*\{)?[\s~]*\(?(?:in )?base[\s~]*\}?\s*\$?(\d{1,2})\$?\)?\s*\}?$"
-_LETTER_DEGREE = r"(?<=[\d)}])\s*\^\s*(?:\{?\s*\\(?:text|mathrm|mbox)\s*\{\s*o\s*\}\s*\}?|\{o\}|o\b)"
-_SYSTEM = r"\\left\s*\\\{\s*\\begin\s*\{array\}\s*(?:\{[lcr]+\})?(.*?)\\end\s*\{array\}\s*\\right\s*\."
-# 12 (cm), 12 (cm^2)
-_UNIT_IN_PARENTHESES = rf"(?<=\d)(?:\s|\\[,;: ])*\(\s*({'|'.join(sorted(SHORT_UNITS))})\s*(\^\{{?\d\}}?)?\s*\)"
 # \text{The area is } or \text{Answer: } before a value
 _LEAD = re.compile(
     r"^(?:\\(?:text|mbox)\s*\{ *)?(?P<words>(?=[^:}]*[a-z]{3})[A-Za-z][A-Za-z ,]{0,60})"
@@ -64,6 +51,51 @@ _SEPARATORS = {",", ";", "or", "and", "\\\\"}
 # ---------------------------------------------------------------------------------------------- the cutting
 
 
+def _symbol_unit(match: re.Match) -> str:
+    unit = re.sub(r"\\(?:text|mathrm)|[^A-Za-z]", "", match["unit"])
+    return f"{match['value']}\\text{{ {unit}}}"
+
+
+def _repeating(match: re.Match) -> str:
+    whole, start, cycle = match.groups()
+    top = int(whole + start + cycle) - int(whole + start or 0)
+    return f"\\frac{{{top}}}{{{'9' * len(cycle)}{'0' * len(start)}}}"
+
+
+_UNIT = r"\s*\\(?:text|mathrm) *\{([^{}]*)\}\s*"
+_SHORT_UNIT = "|".join(sorted(SHORT_UNITS))
+_REWRITTEN = [(re.compile(pattern), spelling) for pattern, spelling in (  # in this order
+    (r"\^ *(?:\{ *(?:\\prime *|')+\}|\\prime)", lambda match: "'" * len(re.findall("prime|'", match[0]))),
+    (r"\\left\s*\\\{\s*\\begin\s*\{array\}\s*(?:\{[lcr]+\})?((?s:.*?))\\end\s*\{array\}\s*\\right\s*\.",
+     r"\\begin{cases}\1\\end{cases}"),
+    (r"\\cup(?= *[a-z] *(?:[<>=]|\\[gln]e))", r"\\text{ or }"),  # x < 1 ∪ x > 2
+    (r"([A-Za-z]) *\^ *(\w|\{[^{}]*\}) *_ *(\w|\{[^{}]*\})", r"\1_\3^\2"),  # E^2_0
+    (r"\\mathop\s*\{((?:[^{}]|\{[^{}]*\})*)\}", r"\1 "),
+    (r"^\*\*(.*)\*\*$", r"\1"),
+    (r"\*\*", "^"),
+    (r"\\(?:left|right)\s*\.|\\(?:text)?color\s*\{\w+\}|\b(?:np|math|numpy)\.", " "),
+    (r"\bd([a-zA-Z])/d([a-zA-Z])\b", r"\\frac{d\1}{d\2}"),
+    (r"(?<=\d)\s*(k?m/(?:s|h|hr)(?:\^\{?2\}?)?)(?![A-Za-z])", r"\\text{ \1}"),
+    (rf"\\[dt]?frac *\{{{_UNIT}\}} *\{{{_UNIT}(\^(?:\d|\{{\d\}}))?\}}", r"\\text{ \1/\2}\3"),
+    # the base of a number, degrees written with the letter o or before C and F
+    (r"\s*(?:\\(?:text|mathrm|mbox)\s*\{)?[\s~]*\(?(?:in )?base[\s~]*\}?\s*\$?(\d{1,2})\$?\)?\s*\}?$", r"_{\1}"),
+    (r"(?<=[\d)}])\s*\^\s*(?:\{?\s*\\(?:text|mathrm|mbox)\s*\{\s*o\s*\}\s*\}?|\{o\}|o\b)", r"^\\circ "),
+    (r"(\d *(?:\\degree|\^ *\{? *\\circ *\}?)) *([CF])$", r"\1\\text{ \2}"),
+    (r"(?<=[)\]])\s*U\s*(?=[(\[][^()\[\]]*,)", r"\\cup "),  # (0, 1) U (2, 3)
+    (r"(?<=\d)\s*[xX]\s*(?=10\s*\^)", r"\\times "),
+    (r"(\d{0,30})\.(\d{0,30})\\(?:overline|bar|dot)\s*\{(\d{1,30})\}", _repeating),
+    (r"(?:\s|[.,;:]|\\[,;!\s]|\\\\|\\$)+$", ""),
+    (r"(?<!\.[a-z])\.(?=\s*\}+$)|^(?:=|\\approx|\\simeq)\s*", ""),
+    (rf"(?<=\d)(?:\s|\\[,;: ])*\(\s*({_SHORT_UNIT})\s*(\^\{{?\d\}}?)?\s*\)", r"\\text{ \1}\2"),  # 12 (cm^2)
+    # a unit that is written with a symbol, after the number that is the whole answer
+    (r"^(?P<value>(?=[^\\]*\d)[-\d.eE+{},^\s]*+(?:\\(?:times|cdot)\s*+10\s*+\^[-\d{}\s]*+)?+)(?:\s|~|\\[,;: ])*+"
+     r"(?P<unit>(?:\\(?:text|mathrm)\s*\{[~\s]*)?(?:[MLR]\s*\}?_\s*\{?\\odot|[kM]?\\Omega|\\AA|\\mathring\s*\{?A)"
+     r"|\\mu\s*\\(?:text|mathrm)\s*\{\s*[A-Za-z]{1,2}|\\(?:text|mathrm)\s*\{[~\s]*\\mu\s*[A-Za-z]{1,2})[}\s]*$",
+     _symbol_unit),
+    (r"(?<=[\d})])(?:[\s~]|\\[,;: ])*(?:\\(?:text|mathrm|mbox)\s*\{[\s~]*)?(min|sec)s?\s*\}?$", r"\\text{ \1}"),
+)]  # fmt: skip
+
+
 def clean(text: str) -> str:
     """The text without math delimiters, final punctuation and spellings that mean the same."""
     if re.search(r"[\x00-\x08\x0b-\x1f\x7f]", text):
@@ -71,24 +103,8 @@ def clean(text: str) -> str:
     text = _SCRIPTS.sub(lambda m: ("^{" if m[1] else "_{") + m.group().translate(_SCRIPT_DIGITS) + "}", text)
     text = re.sub(r"[\s~]+", " ", text.translate(_TRANSLATION)).replace("...", "\\ldots ").replace("{:}", ":")
     text = re.sub(r"(?<!\\)((?:\\\\)*)(?:\\[()\[\]]|\$)", r"\1 ", text).strip()
-    text = re.sub(r"\^ *(?:\{ *(?:\\prime *|')+\}|\\prime)", lambda m: "'" * len(re.findall("prime|'", m[0])), text)
-    text = re.sub(_SYSTEM, r"\\begin{cases}\1\\end{cases}", text, flags=re.DOTALL)
-    text = re.sub(r"\\mathop\s*\{((?:[^{}]|\{[^{}]*\})*)\}", r"\1 ", text)
-    text = re.sub(r"^\*\*(.*)\*\*$", r"\1", text).replace("**", "^")
-    text = re.sub(r"\\(?:left|right)\s*\.|\\(?:text)?color\s*\{\w+\}|\b(?:np|math|numpy)\.", " ", text)
-    text = re.sub(r"\bd([a-zA-Z])/d([a-zA-Z])\b", r"\\frac{d\1}{d\2}", text)
-    text = re.sub(r"(?<=\d)\s*(k?m/(?:s|h|hr)(?:\^\{?2\}?)?)(?![A-Za-z])", r"\\text{ \1}", text)
-    text = _UNIT_FRACTION.sub(r"\\text{ \1/\2}\3", text)
-    text = re.sub(_BASE, r"_{\1}", text)
-    text = re.sub(_LETTER_DEGREE, r"^\\circ ", text)
-    text = re.sub(r"(\d *(?:\\degree|\^ *\{? *\\circ *\}?)) *([CF])$", r"\1\\text{ \2}", text)
-    text = re.sub(r"(?<=[)\]])\s*U\s*(?=[(\[][^()\[\]]*,)", r"\\cup ", text)  # (0, 1) U (2, 3)
-    text = re.sub(r"(?<=\d)\s*[xX]\s*(?=10\s*\^)", r"\\times ", text)
-    text = re.sub(r"(\d{0,30})\.(\d{0,30})\\(?:overline|bar|dot)\s*\{(\d{1,30})\}", _repeating, text)
-    text = re.sub(r"(?:\s|[.,;:]|\\[,;!\s]|\\\\|\\$)+$", "", text)
-    text = re.sub(r"(?<!\.[a-z])\.(?=\s*\}+$)|^(?:=|\\approx|\\simeq)\s*", "", text)
-    text = re.sub(_UNIT_IN_PARENTHESES, r"\\text{ \1}\2", text)
-    text = _TIME_UNIT.sub(r"\\text{ \1}", _SYMBOL_UNIT.sub(_symbol_unit, text))
+    for pattern, spelling in _REWRITTEN:
+        text = pattern.sub(spelling, text)
     if text.endswith("}") and text.count("}") - text.count("\\}") > text.count("{") - text.count("\\{"):
         text = text[:-1]
     text = _without_font(text)
@@ -109,18 +125,6 @@ def _without_font(text: str) -> str:
             break
         text = text[start:stop].strip()
     return text
-
-
-def _symbol_unit(match: re.Match) -> str:
-    """A unit that is written with a symbol, after the number that is the whole answer."""
-    unit = re.sub(r"\\(?:text|mathrm)|[^A-Za-z]", "", match["unit"])
-    return f"{match['value']}\\text{{ {unit}}}"
-
-
-def _repeating(match: re.Match) -> str:
-    whole, start, cycle = match.groups()
-    top = int(whole + start + cycle) - int(whole + start or 0)
-    return f"\\frac{{{top}}}{{{'9' * len(cycle)}{'0' * len(start)}}}"
 
 
 def tokenize(text: str, grouped: bool = True, depth: int = 0) -> list[tuple[str, str]]:
@@ -349,6 +353,8 @@ class Cursor:
                 break
         if in_parentheses:
             self.expect(")")
+        if not words:
+            return 1, ""
         pieces = words.split()
         while pieces and pieces[0].lower().rstrip("s") in SCALES:
             scale *= SCALES[pieces.pop(0).lower().rstrip("s")]

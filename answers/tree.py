@@ -304,9 +304,8 @@ def usual_form(items: list[Node]) -> Node:
     if len(items) == 1:
         return items[0]
     if items[0][:2] == ("rel", ("≡",)) and is_modulo(items[-1]):
-        modulus = items[-1][2]
         listed = usual_form([x[1] if is_modulo(x) else x for x in items])
-        return ("list", tuple(("unit", x, modulus) for x in listed[1]))
+        return ("list", tuple(("unit", x, items[-1][2]) for x in listed[1]))
     named = [x[0] == "rel" and x[1] in (("=",), ("≡",)) and is_name(x[2][0]) for x in items]
     if named[0] and not any(x[0] == "rel" for x in items[1:]):
         _, ops, (name, _) = items[0]

@@ -130,9 +130,6 @@ def _tree(text: str, grouped: bool) -> Node:
     tokens = tokenize(text, grouped)
     if not any(kind == "BEGIN" and not re.fullmatch(LISTS, value) for kind, value in tokens):
         tokens = [t for t in tokens if t != ("OP", "&")]  # alignment marks
-    for k in range(len(tokens) - 2):
-        if tokens[k] == ("OP", "∪") and tokens[k + 2][0] == "REL":  # x < 1 ∪ x > 2
-            tokens[k] = ("SEP", "or")
     return Reader(tokens).whole()
 
 

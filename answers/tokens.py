@@ -132,7 +132,7 @@ def tokenize(text: str, grouped: bool = True, depth: int = 0) -> list[tuple[str,
     out: list[tuple[str, str]] = []
     at = 0
     while at < len(text):
-        number = _match_number(text, at, grouped)
+        number = _match_number(text, at, grouped) if text[at].isdigit() or text[at] == "." else None
         if number:
             out.append(("NUM", re.sub(r"[^\d.eE+-]", "", number)))
             at += len(number)

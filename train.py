@@ -145,7 +145,7 @@ def prepare(config: Config) -> tuple[Run, dict[str, int]]:
     distributed.start(device)
     check_ranks(config)
     tokenizer, generation_config = load_tokenizer(config.model)
-    context = getattr(load_config(config.model), "max_position_embeddings", None)
+    context = getattr(load_config(config.model).get_text_config(), "max_position_embeddings", None)
     data, left_out = load_data(config, tokenizer, generation_config.eos_token_id, context)  # before the weights
     model, _ = load_model(config.model, device, training=True, recompute=config.recompute, offload=config.offload)
     run = Run(config, METHODS[config.method], model, tokenizer, data, new_optimizer(model, config), [])

@@ -19,9 +19,8 @@ from typing import Any
 
 import torch
 
-from model import state_of
 from support.config import Config
-from support.distributed import from_first, part_like, rank, whole
+from support.distributed import from_first, part_like, rank, state_of, whole
 
 
 def write_text(path: Path, text: str) -> None:

@@ -93,7 +93,7 @@ def test_options_belong_to_their_line_whatever_stands_between(tmp_path):
     assert found.options == {"mine-3": rows[1]["options"]} and len(found.problems) == 3 and found.left_out == 1
 
 
-THINKING = "{% for m in messages %}<|{{ m['role'] }}|>{{ m['content'] }}{% endfor %}<|assistant|><think>\n"
+THINKING = "{% for m in messages %}<|{{ m['role'] }}|>{{ m['content'] }}{% endfor %}<|assistant|><think>{{ '\n' }}"
 
 
 @pytest.mark.parametrize(

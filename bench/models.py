@@ -20,7 +20,7 @@ sys.path.insert(0, str(Path(__file__).parents[1]))
 import torch
 import torch.multiprocessing as processes
 import transformers
-from common import RESULTS, machine
+from common import RESULTS, chosen, machine
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel
 from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 
@@ -307,14 +307,13 @@ def write(found: dict[str, tuple[str, str]]) -> None:
 
 
 def main() -> None:
-    names = sys.argv[1:] or list(MODELS)
-    if unknown := set(names) - set(MODELS):
-        sys.exit(f"models.py: found {sorted(unknown)}, expected of {', '.join(MODELS)}")
+    asked = chosen(__doc__, MODELS)
+    names = asked or list(MODELS)
     transformers.logging.set_verbosity_error()
     torch.set_num_threads(1)
     with tempfile.TemporaryDirectory() as root:
         found = table([name for name in names if name.split(",")[0] in CONFIG_MAPPING], Path(root))
-    if not sys.argv[1:]:
+    if not asked:
         write(found)
 
 

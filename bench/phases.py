@@ -89,7 +89,7 @@ def watch(run: steps.Run, phases: Phases, counts: dict[str, int]) -> None:
     phases.wrap(decode.DrawTokenLogitsProcessor, "__call__", "draw")
     phases.wrap(steps, "generate", "rest of generate")
     phases.wrap(steps, "pack", "pack")
-    phases.wrap(steps, "grade_batch", "grade")
+    phases.wrap(steps, "grade_all", "grade")
     phases.wrap(steps, "forward", training_phase)
     phases.wrap(torch.Tensor, "backward", "backward")
     phases.wrap(steps, "clip_gradients", "clip, AdamW")
@@ -181,4 +181,4 @@ def draw_growth(table: list[dict]) -> None:
 
 
 if __name__ == "__main__":
-    main({"phases": bench_phases, "growth": bench_growth})
+    main(__doc__, {"phases": bench_phases, "growth": bench_growth})

@@ -46,7 +46,7 @@ def assert_rounded(found: torch.Tensor, exact: torch.Tensor) -> None:
 @pytest.mark.parametrize("temperature", [1.0, 0.7])
 @pytest.mark.parametrize("chunk", [2**25, 103 * 4])
 def test_token_stats_equal_the_direct_computation(monkeypatch, temperature, chunk):
-    """Values and gradients, against float64; padding and the other rows change nothing (rule 7); chunks neither."""
+    """Values and gradients, against float64; padding and the other rows change nothing ; chunks neither."""
     monkeypatch.setattr(models, "LOGITS_PER_CHUNK", chunk)
     model, exact = random_model(scale=0.2), random_model(scale=0.2).double()
     ids, mask, R = rows([(5, 9), (2, 3), (8, 1), (3, 7)])
@@ -72,7 +72,7 @@ def test_padding_ids_do_not_matter():
 
 
 def test_a_loaded_model_has_fp32_weights_no_dropout_and_a_neutral_generation_config(tmp_path, tokenizer):
-    """Rules 2, 6 and 8: a bf16 folder with dropout, top_k 1, a penalty and two end tokens."""
+    """A bf16 folder with dropout, top_k 1, a penalty and two end tokens."""
     config = GPT2Config(vocab_size=len(tokenizer), n_embd=32, n_layer=2, n_head=2, attn_pdrop=0.5, resid_pdrop=0.5)
     model = GPT2LMHeadModel(config)
     model.to(torch.bfloat16).save_pretrained(tmp_path)

@@ -96,13 +96,14 @@ class Graded:
     rows: list[Row]
     responses: list[list[int]]
     rewards: list[float]
+    sampled_tokens: int  # those of replaced groups too
 
     def with_groups(self, other: "Graded") -> "Graded":
         """The same, with the groups of `other` in place of their own."""
         changed = {row.group for row in other.rows}
         stay = [entry for entry in self.entries() if entry[0].group not in changed]
         columns = zip(*sorted([*stay, *other.entries()], key=lambda entry: entry[0].group))
-        return Graded(*map(list, columns))
+        return Graded(*map(list, columns), self.sampled_tokens + other.sampled_tokens)
 
     def entries(self) -> list[tuple[Row, list[int], float]]:
         return list(zip(self.rows, self.responses, self.rewards))
@@ -147,7 +148,8 @@ def sample_and_grade(run: Run, picked: Sequence[int], rows: list[Row]) -> Graded
     rollouts = pack(rows, responses, run.model, run.tokenizer)
     rewards = grade_all(run.reward, rollouts.texts, [run.data.train[picked[row.group]] for row in rows])
     rewards = [0.0 if cut else reward for reward, cut in zip(rewards, rollouts.truncated.tolist())]
-    return Graded(rows, responses, rewards)
+    sampled_tokens = sum(len(response) - len(row.prefix_ids) for row, response in zip(rows, responses))
+    return Graded(rows, responses, rewards, sampled_tokens)
 
 
 def second_chance(run: Run, picked: Sequence[int], graded: Graded, step: int) -> Graded:
@@ -189,6 +191,8 @@ class Batch:
     old_log_probs: Tensor  # [B, R] of the sampling policy
     entropy: Tensor  # [B, R] of the sampling policy
     fractions: Tensor  # [B] share of the demonstration a row was given
+    sampled_tokens: int = 0
+    unsolved_groups: tuple[int, ...] = ()  # those that no rollout solved at first
 
 
 def micro_batches(rollouts: Rollouts, rows: Tensor, budget: int) -> list[Tensor]:
@@ -239,19 +243,20 @@ def old_stats(model: PreTrainedModel, rollouts: Rollouts, config: Config) -> tup
     return sum_over_ranks(log_probs), sum_over_ranks(entropy)
 
 
-def rollout_batch(run: Run, picked: Sequence[int], step: int) -> tuple[Batch, list[int]]:
-    """Sample, grade and compare: the batch of one step of reinforcement, and the groups that no rollout solved."""
+def rollout_batch(run: Run, picked: Sequence[int], step: int) -> Batch:
+    """Sample, grade and compare: the batch of one step of reinforcement."""
     config, method = run.config, run.method
     rows = plan(run, picked, range(len(picked)), step, config.rollouts_per_prompt, rows=method.rows)
     graded = sample_and_grade(run, picked, rows)
-    unsolved = graded.unsolved(config.gate)
+    unsolved = tuple(graded.unsolved(config.gate))
     graded = second_chance(run, picked, graded, step)
     rollouts, rewards = pack(graded.rows, graded.responses, run.model, run.tokenizer), torch.tensor(graded.rewards)
     baseline = method.baseline or config.baseline
     scale_by_std = config.scale_by_std if method.scale_by_std is None else method.scale_by_std
     compared = advantages(rewards, rollouts.group, rollouts.hybrid, baseline, scale_by_std)
     fractions = torch.tensor([row.fraction for row in graded.rows])
-    return Batch(rollouts, rewards, *compared, *old_stats(run.model, rollouts, config), fractions), unsolved
+    old = old_stats(run.model, rollouts, config)
+    return Batch(rollouts, rewards, *compared, *old, fractions, graded.sampled_tokens, unsolved)
 
 
 def demonstration_batch(run: Run, problems: Sequence[Encoded], step: int) -> Batch:
@@ -325,7 +330,7 @@ def update(
     }
     if not batch.old_log_probs.isfinite().all():
         run.skipped += 1
-        return sums | {"skipped": 1}
+        return sums | {"skipped": 1, "weighted": 0}
     active = has_weight.any(1).nonzero().squeeze(1)
     if len(active) == 0:
         return sums
@@ -343,7 +348,7 @@ def update(
     if not (math.isfinite(loss) and math.isfinite(norm)):
         optimizer.zero_grad()
         run.skipped += 1
-        return sums | {"skipped": 1}
+        return sums | {"skipped": 1, "weighted": 0}
     for group in optimizer.param_groups:
         group["lr"] = lr
     optimizer.step()
@@ -381,16 +386,18 @@ def sft_step(
         "skipped_updates": sums["skipped"],
         "entropy": sums["entropy"] / count,
         "response_tokens": count / len(problems),
+        "trained_tokens": count,
         "tokens_per_second": count / seconds,
         "seconds_update": seconds,
     }
 
 
-def collect(run: Run, picked: Sequence[int], unsolved: Sequence[int], step: int) -> dict[str, Any]:
+def collect(run: Run, picked: Sequence[int], batch: Batch, step: int) -> dict[str, Any]:
     """ReLIFT: unsolved problems wait, newest first and each as often as it was met; once `relift_buffer` wait, the
     first so many give one supervised update, with an optimizer of its own."""
     config, collector = run.config, run.collector
-    collector.waiting[:0] = [picked[g] for g in unsolved if run.data.encoded[picked[g]].demonstrations]
+    unsolved = [picked[group] for group in batch.unsolved_groups]
+    collector.waiting[:0] = [i for i in unsolved if run.data.encoded[i].demonstrations]
     metrics: dict[str, Any] = {"relift_updates": 0, "relift_lr": config.relift_lr}
     if len(collector.waiting) >= config.relift_buffer:
         chosen = [run.data.encoded[i] for i in collector.waiting[: config.relift_buffer]]
@@ -398,6 +405,7 @@ def collect(run: Run, picked: Sequence[int], unsolved: Sequence[int], step: int)
         found = sft_step(run, chosen, step, collector.optimizer, config.relift_lr)
         metrics |= {"relift_updates": 1, "relift_loss": found["loss"], "relift_grad_norm": found["grad_norm"]}
         metrics["relift_skipped_updates"] = found["skipped_updates"]
+        metrics["relift_tokens"] = found["trained_tokens"]
     return metrics | {"relift_buffer": len(collector.waiting)}
 
 
@@ -406,7 +414,7 @@ def rl_step(run: Run, step: int, record: bool = False) -> tuple[dict[str, Any], 
     config = run.config
     start = time.perf_counter()
     picked = problems_of_step(len(run.data.train), config.prompts_per_step, step, config.seed, "order")
-    batch, unsolved = rollout_batch(run, picked, step)
+    batch = rollout_batch(run, picked, step)
     sampled = time.perf_counter()
     updates, recorded = [], None
     for part, groups in enumerate(torch.arange(len(picked)).tensor_split(config.updates_per_step)):
@@ -417,9 +425,9 @@ def rl_step(run: Run, step: int, record: bool = False) -> tuple[dict[str, Any], 
         if record and part == 0:
             recorded = group_record(run, batch, tokens, rows, picked)
         updates.append(update(run, batch, tokens, config.temperature, run.optimizer, config.lr))
-    metrics = step_metrics(run, batch, updates, len(unsolved) / len(picked))
+    metrics = step_metrics(run, batch, updates)
     if run.collector:
-        metrics |= collect(run, picked, unsolved, step)
+        metrics |= collect(run, picked, batch, step)
     end = time.perf_counter()
     metrics |= {
         "tokens_per_second": int(batch.rollouts.response_mask.sum()) / (end - start),

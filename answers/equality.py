@@ -3,11 +3,12 @@ same values at random points to 45 digits. When in doubt, not equal: a policy le
 
 Decimals. Two decimals, or a decimal in the prediction and an exact gold, are compared as exact numbers: 3.14 is
 not π, 0.333 is not 1/3, 0.3330 is 0.333. Only a gold that is itself a decimal of at least three significant digits
-also accepts an exact prediction that no decimal can state (1/3, √2) and that rounds to it: gold 0.333 accepts 1/3.
+also accepts a fraction that no decimal can state and that rounds to it: gold 0.333 accepts 1/3; √2 needs four digits.
 
 Optional, but never contradicted: units, degrees, %, currency, the modulus, the base, the name in "x = 5" (5 cm is
-5 and is not 5 m). Free order: sets and lists, the sides of =. Ordered: tuples, points, matrices. [0, 1] is not
-[0, 1). Three or more numbers in order are a tuple with or without parentheses, a column is a point, {5} is 5.
+5 and is not 5 m), a domain such as "for all real x". Any other condition must be the same, word by word. Free order:
+sets and lists, the sides of =. Ordered: tuples, points, matrices. [0, 1] is not [0, 1). Three or more numbers in
+order are a tuple with or without parentheses, a column is a point, {5} is 5.
 
 Expressions are compared as functions of real variables where both are real at three or more of eight points, else as
 complex ones. With ⌊ ⌋ or ⌈ ⌉ whole numbers count, alone where the letters are i to n, K, M or N. Left out: solving
@@ -15,11 +16,9 @@ equations (x^2 = 4 is not x = 2, -2), other identities for whole numbers only.
 """
 # ruff: isort: skip_file
 
-from fractions import Fraction
-
 from .tree import (
-    CONSTANTS, EXPRESSIONS, INFINITY, MINUS_ONE, Node, REALS, Unreadable, ZERO, add, is_name, is_number, is_region,
-    mul, negative, num, symbols,
+    CONSTANTS, EXPRESSIONS, INFINITY, MINUS_ONE, Node, REALS, Unreadable, ZERO, add, is_modulo, is_name, is_number,
+    is_region, mul, negative, num, residue, sym, symbols,
 )  # fmt: skip
 from .regions import FLIPPED, regions_of
 from .values import DIGITS, ENOUGH, POINTS, SURE_DIGITS, WHOLE_POINTS, close, context, exact, is_real, value_at
@@ -36,6 +35,11 @@ def equal(prediction: Answer, gold: Answer) -> bool:
         return gold.choice in (prediction.choice, prediction.option)
     if "text" in (prediction.node[0], gold.node[0]):
         return prediction.words is not None and prediction.words == gold.words
+    conditions = {prediction.condition, gold.condition}
+    if len(conditions) > 1 and ("" not in conditions or len("".join(conditions)) > 1):  # but a domain is optional
+        return False
+    if gold.node[0] == "list" and prediction.words and set("ABCDEFGH").issuperset(prediction.words):  # AD for A, D
+        return same(("list", tuple(map(sym, prediction.words))), gold.node)
     pairs = [(prediction.node, gold.node), (prediction.second, gold.node), (prediction.node, gold.second)]
     try:
         return any(same(p, g) for p, g in pairs if p is not None and g is not None)
@@ -47,12 +51,22 @@ def same(p: Node, g: Node) -> bool:
     """Whether the tree of a prediction and that of a gold mean the same."""
     if p == g:
         return True
-    if p[0] == "unit" or g[0] == "unit":
-        (p, unit_p), (g, unit_g) = ((n[1], n[2]) if n[0] == "unit" else (n, None) for n in (p, g))
-        return _same_units(unit_p, unit_g) and same(p, g)
-    for node, other, gold_first in ((p, g, False), (g, p, True)):
-        if node[0] == "rel" and "≈" in node[1]:
-            return any(same(*((other, v) if gold_first else (v, other))) for v in _approximations(node))
+    for node, other in ((p, g), (g, p)):
+        if node[0] == "set" and len(node[1]) == 1 and other[0] in EXPRESSIONS | {"unit"}:  # {5} is 5
+            values = node[1]
+        elif node[0] == "rel" and "≈" in node[1]:
+            values = _approximations(node)
+        else:
+            continue
+        return any(same(value, g) if node is p else same(p, value) for value in values)
+    kinds = {p[0], g[0]}
+    if "unit" in kinds and (kinds != {"unit", "rel"} or "rel" in (p[1][0], g[1][0])):  # x = 5 cm has its unit inside
+        if p[:2] == ("unit", g) or g[:2] == ("unit", p):  # -1 (mod 7) is -1, and as a residue it is 6
+            return True
+        (p, unit_p), (g, unit_g) = _without_unit(p), _without_unit(g)
+        return (unit_p == unit_g or None in (unit_p, unit_g)) and same(p, g)
+    if p[0] == g[0] == "rel" and ("≡" in p[1]) != ("≡" in g[1]):  # x ≡ 2 is not x = 2
+        return False
     if p[0] == "rel" or g[0] == "rel" or "regions" in (p[0], g[0]) or REALS in (p, g):
         return _same_relations(p, g)
     if p[0] in EXPRESSIONS and g[0] in EXPRESSIONS:
@@ -60,8 +74,11 @@ def same(p: Node, g: Node) -> bool:
     return _same_collections(p, g)
 
 
-def _same_units(p: str | None, g: str | None) -> bool:
-    return p is None or g is None or p == g
+def _without_unit(node: Node) -> tuple[Node, str | Node | None]:
+    """5 cm is 5 with a unit, 7 (mod 5) is 2 with a modulus."""
+    if is_modulo(node):
+        return residue(node[1], node[2][1]), node[2]
+    return node[1:] if node[0] == "unit" else (node, None)
 
 
 def _same_collections(p: Node, g: Node) -> bool:
@@ -83,10 +100,6 @@ def _same_collections(p: Node, g: Node) -> bool:
         return _same_in_order(column, seq[3]) if matrix is p else _same_in_order(seq[3], column)
     if kinds == {"ratio"}:
         return _same_ratio(p[1], g[1])
-    if p[0] == "set" and len(p[1]) == 1 and g[0] in EXPRESSIONS:  # {5} is 5
-        return same(p[1][0], g)
-    if g[0] == "set" and len(g[1]) == 1 and p[0] in EXPRESSIONS:
-        return same(p, g[1][0])
     if p[0] == "base" and p[2] == 10:
         return g == num(int(p[1]))
     return g[0] == "base" and g[1].isdigit() and p == num(int(g[1]))  # the base may go without saying
@@ -137,12 +150,10 @@ def _same_relations(p: Node, g: Node) -> bool:
         if same(value_p, value_g):
             return True
         if name_p is None or name_g is None:
-            assigned, value, other = (name_g, value_g, p) if name_p is None else (name_p, value_p, g)
+            assigned, other = (name_g, p) if name_p is None else (name_p, g)
             plain = other[0] == "list" and not any(x[0] == "rel" for x in other[1])
-            if assigned[0] == value[0] == "seq" and plain:  # x = 1, y = 2 for 1, 2
-                return (
-                    _same_in_order(value[3], other[1]) if assigned is name_p else _same_in_order(other[1], value[3])
-                )
+            if assigned[0] == "seq" and plain and "seq" in (value_p[0], value_g[0]):  # x = 1, y = 2 for 1, 2
+                return _same_in_order(value_p[-1], value_g[-1])
     regions = regions_of(p), regions_of(g)
     if None not in regions:
         variables = [symbols(n) - {INFINITY[1], REALS[1]} for n in (p, g)]
@@ -154,7 +165,7 @@ def _same_relations(p: Node, g: Node) -> bool:
 
 def _named_value(node: Node) -> tuple[Node | None, Node]:
     """x = 5 is 5 by the name x, x ∈ A is A; in a chain the last side counts if the others agree with it."""
-    if node[0] != "rel" or len(set(node[1])) > 1 or node[1][0] not in ("=", "∈"):
+    if node[0] != "rel" or len(set(node[1])) > 1 or node[1][0] not in ("=", "∈", "≡"):
         return None, node
     name, *sides = node[2]
     if node[1][0] == "∈":
@@ -164,17 +175,14 @@ def _named_value(node: Node) -> tuple[Node | None, Node]:
         name, value = value, name
         sides = [value]
     constant = not symbols(value)
-    if not is_name(name):
-        if constant and _is_quantity(name):
-            pass
-        elif len(sides) > 1 or not symbols(name):  # 2 + 3 = 5
-            sides, name = [name, *sides[:-1]], ("sym", "")
-        else:
+    if not is_name(name) and not (constant and _is_quantity(name)):
+        if len(sides) == 1 and symbols(name):
             return None, node
+        sides, name = [name, *sides[:-1]], None  # 2 + 3 = 5
     agree = all((constant and symbols(side)) or same(side, value) for side in sides)
-    if not agree or (name[0] == "sym" and name[1] in symbols(value)):
+    if not agree or (name and name[0] == "sym" and name[1] in symbols(value)):
         return None, node
-    return (name, value) if name[1] else (None, value)
+    return name, value
 
 
 def _same_assignments(name_p: Node, value_p: Node, name_g: Node, value_g: Node) -> bool:
@@ -245,30 +253,14 @@ def _proportional(p: Node, g: Node, signs: set[int]) -> bool:
     """Whether p / g is a constant, its sign among `signs`."""
     if symbols(p) != symbols(g) or ZERO in (p, g) or not symbols(p):
         return False
-    ratio = None
+    ratios = []
     for index in range(POINTS):
         p_value, g_value = value_at(p, index, DIGITS), value_at(g, index, DIGITS)
         if p_value and g_value and g_value[0]:
-            ratio = p_value[0] / g_value[0]
-            break
-    if not ratio or not is_real(ratio) or (1 if context.re(ratio) > 0 else -1) not in signs:
+            ratios.append(p_value[0] / g_value[0])
+    if len(ratios) < ENOUGH or not is_real(ratios[0]) or (1 if context.re(ratios[0]) > 0 else -1) not in signs:
         return False
-    factor = _rational(ratio)
-    return (factor is not None and _same_values(p, mul(num(factor), g))) or _constant_ratio(p, g)
-
-
-def _rational(value) -> Fraction | None:
-    found = Fraction(str(context.nstr(context.re(value), 50))).limit_denominator(10**12)
-    return found if abs(float(found) - float(context.re(value))) <= 1e-15 * abs(float(found)) else None
-
-
-def _constant_ratio(p: Node, g: Node) -> bool:
-    values = []
-    for index in range(POINTS):
-        pair = value_at(p, index, DIGITS), value_at(g, index, DIGITS)
-        if all(pair) and pair[1][0]:
-            values.append(pair[0][0] / pair[1][0])
-    return len(values) >= ENOUGH and all(abs(v - values[0]) < abs(values[0]) * context.mpf(10) ** -45 for v in values)
+    return all(abs(r - ratios[0]) < abs(ratios[0]) * context.mpf(10) ** -45 for r in ratios)
 
 
 def _same_regions(p: list[tuple], g: list[tuple]) -> bool:
@@ -281,22 +273,20 @@ def _same_regions(p: list[tuple], g: list[tuple]) -> bool:
 
 
 def _same_expressions(p: Node, g: Node) -> bool:
-    if g[0] == "dec" and _rounds_to(p, g):
+    if g[0] == "dec" and _rounds_to(p, g, 3 if p[0] == "num" else 4):
         return True
     if is_number(p) and is_number(g):
         return p[1] == g[1]
     return INFINITY not in (p, g) and _same_values(p, g)
 
 
-def _rounds_to(value: Node, decimal: Node, digits: int = 3) -> bool:
+def _rounds_to(value: Node, decimal: Node, digits: int) -> bool:
     """Whether an exact value that no decimal can state rounds to a decimal of at least so many significant digits."""
     if abs(decimal[1]) < 10 ** (digits - 1) * decimal[2] or value[0] == "dec" or symbols(value):
         return False
     if value[0] == "num":
-        rest = value[1].denominator
-        while rest % 2 == 0 or rest % 5 == 0:
-            rest //= 2 if rest % 2 == 0 else 5
-        return rest > 1 and 2 * abs(value[1] - decimal[1]) < decimal[2]
+        no_decimal = pow(10, value[1].denominator.bit_length(), value[1].denominator) > 0
+        return no_decimal and 2 * abs(value[1] - decimal[1]) < decimal[2]
     found = value_at(value, 0, DIGITS)
     if not found or not is_real(found[0]):
         return False
@@ -338,9 +328,8 @@ def _same_values(p: Node, g: Node) -> bool:
 
 
 def _rounds(node: Node) -> bool:
-    return node[:2] in (("fn", "floor"), ("fn", "ceil"), ("fn", "mod")) or any(
-        _rounds(x) for x in node if isinstance(x, tuple)
-    )
+    rounds = node[0] == "fn" and node[1] in ("floor", "ceil", "mod", "!!")
+    return rounds or any(_rounds(x) for x in node if isinstance(x, tuple))
 
 
 def _roots_only(node: Node) -> tuple[bool, bool]:

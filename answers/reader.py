@@ -11,15 +11,18 @@ from fractions import Fraction
 
 import re
 
-from .tokens import END, Cursor
+from .tokens import END, NO_NAME, Cursor
 from .tree import (
     CONSTANTS, DEGREE, FUNCTIONS, MINUS_ONE, Node, ONE, PI, REALS, Unreadable, add, call, divide, expand_signs,
-    expression, function_value, in_base, is_region, matrix_of, mul, negative, num, power, read_literal, set_of,
-    substitute, sym, symbols, usual_form, written_out,
+    expression, function_value, in_base, is_modulo, is_region, matrix_of, mul, negative, num, power, read_literal,
+    set_of, substitute, sym, symbols, usual_form, written_out,
 )  # fmt: skip
 from .vocabulary import ACCENTS, LISTS, unit_name
 
 MAX_DEPTH = 24
+MODS = ("mod", "pmod")
+READERS = {"NUM": "number", "NAME": "name", "FUNC": "function", "TEXT": "words", "BEGIN": "environment"}
+READERS["COMMAND"] = "command"
 
 
 class Reader(Cursor):
@@ -33,6 +36,7 @@ class Reader(Cursor):
         self.degrees = False
         self.currency: str | None = None
         self.signs = 0  # ± seen
+        self.congruence = re.search(r"≡|pmod|\(mod", "".join(value for _, value in tokens))  # where = with mod is ≡
 
     def whole(self) -> Node:
         items = self.items()
@@ -56,18 +60,20 @@ class Reader(Cursor):
         while self.token[0] == "REL":
             ops.append(self.take())
             sides.append(self.set_operation())
+        if ops and self.congruence and is_modulo(sides[-1]):  # the modulus is that of all sides
+            _, sides[-1], modulus = sides[-1]
+            return ("unit", ("rel", tuple("≡" if op == "=" else op for op in ops), tuple(sides)), modulus)
         return ("rel", tuple(ops), tuple(sides)) if ops else sides[0]
 
     def set_operation(self) -> Node:
         node = self.ratio()
-        while self.is_op("∪", "∩", "∖"):
-            node = ("regions", self.take(), (node, self.ratio()))
+        while op := self.accept("∪", "∩", "∖"):
+            node = ("regions", op, (node, self.ratio()))
         return node
 
     def ratio(self) -> Node:
         parts = [self.quantity()]
-        while self.is_op(":"):
-            self.take()
+        while self.accept(":"):
             parts.append(self.quantity())
         return ("ratio", tuple(parts)) if len(parts) > 1 else parts[0]
 
@@ -83,20 +89,19 @@ class Reader(Cursor):
             node = mul(node, num(scale))
         if words and (unit_name(words) != unit or not unit):  # \\$5 dollars
             unit = unit_name((unit + " " if unit else "") + words)
-        if self.is_op("pmod") or (self.is_op("(") and self.ahead(1) == ("OP", "mod")):
-            in_parentheses = self.take() == "("
-            if in_parentheses:
-                self.take()
-            unit = f"mod {self.factor()}"
-            if in_parentheses:
-                self.expect(")")
+        in_parentheses = self.is_op("(") and self.ahead(1)[1] in MODS and self.take()
+        if self.accept(*MODS):
+            unit = ("mod", expression(self.factor()))
+            if not self.congruence:  # 17 mod 5 is a number, 17 (mod 5) a class of numbers
+                node = call("mod", node, unit[1])
+        if in_parentheses:
+            self.expect(")")
         return ("unit", node, unit) if unit else node
 
     def sign(self) -> Node:
         """The product of the signs that stand here; ± is a symbol that expand_signs replaces by +1 and -1."""
         sign = ONE
-        while self.is_op("+", "-", "±", "∓"):
-            op = self.take()
+        while op := self.accept("+", "-", "±", "∓"):
             if op == "-":
                 sign = negative(sign)
             elif op == "±":
@@ -104,8 +109,8 @@ class Reader(Cursor):
                 sign = mul(sign, sym(f"±{self.signs}"))
             elif op == "∓":
                 sign = mul(sign, MINUS_ONE, sym("±0"))
-            if op in "±∓" and self.is_op("*"):
-                self.take()
+            if op in "±∓":
+                self.accept("*")
         return sign
 
     def sum(self) -> Node:
@@ -119,13 +124,9 @@ class Reader(Cursor):
     def term(self) -> Node:
         factors = [self.factor()]
         while True:
-            if self.is_op("*", "/"):
-                divides = self.take() == "/"
+            if op := self.accept("*", "/"):
                 factor = mul(self.sign(), self.factor()) if self.is_op("+", "-") else self.factor()
-                factors.append(power(factor, MINUS_ONE) if divides else factor)
-            elif self.is_op("mod"):
-                self.take()
-                factors = [call("mod", mul(*factors), self.factor())]
+                factors.append(power(factor, MINUS_ONE) if op == "/" else factor)
             elif self.starts_factor():
                 factors.append(self.factor())
             else:
@@ -138,26 +139,21 @@ class Reader(Cursor):
         if kind == "OP":
             if value == "|":
                 return not self.bars and not self.bar_separates
-            return value in ("[", "{", "⌊", "⌈") or (value == "(" and self.ahead(1) != ("OP", "mod"))
+            is_group = value == "(" and self.ahead(1)[1] not in MODS and not self.is_unit()
+            return is_group or value in ("[", "{", "⌊", "⌈")
         return kind in ("NAME", "FUNC", "COMMAND", "BEGIN")
 
     def factor(self) -> Node:
         node = self.primary()
         while self.token[0] == "OP":
             value = self.token[1]
-            if value == "^":
-                self.take()
+            if self.accept("^"):
                 node = self.superscript(node)
-            elif value == "!":
-                self.take()
-                double = self.is_op("!") and self.take()
-                node = call("!!" if double else "!", node)
+            elif self.accept("!"):
+                node = call("!!" if self.accept("!") else "!", node)
             elif value == "_" and node[0] == "num" and node[1].denominator == 1 and node[1] >= 0:
                 self.take()
                 node = in_base(str(node[1]), self.script_text())
-            elif value == "_" and node[0] == "pow" and node[1][0] == "sym":  # E^2_0
-                self.take()
-                node = power(sym(f"{node[1][1]}_{self.script_text()}"), node[2])
             elif value == "%" and (self.ahead(1)[0] in ("NUM", "NAME", "COMMAND") or self.ahead(1)[1] in ("*", "(")):
                 self.take()
                 node = mul(node, num(Fraction(1, 100)))
@@ -172,14 +168,6 @@ class Reader(Cursor):
             self.at += 3 if braced else 1
             self.degrees = True
             return mul(base, DEGREE)
-        if mark == ("OP", "'") and base[0] == "sym":
-            self.at += 1 if braced else 0
-            name = base[1]
-            while self.is_op("'"):
-                name += self.take()
-            if braced:
-                self.expect("}")
-            return self.name(name)
         exponent = self.script()
         if exponent == MINUS_ONE and base[0] == "sym" and base[1] in "fgh" and self.is_op("("):
             return self.name(base[1] + "^-1")
@@ -189,8 +177,7 @@ class Reader(Cursor):
         """An exponent: a group, or a signed primary with its own exponent (2^3^2)."""
         sign = self.sign() if self.is_op("-", "+") else ONE
         node = self.single()
-        if self.is_op("^"):
-            self.take()
+        if self.accept("^"):
             node = self.superscript(node)
         return node if sign == ONE else mul(sign, node)
 
@@ -211,24 +198,11 @@ class Reader(Cursor):
         return node
 
     def read_primary(self, kind: str, value: str) -> Node:
-        if kind == "NUM":
-            return self.number(value)
-        if kind == "NAME":
-            self.degrees |= value == "°"
-            return self.name(value)
-        if kind == "FUNC":
-            return self.function(value)
-        if kind == "TEXT":
-            while self.token[0] == "TEXT":
-                value += " " + self.take()
-            return sym(value if len(value) == 1 else value.lower())
+        if kind in READERS:
+            return getattr(self, READERS[kind])(value)
         if kind == "CURRENCY":
             self.currency = value
             return self.factor()
-        if kind == "BEGIN":
-            return self.environment(value)
-        if kind == "COMMAND":
-            return self.command(value)
         if value in ("(", "["):
             return self.sequence(value)
         if value == "{":
@@ -241,6 +215,18 @@ class Reader(Cursor):
             return self.enclosed(value)
         raise Unreadable(f"{value!r} is not expected where it stands")
 
+    def words(self, words: str) -> Node:
+        """Words that are an answer or the name of a value: \\text{Area of }ABC = 5, not words before a value."""
+        is_value = self.at > 1 and self.tokens[self.at - 2][0] == "REL"
+        while self.token[0] == "TEXT":
+            words += " " + self.take()
+        alone = self.token[0] in ("SEP", "END", "END_ENV") or self.is_op(")", "]", "}", "\\}", "&", "|")
+        goes_on = self.token[0] == "NAME" or self.is_op("(")
+        is_name = not self.starts_factor() or (goes_on and any(kind == "REL" for kind, _ in self.tokens[self.at :]))
+        if (is_value or not alone) and not (is_name and NO_NAME.isdisjoint(words.lower().split())):
+            raise Unreadable(f"the words {words!r} stand before {self.token[1]!r}")
+        return sym(words if len(words) == 1 else words.lower())
+
     def number(self, literal: str) -> Node:
         node = read_literal(literal)
         if literal.isdigit():
@@ -252,35 +238,32 @@ class Reader(Cursor):
                 top, bottom = read_literal(self.take()), read_literal(self.ahead(1)[1])
                 self.at += 2
                 return add(node, divide(top, bottom))
-            if self.is_op("_"):
-                self.take()
+            if self.accept("_"):
                 return in_base(literal, self.script_text())
         return node
 
     def name(self, name: str) -> Node:
         """A variable with subscript and primes, or a function of its own: f(x), u(t), I(0), t(0,4]."""
-        if self.is_op("_"):
-            self.take()
+        self.degrees |= name == "°"
+        if self.accept("_"):
             name += "_" + self.script_text()
-        while self.is_op("'"):
-            name += self.take()
+        while self.accept("'"):
+            name += "'"
         if name not in CONSTANTS and self.is_op("(") and self.is_application(name):
             self.take()
             inside = self.sequence("(")
-            arguments = inside[3] if inside[0] == "seq" else (inside,)
-            brackets = inside[1] + inside[2] if inside[0] == "seq" else "()"
-            return ("fn", f"{name}{brackets}", arguments)
+            _, opening, closing, arguments = inside if inside[0] == "seq" else ("seq", "(", ")", (inside,))
+            return ("fn", name + opening + closing, arguments)
         return sym(name)
 
     def function(self, name: str) -> Node:
         exponent = base = None
-        while self.is_op("^", "_"):
-            if self.take() == "^":
+        while mark := self.accept("^", "_"):
+            if mark == "^":
                 exponent = self.script()
             else:
                 base = self.log_base()
-        if name in ("min", "max", "gcd", "lcm") and self.is_op("(", "[", "\\{"):
-            self.take()
+        if name in ("min", "max", "gcd", "lcm") and self.accept("(", "[", "\\{"):
             args = self.items()
             self.expect(")", "]", "\\}")
             return call(name, *args)
@@ -291,12 +274,7 @@ class Reader(Cursor):
 
     def log_base(self) -> Node:
         kind, value = self.token
-        if (
-            kind == "NUM"
-            and len(value) > 1
-            and value.isdigit()
-            and self.ahead(1)[0] not in ("NUM", "NAME", "COMMAND", "OP")
-        ):
+        if kind == "NUM" and len(value) > 1 and value.isdigit() and self.ahead(1)[0] in ("END", "REL", "SEP"):
             self.tokens[self.at] = ("NUM", value[1:])  # \log_28 is the logarithm of 8 to base 2
             return read_literal(value[0])
         return expression(self.single())
@@ -321,8 +299,7 @@ class Reader(Cursor):
             return call("binom", self.digit_or_group(), self.digit_or_group())
         if name == "sqrt":
             index = num(2)
-            if self.is_op("["):
-                self.take()
+            if self.accept("["):
                 index = expression(self.sum())
                 self.expect("]")
             inside = expression(self.single())
@@ -337,8 +314,8 @@ class Reader(Cursor):
             letters = name.replace("measured", "")
             while self.token[0] == "NAME":
                 letters += " " + self.take()
-                if self.is_op("_"):
-                    letters += self.take() + self.script_text()
+                if self.accept("_"):
+                    letters += "_" + self.script_text()
             return sym(letters)
         if name in ("sum", "prod", "int", "lim"):
             return self.big_operator(name)
@@ -366,38 +343,36 @@ class Reader(Cursor):
             return expression(self.primary())
         raise Unreadable("a fraction has no argument")
 
+    def inside(self, bar_separates: bool = False) -> list[Node]:
+        """The items in brackets, where no | closes what was opened outside."""
+        saved = self.bars, self.bar_separates
+        self.bars, self.bar_separates = 0, bar_separates
+        items = self.items()
+        self.bars, self.bar_separates = saved
+        return items
+
     def sequence(self, opening: str) -> Node:
         """Parentheses or brackets: grouping around one item, else a tuple, point or interval."""
-        saved, self.bars, self.bar_separates = (self.bars, self.bar_separates), 0, False
-        items = self.items()
+        items = self.inside()
         closing = self.expect(")", "]")
-        self.bars, self.bar_separates = saved
         if len(items) == 1 and opening + closing in ("()", "[]"):
             return items[0]
         return ("seq", opening, closing, tuple(items))
 
     def braces(self) -> Node:
-        saved, self.bars, self.bar_separates = (self.bars, self.bar_separates), 0, False
-        items = self.items()
-        if self.is_op("choose"):
-            self.take()
+        items = self.inside()
+        if self.accept("choose"):
             items = [call("binom", items[0], self.sum())]
         self.expect("}")
-        self.bars, self.bar_separates = saved
         return items[0] if len(items) == 1 else ("set", tuple(x for item in items for x in expand_signs(item)))
 
     def set(self) -> Node:
-        if self.is_op("\\}"):
-            self.take()
+        if self.accept("\\}"):
             return ("set", ())
-        saved, self.bars, self.bar_separates = (self.bars, self.bar_separates), 0, True
-        items = self.items()
-        if self.is_op("|"):
-            self.take()
-            condition = self.items()
-            items = [("builder", items[0], tuple(condition))]
+        items = self.inside(bar_separates=True)
+        if self.accept("|"):
+            items = [("builder", items[0], tuple(self.inside()))]
         self.expect("\\}")
-        self.bars, self.bar_separates = saved
         return set_of(items)
 
     def enclosed(self, opening: str) -> Node:
@@ -420,22 +395,19 @@ class Reader(Cursor):
         rows: list[list[Node]] = [[]]
         while self.token[0] != "END_ENV":
             rows[-1].append(self.item())
-            if self.is_op("&"):
+            if self.token == ("SEP", "\\\\"):
                 self.take()
-            elif self.token == ("SEP", "\\\\"):
-                self.take()
-                if self.token[0] != "END_ENV":
-                    rows.append([])
+                rows.append([])
             elif self.token[0] != "END_ENV":
-                raise Unreadable("a matrix is not closed")
+                self.expect("&")
         self.take()
-        return matrix_of(name, rows)
+        return matrix_of(name, [row for row in rows if row])
 
     def big_operator(self, name: str) -> Node:
         """Sums and products over up to 100 whole numbers are written out; others are opaque."""
         low = high = sym("")
-        while self.is_op("_", "^"):
-            if self.take() == "_":
+        while mark := self.accept("_", "^"):
+            if mark == "_":
                 low = self.item() if not self.is_op("{") else self.primary()
             else:
                 high = self.script()

@@ -4,6 +4,8 @@ Left out: inequalities that are neither linear nor |linear|, and several variabl
 """
 # ruff: isort: skip_file
 
+import functools
+
 from .tree import (
     EXPRESSIONS, INFINITY, Node, ONE, REALS, ZERO, add, divide, is_name, is_region, mul, negative, sym, symbols,
 )  # fmt: skip
@@ -66,10 +68,7 @@ def _listed(found: list[list[Part] | None]) -> list[Part] | None:
     pieces = [part for parts in found for part in parts]
     if len(_merged(pieces)) == len(pieces):
         return pieces
-    common = found[0]
-    for parts in found[1:]:
-        common = _common(common, parts)
-    return common
+    return functools.reduce(_common, found)
 
 
 def _common(left: list[Part], right: list[Part]) -> list[Part]:
@@ -86,13 +85,7 @@ def _common(left: list[Part], right: list[Part]) -> list[Part]:
 def _without(part: Part, points: list[Part]) -> list[Part]:
     found = [part]
     for point, *_ in points:
-        pieces = []
-        for low, low_closed, high, high_closed in found:
-            if low[0] < point[0] < high[0]:
-                pieces += [(low, low_closed, point, False), (point, False, high, high_closed)]
-            else:
-                pieces.append((low, low_closed and low[0] != point[0], high, high_closed and high[0] != point[0]))
-        found = pieces
+        found = _common(found, [(LOWEST, False, point, False), (point, False, HIGHEST, False)])
     return found
 
 
@@ -100,44 +93,41 @@ def _of_relation(ops: tuple[str, ...], sides: tuple[Node, ...]) -> list[Part] | 
     """x > 1, 1 < x <= 2, x != 3, x in [0, 1], 2x + 1 < 5, |x - 1| < 2."""
     if ops == ("∈",):
         return _parts(sides[1]) if sides[0][0] == "sym" else None
-    if not {"<", "<=", ">", ">=", "!=", "="}.issuperset(ops) or len(ops) > 2:
-        return None
-    if ops[0] in (">", ">=") or (len(sides) == 2 and sides[1][0] == "sym" and is_name(sides[1])):
-        ops, sides = tuple(FLIPPED[op] for op in reversed(ops)), sides[::-1]
-    ops, sides = _isolated(ops, sides)
-    where = next((k for k, side in enumerate(sides) if not _end(side)), 0)
-    if sides[where][:2] == ("fn", "abs"):
-        return _of_absolute(ops, sides, where)
-    ends = [_end(side) for side in sides]
-    if not is_name(sides[where]) or not all(ends[:where] + ends[where + 1 :]):
+    if not FLIPPED.keys() >= set(ops) or len(ops) > 2:
         return None
     if len(ops) == 2:
-        if where != 1 or ops[0][0] != ops[1][0] or ops[0][0] not in "<>" or not ends[0][0] < ends[2][0]:
-            return None
-        return [(ends[0], ops[0] == "<=", ends[2], ops[1] == "<=")]
-    value = ends[1 - where]
-    if ops[0] == "=":
-        return [(value, True, value, True)]
-    if ops[0] == "!=":
-        return _without((LOWEST, False, HIGHEST, False), [(value, True, value, True)])
-    closed = ops[0][-1] == "="
-    return [(LOWEST, False, value, closed) if (ops[0][0] == "<") == (where == 0) else (value, closed, HIGHEST, False)]
-
-
-def _isolated(ops: tuple[str, ...], sides: tuple[Node, ...]) -> tuple[tuple[str, ...], tuple[Node, ...]]:
-    """The same relation with the variable alone, where the one side that is not constant is ax + b."""
-    where = [k for k, side in enumerate(sides) if symbols(side)]
-    if len(where) != 1 or sides[where[0]][0] not in ("add", "mul"):
-        return ops, sides
-    line = _line(sides[where[0]])
+        halves = _of_relation(ops[:1], sides[:2]), _of_relation(ops[1:], sides[1:])
+        return None if None in halves else _common(*halves) or None
+    (op,), (left, right) = ops, sides
+    if _end(left):
+        op, left, right = FLIPPED[op], right, left
+    line = _line(left) if left[0] in ("add", "mul") and _end(right) else None
     slope = _end(line[0]) if line else None
-    if not slope or not slope[0]:
-        return ops, sides
-    rest = [divide(add(side, negative(line[1])), line[0]) for side in sides]
-    rest[where[0]] = sym(*symbols(sides[where[0]]))
-    if slope[0] > 0:
-        return ops, tuple(rest)
-    return (tuple(FLIPPED[op] for op in ops), tuple(rest)) if len(ops) == 1 else (ops[::-1], tuple(rest[::-1]))
+    if slope and slope[0]:  # ax + b < c
+        op = op if slope[0] > 0 else FLIPPED[op]
+        left, right = sym(*symbols(left)), divide(add(right, negative(line[1])), line[0])
+    value = _end(right)
+    if value and left[:2] == ("fn", "abs"):
+        return _of_absolute(op, left[2][0], value)
+    if not value or not is_name(left):
+        return None
+    if op == "=":
+        return [(value, True, value, True)]
+    if op == "!=":
+        return _without((LOWEST, False, HIGHEST, False), [(value, True, value, True)])
+    closed = op[-1] == "="
+    return [(LOWEST, False, value, closed) if op[0] == "<" else (value, closed, HIGHEST, False)]
+
+
+def _of_absolute(op: str, inside: Node, value: tuple) -> list[Part] | None:
+    """|x - 1| < 2, |x| >= 3, |x| = 2."""
+    bound, opposite = value[1], negative(value[1])
+    if op == "!=" or value[0] < 0 or (op[0] == "<" and not value[0]):
+        return None
+    if op[0] == "<":
+        return _of_relation((op, op), (opposite, inside, bound))
+    left, right = _of_relation((FLIPPED[op],), (inside, opposite)), _of_relation((op,), (inside, bound))
+    return None if left is None or right is None else left + right
 
 
 def _line(node: Node) -> tuple[Node, Node] | None:
@@ -155,26 +145,6 @@ def _line(node: Node) -> tuple[Node, Node] | None:
     line = _line(inside[0]) if len(inside) == 1 else None
     scale = mul(*(factor for factor in node[1] if not symbols(factor)))
     return line and (mul(scale, line[0]), mul(scale, line[1]))
-
-
-def _of_absolute(ops: tuple[str, ...], sides: tuple[Node, ...], where: int) -> list[Part] | None:
-    """|x - 1| < 2, |x| >= 3, 1 < |x| < 2, |x| = 2."""
-    (inside,) = sides[where][2]
-    if len(ops) == 2:
-        low, high = sides[0], sides[2]
-        if where != 1 or not _end(low) or _end(low)[0] < 0 or not {"<", "<="}.issuperset(ops):
-            return None
-        right = _of_relation(ops, (low, inside, high))
-        left = _of_relation(ops[::-1], (negative(high), inside, negative(low)))
-        return None if left is None or right is None else left + right
-    op = ops[0] if where == 0 else FLIPPED[ops[0]]
-    bound = sides[1 - where]
-    if not _end(bound) or _end(bound)[0] <= 0 or op == "!=":
-        return None
-    if op in ("<", "<="):
-        return _of_relation((op, op), (negative(bound), inside, bound))
-    left, right = _of_relation((FLIPPED[op],), (inside, negative(bound))), _of_relation((op,), (inside, bound))
-    return None if left is None or right is None else left + right
 
 
 def _end(node: Node) -> tuple | None:

@@ -7,10 +7,10 @@ arguments, BEGIN and END_ENV of matrices, REL a relation, SEP between the items 
 
 import re
 
-from .tree import Unreadable, word_set
+from .tree import NUMBER_WORDS, Unreadable, word_set
 from .vocabulary import (
-    ALIASES, CHARACTERS, COMMANDS, FONTS, FUNCTION_NAMES, GREEK, KNOWN, LISTS, MATRICES, NAMED, OPERATORS, SCALES,
-    SHORT_UNITS, STOP_WORDS, TEXTS,
+    ALIASES, CHARACTERS, COMMANDS, CURRENCIES, FONTS, FUNCTION_NAMES, GREEK, KNOWN, LISTS, MATRICES, NAMED, OPERATORS,
+    SCALES, SHORT_UNITS, STOP_WORDS, TEXTS,
 )  # fmt: skip
 
 MAX_CHARS, MAX_TOKENS = 2_000, 700
@@ -23,7 +23,7 @@ _NAMES_IN_RUN = "|".join(
 )
 _RUN = re.compile(rf"([A-Za-z]?)({_NAMES_IN_RUN})({'|'.join(GREEK)}|[A-Za-z]?)")
 _GROUPED = re.compile(
-    r"\d{1,3}(?P<sep>,\\!\s*|\{,\}\s*|\\,|,|[ ~])\d{3}(?:(?:,\\!\s*|\{,\}\s*|\\,|,|[ ~])\d{3})*(?!,?\d)"
+    r"\d{1,3}(?P<sep>,\\!\s*|\{,\}\s*|\\,|,|[ ~])\d{3}(?:(?:,\\!\s*|\{,\}\s*|\\,|,|[ ~])\d{3})*(?!,?\d)(?:\.\d+)?"
 )
 _NUMBER = re.compile(r"(?:\d+\.?\d*|\.\d+)(?:[eE][-+]?\d+)?")
 _TOKEN = re.compile(
@@ -32,67 +32,87 @@ _TOKEN = re.compile(
     r"|(?P<run>[A-Za-z]+)|(?P<op><=|>=|!=|==|->|=>|\.\.\.|[-+*/^_!()\[\]{}|:=<>&%%,;'])"
     % ((f"{MATRICES}|{LISTS}",) * 2)
 )
-_UNIT = r"\s*\\(?:text|mathrm) *\{([^{}]*)\}\s*"
-_UNIT_FRACTION = re.compile(rf"\\[dt]?frac *\{{{_UNIT}\}} *\{{{_UNIT}\^?\{{?(\d?)\}}?\}}")
-_SYMBOL_UNIT = re.compile(
-    r"^(?P<value>(?=[^\\]*\d)[-\d.eE+{},^\s]*+(?:\\(?:times|cdot)\s*+10\s*+\^[-\d{}\s]*+)?+)(?:\s|~|\\[,;: ])*+"
-    r"(?P<unit>(?:\\(?:text|mathrm)\s*\{[~\s]*)?(?:[MLR]\s*\}?_\s*\{?\\odot|[kM]?\\Omega|\\AA|\\mathring\s*\{?A)"
-    r"|\\mu\s*\\(?:text|mathrm)\s*\{\s*[A-Za-z]{1,2}|\\(?:text|mathrm)\s*\{[~\s]*\\mu\s*[A-Za-z]{1,2})[}\s]*$"
-)
-_TIME_UNIT = re.compile(r"(?<=[\d})])(?:[\s~]|\\[,;: ])*(?:\\(?:text|mathrm|mbox)\s*\{[\s~]*)?(min|sec)s?\s*\}?$")
-_BASE = r"\s*(?:\\(?:text|mathrm|mbox)\s*\{)?[\s~]*\(?(?:in )?base[\s~]*\}?\s*\$?(\d{1,2})\$?\)?\s*\}?$"
-_LETTER_DEGREE = r"(?<=[\d)}])\s*\^\s*(?:\{?\s*\\(?:text|mathrm|mbox)\s*\{\s*o\s*\}\s*\}?|\{o\}|o\b)"
-_SYSTEM = r"\\left\s*\\\{\s*\\begin\s*\{array\}\s*(?:\{[lcr]+\})?(.*?)\\end\s*\{array\}\s*\\right\s*\."
 # \text{The area is } or \text{Answer: } before a value
 _LEAD = re.compile(
-    r"^(?:\\(?:text|mbox)\s*\{ *)?(?P<words>(?=[^:}]*[a-z]{3})[A-Za-z][A-Za-z ]{0,60})(?: is|:)[ }]*(?=[-\d\\(\[])"
+    r"^(?:\\(?:text|mbox)\s*\{ *)?(?P<words>(?=[^:}]*[a-z]{3})[A-Za-z][A-Za-z ,]{0,60})"
+    r"(?: (?:is|are|was|were)|:)[ }:]*(?=[-\d\\(\[])"
 )
 _FONT = re.compile(rf"\\(?:{'|'.join(FONTS)})\s*(?=\{{)")
-# "k is any whole number" after a family of solutions says nothing that is graded
-_CLAUSE = (
-    r"(?:,|\(|\\quad)(?:\s|~|\\[,;: ]|\\q?quad)*(?:\\text *\{ *(?:where|for|with) *\})?"
-    r"\s*[a-z] *\\in *\\mathbb *\{?[ZN]\}?(?:\^\{?\+\}?)?"
-    r" *\)?\s*$"
-)
 _BRACE = re.compile(r"\\.|[{}]", re.DOTALL)
 _PLAIN_OPERATORS = {"==": "=", "->": "→", "=>": "→", "...": "…"}
 _RELATIONS = word_set("= < > <= >= != ∈ ∉ ≈ ≡ ~ ≅ ∝ → ⊥ ∥ ⊂ ⊆")
+NO_UNIT = STOP_WORDS.union(NUMBER_WORDS, SCALES, (f"{scale}s" for scale in SCALES))
+_FOLLOWING = re.compile(r" (?:\d|([a-z]{2,3})(?![A-Za-z]))")  # behind a short word in prose: he has 12
+_NO_PROSE = KNOWN | SHORT_UNITS | {"or", "and"}
+NO_NAME = NO_UNIT | {"square", "squared", "cube", "cubed", "root", "twice", "double", "triple"}
 _SEPARATORS = {",", ";", "or", "and", "\\\\"}
 
 
 # ---------------------------------------------------------------------------------------------- the cutting
 
 
+def _symbol_unit(match: re.Match) -> str:
+    unit = re.sub(r"\\(?:text|mathrm)|[^A-Za-z]", "", match["unit"])
+    return f"{match['value']}\\text{{ {unit}}}"
+
+
+def _repeating(match: re.Match) -> str:
+    whole, start, cycle = match.groups()
+    top = int(whole + start + cycle) - int(whole + start or 0)
+    return f"\\frac{{{top}}}{{{'9' * len(cycle)}{'0' * len(start)}}}"
+
+
+_UNIT = r"\s*\\(?:text|mathrm) *\{([^{}]*)\}\s*"
+_SHORT_UNIT = "|".join(sorted(SHORT_UNITS))
+_REWRITTEN = [(re.compile(pattern), spelling) for pattern, spelling in (  # in this order
+    (r"\^ *(?:\{ *(?:\\prime *|')+\}|\\prime)", lambda match: "'" * len(re.findall("prime|'", match[0]))),
+    (r"\\left\s*\\\{\s*\\begin\s*\{array\}\s*(?:\{[lcr]+\})?((?s:.*?))\\end\s*\{array\}\s*\\right\s*\.",
+     r"\\begin{cases}\1\\end{cases}"),
+    (r"\\cup(?= *[a-z] *(?:[<>=]|\\[gln]e))", r"\\text{ or }"),  # x < 1 ∪ x > 2
+    (r"([A-Za-z]) *\^ *(\w|\{[^{}]*\}) *_ *(\w|\{[^{}]*\})", r"\1_\3^\2"),  # E^2_0
+    (r"\\mathop\s*\{((?:[^{}]|\{[^{}]*\})*)\}", r"\1 "),
+    (r"^\*\*(.*)\*\*$", r"\1"),
+    (r"\*\*", "^"),
+    (r"\\(?:left|right)\s*\.|\\(?:text)?color\s*\{\w+\}|\b(?:np|math|numpy)\.", " "),
+    (r"\bd([a-zA-Z])/d([a-zA-Z])\b", r"\\frac{d\1}{d\2}"),
+    (r"(?<=\d)\s*(k?m/(?:s|h|hr)(?:\^\{?2\}?)?)(?![A-Za-z])", r"\\text{ \1}"),
+    (rf"\\[dt]?frac *\{{{_UNIT}\}} *\{{{_UNIT}(\^(?:\d|\{{\d\}}))?\}}", r"\\text{ \1/\2}\3"),
+    # the base of a number, degrees written with the letter o or before C and F
+    (r"\s*(?:\\(?:text|mathrm|mbox)\s*\{)?[\s~]*\(?(?:in )?base[\s~]*\}?\s*\$?(\d{1,2})\$?\)?\s*\}?$", r"_{\1}"),
+    (r"(?<=[\d)}])\s*\^\s*(?:\{?\s*\\(?:text|mathrm|mbox)\s*\{\s*o\s*\}\s*\}?|\{o\}|o\b)", r"^\\circ "),
+    (r"(\d *(?:\\degree|\^ *\{? *\\circ *\}?)) *([CF])$", r"\1\\text{ \2}"),
+    (r"(?<=[)\]])\s*U\s*(?=[(\[][^()\[\]]*,)", r"\\cup "),  # (0, 1) U (2, 3)
+    (r"(?<=\d)\s*[xX]\s*(?=10\s*\^)", r"\\times "),
+    (r"(\d{0,30})\.(\d{0,30})\\(?:overline|bar|dot)\s*\{(\d{1,30})\}", _repeating),
+    (r"(?:\s|[.,;:]|\\[,;!\s]|\\\\|\\$)+$", ""),
+    (r"(?<!\.[a-z])\.(?=\s*\}+$)|^(?:=|\\approx|\\simeq)\s*", ""),
+    (rf"(?<=\d)(?:\s|\\[,;: ])*\(\s*({_SHORT_UNIT})\s*(\^\{{?\d\}}?)?\s*\)", r"\\text{ \1}\2"),  # 12 (cm^2)
+    # a unit that is written with a symbol, after the number that is the whole answer
+    (r"^(?P<value>(?=[^\\]*\d)[-\d.eE+{},^\s]*+(?:\\(?:times|cdot)\s*+10\s*+\^[-\d{}\s]*+)?+)(?:\s|~|\\[,;: ])*+"
+     r"(?P<unit>(?:\\(?:text|mathrm)\s*\{[~\s]*)?(?:[MLR]\s*\}?_\s*\{?\\odot|[kM]?\\Omega|\\AA|\\mathring\s*\{?A)"
+     r"|\\mu\s*\\(?:text|mathrm)\s*\{\s*[A-Za-z]{1,2}|\\(?:text|mathrm)\s*\{[~\s]*\\mu\s*[A-Za-z]{1,2})[}\s]*$",
+     _symbol_unit),
+    (r"(?<=[\d})])(?:[\s~]|\\[,;: ])*(?:\\(?:text|mathrm|mbox)\s*\{[\s~]*)?(min|sec)s?\s*\}?$", r"\\text{ \1}"),
+)]  # fmt: skip
+
+
 def clean(text: str) -> str:
     """The text without math delimiters, final punctuation and spellings that mean the same."""
-    if len(text) > MAX_CHARS:
-        raise Unreadable(f"it has {len(text):,} characters, more than {MAX_CHARS:,}")
     if re.search(r"[\x00-\x08\x0b-\x1f\x7f]", text):
         raise Unreadable("it holds a control character")
     text = _SCRIPTS.sub(lambda m: ("^{" if m[1] else "_{") + m.group().translate(_SCRIPT_DIGITS) + "}", text)
     text = re.sub(r"[\s~]+", " ", text.translate(_TRANSLATION)).replace("...", "\\ldots ").replace("{:}", ":")
     text = re.sub(r"(?<!\\)((?:\\\\)*)(?:\\[()\[\]]|\$)", r"\1 ", text).strip()
-    text = re.sub(_SYSTEM, r"\\begin{cases}\1\\end{cases}", text, flags=re.DOTALL)
-    text = re.sub(r"\\mathop\s*\{((?:[^{}]|\{[^{}]*\})*)\}", r"\1 ", text)
-    text = re.sub(r"^\*\*(.*)\*\*$", r"\1", text).replace("**", "^")
-    text = re.sub(r"\\(?:left|right)\s*\.|\\(?:text)?color\s*\{\w+\}|\b(?:np|math|numpy)\.", " ", text)
-    text = re.sub(r"\bd([a-zA-Z])/d([a-zA-Z])\b", r"\\frac{d\1}{d\2}", text)
-    text = re.sub(r"(?<=\d)\s*(k?m/(?:s|h|hr)(?:\^\{?2\}?)?)(?![A-Za-z])", r"\\text{ \1}", text)
-    text = _UNIT_FRACTION.sub(_unit_fraction, text)
-    text = re.sub(_CLAUSE, "", text)
-    text = re.sub(_BASE, r"_{\1}", text)
-    text = re.sub(_LETTER_DEGREE, r"^\\circ ", text)
-    text = re.sub(r"(?<=[)\]])\s*U\s*(?=[(\[][^()\[\]]*,)", r"\\cup ", text)  # (0, 1) U (2, 3)
-    text = re.sub(r"(?<=\d)\s*[xX]\s*(?=10\s*\^)", r"\\times ", text)
-    text = re.sub(r"(\d{0,30})\.(\d{0,30})\\(?:overline|bar|dot)\s*\{(\d{1,30})\}", _repeating, text)
-    text = re.sub(r"(?:\s|[.,;:]|\\[,;!\s]|\\\\|\\$)+$", "", text)
-    text = re.sub(r"(?<!\.[a-z])\.(?=\s*\}+$)|^(?:=|\\approx|\\simeq)\s*", "", text)
-    text = _TIME_UNIT.sub(r"\\text{ \1}", _SYMBOL_UNIT.sub(_symbol_unit, text))
+    for pattern, spelling in _REWRITTEN:
+        text = pattern.sub(spelling, text)
+    if text.endswith("}") and text.count("}") - text.count("\\}") > text.count("{") - text.count("\\{"):
+        text = text[:-1]
     text = _without_font(text)
     lead = _LEAD.match(text)
     if lead and not STOP_WORDS.intersection(lead["words"].lower().split()):
         text = text[lead.end() :].lstrip()
-    text = re.sub(r"^([\[\]])([^\[\]]*,[^\[\]]*)([\[\]])$", _turned_brackets, text)
+    text = re.sub(r"^\](?=[^\[\]]*,[^\[\]]*[\[\]]$)", "(", text)  # ]0, 1[ is (0, 1)
+    text = re.sub(r"^([(\[][^\[\]]*,[^\[\]]*)\[$", r"\1)", text)
     return re.sub(r"^<(.*,.*)>$", r"(\1)", text)
 
 
@@ -107,33 +127,12 @@ def _without_font(text: str) -> str:
     return text
 
 
-def _turned_brackets(match: re.Match) -> str:
-    """]0, 1[ is (0, 1)."""
-    return f"{'[' if match[1] == '[' else '('}{match[2]}{']' if match[3] == ']' else ')'}"
-
-
-def _symbol_unit(match: re.Match) -> str:
-    """A unit that is written with a symbol, after the number that is the whole answer."""
-    unit = re.sub(r"\\(?:text|mathrm)|[^A-Za-z]", "", match["unit"])
-    return f"{match['value']}\\text{{ {unit}}}"
-
-
-def _unit_fraction(match: re.Match) -> str:
-    return f"\\text{{ {match[1]}/{match[2]}}}" + (f"^{{{match[3]}}}" if match[3] else "")
-
-
-def _repeating(match: re.Match) -> str:
-    whole, start, cycle = match.groups()
-    top = int(whole + start + cycle) - int(whole + start or 0)
-    return f"\\frac{{{top}}}{{{'9' * len(cycle)}{'0' * len(start)}}}"
-
-
 def tokenize(text: str, grouped: bool = True, depth: int = 0) -> list[tuple[str, str]]:
     """Tokens (kind, value). `grouped`: whether the plain comma of "1,234" is part of the number."""
     out: list[tuple[str, str]] = []
     at = 0
     while at < len(text):
-        number = _match_number(text, at, grouped)
+        number = _match_number(text, at, grouped) if text[at].isdigit() or text[at] == "." else None
         if number:
             out.append(("NUM", re.sub(r"[^\d.eE+-]", "", number)))
             at += len(number)
@@ -149,7 +148,12 @@ def tokenize(text: str, grouped: bool = True, depth: int = 0) -> list[tuple[str,
         elif kind == "escaped":
             out.append({"$": ("CURRENCY", "$"), "|": ("OP", "|"), "%": ("OP", "%")}.get(value, ("OP", "\\" + value)))
         elif kind == "run":
-            out += _run(value, out)
+            spaced = text[match.start() - 1 : match.start()] in " " and text[at : at + 1] in " ,."
+            letters = _run(value, out, spaced)
+            following = _FOLLOWING.match(text, at) if 1 < len(value) == len(letters) and not value.isupper() else None
+            if following and following[1] not in _NO_PROSE:
+                raise Unreadable(f"the word {value!r} is no part of an answer")
+            out += letters
         elif kind == "op":
             if value == "!=" and out and out[-1][0] == "NUM":
                 out.append(("OP", "!"))
@@ -165,16 +169,11 @@ def tokenize(text: str, grouped: bool = True, depth: int = 0) -> list[tuple[str,
 def _match_number(text: str, at: int, grouped: bool) -> str | None:
     match = _GROUPED.match(text, at)
     if match and not (at > 1 and text[at - 1] == "," and text[at - 2].isdigit()):
-        inside = text[:at].rstrip()[-1:] in ("(", "[", "{") and text[match.end() :].lstrip()[:1] in (
-            ")",
-            "]",
-            "}",
-            "\\",
-        )
+        opened, closed = text[:at].rstrip()[-1:], text[match.end() :].lstrip()[:1]
+        inside = opened in ("(", "[", "{") and closed in (")", "]", "}", "\\")
         plain = match["sep"] == "," and ",0" not in match.group()
         if not plain or (grouped and not inside):
-            tail = re.compile(r"\.\d+").match(text, match.end())
-            return match.group() + (tail.group() if tail else "")
+            return match.group()
     match = _NUMBER.match(text, at)
     return match.group() if match else None
 
@@ -185,10 +184,12 @@ def _operator(value: str) -> tuple[str, str]:
     return ("NAME", "…") if value == "…" else ("REL" if value in _RELATIONS else "OP", value)
 
 
-def _run(run: str, before: list[tuple[str, str]]) -> list[tuple[str, str]]:
-    """A run of letters: a name, a function, a word, or a product of single letters."""
-    if run in ("or", "and", "mod"):
-        return [_operator(run)]
+def _run(run: str, before: list[tuple[str, str]], spaced: bool = False) -> list[tuple[str, str]]:
+    """A run of letters, and whether spaces stand around it: a name, a function, a word, or a product of letters."""
+    if run in ("or", "and", "mod", "modulo"):
+        return [_operator(run[:3])]
+    if run in CURRENCIES:
+        return [("CURRENCY", CURRENCIES[run])]
     name = ALIASES.get(run, run)
     if name == "sqrt" or (name in FUNCTION_NAMES and name not in ("re", "im", "arg")):
         return [("COMMAND" if name == "sqrt" else "FUNC", name)]
@@ -197,7 +198,8 @@ def _run(run: str, before: list[tuple[str, str]]) -> list[tuple[str, str]]:
     parts = _RUN.fullmatch(run)
     if parts and parts[2] not in ("re", "im", "arg"):
         return [token for part in parts.groups() if part for token in _run(part, before)]
-    if len(run) > 3 or (run in SHORT_UNITS and before and before[-1][0] == "NUM"):
+    follows = before and before[-1][0] in ("NUM", "TEXT") and (spaced or run != "mg")  # 2mg is a weight
+    if len(run) > 3 or (follows and run in SHORT_UNITS) or (spaced and run in NO_UNIT):
         return [("TEXT", run)]
     letters = [("NAME", letter) for letter in run]
     if len(run) > 1 and before and before[-1] == ("OP", "/"):  # t/RC
@@ -218,7 +220,7 @@ def _command(name: str, text: str, at: int, out: list[tuple[str, str]], grouped:
         return stop + 1
     if name in OPERATORS:
         value = OPERATORS[name]
-        out.append(("CURRENCY", value) if value in "£€¥" else _operator("pmod" if name == "pmod" else value))
+        out.append(("CURRENCY", value) if value in "£€¥" else _operator(value))
     elif name in NAMED:
         out.append(("NAME", NAMED[name]))
     elif name in FUNCTION_NAMES or name in ALIASES:
@@ -244,7 +246,10 @@ def _group(text: str, at: int) -> tuple[int, int]:
 def _text(content: str, before: list[tuple[str, str]], grouped: bool, depth: int) -> list[tuple[str, str]]:
     """Tokens of a text command: words, a unit after a number, a separator, a function, else as outside of text."""
     words = re.sub(r"(?:[\s~$]|\\[,;:! ])+", " ", content).strip(" .,")
-    after_value = before and (before[-1][0] == "NUM" or before[-1][1] in (")", "}"))
+    last = next((token for token in reversed(before) if token != ("OP", "(")), END)
+    after_value = last[0] == "NUM" or last[1] in (")", "}")
+    if after_value and words[:1] + words[-1:] == "()":
+        words = words[1:-1]
     if after_value and words in ("min", "sec"):
         return [("TEXT", words)]
     unit = re.sub(r"\\cdot|[{}]", " ", words)
@@ -254,8 +259,8 @@ def _text(content: str, before: list[tuple[str, str]], grouped: bool, depth: int
         if depth > 3:
             raise Unreadable("text commands are nested too deep")
         return tokenize(content, grouped, depth + 1)
-    if words.lower() in ("or", "and"):
-        return [("SEP", words.lower())]
+    if words.lower() in ("or", "and", "mod", "modulo"):
+        return [_operator(words.lower()[:3])]
     name = ALIASES.get(words, words)
     if name in FUNCTION_NAMES:
         return [("FUNC", name)]
@@ -287,6 +292,14 @@ class Cursor:
     def is_op(self, *values: str) -> bool:
         return self.token[0] == "OP" and self.token[1] in values
 
+    def accept(self, *values: str) -> str:
+        """Takes the operator that stands here if it is one of `values`, else returns ""."""
+        kind, value = self.token
+        if kind != "OP" or value not in values:
+            return ""
+        self.at += 1
+        return value
+
     def expect(self, *values: str) -> str:
         if not self.is_op(*values):
             raise Unreadable(f"{self.token[1] or 'the end'!r} stands where {' or '.join(values)} is expected")
@@ -294,21 +307,19 @@ class Cursor:
 
     def script_text(self) -> str:
         """A subscript as text: of x_1, x_{n+1}, \\lambda_{\\text{red}}."""
-        if not self.is_op("{"):
+        if not self.accept("{"):
             return self.take()
-        depth, text = 0, ""
-        while True:
+        text, depth = "", 1
+        while depth:
             if self.token == END:
                 raise Unreadable("a brace is never closed")
             value = self.take()
             depth += {"{": 1, "}": -1}.get(value, 0)
-            if not depth:
-                return text
-            text += value if value != "{" else ""
+            text += value.strip("{}")
+        return text
 
     def is_application(self, name: str) -> bool:
-        kinds = [self.ahead(k)[0] for k in range(1, 4)]
-        if kinds[0] in ("NUM", "NAME") and self.ahead(2) == ("OP", ")"):
+        if self.ahead(1)[0] in ("NUM", "NAME", "TEXT") and self.ahead(2) == ("OP", ")"):
             return True
         if name[0] in "fghFGHP" and self.ahead(1) == ("OP", "-") and self.ahead(3) == ("OP", ")"):
             return True
@@ -323,21 +334,31 @@ class Cursor:
                 return True
         return False
 
+    def is_unit(self) -> bool:
+        """Whether a unit in parentheses stands here: (weeks), (cm^2)."""
+        return self.is_op("(") and self.ahead(1)[0] == "TEXT" and self.ahead(2)[1] in (")", "^", "/")
+
     def unit_words(self) -> tuple[int, str]:
+        """The words of a unit, in parentheses or not, and the number that "million" stands for."""
         words, scale = "", 1
+        in_parentheses = self.is_unit() and self.take()
         while True:
             if self.token[0] == "TEXT" or self.is_op("%") or self.token[0] == "CURRENCY":
                 words += " " + self.take()
-            elif words and self.is_op("^"):
-                self.take()
+            elif words and self.accept("^"):
                 words += f"^{self.script_text()}"
             elif words and self.is_op("/", "*") and self.ahead(1)[0] == "TEXT":
                 words += "/" if self.take() == "/" else " "
             else:
                 break
+        if in_parentheses:
+            self.expect(")")
+        if not words:
+            return 1, ""
         pieces = words.split()
-        if len(pieces) > 4 or STOP_WORDS.intersection(w.lower().strip("'") for w in pieces):
-            raise Unreadable(f"the words{words!r} follow the answer")
         while pieces and pieces[0].lower().rstrip("s") in SCALES:
             scale *= SCALES[pieces.pop(0).lower().rstrip("s")]
+        is_power = pieces[:1] in (["squared"], ["cubed"])
+        if len(pieces) > 4 or is_power or not NO_UNIT.isdisjoint(map(str.lower, pieces)):
+            raise Unreadable(f"the words{words!r} follow the answer")
         return scale, " ".join(pieces)

@@ -63,7 +63,20 @@ def expression(node: Node) -> Node:
         return node
     if node[0] == "unit" and node[2] == "degree":
         return mul(node[1], DEGREE)
+    if is_modulo(node):  # (n mod 2) + 1
+        return node[1]
     raise Unreadable(f"a {node[0]} stands where a number or expression is expected")
+
+
+def is_modulo(node: Node) -> bool:
+    return node[0] == "unit" and node[2][0] == "mod"
+
+
+def residue(node: Node, modulus: Node) -> Node:
+    """7 (mod 5) is 2; both sides of a congruence of numbers."""
+    if node[0] == "rel":
+        return ("rel", node[1], tuple(residue(side, modulus) for side in node[2]))
+    return call("mod", node, modulus) if is_number(node) and is_number(modulus) else node
 
 
 def add(*terms: Node) -> Node:
@@ -95,11 +108,7 @@ def mul(*factors: Node) -> Node:
     """Product in normal form, also of matrices. A decimal times ±10^k stays a decimal."""
     matrices = [f for f in factors if f[0] == "matrix"]
     if matrices:
-        product = functools.reduce(_matrix_product, matrices)
-        scale = mul(*(f for f in factors if f[0] != "matrix"))
-        if product[0] != "matrix":
-            return mul(scale, product)
-        return ("matrix", tuple(tuple(mul(scale, cell) for cell in row) for row in product[1]))
+        return functools.reduce(_matrix_product, matrices, mul(*(f for f in factors if f[0] != "matrix")))
     product, rest, decimals = Fraction(1), [], []
     for factor in map(expression, factors):
         for part in factor[1] if factor[0] == "mul" else (factor,):
@@ -122,7 +131,7 @@ def mul(*factors: Node) -> Node:
 
 
 def _matrix_product(a: Node, b: Node) -> Node:
-    """The product of two matrices; of two columns the scalar product."""
+    """The product of a number and a matrix or of two matrices; of two columns the scalar product."""
     if a[0] != "matrix":
         return ("matrix", tuple(tuple(mul(a, cell) for cell in row) for row in b[1]))
     if len(a[1][0]) == len(b[1][0]) == 1 and len(a[1]) == len(b[1]):
@@ -135,7 +144,7 @@ def _matrix_product(a: Node, b: Node) -> Node:
 
 def _is_power_of_ten(value: Fraction) -> bool:
     small, large = sorted((value.numerator, value.denominator))
-    return small == 1 and large == 10 ** round((large.bit_length() - 1) * math.log10(2))
+    return small == 1 and str(large).rstrip("0") == "1"
 
 
 def negative(node: Node) -> Node:
@@ -164,33 +173,24 @@ def power(base: Node, exponent: Node) -> Node:
     return ("pow", base, exponent)
 
 
-def sqrt(node: Node) -> Node:
-    return power(node, num(Fraction(1, 2)))
-
-
-def _whole(args: tuple[Node, ...], limit: int) -> list[int] | None:
-    if all(is_number(a) and a[1].denominator == 1 and abs(a[1]) <= limit for a in args):
-        return [int(a[1]) for a in args]
-    return None
+_OF_NUMBERS = {"abs": abs, "floor": math.floor, "ceil": math.ceil, "min": lambda *x: min(x), "max": lambda *x: max(x)}
+_OF_WHOLE_NUMBERS = {  # up to a limit, with or without negative ones
+    "gcd": (10**100, True, math.gcd), "lcm": (10**100, True, math.lcm), "mod": (10**100, True, lambda n, m: n % m),
+    "binom": (2500, False, math.comb), "!": (1400, False, math.factorial),
+    "!!": (1400, False, lambda n: math.prod(range(n, 0, -2))),
+}  # fmt: skip
 
 
 def call(name: str, *args: Node) -> Node:
     """A function of expressions, done exactly where the arguments are small whole numbers."""
     args = tuple(map(expression, args))
-    if name in ("abs", "floor", "ceil", "min", "max") and all(map(is_number, args)):
-        do = {"abs": abs, "floor": math.floor, "ceil": math.ceil, "min": lambda *x: min(x), "max": lambda *x: max(x)}[
-            name
-        ]
-        return num(do(*(a[1] for a in args)))
-    if name in ("gcd", "lcm", "mod", "binom", "!", "!!"):
-        whole = _whole(args, {"binom": 2500, "!": 1400, "!!": 1400}.get(name, 10**100))
-        if whole and name in ("gcd", "lcm"):
-            return num(getattr(math, name)(*whole))
-        if whole and name == "mod" and whole[1]:
-            return num(whole[0] % whole[1])
-        if whole and min(whole) >= 0 and name != "mod":
-            do = {"binom": math.comb, "!": math.factorial, "!!": lambda n: math.prod(range(n, 0, -2))}[name]
-            return num(do(*whole))
+    values = [a[1] for a in args] if all(map(is_number, args)) else []
+    if values and name in _OF_NUMBERS:
+        return num(_OF_NUMBERS[name](*values))
+    if values and name in _OF_WHOLE_NUMBERS and (name != "mod" or values[1]):
+        limit, negative_too, of_whole_numbers = _OF_WHOLE_NUMBERS[name]
+        if all(v.denominator == 1 and (-limit if negative_too else 0) <= v <= limit for v in values):
+            return num(of_whole_numbers(*map(int, values)))
     return ("fn", name, args)
 
 
@@ -241,10 +241,8 @@ def is_name(node: Node) -> bool:
 def read_literal(text: str) -> Node:
     """142 and 142.0 are exact; 0.50 is a decimal that states hundredths; 4.5e33 states 1e32."""
     mantissa, _, exponent = text.lower().partition("e")
-    if len(exponent.lstrip("+-")) > 4:
-        raise Unreadable("a number has too many digits")
     whole, _, places = mantissa.partition(".")
-    shift = int(exponent or 0)
+    shift = int(exponent or 0) if len(exponent) < 7 else MAX_BITS
     if abs(shift) > 4000:
         raise Unreadable("a number has too many digits")
     unit = Fraction(10) ** (shift - len(places))
@@ -287,11 +285,10 @@ def expand_signs(node: Node) -> list[Node]:
     names = sorted(name for name in symbols(node) if name.startswith("±"))
     if len(names) > 3:
         raise Unreadable("it has more than three ±")
-    together = "±0" in names
     found = []
-    for signs in (
-        [(1,) * len(names), (-1,) * len(names)] if together else itertools.product((1, -1), repeat=len(names))
-    ):
+    for signs in itertools.product((1, -1), repeat=len(names)):
+        if "±0" in names and len(set(signs)) > 1:
+            continue
         one = node
         for name, sign in zip(names, signs):
             one = substitute(one, sym(name), num(sign))
@@ -300,13 +297,20 @@ def expand_signs(node: Node) -> list[Node]:
 
 
 def usual_form(items: list[Node]) -> Node:
-    """One node for the items of a list: n = -6, 9 is n = -6, n = 9; x = 1, y = 2 is (x, y) = (1, 2)."""
+    """One node for the items of a list: n = -6, 9 is n = -6, n = 9; x = 1, y = 2 is (x, y) = (1, 2).
+
+    The modulus at the end of x ≡ 1, 4 (mod 5) is that of all items.
+    """
     if len(items) == 1:
         return items[0]
-    named = [x[0] == "rel" and x[1] == ("=",) and is_name(x[2][0]) for x in items]
+    if items[0][:2] == ("rel", ("≡",)) and is_modulo(items[-1]):
+        listed = usual_form([x[1] if is_modulo(x) else x for x in items])
+        return ("list", tuple(("unit", x, items[-1][2]) for x in listed[1]))
+    named = [x[0] == "rel" and x[1] in (("=",), ("≡",)) and is_name(x[2][0]) for x in items]
     if named[0] and not any(x[0] == "rel" for x in items[1:]):
-        items = [items[0]] + [("rel", ("=",), (items[0][2][0], x)) for x in items[1:]]
-    elif all(named) and len({x[2][0] for x in items}) == len(items):
+        _, ops, (name, _) = items[0]
+        items = [items[0]] + [("rel", ops, (name, x)) for x in items[1:]]
+    elif all(named) and len({x[2][0] for x in items}) == len(items) and {x[1] for x in items} == {("=",)}:
         names, values = zip(*(x[2] for x in items))
         return ("rel", ("=",), (("seq", "(", ")", names), ("seq", "(", ")", values)))
     return ("list", tuple(items))
@@ -337,7 +341,7 @@ def set_of(items: list[Node]) -> Node:
 
 
 def matrix_of(environment: str, rows: list[list[Node]]) -> Node:
-    if len({len(row) for row in rows}) > 1 or not rows[0]:
+    if len({len(row) for row in rows}) != 1:
         raise Unreadable("the rows of a matrix differ in length")
     return _determinant(tuple(map(tuple, rows))) if environment == "vmatrix" else ("matrix", tuple(map(tuple, rows)))
 

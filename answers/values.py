@@ -123,13 +123,13 @@ def _function(name: str, args: list):
     value = args[0]
     if name == "root":
         return _root(*args)
-    if name in ("floor", "ceil", "min", "max", "gcd", "lcm", "mod", "!!"):
+    if name in ("floor", "ceil", "min", "max", "gcd", "lcm", "mod"):
         if not all(map(is_real, args)):
             raise _NoValue
         args = [context.re(x) for x in args]
         if name in ("min", "max"):
             return {"min": min, "max": max}[name](args)
-        if name in ("gcd", "lcm", "!!"):
+        if name in ("gcd", "lcm"):
             raise _NoValue
         if name == "mod":
             return args[0] - args[1] * context.floor(args[0] / args[1])
@@ -137,7 +137,7 @@ def _function(name: str, args: list):
         near = abs(args[0] - nearest) < context.mpf(10) ** -40
         return nearest if near else getattr(context, name)(args[0])
     size = max(context.mag(x) if x else 0 for x in args)
-    limits = {"!": 12, "binom": 12, "sinh": 16, "cosh": 16, "tanh": 16, "coth": 16, "sech": 16, "csch": 16}
+    limits = {"!": 12, "!!": 12, "binom": 12, "sinh": 16, "cosh": 16, "tanh": 16, "coth": 16, "sech": 16, "csch": 16}
     if size > limits.get(name, 4000):
         raise _NoValue
     if name == "ln" and not value:
@@ -147,18 +147,13 @@ def _function(name: str, args: list):
 
 def _root(value, degree):
     """The real odd root of a real number."""
-    if not is_real(value):
-        return value ** (1 / degree)
-    value = context.re(value)
-    return value ** (1 / degree) if value >= 0 else -((-value) ** (1 / degree))
+    if is_real(value) and context.re(value) < 0:
+        return -((-context.re(value)) ** (1 / degree))
+    return value ** (1 / degree)
 
 
-_RENAMED = {
-    "abs": "fabs", "ln": "log", "!": "factorial", "binom": "binomial", "arcsin": "asin", "arccos": "acos",
-    "arctan": "atan", "arccot": "acot", "arcsec": "asec", "arccsc": "acsc", "arcsinh": "asinh", "arccosh": "acosh",
-    "arctanh": "atanh",
-}  # fmt: skip
+_RENAMED = {"abs": "fabs", "ln": "log", "!": "factorial", "!!": "fac2", "binom": "binomial"}
 _FUNCTION_OF = {
-    name: getattr(context, _RENAMED.get(name, name))
-    for name in FUNCTIONS - {"root", "floor", "ceil", "min", "max", "gcd", "lcm", "mod", "!!"}
+    name: getattr(context, _RENAMED.get(name) or name.replace("arc", "a"))  # arcsin is asin in mpmath
+    for name in FUNCTIONS - {"root", "floor", "ceil", "min", "max", "gcd", "lcm", "mod"}
 }

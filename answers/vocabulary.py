@@ -9,59 +9,47 @@ from .tree import FUNCTIONS, word_set
 
 # Unicode and the ASCII or LaTeX it stands for.
 CHARACTERS = {
-    "−": "-", "–": "-", "—": "-", "‐": "-", "×": "\\times ", "·": "\\cdot ", "⋅": "\\cdot ", "∙": "\\cdot ", "∗": "*",
-    "÷": "\\div ", "∕": "/", "⁄": "/", "√": "\\sqrt ", "∛": "\\sqrt[3]", "∜": "\\sqrt[4]", "∞": "\\infty ",
-    "°": "\\degree ", "º": "\\degree ", "≤": "\\le ", "⩽": "\\le ", "≥": "\\ge ", "⩾": "\\ge ", "≠": "\\ne ",
-    "≈": "\\approx ", "≡": "\\equiv ", "∈": "\\in ", "∪": "\\cup ", "∩": "\\cap ", "∖": "\\setminus ", "±": "\\pm ",
-    "∓": "\\mp ", "∅": "\\emptyset ", "ℝ": "\\mathbb{R}", "ℤ": "\\mathbb{Z}", "ℕ": "\\mathbb{N}", "ℚ": "\\mathbb{Q}",
-    "ℂ": "\\mathbb{C}", "⌊": "\\lfloor ", "⌋": "\\rfloor ", "⌈": "\\lceil ", "⌉": "\\rceil ", "⟨": "\\langle ",
-    "⟩": "\\rangle ", "〈": "\\langle ", "〉": "\\rangle ",
-    "′": "'", "’": "'", "‘": "'", "″": "''", "“": '"', "”": '"',
-    "…": "\\ldots ", "⋯": "\\ldots ", "（": "(", "）": ")", "［": "[", "］": "]", "，": ",", "、": ",",
-    "；": ";", "：": ":",
-    "。": ".", "％": "%", "＝": "=", "＋": "+", "－": "-", "＜": "<", "＞": ">", "∶": ":", "→": "\\to ", "⇒": "\\to ",
-    "ı": "i", "ħ": "\\hbar ", "ℏ": "\\hbar ", "∂": "\\partial ", "∑": "\\sum ", "∏": "\\prod ", "∫": "\\int ",
-    "½": "\\frac{1}{2}", "⅓": "\\frac{1}{3}", "⅔": "\\frac{2}{3}", "¼": "\\frac{1}{4}", "¾": "\\frac{3}{4}",
-    "⅕": "\\frac{1}{5}", "⅙": "\\frac{1}{6}", "⅛": "\\frac{1}{8}", "⅜": "\\frac{3}{8}", "⅝": "\\frac{5}{8}",
-    "⅞": "\\frac{7}{8}", "€": "\\euro ", "¢": "\\text{ cents}", "Å": "Å",
-    "£": "\\pounds ", "¥": "\\yen ", "\u00a0": " ", "\u2009": " ", "\u202f": " ",
-    "\u200b": "", "\ufeff": "", "𝑖": "i", "∠": "\\angle ", "△": "\\triangle ", "⊥": "\\perp ", "∥": "\\parallel ",
-    "∣": "|", "ϵ": "\\epsilon ", "ϕ": "\\phi ", "µ": "\\mu ",
+    "−": "-", "–": "-", "—": "-", "‐": "-", "×": "\\times ", "·": "\\cdot ", "⋅": "\\cdot ", "∙": "\\cdot ",
+    "∗": "*", "÷": "\\div ", "∕": "/", "⁄": "/", "√": "\\sqrt ", "∛": "\\sqrt[3]", "∜": "\\sqrt[4]",
+    "º": "\\degree ", "≤": "\\le ", "⩽": "\\le ", "≥": "\\ge ", "⩾": "\\ge ", "≠": "\\ne ", "ℝ": "\\mathbb{R}",
+    "ℤ": "\\mathbb{Z}", "ℕ": "\\mathbb{N}", "ℚ": "\\mathbb{Q}", "ℂ": "\\mathbb{C}", "⟨": "\\langle ",
+    "⟩": "\\rangle ", "〈": "\\langle ", "〉": "\\rangle ", "′": "'", "’": "'", "‘": "'", "″": "''", "“": '"',
+    "”": '"', "⋯": "\\ldots ", "（": "(", "）": ")", "［": "[", "］": "]", "，": ",", "、": ",", "；": ";",
+    "：": ":", "。": ".", "％": "%", "＝": "=", "＋": "+", "－": "-", "＜": "<", "＞": ">", "∶": ":", "⇒": "\\to ",
+    "ı": "i", "ℏ": "\\hbar ", "∑": "\\sum ", "∏": "\\prod ", "∫": "\\int ", "½": "\\frac{1}{2}", "⅓": "\\frac{1}{3}",
+    "⅔": "\\frac{2}{3}", "¼": "\\frac{1}{4}", "¾": "\\frac{3}{4}", "⅕": "\\frac{1}{5}", "⅙": "\\frac{1}{6}",
+    "⅛": "\\frac{1}{8}", "⅜": "\\frac{3}{8}", "⅝": "\\frac{5}{8}", "⅞": "\\frac{7}{8}", "¢": "\\text{ cents}",
+    "\u00a0": " ", "\u2009": " ", "\u202f": " ", "\u200b": "", "\ufeff": "", "𝑖": "i", "∠": "\\angle ",
+    "△": "\\triangle ", "∣": "|", "ϵ": "\\epsilon ", "ϕ": "\\phi ", "µ": "\\mu ",
 }  # fmt: skip
-GREEK = {
-    "alpha": "α", "beta": "β", "gamma": "γ", "delta": "δ", "epsilon": "ε", "zeta": "ζ", "eta": "η", "theta": "θ",
-    "iota": "ι", "kappa": "κ", "lambda": "λ", "mu": "μ", "nu": "ν", "xi": "ξ", "pi": "π", "rho": "ρ", "sigma": "σ",
-    "tau": "τ", "upsilon": "υ", "phi": "φ", "chi": "χ", "psi": "ψ", "omega": "ω", "Gamma": "Γ", "Delta": "Δ",
-    "Theta": "Θ", "Lambda": "Λ", "Xi": "Ξ", "Pi": "Π", "Sigma": "Σ", "Upsilon": "Υ", "Phi": "Φ", "Psi": "Ψ",
-    "Omega": "Ω",
-}  # fmt: skip
-CHARACTERS |= {letter: f"\\{name} " for name, letter in GREEK.items()}
-CHARACTERS |= {digit: f"^{{{value}}}" for value, digit in enumerate("⁰¹²³⁴⁵⁶⁷⁸⁹")}
-CHARACTERS |= {"⁻": "^-", "ⁿ": "^n"} | {digit: f"_{{{value}}}" for value, digit in enumerate("₀₁₂₃₄₅₆₇₈₉")}
+_GREEK = (
+    "alpha beta gamma delta epsilon zeta eta theta iota kappa lambda mu nu xi pi rho sigma tau upsilon phi chi psi "
+    "omega Gamma Delta Theta Lambda Xi Pi Sigma Upsilon Phi Psi Omega"
+)
+GREEK = dict(zip(_GREEK.split(), "αβγδεζηθικλμνξπρστυφχψωΓΔΘΛΞΠΣΥΦΨΩ", strict=True))
 
 # Command or plain word -> symbol.
 NAMED = GREEK | {"var" + name: GREEK[name] for name in ("epsilon", "theta", "pi", "rho", "sigma", "phi")}
-NAMED |= {
-    "infty": "∞", "infinity": "∞", "infin": "∞", "inf": "∞", "oo": "∞", "hbar": "ħ", "ell": "ℓ", "partial": "∂",
-    "mho": "℧", "imath": "i", "jmath": "j", "degree": "°", "ldots": "…", "dots": "…", "cdots": "…", "dotsc": "…",
-    "dotsb": "…", "vdots": "…", "ddots": "…", "aleph": "ℵ", "nabla": "∇", "wp": "℘", "Re": "Re", "Im": "Im",
-    "odot": "☉", "oplus": "⊕", "otimes": "⊗", "dagger": "†", "star": "⋆", "forall": "∀", "exists": "∃",
-    "therefore": "∴",
-    "Box": "□", "square": "□", "cdotp": "·",
+_NAMES_OF_SYMBOLS = {
+    "∞": "infty infinity infin inf oo", "…": "ldots dots cdots dotsc dotsb vdots ddots", "°": "degree", "ħ": "hbar",
+    "ℓ": "ell", "∂": "partial", "℧": "mho", "i": "imath", "j": "jmath", "ℵ": "aleph", "∇": "nabla", "℘": "wp",
+    "Re": "Re", "Im": "Im", "☉": "odot", "⊕": "oplus", "⊗": "otimes", "†": "dagger", "⋆": "star", "∀": "forall",
+    "∃": "exists", "∴": "therefore", "□": "Box square", "·": "cdotp",
 }  # fmt: skip
-OPERATORS = {
-    "cdot": "*", "times": "*", "ast": "*", "div": "/", "le": "<=", "leq": "<=", "leqslant": "<=", "ge": ">=",
-    "geq": ">=", "geqslant": ">=", "ne": "!=", "neq": "!=", "lt": "<", "gt": ">", "pm": "±", "mp": "∓", "cup": "∪",
-    "bigcup": "∪", "cap": "∩", "setminus": "∖", "backslash": "∖", "in": "∈", "notin": "∉", "approx": "≈",
-    "simeq": "≈",
-    "equiv": "≡", "sim": "~", "cong": "≅", "propto": "∝", "to": "→", "rightarrow": "→", "Rightarrow": "→",
-    "implies": "→", "mapsto": "→", "perp": "⊥", "parallel": "∥", "mid": "|", "vert": "|", "lvert": "|", "rvert": "|",
-    "Vert": "|", "lfloor": "⌊", "rfloor": "⌋", "lceil": "⌈", "rceil": "⌉", "langle": "(", "rangle": ")",
-    "lbrace": "\\{", "rbrace": "\\}", "lbrack": "[", "rbrack": "]", "colon": ":", "prime": "'", "circ": "∘",
-    "subset": "⊂", "subseteq": "⊆", "land": "and", "lor": "or", "vee": "or", "wedge": "and", "pounds": "£",
-    "euro": "€", "yen": "¥", "choose": "choose", "emptyset": "∅", "varnothing": "∅", "bmod": "mod", "pmod": "mod",
-    "mod": "mod", "newline": "\\\\",
+NAMED |= {name: symbol for symbol, names in _NAMES_OF_SYMBOLS.items() for name in names.split()}
+_NAMES_OF_OPERATORS = {
+    "*": "cdot times ast", "/": "div", "±": "pm", "∓": "mp", "mod": "mod bmod", "pmod": "pmod", "choose": "choose",
+    "<=": "le leq leqslant", ">=": "ge geq geqslant", "!=": "ne neq", "<": "lt", ">": "gt", "≈": "approx simeq",
+    "≡": "equiv", "~": "sim", "≅": "cong", "∝": "propto", "→": "to rightarrow Rightarrow implies mapsto", "⊥": "perp",
+    "∥": "parallel", "∈": "in", "∉": "notin", "⊂": "subset", "⊆": "subseteq", "∅": "emptyset varnothing",
+    "∪": "cup bigcup", "∩": "cap", "∖": "setminus backslash", "and": "land wedge", "or": "lor vee",
+    "|": "mid vert lvert rvert Vert", "⌊": "lfloor", "⌋": "rfloor", "⌈": "lceil", "⌉": "rceil", "(": "langle",
+    ")": "rangle", "[": "lbrack", "]": "rbrack", "\\{": "lbrace", "\\}": "rbrace", ":": "colon", "'": "prime",
+    "∘": "circ", "£": "pounds", "€": "euro", "¥": "yen", "\\\\": "newline",
 }  # fmt: skip
+OPERATORS = {name: operator for operator, names in _NAMES_OF_OPERATORS.items() for name in names.split()}
+_NAMES = {letter: name for name, letter in GREEK.items()} | _NAMES_OF_SYMBOLS | _NAMES_OF_OPERATORS
+CHARACTERS = {sign: f"\\{names.split()[0]} " for sign, names in _NAMES.items() if not sign.isascii()} | CHARACTERS
 SPACING = word_set(
     "left right big Big bigg Bigg bigl bigr Bigl Bigr biggl biggr Biggl Biggr displaystyle textstyle "
     "scriptstyle limits nolimits quad qquad thinspace enspace hspace hfill space normalsize large Large small "
@@ -75,10 +63,10 @@ TEXTS = {"text", "mathrm", "mbox", "textrm", "textnormal", "operatorname", "hbox
 ACCENTS = word_set("overline bar hat vec dot ddot tilde widehat widetilde overrightarrow mathcal mathfrak mathscr")
 
 STOP_WORDS = word_set(
-    "or and any if when where for not no mod except than with without is are isnt to base more less most least fewer "
-    "over "
-    "under about approximately nearly almost roughly between until up either neither nor but wrong false "
-    "incorrect"
+    "or and any if when where for not no never mod except than with without is are isnt isn't arent aren't to base "
+    "more less most least fewer over under above below about approximately nearly almost roughly between until up "
+    "either neither nor but unless wrong false incorrect negative plus minus half halves thirds fifths tenths "
+    "hundredths thousandths factorial choose modulo remainder inverse"
 )
 SCALES = {"hundred": 10**2, "thousand": 10**3, "million": 10**6, "billion": 10**9, "trillion": 10**12, "dozen": 12}
 SHORT_WORDS = word_set("yes no odd all any none one two six ten red sun mon tue wed thu fri sat max min dne")
@@ -89,8 +77,9 @@ _UNITS = {
     "mg": "milligram", "lb": "pound", "oz": "ounce", "L": "liter litre l", "mL": "milliliter millilitre ml",
     "s": "second sec", "min": "minute", "h": "hour hr", "day": "day", "week": "week wk", "month": "month",
     "year": "year yr", "degree": "degree deg", "%": "percent pct percentage", "cent": "cent ¢",
-    "$": "dollar buck usd", "unit": "unit", "N": "newton", "J": "joule", "W": "watt", "V": "volt", "A": "ampere amp",
-    "K": "kelvin", "Pa": "pascal", "Hz": "hertz", "rad": "radian", "C": "celsius", "F": "fahrenheit",
+    "$": "dollar buck usd", "€": "euro eur", "unit": "unit", "N": "newton", "J": "joule", "W": "watt", "V": "volt",
+    "A": "ampere amp", "K": "kelvin", "Pa": "pascal", "Hz": "hertz", "rad": "radian", "C": "celsius",
+    "F": "fahrenheit",
 }  # fmt: skip
 _SPELLINGS = {long: short for short, names in _UNITS.items() for long in [short, *names.split()]}
 
@@ -123,4 +112,9 @@ COMMANDS |= {"frac", "dfrac", "tfrac", "cfrac", "dbinom", "tbinom"}
 MATRICES = "pmatrix|bmatrix|matrix|smallmatrix|Bmatrix|vmatrix|array"
 LISTS = "aligned|align|cases|gathered|split"
 KNOWN = set(NAMED) | set(OPERATORS) | SPACING | FONTS | TEXTS | COMMANDS | FUNCTION_NAMES | set(ALIASES)
-SHORT_UNITS = word_set("cm mm km in ft yd mi kg mg lb oz mL min sec hr deg pct mph")  # without \\text, after a number
+# Without \\text, after a number.
+SHORT_UNITS = word_set(
+    "cm mm km in ft yd mi kg mg lb lbs oz mL ml dL dl cL cl gal mol min sec hr hrs wk wks yr yrs deg rad pct mph kph "
+    "rpm kHz MHz GHz kWh men sq cu per"
+)
+CURRENCIES = {"USD": "$", "EUR": "€", "GBP": "£"}

@@ -1,8 +1,11 @@
 """A whole answer: words, a time, a letter of a choice, or mathematics for reader.py.
 
-Left out: prose other than by its exact words, units beyond their spelling, matrix algebra beyond sums and multiples.
+Words are an answer alone, up to MAX_WORDS of them, or in a list; else they are a unit, the name of a value, or a
+condition at the end. Any other words make an answer unreadable: nobody would write the same sentence again.
+Left out: units beyond their spelling, matrix algebra beyond sums and multiples.
 """
 
+import contextlib
 import re
 from dataclasses import dataclass
 from functools import lru_cache
@@ -18,6 +21,34 @@ _NO_LETTERS = re.compile(
 _CHOICE = re.compile(r"(?:(?i:the |correct |answer|option|choice|is|:| )+[ :])?\(? ?([A-Z]) ?\)?[.:]?")
 _OPTION = re.compile(r"(?:\( ?([A-Z]) ?\)[.:]? ?|([A-Z]) ?(?:\)[.:]? ?|[.:] ))(?P<text>[^,/ ].*)")
 
+# Where a condition begins: f(x) = 2x \text{ for all } x, x = k\pi, k \in \mathbb{Z}
+_CONDITION = re.compile(
+    r"(?<![A-Za-z\\])(?:for|where|with|such that|when|if)(?![A-Za-z])|\\forall"
+    r"|(?:[,(]|\\quad)(?:[ }]|\\[,;: ]|\\q?quad)*(?P<names>[a-z](?: *, *[a-z])*)"
+    r" *(?:\\in|(?:\\text *\{ *)?(?:is|are|an?)\b)"
+)
+_JOINT = re.compile(r"(?:[ ,(]|\\[,;: ]|\\q?quad|\\(?:text|mathrm|mbox) *\{)+$")
+_NAMES = r"[A-Za-z](?:(?:,|and)[A-Za-z])*"
+_KIND = (
+    r"(?:(?:positive|non-?negative)?integer|(?:real|natural|rational|complex)(?:number|constant)?|number|constant)s?"
+)
+_SET = r"\\in\\mathbb[ZNQRC](?:.?[+0])?"
+_DOMAIN = re.compile(  # in a condition without spaces and braces that says no more than this
+    rf"(?:for|\\for)(?:all|any|every|each|some(?=constant|integer))(?:{_KIND})?{_NAMES}(?:{_SET})?"
+    rf"|[,(]*(?:for|where|with)?{_NAMES}(?:{_SET}|(?:is|are)?(?:an?|any)?(?:arbitrary)?{_KIND})"
+    r"|for(?:all)?[i-n]\\geq?[01]"
+)
+_DOMAINS = {
+    "positive": "N",
+    "negative": "N",
+    "natural": "N",
+    "integer": "Z",
+    "real": "R",
+    "rational": "Q",
+    "complex": "C",
+}
+MAX_WORDS = 5
+
 
 @dataclass(frozen=True)
 class Answer:
@@ -27,6 +58,7 @@ class Answer:
     second: Node | None = None
     words: str | None = None  # only where the whole answer is letters
     choice: str | None = None  # the capital of a multiple-choice answer: B of (B), \\text{B}, B., option B
+    condition: str = ""  # behind the answer: a domain such as Z for "k is an integer", else its text without spaces
     option: str | None = None  # the capital that stands before the text of an option: B of (B) 12, B. Mercury
 
 
@@ -53,36 +85,51 @@ def _read(text: str) -> Answer:
     if words in ("all real numbers", "all reals", "real numbers", "set of all real numbers", "all real number"):
         return Answer(REALS, words=words)
     if is_text:
+        if len(words.split()) > MAX_WORDS:
+            raise Unreadable(f"it is a sentence of {len(words.split())} words")
         return Answer(("text", words), words=words, choice=letter)
     special = _time(flat) or _letter_digits(flat)
     if special:
         return Answer(special)
+    value, condition = _split(cleaned)
     try:
-        node = _tree(cleaned, True)
+        node = _tree(value, True)
     except Unreadable:
         if letter:  # B)
             return Answer(sym(letter), choice=letter)
         if words:
             return Answer(("text", words), words=words)
-        if not re.search(r"\b(?:where|such that|for (?:all|any|every|some)|when|if)\b", flat):
+        if "\\begin" not in cleaned or not _CONDITION.search(cleaned):
             raise
-        return Answer(("prose", tuple(value for _, value in tokenize(cleaned) if value not in "{}")))
+        return Answer(("piecewise", tuple(part for _, part in tokenize(cleaned) if part not in "{}")))
     second = None
-    if re.search(r"\d,\d{3}", cleaned):
-        try:
-            second = _tree(cleaned, False)
-        except Unreadable:
-            second = None
-    return Answer(node, second if second != node else None, words, letter)
+    if re.search(r"\d,\d{3}", value):
+        with contextlib.suppress(Unreadable):
+            second = _tree(value, False)
+    return Answer(node, second if second != node else None, words, letter, condition)
+
+
+def _split(text: str) -> tuple[str, str]:
+    """The answer and the condition behind it."""
+    match = _CONDITION.search(text)
+    value = _JOINT.sub("", text[: match.start()]) if match else ""
+    if not value or any(word not in KNOWN for word in re.findall(r"(?<![A-Za-z\\])[A-Za-z]{4,}", value)):
+        return text, ""
+    condition = re.sub(r"\\(?:text|mathrm|mbox|q?quad|[,;: ])|[ {}]", "", text[match.start() :]).rstrip(")")
+    says_domain = _DOMAIN.fullmatch(condition)
+    unnamed = set(re.findall("[a-z]", match["names"] or "")).difference(re.sub(r"\\[A-Za-z]+", "", value))
+    if unnamed or (match["names"] and not says_domain):  # x = 1, y \in \mathbb{R}
+        return text, ""
+    if not says_domain:
+        return value, condition
+    kind = re.search(r"\\mathbb(.)|positive|negative|natural|integer|real|rational|complex", condition)
+    return value, "N" if "+" in condition else (kind[1] or _DOMAINS[kind[0]]) if kind else ""
 
 
 def _tree(text: str, grouped: bool) -> Node:
     tokens = tokenize(text, grouped)
     if not any(kind == "BEGIN" and not re.fullmatch(LISTS, value) for kind, value in tokens):
         tokens = [t for t in tokens if t != ("OP", "&")]  # alignment marks
-    for k in range(len(tokens) - 2):
-        if tokens[k] == ("OP", "∪") and tokens[k + 2][0] == "REL":  # x < 1 ∪ x > 2
-            tokens[k] = ("SEP", "or")
     return Reader(tokens).whole()
 
 
@@ -96,7 +143,8 @@ def _words(flat: str, cleaned: str) -> tuple[str | None, bool]:
     long = any(len(run) > 3 and run not in KNOWN for run in runs)
     words = " ".join(runs)
     if long or words.lower() in SHORT_WORDS:
-        words = re.sub(r"^(?:the|a|an) |(?<=solution)s$|(?<=real number)s$", "", words.lower())
+        words = re.sub("^dne$", "does not exist", words.lower())
+        words = re.sub(r"^(?:the|a|an) |(?<=solution)s$|(?<=real number)s$", "", words)
         listed = {"or", "and"} & set(runs) and not cleaned.startswith("\\")
         return words, not listed
     return words, re.match(rf"\\(?:{'|'.join(TEXTS)})\b", cleaned) is not None and not set(runs) & KNOWN

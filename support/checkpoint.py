@@ -25,9 +25,10 @@ from typing import Any
 
 import torch
 
-from model import state_of
 from support.config import Config
-from support.distributed import from_rank_0, full_state, rank, shard_like
+from support.distributed import from_rank_0, full_state, rank, shard_like, state_of
+
+REMEMBERED = "trained_with.json"
 
 FREE = {"resume", "out", "save_every", "device", "tensorboard"}  # settings that a run may change when it goes on
 FREE |= {"recompute", "offload", "rows_per_call", "micro_batch_tokens", "decode"}  # memory: rounding may change
@@ -133,6 +134,19 @@ def made_of(run: Any, files: dict[str, str]) -> dict[str, str]:
     found["model"] = weights_fingerprint(run.config.model, run.model)
     found["prompts and demonstrations as token ids"] = hashlib.sha256(repr(texts).encode()).hexdigest()
     return found | {"reward": run.reward.fingerprint}
+
+
+def remember(model_folder: Path, system: str | None, reward: str) -> None:
+    """Note in a model folder what it was trained with: the system message its rows share (None: they have several),
+    the reward."""
+    write_text(model_folder / REMEMBERED, json.dumps({"system": system, "reward": reward}, indent=1) + "\n")
+
+
+def trained_with(model: str) -> dict[str, str]:
+    """What `remember` noted in this model folder, without what is None; {} for any other model."""
+    file = Path(model) / REMEMBERED
+    found = read_json(file) if file.exists() else {}
+    return {name: found[name] for name in ("system", "reward") if isinstance(found.get(name), str)}
 
 
 # ---- the checkpoint

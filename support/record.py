@@ -16,7 +16,7 @@ from loss import Tokens, token_weights
 RECORDED_TOKENS = 512  # of a row of a recorded group
 
 
-def step_metrics(run: Any, batch: Any, updates: list[dict], unsolved: float) -> dict[str, Any]:
+def step_metrics(run: Any, batch: Any, updates: list[dict]) -> dict[str, Any]:
     """Of the whole batch, every mini-batch and micro-batch. None where there is nothing to average.
 
     `surprise` is the mean over own tokens of -log pi - H, log-prob and entropy both of the training pass: 0 up to
@@ -51,7 +51,9 @@ def step_metrics(run: Any, batch: Any, updates: list[dict], unsolved: float) -> 
         "response_tokens": average(rollouts.response_tokens),
         "truncated": average(rollouts.truncated[sampled]),
         "unread": average(torch.tensor(unread)[sampled]),
-        "unsolved": unsolved,
+        "unsolved": len(batch.unsolved_groups) / len(groups),
+        "sampled_tokens": batch.sampled_tokens,
+        "trained_tokens": sum(u["weighted"] for u in updates),
         "equal_reward_groups": fmean(float(r.min() == r.max()) for r in groups),
     }
 

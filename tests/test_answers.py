@@ -122,6 +122,64 @@ def test_sets_are_free_in_order_and_tuples_are_not(seed):
     assert not is_equivalent(other.rsplit(",", 1)[0] if "(" not in mixed[-1] else "7", joined)
 
 
+CONGRUENCES = [
+    "x \\equiv {r} \\pmod {{{m}}}", "x \\equiv {r} \\bmod {m}", "x ≡ {r} (mod {m})", "{r} \\equiv x \\pmod{{{m}}}",
+    "x = {r} \\pmod {m}", "{r} \\pmod {m}", "x \\equiv {r} \\text{{ (mod {m})}}", "{r} \\bmod {m}",
+]  # fmt: skip
+
+
+@pytest.mark.parametrize("seed", range(8))
+def test_congruences_agree_where_modulus_and_residues_do(seed):
+    rng = random.Random(seed)
+    for _ in range(60):
+        (r, m), (s, n) = [(rng.randrange(-9, 20), rng.randrange(2, 8)) for _ in range(2)]
+        one, other = rng.choice(CONGRUENCES).format(r=r, m=m), rng.choice(CONGRUENCES).format(r=s, m=n)
+        assert is_equivalent(one, other) is (m == n and (r - s) % m == 0), (one, other)
+        residues = [rng.randrange(-5, 15) for _ in range(rng.randrange(1, 4))]
+        shifted = [x + m * rng.randrange(-2, 3) for x in rng.sample(residues, len(residues))]
+        others = rng.choice([shifted, shifted[:-1], [*shifted[:-1], shifted[-1] + 1], [*shifted, shifted[0]]])
+        either = " \\text{ or } ".join(map(str, residues))
+        one = f"x \\equiv {either} \\pmod {m}"
+        other = f"x ≡ {', '.join(map(str, others))} mod {m}"
+        same = sorted(x % m for x in residues) == sorted(x % m for x in others)
+        assert not others or is_equivalent(one, other) is same, (one, other)
+
+
+UNIT_NAMES = "ml L gal kg g mg lb cm m km in ft min sec hr day week dollars cents EUR apples %"
+UNITS = UNIT_NAMES.split()
+UNIT_FORMS = [
+    "12 {}", "12 \\text{{ {}}}", "12 ({})", "12 \\text{{ ({})}}", "12\\,(\\text{{{}}})", "x = 12 \\text{{ {}}}",
+]  # fmt: skip
+
+
+@pytest.mark.parametrize("unit", UNITS)
+def test_a_unit_is_not_another_unit_however_it_is_written(unit):
+    rng = random.Random(unit)
+    for other in UNITS:
+        one, two = rng.choice(UNIT_FORMS).format(unit), rng.choice(UNIT_FORMS).format(other)
+        assert other == unit or not is_equivalent(one, two), (one, two)
+    assert all(is_equivalent(form.format(unit), "12") for form in UNIT_FORMS if "text" in form) or unit == "%"
+
+
+NEGATING = "not never no wrong false minus negative except half halves unless ten million thousand under inverse"
+AROUND = [
+    "12 {}", "{} 12", "12 \\text{{ {}}}", "\\text{{{} }}12", "12 ({})", "12 \\text{{ ({})}}", "12\\,(\\text{{{}}})",
+    "x = 12 \\text{{ {}}}", "\\text{{{}}} x = 12", "{} x = 12", "12 {} apples", "12 apples {}", "12 \\text{{ cm {}}}",
+    "12 (cm {})", "The answer is {} 12", "12 \\text{{ for {} }} x", "\\text{{{}}} = 12", "\\text{{{}}}(12)",
+]  # fmt: skip
+
+
+@pytest.mark.parametrize("word", NEGATING.split())
+def test_no_word_that_changes_the_value_is_read_as_a_unit_or_a_name(word):
+    for form in AROUND:
+        assert not is_equivalent(form.format(word), "12"), form.format(word)
+
+
+def test_letters_of_several_choices():
+    assert is_equivalent("AD", "A, D") and is_equivalent("DA", "A, D")
+    assert not is_equivalent("AC", "A, D") and not is_equivalent("AD", "A, D, E") and not is_equivalent("ad", "a, d")
+
+
 # ------------------------------------------------------------------------------------------------------ hostile input
 
 NESTED = [

@@ -147,6 +147,48 @@ def test_check_gold_names_the_answer_the_reason_and_the_fix(gold):
     assert grade(f"\\boxed{{{gold}}}", gold) == 0.0, "an unreadable gold rewards nobody"
 
 
+PROSE = [
+    "Natalia sold 12 clips.",
+    "\\text{Natalia sold } 12 \\text{ clips}",
+    "She bought 3 apples and 2 pears for 5 dollars",
+    "He has 12",
+    "x is 5",
+    "the 12",
+    "12 not",
+    "Each child gets $5",
+    "This problem has 2 solutions",
+    "No, because 5 is odd",
+    "The answer depends on the number of students",
+    "\\text{all reals except } 2",
+    "if x > 0 then 5",
+]
+
+
+@pytest.mark.parametrize("gold", PROSE)
+def test_check_gold_refuses_prose_in_one_line(gold):
+    with pytest.raises(ValueError, match=r"cannot be read: [^\n]*(words?|expected|stands)[^\n]*; rewrite it[^\n]*$"):
+        check_gold(gold)
+
+
+def test_check_gold_accepts_words_that_are_an_answer():
+    for gold in (
+        "east",
+        "\\text{Tuesday}",
+        "no solution",
+        "isosceles right triangle",
+        "\\text{Yes}, \\text{No}",
+        "12 clips",
+        "3 apples and 2 pears",
+        "12 \\text{ (weeks)}",
+        "\\text{Area} = 5",
+        "x^2 \\text{ if } x > 0",
+        "C) Days will become shorter.",
+        "\\begin{cases} x & \\text{if } x>0 \\\\ 0 & \\text{otherwise} \\end{cases}",
+    ):
+        check_gold(gold)
+        assert is_equivalent(gold, gold)
+
+
 def test_check_gold_accepts_what_answer_keys_hold():
     for gold in ("042", "$\\frac{1}{2}$", "(B)", "\\text{Evelyn}", "x \\in [-2,7]", "2516_8", "4.5e33", "$69$,$84$"):
         check_gold(gold)

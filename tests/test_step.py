@@ -67,7 +67,7 @@ def gradients(run: Run, budget: int, second_update: bool) -> list[torch.Tensor]:
         batch = steps.demonstration_batch(run, run.data.supervised[:3], 0)
         z = float(batch.rollouts.prefix_mask.sum())
     else:
-        batch, _ = rollout_batch(run, [0, 1, 2, 5], 4)
+        batch = rollout_batch(run, [0, 1, 2, 5], 4)
         z = 16 * run.config.max_response_tokens
     if second_update:  # the ratio has moved
         noise = torch.randn(batch.old_log_probs.shape, generator=torch.Generator().manual_seed(0))
@@ -91,7 +91,7 @@ def gradients(run: Run, budget: int, second_update: bool) -> list[torch.Tensor]:
 @pytest.mark.parametrize("second_update", [False, True], ids=["first update", "later update"])
 @pytest.mark.parametrize("method", METHODS)
 def test_gradient_is_the_same_for_any_micro_batches(tokenizer, method, second_update):
-    """Rule 5: rows one by one, a few at a time, all at once; lengths differ."""
+    """Rows one by one, a few at a time, all at once; lengths differ."""
     run = make_run(tokenizer, method)
     whole = gradients(run, 10**6, second_update)
     assert max(g.abs().max() for g in whole) > 0
@@ -101,7 +101,7 @@ def test_gradient_is_the_same_for_any_micro_batches(tokenizer, method, second_up
 
 
 def test_micro_batches_hold_every_row_once_within_the_budget(tokenizer):
-    batch, _ = rollout_batch(make_run(tokenizer), [0, 1, 2, 3], 0)
+    batch = rollout_batch(make_run(tokenizer), [0, 1, 2, 3], 0)
     rows = torch.arange(len(batch.rewards))
     for budget in (1, 50, 100, 10**6):
         chunks = micro_batches(batch.rollouts, rows, budget)
@@ -114,18 +114,18 @@ def test_micro_batches_hold_every_row_once_within_the_budget(tokenizer):
 
 
 def test_the_ratio_is_one_to_the_bit_before_the_first_update(tokenizer):
-    """Rule 8: the old pass and the first update run the same forward on the same micro-batch."""
+    """The old pass and the first update run the same forward on the same micro-batch."""
     run = make_run(tokenizer)
-    batch, _ = rollout_batch(run, [0, 1, 2, 3], 0)
+    batch = rollout_batch(run, [0, 1, 2, 3], 0)
     for rows in micro_batches(batch.rollouts, torch.arange(len(batch.rewards)), run.config.micro_batch_tokens):
         log_probs, _ = steps.forward(run.model, batch.rollouts, rows, 1.0)
         assert (log_probs.detach() == batch.old_log_probs[rows, : log_probs.shape[1]]).all()
 
 
 def test_sampled_tokens_had_the_log_probs_the_update_sees(tokenizer):
-    """Old log-probs against the model run on each row alone, at the sampling temperature (rule 3)."""
+    """Old log-probs against the model run on each row alone, at the sampling temperature ."""
     run = make_run(tokenizer, temperature=0.7)
-    batch, _ = rollout_batch(run, [0, 1, 2, 3], 0)
+    batch = rollout_batch(run, [0, 1, 2, 3], 0)
     r = batch.rollouts
     for i in range(0, len(batch.rewards), 5):
         ids = r.input_ids[i][r.attention_mask[i].bool()]
@@ -171,9 +171,9 @@ def test_nothing_is_nan_in_the_corner_cases(tokenizer, method, case):
 
 
 def test_metrics_describe_the_whole_batch(tokenizer):
-    """Rule 12: against counts over the rollouts themselves, with many micro-batches."""
+    """Against counts over the rollouts themselves, with many micro-batches."""
     run = make_run(tokenizer, micro_batch_tokens=40)
-    batch, _ = rollout_batch(run, problems_of_step(6, 4, 2, 0, "order"), 2)
+    batch = rollout_batch(run, problems_of_step(6, 4, 2, 0, "order"), 2)
     metrics, *_ = rl_step(run, 2)
     r = batch.rollouts
     assert metrics["reward"] == pytest.approx(batch.rewards.mean().item())
@@ -189,7 +189,7 @@ def test_metrics_describe_the_whole_batch(tokenizer):
 
 
 def test_truncated_responses_get_no_reward(tokenizer):
-    batch, _ = rollout_batch(make_run(tokenizer, max_response_tokens=4), [0, 1, 2, 3], 0)
+    batch = rollout_batch(make_run(tokenizer, max_response_tokens=4), [0, 1, 2, 3], 0)
     graded = torch.tensor([float(len(t) % 2) for t in batch.rollouts.texts])
     assert (batch.rewards[batch.rollouts.truncated] == 0).all() and graded[batch.rollouts.truncated].sum() > 0
     assert (batch.rewards == graded * ~batch.rollouts.truncated).all()
@@ -217,7 +217,7 @@ def test_relift_collects_unsolved_problems_newest_first_and_spends_a_full_buffer
     def spend(run, problems, step, optimizer, lr):
         spent.append([problem.id for problem in problems])
         assert optimizer is run.collector.optimizer and lr == 0.25
-        return {"loss": 0.5, "grad_norm": 2.0}
+        return {"loss": 0.5, "grad_norm": 2.0, "trained_tokens": 9}
 
     monkeypatch.setattr(steps, "sft_step", spend)
     run = make_run(
@@ -241,23 +241,23 @@ def test_relift_collects_unsolved_problems_newest_first_and_spends_a_full_buffer
 
 def test_hpt_puts_a_demonstration_in_the_place_of_an_unsolved_group(tokenizer):
     run = make_run(tokenizer, "hpt", reward=ALL_WRONG)
-    batch, unsolved = rollout_batch(run, [0, 3, 5, 1], 0)
-    assert unsolved == [0, 1, 2, 3]
+    batch = rollout_batch(run, [0, 3, 5, 1], 0)
+    assert batch.unsolved_groups == (0, 1, 2, 3)
     rows = batch.rollouts.group.tolist()
     assert rows == [0, 1, 2, 2, 2, 2, 3]  # problem 5 has no demonstration and stays on-policy
     for i in (0, 1, 6):
         assert batch.rollouts.prefix_mask[i].equal(batch.rollouts.response_mask[i])
     solved = dataclasses.replace(BY_LENGTH, function=lambda text, problem: float(problem.id == "p3"))
-    batch, unsolved = rollout_batch(dataclasses.replace(run, reward=solved), [0, 3, 5, 1], 0)
+    batch = rollout_batch(dataclasses.replace(run, reward=solved), [0, 3, 5, 1], 0)
     truncated_group = batch.rollouts.truncated[batch.rollouts.group == 1].all()
-    assert not truncated_group and unsolved == [0, 2, 3]
+    assert not truncated_group and batch.unsolved_groups == (0, 2, 3)
     assert batch.rollouts.group.tolist() == [0, 1, 1, 1, 1, 2, 2, 2, 2, 3]
     assert not batch.rollouts.hybrid[1:5].any()
 
 
 def test_the_gate_decides_what_is_unsolved(tokenizer):
     graded = steps.Graded(
-        [steps.Row(g, (), [], []) for g in (0, 0, 1, 1, 2, 2)], [[]] * 6, [1.0, 1.0, 1.0, 0.5, 0.0, 0.5]
+        [steps.Row(g, (), [], []) for g in (0, 0, 1, 1, 2, 2)], [[]] * 6, [1.0, 1.0, 1.0, 0.5, 0.0, 0.5], 0
     )
     assert [graded.unsolved(gate) for gate in (0, 1, 2)] == [[2], [1, 2], [0, 1, 2]]  # right is a reward of 1
 
@@ -271,11 +271,11 @@ def test_rescue_samples_unsolved_groups_again_behind_longer_prefixes(tokenizer, 
         calls.append(rows)
         names = [run.data.encoded[picked[row.group]].id for row in rows]
         right = [name == "p3" or (name == "p0" and row.fraction > 0.4) for name, row in zip(names, rows)]
-        return steps.Graded(rows, [[*row.prefix_ids, 2] for row in rows], [float(r) for r in right])
+        return steps.Graded(rows, [[*row.prefix_ids, 2] for row in rows], [float(r) for r in right], 1)
 
     monkeypatch.setattr(steps, "sample_and_grade", graded)
-    batch, unsolved = rollout_batch(run, [0, 1, 3, 5], 7)
-    assert unsolved == [0, 1, 3]
+    batch = rollout_batch(run, [0, 1, 3, 5], 7)
+    assert batch.unsolved_groups == (0, 1, 3)
     assert [sorted({row.group for row in rows}) for rows in calls] == [[0, 1, 2, 3], [0, 1], [0, 1], [1]]
     for attempt, rows in enumerate(calls):
         assert {row.key[-1] for row in rows} == {attempt} and len({row.key for row in rows}) == len(rows)
@@ -323,7 +323,7 @@ def test_a_recorded_group_is_what_the_update_reads(tokenizer):
     _, _, group = rl_step(run, 5, record=True)
     run = make_run(tokenizer, updates_per_step=1)
     picked = problems_of_step(6, 4, 5, 0, "order")
-    batch, _ = rollout_batch(run, picked, 5)
+    batch = rollout_batch(run, picked, 5)
     tokens = mini_batch(run, batch, torch.arange(16), 16 * 20, 0.5, (5, 0))
     weights = steps.token_weights(run.method, tokens)
     place = next(g for g, i in enumerate(picked) if f"p{i}" == group["id"])
@@ -355,7 +355,6 @@ def test_sft_learning_rate_warms_up_and_falls_to_zero():
 
 
 def test_every_config_field_is_read_somewhere():
-    """Rule 12."""
     read = set()
     root = Path(__file__).parents[1]
     for path in (*root.glob("*.py"), *root.glob("support/*.py")):

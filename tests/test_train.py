@@ -138,7 +138,7 @@ def assert_same_run(a: Path, b: Path) -> None:
 
 @pytest.mark.parametrize("wait_for", ["a checkpoint", "the middle of a step"])
 def test_kill_9_and_resume_give_the_same_bits(task, whole, tmp_path, wait_for):
-    """Rule 11: killed after step 2's checkpoint, or between a step's log lines and its checkpoint."""
+    """Killed after step 2's checkpoint, or between a step's log lines and its checkpoint."""
     out = tmp_path / "run"
     argv = arguments(task, out, resume="auto")
     process = subprocess.Popen([sys.executable, "train.py", *argv], cwd=ROOT, stdout=subprocess.DEVNULL)
@@ -359,18 +359,18 @@ def test_demonstrations_that_cannot_be_used_are_counted(task, tmp_path, capsys):
     rows[1]["demonstrations"] = ["\\boxed{1000}"]
     rows[2]["demonstrations"] = ["no box"]
     data = write_rows(tmp_path / "train.jsonl", rows)
-    run, left_out = train.prepare(parse_config(arguments(task, tmp_path / "run", data=data, max_response_tokens=80)))
-    assert left_out == {"too long": 1, "wrong or no answer": 2}
-    train.console.show_start(run, tmp_path, left_out, 4, 0)
+    run, counts = train.prepare(parse_config(arguments(task, tmp_path / "run", data=data, max_response_tokens=80)))
+    assert counts.left_out == {"too long": 1, "not right": 2}
+    train.console.show_start(run, tmp_path, counts, 4, 0)
     said = capsys.readouterr().out
-    assert f"{used - 3} with demonstrations, 1 left out (too long), 2 left out (wrong or no answer)" in said
+    assert f"{used - 3} with demonstrations, 1 left out (too long), 2 left out (not right)" in said
     assert f"ids {run.data.encoded[0].prompt_ids}" in said
 
 
 def test_data_is_checked_before_weights_are_read(task, tmp_path, monkeypatch):
     monkeypatch.setattr(train, "load_model", None)
     write_rows(tmp_path / "train.jsonl", [{"problem": "1+1?", "answer": "2", "demonstrations": ["no box"]}])
-    with pytest.raises(ValueError, match=r"has none it can use, 1 left out \(wrong or no answer\)"):
+    with pytest.raises(ValueError, match=r"has none it can use, 1 left out \(not right\)"):
         train.prepare(parse_config(arguments(task, tmp_path / "run", data=tmp_path / "train.jsonl")))
 
 

@@ -222,7 +222,7 @@ def newest_whole(folder: Path) -> Path | None:
     found = next((file for file in files if read_checkpoint(file)), None)
     if files and not found:
         start_again = f"restore it, or delete {files[0].parent} to start the run again from step 0"
-        raise ValueError(f"{files[0]} is damaged, and there is no older one: {start_again}")
+        raise ValueError(f"{files[0]} is damaged, and no older checkpoint is whole: {start_again}")
     return found
 
 

@@ -161,7 +161,7 @@ def unread_settings(config: Config) -> set[str]:
         "demonstration_fraction": method.needs_demonstrations,
         "prefill": prefixes,
         "coefficient": method.coefficient is not None,
-        "baseline": rl and method.baseline is None,
+        "baseline": rl and method.baseline is None and method.rows != "on_policy",
         "scale_by_std": rl and method.scale_by_std is None,
         "entropy_keep": rl and bool(method.entropy_clip),
         "clip_low clip_high": rl and bool(weights & {clipped, remaining_clipped}),

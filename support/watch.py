@@ -78,8 +78,8 @@ class Watch:
 def of_step(row: dict[str, Any]) -> dict[str, str]:
     """The warnings that one step is enough for."""
     found = {}
-    if skipped := row["skipped_updates"] + row.get("relift_skipped_updates", 0):
-        found["skipped"] = f"{skipped} updates skipped, whose loss or gradient was not finite: lower lr or sft_lr"
+    if row["skipped_updates"] or row.get("relift_skipped_updates"):
+        found["skipped"] = "an update was skipped, its loss or gradient was not finite (skipped_updates): lower lr"
     shares = {"truncated": "are cut off by the budget: raise max_response_tokens"}
     shares["unread"] = "hold no readable boxed answer: look at samples.jsonl"
     for name, what in shares.items():

@@ -377,7 +377,7 @@ def test_data_is_checked_before_weights_are_read(task, tmp_path, monkeypatch):
 @pytest.mark.parametrize(
     "settings",
     [
-        {"method": "sft", "sft_lr": 1e30},
+        {"method": "sft", "sft_lr": 1e30, "sft_steps": 4},
         {"method": "prefix-rft", "lr": 1e30},
     ],
 )

@@ -1,4 +1,8 @@
-"""Tiny models made in the test; one thread, so that sums have one order."""
+"""Tiny models made in the test; one thread, so that sums have one order; what a command refuses."""
+
+import importlib
+import sys
+from pathlib import Path
 
 import pytest
 import torch
@@ -30,3 +34,32 @@ def random_model(vocab_size: int = 103, scale: float = 0.3, seed: int = 0, **con
             torch.nn.init.normal_(parameter, std=scale)
     model.generation_config = GenerationConfig(eos_token_id=[2], pad_token_id=0)
     return model.train()
+
+
+def contents(folder: Path) -> dict[str, bytes]:
+    """Every file and folder under `folder`, by its path."""
+    return {str(p.relative_to(folder)): p.read_bytes() if p.is_file() else b"" for p in folder.rglob("*")}
+
+
+@pytest.fixture
+def refused(tmp_path, monkeypatch, capsys):
+    """refused("train.py", word, …): what the command says to words that it must refuse, with exit code 2, in one
+    line, and nothing written in tmp_path, runs/ or evals/."""
+    root = Path(__file__).parents[1]
+    monkeypatch.chdir(root)
+
+    def listed() -> list[Path]:
+        return sorted(path for name in ("runs", "evals") for path in root.glob(f"{name}/*"))
+
+    def ask(command: str, *words: object) -> str:
+        before = contents(tmp_path), listed()
+        monkeypatch.setattr(sys, "argv", [command, *map(str, words)])
+        with pytest.raises(SystemExit) as stop:
+            importlib.import_module(command.removesuffix(".py")).main()
+        said = capsys.readouterr().err
+        assert stop.value.code == 2 and said.count("\n") == 1 and len(said) < 1000, said
+        assert said.startswith(f"{command}: ") and "Traceback" not in said, said
+        assert (contents(tmp_path), listed()) == before
+        return said
+
+    return ask

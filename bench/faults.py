@@ -47,13 +47,11 @@ PHASES = {  # a function on the stack of a killed process -> what it was doing; 
     "save_model": "the final save",
     "save": "a checkpoint",
     "accuracy": "an evaluation",
-    "draw_curves": "the figure",
     "sample_and_grade": "sampling",
     "sample_missing": "sampling",
     "old_stats": "an update",
     "update": "an update",
     "prepare": "loading",
-    "load": "resuming",
 }
 
 
@@ -230,8 +228,7 @@ def evaluation_differences(one: Path, two: Path) -> list[str]:
     responses = [(folder / "generations.jsonl").read_bytes() for folder in (one, two)]
     results = [json.loads((folder / "results.json").read_text()) for folder in (one, two)]
     for result in results:
-        for name in ("date", "continued"):
-            result["settings"].pop(name, None)
+        result["settings"] |= {"date": "", "continued": ""}
     pairs = {"generations": responses, "results": results}
     return [name for name, (ours, theirs) in pairs.items() if ours != theirs]
 
@@ -259,10 +256,9 @@ def task(folder: Path) -> dict[str, Any]:
 
 def each_operation(work_in: Callable[[Path], Callable], compare: Callable, root: Path) -> list[str]:
     """Kill at each file operation in turn, resume, compare."""
-    whole = root / "whole"
+    whole, bad = root / "whole", []
     first = live(work_in(whole), whole)
     assert first.code == 0, first.said
-    bad = []
     for number in range(1, first.operations + 1):
         out = root / "killed"
         shutil.rmtree(out, ignore_errors=True)
@@ -299,24 +295,20 @@ def random_moments(
     return [f"{done} kills in {runs} runs (during {moments}), {len(bad)} that ended otherwise.", *bad]
 
 
+def long_run(root: Path) -> Callable[[Path], Callable[[], int]]:
+    return lambda out: training(out, **task(root), **LONG)
+
+
 def part_operations(root: Path) -> list[str]:
     return each_operation(lambda out: training(out, **task(root), **RELIFT), differences, root)
 
 
-def part_moments(root: Path) -> list[str]:
-    return random_moments(lambda out: training(out, **task(root), **LONG), differences, root, 30)
-
-
-def part_ranks(root: Path) -> list[str]:
-    return random_moments(lambda out: training(out, **task(root), **LONG), differences, root, 10, ranks=2)
-
-
 def part_evaluation(root: Path) -> list[str]:
-    words = EVALUATION.split()
-    (root / "random").mkdir()
-    at_operations = each_operation(lambda out: evaluating(out, words), evaluation_differences, root)
-    at_moments = random_moments(lambda out: evaluating(out, words), evaluation_differences, root / "random", 10)
-    return [*at_operations, "", *at_moments]
+    def work_in(out: Path) -> Callable[[], int]:
+        return evaluating(out, EVALUATION.split())
+
+    at_operations = each_operation(work_in, evaluation_differences, root)
+    return [*at_operations, "", *random_moments(work_in, evaluation_differences, root / "random", 10)]
 
 
 # ---- one fault each: what the run says, and whether it goes on to the same end
@@ -390,6 +382,7 @@ def full_disk(root: Path, size: str) -> tuple[Life, str]:
 
 
 def closed_disk(root: Path) -> Life:
+    """A finished run on a disk that may only be read."""
     with small_disk(root, "99m") as disk:
         shutil.copytree(root / "whole", disk / "run")
         subprocess.run(["mount", "-o", "remount,ro", disk], check=True)
@@ -428,8 +421,14 @@ def part_faults(root: Path) -> list[str]:
 
 PARTS = {
     "operations": ("train.py, killed at each of its file operations", part_operations),
-    "moments": ("train.py, killed at random moments", part_moments),
-    "ranks": ("train.py on two ranks, killed at random moments", part_ranks),
+    "moments": (
+        "train.py, killed at random moments",
+        lambda root: random_moments(long_run(root), differences, root, 30),
+    ),
+    "ranks": (
+        "train.py on two ranks, likewise",
+        lambda root: random_moments(long_run(root), differences, root, 10, ranks=2),
+    ),
     "evaluation": ("eval.py, killed at each of its file operations and at random moments", part_evaluation),
     "faults": ("Other faults of a run that is to go on", part_faults),
 }
@@ -438,8 +437,8 @@ PARTS = {
 def main() -> None:
     asked = chosen(__doc__, PARTS)
     torch.set_num_threads(1)
-    lines = ["# Faults: what was tried, and what happened", ""]
-    lines += [f"Written by bench/faults.py, which says what is done and compared, on {machine()['device']}."]
+    said = f"Written by bench/faults.py, which says what is done and compared, on {machine()['device']}."
+    lines = ["# Faults: what was tried, and what happened", "", said]
     for name in asked or PARTS:
         title, part = PARTS[name]
         begun = time.monotonic()

@@ -309,7 +309,8 @@ def cut_logs(folder: Path, step: int) -> list[dict[str, Any]]:
         again = f"restore it, or delete {folder / 'checkpoint'} to start the run again from step 0"
         raise ValueError(f"{folder / 'metrics.jsonl'}: found {found}: {again}")
     for path, lines in kept.items():
-        write_text(path, "".join(lines))
+        if path.exists() and path.read_bytes() != "".join(lines).encode():
+            write_text(path, "".join(lines))
     return metrics
 
 

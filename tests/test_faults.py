@@ -63,7 +63,7 @@ def test_killed_at_file_operations_again_and_again(whole, tmp_path, first):
         out = out.rename(tmp_path / str(number)) if out.exists() else out
     last = faults.live(faults.training(out, **faults.task(folder), **TINY), out)
     assert last.code == 0 and faults.differences(folder / "whole", out) == [], last.said
-    assert len(kills) > 3
+    assert len(kills) >= 3
 
 
 def test_two_ranks_are_killed_and_go_on(whole, tmp_path):

@@ -16,7 +16,6 @@ and equal, and eval.json, the weights in final/ and the last checkpoint (weights
 
 import contextlib
 import faulthandler
-import io
 import json
 import os
 import random
@@ -90,9 +89,9 @@ def start(work: Callable[[], int], folder: Path, notes: Path, kill_at: int | Non
     code, counted = 1, [0]
     try:
         os.environ |= env
-        with notes.open("w") as said, Path(f"{notes}.stack").open("w") as stack:
-            os.dup2(said.fileno(), 1), os.dup2(said.fileno(), 2)
-            sys.stdout = sys.stderr = io.TextIOWrapper(os.fdopen(1, "wb", 0), write_through=True)
+        with notes.open("w", buffering=1) as said, Path(f"{notes}.stack").open("w") as stack:
+            sys.stdout = sys.stderr = said
+            os.dup2(said.fileno(), 2)
             faulthandler.register(signal.SIGUSR1, stack)
             counted = count_operations(folder, kill_at)
             code = work()
@@ -295,8 +294,8 @@ def random_moments(
     return [f"{done} kills in {runs} runs (during {moments}), {len(bad)} that ended otherwise.", *bad]
 
 
-def long_run(root: Path) -> Callable[[Path], Callable[[], int]]:
-    return lambda out: training(out, **task(root), **LONG)
+def part_moments(root: Path, kills: int = 30, ranks: int = 1) -> list[str]:
+    return random_moments(lambda out: training(out, **task(root), **LONG), differences, root, kills, ranks)
 
 
 def part_operations(root: Path) -> list[str]:
@@ -421,14 +420,8 @@ def part_faults(root: Path) -> list[str]:
 
 PARTS = {
     "operations": ("train.py, killed at each of its file operations", part_operations),
-    "moments": (
-        "train.py, killed at random moments",
-        lambda root: random_moments(long_run(root), differences, root, 30),
-    ),
-    "ranks": (
-        "train.py on two ranks, likewise",
-        lambda root: random_moments(long_run(root), differences, root, 10, ranks=2),
-    ),
+    "moments": ("train.py, killed at random moments", part_moments),
+    "ranks": ("train.py on two ranks, likewise", lambda root: part_moments(root, kills=10, ranks=2)),
     "evaluation": ("eval.py, killed at each of its file operations and at random moments", part_evaluation),
     "faults": ("Other faults of a run that is to go on", part_faults),
 }

@@ -102,6 +102,7 @@ OF_RUNS |= {
     ("config.json", "no fingerprints"): without("made_of"),
     ("config.json", "fingerprints a list"): {"made_of": [1]},
     ("config.json", "a folder"): as_folder,
+    ("eval.json", "missing"): None,
     ("eval.json", "nothing in it"): b"{}",
     ("eval.json", "base a number"): {"base": 3},
     ("eval.json", "base without tables"): {"base": {}},

@@ -1,6 +1,7 @@
 """train.py end to end, as a user runs it: files, resume, signals, wrong input."""
 
 import json
+import math
 import os
 import shutil
 import signal
@@ -13,6 +14,7 @@ import pytest
 import torch
 from conftest import random_model
 
+import eval as evaluation
 import train
 from data.loader import Encoded
 from loss import METHODS
@@ -418,3 +420,52 @@ def test_logs_are_cut_to_the_checkpoint_and_nothing_else_is_lost(tmp_path):
         with pytest.raises(ValueError, match=r"samples.jsonl:1: found .*expected a step's row"):
             checkpoint.cut_log(log, 2)
         assert log.read_bytes() == bad + whole
+
+
+def test_the_sft_stage_has_a_file_of_its_own(task, tmp_path, monkeypatch):
+    """sft_data feeds the sft stage, data the steps of reinforcement; demonstration_fraction is a share of the former."""
+    monkeypatch.chdir(ROOT)
+    rows = [json.loads(line) for line in (task / "train.jsonl").read_text().splitlines()]
+    bare = [{k: v for k, v in row.items() if k != "demonstrations"} for row in rows]
+    data = write_rows(tmp_path / "data.jsonl", bare)
+    sft = write_rows(tmp_path / "sft.jsonl", [row | {"id": f"own-{row['id']}"} for row in rows[:8]])
+    seen: dict[str, set[str]] = {"sft": set(), "rl": set()}
+
+    def sft_step(run, problems, *rest):
+        seen["sft"] |= {problem.id for problem in problems}
+        return {"loss": 0.0}
+
+    def rl_step(run, step, record):
+        seen["rl"] |= {problem.id for problem in run.data.encoded}
+        return {"loss": 0.0, "reward": 0.0, "reward_on_policy": 0.0}, [], None
+
+    monkeypatch.setattr(train, "sft_step", sft_step)
+    monkeypatch.setattr(train, "rl_step", rl_step)
+    settings = {"method": "sft-rft", "data": data, "sft_data": sft, "sft_batch": 4, "sft_steps": 4, "steps": 1}
+    assert train.train(parse_config(arguments(task, tmp_path / "run", **settings))) == 0
+    assert seen["sft"] < {f"own-{row['id']}" for row in rows[:8]}  # without those that are too long
+    assert seen["rl"] == {row["id"] for row in rows}
+    usable = len(seen["sft"])
+    seen["sft"].clear()
+    half = settings | {"demonstration_fraction": 0.5}
+    assert train.train(parse_config(arguments(task, tmp_path / "half", **half))) == 0
+    assert len(seen["sft"]) == math.ceil(usable / 2) > 0
+    with pytest.raises(ValueError, match=r"method sft-rft needs demonstrations and .*data.jsonl has none it can use"):
+        train.prepare(parse_config(arguments(task, tmp_path / "none", **(settings | {"sft_data": ""}))))
+
+
+def test_a_model_remembers_its_system_message_for_evaluation(task, tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(ROOT)
+    rows = [json.loads(line) for line in (task / "train.jsonl").read_text().splitlines()]
+    data = write_rows(tmp_path / "data.jsonl", [row | {"system": "Step by step."} for row in rows])
+    assert train.train(parse_config(arguments(task, tmp_path / "run", data=data, steps=1, method="rft"))) == 0
+    words = ["--model", str(tmp_path / "run" / "final"), "--data", str(task / "held.jsonl"), "--temperature", "0"]
+    words += ["--max_response_tokens", "8"]
+    evaluation.run(evaluation.parse_args([*words, "--out", str(tmp_path / "as-trained")]))
+    settings = json.loads((tmp_path / "as-trained" / "settings.json").read_text())
+    assert settings["system"] == "Step by step." and "Step by step." in settings["first_prompt"]
+    capsys.readouterr()
+    evaluation.run(evaluation.parse_args([*words, "--system", "Be brief.", "--out", str(tmp_path / "other")]))
+    assert 'the model was trained with another system: "Step by step."' in capsys.readouterr().out
+    evaluation.run(evaluation.parse_args([*words, "--reward", "exact", "--out", str(tmp_path / "exact")]))
+    assert 'the model was trained with another reward: "math"' in capsys.readouterr().out

@@ -423,7 +423,7 @@ def test_logs_are_cut_to_the_checkpoint_and_nothing_else_is_lost(tmp_path):
 
 
 def test_the_sft_stage_has_a_file_of_its_own(task, tmp_path, monkeypatch):
-    """sft_data feeds the sft stage, data the steps of reinforcement; demonstration_fraction is a share of the former."""
+    """sft_data feeds the sft stage, data the steps of reinforcement; the share of demonstrations is sft_data's."""
     monkeypatch.chdir(ROOT)
     rows = [json.loads(line) for line in (task / "train.jsonl").read_text().splitlines()]
     bare = [{k: v for k, v in row.items() if k != "demonstrations"} for row in rows]

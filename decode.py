@@ -1,26 +1,25 @@
 """The hot path of sampling: two logits processors and the loops `generate` may decode with (DECODERS).
 
-In reading order: draw a token by inverting the CDF, force a prefix's; `decode_rows`, the loop for small models and
-responses of different lengths; `decode_static`, HF's own loop over a static cache, compiled on CUDA.
+In reading order: draw a token by inverting the CDF, force a prefix's; `last_hidden`, how every pass of ours calls a
+model; `decode_rows`, the loop for small models and responses of different lengths; `decode_static`, HF's own loop
+over a static cache, compiled on CUDA; `choose_loop`, which asks a model at load what it can be decoded with.
 Left out: kernels of our own, continuous batching (it takes no processor of ours), speculative decoding.
 """
 
+import contextlib
+import functools
+import inspect
 from typing import Any
 
 import torch
 from torch import Tensor
-from transformers import (
-    DynamicCache,
-    GenerationConfig,
-    LogitsProcessor,
-    LogitsProcessorList,
-    PreTrainedConfig,
-    PreTrainedModel,
-)
-from transformers.cache_utils import DynamicLayer
+from transformers import GenerationConfig, LogitsProcessor, LogitsProcessorList, PreTrainedModel
+from transformers.cache_utils import Cache, DynamicLayer
 
 PREFILL_TOKENS = 2**14  # tokens of a call's prompts read in one forward pass
 DROP_AT = 0.8  # ended rows leave the decoding batch once this share or less is alive: a copy costs about one step
+signature = functools.cache(inspect.signature)
+LOOPS = ("masks of ours", "masks of the model", "transformers")  # who makes what in decode_rows, the fastest first
 
 
 class DrawTokenLogitsProcessor(LogitsProcessor):
@@ -86,30 +85,9 @@ class RoomyLayer(DynamicLayer):
         self.keys, self.values = self.all_keys[:, :, : self.length], self.all_values[:, :, : self.length]
         return self.keys, self.values
 
-    def batch_select_indices(self, indices: Tensor) -> None:
-        self.all_keys, self.all_values = self.all_keys[indices], self.all_values[indices]
+    def reorder_cache(self, beam_idx: Tensor) -> None:
+        self.all_keys, self.all_values = self.all_keys[beam_idx], self.all_values[beam_idx]
         self._view()
-
-
-def head_width(config: PreTrainedConfig) -> int:
-    return getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
-
-
-def cache_bytes(config: PreTrainedConfig, size: int = 2) -> int:
-    """Bytes a token takes in the key-value cache; `size`: of a number, 2 in bf16."""
-    heads = getattr(config, "num_key_value_heads", None) or config.num_attention_heads
-    return 2 * size * config.num_hidden_layers * heads * head_width(config)
-
-
-def token_bytes(config: PreTrainedConfig, columns: int, size: int = 2) -> int:
-    """Bytes the next token of a row of `columns` tokens takes for a moment: a layer's keys and values repeated for
-    all heads, or, after that, scores, their CDF and copies (measured: 16 bytes a word)."""
-    return max(2 * size * columns * config.num_attention_heads * head_width(config), 16 * config.vocab_size)
-
-
-def row_bytes(config: PreTrainedConfig, columns: int, size: int = 2) -> int:
-    """Bytes a row of `columns` tokens takes while it is sampled."""
-    return columns * cache_bytes(config, size) + token_bytes(config, columns, size)
 
 
 def check_neutral(processors: LogitsProcessorList) -> None:
@@ -118,49 +96,54 @@ def check_neutral(processors: LogitsProcessorList) -> None:
         raise ValueError(f"the sampler is not neutral: it has {[type(p).__name__ for p in processors]}")
 
 
-def read_prompts(model: PreTrainedModel, cache: DynamicCache, input_ids: Tensor, attention_mask: Tensor) -> Tensor:
-    """Fill `cache` and give the scores after each prompt [B, V].
+def last_hidden(model: PreTrainedModel, **arguments: Any) -> Tensor:
+    """The states its head reads [B, T, H]. An argument the model has no name for is left out: some take no positions
+    and get them from the mask."""
+    body = model.base_model
+    body = next(model.children()) if body is model else body  # one that calls its body by another name
+    known = signature(type(body).forward).parameters
+    return body(**{name: value for name, value in arguments.items() if name in known}).last_hidden_state
 
-    Equal prompts (a group's) are read once; long ones in blocks of columns, which bounds the memory of a pass.
-    """
-    both, which = torch.unique(torch.cat([input_ids, attention_mask], dim=1), dim=0, return_inverse=True)
+
+def read_prompts(model: PreTrainedModel, cache: Cache, ids: Tensor, mask: Tensor, block: int) -> Tensor:
+    """Fill `cache` and give the scores after each prompt [B, V]. Equal prompts (a group's) are read once; long ones
+    in blocks of about `block` tokens of all rows, which bounds the memory of a pass."""
+    both, which = torch.unique(torch.cat([ids, mask], dim=1), dim=0, return_inverse=True)
     ids, mask = both.chunk(2, dim=1)
     positions = (mask.cumsum(1) - 1).clamp(min=0)
-    block = max(1, PREFILL_TOKENS // len(ids))
-    for start in range(0, ids.shape[1], block):
-        stop = min(start + block, ids.shape[1])
-        seen, new = mask[:, :stop], slice(start, stop)
-        made = model(ids[:, new], seen, positions[:, new], past_key_values=cache, use_cache=True, logits_to_keep=1)
-    cache.batch_select_indices(which)
-    return made.logits[:, -1][which]
+    width = max(1, block // len(ids))
+    for start in range(0, ids.shape[1], width):
+        new = slice(start, start + width)
+        given = {"input_ids": ids[:, new], "attention_mask": mask[:, : new.stop], "position_ids": positions[:, new]}
+        hidden = last_hidden(model, **given, past_key_values=cache, use_cache=True)
+    cache.reorder_cache(which)
+    return model.get_output_embeddings()(hidden[:, -1])[which]
 
 
 @torch.inference_mode()  # less bookkeeping per call than no_grad: felt where layers are small
-def decode_rows(
-    model: PreTrainedModel,
-    input_ids: Tensor,
-    logits_processor: LogitsProcessorList,
-    stopping_criteria: list,
-    generation_config: GenerationConfig,
-    **model_kwargs: Any,
-) -> Tensor:
+def decode_rows(model: PreTrainedModel, input_ids: Tensor, block: int | None = None, **given: Any) -> Tensor:
     """The decoding loop `generate` calls: as its own, but equal prompts are read once, rows that have ended leave
     the batch, and the cache and the attention mask are not made again at every token. -> [B, P+<=R]"""
+    loop = getattr(model, "loop", LOOPS[0])  # what choose_loop found
+    if loop == "transformers":
+        return decode_static(model, input_ids, **given)
+    logits_processor, generation_config = given["logits_processor"], given["generation_config"]
     check_neutral(logits_processor)
     prompt, room = input_ids.shape[1], generation_config.max_length - input_ids.shape[1]
     ends = torch.tensor(generation_config.eos_token_id, device=input_ids.device)
     output = input_ids.new_full((len(input_ids), prompt + room), generation_config.pad_token_id)
     output[:, :prompt] = input_ids
-    mask = model_kwargs["attention_mask"]  # generate drops a mask of ones
+    mask = given["attention_mask"]  # generate drops a mask of ones
     mask = torch.ones_like(input_ids) if mask is None else mask
-    cache = DynamicCache(config=model.config)
-    plain = all(type(layer) is DynamicLayer for layer in cache.layers)  # sliding windows keep their own layers
+    cache, head = given["past_key_values"], model.get_output_embeddings()
+    plain = all(type(layer) is DynamicLayer for layer in cache.layers)  # other kinds keep their own layers
     if plain:
         cache.layers = [RoomyLayer(prompt + room) for _ in cache.layers]
-    scores = read_prompts(model, cache, input_ids, mask)
+    scores = read_prompts(model, cache, input_ids, mask, block or PREFILL_TOKENS)
     position_ids = mask.sum(1, keepdim=True) - 1
     mask = torch.nn.functional.pad(mask, (0, room), value=1)
-    if plain and model.config._attn_implementation == "sdpa":  # the mask a layer takes: HF makes none of its own then
+    fused = model.config.get_text_config()._attn_implementation == "sdpa"
+    if plain and fused and loop == "masks of ours":  # as a layer takes it: HF makes none of its own then
         mask = mask.bool()[:, None, None]
     rows = torch.arange(len(input_ids), device=input_ids.device)  # the rows still in the batch
     ended = torch.zeros_like(rows, dtype=torch.bool)
@@ -176,26 +159,51 @@ def decode_rows(
         if len(alive) <= DROP_AT * len(rows):
             rows, token, ended = rows[alive], token[alive], ended[alive]
             position_ids, mask = position_ids[alive], mask[alive]
-            cache.batch_select_indices(alive)
+            cache.reorder_cache(alive)
             for processor in logits_processor:
                 processor.keep(alive)
         position_ids = position_ids + 1
-        made = model(token[:, None], mask[..., : length + 1], position_ids, past_key_values=cache, use_cache=True)
-        scores = made.logits[:, -1]
+        new = {"input_ids": token[:, None], "attention_mask": mask[..., : length + 1], "position_ids": position_ids}
+        scores = head(last_hidden(model, **new, past_key_values=cache, use_cache=True)[:, -1])
     return output[:, : length + 1]
 
 
-def decode_static(
-    model: PreTrainedModel,
-    input_ids: Tensor,
-    logits_processor: LogitsProcessorList,
-    stopping_criteria: list,
-    generation_config: GenerationConfig,
-    **model_kwargs: Any,
-) -> Tensor:
+def decode_static(model: PreTrainedModel, input_ids: Tensor, **given: Any) -> Tensor:
     """HF's own loop over its static cache, whose forward pass HF compiles on CUDA: fixed shapes, so no row leaves."""
-    check_neutral(logits_processor)
-    return model._sample(input_ids, logits_processor, stopping_criteria, generation_config, **model_kwargs)
+    check_neutral(given["logits_processor"])
+    return model._sample(input_ids, **given)
+
+
+class RecordingLogitsProcessor(PrefixForcingLogitsProcessor):
+    """Forces tokens, each of them once, and keeps the log-probs [V] they had."""
+
+    def __call__(self, input_ids: Tensor, scores: Tensor) -> Tensor:
+        token = self.prefix_ids[:, input_ids.shape[1] - self.prompt_length, None]
+        self.log_probs[token] = scores.float().log_softmax(-1).gather(1, token)
+        return super().__call__(input_ids, scores)
+
+
+def choose_loop(model: PreTrainedModel, ids: Tensor, mask: Tensor, want: Tensor, close: float) -> bool:
+    """Set model.loop to the first of LOOPS that gives the last R columns of `ids`, all different and forced, the
+    log-probs `want` [B, R], 0 behind the end of a row; False if none does."""
+    lengths, prompt = (want != 0).sum(1), ids.shape[1] - want.shape[1]
+    forced = ids[:, prompt:]
+    ends = forced.gather(1, lengths[:, None] - 1).flatten().tolist()
+    settings = {"max_new_tokens": forced.shape[1], "do_sample": False, "eos_token_id": ends, "pad_token_id": 0}
+    for model.loop in LOOPS:
+        record = RecordingLogitsProcessor(forced, lengths, prompt)
+        record.log_probs = want.new_zeros(model.get_input_embeddings().num_embeddings)
+        with contextlib.suppress(Exception):  # a loop the model was not made for can raise anything
+            model.generate(
+                input_ids=ids[:, :prompt],
+                attention_mask=mask[:, :prompt],
+                generation_config=GenerationConfig(**settings),
+                logits_processor=LogitsProcessorList([record]),
+                custom_generate=functools.partial(decode_rows, block=3 * len(ids)),
+            )
+            if torch.allclose(record.log_probs[forced] * (want != 0), want, rtol=0, atol=close):
+                return True
+    return False
 
 
 DECODERS = {"loop": decode_rows, "static": decode_static}

@@ -28,17 +28,18 @@ from tqdm import tqdm
 from transformers import PreTrainedModel
 
 from data.loader import Encoded, Problem, encode_problems
-from decode import DECODERS, row_bytes
+from decode import DECODERS
 from evaluation.benchmarks import FILES, Benchmark, all_draws, choose_benchmarks
 from evaluation.folder import count, cut_broken_line, describe, open_folder, regrade, stored_settings
 from evaluation.multiple_choice import grade_response
 from evaluation.report import write_report
 from evaluation.statistics import Answers, pass_at_k
-from model import load_model, pick_device, trained_with
+from model import load_model, pick_device
 from reward import MATH, Reward, load_reward
 from sample import Row, generate, pack
 from support import distributed
-from support.checkpoint import append_rows
+from support.checkpoint import append_rows, trained_with
+from support.memory import row_bytes
 
 __all__ = ["evaluate", "pass_at_k"]
 
@@ -119,7 +120,7 @@ def encode_benchmarks(model, tokenizer, benchmarks: list[Benchmark], max_respons
     ends = model.generation_config.eos_token_id
     for benchmark in benchmarks:
         benchmark.encoded = encode_problems(tokenizer, benchmark.problems, max_response_tokens, ends)[0]
-    window = getattr(model.config, "max_position_embeddings", None)
+    window = getattr(model.config.get_text_config(), "max_position_embeddings", None)
     longest = max(len(e.prompt_ids) for b in benchmarks for e in b.encoded)
     if window and longest + max_response_tokens > window:
         raise ValueError(

@@ -1,18 +1,17 @@
 """Load and save a HuggingFace causal LM with its tokenizer; log-probs and entropies of responses.
 
-In reading order: `load_tokenizer`, `load_model`, `save_model`, `sampling`; `token_stats`, the training forward pass.
-On CUDA, or with several processes, support/distributed.py shards a model in training: three calls here, no more.
+In reading order: `load_tokenizer`, `load_model` and `check_model`, which asks a model on a few tokens for all that
+sampling and log-probs take for granted; `save_model`, `sampling`; `token_stats`, the training forward pass.
+On CUDA, or with several processes, support/distributed.py shards a model in training.
 Left out: LoRA, quantisation, remote code, encoder-decoder models, models that change their logits after the head.
 """
 
 import contextlib
-import json
 import os
 import shutil
 import sys
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
 
 import torch
 from huggingface_hub.utils import logging as hub_logging
@@ -29,10 +28,11 @@ from transformers import (
 from transformers import PreTrainedTokenizerBase as Tokenizer
 from transformers.utils import logging
 
+from decode import choose_loop, last_hidden
 from support import distributed
 
 LOGITS_PER_CHUNK = 2**25  # elements of a [tokens, V] logits chunk: 128 MiB in fp32, whatever B, R and V are
-REMEMBERED = "trained_with.json"  # in a model folder that a run wrote
+NOISE = ("drop", "jitter", "noise")  # what the config's fields for random changes in training have in their names
 SMALL = 10_000_000  # below so many parameters a second CPU thread gains little, and costs much if a core is busy
 
 
@@ -68,7 +68,7 @@ def one_line(path: str) -> Iterator[None]:
 def load_config(path: str) -> PreTrainedConfig:
     """The model's config, from a folder or a hub name. ValueError, one line, where there is none."""
     hub_logging.set_verbosity_error()  # without a network: our one line instead of every retry
-    if not Path(path).exists() and path.count("/") != 1:
+    if not Path(path).exists() and (path.count("/") != 1 or Path(path).parent.exists()):
         raise ValueError(f"model {path!r} is neither a folder that exists nor a hub name (ORGANISATION/NAME)")
     with one_line(path):
         return AutoConfig.from_pretrained(path, trust_remote_code=False)
@@ -111,50 +111,90 @@ def load_model(
 
     `training`: weights are fp32 whatever the file holds, as an update of 1e-6 vanishes in bf16; after
     distributed.start() they are sharded over the ranks, and rank 0 alone reads them. Otherwise every process has all
-    of them, on CUDA in bf16, which is what training computes in. All dropout is 0, so that the training forward pass
-    gives the log-probs the sampler had.
-    `recompute`: a layer's activations are made again in the backward pass instead of kept. `offload`: see
-    distributed.shard.
-    Raises ValueError, one line, as load_tokenizer, and for a folder without weights or a model whose logits are not
-    its output head's.
+    of them, on CUDA in bf16, which is what training computes in. All noise is off, so that the training forward pass
+    gives the log-probs the sampler had. `recompute`: a layer's activations are made again in the backward pass
+    instead of kept. `offload`: see distributed.shard.
+    Raises ValueError, one line, as load_tokenizer, for a folder without weights, and as check_model.
     """
-    device, folder = torch.device(device), Path(path)
+    device, sharded = torch.device(device), training and torch.distributed.is_initialized()
     if not sys.stderr.isatty():
         logging.disable_progress_bar()
     tokenizer, generation_config = load_tokenizer(path)
-    if folder.exists() and not any(folder.glob("*.safetensors")):
-        raise ValueError(f"model {path!r} holds no *.safetensors weights: give a HuggingFace model folder")
-    with one_line(path):
-        if distributed.rank() == 0 or not training:
-            dtype = torch.float32 if training or device.type != "cuda" else torch.bfloat16
-            safe = {"use_safetensors": True, "trust_remote_code": False}
-            model, info = AutoModelForCausalLM.from_pretrained(path, dtype=dtype, output_loading_info=True, **safe)
-            if info["missing_keys"]:
-                raise ValueError(f"its weights lack {min(info['missing_keys'])}: the file is not whole")
-        else:  # the weights come from rank 0
-            with torch.device("meta"):
-                model = AutoModelForCausalLM.from_config(load_config(path), dtype=torch.float32)
-    rows = model.get_input_embeddings().num_embeddings
-    if len(tokenizer) > rows:
-        raise ValueError(f"model {path!r}: its tokenizer has {len(tokenizer)} tokens, its embedding {rows} rows")
-    remove_dropout(model)
-    if distributed.rank() == 0 and not head_gives_logits(model):
-        raise ValueError(
-            f"model {path!r}: its logits are not those of its output head (scaled or capped afterwards?), "
-            "so log-probs taken from the head would be wrong: use another model"
-        )
+    model = None
+    if distributed.rank() == 0 or not training:
+        model = read_model(path, torch.float32 if training or device.type != "cuda" else torch.bfloat16)
+        rows = model.get_input_embeddings().num_embeddings
+        if len(tokenizer) > rows:
+            raise ValueError(f"model {path!r}: its tokenizer has {len(tokenizer)} tokens, its embedding {rows} rows")
+        model.generation_config = generation_config
+        check_model(path, model if training else model.to(device), training)
+    if sharded:
+        model, plain = distributed.follow_first(model)
     model.generation_config = generation_config
     if recompute:
         recompute_layers(model)
-    if training and torch.distributed.is_initialized():
-        with torch.device("meta"):
-            plain = AutoModelForCausalLM.from_config(model.config, dtype=torch.float32)
-        plain.generation_config = generation_config
+    if sharded:
         distributed.shard(model, plain, device, offload)
         return model.train(), tokenizer
     if device.type == "cpu" and model.num_parameters() < SMALL and "OMP_NUM_THREADS" not in os.environ:
         torch.set_num_threads(1)
     return model.to(device).train(), tokenizer
+
+
+def read_model(path: str, dtype: torch.dtype) -> PreTrainedModel:
+    """The model with its weights. Its config says what it is, also where the file's says otherwise: without noise,
+    and an embedding and a head that are both in the file are not tied."""
+    folder, config = Path(path), load_config(path)
+    if folder.exists() and not any(folder.glob("*.safetensors")):
+        raise ValueError(f"model {path!r} holds no *.safetensors weights: give a HuggingFace model folder")
+    for part in (config, config.get_text_config()):
+        noise = {name for name, value in vars(part).items() if isinstance(value, float)}
+        vars(part).update({name: 0.0 for name in noise if any(word in name for word in NOISE)})
+    with one_line(path):
+        settings = {"config": config, "dtype": dtype, "use_safetensors": True, "trust_remote_code": False}
+        model, info = AutoModelForCausalLM.from_pretrained(path, output_loading_info=True, **settings)
+        if info["missing_keys"]:
+            raise ValueError(f"its weights lack {min(info['missing_keys'])}: the file is not whole")
+    head = model.get_output_embeddings()
+    model.config.tie_word_embeddings = head is not None and head.weight is model.get_input_embeddings().weight
+    return model
+
+
+@torch.no_grad()
+def check_model(path: str, model: PreTrainedModel, training: bool) -> None:
+    """Ask the model, on a few tokens, for what sampling and log-probs take for granted, and choose its model.loop.
+
+    ValueError, one line, unless: the logits are its head's, to the bit; two training passes agree to the bit; a row
+    in a padded batch has the log-probs it has alone in a plain forward pass, in training and in sampling (up to
+    rounding: half the digits of its dtype). Prompts of 7, 3 and 7 tokens; responses that end at different times.
+    """
+    step, column = model.get_input_embeddings().num_embeddings // 19, torch.arange(13)
+    first, last = torch.tensor([[0], [4], [0]]), torch.tensor([[12], [8], [10]])  # of each row
+    mask = ((column >= first) & (column <= last)).long().to(model.device)
+    prompts, responses = torch.arange(1, 8).expand(3, 7), torch.arange(1, 19).view(3, 6)
+    ids = (step * torch.cat([prompts, responses], dim=1)).to(model.device)
+    want = torch.zeros(responses.shape, device=model.device)
+    with one_line(path):
+        head = model.eval().get_output_embeddings()
+        for i, real in enumerate(mask.bool()):
+            row = ids[i : i + 1, real]
+            logits = model(input_ids=row, use_cache=False).logits
+            if not torch.equal(head(last_hidden(model, input_ids=row, use_cache=False)), logits):
+                raise ValueError("its logits are not those of its output head (scaled, capped?): use another model")
+            log_p = logits[0, -int(real[7:].sum()) - 1 : -1].float().log_softmax(-1)
+            want[i, real[7:]] = log_p.gather(1, ids[i, 7:][real[7:], None]).squeeze(1)
+        close = float(want.abs().max()) * torch.finfo(model.dtype).eps ** 0.5
+        found = [_token_stats(model.train(), ids, mask, 6, 1.0)[0] for _ in range(1 + training)]
+        if not torch.equal(found[0], found[-1]):
+            raise ValueError("two training passes differ: set the noise in its config.json to 0")
+        if not torch.allclose(found[0], want, rtol=0, atol=close):
+            raise ValueError("a row in a padded batch is not what it is alone: use another model")
+        if not choose_loop(model.eval(), ids, mask, want, close):
+            raise ValueError("rows sampled in a batch are not what they are alone (a recurrent state?): use another")
+        if model.loop == "transformers":
+            logging.get_logger("transformers").warning(
+                f"{path} is sampled by transformers' own loop, which is slower"
+            )
 
 
 def recompute_layers(model: PreTrainedModel) -> None:
@@ -163,73 +203,24 @@ def recompute_layers(model: PreTrainedModel) -> None:
     enable({"use_reentrant": False})
 
 
-def remove_dropout(model: PreTrainedModel) -> None:
-    """All dropout probabilities 0 (not eval mode: gradient checkpointing is inactive there)."""
-    for key, value in model.config.to_dict().items():
-        if "dropout" in key and isinstance(value, int | float) and value:
-            setattr(model.config, key, 0.0)
-    for module in model.modules():
-        if isinstance(module, torch.nn.Dropout):
-            module.p = 0.0
-        elif isinstance(getattr(module, "attention_dropout", None), float):
-            module.attention_dropout = 0.0
-
-
-@torch.no_grad()
-def head_gives_logits(model: PreTrainedModel) -> bool:
-    """Whether the model's logits are its output head's, tried on a few tokens."""
-    ids = torch.arange(4)[None]
-    head, hidden = model.get_output_embeddings(), model.base_model(input_ids=ids, use_cache=False).last_hidden_state
-    return torch.allclose(head(hidden), model(input_ids=ids, use_cache=False).logits, rtol=1e-5, atol=1e-5)
-
-
-def state_of(model: PreTrainedModel) -> dict[str, Tensor]:
-    """The model's state dict without the second names of tied weights."""
-    once = {name for name, _ in model.named_parameters()}
-    second = {name for name, _ in model.named_parameters(remove_duplicate=False)} - once
-    return {name: tensor for name, tensor in model.state_dict().items() if name not in second}
-
-
-def save_model(
-    model: PreTrainedModel, tokenizer: Tokenizer, folder: str | Path, remembered: dict[str, Any] | None = None
-) -> None:
+def save_model(model: PreTrainedModel, tokenizer: Tokenizer, folder: str | Path) -> None:
     """Write a HF model folder: to a temporary name first, then renamed, so a half-written one is never seen.
-
-    `remembered`: what `trained_with` will say about the model. Called on every rank; rank 0 writes."""
-    state = distributed.full_state(state_of(model))
+    Called on every rank; rank 0 writes."""
+    state = distributed.full_state(distributed.state_of(model))
     if distributed.rank():
         return
     folder, partial = Path(folder), Path(f"{folder}.partial")
     shutil.rmtree(partial, ignore_errors=True)
     model.save_pretrained(partial, state_dict=state)
     tokenizer.save_pretrained(partial)
-    if remembered:
-        (partial / REMEMBERED).write_text(
-            json.dumps(remembered, ensure_ascii=False, indent=1) + "\n", encoding="utf-8"
-        )
     shutil.rmtree(folder, ignore_errors=True)
     partial.rename(folder)
 
 
-def trained_with(path: str) -> dict[str, Any]:
-    """What a run of this project noted in the model folder it wrote: "system", the system message its training rows
-    share (null: they have several), and "reward"; {} for any other model."""
-    file = Path(path) / REMEMBERED
-    try:
-        found = json.loads(file.read_text(encoding="utf-8")) if file.exists() else {}
-    except ValueError as error:
-        raise ValueError(f"{file}: not valid JSON ({error}): restore it or delete it") from error
-    if not isinstance(found, dict):
-        raise ValueError(f"{file}: found {type(found).__name__}, expected a JSON object: restore it or delete it")
-    return {name: found[name] for name in ("system", "reward") if isinstance(found.get(name), str)}
-
-
 @contextlib.contextmanager
 def sampling(model: PreTrainedModel) -> Iterator[PreTrainedModel]:
-    """Gives the model to sample with: in eval mode, without gradients.
-
-    (Gradient checkpointing would turn the key-value cache off in train mode.) Does not nest.
-    """
+    """Gives the model to sample with: in eval mode (gradient checkpointing would turn the key-value cache off in
+    train mode), without gradients. Does not nest."""
     model.eval()
     try:
         with torch.no_grad(), distributed.gathered(model) as whole:
@@ -239,11 +230,7 @@ def sampling(model: PreTrainedModel) -> Iterator[PreTrainedModel]:
 
 
 def token_stats(
-    model: PreTrainedModel,
-    input_ids: Tensor,
-    attention_mask: Tensor,
-    response_length: int,
-    temperature: float,
+    model: PreTrainedModel, input_ids: Tensor, attention_mask: Tensor, response_length: int, temperature: float
 ) -> tuple[Tensor, Tensor]:
     """Log-probability of each response token and entropy of the distribution it came from.
 
@@ -253,17 +240,15 @@ def token_stats(
     fp32; [B, R, V] never exists, and padding costs nothing here. Positions are explicit, so that padding does not
     shift them.
     """
-    arguments = (input_ids, attention_mask, response_length, temperature)
-    return distributed.run_forward(model, _token_stats, *arguments)
+    return distributed.run_forward(model, _token_stats, input_ids, attention_mask, response_length, temperature)
 
 
 def _token_stats(
     model: PreTrainedModel, input_ids: Tensor, attention_mask: Tensor, response_length: int, temperature: float
 ) -> tuple[Tensor, Tensor]:
     position_ids = (attention_mask.cumsum(1) - 1).clamp(min=0)
-    hidden = model.base_model(
-        input_ids=input_ids, attention_mask=attention_mask, position_ids=position_ids, use_cache=False
-    ).last_hidden_state
+    given = {"input_ids": input_ids, "attention_mask": attention_mask, "position_ids": position_ids}
+    hidden = last_hidden(model, **given, use_cache=False)
     mask = attention_mask[:, -response_length:].bool()
     hidden = hidden[:, -response_length - 1 : -1][mask]  # [n, H]: the state at token t predicts token t + 1
     targets = input_ids[:, -response_length:][mask]  # [n]
@@ -282,12 +267,11 @@ def head_stats(model: PreTrainedModel, hidden: Tensor, targets: Tensor, temperat
             entropy = -(log_p.exp() * log_p).nan_to_num().sum(-1)  # 0 * -inf = 0
         return log_p.gather(1, targets[:, None]).squeeze(1), entropy
 
-    size = max(1, LOGITS_PER_CHUNK // model.config.vocab_size)
+    size = max(1, LOGITS_PER_CHUNK // model.config.get_text_config().vocab_size)
     if len(targets) <= size:
         return stats(hidden, targets)
     parts = [
         checkpoint(stats, *chunk, use_reentrant=False, preserve_rng_state=False)
         for chunk in zip(hidden.split(size), targets.split(size))
     ]
-    log_probs, entropy = (torch.cat(column) for column in zip(*parts))
-    return log_probs, entropy
+    return tuple(torch.cat(column) for column in zip(*parts))

@@ -23,9 +23,10 @@ from transformers import AttentionInterface, AutoModelForCausalLM
 from transformers.modeling_layers import GradientCheckpointingLayer
 
 import model as models
-from decode import PREFILL_TOKENS, cache_bytes, head_width, row_bytes, token_bytes
+from decode import PREFILL_TOKENS
 from loss import METHODS
 from support.config import Config, parse_config
+from support.memory import cache_bytes, head_width, row_bytes, token_bytes
 
 GIB = 2**30
 GPUS = {  # memory GB, bf16 TFLOP/s (dense), GB/s: the makers' data sheets

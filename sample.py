@@ -27,7 +27,7 @@ from torch import Tensor
 from tqdm import tqdm
 from transformers import GenerationConfig, LogitsProcessorList, PreTrainedModel
 
-from data.loader import Encoded, encode, render_prompt
+from data.loader import Encoded, decode_responses, encode, render_prompt
 from decode import DECODERS, DrawTokenLogitsProcessor, PrefixForcingLogitsProcessor
 from model import load_model, pick_device, sampling
 from support.distributed import gather_dict, rank, world_size
@@ -348,7 +348,7 @@ def pack(rows: Sequence[Row], responses: Sequence[list[int]], model: PreTrainedM
         group=torch.tensor([row.group for row in rows]),
         hybrid=prefix > 0,
         truncated=torch.tensor([r[-1] not in ends for r in responses]),
-        texts=tokenizer.batch_decode(responses, skip_special_tokens=True),
+        texts=decode_responses(tokenizer, responses, config.eos_token_id),
     )
 
 

@@ -13,9 +13,10 @@ import math
 import signal
 import sys
 import time
+from collections import Counter
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from transformers import PreTrainedModel
@@ -32,6 +33,13 @@ from support import checkpoint, console, distributed
 from support.config import TASK, Config, parse_config
 
 # ---- data
+
+
+class Counts(NamedTuple):
+    """Demonstrations that are not used, by reason, and what else is to be said of how many of the others."""
+
+    left_out: Counter
+    noted: Counter
 
 
 def keep_fraction(problems: Sequence[Encoded], fraction: float) -> list[Encoded]:
@@ -56,8 +64,8 @@ def data_files(config: Config) -> dict[str, str]:
 
 def load_data(
     config: Config, reward: Reward, tokenizer, end_ids: list[int], context: int | None
-) -> tuple[Data, dict[str, int]]:
-    """The run's data, checked against its settings, and how many demonstrations were left out for which reason."""
+) -> tuple[Data, Counts]:
+    """The run's data, checked against its settings, and what is to be said of its demonstrations."""
     train = load_problems(config.data, reward)
     held = {}
     for name in ("validation", "test"):
@@ -65,13 +73,14 @@ def load_data(
             problems = load_problems(path, reward)
             bare = [dataclasses.replace(problem, demonstrations=()) for problem in problems]
             held[name] = problems, encode_problems(tokenizer, bare, config.max_response_tokens, end_ids, reward)[0]
-    encoded, left_out = encode_problems(tokenizer, train, config.max_response_tokens, end_ids, reward)
+    encoded, left_out, noted = encode_problems(tokenizer, train, config.max_response_tokens, end_ids, reward)
     encoded = keep_fraction(encoded, config.demonstration_fraction)
     supervised = encoded
     if config.sft_data:
         problems = load_problems(config.sft_data, reward)
-        supervised, dropped = encode_problems(tokenizer, problems, config.max_response_tokens, end_ids, reward)
-        supervised, left_out = keep_fraction(supervised, config.demonstration_fraction), left_out + dropped
+        supervised, *counted = encode_problems(tokenizer, problems, config.max_response_tokens, end_ids, reward)
+        supervised = keep_fraction(supervised, config.demonstration_fraction)
+        left_out, noted = left_out + counted[0], noted + counted[1]
     supervised = [problem for problem in supervised if problem.demonstrations]
     method = METHODS[config.method]
     used = supervised if "sft" in method.stages else [problem for problem in encoded if problem.demonstrations]
@@ -85,7 +94,7 @@ def load_data(
             f"prompts_per_step is {config.prompts_per_step}, but {config.data} has only {len(train)} problems"
         )
     check_context(config, [*encoded, *supervised], held, context)
-    return Data(train, encoded, supervised, held), dict(left_out)
+    return Data(train, encoded, supervised, held), Counts(left_out, noted)
 
 
 def check_context(config: Config, encoded: list[Encoded], held: dict, context: int | None) -> None:
@@ -156,7 +165,7 @@ def score(run: Run, who: str) -> dict[str, Any]:
     }
 
 
-def prepare(config: Config) -> tuple[Run, dict[str, int]]:
+def prepare(config: Config) -> tuple[Run, Counts]:
     """Load and check everything; ValueError on wrong input. Nothing is written."""
     checkpoint.check_folder(config)
     if config.tensorboard and importlib.util.find_spec("tensorboard") is None:
@@ -165,27 +174,25 @@ def prepare(config: Config) -> tuple[Run, dict[str, int]]:
     distributed.start(device)
     check_ranks(config)
     tokenizer, generation_config = load_tokenizer(config.model)
-    context = getattr(load_config(config.model), "max_position_embeddings", None)
-    reward = load_reward(config.reward)
-    data, left_out = load_data(
-        config, reward, tokenizer, generation_config.eos_token_id, context
-    )  # before the weights
+    context = getattr(load_config(config.model).get_text_config(), "max_position_embeddings", None)
+    reward, ends = load_reward(config.reward), generation_config.eos_token_id
+    data, counts = load_data(config, reward, tokenizer, ends, context)  # before the weights are read
     model, _ = load_model(config.model, device, training=True, recompute=config.recompute, offload=config.offload)
     method = METHODS[config.method]
     run = Run(config, method, model, tokenizer, reward, data, new_optimizer(model, config))
     if method.unsolved == "collect":
         run.collector = Collector([], new_optimizer(model, config))
-    return run, left_out
+    return run, counts
 
 
 def train(config: Config) -> int:
     """A whole run -> the exit code: 0, or 128 + the number of the signal that stopped it."""
-    run, left_out = prepare(config)
+    run, counts = prepare(config)
     folder = checkpoint.prepare_folder(config, checkpoint.made_of(run, data_files(config)))
     sft_steps = config.sft_steps if "sft" in run.method.stages else 0
     total = sft_steps + (config.steps if "rl" in run.method.stages else 0)
     start = restore(run, folder)
-    console.show_start(run, folder, left_out, total, start)
+    console.show_start(run, folder, counts, total, start)
     scores_file = folder / "eval.json"
     if not scores_file.exists():
         begun = time.perf_counter()
@@ -227,8 +234,8 @@ def train(config: Config) -> int:
                 console.show(f"stopped after step {done} of {total}; to go on: {console.command(config, folder)}")
                 return 128 + stop[0]
     systems = {problem.system for problem in run.data.train}
-    remembered = {"system": systems.pop() if len(systems) == 1 else None, "reward": run.reward.name}
-    save_model(run.model, run.tokenizer, folder / "final", remembered)
+    save_model(run.model, run.tokenizer, folder / "final")
+    checkpoint.remember(folder / "final", systems.pop() if len(systems) == 1 else None, run.reward.name)
     if "trained" not in scores:
         scores["trained"] = score(run, "trained")
         checkpoint.write_text(scores_file, json.dumps(scores, indent=1) + "\n")

@@ -1,5 +1,6 @@
 """What the benches share: the default run of rft and its rows, timers, peak memory, results as JSON."""
 
+import argparse
 import contextlib
 import json
 import platform
@@ -7,7 +8,7 @@ import statistics
 import sys
 import tempfile
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
@@ -113,10 +114,20 @@ def medians(times: dict[str, list[tuple[float, float]]], first: str) -> dict:
     return table
 
 
-def main(parts: dict[str, Callable]) -> None:
+def chosen(doc: str, known: Iterable[str] = (), least: str = "*") -> list[str]:
+    """The parts of a bench that the command line names, of `known`; --help prints `doc` and starts nothing."""
+    parser = argparse.ArgumentParser(
+        description=doc, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False
+    )
+    if known:
+        parser.add_argument("parts", nargs=least, metavar="PART", help=", ".join(known))
+    names = getattr(parser.parse_args(), "parts", [])
+    if unknown := [name for name in names if name not in known]:
+        parser.error(f"found {unknown[0]!r}, expected of {', '.join(known)}")
+    return names
+
+
+def main(doc: str, parts: dict[str, Callable]) -> None:
     """Run the parts named on the command line."""
-    unknown = set(sys.argv[1:]) - set(parts)
-    if unknown or not sys.argv[1:]:
-        sys.exit(f"{Path(sys.argv[0]).name}: found {sorted(unknown) or 'no part'}, expected of {', '.join(parts)}")
-    for part in sys.argv[1:]:
+    for part in chosen(doc, parts, least="+"):
         parts[part]()

@@ -6,28 +6,30 @@ The labels are ours (tests/grading_pairs.py): agreement says how far a grader sh
 Each pair is graded once, from a cold cache, in one process; Math-Verify with its own time limits, as shipped.
 """
 
+import importlib.util
 import json
 import logging
 import os
-import platform
 import sys
 import time
 from collections.abc import Callable
 from importlib.metadata import version
 from pathlib import Path
 
-ROOT = Path(__file__).resolve().parent.parent
-sys.path[:0] = [str(ROOT), str(ROOT / "tests")]
+from common import RESULTS, chosen, machine
 
-from grading_pairs import ALL_PAIRS  # noqa: E402
-from math_verify import ExprExtractionConfig, LatexExtractionConfig, parse, verify  # noqa: E402
+from reward import is_equivalent
 
-from reward import is_equivalent  # noqa: E402
+sys.path.append(str(Path(__file__).parents[1] / "tests"))
 
-OUT = ROOT / "bench" / "results" / "grading.json"
+from grading_pairs import ALL_PAIRS
+
+OUT = RESULTS / "grading.json"
 
 
 def math_verify(prediction: str, gold: str) -> bool:
+    from math_verify import ExprExtractionConfig, LatexExtractionConfig, parse, verify
+
     config = [LatexExtractionConfig(boxed_match_priority=0), ExprExtractionConfig()]
     boxed = [f"\\boxed{{{answer.strip().strip('$').strip()}}}" for answer in (gold, prediction)]
     return bool(verify(*(parse(text, config) for text in boxed)))
@@ -51,23 +53,15 @@ def measure(grader: Callable[[str, str], bool]) -> dict:
     }
 
 
-def cpu_name() -> str:
-    info = Path("/proc/cpuinfo")
-    names = (
-        [line.split(":")[1].strip() for line in info.read_text().splitlines() if line.startswith("model name")]
-        if info.exists()
-        else []
-    )
-    return names[0] if names else platform.processor() or platform.machine()
-
-
 def main() -> None:
+    chosen(__doc__)
+    if importlib.util.find_spec("math_verify") is None:
+        sys.exit("grading.py: the package math-verify is missing: pip install -r requirements-dev.txt")
     logging.disable(logging.CRITICAL)
     results = {
         "pairs": len(ALL_PAIRS),
         "equal": sum(equal for *_, equal in ALL_PAIRS),
-        "cpu": cpu_name(),
-        "python": platform.python_version(),
+        "machine": machine(),
         "versions": {name: version(name) for name in ("math-verify", "sympy", "mpmath")},
         "ours": measure(is_equivalent),
         "math_verify": measure(math_verify),

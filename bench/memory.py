@@ -11,7 +11,7 @@ Each with and without gradient checkpointing. Weights and optimizer are not coun
 import json
 
 import torch
-from common import RESULTS, machine, peak_bytes
+from common import RESULTS, chosen, machine, peak_bytes
 from torch import Tensor
 from transformers import Qwen2Config, Qwen2ForCausalLM
 
@@ -35,6 +35,7 @@ def chunked(model: Qwen2ForCausalLM, ids: Tensor, mask: Tensor) -> Tensor:
 
 
 def main() -> None:
+    chosen(__doc__)
     torch.set_num_threads(1)
     torch.manual_seed(0)
     model = Qwen2ForCausalLM(Qwen2Config(vocab_size=VOCABULARY, **SHAPE, num_key_value_heads=2)).train()

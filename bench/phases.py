@@ -59,14 +59,16 @@ def watch(run: steps.Run, phases: Phases, counts: dict[str, int]) -> None:
     def add(name, number):
         counts[name] = counts.get(name, 0) + int(number)
 
-    def forward_phase(ids, mask, *_, **__):
-        if ids.shape[1] > 1:
+    def forward_phase(input_ids, attention_mask, use_cache, **_):
+        if not use_cache:
+            return phases.open[-1]
+        if input_ids.shape[1] > 1:
             return "prompts: forward"
         add("decode passes", 1)
-        add("rows", len(ids))
-        add("ended rows", (ids == run.model.generation_config.pad_token_id).sum())
-        add("columns attended", mask.numel())
-        add("of them padding", (mask == 0).sum())
+        add("rows", len(input_ids))
+        add("ended rows", (input_ids == run.model.generation_config.pad_token_id).sum())
+        add("columns attended", attention_mask.numel())
+        add("of them padding", (attention_mask == 0).sum())
         return "tokens: forward, without attention"
 
     def training_phase(model, rollouts, rows, temperature):
@@ -78,15 +80,16 @@ def watch(run: steps.Run, phases: Phases, counts: dict[str, int]) -> None:
     def attention_phase(*_, **__):
         return "tokens: attention" if phases.open[-1].startswith("tokens") else phases.open[-1]
 
-    run.model.forward = run.model.forward  # an attribute of its own, so that the wrapper can be put there
-    phases.wrap(run.model, "forward", forward_phase)
+    body = run.model.base_model
+    body.forward = body.forward  # an attribute of its own, so that the wrapper can be put there
+    phases.wrap(body, "forward", forward_phase)
     phases.wrap(torch.nn.functional, "scaled_dot_product_attention", attention_phase)
     phases.wrap(decode.RoomyLayer, "update", "cache: write")
-    phases.wrap(decode.RoomyLayer, "batch_select_indices", "cache: share prompts, drop ended rows")
+    phases.wrap(decode.RoomyLayer, "reorder_cache", "cache: share prompts, drop ended rows")
     phases.wrap(decode.DrawTokenLogitsProcessor, "__call__", "draw")
     phases.wrap(steps, "generate", "rest of generate")
     phases.wrap(steps, "pack", "pack")
-    phases.wrap(steps, "grade_batch", "grade")
+    phases.wrap(steps, "grade_all", "grade")
     phases.wrap(steps, "forward", training_phase)
     phases.wrap(torch.Tensor, "backward", "backward")
     phases.wrap(steps, "clip_gradients", "clip, AdamW")
@@ -178,4 +181,4 @@ def draw_growth(table: list[dict]) -> None:
 
 
 if __name__ == "__main__":
-    main({"phases": bench_phases, "growth": bench_growth})
+    main(__doc__, {"phases": bench_phases, "growth": bench_growth})

@@ -24,6 +24,7 @@ from transformers import GenerationConfig, LogitsProcessor, LogitsProcessorList
 
 import model as models
 import step as steps
+from reward import grade_batch
 from sample import DrawTokenLogitsProcessor, generate, pad_left, uniforms
 from support.config import Config
 
@@ -141,11 +142,11 @@ def compare_steps(repeats: int, mixed: bool, rows_per_pass: int) -> dict:
     """Ours and TRL's, step by step in turn. mixed: rewards 0 and 1 in every group, so that every row has weight."""
     run, times, ours, trl_phases, peaks = new_run(), {"ours": [], "TRL": []}, {}, {}, {}
 
-    def flipped(texts, golds):
+    def flipped(reward, texts, problems):
         return [float(i % 2) for i in range(len(texts))]
 
-    graded, generated = steps.grade_batch, steps.generate
-    steps.grade_batch = flipped if mixed else graded
+    graded, generated = steps.grade_all, steps.generate
+    steps.grade_all = flipped if mixed else graded
 
     def kept(*args, **settings):
         ours["rows"], ours["responses"] = args[1], generated(*args, **settings)
@@ -157,7 +158,7 @@ def compare_steps(repeats: int, mixed: bool, rows_per_pass: int) -> dict:
         if step > repeats:
             peaks["ours"] = peak_bytes(lambda: steps.rl_step(run, step))
             return
-        (ours["metrics"], _), cpu, wall = timed(lambda: steps.rl_step(run, step))
+        (ours["metrics"], *_), cpu, wall = timed(lambda: steps.rl_step(run, step))
         times["ours"].append((cpu, wall))
 
     class InTurn(transformers.TrainerCallback):
@@ -180,7 +181,7 @@ def compare_steps(repeats: int, mixed: bool, rows_per_pass: int) -> dict:
             self.cpu, self.wall = time.process_time(), time.perf_counter()
 
     def reward(completions, answer, **_):
-        return flipped(completions, answer) if mixed else graded(completions, answer)
+        return flipped(None, completions, answer) if mixed else grade_batch(completions, answer)
 
     callback = InTurn()
     trainer = new_trainer(run, repeats, reward, rows_per_pass, callback)
@@ -203,7 +204,7 @@ def compare_steps(repeats: int, mixed: bool, rows_per_pass: int) -> dict:
     our_step(0)
     callback.start(0)
     trainer.train()
-    steps.grade_batch, steps.generate = graded, generated
+    steps.grade_all, steps.generate = graded, generated
     table = medians({name: pairs[1:] for name, pairs in times.items()}, "ours")  # the first pair warms up
     for name, row in table.items():
         row["peak_mib"] = round(peaks[name] / 2**20, 1)
@@ -232,4 +233,4 @@ def bench_step(repeats: int = 5) -> None:
 
 
 if __name__ == "__main__":
-    main({"sampling": bench_sampling, "step": bench_step})
+    main(__doc__, {"sampling": bench_sampling, "step": bench_step})

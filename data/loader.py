@@ -5,7 +5,10 @@ Other fields are ignored. `load_problems` reads and checks, `encode_problems` re
 from there on only ids are used, so what is trained is what was sampled.
 """
 
+import datetime
+import itertools
 import json
+import re
 import reprlib
 import sys
 from collections import Counter
@@ -15,7 +18,11 @@ from typing import Any
 
 from transformers import PreTrainedTokenizerBase as Tokenizer
 
-from reward import MATH, Reward, grade_one
+from reward import MATH, Reward, extract_boxed, grade_one
+
+TODAY = re.compile(r"""strftime_now\(\s*(['"])(.*?)\1\s*\)""")  # how a chat template asks for the date
+LAST_TAG = re.compile(r"<[^<>\s]+>\s*\Z")  # <think> and a line end, <|assistant|>, …
+DATE = datetime.datetime(2024, 7, 26)  # what it gets: the day that Llama 3's writes where it cannot ask
 
 
 @dataclass(frozen=True)
@@ -136,22 +143,61 @@ def load_problems(path: str | Path, reward: Reward = MATH) -> list[Problem]:
 
 def render_prompt(tokenizer: Tokenizer, problem: str, system: str = "") -> str:
     """The prompt as text: the tokenizer's chat template, or "system\\n\\nproblem\\n" where it has none, after the
-    token that begins a text if the tokenizer puts one (Llama was trained with it)."""
+    token that begins a text if the tokenizer puts one (Llama was trained with it).
+
+    A template that writes today's date writes DATE, so that a run and its evaluation have the same prompts on any
+    day. ValueError, one line, for a template that refuses the messages (some take no system message).
+    """
     if not tokenizer.chat_template:
         begin = tokenizer.bos_token if tokenizer("x")["input_ids"][0] == tokenizer.bos_token_id else ""
         return begin + (f"{system}\n\n" if system else "") + f"{problem}\n"
     messages = [{"role": "system", "content": system}] if system else []
     messages.append({"role": "user", "content": problem})
-    return tokenizer.apply_chat_template(messages, add_generation_prompt=True, tokenize=False)
+    try:
+        template = TODAY.sub(lambda call: repr(DATE.strftime(call[2])), tokenizer.get_chat_template())
+        if "strftime_now(" in template:
+            raise ValueError("it asks for today's date in a way that cannot be answered with a fixed one")
+        return tokenizer.apply_chat_template(
+            messages, chat_template=template, add_generation_prompt=True, tokenize=False
+        )
+    except Exception as error:  # a template can raise anything
+        roles = "a system and a user message: remove the field system" if system else "a user message"
+        said = " ".join(str(error).split())[:200]
+        raise ValueError(f"the model's chat template refuses {roles} (it says: {said})") from error
 
 
 def encode(tokenizer: Tokenizer, text: str, what: str = "text") -> list[int]:
     """Ids of `text` exactly as written, no special tokens added. ValueError if a character has no token."""
-    ids = tokenizer(text, add_special_tokens=False)["input_ids"]
-    if tokenizer.unk_token_id is not None and tokenizer.unk_token_id in ids:
-        bad = next(c for c in text if tokenizer.unk_token_id in tokenizer(c, add_special_tokens=False)["input_ids"])
-        raise ValueError(f"{what}: the tokenizer cannot encode {bad!r}: remove it or use another model")
+
+    def ids_of(part: str) -> list[int]:
+        return tokenizer(part, add_special_tokens=False)["input_ids"]
+
+    unknown, ids = tokenizer.unk_token_id, ids_of(text)
+    if unknown is None or unknown not in ids:
+        return ids
+    for part in text.split(
+        tokenizer.unk_token
+    ):  # the text may write that token itself: it can be bos, eos or pad too
+        if unknown in ids_of(part):
+            good = max(n for n in range(len(part)) if unknown not in ids_of(part[:n]))
+            raise ValueError(f"{what}: the tokenizer cannot encode {part[good]!r}: remove it or use another model")
     return ids
+
+
+def decode(tokenizer: Tokenizer, ids: list[int]) -> str:
+    return tokenizer.decode(ids, skip_special_tokens=False, clean_up_tokenization_spaces=False)
+
+
+def decode_responses(tokenizer: Tokenizer, responses: list[list[int]], end_ids: list[int]) -> list[str]:
+    """Responses as the text that is graded and shown: without the end token, but with every other one, special or
+    not, and a \ufffd for ids the tokenizer does not know (an embedding often has more rows). Nothing vanishes:
+    "\\boxed{25", such an id, "1}" is not 251."""
+    known = set(tokenizer.get_vocab().values())
+    texts = []
+    for ids in responses:
+        runs = itertools.groupby(ids[:-1] if ids and ids[-1] in end_ids else ids, known.__contains__)
+        texts.append("".join(decode(tokenizer, list(run)) if readable else "\ufffd" for readable, run in runs))
+    return texts
 
 
 def encode_problems(
@@ -160,17 +206,20 @@ def encode_problems(
     max_response_tokens: int,
     end_ids: list[int],
     reward: Reward = MATH,
-) -> tuple[list[Encoded], Counter]:
-    """Problems as ids, and how many demonstrations were left out for which reason.
+) -> tuple[list[Encoded], Counter, Counter]:
+    """Problems as ids; how many demonstrations were left out for which reason, and what was noted of how many others.
 
     A demonstration is used only if it fits the budget with its end token (`too long`), its reward is 1 (`not right`)
-    and no end token stands inside it (`end token inside`).
+    and no end token stands inside it (`end token inside`). One that begins with the tag that the prompt ends with
+    (<think>) loses its copy, or the policy would be taught a sequence that it never samples. Raises ValueError for
+    one that is right as text and not as its tokens are read back.
     """
-    encoded, left_out = [], Counter()
+    encoded, left_out, noted = [], Counter(), Counter()
     for problem in problems:
         prompt = render_prompt(tokenizer, problem.problem, problem.system)
         demonstrations = []
         for text in problem.demonstrations:
+            text = without_doubled_tag(prompt, text, noted)
             ids = encode(tokenizer, text, f"demonstration of {problem.id!r}")
             if len(ids) + 1 > max_response_tokens:
                 left_out["too long"] += 1
@@ -179,7 +228,41 @@ def encode_problems(
             elif set(ids) & set(end_ids):
                 left_out["end token inside"] += 1
             else:
+                check_same_grade(tokenizer, problem, text, ids, reward)
+                noted["go on after their box"] += has_text_after_box(text)
                 demonstrations.append(ids)
         prompt_ids = encode(tokenizer, prompt, f"problem {problem.id!r}")
         encoded.append(Encoded(problem.id, prompt_ids, demonstrations, tokenizer.eos_token_id))
-    return encoded, left_out
+    return encoded, left_out, +noted
+
+
+def without_doubled_tag(prompt: str, text: str, noted: Counter) -> str:
+    """The demonstration `text` without a first tag, such as <think> and a line end, that the prompt ends with.
+
+    The same tag with other blanks around it stays, and is noted: which of the two is meant cannot be told.
+    """
+    if not (tag := LAST_TAG.search(prompt)):
+        return text
+    if text.startswith(tag.group()):
+        noted[f"lost the {tag.group().strip()} that their prompt ends with"] += 1
+        return text.removeprefix(tag.group())
+    if text.lstrip().startswith(tag.group().strip()):
+        noted[f"WARNING: repeat the {tag.group().strip()} that their prompt ends with"] += 1
+    return text
+
+
+def has_text_after_box(text: str) -> bool:
+    """Whether words or numbers follow the last boxed answer."""
+    boxed = extract_boxed(text)
+    return boxed is not None and any(c.isalnum() for c in text[text.rindex(boxed) + len(boxed) :])
+
+
+def check_same_grade(tokenizer: Tokenizer, problem: Problem, text: str, ids: list[int], reward: Reward) -> None:
+    """ValueError if a right demonstration would be graded wrong as a response, which is read back from its ids."""
+    back = decode(tokenizer, ids)
+    if back != text and grade_one(reward, back, problem) != 1.0:
+        same = next((n for n, (a, b) in enumerate(zip(text, back)) if a != b), min(len(text), len(back)))
+        raise ValueError(
+            f"demonstration of {problem.id!r}: the tokenizer loses {text[same : same + 20]!r} (character {same}; it "
+            f"gives back {back[same : same + 20]!r}), and with it the answer: use another model"
+        )

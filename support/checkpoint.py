@@ -20,9 +20,10 @@ from typing import Any
 
 import torch
 
-from model import state_of
 from support.config import Config
-from support.distributed import from_rank_0, full_state, rank, shard_like
+from support.distributed import from_rank_0, full_state, rank, shard_like, state_of
+
+REMEMBERED = "trained_with.json"
 
 
 def write_text(path: Path, text: str) -> None:
@@ -72,6 +73,19 @@ def made_of(run: Any, files: dict[str, str]) -> dict[str, str]:
     found["model"] = weights_fingerprint(run.config.model, run.model)
     found["prompts and demonstrations as token ids"] = hashlib.sha256(repr(texts).encode()).hexdigest()
     return found | {"reward": run.reward.fingerprint}
+
+
+def remember(model_folder: Path, system: str | None, reward: str) -> None:
+    """Note in a model folder what it was trained with: the system message its rows share (None: they have several),
+    the reward."""
+    write_text(model_folder / REMEMBERED, json.dumps({"system": system, "reward": reward}, indent=1) + "\n")
+
+
+def trained_with(model: str) -> dict[str, str]:
+    """What `remember` noted in this model folder, without what is None; {} for any other model."""
+    file = Path(model) / REMEMBERED
+    found = read_json(file) if file.exists() else {}
+    return {name: found[name] for name in ("system", "reward") if isinstance(found.get(name), str)}
 
 
 def state_file(folder: Path) -> Path:

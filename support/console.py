@@ -124,7 +124,7 @@ def command(config: Config, folder: Path) -> str:
     return " ".join([launcher(), "train.py", *words])
 
 
-def show_start(run: Any, folder: Path, left_out: dict[str, int], total: int, done: int) -> None:
+def show_start(run: Any, folder: Path, counts: Any, total: int, done: int) -> None:
     """What will run, on what; the first prompt as the model sees it."""
     config, data = run.config, run.data
     parameters = sum(p.numel() for p in run.model.parameters())
@@ -134,8 +134,10 @@ def show_start(run: Any, folder: Path, left_out: dict[str, int], total: int, don
     where = f"{device}{ranks}" + (", bf16 compute" if device.type == "cuda" else "")
     show(f"  model      {config.model}, {parameters / 1e6:.2f} M parameters, on {where}")
     demonstrated = sum(bool(problem.demonstrations) for problem in data.encoded)
-    dropped = "".join(f", {count} left out ({why})" for why, count in left_out.items())
+    dropped = "".join(f", {count} left out ({why})" for why, count in counts.left_out.items())
     show(f"  problems   {len(data.train)} of {config.data}, {demonstrated} with demonstrations{dropped}")
+    for what, count in counts.noted.items():
+        show(f"             {count} demonstrations {what}")
     held = ", ".join(f"{len(problems)} {name}" for name, (problems, _) in data.held.items())
     show(f"  held out   {held or 'none: give --eval_data and --test_data to see accuracy'}")
     if "rl" in run.method.stages:

@@ -33,6 +33,7 @@ from torch.distributed.fsdp import (
     register_fsdp_forward_method,
 )
 from torch.distributed.tensor import DTensor, distribute_tensor
+from transformers import AutoModelForCausalLM
 from transformers.modeling_layers import GradientCheckpointingLayer
 
 TIMEOUT = timedelta(hours=1)  # a rank that dies ends the others at once (torchrun), one that hangs after this
@@ -121,6 +122,18 @@ def from_rank_0(value: Any) -> Any:
 # ---- a sharded model
 
 
+def follow_first(model: nn.Module | None) -> tuple[nn.Module, nn.Module]:
+    """Rank 0's model or, on the others (None), one of its structure without weights; and a second one for `shard`.
+
+    The first rank read the file and decides: config.json alone may say otherwise (weights that are tied, noise).
+    """
+    config, loop = from_rank_0((model.config, model.loop) if model else None)
+    with torch.device("meta"):
+        one, two = (AutoModelForCausalLM.from_config(config, dtype=torch.float32) for _ in range(2))
+    two.loop = loop
+    return model or one, two
+
+
 def shard(model: nn.Module, plain: nn.Module, device: torch.device, offload: bool = False) -> None:
     """Split fp32 weights, gradients and optimizer state over the ranks, layer by layer (FSDP2), in place.
 
@@ -145,6 +158,7 @@ def shard(model: nn.Module, plain: nn.Module, device: torch.device, offload: boo
         module.set_force_sum_reduction_for_comms(True)  # gloo has no scaled sum
     if world_size() > 1:
         _send_weights(model, weights, buffers, device, "cpu" if offload else device)
+    plain.generation_config = model.generation_config
     object.__setattr__(model, "plain", plain.eval())  # not a submodule: its weights are the model's
     model.run_forward = MethodType(_call, model)
     register_fsdp_forward_method(model, "run_forward")
@@ -210,6 +224,13 @@ def clip_gradients(parameters: Iterable[nn.Parameter], max_norm: float) -> float
     norm = norm.full_tensor() if isinstance(norm, DTensor) else norm
     nn.utils.clip_grads_with_norm_(parameters, max_norm, norm)
     return float(norm)
+
+
+def state_of(model: nn.Module) -> dict[str, Tensor]:
+    """The model's state dict without the second names of tied weights."""
+    once = {name for name, _ in model.named_parameters()}
+    second = {name for name, _ in model.named_parameters(remove_duplicate=False)} - once
+    return {name: tensor for name, tensor in model.state_dict().items() if name not in second}
 
 
 def full_state(state: Any) -> Any:

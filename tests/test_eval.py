@@ -261,7 +261,7 @@ def test_each_rank_gets_full_calls(finished, tmp_path, monkeypatch):
     """Two ranks take 20 responses at a time where one takes 10."""
     batches, append = [], eval.append_rows
     monkeypatch.setattr(eval.distributed, "world_size", lambda: 2)
-    monkeypatch.setattr(eval.distributed, "from_first", lambda value: value)
+    monkeypatch.setattr(eval.distributed, "from_rank_0", lambda value: value)
     monkeypatch.setattr(sample, "union", lambda mine: mine)
     monkeypatch.setattr(eval, "append_rows", lambda path, rows: (batches.append(len(rows)), append(path, rows)))
     eval.run(arguments(out=tmp_path / "two"))

@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from data.loader import load_problems
+from data.loader import Problem, encode_problems, load_problems
 from evaluation.benchmarks import choose_benchmarks
 
 ROW = {"problem": "1+1?", "answer": "2"}
@@ -91,3 +91,25 @@ def test_options_belong_to_their_line_whatever_stands_between(tmp_path):
     (tmp_path / "mine.left_out.jsonl").write_text(json.dumps(rows[0], ensure_ascii=False) + "\n", encoding="utf-8")
     (found,) = choose_benchmarks("", path)
     assert found.options == {"mine-3": rows[1]["options"]} and len(found.problems) == 3 and found.left_out == 1
+
+
+THINKING = "{% for m in messages %}<|{{ m['role'] }}|>{{ m['content'] }}{% endfor %}<|assistant|><think>{{ '\n' }}"
+
+
+@pytest.mark.parametrize(
+    "text, left, said",
+    [
+        ("<think>\n1+1\\boxed{2}", "1+1\\boxed{2}", "lost the <think> that their prompt ends with"),
+        ("<think>1+1\\boxed{2}", "<think>1+1\\boxed{2}", "WARNING: repeat the <think> that their prompt ends with"),
+        ("1+1\\boxed{2}", "1+1\\boxed{2}", None),
+        ("\\boxed{2} is it, or 3?", "\\boxed{2} is it, or 3?", "go on after their box"),
+        ("$\\boxed{2}$.", "$\\boxed{2}$.", None),
+    ],
+)
+def test_the_seam_between_prompt_and_demonstration(tokenizer, monkeypatch, text, left, said):
+    """What the prompt ends with is not taught a second time; other doubles, and text after the box, are counted."""
+    monkeypatch.setattr(tokenizer, "chat_template", THINKING)
+    (encoded,), left_out, noted = encode_problems(tokenizer, [Problem("p", "1+1", "2", (text,))], 99, [2])
+    assert tokenizer.decode(encoded.prompt_ids).endswith("<|assistant|><think>\n")
+    assert tokenizer.decode(encoded.demonstrations[0]) == left
+    assert not left_out and noted == ({said: 1} if said else {})

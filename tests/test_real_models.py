@@ -1,5 +1,6 @@
 """Models as they come from the hub: a byte-level BPE tokenizer, Qwen2 and Llama shapes, from weights to weights."""
 
+import copy
 import dataclasses
 import json
 import sys
@@ -12,8 +13,6 @@ from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors, 
 from transformers import (
     AutoModelForCausalLM,
     AutoTokenizer,
-    Gemma2Config,
-    Gemma2ForCausalLM,
     LlamaConfig,
     LlamaForCausalLM,
     PreTrainedTokenizerFast,
@@ -23,7 +22,7 @@ from transformers import (
 
 import plan
 import train
-from data.loader import encode, render_prompt
+from data.loader import Problem, decode_responses, encode, encode_problems, render_prompt
 from model import load_model
 from reward import Reward, grade
 from support.config import from_dict
@@ -31,6 +30,7 @@ from support.config import from_dict
 ROOT = Path(__file__).parents[1]
 sys.path.append(str(ROOT / "bench"))
 
+from models import make, prove  # noqa: E402
 from plan_check import measured, measured_sampling  # noqa: E402
 
 DRAWN = Reward(  # demonstrations are right, and about half of what a random model writes
@@ -58,13 +58,13 @@ PROBLEMS = [
 ]
 SETTINGS = {
     "prompts_per_step": 2,
-    "rollouts_per_prompt": 12,
+    "rollouts_per_prompt": 8,
     "steps": 2,
     "sft_steps": 2,
     "sft_batch": 2,
     "save_every": 1,
     "eval_every": 0,
-    "max_response_tokens": 40,
+    "max_response_tokens": 120,
     "eval_response_tokens": 8,
     "device": "cpu",
     "lr": 1e-3,
@@ -90,7 +90,7 @@ def bpe(template: str | None, begin: bool) -> PreTrainedTokenizerFast:
     return fast
 
 
-def make(shape: str, folder: Path) -> Path:
+def publish(shape: str, folder: Path) -> Path:
     """A model folder as published: bf16 weights, several end tokens, a generation config with top_k."""
     torch.manual_seed(0)
     size = {"hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2, "num_attention_heads": 4}
@@ -109,7 +109,7 @@ def make(shape: str, folder: Path) -> Path:
 @pytest.fixture(scope="module", params=["qwen2", "llama"])
 def task(request, tmp_path_factory):
     folder = tmp_path_factory.mktemp(request.param)
-    make(request.param, folder / "model")
+    publish(request.param, folder / "model")
     (folder / "train.jsonl").write_text("".join(json.dumps(row) + "\n" for row in PROBLEMS))
     return request.param, folder
 
@@ -128,6 +128,69 @@ def test_prompts(task):
     else:
         assert text == BEGIN + "Box it.\n\nAdd 3 and 4.\n"
         assert ids.count(tokenizer.bos_token_id) == 1 and ids[0] == tokenizer.bos_token_id
+
+
+def test_a_template_that_refuses_a_system_message_is_one_line(tokenizer):
+    tokenizer = copy.deepcopy(tokenizer)
+    refuse = "{% if messages[0]['role'] == 'system' %}{{ raise_exception('no system') }}{% endif %}"
+    tokenizer.chat_template = refuse + "{{ messages[0]['content'] }}"
+    assert render_prompt(tokenizer, "1+1") == "1+1"
+    with pytest.raises(
+        ValueError, match=r"refuses a system and a user message: remove the field system \(it says: no"
+    ):
+        render_prompt(tokenizer, "1+1", "Think.")
+
+
+def test_a_template_that_writes_the_date_writes_the_same_on_any_day(tokenizer):
+    tokenizer = copy.deepcopy(tokenizer)
+    tokenizer.chat_template = "{{ strftime_now('%d %b %Y') }}{% if strftime_now is defined %}!{% endif %}"
+    assert render_prompt(tokenizer, "1+1") == "26 Jul 2024!"
+    tokenizer.chat_template = "{% set day = '%d' %}{{ strftime_now(day) }}"
+    with pytest.raises(ValueError, match="asks for today's date in a way that cannot be answered"):
+        render_prompt(tokenizer, "1+1")
+
+
+def test_an_unknown_token_that_is_written_or_has_other_work_is_no_unknown_character(tokenizer):
+    assert encode(tokenizer, "1<unk>2") == [*encode(tokenizer, "1"), tokenizer.unk_token_id, *encode(tokenizer, "2")]
+    tokenizer = copy.deepcopy(tokenizer)
+    tokenizer.unk_token = tokenizer.bos_token  # as GPT-2's
+    assert encode(tokenizer, tokenizer.bos_token + "1")[0] == tokenizer.bos_token_id
+    for text in ("12é4", "\\boxed{é}"):
+        with pytest.raises(ValueError, match="problem: the tokenizer cannot encode 'é'"):
+            encode(copy.deepcopy(AutoTokenizer.from_pretrained("data/base")), text, "problem")
+
+
+def test_nothing_that_vanishes_makes_an_answer_right(tokenizer):
+    """Ids without a token, special tokens inside, and a special token that is part of the answer."""
+    before, after, end = encode(tokenizer, "\\boxed{25"), encode(tokenizer, "1}"), tokenizer.eos_token_id
+    for between in (900, tokenizer.pad_token_id):
+        (text,) = decode_responses(tokenizer, [[*before, between, *after, end]], [end])
+        assert grade(text, "251") == 0.0 and text.startswith("\\boxed{25") and text.endswith("1}")
+    special = copy.deepcopy(tokenizer)
+    special.add_special_tokens({"additional_special_tokens": ["\\boxed{"]})
+    texts = decode_responses(special, [[*encode(special, "\\boxed{251}"), end], [end], []], [end])
+    assert texts == ["\\boxed{251}", "", ""]
+
+
+def test_a_demonstration_whose_answer_the_tokenizer_loses_is_named(tokenizer):
+    problem = Problem("p", "1+1?", "2", ("1+1=2 \\boxed{2}",))
+    encode_problems(tokenizer, [problem], 50, [2])
+
+    class Forgetful:
+        """Reads a box back without its number."""
+
+        chat_template, eos_token_id, unk_token_id, bos_token_id = None, 2, None, -1
+
+        def __call__(self, text, **_):
+            return {"input_ids": list(text.encode())}
+
+        def decode(self, ids, **_):
+            return bytes(ids).decode().replace("{2}", "{}")
+
+    with pytest.raises(
+        ValueError, match=r"demonstration of 'p': the tokenizer loses '2}' \(character 13; it gives back '}'"
+    ):
+        encode_problems(Forgetful(), [problem], 50, [2])
 
 
 @pytest.mark.parametrize("method", ["sft", "rft", "luffy", "prefix-rft"])
@@ -157,14 +220,17 @@ def test_from_weights_to_weights(task, method, capsys, monkeypatch):
     assert again.generation_config.pad_token_id == tokenizer.eos_token_id
 
 
-def test_a_checkpoint_of_another_model_is_one_line(task, tmp_path):
+def test_a_checkpoint_of_another_model_is_one_line(task, tmp_path, monkeypatch):
     shape, folder = task
     settings = SETTINGS | {"model": str(folder / "model"), "data": str(folder / "train.jsonl"), "method": "sft"}
     config = from_dict(settings | {"out": str(folder / "other"), "resume": "auto", "sft_steps": 1})
     assert train.train(config) == 0
-    other = make({"qwen2": "llama", "llama": "qwen2"}[shape], tmp_path / "model")
+    other = publish({"qwen2": "llama", "llama": "qwen2"}[shape], tmp_path / "model")
     saved = json.loads((folder / "other" / "config.json").read_text())
     (folder / "other" / "config.json").write_text(json.dumps(saved | {"model": str(other)}))
+    with pytest.raises(ValueError, match=r"made of something else: model .* changed since"):
+        train.train(dataclasses.replace(config, model=str(other)))
+    monkeypatch.setattr(train.checkpoint, "changed_ingredients", lambda *a: [])
     with pytest.raises(ValueError, match="checkpoint of another model") as error:
         train.train(dataclasses.replace(config, model=str(other)))
     assert "\n" not in str(error.value)
@@ -182,16 +248,40 @@ def test_a_tokenizer_without_an_end_token_is_one_line(task, tmp_path):
     assert "\n" not in str(error.value)
 
 
-def test_capped_logits_are_refused(tmp_path):
-    """Gemma 2 bends its logits after the head: token_stats would be wrong."""
-    torch.manual_seed(0)
-    size = {"hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2, "num_attention_heads": 4}
-    size |= {"num_key_value_heads": 2, "vocab_size": 448, "head_dim": 8}
-    model = Gemma2ForCausalLM(Gemma2Config(**size, final_logit_softcapping=1.0))
-    model.save_pretrained(tmp_path)
-    bpe(TEMPLATE, begin=False).save_pretrained(tmp_path)
-    with pytest.raises(ValueError, match="logits are not those of its output head"):
-        load_model(str(tmp_path))
+@pytest.mark.parametrize(
+    "name, loop",
+    [
+        ("gpt2", "masks of ours"),  # learned positions: padding must not be counted
+        ("opt", "masks of ours"),
+        ("bloom", "masks of ours"),  # takes no positions
+        ("falcon, alibi", "masks of the model"),  # reads positions off the mask
+        ("gemma3", "masks of ours"),  # sliding windows; a folder with vision settings
+        ("phimoe", "masks of ours"),  # noise in its router
+        ("qwen3_next", "masks of ours"),  # recurrent states that can be selected
+        ("mamba", "transformers"),
+    ],
+)
+def test_another_architecture_is_sampled_and_trained(tmp_path, name, loop):
+    """Batch = alone = prefilled, argmax, log-probs, equal passes, saved weights; all of them: bench/models.py."""
+    make(name, tmp_path)
+    assert prove(tmp_path) == loop
+
+
+@pytest.mark.parametrize(
+    "name, said",
+    [
+        ("gemma2", "its logits are not those of its output head"),  # capped
+        ("cohere", "its logits are not those of its output head"),  # scaled
+        ("granite", "its logits are not those of its output head"),
+        ("rwkv", "a row in a padded batch is not what it is alone"),
+    ],
+)
+def test_what_cannot_work_is_one_line_and_nothing_written(tmp_path, task, name, said):
+    make(name, tmp_path / "model")
+    values = SETTINGS | {"model": str(tmp_path / "model"), "out": str(tmp_path / "run"), "method": "sft"}
+    with pytest.raises(ValueError, match=f"model '.*' cannot be loaded: {said}") as error:
+        train.train(from_dict(values))
+    assert "\n" not in str(error.value) and not (tmp_path / "run").exists()
 
 
 @pytest.mark.parametrize("recompute", [False, True])

@@ -173,7 +173,7 @@ def model():
 
 @pytest.mark.parametrize("prefill", [False, True])
 def test_a_prefix_is_kept_at_every_cut(model, prefill):
-    """Rule 1, with a demonstration whose text another tokenization would merge: ids in, the same ids out."""
+    """With a demonstration whose text another tokenization would merge: ids in, the same ids out."""
     demonstration = [40, 40, 41, 5, 5, 5, 6, 7, 40, 41]
     rows = [Row(0, (0, 0, "p", cut), [1, 9], demonstration[:cut]) for cut in range(len(demonstration))]
     for row, response in zip(rows, generate(model, rows, 14, prefill=prefill)):
@@ -217,7 +217,7 @@ def test_a_prefilled_prefix_changes_no_token_however_rows_share_calls(model):
 
 @pytest.mark.parametrize("temperature", [0.0, 1.0])
 def test_a_row_does_not_depend_on_its_batch(model, temperature):
-    """Rules 7 and 13: alone, together, in another order, in calls of 5, with the prefix prefilled."""
+    """Alone, together, in another order, in calls of 5, with the prefix prefilled."""
     rows = some_rows()
     together = generate(model, rows, 24, temperature)
     assert temperature == 0 or len({len(r) for r in together}) > 2
@@ -271,7 +271,7 @@ def test_a_hostile_generation_config_changes_nothing(model, tmp_path, tokenizer)
 
 
 def test_several_end_tokens_and_pad_equal_to_end(model):
-    """Rule 4: the response ends at the first end token, which is trained; padding is not."""
+    """The response ends at the first end token, which is trained; padding is not."""
     rows = some_rows(40, prefixes=False)
     saved = model.generation_config
     try:
@@ -306,7 +306,7 @@ def test_pack_places_every_token(model, tokenizer):
 
 
 def test_the_end_token_may_be_the_last_of_the_budget(model):
-    """Rule 10: prefix + continuation fit the budget; an end token in the last place is an end, not a cut."""
+    """Prefix + continuation fit the budget; an end token in the last place is an end, not a cut."""
     rows = some_rows(60)
     for budget in (17, 18):
         for row, response in zip(rows, generate(model, rows, budget)):

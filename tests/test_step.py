@@ -91,7 +91,7 @@ def gradients(run: Run, budget: int, second_update: bool) -> list[torch.Tensor]:
 @pytest.mark.parametrize("second_update", [False, True], ids=["first update", "later update"])
 @pytest.mark.parametrize("method", METHODS)
 def test_gradient_is_the_same_for_any_micro_batches(tokenizer, method, second_update):
-    """Rule 5: rows one by one, a few at a time, all at once; lengths differ."""
+    """Rows one by one, a few at a time, all at once; lengths differ."""
     run = make_run(tokenizer, method)
     whole = gradients(run, 10**6, second_update)
     assert max(g.abs().max() for g in whole) > 0
@@ -114,7 +114,7 @@ def test_micro_batches_hold_every_row_once_within_the_budget(tokenizer):
 
 
 def test_the_ratio_is_one_to_the_bit_before_the_first_update(tokenizer):
-    """Rule 8: the old pass and the first update run the same forward on the same micro-batch."""
+    """The old pass and the first update run the same forward on the same micro-batch."""
     run = make_run(tokenizer)
     batch = rollout_batch(run, [0, 1, 2, 3], 0)
     for rows in micro_batches(batch.rollouts, torch.arange(len(batch.rewards)), run.config.micro_batch_tokens):
@@ -123,7 +123,7 @@ def test_the_ratio_is_one_to_the_bit_before_the_first_update(tokenizer):
 
 
 def test_sampled_tokens_had_the_log_probs_the_update_sees(tokenizer):
-    """Old log-probs against the model run on each row alone, at the sampling temperature (rule 3)."""
+    """Old log-probs against the model run on each row alone, at the sampling temperature ."""
     run = make_run(tokenizer, temperature=0.7)
     batch = rollout_batch(run, [0, 1, 2, 3], 0)
     r = batch.rollouts
@@ -171,7 +171,7 @@ def test_nothing_is_nan_in_the_corner_cases(tokenizer, method, case):
 
 
 def test_metrics_describe_the_whole_batch(tokenizer):
-    """Rule 12: against counts over the rollouts themselves, with many micro-batches."""
+    """Against counts over the rollouts themselves, with many micro-batches."""
     run = make_run(tokenizer, micro_batch_tokens=40)
     batch = rollout_batch(run, problems_of_step(6, 4, 2, 0, "order"), 2)
     metrics, *_ = rl_step(run, 2)
@@ -355,7 +355,6 @@ def test_sft_learning_rate_warms_up_and_falls_to_zero():
 
 
 def test_every_config_field_is_read_somewhere():
-    """Rule 12."""
     read = set()
     root = Path(__file__).parents[1]
     for path in (*root.glob("*.py"), *root.glob("support/*.py")):

@@ -138,7 +138,7 @@ def assert_same_run(a: Path, b: Path) -> None:
 
 @pytest.mark.parametrize("wait_for", ["a checkpoint", "the middle of a step"])
 def test_kill_9_and_resume_give_the_same_bits(task, whole, tmp_path, wait_for):
-    """Rule 11: killed after step 2's checkpoint, or between a step's log lines and its checkpoint."""
+    """Killed after step 2's checkpoint, or between a step's log lines and its checkpoint."""
     out = tmp_path / "run"
     argv = arguments(task, out, resume="auto")
     process = subprocess.Popen([sys.executable, "train.py", *argv], cwd=ROOT, stdout=subprocess.DEVNULL)

@@ -1,0 +1,321 @@
+"""Causal LMs of transformers, each made tiny with random weights: what works, and which line refuses the others.
+
+    OMP_NUM_THREADS=1 python bench/models.py              all of them (minutes), writes bench/results/models.md
+    OMP_NUM_THREADS=1 python bench/models.py gpt2 opt     some, printed only
+
+Every model is a folder as a user has it, its noise (dropout, router jitter) switched on and the embedded task's
+tokenizer beside it. `prove` then asks for what "works" means, with nothing of model.check_model: against plain
+forward passes of single rows. One step of Prefix-RFT follows on one process and on two.
+"""
+
+import os
+import socket
+import sys
+import tempfile
+import time
+from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).parents[1]))
+
+import torch
+import torch.multiprocessing as processes
+import transformers
+from common import RESULTS, chosen, machine
+from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel
+from transformers.models.auto.configuration_auto import CONFIG_MAPPING
+
+import step as steps
+from model import NOISE, load_model, save_model, token_stats
+from sample import Row, generate, pack
+from support import distributed
+from support.config import from_dict
+from train import prepare
+
+SMALL = {  # of what a config has of these
+    "vocab_size": 104,
+    "hidden_size": 32,
+    "intermediate_size": 48,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "head_dim": 8,
+    "max_position_embeddings": 256,
+    "sliding_window": 12,
+    "num_experts": 4,
+    "num_local_experts": 4,
+    "n_routed_experts": 8,
+    "num_experts_per_tok": 2,
+    "moe_intermediate_size": 24,
+    "shared_expert_intermediate_size": 24,
+    "pad_token_id": 0,
+    "bos_token_id": 1,
+    "eos_token_id": 2,
+}
+LATENT = {"kv_lora_rank": 16, "q_lora_rank": 24, "qk_rope_head_dim": 8, "qk_nope_head_dim": 8, "v_head_dim": 8}
+LATENT |= {"num_key_value_heads": 4}
+LINEAR = {
+    "linear_num_key_heads": 2,
+    "linear_num_value_heads": 2,
+    "linear_key_head_dim": 8,
+    "linear_value_head_dim": 8,
+}
+LINEAR |= {"layer_types": ["linear_attention", "full_attention"]}
+STATE = {"mamba_n_heads": 4, "mamba_d_head": 16, "mamba_d_state": 8, "mamba_chunk_size": 8}
+PLAIN = """
+    afmoe apertus arcee aria_text beam biogpt bitnet bloom cohere cohere2 cohere2_moe ctrl cwm doge ernie4_5
+    ernie4_5_moe exaone4 exaone_moe falcon_mamba flex_olmo flint gemma gemma2 gemma3_text glm glm4 glm4_moe
+    gpt2 gpt_bigcode gpt_neox gpt_neox_japanese gpt_oss granite_swa granitemoe granitemoe_swa granitemoeshared
+    helium hrm_text hunyuan_v1_dense hunyuan_v1_moe hy_v3 hyperclovax internlm3 iquestcoder jais2 jetmoe
+    laguna lfm3 llama mamba mellum mimo_v2_flash minimax minimax_m2 ministral ministral3 mistral mixtral
+    modernbert-decoder mpt nanochat nemotron olmo olmo2 olmo3 olmoe openai-gpt opt persimmon phi phi3 phimoe
+    qwen2 qwen2_moe qwen3 qwen3_moe recurrent_gemma rwkv seed_oss smollm3 solar_open stablelm starcoder2
+    vaultgemma xglm xlm
+"""
+
+MODELS: dict[str, dict] = {name: {} for name in PLAIN.split()} | {
+    "bailing_hybrid": LATENT
+    | LINEAR
+    | {"num_expert_group": 1, "topk_group": 1, "linear_num_heads": 2, "linear_head_dim": 8},
+    "bamba": STATE | {"attn_layer_indices": [1]},
+    "codegen": {"rotary_dim": 8},
+    "deepseek_v2": LATENT,
+    "deepseek_v3": LATENT | {"n_group": 2, "topk_group": 1, "first_k_dense_replace": 1},
+    "deepseek_v4": {"q_lora_rank": 16, "o_lora_rank": 16, "o_groups": 2, "index_n_heads": 2, "index_head_dim": 8},
+    "diffllama": {"attention_dropout": 0.0},
+    "dots1": {"n_group": 2, "topk_group": 1, "first_k_dense_replace": 1, "n_shared_experts": 1},
+    "falcon": {},
+    "falcon, alibi": {"alibi": True},
+    "falcon_h1": STATE | {"mamba_d_ssm": 64},
+    "glm4_moe_lite": LATENT,
+    "gpt_neo": {"attention_types": [[["global", "local"], 1]], "window_size": 12},
+    "gptj": {"rotary_dim": 8},
+    "granite": {"logits_scaling": 8.0},
+    "granite, unscaled": {"logits_scaling": 1.0},
+    "granitemoehybrid": STATE
+    | {"layer_types": ["linear_attention", "full_attention"], "shared_intermediate_size": 24},
+    "jamba": {"attn_layer_period": 2, "attn_layer_offset": 1, "mamba_dt_rank": 8, "mamba_d_state": 8},
+    "kimi_linear": LATENT | LINEAR | {"linear_num_heads": 2, "linear_head_dim": 8, "num_experts_per_token": 2},
+    "lfm2": {"layer_types": ["conv", "full_attention"], "block_multiple_of": 16},
+    "lfm2_moe": {"layer_types": ["conv", "full_attention"], "num_dense_layers": 1},
+    "llama4_text": {
+        "intermediate_size_mlp": 48,
+        "attention_chunk_size": 12,
+        "layer_types": ["chunked_attention", "full_attention"],
+    },
+    "mamba2": {"num_heads": 4, "head_dim": 16, "state_size": 8, "n_groups": 1, "chunk_size": 8},
+    "minicpm3": LATENT,
+    "nemotron_h": {
+        "layers_block_type": ["linear_attention", "mlp", "full_attention"],
+        "mamba_num_heads": 4,
+        "mamba_head_dim": 16,
+        "n_groups": 2,
+        "ssm_state_size": 8,
+        "chunk_size": 8,
+    },
+    "olmo_hybrid": LINEAR,
+    "qwen3_5_text": LINEAR,
+    "qwen3_5_moe_text": LINEAR,
+    "qwen3_next": LINEAR,
+    "xlstm": {"num_heads": 4, "chunk_size": 16},
+    "zamba2": {
+        "num_hidden_layers": 2,
+        "layers_block_type": ["linear_attention", "hybrid"],
+        "mamba_d_state": 8,
+        "n_mamba_heads": 4,
+        "mamba_headdim": 16,
+        "chunk_size": 8,
+        "num_key_value_heads": 4,
+        "attention_hidden_size": 64,
+        "attention_head_dim": 16,
+    },
+    "gemma3": {  # a folder with vision settings
+        "text_config": SMALL | {"layer_types": ["sliding_attention", "full_attention"]},
+        "vision_config": {
+            "hidden_size": 32,
+            "intermediate_size": 48,
+            "num_hidden_layers": 1,
+            "num_attention_heads": 4,
+        }
+        | {"image_size": 28, "patch_size": 14},
+        "mm_tokens_per_image": 4,
+        "image_token_index": 103,
+    },
+    "qwen3_5": {
+        "text_config": SMALL | LINEAR,
+        "vision_config": {
+            "depth": 1,
+            "hidden_size": 32,
+            "intermediate_size": 48,
+            "num_heads": 4,
+            "out_hidden_size": 32,
+        },
+    },
+}
+ENDS = [2, 6, 11, 45, 58, 67, 79, 95]  # end tokens, none of them in the task's texts: many rows end early
+BUDGET = 40
+
+
+def make(name: str, folder: Path) -> None:
+    """The folder of a tiny model, weights spread so that its distributions are far from uniform."""
+    kind, fields = CONFIG_MAPPING[name.split(",")[0]], MODELS[name]
+    known = kind()
+    free = [key for key in SMALL if hasattr(known, key) and not isinstance(getattr(kind, key, None), property)]
+    config = kind(**({key: SMALL[key] for key in free} | fields))
+    text = config.get_text_config()
+    for key, value in vars(text).items():
+        if any(word in key for word in NOISE) and isinstance(value, float):
+            setattr(text, key, 0.1)
+    torch.manual_seed(0)
+    model = AutoModelForCausalLM.from_config(config, dtype=torch.float32)
+    for parameter in model.parameters():
+        if parameter.dim() > 1:
+            parameter.data.mul_(4)
+    model.generation_config.eos_token_id = ENDS
+    model.save_pretrained(folder)
+    AutoTokenizer.from_pretrained("data/base").save_pretrained(folder)
+
+
+@torch.no_grad()
+def plain_logits(model: PreTrainedModel, row: Row, response: list[int]) -> torch.Tensor:
+    """[tokens of the response, V], of the row alone: no padding, no mask, no positions, no cache."""
+    ids = torch.tensor([row.prompt_ids + response])
+    return model(input_ids=ids, use_cache=False).logits[0, len(row.prompt_ids) - 1 : -1]
+
+
+def prove(folder: Path) -> str:
+    """Raises AssertionError, which says what does not hold -> the model's loop."""
+    model, tokenizer = load_model(str(folder), training=True)
+    generator = torch.Generator().manual_seed(0)
+
+    def some(n):
+        return torch.randint(14, 44, (n,), generator=generator).tolist()
+
+    rows = [Row(i, (i,), some(2 + 3 * (i % 4)), some(2 * i) if i % 2 else []) for i in range(8)]
+    rows += [Row(8, (8, i), rows[0].prompt_ids, []) for i in range(3)]  # a group shares its prompt
+    together = generate(model, rows, BUDGET)
+    assert len({len(r) for r in together}) > 1, "no row ended early"
+    assert [generate(model, [row], BUDGET)[0] for row in rows] == together, "a row depends on its batch"
+    assert generate(model, rows, BUDGET, prefill=True) == together, "a prefilled prefix changes tokens"
+    model.eval()
+    for row, response in zip(rows, generate(model, rows, BUDGET, 0.0)):
+        logits, own = plain_logits(model.eval(), row, response), slice(len(row.prefix_ids), None)
+        assert logits.argmax(-1).tolist()[own] == response[own], "greedy tokens are not the argmax"
+    rollouts = pack(rows, together, model.train(), tokenizer)
+    given = rollouts.input_ids, rollouts.attention_mask, rollouts.response_mask.shape[1], 1.0
+    (found, _), (again, _) = token_stats(model, *given), token_stats(model, *given)
+    assert torch.equal(found, again), "two training passes differ"
+    for i, (row, response) in enumerate(zip(rows, together)):
+        p = plain_logits(model.eval(), row, response).log_softmax(-1)
+        want = p.gather(1, torch.tensor(response)[:, None])[:, 0]
+        assert torch.allclose(found[i, : len(response)], want, rtol=1e-4, atol=1e-4), (
+            f"log-probs are off by {(found[i, : len(response)] - want).abs().max():.1e}"
+        )
+    save_model(model.train(), tokenizer, folder / "final")
+    final = AutoModelForCausalLM.from_pretrained(folder / "final", dtype=torch.float32).eval()
+    last = rows[-1], together[-1]
+    assert torch.equal(plain_logits(final, *last), plain_logits(model.eval(), *last)), "saved weights are others"
+    return model.loop
+
+
+def by_length(texts: list[str], _golds: list[str]) -> list[float]:
+    return [float(len(text) % 2) for text in texts]
+
+
+def one_step(folder: Path) -> dict:
+    """A step of Prefix-RFT from the command's preparation; plain gradient descent: rounding stays small."""
+    settings = {"model": str(folder), "prompts_per_step": 4, "rollouts_per_prompt": 4, "updates_per_step": 1}
+    settings |= {"max_response_tokens": 80, "out": str(folder / "run"), "device": "cpu", "eval_every": 0}
+    steps.grade_batch = by_length
+    run, _ = prepare(from_dict(settings))
+    run.optimizer = torch.optim.SGD(run.model.parameters(), lr=0.1)
+    metrics, _ = steps.rl_step(run, 0)
+    times = ("seconds_sample", "seconds_update", "tokens_per_second")
+    numbers = {key: value for key, value in metrics.items() if key not in times}
+    return {"metrics": numbers, "weights": distributed.full_state(run.model.state_dict())}
+
+
+def two_ranks(rank: int, folders: list[Path], port: int) -> None:
+    os.environ |= {"RANK": str(rank), "WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
+    torch.set_num_threads(1)
+    transformers.logging.set_verbosity_error()
+    distributed.start(torch.device("cpu"))
+    for folder in folders:
+        try:
+            found = one_step(folder)
+        except Exception as error:
+            found = {"error": f"{type(error).__name__}: {' '.join(str(error).split())[:200]}"}
+        if rank == 0:
+            torch.save(found, folder / "two.pt")
+    distributed.stop()
+
+
+def differences(one: dict, two: dict) -> str:
+    """What two ranks found otherwise than one, "" for nothing."""
+    if "error" in two:
+        return two["error"]
+    for key, value in one["metrics"].items():
+        if value is not None and abs(value - two["metrics"][key]) > 1e-4 * (1 + abs(value)):
+            return f"{key} is {value} on one rank, {two['metrics'][key]} on two"
+    for key, weight in one["weights"].items():
+        if not torch.allclose(weight, two["weights"][key], rtol=1e-4, atol=1e-5):
+            return f"{key} differs by {(weight - two['weights'][key]).abs().max():.1e} between one rank and two"
+    return ""
+
+
+def table(names: list[str], root: Path) -> dict[str, tuple[str, str]]:
+    """Architecture -> what came of it, and the line."""
+    found, ones = {}, {}
+    for name in names:
+        folder, start = root / name.replace(", ", "-"), time.perf_counter()
+        try:
+            make(name, folder)
+            found[name] = "trained", prove(folder)
+            ones[name] = one_step(folder)
+            assert ones[name]["metrics"]["grad_norm"] > 0, "no gradient"
+        except ValueError as error:
+            found[name] = "refused", str(error).replace(str(folder), name)
+        except Exception as error:
+            found[name] = "FAILED", f"{type(error).__name__}: {' '.join(str(error).split())[:200]}"
+        print(f"{name:<20}{time.perf_counter() - start:5.1f} s  {'  '.join(found[name])}", flush=True)
+    trained = [name for name, (verdict, _) in found.items() if verdict == "trained"]
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    processes.spawn(two_ranks, ([root / name.replace(", ", "-") for name in trained], port), nprocs=2)
+    for name in trained:
+        if said := differences(ones[name], torch.load(root / name.replace(", ", "-") / "two.pt", weights_only=True)):
+            found[name] = "FAILED", said
+            print(f"{name:<20}  on two ranks: {said}", flush=True)
+    return found
+
+
+def write(found: dict[str, tuple[str, str]]) -> None:
+    counts = {verdict: sum(v == verdict for v, _ in found.values()) for verdict in ("trained", "refused", "FAILED")}
+    lines = [
+        "# Causal LMs of transformers, made tiny: trained, or refused with which line",
+        "",
+        f"Written by bench/models.py with transformers {transformers.__version__} and torch {torch.__version__} on "
+        f"{machine()['device']}, which says in its header what trained means. "
+        + ", ".join(f"{count} {verdict}" for verdict, count in counts.items())
+        + ". Who makes what in the decoding loop: decode.LOOPS.",
+        "",
+        "| architecture | | decoding loop, or the line |",
+        "|---|---|---|",
+        *(f"| {name} | {verdict} | {said.replace('|', '/')} |" for name, (verdict, said) in sorted(found.items())),
+    ]
+    (RESULTS / "models.md").write_text("\n".join(lines) + "\n")
+
+
+def main() -> None:
+    asked = chosen(__doc__, MODELS)
+    names = asked or list(MODELS)
+    transformers.logging.set_verbosity_error()
+    torch.set_num_threads(1)
+    with tempfile.TemporaryDirectory() as root:
+        found = table([name for name in names if name.split(",")[0] in CONFIG_MAPPING], Path(root))
+    if not asked:
+        write(found)
+
+
+if __name__ == "__main__":
+    main()

@@ -117,13 +117,11 @@ def names_in(file: Path) -> set[str]:
     return names
 
 
-@pytest.mark.parametrize("path", [*NOTEBOOKS, FOLDER / "README.md"], ids=lambda path: path.stem)
+@every_notebook
 def test_links(path):
     """Files that are linked to exist, and [`module.name`](../module.py) names something the module defines."""
-    markdown = path.read_text(encoding="utf-8")
-    if path.suffix == ".ipynb":
-        cells = nbformat.read(path, as_version=4).cells
-        markdown = "\n".join(cell.source for cell in cells if cell.cell_type == "markdown")
+    cells = nbformat.read(path, as_version=4).cells
+    markdown = "\n".join(cell.source for cell in cells if cell.cell_type == "markdown")
     links = re.findall(r"\[([^\]]*)\]\(([^)\s#]+)\)", markdown)
     assert links
     for words, target in links:

@@ -12,8 +12,8 @@ Two, three or four numbers from 10 to 99 are added or subtracted from left to ri
 Each number of terms is a level. Every training problem has a demonstration: --demonstration_fraction takes some away.
 A response of this form has at most 47 tokens in SmolLM2's tokenizer, in which each digit is one, end token included.
 
-Why such a task, beside the recipes: a model that has read much text knows small sums, but neither writes one operation
-per line nor boxes its answer when it is told so. RFT then has no reward to start from; a demonstration's prefix has.
+Why such a task, beside the recipes: a model that has read much text knows small sums, but does not write one
+operation per line or box its answer when told so. RFT then has no reward to start from; a demonstration's prefix has.
 """
 
 import argparse

@@ -60,13 +60,15 @@ def convert(source: Path, out: Path) -> None:
 
     file = {"pretrained_model_name_or_path": str(source.parent), "gguf_file": source.name}
     tokenizer = AutoTokenizer.from_pretrained(**file)
-    # The file says pre-tokenizer "smollm": each digit is a token. transformers 5.23 leaves that out, which shows where
+    # The file's pre-tokenizer "smollm" makes each digit a token. transformers 5.23 leaves that out, which shows where
     # several spaces stand before a digit.
     steps = [pre_tokenizers.Digits(individual_digits=True), tokenizer.backend_tokenizer.pre_tokenizer]
     tokenizer.backend_tokenizer.pre_tokenizer = pre_tokenizers.Sequence(steps)
     read = AutoModelForCausalLM.from_pretrained(**file, dtype="float32")
     del read.config.quantization_config
-    model = AutoModelForCausalLM.from_config(read.config)  # a model read from GGUF counts as quantised: not to be saved
+    model = AutoModelForCausalLM.from_config(
+        read.config
+    )  # a model read from GGUF counts as quantised: not to be saved
     model.load_state_dict(read.state_dict())
     model.generation_config = read.generation_config
     partial = out.with_name(out.name + ".partial")

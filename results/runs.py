@@ -135,7 +135,8 @@ def probe(spec: Spec) -> list[list[float]]:
     """PROBED of three steps of each stage of a configuration: what the code does, told apart from how it looks."""
     short = {"steps": 3, "sft_steps": 3, "relift_buffer": 4, "eval_data": "", "seed": 0}
     with tempfile.TemporaryDirectory() as folder:
-        train(from_dict(configuration(spec) | short | {"out": f"{folder}/run"}))
+        if code := train(from_dict(configuration(spec) | short | {"out": f"{folder}/run"})):
+            raise KeyboardInterrupt(code)
         rows = read_rows(Path(folder) / "run/metrics.jsonl")
     return [[float(f"{row.get(name) or 0:.6g}") for name in PROBED] for row in rows]
 
@@ -162,25 +163,35 @@ def answers(model_folder: str, problems_file: Path, temperature: float, seed: in
     return evaluate(model, tokenizer, problems, encoded, max_response_tokens=budget, **how)
 
 
-def measure(model_folder: str, seed: int, trial: bool) -> dict[str, Any]:
-    """Scores of a model: on the validation problems and, not for a trial, on the test problems by level, with the
-    right samples of each test problem."""
-    scores: dict[str, Any] = {"validation": {}}
-    right: dict[str, str] = {}
+def measure(model_folder: str, seed: int, trial: bool, greedy: float | None = None) -> dict[str, Any]:
+    """Scores of a model: on the validation problems (`greedy` where it is known) and, not for a trial, on the test
+    problems by level, with the right samples of each test problem."""
+    validation = Path(TASK) / "validation.jsonl"
+
+    def accuracy(temperature: float) -> float:
+        return mean([a.accuracy for a in answers(model_folder, validation, temperature, seed)])
+
+    scores: dict[str, Any] = {"greedy": accuracy(0.0) if greedy is None else greedy, "sampled": accuracy(1.0)}
+    scores = {"validation": {name: round(value, 4) for name, value in scores.items()}}
+    if trial:
+        return {"scores": scores}
+    right = {}
     for name, temperature in (("greedy", 0.0), ("sampled", 1.0)):
-        found = answers(model_folder, Path(TASK) / "validation.jsonl", temperature, seed)
-        scores["validation"][name] = round(mean([a.accuracy for a in found]), 4)
-        if not trial:
-            found = answers(model_folder, TEST, temperature, seed)
-            scores[name] = {level: round(row["accuracy"], 4) for level, row in summarize(found).items()}
-            right[name] = pack_counts([a.right for a in found])
-    return {"scores": scores} | ({} if trial else {"right": right})
+        found = answers(model_folder, TEST, temperature, seed)
+        scores[name] = {level: round(row["accuracy"], 4) for level, row in summarize(found).items()}
+        right[name] = pack_counts([a.right for a in found])
+    return {"scores": scores, "right": right}
 
 
 def pack_counts(counts: Sequence[int]) -> str:
     """Right samples of each problem, each at most 7, two problems a byte, in base 64."""
     padded = [*counts, *[0] * (len(counts) % 2)]
     return base64.b64encode(bytes(a << 4 | b for a, b in zip(padded[::2], padded[1::2]))).decode()
+
+
+def unpack_counts(text: str, problems: int) -> list[int]:
+    """What pack_counts packed."""
+    return [count for byte in base64.b64decode(text) for count in (byte >> 4, byte & 15)][:problems]
 
 
 def curve_of(rows: list[dict[str, Any]]) -> dict[str, list]:
@@ -230,5 +241,5 @@ def line_of(spec: Spec) -> Line:
             raise
         return line | {"scores": {}, "diverged": str(error), "probe": probed}
     rows = read_rows(folder / "metrics.jsonl")
-    line |= measure(str(folder / "final"), spec.seed, spec.trial)
+    line |= measure(str(folder / "final"), spec.seed, spec.trial, greedy=rows[-1]["eval_all"])
     return line | {"tokens": tokens_of(rows), "curve": curve_of(rows), "probe": probed}

@@ -56,7 +56,7 @@ QUICK = ("sft", "rft", "sft-rft", "prefix-rft")
 
 def work(function: Callable[[Spec], Any], spec: Spec, answer: Any) -> None:
     """The process of one Spec: sends (True, result), (False, why it failed) or, stopped by a signal, nothing."""
-    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C goes to the first process, which passes on a SIGTERM
+    os.setpgrp()  # Ctrl-C goes to the first process alone, which passes on a SIGTERM
     torch.set_num_threads(1)
     (RUNS / "log").mkdir(parents=True, exist_ok=True)
     log = (RUNS / f"log/{spec.name}.txt").open("a")

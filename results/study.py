@@ -254,9 +254,9 @@ def main() -> None:
                     tuned_in = REGIMES[regime].tuned_in
                     study.run(methods, args.seeds, check_stored(STORE / f"{tuned_in}.jsonl", tuned_in))
         if args.command == "report" or args.quick:
-            from results.report import write_report  # matplotlib, which training does not need
+            from results.report import README, write_report  # matplotlib, which training does not need
 
-            for path in write_report(args.store):
+            for path in write_report(args.store, None if args.quick else README):
                 print(path)
     except (ValueError, OSError) as error:
         print(f"study.py: {error}", file=sys.stderr)

@@ -296,14 +296,14 @@ def test_a_hostile_generation_config_changes_nothing(model, tmp_path, tokenizer)
         generate(loaded, rows, 24)
 
 
-def test_several_end_tokens_and_pad_equal_to_end(model):
+def test_several_end_tokens_and_pad_equal_to_end(model, tokenizer):
     """Rule 4: the response ends at the first end token, which is trained; padding is not."""
     rows = some_rows(40, prefixes=False)
     saved = model.generation_config
     try:
         model.generation_config = GenerationConfig(eos_token_id=[2, 50, 51, 60], pad_token_id=2)
         responses = generate(model, rows, 24)
-        rollouts = pack(rows, responses, model, type("T", (), {"batch_decode": lambda *a, **k: [""] * 40}))
+        rollouts = pack(rows, responses, model, tokenizer)
     finally:
         model.generation_config = saved
     ended = [r[-1] in (2, 50, 51, 60) for r in responses]

@@ -226,7 +226,7 @@ def test_metrics_describe_the_whole_batch(tokenizer):
 
 
 def test_truncated_responses_get_no_reward(tokenizer):
-    batch, _ = rollout_batch(make_run(tokenizer, max_response_tokens=4), [0, 1, 2, 3], 0)
+    batch, _ = rollout_batch(make_run(tokenizer, max_response_tokens=5), [0, 1, 2, 3], 0)
     graded = torch.tensor([float(len(t) % 2) for t in batch.rollouts.texts])
     assert (batch.rewards[batch.rollouts.truncated] == 0).all() and graded[batch.rollouts.truncated].sum() > 0
     assert (batch.rewards == graded * ~batch.rollouts.truncated).all()

@@ -44,7 +44,10 @@ CASES = {name: {} for name in {mechanism(METHODS[name]): name for name in revers
     "prefix-rft": {"prompts_per_step": 3, "micro_batch_tokens": 60},
     "luffy": {"micro_batch_tokens": 100, "recompute": True},
     "sft": {"micro_batch_tokens": 40},
-    "relift": {"relift_buffer": 2},
+    # a group with at most so many right rows is unsolved
+    "relift": {"relift_buffer": 2, "gate": 2},
+    "hpt": {"gate": 1},
+    "rescue": {"gate": 2},
     "uft": {"max_grad_norm": 0.02},  # the gradient is scaled down
 }
 RESUMED = ("prefix-rft", "relift")  # by AdamW, the others by plain descent
@@ -234,7 +237,8 @@ def test_two_ranks_equal_one(results, method):
 def test_a_checkpoint_resumes_on_any_number_of_ranks(results, method):
     """Saved by one, resumed by two, and the other way round: the third step is that of the whole run."""
     _, one, two = results
-    assert one[method]["log"][2][0]["grad_norm"] > 0
+    third, _ = one[method]["log"][2]
+    assert third["grad_norm"] > 0 and third.get("relift_updates", 1) == 1
     for found in (one["resumed"][method], two["resumed"][method]):
         assert_same(method, one[method], found)
 

@@ -12,7 +12,6 @@ import json
 import math
 import signal
 import sys
-import time
 from collections import Counter
 from collections.abc import Sequence
 from pathlib import Path
@@ -216,10 +215,9 @@ def train_in(folder: Path, run: Run, start: int, watch: Watch) -> int:
     config, sft_steps, total = run.config, run.sft_steps, run.total_steps
     scores_file = folder / "eval.json"
     if not scores_file.exists():
-        begun = time.perf_counter()
         base = score(run, "base")
         checkpoint.write_text(scores_file, json.dumps({"base": base}, indent=1) + "\n")
-        console.show_base(run, base, time.perf_counter() - begun)
+        console.show_base(base)
     scores = distributed.from_rank_0(checkpoint.read_json(scores_file) if distributed.rank() == 0 else None)
 
     def due(done: int) -> bool:

@@ -32,6 +32,7 @@ from support import checkpoint, console, distributed
 from support.config import TASK, Config, given_settings, parse_config, unread_settings
 from support.watch import Watch
 
+TABLES = ("validation", "test", "test_sampled")  # of eval.json
 MOST_SKIPPED = 3  # updates in a row whose numbers are not finite, before the run ends
 
 # ---- data
@@ -160,11 +161,9 @@ def accuracy(run: Run, name: str, temperature: float, title: str) -> dict[str, d
 
 def score(run: Run, who: str) -> dict[str, Any]:
     """The tables of eval.json: validation greedy, test greedy and at temperature 1."""
-    return {
-        "validation": accuracy(run, "validation", 0.0, f"{who}: validation"),
-        "test": accuracy(run, "test", 0.0, f"{who}: test, greedy"),
-        "test_sampled": accuracy(run, "test", 1.0, f"{who}: test, temperature 1"),
-    }
+    validation = accuracy(run, "validation", 0.0, f"{who}: validation")
+    test = accuracy(run, "test", 0.0, f"{who}: test, greedy")
+    return dict(zip(TABLES, (validation, test, accuracy(run, "test", 1.0, f"{who}: test, temperature 1"))))
 
 
 def prepare(config: Config) -> tuple[Run, Counts]:
@@ -197,9 +196,11 @@ def train(config: Config, given: Sequence[str] = ()) -> int:
     warnings = {name: f"{config.method} does not read {name}" for name in given if name in unread_settings(config)}
     if wrong := counts.left_out.get("not right"):
         warnings["demonstrations"] = f"{wrong} demonstrations are left out: their own reward says they are not right"
-    with checkpoint.opened(config, checkpoint.made_of(run, data_files(config))) as folder:
+    ingredients = checkpoint.made_of(run, data_files(config))
+    with checkpoint.opened(config, ingredients) as folder:
         watch = Watch(run.method, warnings)
         start = restore(run, folder, watch)
+        checkpoint.write_config(folder, config, ingredients)
         console.show_start(run, folder, counts, run.total_steps, start)
         for text in watch.said.values():
             console.warn(text)
@@ -214,11 +215,11 @@ def train_in(folder: Path, run: Run, start: int, watch: Watch) -> int:
     """The steps after `start`, and the result -> the exit code."""
     config, sft_steps, total = run.config, run.sft_steps, run.total_steps
     scores_file = folder / "eval.json"
-    if not scores_file.exists():
-        base = score(run, "base")
-        checkpoint.write_text(scores_file, json.dumps({"base": base}, indent=1) + "\n")
-        console.show_base(base)
-    scores = distributed.from_rank_0(checkpoint.read_json(scores_file) if distributed.rank() == 0 else None)
+    scores = distributed.from_rank_0(read_scores(scores_file) if distributed.rank() == 0 else None)
+    if "base" not in scores:
+        scores = {"base": score(run, "base")}
+        checkpoint.write_text(scores_file, json.dumps(scores, indent=1) + "\n")
+        console.show_base(scores["base"])
 
     def due(done: int) -> bool:
         """Whether validation accuracy is measured, and a group recorded, at the step that makes it `done` steps."""
@@ -266,10 +267,22 @@ def train_in(folder: Path, run: Run, start: int, watch: Watch) -> int:
     return 0
 
 
+def read_scores(file: Path) -> dict[str, Any]:
+    """eval.json: what `score` gave for the base model and the trained one; {} if it is not there."""
+    scores = checkpoint.read_json(file) if file.exists() else {}
+    for who, tables in scores.items():
+        if not isinstance(tables, dict) or not all(isinstance(tables.get(name), dict) for name in TABLES):
+            raise ValueError(f"{file}: found {who} without the tables {', '.join(TABLES)}: restore the file")
+    return scores
+
+
 def restore(run: Run, folder: Path, watch: Watch) -> int:
     """Put the run into the state of its newest whole checkpoint, if it has one, and show `watch` the metrics of its
-    steps -> how many are done."""
+    steps -> how many are done. ValueError, and nothing is written, if a file of the run is damaged or missing."""
     done = checkpoint.load(folder, run)
+    if distributed.rank() == 0 and "base" not in read_scores(folder / "eval.json") and done:
+        again = f"restore it, or delete {folder / 'checkpoint'} to start the run again from step 0"
+        raise ValueError(f"{folder / 'eval.json'}: the accuracy of the base model is missing: {again}")
     for row in checkpoint.cut_logs(folder, done):
         watch.look(row)
     if damaged := checkpoint.set_aside_damaged(folder, done):
@@ -312,7 +325,7 @@ def catch_signals() -> list[int]:
 
 
 def main() -> None:
-    again = "start it again"
+    again, config = "start it again", Config()
     try:
         config = parse_config(sys.argv[1:])
         if config.out and not config.resume:

@@ -7,13 +7,14 @@
     moments     runs, killed 30 times at random moments, life after life, until they are done; on one rank
     ranks       the same with 10 kills of one or both of two ranks
     evaluation  eval.py, killed at each of its file operations and at 10 random moments
-    faults      what else was tried by hand: full disk, damaged files, a second process, a folder that moved
+    faults      what a run says of a full disk, damaged files, a second process, a folder that moved
 
 Each life is a forked process that runs train.train as the command does, so that what is measured is the run and not
 the import of PyTorch. "The same" means: every row of metrics.jsonl (but times), samples.jsonl and groups.jsonl once
 and equal, and eval.json, the weights in final/ and the last checkpoint (weights, optimizer, step) equal bit for bit.
 """
 
+import contextlib
 import faulthandler
 import io
 import json
@@ -25,11 +26,10 @@ import socket
 import subprocess
 import sys
 import tempfile
-import threading
 import time
 import traceback
 from collections import Counter
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -66,9 +66,9 @@ class Life(NamedTuple):
     doing: str  # what it was doing when it was killed from outside
 
 
-def count_operations(folder: Path, kill_at: int | None, delay: float) -> list[int]:
-    """From now on count this process's writing operations on files under `folder`; at the one called `kill_at` (from
-    1), before it happens, die by SIGKILL, at once or `delay` seconds later."""
+def count_operations(folder: Path, kill_at: int | None) -> list[int]:
+    """From now on count this process's writing operations on files under `folder`; before number `kill_at` (from 1)
+    die by SIGKILL."""
     counted = [0]
 
     def hook(event: str, arguments: tuple) -> None:
@@ -78,15 +78,13 @@ def count_operations(folder: Path, kill_at: int | None, delay: float) -> list[in
             return
         counted[0] += 1
         if counted[0] == kill_at:
-            if not delay:
-                os.kill(os.getpid(), signal.SIGKILL)
-            threading.Timer(delay, os.kill, (os.getpid(), signal.SIGKILL)).start()
+            os.kill(os.getpid(), signal.SIGKILL)
 
     sys.addaudithook(hook)
     return counted
 
 
-def start(work: Callable[[], int], folder: Path, notes: Path, kill_at: int | None, delay: float, env: dict) -> int:
+def start(work: Callable[[], int], folder: Path, notes: Path, kill_at: int | None, env: dict) -> int:
     """Fork a process that does `work` -> its id. What it says and how many operations it made stand in `notes`."""
     sys.stdout.flush()
     if pid := os.fork():
@@ -98,7 +96,7 @@ def start(work: Callable[[], int], folder: Path, notes: Path, kill_at: int | Non
             os.dup2(said.fileno(), 1), os.dup2(said.fileno(), 2)
             sys.stdout = sys.stderr = io.TextIOWrapper(os.fdopen(1, "wb", 0), write_through=True)
             faulthandler.register(signal.SIGUSR1, stack)
-            counted = count_operations(folder, kill_at, delay)
+            counted = count_operations(folder, kill_at)
             code = work()
     except SystemExit as stop:
         code = stop.code
@@ -114,7 +112,6 @@ def live(
     folder: Path,
     *,
     kill_at: int | None = None,
-    delay: float = 0.0,
     kill_after: float | None = None,
     ranks: int = 1,
     victims: Sequence[int] = (0,),
@@ -127,7 +124,7 @@ def live(
             free.bind(("127.0.0.1", 0))
             net = {"WORLD_SIZE": str(ranks), "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free.getsockname()[1])}
         env = [net | {"RANK": str(r), "LOCAL_RANK": str(r)} if ranks > 1 else {} for r in range(ranks)]
-        pids = [start(work, folder, note, kill_at, delay, e) for note, e in zip(notes, env)]
+        pids = [start(work, folder, note, kill_at, e) for note, e in zip(notes, env)]
         codes: dict[int, int] = {}
 
         def reap() -> None:
@@ -370,18 +367,33 @@ def cases(root: Path) -> dict[str, Callable[[Path], Any]]:
     }
 
 
-def small_disk(root: Path, size: int) -> tuple[Life, str]:
-    """A run on a disk of `size` KiB -> how it ended, and what comes of it when there is more room."""
-    disk, work = root / "disk", training(root / "disk/run", **task(root), **RELIFT)
+@contextlib.contextmanager
+def small_disk(root: Path, size: str) -> Iterator[Path]:
+    """A disk of its own; root alone may mount it."""
+    disk = root / "disk"
     disk.mkdir(exist_ok=True)
-    subprocess.run(["mount", "-t", "tmpfs", "-o", f"size={size}k", "tmpfs", disk], check=True)
+    subprocess.run(["mount", "-t", "tmpfs", "-o", f"size={size}", "tmpfs", disk], check=True)
     try:
+        yield disk
+    finally:
+        subprocess.run(["umount", disk], check=True)
+
+
+def full_disk(root: Path, size: str) -> tuple[Life, str]:
+    """A run on a disk of `size` -> how it ended, and what comes of it when there is more room."""
+    with small_disk(root, size) as disk:
+        work = training(disk / "run", **task(root), **RELIFT)
         life = live(work, disk / "run")
         subprocess.run(["mount", "-o", "remount,size=99m", disk], check=True)
         again = live(work, disk / "run")
         return life, last_line(again.said) if again.code else end(root / "whole", disk / "run")
-    finally:
-        subprocess.run(["umount", disk], check=True)
+
+
+def closed_disk(root: Path) -> Life:
+    with small_disk(root, "99m") as disk:
+        shutil.copytree(root / "whole", disk / "run")
+        subprocess.run(["mount", "-o", "remount,ro", disk], check=True)
+        return live(training(disk / "run", **task(root), **RELIFT), disk / "run")
 
 
 def end(whole: Path, out: Path) -> str:
@@ -404,9 +416,9 @@ def part_faults(root: Path) -> list[str]:
         found.append((name, life, "refused" if life.code else end(whole, out)))
     with locked(whole):
         found.append(("a second process", live(work, whole), "refused"))
-    if os.geteuid() == 0:  # who may mount a small disk
-        for size in (8, 60, 2000, 8000):  # for config.json, the first logs, the first checkpoint, all but the last
-            found.append((f"a disk of {size} KiB", *small_disk(root, size)))
+    if os.geteuid() == 0:  # the first logs, the first checkpoint, a later one, the final save have no room
+        found.append(("a disk that may only be read", closed_disk(root), "refused"))
+        found += [(f"a disk of {size}", *full_disk(root, size)) for size in ("8k", "60k", "2m", "8m", "9m")]
     lines = ["| fault | exit code | what the run says | then |", "|---|---|---|---|"]
     for name, life, then in found:
         told = [line for line in life.said.splitlines() if line.startswith(("warning: damaged", "train.py"))]

@@ -150,7 +150,7 @@ def stored_rows(path: Path, benchmarks: list[Benchmark]) -> Iterator[tuple[Bench
             try:
                 row = json.loads(line)
                 found = [row[name] for name in fields][:3]
-            except (ValueError, KeyError, TypeError) as error:
+            except (ValueError, KeyError, TypeError, RecursionError) as error:
                 raise ValueError(
                     f"{path}:{number}: found {line[:40]!r}, expected a response with its grade: restore the line, or "
                     "delete it and those after it to sample them again"
@@ -197,11 +197,14 @@ def regrade(folder: Path, name: str | None = None) -> tuple[dict[str, Any], dict
         raise ValueError(f"{folder} was graded by {graded_by}, which is not run unasked: give --reward {graded_by}")
     reward = load_reward(name or graded_by)
     benchmarks = []
-    for benchmark, stored in settings["benchmarks"].items():
-        path_of = Path(stored["file"])
-        per_level, system = settings["problems_per_level"], settings["system"]
-        benchmarks.append(load_benchmark(benchmark, path_of, stored["samples"], per_level, system, reward))
-        stored["sha256"] = sha256(path_of)  # a gold may have been corrected; the ids are checked row by row
+    try:
+        for benchmark, stored in settings["benchmarks"].items():
+            path_of = Path(stored["file"])
+            per_level, system = settings["problems_per_level"], settings["system"]
+            benchmarks.append(load_benchmark(benchmark, path_of, stored["samples"], per_level, system, reward))
+            stored["sha256"] = sha256(path_of)  # a gold may have been corrected; the ids are checked row by row
+    except (KeyError, TypeError, AttributeError) as error:
+        raise ValueError(f"{file} does not say which benchmarks were drawn and how ({error}): restore it") from error
     rows = sum(1 for _ in stored_rows(path, benchmarks))  # finds a damaged line before anything is written
     changed = 0
     partial = folder / "generations.jsonl.partial"

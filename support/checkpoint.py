@@ -211,7 +211,9 @@ def read_checkpoint(path: Path) -> dict[str, Any] | None:
             with zipfile.ZipFile(path) as parts:
                 if parts.testzip():
                     return None
-        return torch.load(path, map_location="cpu", weights_only=True, mmap=True)
+        state = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
+        whole = all(isinstance(state[name], dict) for name in ("model", "optimizer", "settings"))
+        return state if whole and path.name == checkpoint_file(path, state["step"]).name else None
     except Exception:  # a damaged file can raise anything
         return None
 
@@ -338,18 +340,18 @@ def changed_ingredients(config: Config, ingredients: dict[str, str]) -> list[str
     saved = Path(config.out) / "config.json"
     if not config.out or not saved.exists():
         return []
-    known = read_json(saved).get("made_of", {})
+    known = read_json(saved).get("made_of")
+    known = known if isinstance(known, dict) else {}
     changed = [name for name in ingredients if known.get(name) != ingredients[name]]
     return [f"{name} ({value})" if (value := getattr(config, name, "")) else name for name in changed]
 
 
 @contextlib.contextmanager
 def opened(config: Config, ingredients: dict[str, str]) -> Iterator[Path]:
-    """The run's folder with its config.json, locked: --out, or the first free runs/METHOD-NNN. The first rank makes
-    it.
+    """The run's folder, locked: --out, or the first free runs/METHOD-NNN. The first rank makes it.
 
-    config.json holds the settings and, under "made_of", the fingerprints of the run's `ingredients`. ValueError if
-    the run that is to go on was made of others, or another process is at work in the folder.
+    ValueError if the run that is to go on was made of other `ingredients`, or another process is at work in the
+    folder. Of a run that is to go on nothing is written here.
     """
     if changed := from_rank_0(changed_ingredients(config, ingredients) if rank() == 0 else None):
         raise ValueError(
@@ -362,9 +364,13 @@ def opened(config: Config, ingredients: dict[str, str]) -> Iterator[Path]:
             check_folder(
                 dataclasses.replace(config, out=str(folder), resume="auto")
             )  # another was quicker, and ended
-        content = dataclasses.asdict(config) | {"made_of": ingredients}
-        write_text(folder / "config.json", json.dumps(content, indent=1) + "\n")
         yield folder
+
+
+def write_config(folder: Path, config: Config, ingredients: dict[str, str]) -> None:
+    """config.json: the settings and, under "made_of", the fingerprints of the run's ingredients."""
+    content = dataclasses.asdict(config) | {"made_of": ingredients}
+    write_text(folder / "config.json", json.dumps(content, indent=1) + "\n")
 
 
 def new_folder(config: Config) -> Path:

@@ -106,13 +106,15 @@ def check_value(field: dataclasses.Field, value: Any) -> Any:
             value = {"true": True, "false": False}[value.lower()] if kind is bool else kind(value)
         except (ValueError, KeyError):
             wanted = {int: "a whole number", float: "a number", bool: "true or false"}[kind]
-            raise ValueError(f"{field.name} is {value!r}, expected {wanted}") from None
+            raise ValueError(f"{field.name} is {value!r:.80}, expected {wanted}") from None
     if kind is float and type(value) is int:
-        value = float(value)
+        value = float(value) if abs(value) < 10**300 else math.inf
     if type(value) is not kind:
-        raise ValueError(f"{field.name} is {value!r}, expected {kind.__name__}, found {type(value).__name__}")
+        raise ValueError(f"{field.name} is {value!r:.80}, expected {kind.__name__}, found {type(value).__name__}")
     if meta["choices"] and value not in meta["choices"]:
-        raise ValueError(f"{field.name} is {value!r}{suggest(str(value), [str(c) for c in meta['choices'] if c])}")
+        raise ValueError(
+            f"{field.name} is {value!r:.80}{suggest(str(value), [str(c) for c in meta['choices'] if c])}"
+        )
     if kind is float and not math.isfinite(value):
         raise ValueError(f"{field.name} is {value}, expected a finite number")
     if meta["low"] is not None and not meta["low"] <= value <= meta["high"]:
@@ -180,7 +182,7 @@ def from_dict(values: dict[str, Any]) -> Config:
     fields = {field.name: field for field in dataclasses.fields(Config)}
     for name in values:
         if name not in fields:
-            raise ValueError(f"unknown setting {name!r}{suggest(name, list(fields))}")
+            raise ValueError(f"unknown setting {name!r:.80}{suggest(name, list(fields))}")
     return check_together(Config(**{name: check_value(fields[name], value) for name, value in values.items()}))
 
 
@@ -248,6 +250,8 @@ def parse_config(argv: list[str]) -> Config:
             raise ValueError(f"config file {str(path)!r} cannot be read: {error.strerror}") from error
         except ValueError as error:
             raise ValueError(f"{path} is not valid JSON: {error}") from error
+        except RecursionError:
+            raise ValueError(f"{path} is nested too deeply, expected a flat JSON object of settings") from None
         if not isinstance(values, dict):
             raise ValueError(f"{path}: found {type(values).__name__}, expected a JSON object of settings")
         values.pop("made_of", None)  # a run's config.json

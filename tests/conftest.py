@@ -1,4 +1,8 @@
-"""Tiny models made in the test; one thread, so that sums have one order."""
+"""Tiny models made in the test; one thread, so that sums have one order; what a command refuses."""
+
+import importlib
+import sys
+from pathlib import Path
 
 import pytest
 import torch
@@ -37,3 +41,32 @@ def rounding(model: torch.nn.Module, columns: int = 0) -> float:
     for each number that is summed on the way, forward and back through every matrix and over the batch's columns."""
     inner = sum(parameter.shape[-1] for parameter in model.parameters() if parameter.dim() > 1)
     return (2 * inner + columns) * 2**-24
+
+
+def contents(folder: Path) -> dict[str, bytes]:
+    """Every file and folder under `folder`, by its path."""
+    return {str(p.relative_to(folder)): p.read_bytes() if p.is_file() else b"" for p in folder.rglob("*")}
+
+
+@pytest.fixture
+def refused(tmp_path, monkeypatch, capsys):
+    """refused("train.py", word, …): what the command says to words that it must refuse, with exit code 2, in one
+    line, and nothing written in tmp_path, runs/ or evals/."""
+    root = Path(__file__).parents[1]
+    monkeypatch.chdir(root)
+
+    def listed() -> list[Path]:
+        return sorted(path for name in ("runs", "evals") for path in root.glob(f"{name}/*"))
+
+    def ask(command: str, *words: object) -> str:
+        before = contents(tmp_path), listed()
+        monkeypatch.setattr(sys, "argv", [command, *map(str, words)])
+        with pytest.raises(SystemExit) as stop:
+            importlib.import_module(command.removesuffix(".py")).main()
+        said = capsys.readouterr().err
+        assert stop.value.code == 2 and said.count("\n") == 1 and len(said) < 1000, said
+        assert said.startswith(f"{command}: ") and "Traceback" not in said, said
+        assert (contents(tmp_path), listed()) == before
+        return said
+
+    return ask

@@ -15,7 +15,7 @@ from types import SimpleNamespace
 
 import pytest
 import torch
-from conftest import BY_LENGTH, random_model
+from conftest import BY_LENGTH, contents, random_model
 from test_step import make_run
 
 import step as steps
@@ -31,10 +31,6 @@ sys.path.append(str(ROOT / "bench"))
 import faults  # noqa: E402
 
 TINY = faults.RELIFT | {"steps": 2, "eval_every": 0, "rollouts_per_prompt": 2}
-
-
-def tree(folder: Path) -> dict[str, bytes]:
-    return {str(path.relative_to(folder)): path.read_bytes() for path in folder.rglob("*") if path.is_file()}
 
 
 # ---- kills
@@ -89,11 +85,11 @@ def test_a_killed_evaluation_goes_on(tmp_path, monkeypatch):
         faults.live(faults.evaluating(tmp_path / "two", words), tmp_path / "two", kill_at=kill_at)
     assert faults.live(faults.evaluating(tmp_path / "two", words), tmp_path / "two").code == 0
     assert faults.evaluation_differences(tmp_path / "one", tmp_path / "two") == []
-    before = tree(tmp_path / "one")
+    before = contents(tmp_path / "one")
     with checkpoint.locked(tmp_path / "one"):
         second = faults.live(faults.evaluating(tmp_path / "one", words), tmp_path / "one")
     assert second.code == 2 and "another process is at work in it" in second.said
-    assert tree(tmp_path / "one") == before
+    assert contents(tmp_path / "one") == before
 
 
 # ---- the folder
@@ -102,12 +98,12 @@ def test_a_killed_evaluation_goes_on(tmp_path, monkeypatch):
 def test_a_second_process_is_kept_out(whole):
     """It says so in one line and writes nothing; the lock ends with its process, also with a killed one (above)."""
     folder, _ = whole
-    before = tree(folder / "whole")
+    before = contents(folder / "whole")
     with checkpoint.locked(folder / "whole"):
         second = faults.live(faults.training(folder / "whole", **faults.task(folder), **TINY), folder / "whole")
     assert second.code == 2 and second.said.count("\n") == 1
     assert f"{folder / 'whole'}: another process is at work in it" in second.said
-    assert tree(folder / "whole") == before
+    assert contents(folder / "whole") == before
 
 
 def test_the_lock_of_windows_and_of_file_systems_without_locks(tmp_path, monkeypatch):
@@ -230,10 +226,10 @@ def test_logs_that_do_not_fit_the_checkpoint_are_refused(tmp_path):
     for wrong in ([], rows[1:], rows[:1] + rows, [rows[0], rows[2]]):
         (tmp_path / "metrics.jsonl").unlink(missing_ok=True)
         checkpoint.append_rows(tmp_path / "metrics.jsonl", wrong)
-        before = tree(tmp_path)
+        before = contents(tmp_path)
         with pytest.raises(ValueError, match="expected steps 1 to 3 once each: restore it, or delete"):
             checkpoint.cut_logs(tmp_path, 3)
-        assert tree(tmp_path) == before
+        assert contents(tmp_path) == before
 
 
 def test_a_run_killed_before_its_settings_were_written_starts(tmp_path):

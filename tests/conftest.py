@@ -4,6 +4,7 @@ import pytest
 import torch
 from transformers import AutoTokenizer, GenerationConfig, LlamaConfig, LlamaForCausalLM
 
+from loss import METHODS, Method
 from reward import Reward
 
 torch.set_num_threads(1)
@@ -37,3 +38,13 @@ def rounding(model: torch.nn.Module, columns: int = 0) -> float:
     for each number that is summed on the way, forward and back through every matrix and over the batch's columns."""
     inner = sum(parameter.shape[-1] for parameter in model.parameters() if parameter.dim() > 1)
     return (2 * inner + columns) * 2**-24
+
+
+def mechanism(method: Method) -> tuple:
+    """What a run or several ranks have to do for a method beside its weights, which are functions of a batch's
+    tensors: test_loss and test_step try those of every method."""
+    return method.rows, method.stages, method.unsolved, method.entropy_clip == "random"
+
+
+# the first method of each
+ONE_OF_EACH = sorted({mechanism(METHODS[name]): name for name in reversed(METHODS)}.values())

@@ -8,6 +8,7 @@ import pytest
 import torch
 from transformers import AutoTokenizer, GenerationConfig, LlamaConfig, LlamaForCausalLM
 
+from loss import METHODS, Method
 from reward import Reward
 
 torch.set_num_threads(1)
@@ -70,3 +71,13 @@ def refused(tmp_path, monkeypatch, capsys):
         return said
 
     return ask
+
+
+def mechanism(method: Method) -> tuple:
+    """What a run or several ranks have to do for a method beside its weights, which are functions of a batch's
+    tensors: test_loss and test_step try those of every method."""
+    return method.rows, method.stages, method.unsolved, method.entropy_clip == "random"
+
+
+# the first method of each
+ONE_OF_EACH = sorted({mechanism(METHODS[name]): name for name in reversed(METHODS)}.values())

@@ -13,14 +13,13 @@ from pathlib import Path
 import pytest
 import torch
 import torch.multiprocessing as processes
-from conftest import ALL_WRONG, BY_LENGTH, rounding
+from conftest import ALL_WRONG, BY_LENGTH, ONE_OF_EACH, rounding
 from test_step import make_run
 from torch.distributed.tensor import DTensor
 from transformers import AutoModelForCausalLM, AutoTokenizer, GenerationConfig, LlamaConfig, LlamaForCausalLM
 
 import step as steps
 import train
-from loss import METHODS, Method
 from model import load_model, pick_device, save_model, token_stats
 from reward import Reward
 from sample import generate
@@ -32,14 +31,7 @@ from train import new_optimizer
 ROOT = Path(__file__).parents[1]
 
 
-def mechanism(method: Method) -> tuple:
-    """What ranks share of a method: which rows are sampled, how often, and what is drawn. Weights are functions of
-    tensors that every rank holds alike; that they do not depend on how rows are dealt, test_step shows."""
-    supervised = method.stages[0] == "sft"
-    return supervised or method.rows, method.unsolved, method.entropy_clip == "random"
-
-
-CASES = {name: {} for name in {mechanism(METHODS[name]): name for name in reversed(METHODS)}.values()} | {
+CASES = {name: {} for name in ONE_OF_EACH} | {
     # three prompts on two ranks: unequal shares of rows, of lengths and of micro-batches
     "prefix-rft": {"prompts_per_step": 3, "micro_batch_tokens": 60},
     "luffy": {"micro_batch_tokens": 100, "recompute": True},

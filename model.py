@@ -76,7 +76,7 @@ def load_config(path: str) -> PreTrainedConfig:
 
 def load_tokenizer(path: str) -> tuple[Tokenizer, GenerationConfig]:
     """The tokenizer, and the folder's generation config reduced to its end and padding ids, so that a top_k or
-    repetition_penalty in it cannot change the sampling distribution. Raises ValueError, one line, for a folder without
+    repetition_penalty in it cannot change the sampling distribution. ValueError, one line, for a folder without a
     tokenizer or a tokenizer without an end token."""
     config, folder = load_config(path), Path(path)
     if folder.exists() and not any((*folder.glob("tokenizer*"), *folder.glob("vocab*"))):

@@ -30,7 +30,7 @@ from transformers import PreTrainedModel
 from data.loader import Encoded, Problem, encode_problems
 from decode import DECODERS
 from evaluation.benchmarks import FILES, Benchmark, all_draws, choose_benchmarks
-from evaluation.folder import count, cut_broken_line, describe, open_folder, regrade, stored_settings
+from evaluation.folder import choose_folder, count, cut_broken_line, describe, opened, regrade, stored_settings
 from evaluation.multiple_choice import grade_response
 from evaluation.report import write_report
 from evaluation.statistics import Answers, pass_at_k
@@ -38,7 +38,7 @@ from model import load_model, pick_device
 from reward import MATH, Reward, load_reward
 from sample import Row, generate, pack
 from support import distributed
-from support.checkpoint import append_rows, trained_with
+from support.checkpoint import Broken, append_rows, trained_with
 from support.memory import row_bytes
 
 __all__ = ["evaluate", "pass_at_k"]
@@ -259,13 +259,16 @@ def run(args: argparse.Namespace) -> None:
     longest = encode_benchmarks(model, tokenizer, benchmarks, args.max_response_tokens)
     args.rows_per_call = args.rows_per_call or distributed.from_rank_0(stored_settings(args.out)).get("rows_per_call")
     args.rows_per_call = args.rows_per_call or rows_that_fit(model, longest + args.max_response_tokens)
+    settings = None
     if distributed.rank() == 0:
-        args.out, settings = open_folder(args, describe(args, model, tokenizer, benchmarks))
-        show(args.out, settings, remembered)
+        args.out, settings = choose_folder(args, describe(args, model, tokenizer, benchmarks))
     args.out = distributed.from_rank_0(args.out)
-    sample_missing(model, tokenizer, args.out, benchmarks, args)
-    if distributed.rank() == 0:
-        report(args.out, settings, count(args.out, benchmarks))
+    with opened(args.out, settings):
+        if settings:
+            show(args.out, settings, remembered)
+        sample_missing(model, tokenizer, args.out, benchmarks, args)
+        if settings:
+            report(args.out, settings, count(args.out, benchmarks))
 
 
 def go_on(args: argparse.Namespace) -> str:
@@ -287,8 +290,13 @@ def main() -> None:
     except (ValueError, OSError) as error:
         print(f"eval.py: {distributed.name()}{error}", file=sys.stderr)
         sys.exit(2)
+    except Broken as error:
+        print(f"eval.py: {distributed.name()}{error}; to go on: {go_on(args)}", file=sys.stderr)
+        sys.exit(1)
     except RuntimeError as error:
-        if not (reason := distributed.explain(error, "give a smaller --rows_per_call")):
+        said = " ".join(str(error).split())[:160]
+        lower = f"give a --rows_per_call below {args.rows_per_call} or a smaller --max_response_tokens"
+        if not (reason := distributed.explain(error, f"sampling ({said}): {lower}")):
             raise
         print(f"eval.py: {distributed.name()}{reason}; to go on: {go_on(args)}", file=sys.stderr)
         sys.exit(1)

@@ -59,6 +59,15 @@ class Run:
     data: Data
     optimizer: torch.optim.Optimizer
     collector: "Collector | None" = None  # ReLIFT
+    skipped: int = 0  # updates in a row, up to now, that were left out because their numbers were not finite
+
+    @property
+    def sft_steps(self) -> int:
+        return self.config.sft_steps if "sft" in self.method.stages else 0
+
+    @property
+    def total_steps(self) -> int:
+        return self.sft_steps + (self.config.steps if "rl" in self.method.stages else 0)
 
 
 @dataclass
@@ -220,13 +229,6 @@ def forward(model: PreTrainedModel, rollouts: Rollouts, rows: Tensor, temperatur
     return token_stats(model, ids.to(model.device), mask.to(model.device), width, temperature)
 
 
-def check_finite(what: str, value: float) -> None:
-    """Raises ValueError if the run has diverged."""
-    if not math.isfinite(value):
-        fix = "start again in a new folder, with a lower lr or sft_lr"
-        raise ValueError(f"{what} is {value}: the run has diverged; {fix}")
-
-
 @torch.no_grad()
 def old_stats(model: PreTrainedModel, rollouts: Rollouts, config: Config) -> tuple[Tensor, Tensor]:
     """Log-probs and entropies of the sampling policy, [B, R]."""
@@ -238,9 +240,7 @@ def old_stats(model: PreTrainedModel, rollouts: Rollouts, config: Config) -> tup
         if counts:
             width = found[0].shape[1]
             log_probs[rows, :width], entropy[rows, :width] = found[0].cpu(), found[1].cpu()
-    log_probs, entropy = sum_over_ranks(log_probs), sum_over_ranks(entropy)
-    check_finite("the sum of log-probs", float(log_probs.sum()))
-    return log_probs, entropy
+    return sum_over_ranks(log_probs), sum_over_ranks(entropy)
 
 
 def rollout_batch(run: Run, picked: Sequence[int], step: int) -> Batch:
@@ -312,7 +312,9 @@ def update(
     """One optimizer step on a mini-batch; sums over its tokens for the metrics.
 
     The gradient is that of the whole mini-batch whatever the micro-batches are. Rows without any weight are left out
-    of the forward pass (Z stays); without any row there is no signal, and no optimizer step.
+    of the forward pass (Z stays); without any row there is no signal, and no optimizer step. Where a log-prob of the
+    sampling policy, the loss or the gradient is not finite there is none either: the update is skipped and counted,
+    on every rank alike, and weights and optimizer stay what they were.
     """
     config, method, model = run.config, run.method, run.model
     has_weight = token_weights(method, tokens) != 0
@@ -324,7 +326,11 @@ def update(
         "weighted": int(has_weight.sum()),
         "demonstration_tokens": tokens.demonstration_tokens,
         "demonstration_kept": int((tokens.weight_mask & tokens.prefix_mask).sum()),
+        "skipped": 0,
     }
+    if not batch.old_log_probs.isfinite().all():
+        run.skipped += 1
+        return sums | {"skipped": 1, "weighted": 0}
     active = has_weight.any(1).nonzero().squeeze(1)
     if len(active) == 0:
         return sums
@@ -337,15 +343,19 @@ def update(
         loss.backward()
         if counts:
             total += torch.tensor([float(loss.detach()), float(entropy.sum()), float((weights != 0).sum())])
-    sums["loss"], sums["entropy"], unclipped = sum_over_ranks(total).tolist()
-    sums["clipped"] = sums["weighted"] - int(unclipped)
-    sums["grad_norm"] = clip_gradients(model.parameters(), config.max_grad_norm)
-    check_finite("the gradient's norm", sums["grad_norm"])
+    loss, entropy, unclipped = sum_over_ranks(total).tolist()
+    norm = clip_gradients(model.parameters(), config.max_grad_norm)
+    if not (math.isfinite(loss) and math.isfinite(norm)):
+        optimizer.zero_grad()
+        run.skipped += 1
+        return sums | {"skipped": 1, "weighted": 0}
     for group in optimizer.param_groups:
         group["lr"] = lr
     optimizer.step()
     optimizer.zero_grad()
-    return sums
+    run.skipped = 0
+    clipped = sums["weighted"] - int(unclipped)
+    return sums | {"loss": loss, "grad_norm": norm, "entropy": entropy, "clipped": clipped}
 
 
 # ---- the two kinds of step
@@ -373,6 +383,7 @@ def sft_step(
         "loss": sums["loss"],
         "grad_norm": sums["grad_norm"],
         "lr": lr,
+        "skipped_updates": sums["skipped"],
         "entropy": sums["entropy"] / count,
         "response_tokens": count / len(problems),
         "trained_tokens": count,
@@ -393,6 +404,7 @@ def collect(run: Run, picked: Sequence[int], batch: Batch, step: int) -> dict[st
         del collector.waiting[: config.relift_buffer]
         found = sft_step(run, chosen, step, collector.optimizer, config.relift_lr)
         metrics |= {"relift_updates": 1, "relift_loss": found["loss"], "relift_grad_norm": found["grad_norm"]}
+        metrics["relift_skipped_updates"] = found["skipped_updates"]
         metrics["relift_tokens"] = found["trained_tokens"]
     return metrics | {"relift_buffer": len(collector.waiting)}
 

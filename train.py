@@ -12,7 +12,6 @@ import json
 import math
 import signal
 import sys
-import time
 from collections import Counter
 from collections.abc import Sequence
 from pathlib import Path
@@ -30,7 +29,11 @@ from reward import Reward, load_reward
 from sample import seed_of
 from step import Collector, Data, Run, problems_of_step, rl_step, sft_learning_rate, sft_step
 from support import checkpoint, console, distributed
-from support.config import TASK, Config, parse_config
+from support.config import TASK, Config, given_settings, parse_config, unread_settings
+from support.watch import Watch
+
+TABLES = ("validation", "test", "test_sampled")  # of eval.json
+MOST_SKIPPED = 3  # updates in a row whose numbers are not finite, before the run ends
 
 # ---- data
 
@@ -158,11 +161,9 @@ def accuracy(run: Run, name: str, temperature: float, title: str) -> dict[str, d
 
 def score(run: Run, who: str) -> dict[str, Any]:
     """The tables of eval.json: validation greedy, test greedy and at temperature 1."""
-    return {
-        "validation": accuracy(run, "validation", 0.0, f"{who}: validation"),
-        "test": accuracy(run, "test", 0.0, f"{who}: test, greedy"),
-        "test_sampled": accuracy(run, "test", 1.0, f"{who}: test, temperature 1"),
-    }
+    validation = accuracy(run, "validation", 0.0, f"{who}: validation")
+    test = accuracy(run, "test", 0.0, f"{who}: test, greedy")
+    return dict(zip(TABLES, (validation, test, accuracy(run, "test", 1.0, f"{who}: test, temperature 1"))))
 
 
 def prepare(config: Config) -> tuple[Run, Counts]:
@@ -185,28 +186,47 @@ def prepare(config: Config) -> tuple[Run, Counts]:
     return run, counts
 
 
-def train(config: Config) -> int:
-    """A whole run -> the exit code: 0, or 128 + the number of the signal that stopped it."""
+def train(config: Config, given: Sequence[str] = ()) -> int:
+    """A whole run -> the exit code: 0, or 128 + the number of the signal that stopped it. `given`: the settings of
+    the command line, of which those that the method does not read are told.
+
+    ValueError: wrong input, nothing was written. checkpoint.Broken: a fault of a run that had begun.
+    """
     run, counts = prepare(config)
-    folder = checkpoint.prepare_folder(config, checkpoint.made_of(run, data_files(config)))
-    sft_steps = config.sft_steps if "sft" in run.method.stages else 0
-    total = sft_steps + (config.steps if "rl" in run.method.stages else 0)
-    start = restore(run, folder)
-    console.show_start(run, folder, counts, total, start)
+    warnings = {name: f"{config.method} does not read {name}" for name in given if name in unread_settings(config)}
+    if wrong := counts.left_out.get("not right"):
+        warnings["demonstrations"] = f"{wrong} demonstrations are left out: their own reward says they are not right"
+    ingredients = checkpoint.made_of(run, data_files(config))
+    with checkpoint.opened(config, ingredients) as folder:
+        watch = Watch(run.method, warnings)
+        start = restore(run, folder, watch)
+        checkpoint.write_config(folder, config, ingredients)
+        console.show_start(run, folder, counts, run.total_steps, start)
+        for text in watch.said.values():
+            console.warn(text)
+        try:
+            return train_in(folder, run, start, watch)
+        except OSError as error:
+            what = f"writing to {folder} failed ({error.strerror or error})"
+            raise checkpoint.Broken(f"{what}; mend that, then: {console.command(config, folder)}") from error
+
+
+def train_in(folder: Path, run: Run, start: int, watch: Watch) -> int:
+    """The steps after `start`, and the result -> the exit code."""
+    config, sft_steps, total = run.config, run.sft_steps, run.total_steps
     scores_file = folder / "eval.json"
-    if not scores_file.exists():
-        begun = time.perf_counter()
-        base = score(run, "base")
-        checkpoint.write_text(scores_file, json.dumps({"base": base}, indent=1) + "\n")
-        console.show_base(run, base, time.perf_counter() - begun)
-    scores = distributed.from_rank_0(checkpoint.read_json(scores_file) if distributed.rank() == 0 else None)
+    scores = distributed.from_rank_0(read_scores(scores_file) if distributed.rank() == 0 else None)
+    if "base" not in scores:
+        scores = {"base": score(run, "base")}
+        checkpoint.write_text(scores_file, json.dumps(scores, indent=1) + "\n")
+        console.show_base(scores["base"])
 
     def due(done: int) -> bool:
         """Whether validation accuracy is measured, and a group recorded, at the step that makes it `done` steps."""
         return done == total or bool(config.eval_every and done % config.eval_every == 0)
 
     stopped = catch_signals()
-    with console.Progress(folder, total, start, config.tensorboard) as progress:
+    with console.Progress(folder, total, start, config.tensorboard, watch) as progress:
         for step in range(start, total):
             if step < sft_steps:
                 picked = problems_of_step(len(run.data.supervised), config.sft_batch, step, config.seed, "sft order")
@@ -225,9 +245,13 @@ def train(config: Config) -> int:
                     metrics |= {f"eval_{level}_high": row["high"]}
             checkpoint.append_rows(folder / "samples.jsonl", [{"step": done, **sample} for sample in shown])
             checkpoint.append_rows(folder / "groups.jsonl", [{"step": done, **group}] if group else [])
+            if new := watch.look({"step": done, **metrics}):
+                metrics["warnings"] = new
             checkpoint.append_rows(folder / "metrics.jsonl", [{"step": done, **metrics}])
             progress.step(done, metrics, shown)
-            if (config.save_every and done % config.save_every == 0) or done == total or stop:
+            if run.skipped >= MOST_SKIPPED:
+                raise checkpoint.Broken(diverged(run, folder))
+            if (config.save_every and done % config.save_every == 0 and not run.skipped) or done == total or stop:
                 checkpoint.save(folder, done, run)
             if stop and done < total:
                 progress.close()
@@ -239,16 +263,40 @@ def train(config: Config) -> int:
     if "trained" not in scores:
         scores["trained"] = score(run, "trained")
         checkpoint.write_text(scores_file, json.dumps(scores, indent=1) + "\n")
-    console.show_end(folder, scores, draw_curves(folder), run.data.train[0].problem)
+    console.show_end(folder, scores, draw_curves(folder), run.data.train[0].problem, watch.said)
     return 0
 
 
-def restore(run: Run, folder: Path) -> int:
-    """Put the run into the state of its checkpoint, if it has one -> the steps that are done."""
+def read_scores(file: Path) -> dict[str, Any]:
+    """eval.json: what `score` gave for the base model and the trained one; {} if it is not there."""
+    scores = checkpoint.read_json(file) if file.exists() else {}
+    for who, tables in scores.items():
+        if not isinstance(tables, dict) or not all(isinstance(tables.get(name), dict) for name in TABLES):
+            raise ValueError(f"{file}: found {who} without the tables {', '.join(TABLES)}: restore the file")
+    return scores
+
+
+def restore(run: Run, folder: Path, watch: Watch) -> int:
+    """Put the run into the state of its newest whole checkpoint, if it has one, and show `watch` the metrics of its
+    steps -> how many are done. ValueError, and nothing is written, if a file of the run is damaged or missing."""
     done = checkpoint.load(folder, run)
-    for log in ("metrics.jsonl", "samples.jsonl", "groups.jsonl"):
-        checkpoint.cut_log(folder / log, done)
+    if distributed.rank() == 0 and "base" not in read_scores(folder / "eval.json") and done:
+        again = f"restore it, or delete {folder / 'checkpoint'} to start the run again from step 0"
+        raise ValueError(f"{folder / 'eval.json'}: the accuracy of the base model is missing: {again}")
+    for row in checkpoint.cut_logs(folder, done):
+        watch.look(row)
+    if damaged := checkpoint.set_aside_damaged(folder, done):
+        watch.said["damaged"] = damaged
     return done
+
+
+def diverged(run: Run, folder: Path) -> str:
+    """What to say of a run whose updates are skipped, one after the other."""
+    kept = " and ".join(str(file) for file in checkpoint.checkpoints(folder)) or "none: no step was saved"
+    return (
+        f"the loss or gradient of {run.skipped} updates in a row was not finite: the run has diverged; start again "
+        f"in a new folder, with a lower lr or sft_lr. The last checkpoints before that: {kept}"
+    )
 
 
 def draw_curves(folder: Path) -> str:
@@ -277,20 +325,22 @@ def catch_signals() -> list[int]:
 
 
 def main() -> None:
-    again = "start it again"
+    again, config = "start it again", Config()
     try:
         config = parse_config(sys.argv[1:])
         if config.out and not config.resume:
             again += " with --resume auto"
-        code = train(config)
+        code = train(config, given_settings(sys.argv[1:]))
         distributed.stop()
         sys.exit(code)
     except (ValueError, OSError) as error:
         print(f"train.py: {distributed.name()}{error}", file=sys.stderr)
         sys.exit(2)
+    except checkpoint.Broken as error:
+        print(f"train.py: {distributed.name()}{error}", file=sys.stderr)
+        sys.exit(1)
     except RuntimeError as error:
-        memory = "lower rows_per_call (sampling) or micro_batch_tokens (updates), see python plan.py"
-        if not (reason := distributed.explain(error, memory)):
+        if not (reason := distributed.explain(error, console.memory_advice(error, config))):
             raise
         print(
             f"train.py: {distributed.name()}{reason}; --resume auto goes on from the last checkpoint", file=sys.stderr

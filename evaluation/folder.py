@@ -5,6 +5,7 @@ The report (results.json, results.md) stands in report.py, its figure in compari
 """
 
 import argparse
+import contextlib
 import datetime
 import hashlib
 import itertools
@@ -23,7 +24,7 @@ from evaluation.multiple_choice import grade_response
 from evaluation.statistics import Answers
 from reward import Reward, load_reward
 from support import distributed
-from support.checkpoint import read_json, sha256, weights_fingerprint, write_text
+from support.checkpoint import Broken, locked, read_json, sha256, weights_fingerprint, write_text
 
 FREE = ("device", "ranks", "rows_per_call", "decode")  # may change when an evaluation is continued: rounding
 
@@ -91,11 +92,11 @@ def stored_settings(folder: Path | None) -> dict[str, Any]:
     return read_json(file) if file and file.exists() else {}
 
 
-def open_folder(args: argparse.Namespace, settings: dict[str, Any]) -> tuple[Path, dict[str, Any]]:
-    """The folder of this evaluation, --out or the first free evals/MODEL-NNN, and its settings as stored there.
+def choose_folder(args: argparse.Namespace, settings: dict[str, Any]) -> tuple[Path, dict[str, Any]]:
+    """The folder of this evaluation, --out or the first free evals/MODEL-NNN, and the settings to be stored there.
 
     An evaluation that goes on keeps its settings; those of FREE that changed are noted under "continued".
-    Raises ValueError if --out holds anything but an evaluation with the same settings.
+    Raises ValueError if --out holds anything but an evaluation with the same settings. Nothing is written.
     """
     if not args.out:
         path = Path(args.model)
@@ -112,12 +113,24 @@ def open_folder(args: argparse.Namespace, settings: dict[str, Any]) -> tuple[Pat
         if free != {k: last.get(k) for k in FREE} and not (args.out / "results.json").exists():
             stored["continued"] = [*stored.get("continued", []), free | {"date": settings["date"]}]
         settings = stored
-    elif args.out.exists() and any(args.out.iterdir()):
+    elif args.out.exists() and not {file.name for file in args.out.iterdir()} <= {"lock", "settings.json.partial"}:
         raise ValueError(f"{args.out} exists and holds no evaluation (no settings.json): choose another --out")
-    else:
-        args.out.mkdir(parents=True, exist_ok=True)
-    write_text(args.out / "settings.json", json.dumps(settings, indent=1, ensure_ascii=False) + "\n")
     return args.out, settings
+
+
+@contextlib.contextmanager
+def opened(folder: Path, settings: dict[str, Any] | None) -> Iterator[None]:
+    """The folder of an evaluation, made if need be, locked, with `settings` (None: not the first rank) stored in it.
+
+    ValueError if another process is at work in it; Broken if a file cannot be written.
+    """
+    folder.mkdir(parents=True, exist_ok=True)
+    with locked(folder):
+        try:
+            write_text(folder / "settings.json", json.dumps(settings, indent=1, ensure_ascii=False) + "\n")
+            yield
+        except OSError as error:
+            raise Broken(f"writing to {folder} failed ({error.strerror or error})") from error
 
 
 def stored_rows(path: Path, benchmarks: list[Benchmark]) -> Iterator[tuple[Benchmark, int, dict[str, Any], int]]:
@@ -137,7 +150,7 @@ def stored_rows(path: Path, benchmarks: list[Benchmark]) -> Iterator[tuple[Bench
             try:
                 row = json.loads(line)
                 found = [row[name] for name in fields][:3]
-            except (ValueError, KeyError, TypeError) as error:
+            except (ValueError, KeyError, TypeError, RecursionError) as error:
                 raise ValueError(
                     f"{path}:{number}: found {line[:40]!r}, expected a response with its grade: restore the line, or "
                     "delete it and those after it to sample them again"
@@ -184,15 +197,18 @@ def regrade(folder: Path, name: str | None = None) -> tuple[dict[str, Any], dict
         raise ValueError(f"{folder} was graded by {graded_by}, which is not run unasked: give --reward {graded_by}")
     reward = load_reward(name or graded_by)
     benchmarks = []
-    for benchmark, stored in settings["benchmarks"].items():
-        path_of = Path(stored["file"])
-        per_level, system = settings["problems_per_level"], settings["system"]
-        benchmarks.append(load_benchmark(benchmark, path_of, stored["samples"], per_level, system, reward))
-        stored["sha256"] = sha256(path_of)  # a gold may have been corrected; the ids are checked row by row
+    try:
+        for benchmark, stored in settings["benchmarks"].items():
+            path_of = Path(stored["file"])
+            per_level, system = settings["problems_per_level"], settings["system"]
+            benchmarks.append(load_benchmark(benchmark, path_of, stored["samples"], per_level, system, reward))
+            stored["sha256"] = sha256(path_of)  # a gold may have been corrected; the ids are checked row by row
+    except (KeyError, TypeError, AttributeError) as error:
+        raise ValueError(f"{file} does not say which benchmarks were drawn and how ({error}): restore it") from error
     rows = sum(1 for _ in stored_rows(path, benchmarks))  # finds a damaged line before anything is written
     changed = 0
     partial = folder / "generations.jsonl.partial"
-    with partial.open("w", encoding="utf-8") as out:
+    with locked(folder), partial.open("w", encoding="utf-8") as out:
         for benchmark, i, row, _ in stored_rows(path, benchmarks):
             problem = benchmark.problems[i]
             options = benchmark.options.get(problem.id, ())

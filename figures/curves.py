@@ -76,7 +76,7 @@ def read_run(folder: Path) -> Run:
         try:
             row = json.loads(line)
             metrics.append(row | {"step": int(row["step"])})
-        except (ValueError, KeyError, TypeError) as error:
+        except (ValueError, KeyError, TypeError, RecursionError) as error:
             raise ValueError(f"{log}:{number}: not valid JSON of a step, found {line[:40]!r}: delete it") from error
     files = {name: folder / f"{name}.json" for name in ("eval", "config")}
     found = {name: read_json(file) if file.exists() else {} for name, file in files.items()}

@@ -1,20 +1,25 @@
-"""The run folder: make it, save to it, resume from it, exactly: k steps + resume + k steps = 2k steps, bit for bit.
+"""The run folder: make it, keep others out, save to it, resume from it, exactly: k steps + resume + k steps = 2k
+steps, bit for bit.
 
 A checkpoint is one file: weights, optimizer state, the number of finished steps; ReLIFT's buffer and optimizer. There
 is no random state and no data position in it: every draw is a pure function of (seed, step, problem, rollout), and
-the order of problems of (seed, epoch). The file is written beside the old one and renamed over it, so that at any
-moment, also under SIGKILL, one whole checkpoint exists. Logs are cut back to the checkpoint's step on resume.
+the order of problems of (seed, epoch). It is written beside the older ones and renamed when whole, so that at any
+moment, also under SIGKILL or with a full disk, one whole checkpoint exists; the last two are kept. PyTorch writes a
+zip file with a CRC-32 of every part: on resume the newest file that agrees with its own is taken, and logs are cut
+back to its step. A lock, which the system releases however its process ends, keeps a second process out.
 With several ranks only the first writes; weights and optimizer are put together before and split again after, so a
 run may go on with another number of ranks.
 """
 
 import contextlib
 import dataclasses
+import errno
 import hashlib
 import itertools
 import json
 import os
-import pickle
+import zipfile
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -25,25 +30,81 @@ from support.distributed import from_rank_0, full_state, rank, shard_like, state
 
 REMEMBERED = "trained_with.json"
 
+FREE = {"resume", "out", "save_every", "device", "tensorboard"}  # settings that a run may change when it goes on
+FREE |= {"recompute", "offload", "rows_per_call", "micro_batch_tokens", "decode"}  # memory: rounding may change
+OURS = {"lock", "config.json.partial"}  # all that a run leaves that was killed before its config.json was whole
+
+
+class Broken(Exception):
+    """What ends a run that had begun, in one line: a full disk, numbers that are not finite. Exit code 1."""
+
+
+# ---- files
+
+
+def _write(path: Path, mode: str, text: str) -> None:
+    """On disk when this returns."""
+    with path.open(mode, encoding="utf-8") as file:
+        file.write(text)
+        file.flush()
+        os.fsync(file.fileno())
+
 
 def write_text(path: Path, text: str) -> None:
     """Write a file whole or not at all."""
     if rank() > 0:
         return
     partial = path.with_name(path.name + ".partial")
-    partial.write_text(text, encoding="utf-8")
-    os.replace(partial, path)
+    try:
+        _write(partial, "w", text)
+        os.replace(partial, path)
+    except OSError:
+        partial.unlink(missing_ok=True)
+        raise
+
+
+def append_rows(path: Path, rows: list[dict[str, Any]]) -> None:
+    """Add rows to a JSONL log, on disk when this returns."""
+    if rank() == 0:
+        _write(path, "a", "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows))
 
 
 def read_json(path: Path) -> dict[str, Any]:
     """An object that this project wrote. ValueError, one line, where it is damaged."""
     try:
         value = json.loads(path.read_text(encoding="utf-8"))
-    except ValueError as error:
+    except (ValueError, RecursionError) as error:
         raise ValueError(f"{path}: not valid JSON ({error}): restore the file, or choose another folder") from error
     if not isinstance(value, dict):
         raise ValueError(f"{path}: found {type(value).__name__}, expected a JSON object: choose another folder")
     return value
+
+
+@contextlib.contextmanager
+def locked(folder: Path) -> Iterator[None]:
+    """Keep other processes of this project out of `folder`; the first rank does.
+
+    The lock is the system's, on an open file: it ends with the process, also with a killed one, and cannot be stale.
+    ValueError if another process has it.
+    """
+    if rank() > 0:
+        yield
+        return
+    with (folder / "lock").open("a") as file:
+        try:
+            if os.name == "nt":
+                import msvcrt
+
+                msvcrt.locking(file.fileno(), msvcrt.LK_NBLCK, 1)
+            else:
+                import fcntl
+
+                fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except OSError as error:
+            if error.errno not in (errno.ENOSYS, errno.ENOTSUP, errno.ENOLCK):  # a file system without locks
+                other = "another process is at work in it: wait for it, end it, or choose another folder"
+                raise ValueError(f"{folder}: {other}") from error
+        yield
 
 
 def sha256(*paths: Path) -> str:
@@ -88,14 +149,32 @@ def trained_with(model: str) -> dict[str, str]:
     return {name: found[name] for name in ("system", "reward") if isinstance(found.get(name), str)}
 
 
-def state_file(folder: Path) -> Path:
-    return folder / "checkpoint" / "state.pt"
+# ---- the checkpoint
+
+
+def checkpoint_file(folder: Path, step: int) -> Path:
+    return folder / "checkpoint" / f"step-{step:08d}.pt"
+
+
+def checkpoints(folder: Path) -> list[Path]:
+    """The run's checkpoint files, the newest first."""
+    return sorted((folder / "checkpoint").glob("step-*.pt"), reverse=True)
+
+
+def settings_of(config: Config) -> dict[str, Any]:
+    """The settings that must stay when a run goes on."""
+    return {name: value for name, value in dataclasses.asdict(config).items() if name not in FREE}
 
 
 def save(folder: Path, step: int, run: Any) -> None:
-    """Make this the checkpoint of the run (a step.Run) in `folder`. Called on every rank."""
+    """Make this the newest checkpoint of the run (a step.Run) in `folder`. Called on every rank.
+
+    Of the older ones the last is kept: two files at most, also while this one is written. OSError if it cannot be.
+    """
     state = {
         "step": step,
+        "settings": settings_of(run.config),
+        "skipped": run.skipped,
         "model": full_state(state_of(run.model)),
         "optimizer": full_state(run.optimizer.state_dict()),
     }
@@ -106,29 +185,68 @@ def save(folder: Path, step: int, run: Any) -> None:
         }
     if rank() > 0:
         return
-    path = state_file(folder)
+    path = checkpoint_file(folder, step)
     path.parent.mkdir(exist_ok=True)
-    partial = path.with_name("state.pt.partial")
-    torch.save(state, partial)
-    with partial.open("rb") as file:
-        os.fsync(file.fileno())
-    os.replace(partial, path)
+    for older in checkpoints(folder)[1:]:
+        older.unlink()
+    partial = path.with_name("partial")
+    try:
+        with partial.open("wb") as file:
+            torch.save(state, file)
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(partial, path)
+    except (OSError, RuntimeError) as error:
+        partial.unlink(missing_ok=True)
+        cause = error.__context__ if isinstance(error.__context__, OSError) else error  # torch hides a full disk
+        raise cause if isinstance(cause, OSError) else OSError(str(cause)) from error
 
 
-def load(folder: Path, run: Any) -> int:
-    """Put the checkpoint into the run (a step.Run) -> its step; 0 if there is none.
-
-    The file is mapped, not read: each rank takes its part. ValueError if it is damaged or of another model.
-    """
-    path = state_file(folder)
-    if not path.exists():
-        return 0
+def read_checkpoint(path: Path) -> dict[str, Any] | None:
+    """Its content, mapped, not read: each rank takes its part. None for a file that is not as it was written."""
     with path.open("rb"):
         pass  # a file that may not be read is not a damaged one: its OSError says what it is
     try:
+        if rank() == 0:
+            with zipfile.ZipFile(path) as parts:
+                if parts.testzip():
+                    return None
         state = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
-    except (OSError, RuntimeError, EOFError, pickle.UnpicklingError) as error:
-        raise ValueError(f"{path} is damaged: delete {path.parent} to start the run again from step 0") from error
+        whole = all(isinstance(state[name], dict) for name in ("model", "optimizer", "settings"))
+        return state if whole and path.name == checkpoint_file(path, state["step"]).name else None
+    except Exception:  # a damaged file can raise anything
+        return None
+
+
+def newest_whole(folder: Path) -> Path | None:
+    """The newest checkpoint that is not damaged, None if there is none at all. ValueError if all are."""
+    files = checkpoints(folder)
+    found = next((file for file in files if read_checkpoint(file)), None)
+    if files and not found:
+        start_again = f"restore it, or delete {files[0].parent} to start the run again from step 0"
+        raise ValueError(f"{files[0]} is damaged, and no older checkpoint is whole: {start_again}")
+    return found
+
+
+def set_aside_damaged(folder: Path, step: int) -> str:
+    """Rename the checkpoints after `step`, which the run goes on from: they are damaged, and no later one may take
+    their place unseen -> what to say about them, "" if there are none."""
+    if rank() > 0:
+        return ""
+    used = checkpoint_file(folder, step)
+    names = [file.rename(file.with_suffix(".damaged")) for file in checkpoints(folder) if file > used]
+    return f"damaged: {', '.join(map(str, names))} (renamed); the run goes on from {used}" if names else ""
+
+
+def load(folder: Path, run: Any) -> int:
+    """Put the newest whole checkpoint into the run (a step.Run) -> its step; 0 if there is none.
+
+    ValueError if all are damaged, or the one found is of another model or run. Nothing is written.
+    """
+    path = from_rank_0(newest_whole(folder) if rank() == 0 else None)
+    if path is None:
+        return 0
+    state = read_checkpoint(path)
     own, saved = state_of(run.model), state["model"]
     other = [name for name in own.keys() | saved.keys() if name not in own or name not in saved]
     other += [name for name in own.keys() & saved.keys() if own[name].shape != saved[name].shape]
@@ -137,11 +255,17 @@ def load(folder: Path, run: Any) -> int:
             f"{path} is the checkpoint of another model: {min(other)} differs; give the model it was made with, "
             "or another out"
         )
+    if changed := {name for name, value in settings_of(run.config).items() if state["settings"].get(name) != value}:
+        raise ValueError(
+            f"{path} is the checkpoint of a run with other settings ({', '.join(sorted(changed))}): restore this "
+            f"run's own, or delete {path.parent} to start again from step 0"
+        )
     run.model.load_state_dict({name: shard_like(saved[name], own[name]) for name in own}, strict=False)
     load_optimizer(run.optimizer, state["optimizer"])
     if run.collector:
         run.collector.waiting = state["collector"]["waiting"]
         load_optimizer(run.collector.optimizer, state["collector"]["optimizer"])
+    run.skipped = state["skipped"]
     return state["step"]
 
 
@@ -155,28 +279,41 @@ def load_optimizer(optimizer: torch.optim.Optimizer, state: dict[str, Any]) -> N
     optimizer.load_state_dict(state)
 
 
-def cut_log(path: Path, step: int) -> None:
-    """Keep the rows of a JSONL log up to `step`; a last line that was cut short by a kill goes too."""
-    if rank() > 0:
-        return
-    kept, lines = [], path.read_bytes().split(b"\n") if path.exists() else []
+# ---- the logs
+
+
+def read_log(path: Path) -> list[tuple[int, str]]:
+    """(step, line) of each row of a JSONL log, without a last line that was cut short by a kill. ValueError, naming
+    the line, where one is no step's row."""
+    rows, lines = [], path.read_bytes().split(b"\n") if path.exists() else []
     for number, line in enumerate(lines[:-1], 1):  # what stands after the last line's end was cut short
         try:
-            if json.loads(line)["step"] <= step:
-                kept.append(line.decode() + "\n")
-        except (ValueError, KeyError, TypeError) as error:
+            rows.append((json.loads(line)["step"] + 0, line.decode() + "\n"))
+        except (ValueError, KeyError, TypeError, RecursionError) as error:
             raise ValueError(f"{path}:{number}: found {line[:40]!r}, expected a step's row: delete it") from error
-    write_text(path, "".join(kept))
+    return rows
 
 
-def append_rows(path: Path, rows: list[dict[str, Any]]) -> None:
-    """Add rows to a JSONL log, on disk when this returns."""
+def cut_logs(folder: Path, step: int) -> list[dict[str, Any]]:
+    """Cut the run's logs back to `step` -> the rows of metrics.jsonl that stay; [] on other ranks than the first.
+
+    ValueError, and nothing is written, if these are not steps 1 to `step`, or a log is damaged.
+    """
     if rank() > 0:
-        return
-    with path.open("a", encoding="utf-8") as file:
-        file.writelines(json.dumps(row, ensure_ascii=False) + "\n" for row in rows)
-        file.flush()
-        os.fsync(file.fileno())
+        return []
+    logs = {folder / name: read_log(folder / name) for name in ("metrics.jsonl", "samples.jsonl", "groups.jsonl")}
+    kept = {path: [line for number, line in rows if number <= step] for path, rows in logs.items()}
+    metrics = [json.loads(line) for line in kept[folder / "metrics.jsonl"]]
+    if [row["step"] for row in metrics] != list(range(1, step + 1)):
+        found = f"{len(metrics)} rows up to step {step}, the checkpoint's, expected steps 1 to {step} once each"
+        again = f"restore it, or delete {folder / 'checkpoint'} to start the run again from step 0"
+        raise ValueError(f"{folder / 'metrics.jsonl'}: found {found}: {again}")
+    for path, lines in kept.items():
+        write_text(path, "".join(lines))
+    return metrics
+
+
+# ---- the folder
 
 
 def check_folder(config: Config) -> None:
@@ -188,11 +325,11 @@ def check_folder(config: Config) -> None:
         raise ValueError(f"out {config.out!r} exists: choose another folder, or continue its run with --resume auto")
     saved = folder / "config.json"
     if not saved.exists():
+        if {file.name for file in folder.iterdir()} <= OURS:
+            return
         raise ValueError(f"out {config.out!r} exists and holds no run (no config.json): choose another folder")
-    ours, theirs = dataclasses.asdict(config), read_json(saved)
-    free = {"resume", "out", "save_every", "device", "tensorboard"}
-    free |= {"recompute", "offload", "rows_per_call", "micro_batch_tokens", "decode"}  # memory: rounding may change
-    changed = [name for name in ours if name not in free and ours[name] != theirs.get(name)]
+    ours, theirs = settings_of(config), read_json(saved)
+    changed = [name for name in ours if ours[name] != theirs.get(name)]
     if changed:
         was = ", ".join(f"{name} {theirs.get(name)!r}" for name in changed)
         raise ValueError(f"out {config.out!r} holds a run with other settings ({was}): repeat them to resume it")
@@ -203,34 +340,47 @@ def changed_ingredients(config: Config, ingredients: dict[str, str]) -> list[str
     saved = Path(config.out) / "config.json"
     if not config.out or not saved.exists():
         return []
-    known = read_json(saved).get("made_of", {})
+    known = read_json(saved).get("made_of")
+    known = known if isinstance(known, dict) else {}
     changed = [name for name in ingredients if known.get(name) != ingredients[name]]
     return [f"{name} ({value})" if (value := getattr(config, name, "")) else name for name in changed]
 
 
-def prepare_folder(config: Config, ingredients: dict[str, str]) -> Path:
-    """The run's folder with its config.json: --out, or the first free runs/METHOD-NNN. Made by the first rank.
+@contextlib.contextmanager
+def opened(config: Config, ingredients: dict[str, str]) -> Iterator[Path]:
+    """The run's folder, locked: --out, or the first free runs/METHOD-NNN. The first rank makes it.
 
-    config.json holds the settings and, under "made_of", the fingerprints of the run's `ingredients`. ValueError if
-    the run that is to go on was made of others.
+    ValueError if the run that is to go on was made of other `ingredients`, or another process is at work in the
+    folder. Of a run that is to go on nothing is written here.
     """
-    folder = Path(config.out)
     if changed := from_rank_0(changed_ingredients(config, ingredients) if rank() == 0 else None):
         raise ValueError(
             f"out {config.out!r} holds a run that was made of something else: {', '.join(changed)} changed since; "
             "restore what it was to go on, or choose another folder"
         )
-    if rank() > 0:
-        return from_rank_0(None)
-    if config.out:
-        folder.mkdir(parents=True, exist_ok=bool(config.resume))
-    else:
-        Path("runs").mkdir(exist_ok=True)
-        for number in itertools.count(1):
-            folder = Path("runs") / f"{config.method}-{number:03d}"
-            with contextlib.suppress(FileExistsError):
-                folder.mkdir()
-                break
+    folder = from_rank_0(new_folder(config) if rank() == 0 else None)
+    with locked(folder):
+        if rank() == 0:
+            check_folder(
+                dataclasses.replace(config, out=str(folder), resume="auto")
+            )  # another was quicker, and ended
+        yield folder
+
+
+def write_config(folder: Path, config: Config, ingredients: dict[str, str]) -> None:
+    """config.json: the settings and, under "made_of", the fingerprints of the run's ingredients."""
     content = dataclasses.asdict(config) | {"made_of": ingredients}
     write_text(folder / "config.json", json.dumps(content, indent=1) + "\n")
-    return from_rank_0(folder)
+
+
+def new_folder(config: Config) -> Path:
+    """The run's folder, made if it is not there."""
+    folder = Path(config.out)
+    if config.out:
+        folder.mkdir(parents=True, exist_ok=bool(config.resume))
+        return folder
+    for number in itertools.count(1):
+        folder = Path("runs") / f"{config.method}-{number:03d}"
+        with contextlib.suppress(FileExistsError):
+            folder.mkdir(parents=True)
+            return folder

@@ -14,7 +14,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from loss import METHODS
+from loss import METHODS, clipped, remaining_clipped
 
 TASK = "data/recipes"  # the embedded task
 
@@ -106,13 +106,15 @@ def check_value(field: dataclasses.Field, value: Any) -> Any:
             value = {"true": True, "false": False}[value.lower()] if kind is bool else kind(value)
         except (ValueError, KeyError):
             wanted = {int: "a whole number", float: "a number", bool: "true or false"}[kind]
-            raise ValueError(f"{field.name} is {value!r}, expected {wanted}") from None
+            raise ValueError(f"{field.name} is {value!r:.80}, expected {wanted}") from None
     if kind is float and type(value) is int:
-        value = float(value)
+        value = float(value) if abs(value) < 10**300 else math.inf
     if type(value) is not kind:
-        raise ValueError(f"{field.name} is {value!r}, expected {kind.__name__}, found {type(value).__name__}")
+        raise ValueError(f"{field.name} is {value!r:.80}, expected {kind.__name__}, found {type(value).__name__}")
     if meta["choices"] and value not in meta["choices"]:
-        raise ValueError(f"{field.name} is {value!r}{suggest(str(value), [str(c) for c in meta['choices'] if c])}")
+        raise ValueError(
+            f"{field.name} is {value!r:.80}{suggest(str(value), [str(c) for c in meta['choices'] if c])}"
+        )
     if kind is float and not math.isfinite(value):
         raise ValueError(f"{field.name} is {value}, expected a finite number")
     if meta["low"] is not None and not meta["low"] <= value <= meta["high"]:
@@ -148,12 +150,39 @@ def check_together(config: Config) -> Config:
     return config
 
 
+def unread_settings(config: Config) -> set[str]:
+    """The settings that this run does not read, whatever their value: they belong to other methods or stages."""
+    method = METHODS[config.method]
+    rl, sft = "rl" in method.stages, "sft" in method.stages
+    prefixes = rl and (method.rows in ("hybrid", "shared_prefix") or method.unsolved == "rescue")
+    weights = {method.policy_weight, method.demonstration_weight}
+    reads = {
+        "steps prompts_per_step rollouts_per_prompt temperature updates_per_step lr gate": rl,
+        "sft_data sft_lr sft_steps sft_batch": sft,
+        "hybrid_per_prompt": rl and method.rows in ("hybrid", "demonstration"),
+        "demonstration_fraction": method.needs_demonstrations,
+        "prefill": prefixes,
+        "coefficient": method.coefficient is not None,
+        "baseline": rl and method.baseline is None and method.rows != "on_policy",
+        "scale_by_std": rl and method.scale_by_std is None,
+        "entropy_keep": rl and bool(method.entropy_clip),
+        "clip_low clip_high": rl and bool(weights & {clipped, remaining_clipped}),
+        "relift_lr relift_buffer": method.unsolved == "collect",
+    }
+    return {name for names, read in reads.items() if not read for name in names.split()}
+
+
+def given_settings(argv: list[str]) -> list[str]:
+    """The names of the settings that stand on a command line which `parse_config` has read."""
+    return [word[2:].partition("=")[0] for word in argv if word.startswith("--")]
+
+
 def from_dict(values: dict[str, Any]) -> Config:
     """A checked Config; fields that are not in `values` keep their defaults."""
     fields = {field.name: field for field in dataclasses.fields(Config)}
     for name in values:
         if name not in fields:
-            raise ValueError(f"unknown setting {name!r}{suggest(name, list(fields))}")
+            raise ValueError(f"unknown setting {name!r:.80}{suggest(name, list(fields))}")
     return check_together(Config(**{name: check_value(fields[name], value) for name, value in values.items()}))
 
 
@@ -221,6 +250,8 @@ def parse_config(argv: list[str]) -> Config:
             raise ValueError(f"config file {str(path)!r} cannot be read: {error.strerror}") from error
         except ValueError as error:
             raise ValueError(f"{path} is not valid JSON: {error}") from error
+        except RecursionError:
+            raise ValueError(f"{path} is nested too deeply, expected a flat JSON object of settings") from None
         if not isinstance(values, dict):
             raise ValueError(f"{path}: found {type(values).__name__}, expected a JSON object of settings")
         values.pop("made_of", None)  # a run's config.json

@@ -8,6 +8,8 @@ import dataclasses
 import json
 import shlex
 import sys
+import time
+import traceback
 from pathlib import Path
 from typing import Any
 
@@ -16,8 +18,11 @@ from tqdm import tqdm
 from model import pick_device
 from support.config import Config
 from support.distributed import launcher, rank, world_size
+from support.watch import Watch
 
 LINE_EVERY = 10  # steps between lines when the output is piped
+LINE_SECONDS = 60  # or so long after the last line
+ESTIMATE_AFTER = 5  # steps, from which the time of the others is estimated
 SAMPLE_EVERY = 20  # steps between samples on a terminal
 SHOWN = {  # metrics of the progress line and their short names, for either kind of step
     "reward_on_policy": "reward",
@@ -56,11 +61,16 @@ def figures(metrics: dict[str, Any]) -> dict[str, str]:
     return {name: f"{value:.0f}" if value >= 10 else f"{value:.2f}" for name, value in chosen.items()}
 
 
+def warn(text: str) -> None:
+    show(colour(f"warning: {text}", 33))
+
+
 class Progress:
     """The progress of a run of `total` steps, `done` of them finished; optionally TensorBoard files too."""
 
-    def __init__(self, folder: Path, total: int, done: int, tensorboard: bool):
-        self.total, self.warned = total, set()
+    def __init__(self, folder: Path, total: int, done: int, tensorboard: bool, watch: Watch):
+        self.total, self.watch, self.first = total, watch, done
+        self.begun = self.said = time.perf_counter()
         quiet = not sys.stderr.isatty() or rank() > 0
         self.bar = tqdm(total=total, initial=done, unit="step", disable=quiet, dynamic_ncols=True)
         self.writer = None
@@ -81,27 +91,25 @@ class Progress:
             self.writer.close()
 
     def step(self, step: int, metrics: dict[str, Any], samples: list[dict[str, Any]]) -> None:
-        self.bar.set_postfix_str(
-            " ".join(f"{name} {value}" for name, value in figures(metrics).items()), refresh=False
-        )
+        for text in metrics.get("warnings", {}).values():
+            warn(text)
+        shown = figures(metrics) | ({"warnings": str(len(self.watch.said))} if self.watch.said else {})
+        self.bar.set_postfix_str(" ".join(f"{name} {value}" for name, value in shown.items()), refresh=False)
         self.bar.update()
         if not sys.stdout.isatty():
-            if step % LINE_EVERY == 0 or step == self.total:
-                show(f"step={step}/{self.total} " + " ".join(f"{k}={v}" for k, v in figures(metrics).items()))
+            now = time.perf_counter()
+            if step % LINE_EVERY == 0 or step == self.total or now - self.said > LINE_SECONDS:
+                self.said = now
+                show(f"step={step}/{self.total} " + " ".join(f"{k}={v}" for k, v in shown.items()))
         elif step % SAMPLE_EVERY == 0:
             for sample in samples:
                 show_sample(sample)
-        self.warn("truncated", metrics, "are cut off by the budget: raise max_response_tokens")
-        self.warn("unread", metrics, "hold no readable boxed answer: look at samples.jsonl")
+        if step == self.first + ESTIMATE_AFTER < self.total:
+            seconds = (time.perf_counter() - self.begun) / ESTIMATE_AFTER * (self.total - step)
+            show(f"  time       about {max(1, round(seconds / 60))} min for the other steps, without evaluations")
         for name, value in metrics.items():
-            if self.writer and value is not None:
+            if self.writer and isinstance(value, int | float):
                 self.writer.add_scalar(name, value, step)
-
-    def warn(self, name: str, metrics: dict[str, Any], what: str) -> None:
-        """Say once if a share is above one half."""
-        if (metrics.get(name) or 0) > 0.5 and name not in self.warned:
-            self.warned.add(name)
-            show(colour(f"warning: {100 * metrics[name]:.0f}% of the responses {what}", 33))
 
 
 def show_sample(sample: dict[str, Any]) -> None:
@@ -151,20 +159,31 @@ def show_start(run: Any, folder: Path, counts: Any, total: int, done: int) -> No
     show(f"             ids {first}")
 
 
-def show_base(run: Any, base: dict[str, Any], seconds: float) -> None:
-    """Accuracy of the untrained model, and how long the run may take, judged by how long that evaluation took."""
+def show_base(base: dict[str, Any]) -> None:
+    """Accuracy of the untrained model."""
     if not base["test"]:
         return
     levels = "  ".join(f"{level} {100 * row['accuracy']:.1f}" for level, row in base["test"].items())
     show(f"  base       {levels}   (% right, test, greedy)")
-    tables = (base["validation"], base["test"], base["test_sampled"])
-    rows = sum(table["all"]["problems"] * table["all"]["samples"] for table in tables if table)
-    config = run.config
-    steps = config.steps if "rl" in run.method.stages else 0
-    sampled = steps * config.prompts_per_step * config.rollouts_per_prompt
-    row_cost = 5  # of a training row in evaluation rows: more passes, answers grow longer, validation goes on
-    estimate = seconds * (1 + row_cost * sampled / rows)
-    show(f"  time       about {max(1, round(estimate / 60))} min")
+
+
+PHASES = {  # the functions in which memory can be full: what they do, the two settings to lower first
+    "accuracy": ("evaluating", "rows_per_call", "eval_response_tokens"),
+    "sample_and_grade": ("sampling", "rows_per_call", "max_response_tokens"),
+    "old_stats": ("the log-probs before an update", "micro_batch_tokens", "max_response_tokens"),
+    "update": ("an update", "micro_batch_tokens", "max_response_tokens"),
+}
+
+
+def memory_advice(error: BaseException, config: Config) -> str:
+    """In which part of a run the error was raised, the sizes, and what to do if it says that memory is full."""
+    said = " ".join(str(error).split())[:160]
+    called = [frame.name for frame in traceback.extract_tb(error.__traceback__)]
+    if not (found := next((PHASES[name] for name in called if name in PHASES), None)):
+        return f"loading the model ({said}): set offload to true, or start more ranks (python plan.py)"
+    phase, *names = found
+    lower = " or ".join(f"{name} ({getattr(config, name)})" for name in names)
+    return f"{phase} ({said}): lower {lower}; python plan.py shows what they take"
 
 
 def curve(folder: Path) -> str:
@@ -179,8 +198,8 @@ def curve(folder: Path) -> str:
     return ""
 
 
-def show_end(folder: Path, scores: dict[str, Any], figure: str, problem: str) -> None:
-    """Accuracy before and after by level, what was written, what to try next."""
+def show_end(folder: Path, scores: dict[str, Any], figure: str, problem: str, said: dict[str, str]) -> None:
+    """Accuracy before and after by level, the run's warnings again, what was written, what to try next."""
     base, trained = scores["base"], scores["trained"]
     for name, title in (("test", "test, greedy"), ("test_sampled", "test, temperature 1")):
         if not trained[name]:
@@ -194,6 +213,8 @@ def show_end(folder: Path, scores: dict[str, Any], figure: str, problem: str) ->
             )
             show(f"  {level:<10}" + "".join(f"{cell:>22}" for cell in cells))
     show(f"\n{curve(folder)}")
+    for text in said.values():
+        warn(text)
     show(
         f"\nwritten to {folder}/: {figure}, metrics.jsonl, samples.jsonl, eval.json, checkpoint/, final/ (the model)"
     )

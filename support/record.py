@@ -3,6 +3,7 @@
 Left out: figures (plot.py) and the files (support/checkpoint.py).
 """
 
+import math
 from collections.abc import Sequence
 from statistics import fmean
 from typing import Any
@@ -16,13 +17,18 @@ RECORDED_TOKENS = 512  # of a row of a recorded group
 
 
 def step_metrics(run: Any, batch: Any, updates: list[dict]) -> dict[str, Any]:
-    """Of the whole batch, every mini-batch and micro-batch. None where there is nothing to average."""
+    """Of the whole batch, every mini-batch and micro-batch. None where there is nothing to average.
+
+    `surprise` is the mean over own tokens of -log pi - H, log-prob and entropy both of the training pass: 0 up to
+    noise if the sampler drew them from pi, whatever pi is.
+    """
     rollouts, rewards, hybrid = batch.rollouts, batch.rewards, batch.rollouts.hybrid
     policy = rollouts.response_mask & ~rollouts.prefix_mask
     sampled = policy.any(1)  # not a whole demonstration
 
     def average(values: Tensor) -> float | None:
-        return float(values.float().mean()) if len(values) else None
+        mean = float(values.float().mean()) if len(values) else math.nan
+        return mean if math.isfinite(mean) else None
 
     groups = [rewards[rollouts.group == g] for g in range(int(rollouts.group.max()) + 1)]
     cut = rollouts.truncated.tolist()
@@ -31,6 +37,7 @@ def step_metrics(run: Any, batch: Any, updates: list[dict]) -> dict[str, Any]:
         "loss": fmean(u["loss"] for u in updates),
         "grad_norm": fmean(u["grad_norm"] for u in updates),
         "lr": run.config.lr,
+        "skipped_updates": sum(u["skipped"] for u in updates),
         "reward": average(rewards),
         "reward_on_policy": average(rewards[~hybrid]),
         "reward_hybrid": average(rewards[hybrid]),
@@ -39,6 +46,7 @@ def step_metrics(run: Any, batch: Any, updates: list[dict]) -> dict[str, Any]:
         "prefix_tokens": sum(u["demonstration_tokens"] for u in updates),
         "prefix_tokens_kept": sum(u["demonstration_kept"] for u in updates),
         "entropy": average(batch.entropy[policy]),
+        "surprise": average((-batch.old_log_probs - batch.entropy)[policy]),
         "clip_fraction": sum(u["clipped"] for u in updates) / max(1, sum(u["weighted"] for u in updates)),
         "response_tokens": average(rollouts.response_tokens),
         "truncated": average(rollouts.truncated[sampled]),

@@ -1,9 +1,14 @@
-"""Tiny models made in the test; one thread, so that sums have one order."""
+"""Tiny models made in the test; one thread, so that sums have one order; what a command refuses."""
+
+import importlib
+import sys
+from pathlib import Path
 
 import pytest
 import torch
 from transformers import AutoTokenizer, GenerationConfig, LlamaConfig, LlamaForCausalLM
 
+from loss import METHODS, Method
 from reward import Reward
 
 torch.set_num_threads(1)
@@ -30,3 +35,49 @@ def random_model(vocab_size: int = 103, scale: float = 0.3, seed: int = 0, **con
             torch.nn.init.normal_(parameter, std=scale)
     model.generation_config = GenerationConfig(eos_token_id=[2], pad_token_id=0)
     return model.train()
+
+
+def rounding(model: torch.nn.Module, columns: int = 0) -> float:
+    """The largest error of what `model` computes in float32, as a share of the largest number: a rounding of 2^-24
+    for each number that is summed on the way, forward and back through every matrix and over the batch's columns."""
+    inner = sum(parameter.shape[-1] for parameter in model.parameters() if parameter.dim() > 1)
+    return (2 * inner + columns) * 2**-24
+
+
+def contents(folder: Path) -> dict[str, bytes]:
+    """Every file and folder under `folder`, by its path."""
+    return {str(p.relative_to(folder)): p.read_bytes() if p.is_file() else b"" for p in folder.rglob("*")}
+
+
+@pytest.fixture
+def refused(tmp_path, monkeypatch, capsys):
+    """refused("train.py", word, …): what the command says to words that it must refuse, with exit code 2, in one
+    line, and nothing written in tmp_path, runs/ or evals/."""
+    root = Path(__file__).parents[1]
+    monkeypatch.chdir(root)
+
+    def listed() -> list[Path]:
+        return sorted(path for name in ("runs", "evals") for path in root.glob(f"{name}/*"))
+
+    def ask(command: str, *words: object) -> str:
+        before = contents(tmp_path), listed()
+        monkeypatch.setattr(sys, "argv", [command, *map(str, words)])
+        with pytest.raises(SystemExit) as stop:
+            importlib.import_module(command.removesuffix(".py")).main()
+        said = capsys.readouterr().err
+        assert stop.value.code == 2 and said.count("\n") == 1 and len(said) < 1000, said
+        assert said.startswith(f"{command}: ") and "Traceback" not in said, said
+        assert (contents(tmp_path), listed()) == before
+        return said
+
+    return ask
+
+
+def mechanism(method: Method) -> tuple:
+    """What a run or several ranks have to do for a method beside its weights, which are functions of a batch's
+    tensors: test_loss and test_step try those of every method."""
+    return method.rows, method.stages, method.unsolved, method.entropy_clip == "random"
+
+
+# the first method of each
+ONE_OF_EACH = sorted({mechanism(METHODS[name]): name for name in reversed(METHODS)}.values())

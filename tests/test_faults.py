@@ -1,0 +1,354 @@
+"""Faults of a run: kills, full disks, damaged files, a second process, numbers that are not finite; and what the
+sources never do. The long version, with random moments, is bench/faults.py."""
+
+import ast
+import dataclasses
+import errno
+import json
+import os
+import random
+import resource
+import signal
+import sys
+from pathlib import Path
+from types import SimpleNamespace
+
+import pytest
+import torch
+from conftest import BY_LENGTH, contents, random_model
+from test_step import make_run
+
+import step as steps
+import train
+from step import rl_step, sft_step
+from support import checkpoint
+from support.config import from_dict
+from train import new_optimizer
+
+ROOT = Path(__file__).parents[1]
+sys.path.append(str(ROOT / "bench"))
+
+import faults  # noqa: E402
+
+TINY = faults.RELIFT | {"steps": 2, "eval_every": 0, "rollouts_per_prompt": 2}
+
+
+# ---- kills
+
+
+@pytest.fixture(scope="module")
+def whole(tmp_path_factory):
+    """A folder with a task and a run never killed in `whole`; how that run ended."""
+    patch = pytest.MonkeyPatch()
+    patch.chdir(ROOT)
+    patch.setattr(train, "draw_curves", lambda folder: "")  # a second each
+    folder = tmp_path_factory.mktemp("faults")
+    life = faults.live(faults.training(folder / "whole", **faults.task(folder), **TINY), folder / "whole")
+    assert life.code == 0 and faults.learned(folder / "whole"), life.said
+    yield folder, life
+    patch.undo()
+
+
+@pytest.mark.parametrize("first", [2, 5, 8])
+def test_killed_at_file_operations_again_and_again(whole, tmp_path, first):
+    """A life ends before its first-th file operation, the next before a later one, each in a folder of another name;
+    the last one ends as the run never killed."""
+    folder, life = whole
+    out, kills = tmp_path / "0", range(first, life.operations, 9)
+    for number, kill_at in enumerate(kills, 1):
+        killed = faults.live(faults.training(out, **faults.task(folder), **TINY), out, kill_at=kill_at)
+        if killed.code == 0:  # what was left took fewer operations
+            break
+        assert killed.code == -signal.SIGKILL, killed.said
+        out = out.rename(tmp_path / str(number)) if out.exists() else out
+    last = faults.live(faults.training(out, **faults.task(folder), **TINY), out)
+    assert last.code == 0 and faults.differences(folder / "whole", out) == [], last.said
+    assert len(kills) > 3
+
+
+def test_two_ranks_are_killed_and_go_on(whole, tmp_path):
+    folder, life = whole
+    work = {name: faults.training(tmp_path / name, **faults.task(folder), **TINY) for name in ("one", "two")}
+    assert faults.live(work["one"], tmp_path / "one", ranks=2).code == 0
+    killed = faults.live(work["two"], tmp_path / "two", ranks=2, kill_at=life.operations // 2)
+    assert killed.code == -signal.SIGKILL and (tmp_path / "two" / "metrics.jsonl").exists()
+    assert faults.live(work["two"], tmp_path / "two", ranks=2).code == 0
+    assert faults.differences(tmp_path / "one", tmp_path / "two") == []
+
+
+def test_a_killed_evaluation_goes_on(tmp_path, monkeypatch):
+    monkeypatch.chdir(ROOT)
+    monkeypatch.setattr("eval.figure", lambda folder: "")
+    words = faults.EVALUATION.split()
+    first = faults.live(faults.evaluating(tmp_path / "one", words), tmp_path / "one")
+    for kill_at in range(1, first.operations, 3):
+        faults.live(faults.evaluating(tmp_path / "two", words), tmp_path / "two", kill_at=kill_at)
+    assert faults.live(faults.evaluating(tmp_path / "two", words), tmp_path / "two").code == 0
+    assert faults.evaluation_differences(tmp_path / "one", tmp_path / "two") == []
+    before = contents(tmp_path / "one")
+    with checkpoint.locked(tmp_path / "one"):
+        second = faults.live(faults.evaluating(tmp_path / "one", words), tmp_path / "one")
+    assert second.code == 2 and "another process is at work in it" in second.said
+    assert contents(tmp_path / "one") == before
+
+
+# ---- the folder
+
+
+def test_a_second_process_is_kept_out(whole):
+    """It says so in one line and writes nothing; the lock ends with its process, also with a killed one (above)."""
+    folder, _ = whole
+    before = contents(folder / "whole")
+    with checkpoint.locked(folder / "whole"):
+        second = faults.live(faults.training(folder / "whole", **faults.task(folder), **TINY), folder / "whole")
+    assert second.code == 2 and second.said.count("\n") == 1
+    assert f"{folder / 'whole'}: another process is at work in it" in second.said
+    assert contents(folder / "whole") == before
+
+
+def test_the_lock_of_windows_and_of_file_systems_without_locks(tmp_path, monkeypatch):
+    asked = []
+
+    def locking(descriptor, mode, size):
+        asked.append((mode, size))
+        raise PermissionError(errno.EACCES, "Permission denied")
+
+    monkeypatch.setitem(sys.modules, "msvcrt", SimpleNamespace(locking=locking, LK_NBLCK=2))
+    monkeypatch.setattr(checkpoint.os, "name", "nt")
+    with pytest.raises(ValueError, match="another process is at work"), checkpoint.locked(tmp_path):
+        pass
+    monkeypatch.undo()
+    assert asked == [(2, 1)]
+
+    def flock(file, how):
+        raise OSError(errno.ENOSYS, "Function not implemented")
+
+    monkeypatch.setattr("fcntl.flock", flock)
+    with checkpoint.locked(tmp_path):
+        pass
+
+
+@pytest.mark.parametrize("largest", [1000, 1_000_000], ids=["config.json", "the checkpoint"])
+def test_a_full_disk_ends_a_run_in_one_line(whole, tmp_path, largest):
+    """No file can grow beyond `largest` bytes; without that limit the run goes on to the same end."""
+    folder, _ = whole
+    out = tmp_path / "run"
+    work = faults.training(out, **faults.task(folder), **TINY)
+
+    def limited():
+        resource.setrlimit(resource.RLIMIT_FSIZE, (largest, largest))
+        return work()
+
+    with_limit = faults.live(limited, out)
+    line = with_limit.said.splitlines()[-1]
+    assert with_limit.code == (2 if largest == 1000 else 1) and "File too large" in line and "Traceback" not in line
+    left = {path.name for path in out.rglob("*")}
+    assert not any(name.endswith("partial") for name in left) and "final" not in left
+    if largest > 1000:
+        assert f"writing to {out} failed" in line and "--resume auto" in line
+    assert faults.live(work, out).code == 0
+    assert faults.differences(folder / "whole", out) == []
+
+
+@pytest.mark.skipif(os.geteuid() == 0, reason="root may write anywhere")
+def test_a_folder_that_may_not_be_written(whole, tmp_path):
+    folder, _ = whole
+    (tmp_path / "closed").mkdir(mode=0o500)
+    out = tmp_path / "closed" / "run"
+    life = faults.live(faults.training(out, **faults.task(folder), **TINY), out)
+    assert life.code == 2 and "Permission denied" in life.said and life.said.count("\n") == 1
+
+
+# ---- the checkpoint
+
+
+def saved(tokenizer, folder: Path, done=(1, 2, 3), **settings) -> steps.Run:
+    """A run with a checkpoint at each of `done`, its bias towards one token the step's number."""
+    run = make_run(tokenizer, **settings)
+    run.optimizer = new_optimizer(run.model, run.config)
+    for number in done:
+        run.model.lm_head.weight.data[0, 0] = number
+        checkpoint.save(folder, number, run)
+    return run
+
+
+def test_the_last_two_checkpoints_are_kept(tokenizer, tmp_path):
+    saved(tokenizer, tmp_path)
+    assert [path.name for path in checkpoint.checkpoints(tmp_path)] == ["step-00000003.pt", "step-00000002.pt"]
+
+
+@pytest.mark.parametrize("damage", [faults.flip, faults.cut, lambda path: path.write_bytes(b"")])
+def test_a_damaged_checkpoint_is_set_aside_and_the_older_one_used(tokenizer, tmp_path, damage):
+    run = saved(tokenizer, tmp_path)
+    newest, older = checkpoint.checkpoints(tmp_path)
+    damage(newest)
+    assert checkpoint.load(tmp_path, run) == 2 and run.model.lm_head.weight[0, 0] == 2
+    assert newest.exists()  # nothing is written before the run goes on
+    assert checkpoint.set_aside_damaged(tmp_path, 2).startswith(f"damaged: {newest.with_suffix('.damaged')}")
+    checkpoint.save(tmp_path, 3, run)
+    assert {path.suffix for path in newest.parent.iterdir()} == {".pt", ".damaged"} and older.exists()
+    damage(newest), damage(older)
+    with pytest.raises(ValueError, match=f"{newest} is damaged, and no older checkpoint is whole: restore it"):
+        checkpoint.load(tmp_path, run)
+
+
+def test_no_flipped_bit_goes_unseen(tokenizer, tmp_path):
+    """Anywhere in the file: found, or without any effect (padding)."""
+    saved(tokenizer, tmp_path, done=(1,))
+    path = checkpoint.checkpoints(tmp_path)[0]
+    data, draw, found = path.read_bytes(), random.Random(0), 0
+    want = torch.load(path, weights_only=True)
+    places = [draw.randrange(len(data)) for _ in range(60)] + [
+        len(data) - draw.randrange(3000) - 1 for _ in range(60)
+    ]
+    for place in places:
+        path.write_bytes(data[:place] + bytes([data[place] ^ 1 << draw.randrange(8)]) + data[place + 1 :])
+        got = checkpoint.read_checkpoint(path)
+        found += got is None
+        assert got is None or faults.equal(got, want)
+    assert found > 60
+
+
+def test_checkpoints_of_others_are_refused(tokenizer, tmp_path):
+    saved(tokenizer, tmp_path, done=(1,))
+    other = make_run(tokenizer, model=random_model(hidden_size=16))
+    with pytest.raises(ValueError, match=r"is the checkpoint of another model: \S+ differs"):
+        checkpoint.load(tmp_path, other)
+    with pytest.raises(ValueError, match=r"of a run with other settings \(lr, seed\)"):
+        checkpoint.load(tmp_path, make_run(tokenizer, lr=1.0, seed=3))
+    run = make_run(tokenizer, micro_batch_tokens=60, out="moved")  # those that may change
+    run.optimizer = new_optimizer(run.model, run.config)
+    assert checkpoint.load(tmp_path, run) == 1
+
+
+def test_logs_that_do_not_fit_the_checkpoint_are_refused(tmp_path):
+    rows = [{"step": number} for number in (1, 2, 3)]
+    for wrong in ([], rows[1:], rows[:1] + rows, [rows[0], rows[2]]):
+        (tmp_path / "metrics.jsonl").unlink(missing_ok=True)
+        checkpoint.append_rows(tmp_path / "metrics.jsonl", wrong)
+        before = contents(tmp_path)
+        with pytest.raises(ValueError, match="expected steps 1 to 3 once each: restore it, or delete"):
+            checkpoint.cut_logs(tmp_path, 3)
+        assert contents(tmp_path) == before
+
+
+def test_a_run_killed_before_its_settings_were_written_starts(tmp_path):
+    config = from_dict({"out": str(tmp_path), "resume": "auto"})
+    (tmp_path / "lock").touch()
+    (tmp_path / "config.json.partial").write_text("{")
+    checkpoint.check_folder(config)
+    (tmp_path / "letter.txt").touch()
+    with pytest.raises(ValueError, match="holds no run"):
+        checkpoint.check_folder(config)
+
+
+# ---- numbers
+
+
+def break_gradients(run: steps.Run, times: int, value: float = torch.nan) -> None:
+    """The next `times` gradients of the head hold `value` somewhere."""
+    left = [times]
+
+    def spoil(gradient):
+        left[0] -= 1
+        return torch.where(torch.arange(gradient.shape[1]) == 0, value, gradient) if left[0] >= 0 else gradient
+
+    run.model.lm_head.weight.register_hook(spoil)
+
+
+@pytest.mark.parametrize("value", [torch.nan, torch.inf])
+def test_an_update_without_finite_gradient_is_skipped(tokenizer, value):
+    """Weights and optimizer stay; the next update is made; the metrics are JSON and count it."""
+    run = make_run(tokenizer, updates_per_step=1, micro_batch_tokens=10**6)
+    run.optimizer = new_optimizer(run.model, run.config)
+    before = {name: p.clone() for name, p in run.model.named_parameters()}
+    break_gradients(run, 2, value)
+    for number in (0, 1):
+        metrics, *_ = rl_step(run, number)
+        assert metrics["skipped_updates"] == 1 and run.skipped == number + 1
+        json.dumps(metrics, allow_nan=False)
+    assert all(torch.equal(p, before[name]) and p.grad is None for name, p in run.model.named_parameters())
+    assert not run.optimizer.state
+    metrics, *_ = rl_step(run, 2)
+    assert metrics["skipped_updates"] == 0 and run.skipped == 0 and metrics["grad_norm"] > 0
+
+
+def test_a_model_that_gives_nan_is_never_updated(tokenizer):
+    """Also where all rewards are equal, so that no row has a weight."""
+    run = make_run(tokenizer, reward=dataclasses.replace(BY_LENGTH, function=lambda text, problem: 0.0))
+    run.model.lm_head.weight.data[0] = torch.nan
+    metrics, *_ = rl_step(run, 0)
+    assert metrics["skipped_updates"] == run.config.updates_per_step
+    json.dumps(metrics, allow_nan=False)
+    run = make_run(tokenizer, "sft")
+    run.model.lm_head.weight.data[0] = torch.nan
+    assert sft_step(run, run.data.supervised, 0, run.optimizer, 0.1)["skipped_updates"] == 1
+
+
+def test_skips_in_a_row_are_remembered_by_the_checkpoint(tokenizer, tmp_path):
+    run = make_run(tokenizer)
+    run.skipped = 2
+    checkpoint.save(tmp_path, 1, run)
+    other = make_run(tokenizer)
+    assert checkpoint.load(tmp_path, other) == 1 and other.skipped == 2
+
+
+PHASES = {  # the function in which memory is full, what is full there, the phase that is named, the setting
+    "evaluation": (train, "evaluate", "evaluating", "eval_response_tokens (48)"),
+    "sampling": (steps, "generate", "sampling", "max_response_tokens (80)"),
+    "old log-probs": (steps, "forward", "before an update", "max_response_tokens (80)"),
+    "update": (steps, "token_weights", "an update", "micro_batch_tokens (2048)"),
+    "loading": (train, "load_model", "loading the model", "offload"),
+}
+
+
+@pytest.mark.parametrize("place", PHASES)
+def test_full_memory_names_phase_and_settings(whole, tmp_path, monkeypatch, capsys, place):
+    folder, _ = whole
+    module, function, phase, setting = PHASES[place]
+
+    def full(*_, **__):
+        raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB. GPU 0 has 24 GiB in all.")
+
+    monkeypatch.setattr(module, function, full)
+    if place != "evaluation":
+        monkeypatch.setattr(train, "score", lambda run, who: {"validation": {}, "test": {}, "test_sampled": {}})
+    with pytest.raises(SystemExit) as stop:
+        faults.training(tmp_path / "run", **faults.task(folder), **TINY)()
+    said = capsys.readouterr().err
+    assert stop.value.code == 1 and said.count("\n") == 1 and "Tried to allocate 2.00 GiB" in said
+    assert phase in said and setting in said
+
+
+# ---- what the sources never do
+
+FORBIDDEN = {"eval", "exec", "compile", "__import__"}
+SOURCES = [path for path in ROOT.rglob("*.py") if not {"runs", "tests", ".venv"} & set(path.relative_to(ROOT).parts)]
+
+
+def unsafe(tree: ast.AST) -> list[str]:
+    """Calls that run text or bytes from somewhere, found by their names and arguments."""
+    found = []
+    for node in ast.walk(tree):
+        if isinstance(node, ast.Import | ast.ImportFrom):
+            names = [alias.name for alias in node.names] + [getattr(node, "module", None) or ""]
+            found += [name for name in names if name.split(".")[0] in ("pickle", "marshal", "shelve", "dill")]
+        if not isinstance(node, ast.Call):
+            continue
+        called, given = ast.unparse(node.func), {word.arg: ast.unparse(word.value) for word in node.keywords}
+        found += [called] if called in FORBIDDEN | {"os.system", "os.popen"} else []
+        found += ["shell=True"] if given.get("shell", "False") != "False" else []
+        found += ["trust_remote_code"] if given.get("trust_remote_code", "False") != "False" else []
+        found += ["torch.load"] if called == "torch.load" and given.get("weights_only") != "True" else []
+        found += ["numpy.load"] if given.get("allow_pickle", "False") != "False" else []
+    return found
+
+
+@pytest.mark.parametrize("path", SOURCES, ids=lambda path: str(path.relative_to(ROOT)))
+def test_sources_run_nothing_they_read(path):
+    assert unsafe(ast.parse(path.read_text(encoding="utf-8"))) == []
+
+
+def test_unsafe_calls_are_seen():
+    bad = "eval(x); exec(x); import pickle; run(a, shell=True); load(p, trust_remote_code=True); torch.load(p)"
+    assert len(unsafe(ast.parse(bad))) == 6 and len(SOURCES) > 40

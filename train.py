@@ -12,7 +12,6 @@ import json
 import math
 import signal
 import sys
-import time
 from collections import Counter
 from collections.abc import Sequence
 from pathlib import Path
@@ -218,10 +217,9 @@ def train_in(folder: Path, run: Run, start: int, watch: Watch) -> int:
     scores_file = folder / "eval.json"
     scores = distributed.from_rank_0(read_scores(scores_file) if distributed.rank() == 0 else None)
     if "base" not in scores:
-        begun = time.perf_counter()
         scores = {"base": score(run, "base")}
         checkpoint.write_text(scores_file, json.dumps(scores, indent=1) + "\n")
-        console.show_base(run, scores["base"], time.perf_counter() - begun)
+        console.show_base(scores["base"])
 
     def due(done: int) -> bool:
         """Whether validation accuracy is measured, and a group recorded, at the step that makes it `done` steps."""

@@ -146,8 +146,14 @@ def level_of(k: int) -> str:
     return next(level for level, sizes in LEVELS.items() if k in sizes)
 
 
-def make_splits(kind: str = "expert") -> dict[str, list[dict]]:
-    """All rows of the three files, by an expert of this kind. No problem occurs twice."""
+def make_splits(
+    kind: str = "expert", demonstrated: int = DEMONSTRATED_PROBLEMS, fresh_seed: int | None = None
+) -> dict[str, list[dict]]:
+    """All rows of the three files, by an expert of this kind. No problem occurs twice.
+
+    `demonstrated` of the training problems have a demonstration; it divides TRAIN_PROBLEMS. With `fresh_seed` (and
+    the next numbers for the next levels) there is a second test split, "fresh"; the others stay what they are.
+    """
     seen: set[str] = set()
 
     def draw(rng: random.Random, count: int, sizes: tuple[int, ...]) -> list[Recipe]:
@@ -159,19 +165,24 @@ def make_splits(kind: str = "expert") -> dict[str, list[dict]]:
                 recipes.append(recipe)
         return recipes
 
-    splits = {}
-    for split, count in reversed(PROBLEMS_PER_LEVEL.items()):  # test first: it does not depend on the rest
-        splits[split] = [
+    def held_out(split: str, first_seed: int, count: int) -> list[dict]:
+        return [
             row(f"{split}-{level}-{i:03d}", recipe)
-            for seed, (level, sizes) in enumerate(LEVELS.items(), SPLIT_SEEDS[split])
+            for seed, (level, sizes) in enumerate(LEVELS.items(), first_seed)
             for i, recipe in enumerate(draw(random.Random(seed), count, sizes))
         ]
+
+    splits = {}
+    for split, count in reversed(PROBLEMS_PER_LEVEL.items()):  # test first: it does not depend on the rest
+        splits[split] = held_out(split, SPLIT_SEEDS[split], count)
     recipes = draw(random.Random(SPLIT_SEEDS["train"]), TRAIN_PROBLEMS, TRAIN_STEPS)
-    rounds = TRAIN_PROBLEMS // DEMONSTRATED_PROBLEMS  # one round of TRAIN_STEPS in so many is demonstrated
+    rounds = TRAIN_PROBLEMS // demonstrated  # one round of TRAIN_STEPS in so many is demonstrated
     splits["train"] = [
         row(f"train-{i:04d}", recipe, [] if i // len(TRAIN_STEPS) % rounds else demonstrations(recipe, kind))
         for i, recipe in enumerate(recipes)
     ]
+    if fresh_seed is not None:
+        splits["fresh"] = held_out("fresh", fresh_seed, PROBLEMS_PER_LEVEL["test"])
     return splits
 
 

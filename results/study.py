@@ -1,93 +1,270 @@
-"""The small study of the README: a grid of learning rates chosen on validation, then three seeds on the test set.
+"""The study of the methods (README.md: protocol and verdicts): its trials, its runs, its report.
 
-    python results/study.py            every run (about 4 CPU minutes each), then the report
-    python results/study.py report     study.json, study.md and study.png from the runs that are there
+    python results/study.py tune|run|report [--regime R] [--methods a,b] [--seeds 0,1] [--jobs N] [--quick]
 
-Seed 0 is run at every setting of the grid; the setting with the highest greedy validation accuracy, over all levels,
-gets seeds 1 and 2. Test accuracy decides nothing. Runs go to runs/study/; finished ones are kept, so a stopped study
-goes on where it was.
+tune makes the trials that the protocol asks for, run the runs with the settings that the trials chose, report the
+tables, figures and verdicts from what is stored. Without --regime, --methods or --seeds: all that the protocol has.
+--quick: 4 methods x 2 seeds of habit, stored and reported under runs/study/quick.
 
-How the recorded study differed: the grid was cut while it ran, for lack of time (4e-4 was dropped, and sft-rft was
-not tuned on its own), when test results of seed 0 at 2e-4 had been seen; and the rule first planned, validation
-accuracy averaged over greedy and temperature 1, became greedy only, because runs record no other.
+A trial or run is a process of its own that calls train.train in runs/study/NAME, so a stopped one goes on from its
+checkpoint; when it is done, a line is added to results/study/REGIME.jsonl (runs.line_of). A stored run is done again
+only where three steps of its configuration now give other metrics than those in its line. The base model is evaluated
+once a regime ("method": "base"); runs do not evaluate it on the test problems, nor do trials see these.
 """
 
+import argparse
+import contextlib
+import fcntl
 import json
-import statistics
-import subprocess
+import multiprocessing
+import os
+import signal
 import sys
+import time
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import replace
+from multiprocessing.connection import wait
 from pathlib import Path
+from typing import Any
 
-RUNS = Path("runs/study")
-GRID = {
-    "sft": [{"sft_lr": lr} for lr in (2.5e-4, 5e-4, 1e-3)],
-    "rft": [{"lr": lr} for lr in (1e-4, 2e-4)],  # 4e-4 was noisier in a prototype, 1e-3 collapsed
-    "prefix-rft": [{"lr": lr} for lr in (1e-4, 2e-4)],
-}  # sft-rft takes the chosen rates of its two stages, sft and rft
-SEEDS = (0, 1, 2)
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
+import torch
+from tqdm import tqdm
 
-def name_of(method: str, setting: dict, seed: int) -> str:
-    return "-".join([method, *(f"{key}{value:g}" for key, value in setting.items()), f"seed{seed}"])
+from results.protocol import (
+    EQUAL,
+    REGIMES,
+    TRIAL_SEED,
+    Line,
+    check_names,
+    next_trials,
+    run_settings,
+    seeds_of,
+    stem_of,
+    supervised_stage,
+    trials_of,
+    tuning_base,
+)
+from results.runs import RUNS, Spec, alike, check_stored, line_of, make_data, probe, spec_of
+from support.checkpoint import append_rows, write_text
 
-
-def run(method: str, setting: dict, seed: int) -> dict:
-    """Train unless it is done -> the run's eval.json."""
-    folder = RUNS / name_of(method, setting, seed)
-    words = [word for key, value in setting.items() for word in (f"--{key}", str(value))]
-    scores = folder / "eval.json"
-    if not scores.exists() or "trained" not in json.loads(scores.read_text()):
-        print(folder.name, flush=True)
-        settings = ["--method", method, "--seed", str(seed), *words]
-        command = [sys.executable, "train.py", *settings, "--out", str(folder), "--resume", "auto"]
-        subprocess.run(command, check=True, stdout=subprocess.DEVNULL)
-    return json.loads(scores.read_text())
-
-
-def study() -> None:
-    best: dict[str, dict] = {}
-    table = []
-    for method, grid in GRID.items():
-        tried = [run(method, setting, 0)["trained"]["validation"]["all"]["accuracy"] for setting in grid]
-        table += [{"method": method, "setting": s, "validation": v} for s, v in zip(grid, tried)]
-        best[method] = grid[tried.index(max(tried))]
-    best["sft-rft"] = best["rft"] | best["sft"]
-    Path("results/tuning.json").write_text(json.dumps({"tried": table, "best": best}, indent=1) + "\n")
-    for seed in SEEDS:
-        for method, setting in best.items():
-            run(method, setting, seed)
+STORE = Path("results/study")
+QUICK = ("sft", "rft", "sft-rft", "prefix-rft")
+# ---- several processes
 
 
-def report() -> None:
-    """Every seed, mean and standard deviation, by level; a figure of the curves of seed 0."""
-    tuning = json.loads(Path("results/tuning.json").read_text())
-    best = tuning["best"]
-    rows, lines = [], []
-    for kind, title in (("test", "greedy"), ("test_sampled", "temperature 1")):
-        lines += [f"\nTest accuracy in %, {title}: mean ± standard deviation of seeds {SEEDS} (each seed)\n"]
-        lines += ["| method | setting | easy | medium | hard | ood | all |", "|---|---|---|---|---|---|---|"]
-        for method in ("base", *best):
-            cells = []
-            for level in ("easy", "medium", "hard", "ood", "all"):
-                who = "base" if method == "base" else "trained"
-                chosen = "rft" if method == "base" else method
-                files = [RUNS / name_of(chosen, best[chosen], seed) / "eval.json" for seed in SEEDS]
-                values = [100 * json.loads(f.read_text())[who][kind][level]["accuracy"] for f in files]
-                rows.append({"method": method, "kind": kind, "level": level, "seeds": values})
-                each = " ".join(f"{value:.1f}" for value in values)
-                spread = f" ± {statistics.stdev(values):.1f} ({each})" if len(set(values)) > 1 else ""
-                cells.append(f"{statistics.mean(values):.1f}{spread}")
-            setting = ", ".join(f"{key} {value:g}" for key, value in best.get(method, {}).items())
-            lines.append(f"| {method} | {setting} | " + " | ".join(cells) + " |")
-    Path("results/study.json").write_text(json.dumps({"tuning": tuning, "rows": rows}, indent=1) + "\n")
-    Path("results/study.md").write_text("\n".join(lines).lstrip() + "\n")
-    folders = [str(RUNS / name_of(method, best[method], 0)) for method in ("rft", "sft-rft", "prefix-rft")]
-    subprocess.run([sys.executable, "plot.py", *folders, "--out", "results/study.png"], check=True)
+def work(function: Callable[[Spec], Any], spec: Spec, answer: Any) -> None:
+    """The process of one Spec: sends (True, result), (False, why it failed) or, stopped by a signal, nothing."""
+    os.setpgrp()  # Ctrl-C goes to the first process alone, which passes on a SIGTERM
+    torch.set_num_threads(1)
+    (RUNS / "log").mkdir(parents=True, exist_ok=True)
+    log = (RUNS / f"log/{spec.name}.txt").open("a")
+    with log, contextlib.redirect_stdout(log), contextlib.redirect_stderr(log):
+        try:
+            answer.send((True, function(spec)))
+        except (ValueError, OSError) as error:
+            answer.send((False, f"{spec.name}: {error}"))
+        except KeyboardInterrupt:
+            answer.close()
+
+
+def in_processes(function: Callable[[Spec], Any], specs: Sequence[Spec], jobs: int) -> Iterator[tuple[Spec, Any]]:
+    """(spec, function(spec)) as they end, `jobs` at a time, with a progress bar in steps. ValueError if one fails,
+    when those that run have been stopped."""
+    context, waiting = multiprocessing.get_context("spawn"), list(specs)
+    running: dict[Any, tuple[Spec, Any]] = {}
+    bar = tqdm(total=sum(map(steps_to_do, specs)), unit="step", smoothing=0.05, disable=not sys.stderr.isatty())
+    try:
+        while waiting or running:
+            while waiting and len(running) < jobs:
+                ours, theirs = context.Pipe(duplex=False)
+                process = context.Process(target=work, args=(function, waiting[0], theirs))
+                process.start()
+                theirs.close()
+                running[ours] = waiting.pop(0), process
+            for ours in wait(list(running), timeout=2):
+                spec, process = running.pop(ours)
+                try:
+                    good, result = ours.recv()
+                except EOFError:
+                    good, result = False, f"{spec.name} was stopped: see {RUNS}/log/{spec.name}.txt"
+                process.join()
+                if not good:
+                    raise ValueError(result)
+                yield spec, result
+            left = sum(map(steps_to_do, waiting)) + sum(left_of(spec) for spec, _ in running.values())
+            bar.n = bar.total - left
+            bar.refresh()
+    finally:
+        for _, process in running.values():
+            process.terminate()
+        for _, process in running.values():
+            process.join()
+        bar.close()
+
+
+def steps_to_do(spec: Spec) -> int:
+    return 0 if spec.method == "base" else spec.steps
+
+
+def left_of(spec: Spec) -> int:
+    """Steps that a running Spec has still to do."""
+    log = RUNS / spec.name / "metrics.jsonl"
+    return steps_to_do(spec) - (log.read_bytes().count(b"\n") if log.exists() else 0)
+
+
+# ---- the commands
+
+
+class Study:
+    """The stored lines of a regime, and how lines are added."""
+
+    def __init__(self, regime: str, store: Path, jobs: int):
+        self.regime, self.jobs = regime, jobs
+        self.path = store / f"{regime}.jsonl"
+        self.lines = check_stored(self.path, regime)
+
+    def make(self, specs: Sequence[Spec]) -> None:
+        """Make those of `specs` that are not stored, or whose stored line is stale, and store them."""
+        stored = {spec_of(line).key: line for line in self.lines}
+        old = {replace(s, seed=0).key: s for s in specs if s.key in stored and s.method != "base"}
+        now = {replace(s, seed=0).key: found for s, found in in_processes(probe, list(old.values()), self.jobs)}
+
+        def is_fresh(line: Line) -> bool:
+            return line["method"] == "base" or alike(line["probe"], now[replace(spec_of(line), seed=0).key])
+
+        todo = [spec for spec in specs if not (spec.key in stored and is_fresh(stored[spec.key]))]
+        stale = sum(spec.key in stored for spec in todo)
+        tqdm.write(f"{self.regime}: {len(todo)} of {len(specs)} to do" + f", {stale} of them stale" * bool(stale))
+        begun = time.perf_counter()
+        for number, (spec, line) in enumerate(in_processes(line_of, todo, self.jobs), 1):
+            self.store(spec, line)
+            hours = (time.perf_counter() - begun) / 3600 * (len(todo) - number) / number
+            score = line["scores"].get("validation", {}).get("greedy", 0.0)
+            left = f"{number} of {len(todo)}, about {hours:.1f} h left"
+            tqdm.write(f"{spec.name}: validation {100 * score:.1f}% ({left})")
+            sys.stdout.flush()
+
+    def store(self, spec: Spec, line: Line) -> None:
+        """Add a line, or put it in the place of the one it replaces."""
+        self.path.parent.mkdir(parents=True, exist_ok=True)
+        same = [i for i, other in enumerate(self.lines) if spec_of(other).key == spec.key]
+        if not same:
+            self.lines.append(line)
+            append_rows(self.path, [line])
+            return
+        self.lines[same[0]] = line
+        write_text(self.path, "".join(json.dumps(other, ensure_ascii=False) + "\n" for other in self.lines))
+
+    def tune(self, methods: Sequence[str]) -> None:
+        """Trials until the protocol asks for none more; the supervised stage of a method goes before it."""
+        stems = [stem_of(method) for method in methods]
+        stages = [stage for stem in stems if (stage := supervised_stage(stem))]
+        for group in (stages, [stem for stem in stems if stem not in stages]):
+            while True:
+                specs = []
+                for stem in dict.fromkeys(group):
+                    trials = trials_of(stem, self.lines)
+                    wanted = next_trials(stem, tuning_base(self.regime, stem, self.lines), trials)
+                    specs += [Spec(self.regime, stem, TRIAL_SEED, settings, True) for settings in wanted]
+                if not specs:
+                    break
+                self.make(specs)
+
+    def run(self, methods: Sequence[str], seeds: Sequence[int], tuning: Sequence[Line]) -> None:
+        """The base, then every method with every seed, in the protocol's order."""
+        base = Spec(self.regime, "base", 0, {})
+        plain = [method for method in methods if method != EQUAL]
+        for batch in (plain, [method for method in methods if method not in plain]):  # the second looks at the first
+            specs = [base]
+            for method in batch:
+                for number in REGIMES[self.regime].demonstrations:
+                    settings = run_settings(self.regime, method, number, self.lines, tuning)
+                    chosen_seeds = [seed for seed in seeds_of(self.regime, method) if not seeds or seed in seeds]
+                    specs += [Spec(self.regime, method, seed, settings) for seed in chosen_seeds]
+            self.check_settings(specs)
+            self.make(specs)
+
+    def check_settings(self, specs: Sequence[Spec]) -> None:
+        """ValueError where a run is stored with other settings than it has now."""
+        for spec in specs:
+            for number, line in enumerate(self.lines, 1):
+                same = (line["method"], line["seed"], line["trial"]) == (spec.method, spec.seed, False)
+                same &= line["settings"].get("demonstrations") == spec.settings.get("demonstrations")
+                if same and line["settings"] != spec.settings:
+                    raise ValueError(
+                        f"{self.path}:{number}: {spec.method}, seed {spec.seed} was run with {line['settings']}, the "
+                        f"trials choose {spec.settings}: delete the line to run it again"
+                    )
+
+
+@contextlib.contextmanager
+def locked(path: Path) -> Iterator[None]:
+    """ValueError where another study.py writes to the same results."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with path.open("w") as file:
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except OSError as error:
+            raise ValueError(f"another study.py is at work on these results ({path}): wait for it") from error
+        yield
+
+
+def parse(argv: Sequence[str]) -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description="The study: trials, runs, report.", allow_abbrev=False)
+    parser.add_argument("command", choices=("tune", "run", "report"))
+    parser.add_argument("--regime", default="", help=f"one of {', '.join(REGIMES)} (default: all)")
+    parser.add_argument("--methods", default="", help="keys of loss.METHODS, or sft-rft-equal; with commas between")
+    parser.add_argument("--seeds", default="", help="with commas between (default: the protocol's)")
+    parser.add_argument("--jobs", type=int, default=multiprocessing.cpu_count(), help="processes (default: cores)")
+    parser.add_argument(
+        "--quick", action="store_true", help=f"{', '.join(QUICK)} x seeds 0, 1 of habit, stored apart"
+    )
+    args = parser.parse_args(argv)
+    args.regimes = [args.regime] if args.regime else list(REGIMES)
+    args.methods = args.methods.split(",") if args.methods else []
+    if not all(word.isdecimal() for word in args.seeds.split(",") if args.seeds):
+        raise ValueError(f"seeds is {args.seeds!r}, expected whole numbers with commas between")
+    args.seeds = [int(word) for word in args.seeds.split(",")] if args.seeds else []
+    args.store = STORE
+    if args.quick:
+        if args.command == "tune" or args.methods or args.seeds or args.regime:
+            raise ValueError("--quick chooses regime, methods and seeds itself: give it to run or report alone")
+        args.regimes, args.methods, args.seeds, args.store = ["habit"], list(QUICK), [0, 1], RUNS / "quick"
+    check_names(args.regimes, args.methods)
+    if args.jobs < 1:
+        raise ValueError(f"jobs is {args.jobs}, expected at least 1")
+    return args
+
+
+def main() -> None:
+    signal.signal(signal.SIGTERM, signal.default_int_handler)  # as Ctrl-C
+    try:
+        args = parse(sys.argv[1:])
+        os.chdir(Path(__file__).resolve().parents[1])
+        make_data(list(REGIMES))
+        for regime in args.regimes if args.command != "report" else []:
+            methods = args.methods or REGIMES[regime].methods
+            with locked(RUNS / f"{args.store.name}-{regime}.lock"):
+                study = Study(regime, args.store, args.jobs)
+                if args.command == "tune" and REGIMES[regime].tuned_in == regime:
+                    study.tune(methods)
+                elif args.command == "run":
+                    tuned_in = REGIMES[regime].tuned_in
+                    study.run(methods, args.seeds, check_stored(STORE / f"{tuned_in}.jsonl", tuned_in))
+        if args.command == "report" or args.quick:
+            from results.report import README, write_report  # matplotlib, which training does not need
+
+            for path in write_report(args.store, None if args.quick else README):
+                print(path)
+    except (ValueError, OSError) as error:
+        print(f"study.py: {error}", file=sys.stderr)
+        sys.exit(2)
+    except KeyboardInterrupt:
+        print("\nstudy.py: stopped; the same command goes on", file=sys.stderr)
+        sys.exit(130)
 
 
 if __name__ == "__main__":
-    if sys.argv[1:] not in ([], ["report"]):
-        sys.exit("usage: python results/study.py [report]")
-    if not sys.argv[1:]:
-        study()
-    report()
+    main()

@@ -8,6 +8,7 @@ import dataclasses
 import json
 import shlex
 import sys
+import time
 import traceback
 from pathlib import Path
 from typing import Any
@@ -20,6 +21,8 @@ from support.distributed import launcher, rank, world_size
 from support.watch import Watch
 
 LINE_EVERY = 10  # steps between lines when the output is piped
+LINE_SECONDS = 60  # or so long after the last line
+ESTIMATE_AFTER = 5  # steps, from which the time of the others is estimated
 SAMPLE_EVERY = 20  # steps between samples on a terminal
 SHOWN = {  # metrics of the progress line and their short names, for either kind of step
     "reward_on_policy": "reward",
@@ -66,7 +69,8 @@ class Progress:
     """The progress of a run of `total` steps, `done` of them finished; optionally TensorBoard files too."""
 
     def __init__(self, folder: Path, total: int, done: int, tensorboard: bool, watch: Watch):
-        self.total, self.watch = total, watch
+        self.total, self.watch, self.first = total, watch, done
+        self.begun = self.said = time.perf_counter()
         quiet = not sys.stderr.isatty() or rank() > 0
         self.bar = tqdm(total=total, initial=done, unit="step", disable=quiet, dynamic_ncols=True)
         self.writer = None
@@ -93,11 +97,16 @@ class Progress:
         self.bar.set_postfix_str(" ".join(f"{name} {value}" for name, value in shown.items()), refresh=False)
         self.bar.update()
         if not sys.stdout.isatty():
-            if step % LINE_EVERY == 0 or step == self.total:
+            now = time.perf_counter()
+            if step % LINE_EVERY == 0 or step == self.total or now - self.said > LINE_SECONDS:
+                self.said = now
                 show(f"step={step}/{self.total} " + " ".join(f"{k}={v}" for k, v in shown.items()))
         elif step % SAMPLE_EVERY == 0:
             for sample in samples:
                 show_sample(sample)
+        if step == self.first + ESTIMATE_AFTER < self.total:
+            seconds = (time.perf_counter() - self.begun) / ESTIMATE_AFTER * (self.total - step)
+            show(f"  time       about {max(1, round(seconds / 60))} min for the other steps, without evaluations")
         for name, value in metrics.items():
             if self.writer and isinstance(value, int | float):
                 self.writer.add_scalar(name, value, step)
@@ -150,20 +159,12 @@ def show_start(run: Any, folder: Path, counts: Any, total: int, done: int) -> No
     show(f"             ids {first}")
 
 
-def show_base(run: Any, base: dict[str, Any], seconds: float) -> None:
-    """Accuracy of the untrained model, and how long the run may take, judged by how long that evaluation took."""
+def show_base(base: dict[str, Any]) -> None:
+    """Accuracy of the untrained model."""
     if not base["test"]:
         return
     levels = "  ".join(f"{level} {100 * row['accuracy']:.1f}" for level, row in base["test"].items())
     show(f"  base       {levels}   (% right, test, greedy)")
-    tables = (base["validation"], base["test"], base["test_sampled"])
-    rows = sum(table["all"]["problems"] * table["all"]["samples"] for table in tables if table)
-    config = run.config
-    steps = config.steps if "rl" in run.method.stages else 0
-    sampled = steps * config.prompts_per_step * config.rollouts_per_prompt
-    row_cost = 5  # of a training row in evaluation rows: more passes, answers grow longer, validation goes on
-    estimate = seconds * (1 + row_cost * sampled / rows)
-    show(f"  time       about {max(1, round(estimate / 60))} min")
 
 
 PHASES = {  # the functions in which memory can be full: what they do, the two settings to lower first

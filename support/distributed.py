@@ -142,6 +142,7 @@ def shard(model: nn.Module, plain: nn.Module, device: torch.device, offload: boo
     copy stands in host memory (4 bytes a parameter), and it is sent tensor by tensor.
     Gradients are summed over ranks, not averaged: the loss has one global denominator. `plain`, the same model on the
     meta device, is what `gathered` hands out.
+    Raises ValueError where layers share weights: FSDP would make them two.
     """
     bf16 = MixedPrecisionPolicy(param_dtype=torch.bfloat16, reduce_dtype=torch.float32)
     settings = {
@@ -152,10 +153,14 @@ def shard(model: nn.Module, plain: nn.Module, device: torch.device, offload: boo
     weights = {name: parameter.data for name, parameter in model.named_parameters()}
     buffers = dict(model.named_buffers())
     layers = [module for module in model.modules() if isinstance(module, GradientCheckpointingLayer)]
-    for module in (*layers, model):
+    for module in (*reversed(layers), model):  # a layer inside another one first
         fully_shard(module, **settings)
         module.set_gradient_divide_factor(1.0)
         module.set_force_sum_reduction_for_comms(True)  # gloo has no scaled sum
+    if weights.keys() != dict(model.named_parameters()).keys():
+        raise ValueError(
+            "the model's layers share weights, which cannot be split: start python alone, with --device cpu"
+        )
     if world_size() > 1:
         _send_weights(model, weights, buffers, device, "cpu" if offload else device)
     plain.generation_config = model.generation_config

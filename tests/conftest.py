@@ -8,6 +8,7 @@ import pytest
 import torch
 from transformers import AutoTokenizer, GenerationConfig, LlamaConfig, LlamaForCausalLM
 
+from loss import METHODS, Method
 from reward import Reward
 
 torch.set_num_threads(1)
@@ -34,6 +35,13 @@ def random_model(vocab_size: int = 103, scale: float = 0.3, seed: int = 0, **con
             torch.nn.init.normal_(parameter, std=scale)
     model.generation_config = GenerationConfig(eos_token_id=[2], pad_token_id=0)
     return model.train()
+
+
+def rounding(model: torch.nn.Module, columns: int = 0) -> float:
+    """The largest error of what `model` computes in float32, as a share of the largest number: a rounding of 2^-24
+    for each number that is summed on the way, forward and back through every matrix and over the batch's columns."""
+    inner = sum(parameter.shape[-1] for parameter in model.parameters() if parameter.dim() > 1)
+    return (2 * inner + columns) * 2**-24
 
 
 def contents(folder: Path) -> dict[str, bytes]:
@@ -63,3 +71,13 @@ def refused(tmp_path, monkeypatch, capsys):
         return said
 
     return ask
+
+
+def mechanism(method: Method) -> tuple:
+    """What a run or several ranks have to do for a method beside its weights, which are functions of a batch's
+    tensors: test_loss and test_step try those of every method."""
+    return method.rows, method.stages, method.unsolved, method.entropy_clip == "random"
+
+
+# the first method of each
+ONE_OF_EACH = sorted({mechanism(METHODS[name]): name for name in reversed(METHODS)}.values())

@@ -1,11 +1,14 @@
 """decode.py: what makes sampling fast changes no token."""
 
+import functools
+
 import pytest
 from conftest import random_model
 from test_sample import some_rows
 from transformers import GenerationConfig
 
 import decode
+from model import load_model, save_model
 from sample import Row, generate
 
 
@@ -67,3 +70,21 @@ def test_the_same_ids_behind_other_masks_are_other_prompts(model):
     """The padding id inside a prompt: [pad, 9] and a padded [9] have equal ids and unequal masks."""
     rows = [Row(0, (0, 0, "p", 0), [0, 9], []), Row(0, (0, 0, "p", 1), [9], [])]
     assert generate(model, rows, 24) == [generate(model, [row], 24)[0] for row in rows]
+
+
+def test_a_loop_that_samples_something_else_is_not_used(tmp_path, tokenizer, monkeypatch):
+    """A cache that mixes its rows up: our loops give other log-probs, which load_model notices, transformers' own the
+    right ones; where that one does not work either, the model is refused."""
+    save_model(random_model(vocab_size=103), tokenizer, tmp_path / "m")
+    load = functools.partial(load_model, str(tmp_path / "m"))
+    assert load()[0].loop == "masks of ours"
+    right = decode.RoomyLayer.reorder_cache
+    monkeypatch.setattr(decode.RoomyLayer, "reorder_cache", lambda self, rows: right(self, rows.flip(0)))
+    assert load()[0].loop == "transformers"
+    model, _ = load()
+    monkeypatch.undo()
+    assert generate(model, some_rows(12), 12, 0.0) == generate(load()[0], some_rows(12), 12, 0.0)
+    monkeypatch.setattr(decode.RoomyLayer, "reorder_cache", lambda self, rows: right(self, rows.flip(0)))
+    monkeypatch.setattr(decode, "decode_static", lambda model, input_ids, **_: input_ids)
+    with pytest.raises(ValueError, match="rows sampled in a batch are not what they are alone"):
+        load()

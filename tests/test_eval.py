@@ -79,6 +79,22 @@ def test_evaluate_and_summarize_match_a_hand_count(scripted, tokenizer):
     assert table["hard"]["accuracy"] == 0 and table["hard"]["high"] > 0
 
 
+def test_draws_belong_to_seed_problem_and_sample(scripted, tokenizer, monkeypatch):
+    """Whatever the order and the company of the problems is."""
+    (model, encoded), answer, keys = scripted, eval.generate, []
+
+    def noting(model, rows, *args, **settings):
+        keys.append({row.key for row in rows})
+        return answer(model, rows, *args, **settings)
+
+    monkeypatch.setattr(eval, "generate", noting)
+    for seed, order in ((7, (0, 1, 2)), (7, (2, 1)), (8, (0, 1, 2))):
+        chosen = [PROBLEMS[i] for i in order], [encoded[i] for i in order]
+        evaluate(model, tokenizer, *chosen, samples=2, temperature=1.0, max_response_tokens=99, seed=seed)
+    assert [len(found) for found in keys] == [6, 4, 6]
+    assert keys[1] < keys[0] and not keys[0] & keys[2]
+
+
 # ---- multiple choice
 
 OPTIONS = ["iron", "1/2", "the sum of A and B.", "0.5 m"]
@@ -174,6 +190,19 @@ def test_a_run_keeps_every_response_and_setting(finished, tokenizer):
     assert (finished / "passk.png").stat().st_size > 10_000
 
 
+@pytest.mark.usefixtures("no_figure")
+def test_the_seed_of_the_command_line_decides_what_is_sampled(finished, tmp_path):
+    """Another seed, other responses; the same seed, the same ones, also to fewer problems and samples."""
+    found = {}
+    for seed in ("0", "1"):
+        words = f"--seed {seed} --problems 1 --samples 2 --out {tmp_path / seed}"
+        eval.run(eval.parse_args([*WORDS.split(), *words.split()]))
+        found[seed] = (tmp_path / seed / "generations.jsonl").read_text().splitlines()
+        assert json.loads((tmp_path / seed / "settings.json").read_text())["seed"] == int(seed)
+    assert set(found["0"]) < set((finished / "generations.jsonl").read_text().splitlines())
+    assert len(found["1"]) == 8 and len(set(found["0"]) & set(found["1"])) < 4  # some are alike: easy problems
+
+
 @pytest.mark.parametrize("stop_after", [1, 3])
 def test_a_stopped_evaluation_continues_to_the_same_files(
     finished, tmp_path, monkeypatch, capsys, stop_after, no_figure
@@ -262,7 +291,7 @@ def test_each_rank_gets_full_calls(finished, tmp_path, monkeypatch):
     batches, append = [], eval.append_rows
     monkeypatch.setattr(eval.distributed, "world_size", lambda: 2)
     monkeypatch.setattr(eval.distributed, "from_rank_0", lambda value: value)
-    monkeypatch.setattr(sample, "union", lambda mine: mine)
+    monkeypatch.setattr(sample, "gather_dict", lambda mine: mine)
     monkeypatch.setattr(eval, "append_rows", lambda path, rows: (batches.append(len(rows)), append(path, rows)))
     eval.run(arguments(out=tmp_path / "two"))
     assert batches == [20, 20, 8]
@@ -278,7 +307,7 @@ def test_as_many_rows_share_a_call_as_a_gpu_holds(monkeypatch):
     for free, rows in ((1e9, 512), (10 * row / 0.8 + 1, 10), (row / 2, 1)):
         monkeypatch.setattr(torch.cuda, "mem_get_info", lambda _, free=free: (int(free), 0))
         assert eval.rows_that_fit(model, 100) == rows
-    monkeypatch.setattr(eval.distributed, "union", lambda mine: mine | {1: 7})  # another rank's GPU is fuller
+    monkeypatch.setattr(eval.distributed, "gather_dict", lambda mine: mine | {1: 7})  # another rank's GPU is fuller
     monkeypatch.setattr(torch.cuda, "mem_get_info", lambda _: (10**9, 0))
     assert eval.rows_that_fit(model, 100) == 7
     monkeypatch.undo()

@@ -1,5 +1,6 @@
 """sample.py: the prefix schedule, forcing by ids, neutral sampling, draws that depend on their row only."""
 
+import dataclasses
 import json
 import math
 import random
@@ -117,6 +118,22 @@ def test_several_demonstrations_are_all_used_and_the_plan_is_a_pure_function():
     assert used == {30, 50} and len(set(plans)) > 6
 
 
+@pytest.mark.parametrize("rows", ["on_policy", "hybrid", "demonstration", "shared_prefix"])
+def test_draws_are_keyed_by_the_problem_not_by_its_place(rows):
+    """At another place of the batch the same prefixes and draws; of another problem, seed or attempt others."""
+
+    def plans(problem=PROBLEM, group=0, **changed):
+        settings = PLAN | {"rows": rows, "hybrid": 3} | changed
+        return [row for step in range(20) for row in plan_group(problem, group, **(settings | {"step": step}))]
+
+    here = plans()
+    assert [dataclasses.replace(row, group=0) for row in plans(group=4)] == here
+    assert len({row.key for row in here}) == len(here)
+    for other in (plans(dataclasses.replace(PROBLEM, id="p2")), plans(seed=1), plans(attempt=1)):
+        assert not {row.key for row in other} & {row.key for row in here}
+        assert rows == "on_policy" or [row.prefix_ids for row in other] != [row.prefix_ids for row in here]
+
+
 # ---- the two processors
 
 
@@ -178,6 +195,15 @@ def test_a_prefix_is_kept_at_every_cut(model, prefill):
     rows = [Row(0, (0, 0, "p", cut), [1, 9], demonstration[:cut]) for cut in range(len(demonstration))]
     for row, response in zip(rows, generate(model, rows, 14, prefill=prefill)):
         assert response[: len(row.prefix_ids)] == row.prefix_ids and len(row.prefix_ids) < len(response) <= 14
+
+
+def test_a_response_ends_at_the_first_end_token_after_its_prefix(model):
+    """An end token inside a prefix, or as its last token, was given, not sampled."""
+    row = Row(0, (0,), [1, 9], [5, 2, 7, 2])
+    for tokens, length in (([9, 2, 0, 0], 6), ([2, 9, 2, 0], 5), ([9, 8, 7, 6], 8), ([9, 8, 7, 6, 2], 8)):
+        assert sample._response(row, row.prefix_ids + tokens, {2}, 8) == (row.prefix_ids + tokens)[:length]
+    (response,) = generate(model, [row], 20, prefill=True)
+    assert response[:4] == row.prefix_ids and len(response) > 5
 
 
 def test_calls_are_as_few_as_their_memory_allows():
@@ -270,14 +296,14 @@ def test_a_hostile_generation_config_changes_nothing(model, tmp_path, tokenizer)
         generate(loaded, rows, 24)
 
 
-def test_several_end_tokens_and_pad_equal_to_end(model):
+def test_several_end_tokens_and_pad_equal_to_end(model, tokenizer):
     """The response ends at the first end token, which is trained; padding is not."""
     rows = some_rows(40, prefixes=False)
     saved = model.generation_config
     try:
         model.generation_config = GenerationConfig(eos_token_id=[2, 50, 51, 60], pad_token_id=2)
         responses = generate(model, rows, 24)
-        rollouts = pack(rows, responses, model, type("T", (), {"batch_decode": lambda *a, **k: [""] * 40}))
+        rollouts = pack(rows, responses, model, tokenizer)
     finally:
         model.generation_config = saved
     ended = [r[-1] in (2, 50, 51, 60) for r in responses]

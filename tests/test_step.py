@@ -1,17 +1,18 @@
 """step.py: one training step; the gradient does not depend on how the batch is cut."""
 
 import ast
+import copy
 import dataclasses
 import math
 from pathlib import Path
 
 import pytest
 import torch
-from conftest import ALL_WRONG, BY_LENGTH, random_model
+from conftest import ALL_WRONG, BY_LENGTH, random_model, rounding
 
 import step as steps
 from data.loader import Encoded, Problem
-from loss import METHODS, clipped, unclipped, zero
+from loss import METHODS, Tokens, clipped, unclipped, zero
 from step import (
     Collector,
     Data,
@@ -26,6 +27,8 @@ from step import (
     update,
 )
 from support.config import Config, from_dict
+
+TEMPERATURE = 0.8
 
 
 def make_run(
@@ -58,20 +61,23 @@ def make_run(
     return run
 
 
-def gradients(run: Run, budget: int, second_update: bool) -> list[torch.Tensor]:
-    """The gradient `update` leaves, before the optimizer's step, on micro-batches of `budget` tokens."""
-    run = dataclasses.replace(
-        run, config=dataclasses.replace(run.config, micro_batch_tokens=budget, max_grad_norm=1e9)
-    )
+def whole_batch(run: Run, moved: bool) -> tuple[steps.Batch, Tokens]:
+    """A batch of the method's rows as one mini-batch; `moved`: the policy has changed since it sampled them."""
     if run.method.stages == ("sft",):
         batch = steps.demonstration_batch(run, run.data.supervised[:3], 0)
         z = float(batch.rollouts.prefix_mask.sum())
     else:
         batch = rollout_batch(run, [0, 1, 2, 5], 4)
-        z = 16 * run.config.max_response_tokens
-    if second_update:  # the ratio has moved
+        z = 16.0 * run.config.max_response_tokens
+    if moved:
         noise = torch.randn(batch.old_log_probs.shape, generator=torch.Generator().manual_seed(0))
         batch = dataclasses.replace(batch, old_log_probs=batch.old_log_probs + 0.3 * noise)
+    return batch, mini_batch(run, batch, torch.arange(len(batch.rewards)), z, 0.3, (0, 0))
+
+
+def gradients(run: Run, batch: steps.Batch, tokens: Tokens, budget: int) -> list[torch.Tensor]:
+    """The gradient `update` leaves, before the optimizer's step, on micro-batches of `budget` tokens."""
+    config = dataclasses.replace(run.config, micro_batch_tokens=budget, max_grad_norm=1e9)
     found: list[torch.Tensor] = []
 
     class Spy:
@@ -83,21 +89,52 @@ def gradients(run: Run, budget: int, second_update: bool) -> list[torch.Tensor]:
         def zero_grad(self):
             run.model.zero_grad()
 
-    tokens = mini_batch(run, batch, torch.arange(len(batch.rewards)), z, 0.3, (0, 0))
-    update(run, batch, tokens, 1.0, Spy(), 1.0)
+    update(dataclasses.replace(run, config=config), batch, tokens, TEMPERATURE, Spy(), 1.0)
     return found
 
 
-@pytest.mark.parametrize("second_update", [False, True], ids=["first update", "later update"])
+def exact_gradients(run: Run, batch: steps.Batch, tokens: Tokens) -> tuple[torch.Tensor, ...]:
+    """-1/Z sum w grad log pi in float64, all rows in one plain forward pass."""
+    model, r = copy.deepcopy(run.model).double(), batch.rollouts
+    positions = (r.attention_mask.cumsum(1) - 1).clamp(min=0)
+    logits = model(input_ids=r.input_ids, attention_mask=r.attention_mask, position_ids=positions).logits
+    width = r.response_mask.shape[1]
+    log_p = (logits[:, -width - 1 : -1] / TEMPERATURE).log_softmax(-1)
+    entropy = -(log_p.exp() * log_p).sum(-1).detach()
+    log_probs = log_p.gather(-1, r.input_ids[:, -width:, None]).squeeze(-1)
+    weights = steps.token_weights(run.method, tokens.at(torch.arange(len(log_p)), log_probs, entropy))
+    loss = -(weights * log_probs * r.response_mask).sum() / tokens.normalizer
+    return torch.autograd.grad(loss, list(model.parameters()))
+
+
+@pytest.mark.parametrize("moved", [False, True], ids=["first update", "later update"])
 @pytest.mark.parametrize("method", METHODS)
-def test_gradient_is_the_same_for_any_micro_batches(tokenizer, method, second_update):
+def test_gradient_is_the_same_for_any_micro_batches(tokenizer, method, moved):
     """Rows one by one, a few at a time, all at once; lengths differ."""
-    run = make_run(tokenizer, method)
-    whole = gradients(run, 10**6, second_update)
-    assert max(g.abs().max() for g in whole) > 0
-    for budget in (1, 60, 120):
-        for a, b in zip(gradients(run, budget, second_update), whole):
-            torch.testing.assert_close(a, b, rtol=1e-4, atol=2e-6)
+    run = make_run(tokenizer, method, temperature=TEMPERATURE)
+    batch, tokens = whole_batch(run, moved)
+    want = exact_gradients(run, batch, tokens)
+    close = rounding(run.model, batch.rollouts.input_ids.numel())
+    for budget in (1, 60, 120, 10**6):
+        for found, exact in zip(gradients(run, batch, tokens, budget), want, strict=True):
+            assert exact.abs().max() > 0
+            torch.testing.assert_close(found.double(), exact, rtol=0, atol=close * float(exact.abs().max()))
+
+
+def test_a_problems_rows_depend_neither_on_its_place_nor_on_its_company(tokenizer):
+    """Draws and prefixes belong to the problem."""
+    run = make_run(tokenizer)
+
+    def sampled(picked):
+        rows = steps.plan(run, picked, range(len(picked)), 3, 4, rows="hybrid")
+        graded = steps.sample_and_grade(run, picked, rows)
+        found = {i: [] for i in picked}
+        for row, response, reward in graded.entries():
+            found[picked[row.group]].append((row.prefix_ids, response, reward))
+        return found
+
+    want = sampled([0, 1, 2, 3])
+    assert sampled([3, 1, 2, 0]) == want and sampled([2]) == {2: want[2]}
 
 
 def test_micro_batches_hold_every_row_once_within_the_budget(tokenizer):
@@ -189,10 +226,10 @@ def test_metrics_describe_the_whole_batch(tokenizer):
 
 
 def test_truncated_responses_get_no_reward(tokenizer):
-    batch = rollout_batch(make_run(tokenizer, max_response_tokens=4), [0, 1, 2, 3], 0)
-    graded = torch.tensor([float(len(t) % 2) for t in batch.rollouts.texts])
-    assert (batch.rewards[batch.rollouts.truncated] == 0).all() and graded[batch.rollouts.truncated].sum() > 0
-    assert (batch.rewards == graded * ~batch.rollouts.truncated).all()
+    right = dataclasses.replace(BY_LENGTH, function=lambda text, problem: 1.0)
+    batch = rollout_batch(make_run(tokenizer, max_response_tokens=20, reward=right), [0, 1, 2, 3], 0)
+    assert 0 < batch.rollouts.truncated.sum() < len(batch.rewards)
+    assert batch.rewards.equal((~batch.rollouts.truncated).float())
 
 
 def test_an_sft_step_descends_the_token_mean(tokenizer):

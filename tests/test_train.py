@@ -1,6 +1,7 @@
 """train.py end to end, as a user runs it: files, resume, signals, wrong input."""
 
 import json
+import math
 import os
 import shutil
 import signal
@@ -11,8 +12,9 @@ from pathlib import Path
 
 import pytest
 import torch
-from conftest import random_model
+from conftest import ONE_OF_EACH, random_model
 
+import eval as evaluation
 import train
 from data.loader import Encoded
 from loss import METHODS
@@ -33,6 +35,12 @@ SMALL = {
     "eval_response_tokens": 48,
     "eval_samples": 1,
 }
+
+
+@pytest.fixture(autouse=True)
+def no_figure(monkeypatch):
+    """Runs in this process draw none: it takes longer than their steps. The run of `whole` draws."""
+    monkeypatch.setattr(train, "draw_curves", lambda folder: "")
 
 
 def write_rows(path: Path, rows: list[dict]) -> Path:
@@ -137,7 +145,7 @@ def assert_same_run(a: Path, b: Path) -> None:
 
 
 @pytest.mark.parametrize("wait_for", ["a checkpoint", "the middle of a step"])
-def test_kill_9_and_resume_give_the_same_bits(task, whole, tmp_path, wait_for):
+def test_kill_9_and_resume_give_the_same_bits(task, whole, tmp_path, monkeypatch, wait_for):
     """Killed after step 2's checkpoint, or between a step's log lines and its checkpoint."""
     out = tmp_path / "run"
     argv = arguments(task, out, resume="auto")
@@ -151,12 +159,12 @@ def test_kill_9_and_resume_give_the_same_bits(task, whole, tmp_path, wait_for):
     assert not (out / "final").exists()
     with (out / "metrics.jsonl").open("a") as log:
         log.write('{"step": 9, "lo')  # a line cut short
-    result = run(argv)
-    assert result.returncode == 0, result.stderr
+    monkeypatch.chdir(ROOT)
+    assert train.train(parse_config(argv)) == 0
     assert_same_run(out, whole[0])
 
 
-def test_sigterm_ends_after_the_step_and_says_how_to_go_on(task, whole, tmp_path):
+def test_sigterm_ends_after_the_step_and_says_how_to_go_on(task, whole, tmp_path, monkeypatch, capsys):
     out = tmp_path / "run"
     argv = arguments(task, out, save_every=0)
     process = subprocess.Popen([sys.executable, "train.py", *argv], cwd=ROOT, stdout=subprocess.PIPE, text=True)
@@ -170,19 +178,18 @@ def test_sigterm_ends_after_the_step_and_says_how_to_go_on(task, whole, tmp_path
     assert process.returncode == 143
     line = text.splitlines()[-1]
     assert line.startswith("stopped after step") and "--resume auto" in line
-    result = run(line.split("python train.py ")[1].split())
-    assert result.returncode == 0 and "continued after step" in result.stdout
+    monkeypatch.chdir(ROOT)
+    config = parse_config(line.split("python train.py ")[1].split())
+    assert train.train(config) == 0 and "continued after step" in capsys.readouterr().out
     assert_same_run(out, whole[0])
-    again = run(line.split("python train.py ")[1].split())  # a finished run: nothing changes
-    assert again.returncode == 0
+    assert train.train(config) == 0  # a finished run: nothing changes
     assert_same_run(out, whole[0])
 
 
-def test_resume_refuses_other_settings_and_an_existing_folder(task, whole):
+def test_resume_refuses_other_settings_and_an_existing_folder(task, whole, monkeypatch, capsys):
     before = {p: p.stat().st_mtime_ns for p in whole[0].rglob("*")}
     for settings, message in (({}, "exists"), ({"resume": "auto", "lr": 1e-5}, "lr 0.0001")):
-        result = run(arguments(task, whole[0], **settings))
-        assert result.returncode == 2 and message in result.stderr and result.stderr.count("\n") == 1
+        assert message in refused(monkeypatch, capsys, arguments(task, whole[0], **settings))
     assert before == {p: p.stat().st_mtime_ns for p in whole[0].rglob("*")}
 
 
@@ -197,6 +204,7 @@ def test_resume_refuses_a_run_made_of_something_else(task, tmp_path, monkeypatch
         "from reward import grade\n\ndef reward(text, problem):\n    return grade(text, problem.answer)\n"
     )
     settings = {"model": model, "data": data, "reward": reward, "method": "rft", "steps": 1, "resume": "auto"}
+    settings |= {"eval_data": "", "test_data": ""}
     argv = arguments(task, tmp_path / "run", **settings)
     assert train.train(parse_config(argv)) == 0
     if what == "data":
@@ -237,11 +245,12 @@ def test_a_reward_of_ones_own_is_used_everywhere(task, tmp_path, monkeypatch, ca
     assert json.loads((tmp_path / "run" / "final" / "trained_with.json").read_text())["reward"] == f"{path}:sevens"
 
 
-@pytest.mark.parametrize("method", [name for name in METHODS if name != "prefix-rft"])
-def test_every_method_runs(task, tmp_path, monkeypatch, capsys, method):
+@pytest.mark.parametrize("method", [name for name in ONE_OF_EACH if name != "prefix-rft"])
+def test_every_kind_of_method_runs(task, tmp_path, monkeypatch, capsys, method):
+    """Without an evaluation, which asks for no method."""
     monkeypatch.chdir(ROOT)
-    argv = arguments(task, tmp_path / "run", method=method, steps=2, sft_steps=1)
-    assert train.train(parse_config(argv)) == 0
+    settings = {"method": method, "steps": 2, "sft_steps": 1, "eval_data": "", "test_data": ""}
+    assert train.train(parse_config(arguments(task, tmp_path / "run", **settings))) == 0
     rows = read_log(tmp_path / "run")
     assert len(rows) == ("sft" in METHODS[method].stages) + 2 * ("rl" in METHODS[method].stages)
     base, final = load_model("data/base")[0].state_dict(), weights(tmp_path / "run")
@@ -264,10 +273,10 @@ def test_kept_demonstrations_are_chosen_by_id(fraction, count):
 # ---- wrong input: one line on stderr, exit code 2, nothing written
 
 
-def refused(monkeypatch, capsys, **settings) -> str:
-    """What train.py says to settings it refuses."""
+def refused(monkeypatch, capsys, words: list[str]) -> str:
+    """What train.py says to a command line it refuses."""
     monkeypatch.chdir(ROOT)
-    monkeypatch.setattr(sys, "argv", ["train.py", *(w for k, v in settings.items() for w in (f"--{k}", str(v)))])
+    monkeypatch.setattr(sys, "argv", ["train.py", *words])
     with pytest.raises(SystemExit) as stop:
         train.main()
     error = capsys.readouterr().err
@@ -303,7 +312,8 @@ def test_wrong_data(tmp_path, monkeypatch, capsys, content, message):
     path = tmp_path / "bad.jsonl"
     if content is not None:
         path.write_text(content, encoding="utf-8")
-    error = refused(monkeypatch, capsys, data=path, out=tmp_path / "out", prompts_per_step=4)
+    words = ["--data", str(path), "--out", str(tmp_path / "out"), "--prompts_per_step", "4"]
+    error = refused(monkeypatch, capsys, words)
     assert message in error and not (tmp_path / "out").exists()
 
 
@@ -319,7 +329,8 @@ def test_wrong_data(tmp_path, monkeypatch, capsys, content, message):
     ids=str,
 )
 def test_wrong_settings(tmp_path, monkeypatch, capsys, settings, message):
-    error = refused(monkeypatch, capsys, **(settings | {"out": tmp_path / "out"}))
+    words = [str(word) for name, value in settings.items() for word in (f"--{name}", value)]
+    error = refused(monkeypatch, capsys, [*words, "--out", str(tmp_path / "out")])
     assert message in error and not (tmp_path / "out").exists()
 
 
@@ -335,8 +346,9 @@ def test_a_model_without_a_chat_template_is_trained_too(task, tmp_path, tokenize
 def test_tensorboard_shows_the_metrics(task, tmp_path, monkeypatch):
     from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
-    done = run(arguments(task, tmp_path / "run", steps=2, method="rft", tensorboard="true"))
-    assert done.returncode == 0, done.stderr
+    monkeypatch.chdir(ROOT)
+    settings = {"steps": 2, "method": "rft", "tensorboard": "true", "eval_data": "", "test_data": ""}
+    assert train.train(parse_config(arguments(task, tmp_path / "run", **settings))) == 0
     events = EventAccumulator(str(tmp_path / "run" / "tensorboard"))
     events.Reload()
     log = read_log(tmp_path / "run")
@@ -378,7 +390,7 @@ def test_data_is_checked_before_weights_are_read(task, tmp_path, monkeypatch):
     "settings",
     [
         {"method": "sft", "sft_lr": 1e30, "sft_steps": 4},
-        {"method": "prefix-rft", "lr": 1e30},
+        {"method": "prefix-rft", "lr": 1e39},  # beyond float32, whatever the second update has
     ],
 )
 def test_a_run_that_diverges_stops_in_one_line(task, tmp_path, settings, monkeypatch):
@@ -405,3 +417,52 @@ def test_logs_are_cut_to_the_checkpoint_and_nothing_else_is_lost(tmp_path):
         with pytest.raises(ValueError, match=r"samples.jsonl:1: found .*expected a step's row"):
             checkpoint.cut_logs(tmp_path, 2)
         assert log.read_bytes() == bad + whole
+
+
+def test_the_sft_stage_has_a_file_of_its_own(task, tmp_path, monkeypatch):
+    """sft_data feeds the sft stage, data the steps of reinforcement; the share of demonstrations is sft_data's."""
+    monkeypatch.chdir(ROOT)
+    rows = [json.loads(line) for line in (task / "train.jsonl").read_text().splitlines()]
+    bare = [{k: v for k, v in row.items() if k != "demonstrations"} for row in rows]
+    data = write_rows(tmp_path / "data.jsonl", bare)
+    sft = write_rows(tmp_path / "sft.jsonl", [row | {"id": f"own-{row['id']}"} for row in rows[:8]])
+    seen: dict[str, set[str]] = {"sft": set(), "rl": set()}
+
+    def sft_step(run, problems, *rest):
+        seen["sft"] |= {problem.id for problem in problems}
+        return {"loss": 0.0}
+
+    def rl_step(run, step, record):
+        seen["rl"] |= {problem.id for problem in run.data.encoded}
+        return {"loss": 0.0, "reward": 0.0, "reward_on_policy": 0.0}, [], None
+
+    monkeypatch.setattr(train, "sft_step", sft_step)
+    monkeypatch.setattr(train, "rl_step", rl_step)
+    settings = {"method": "sft-rft", "data": data, "sft_data": sft, "sft_batch": 4, "sft_steps": 4, "steps": 1}
+    assert train.train(parse_config(arguments(task, tmp_path / "run", **settings))) == 0
+    assert seen["sft"] < {f"own-{row['id']}" for row in rows[:8]}  # without those that are too long
+    assert seen["rl"] == {row["id"] for row in rows}
+    usable = len(seen["sft"])
+    seen["sft"].clear()
+    half = settings | {"demonstration_fraction": 0.5}
+    assert train.train(parse_config(arguments(task, tmp_path / "half", **half))) == 0
+    assert len(seen["sft"]) == math.ceil(usable / 2) > 0
+    with pytest.raises(ValueError, match=r"method sft-rft needs demonstrations and .*data.jsonl has none it can use"):
+        train.prepare(parse_config(arguments(task, tmp_path / "none", **(settings | {"sft_data": ""}))))
+
+
+def test_a_model_remembers_its_system_message_for_evaluation(task, tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(ROOT)
+    rows = [json.loads(line) for line in (task / "train.jsonl").read_text().splitlines()]
+    data = write_rows(tmp_path / "data.jsonl", [row | {"system": "Step by step."} for row in rows])
+    assert train.train(parse_config(arguments(task, tmp_path / "run", data=data, steps=1, method="rft"))) == 0
+    words = ["--model", str(tmp_path / "run" / "final"), "--data", str(task / "held.jsonl"), "--temperature", "0"]
+    words += ["--max_response_tokens", "8"]
+    evaluation.run(evaluation.parse_args([*words, "--out", str(tmp_path / "as-trained")]))
+    settings = json.loads((tmp_path / "as-trained" / "settings.json").read_text())
+    assert settings["system"] == "Step by step." and "Step by step." in settings["first_prompt"]
+    capsys.readouterr()
+    evaluation.run(evaluation.parse_args([*words, "--system", "Be brief.", "--out", str(tmp_path / "other")]))
+    assert 'the model was trained with another system: "Step by step."' in capsys.readouterr().out
+    evaluation.run(evaluation.parse_args([*words, "--reward", "exact", "--out", str(tmp_path / "exact")]))
+    assert 'the model was trained with another reward: "math"' in capsys.readouterr().out

@@ -1,0 +1,83 @@
+"""Sums for a small pretrained model: makes problems, answers and step-by-step demonstrations.
+
+    python data/make_sums.py [--out FOLDER]      writes data/sums/{train,validation,test}.jsonl, always the same bytes
+
+    problem          What is 63 - 15 - 43?
+    system           Work step by step, one operation per line. Put the final answer within \\boxed{}.
+    demonstration    63 - 15 = 48
+                     48 - 43 = 5
+                     \\boxed{5}
+
+Two, three or four numbers from 10 to 99 are added or subtracted from left to right; no partial result is negative.
+Each number of terms is a level. Every training problem has a demonstration: --demonstration_fraction takes some away.
+A response of this form has at most 47 tokens in SmolLM2's tokenizer, in which each digit is one, end token included.
+
+Why such a task, beside the recipes: a model that has read much text knows small sums, but does not write one
+operation per line or box its answer when told so. RFT then has no reward to start from; a demonstration's prefix has.
+"""
+
+import argparse
+import random
+import sys
+from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # run as a script, it finds its neighbours
+
+from data.make_recipes import write_jsonl
+
+SYSTEM = "Work step by step, one operation per line. Put the final answer within \\boxed{}."
+TERMS = (2, 3, 4)
+PROBLEMS_PER_LEVEL = {"test": 60, "validation": 30, "train": 200}  # test first: it does not depend on the rest
+
+
+def make_sum(rng: random.Random, terms: int) -> tuple[str, str, str]:
+    """A random sum of so many terms -> its expression, its result, the solution that leads there."""
+    while True:
+        value = rng.randint(10, 99)
+        expression, lines = str(value), []
+        for _ in range(terms - 1):
+            sign, number = rng.choice("+-"), rng.randint(10, 99)
+            after = value + number if sign == "+" else value - number
+            expression += f" {sign} {number}"
+            lines.append(f"{value} {sign} {number} = {after}")
+            value = after
+            if value < 0:
+                break
+        else:
+            return expression, str(value), "\n".join([*lines, f"\\boxed{{{value}}}"])
+
+
+def make_splits() -> dict[str, list[dict]]:
+    """All rows of the three files, level by level. No expression occurs twice."""
+    seen: set[str] = set()
+    splits: dict[str, list[dict]] = {split: [] for split in PROBLEMS_PER_LEVEL}
+    for split, count in PROBLEMS_PER_LEVEL.items():
+        for terms in TERMS:
+            rng = random.Random(f"{split} {terms}")
+            for i in range(count):
+                while (drawn := make_sum(rng, terms))[0] in seen:
+                    pass
+                expression, answer, solution = drawn
+                seen.add(expression)
+                row = {"id": f"{split}-{terms}-{i:03d}", "problem": f"What is {expression}?", "answer": answer}
+                row |= {"system": SYSTEM, "level": f"{terms} terms"}
+                splits[split].append(row | ({"demonstrations": [solution]} if split == "train" else {}))
+    return splits
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.split("\n", 1)[0], allow_abbrev=False)
+    parser.add_argument("--out", type=Path, default=Path("data/sums"), help="folder to write to (%(default)s)")
+    out = parser.parse_args().out
+    try:
+        out.mkdir(parents=True, exist_ok=True)
+        for split, rows in make_splits().items():
+            write_jsonl(out / f"{split}.jsonl", rows)
+            print(f"{out / split}.jsonl: {len(rows)} problems")
+    except OSError as error:
+        print(f"make_sums.py: {error}: give another --out", file=sys.stderr)
+        sys.exit(2)
+
+
+if __name__ == "__main__":
+    main()

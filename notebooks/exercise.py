@@ -1,0 +1,42 @@
+"""The check of an exercise in a notebook: prints "not yet", "right" or "not right", and never raises."""
+
+import math
+from collections.abc import Callable
+from typing import Any
+
+import torch
+
+
+def unanswered(answer: Any) -> bool:
+    """Whether the answer, or a part of it, is still None."""
+    return answer is None or (isinstance(answer, list | tuple) and any(map(unanswered, answer)))
+
+
+def plain(value: Any) -> Any:
+    """Tensors as (nested) lists."""
+    return value.tolist() if isinstance(value, torch.Tensor) else value
+
+
+def equal(answer: Any, expected: Any) -> bool:
+    """Numbers to three digits; texts without regard to case and outer spaces; lists item by item."""
+    answer, expected = plain(answer), plain(expected)
+    if isinstance(expected, list | tuple):
+        same_length = isinstance(answer, list | tuple) and len(answer) == len(expected)
+        return same_length and all(map(equal, answer, expected))
+    if isinstance(expected, str):
+        return isinstance(answer, str) and answer.strip().lower() == expected.strip().lower()
+    return isinstance(answer, int | float) and math.isclose(answer, expected, rel_tol=2e-3, abs_tol=1e-3)
+
+
+def check(answer: Any | Callable[[], Any], expected: Any, hint: str = "look at the text above again") -> None:
+    """Say what an answer is. A function to be tried is given as `lambda: [mine(1), mine(2)]`."""
+    try:
+        found = answer() if callable(answer) else answer
+        if unanswered(found):
+            print("not yet")
+        elif equal(found, expected):
+            print("right")
+        else:
+            print(f"not right: {hint}")
+    except Exception as error:  # whatever the student's function raised
+        print(f"not right: it raised {type(error).__name__}: {error}")

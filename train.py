@@ -26,7 +26,7 @@ from evaluation.statistics import summarize
 from loss import METHODS
 from model import load_config, load_model, load_tokenizer, pick_device, save_model
 from reward import Reward, load_reward
-from sample import seed_of
+from sample import prefix_range, seed_of
 from step import Collector, Data, Run, problems_of_step, rl_step, sft_learning_rate, sft_step
 from support import checkpoint, console, distributed
 from support.config import TASK, Config, given_settings, parse_config, unread_settings
@@ -180,6 +180,7 @@ def prepare(config: Config) -> tuple[Run, Counts]:
     data, counts = load_data(config, reward, tokenizer, ends, context)  # before the weights are read
     model, _ = load_model(config.model, device, training=True, recompute=config.recompute, offload=config.offload)
     method = METHODS[config.method]
+    prefix_range(0, 1, method.schedule)  # ValueError for a schedule that is not there
     run = Run(config, method, model, tokenizer, reward, data, new_optimizer(model, config))
     if method.unsolved == "collect":
         run.collector = Collector([], new_optimizer(model, config))

@@ -27,7 +27,7 @@ import torch
 from tqdm import tqdm
 from transformers import PreTrainedModel
 
-from data.loader import Encoded, Problem, encode_problems
+from data.loader import Encoded, Problem, encode_problems, odd_rows
 from decode import DECODERS
 from evaluation.benchmarks import FILES, Benchmark, all_draws, choose_benchmarks
 from evaluation.folder import choose_folder, count, cut_broken_line, describe, opened, regrade, stored_settings
@@ -241,6 +241,8 @@ def show(folder: Path, settings: dict[str, Any], remembered: dict[str, Any]) -> 
         if value is not None and settings[name] != value:
             print(f"  the model was trained with another {name}: {json.dumps(value, ensure_ascii=False)[:300]}")
     for name, stored in settings["benchmarks"].items():
+        for text in odd_rows(stored["file"]):
+            print(f"  warning: {text}")
         if stored["left_out"]:
             print(f"  {name}: {stored['left_out']} problems left out: they cannot be graded (see data/README.md)")
 

@@ -20,7 +20,7 @@ from typing import Any, NamedTuple
 import torch
 from transformers import PreTrainedModel
 
-from data.loader import Encoded, encode_problems, load_problems
+from data.loader import Encoded, encode_problems, load_problems, odd_rows
 from eval import evaluate
 from evaluation.statistics import summarize
 from loss import METHODS
@@ -195,6 +195,7 @@ def train(config: Config, given: Sequence[str] = ()) -> int:
     """
     run, counts = prepare(config)
     warnings = {name: f"{config.method} does not read {name}" for name in given if name in unread_settings(config)}
+    warnings |= {text: text for path in data_files(config).values() for text in odd_rows(path)}
     if wrong := counts.left_out.get("not right"):
         warnings["demonstrations"] = f"{wrong} demonstrations are left out: their own reward says they are not right"
     ingredients = checkpoint.made_of(run, data_files(config))

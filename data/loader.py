@@ -6,6 +6,7 @@ from there on only ids are used, so what is trained is what was sampled.
 """
 
 import datetime
+import difflib
 import itertools
 import json
 import re
@@ -21,6 +22,7 @@ from transformers import PreTrainedTokenizerBase as Tokenizer
 from reward import MATH, Reward, extract_boxed, grade_one
 
 TODAY = re.compile(r"""strftime_now\(\s*(['"])(.*?)\1\s*\)""")  # how a chat template asks for the date
+FIELDS = ("id", "problem", "answer", "demonstrations", "level", "system", "options")
 LAST_TAG = re.compile(r"<[^<>\s]+>\s*\Z")  # <think> and a line end, <|assistant|>, …
 DATE = datetime.datetime(2024, 7, 26)  # what it gets: the day that Llama 3's writes where it cannot ask
 
@@ -133,6 +135,24 @@ def check_rows(path: str | Path, rows: dict[int, Any], reward: Reward = MATH) ->
     if not problems:
         raise ValueError(f"{path}: no problems in it: write one JSON object per line")
     return problems
+
+
+def odd_rows(path: str | Path) -> list[str]:
+    """What a data file has that was hardly meant, a line each with a count and the first line number: a field whose
+    name is nearly one of ours, a problem that stands there twice."""
+    found: dict[str, list[int]] = {}
+    seen: set[tuple[str, str]] = set()
+    for number, row in read_rows(path).items():
+        for field in row.keys() - set(FIELDS):
+            if close := difflib.get_close_matches(field, FIELDS, n=1, cutoff=0.8):
+                found.setdefault(f"have a field {field!r}, which is not read: is {close[0]!r} meant?", []).append(
+                    number
+                )
+        text = row.get("problem", ""), row.get("system", "")
+        if text in seen:
+            found.setdefault("repeat a problem that stands above them", []).append(number)
+        seen.add(text)
+    return [f"{path}: {len(lines)} rows {what} (first at line {lines[0]})" for what, lines in found.items()]
 
 
 def load_problems(path: str | Path, reward: Reward = MATH) -> list[Problem]:

@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from data.loader import Problem, encode_problems, load_problems
+from data.loader import Problem, encode_problems, load_problems, odd_rows
 from evaluation.benchmarks import choose_benchmarks
 
 ROW = {"problem": "1+1?", "answer": "2"}
@@ -113,3 +113,22 @@ def test_the_seam_between_prompt_and_demonstration(tokenizer, monkeypatch, text,
     assert tokenizer.decode(encoded.prompt_ids).endswith("<|assistant|><think>\n")
     assert tokenizer.decode(encoded.demonstrations[0]) == left
     assert not left_out and noted == ({said: 1} if said else {})
+
+
+def test_what_was_hardly_meant_is_told_with_its_line(tmp_path):
+    rows = [
+        {"problem": "1+1", "answer": "2", "note": "others' fields are fine"},
+        {"problem": "2+2", "answer": "4", "demonstration": ["\\boxed{4}"]},
+        {"problem": "1+1", "answer": "2"},
+        {"problem": "3+3", "answer": "6", "demonstration": ["\\boxed{6}"], "sistem": "x"},
+        {"problem": "1+1", "answer": "2", "system": "another prompt"},
+    ]
+    path = tmp_path / "odd.jsonl"
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    assert odd_rows(path) == [
+        f"{path}: 2 rows have a field 'demonstration', which is not read: is 'demonstrations' meant? "
+        "(first at line 2)",
+        f"{path}: 1 rows repeat a problem that stands above them (first at line 3)",
+        f"{path}: 1 rows have a field 'sistem', which is not read: is 'system' meant? (first at line 4)",
+    ]
+    assert odd_rows("data/recipes/train.jsonl") == []

@@ -326,7 +326,8 @@ def test_a_full_gpu_is_one_line(monkeypatch, capsys):
     error = capsys.readouterr().err
     assert stop.value.code == 1 and error.count("\n") == 1
     assert error.startswith(
-        "eval.py: the GPU's memory is full: give a smaller --rows_per_call; to go on: python eval.py"
+        "eval.py: the GPU's memory is full: loading the model (CUDA out of memory. Tried to allocate 2.00 GiB): give a "
+        "smaller --rows_per_call or --max_response_tokens (8192); to go on: python eval.py"
     )
 
 

@@ -187,14 +187,12 @@ def check_model(path: str, model: PreTrainedModel, training: bool) -> None:
             raise ValueError("two training passes differ: set the noise in its config.json to 0")
         if not torch.allclose(found[0], want, rtol=0, atol=close):
             raise ValueError(
-                "log-probs in a padded batch are not those of plain passes (are paddings counted, states scaled?)"
+                "log-probs of padded rows are not those of plain passes (padding counted, states scaled?)"
             )
         if not choose_loop(model.eval(), ids, mask, want, close):
             raise ValueError("rows sampled in a batch are not what they are alone (a recurrent state?): use another")
         if model.loop == "transformers":
-            logging.get_logger("transformers").warning(
-                f"{path} is sampled by transformers' own loop, which is slower"
-            )
+            logging.get_logger("transformers").warning(f"{path}: sampled by transformers' own loop, which is slower")
 
 
 def recompute_layers(model: PreTrainedModel) -> None:

@@ -158,7 +158,7 @@ def answers(model_folder: str, problems_file: Path, temperature: float, seed: in
     model, tokenizer = load_model(model_folder, torch.device("cpu"))
     reward = load_reward("math")
     problems, budget = load_problems(str(problems_file), reward), Config.eval_response_tokens
-    encoded, _ = encode_problems(tokenizer, problems, budget, model.generation_config.eos_token_id, reward)
+    encoded, *_ = encode_problems(tokenizer, problems, budget, model.generation_config.eos_token_id, reward)
     how = {"samples": Config.eval_samples if temperature else 1, "temperature": temperature, "seed": seed}
     return evaluate(model, tokenizer, problems, encoded, max_response_tokens=budget, **how)
 

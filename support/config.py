@@ -9,7 +9,7 @@ import difflib
 import json
 import math
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -19,7 +19,9 @@ from loss import METHODS, clipped, remaining_clipped
 TASK = "data/recipes"  # the embedded task
 
 
-def knob(default: Any, help: str, low: float | None = None, high: float = math.inf, choices: tuple = ()) -> Any:
+def knob(
+    default: Any, help: str, low: float | None = None, high: float = math.inf, choices: Collection[str] = ()
+) -> Any:
     """A field with its help text and the values it may take: low <= value <= high, or one of `choices`."""
     return dataclasses.field(default=default, metadata={"help": help, "low": low, "high": high, "choices": choices})
 
@@ -29,7 +31,7 @@ class Config:
     """Defaults are those of the embedded task on a CPU; the paper's values [A.2] stand in the help texts."""
 
     # what
-    method: str = knob("prefix-rft", "which method to train by", choices=tuple(METHODS))
+    method: str = knob("prefix-rft", "which method to train by", choices=METHODS)
     model: str = knob("data/base", "HuggingFace model folder or hub name (paper: Qwen2.5-Math-7B)")
     data: str = knob(f"{TASK}/train.jsonl", "training problems, JSONL (format: data/README.md; paper: OpenR1-46k)")
     eval_data: str = knob("", "problems for the curve during the run (embedded task: its validation set)")

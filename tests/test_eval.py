@@ -326,9 +326,9 @@ def test_a_full_gpu_is_one_line(monkeypatch, capsys):
     error = capsys.readouterr().err
     assert stop.value.code == 1 and error.count("\n") == 1
     assert error.startswith(
-        "eval.py: the GPU's memory is full: loading the model (CUDA out of memory. Tried to allocate 2.00 GiB): give a "
-        "smaller --rows_per_call or --max_response_tokens (8192); to go on: python eval.py"
+        "eval.py: the GPU's memory is full: loading the model (CUDA out of memory. Tried to allocate 2.00 GiB)"
     )
+    assert "--rows_per_call" in error and "--max_response_tokens" in error and "to go on: python eval.py" in error
 
 
 @pytest.mark.usefixtures("no_figure")
@@ -368,7 +368,11 @@ def test_a_damaged_line_is_named_and_nothing_is_lost(finished, tmp_path, bad, re
     (folder / "generations.jsonl").write_bytes(damaged)
     with pytest.raises(ValueError, match=r"generations.jsonl:3: found b'.*expected a response with its grade"):
         eval.regrade(folder) if regrade else eval.run(arguments(out=folder))
-    assert (folder / "generations.jsonl").read_bytes() == damaged and len(list(folder.iterdir())) == 2
+    assert (folder / "generations.jsonl").read_bytes() == damaged
+    assert sorted(path.name for path in folder.iterdir() if path.name != "lock") == [
+        "generations.jsonl",
+        "settings.json",
+    ]
     (folder / "settings.json").write_text('{"model": ')
     with pytest.raises(ValueError, match=r"settings.json: not valid JSON"):
         eval.regrade(folder) if regrade else eval.run(arguments(out=folder))

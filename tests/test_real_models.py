@@ -273,7 +273,7 @@ def test_another_architecture_is_sampled_and_trained(tmp_path, name, loop):
         ("gemma2", "its logits are not those of its output head"),  # capped
         ("cohere", "its logits are not those of its output head"),  # scaled
         ("granite", "its logits are not those of its output head"),
-        ("rwkv", "log-probs in a padded batch are not those of plain passes"),
+        ("rwkv", "log-probs of padded rows are not those of plain passes"),
     ],
 )
 def test_what_cannot_work_is_one_line_and_nothing_written(tmp_path, task, name, said):

@@ -419,6 +419,10 @@ def test_logs_are_cut_to_the_checkpoint_and_nothing_else_is_lost(tmp_path):
         assert log.read_bytes() == bad + whole
 
 
+# what warnings look at
+WATCHED = {"entropy": 1.0, "grad_norm": 1.0, "skipped_updates": 0, "truncated": 0.0, "unread": 0.0, "hybrid_rows": 0}
+
+
 def test_the_sft_stage_has_a_file_of_its_own(task, tmp_path, monkeypatch):
     """sft_data feeds the sft stage, data the steps of reinforcement; the share of demonstrations is sft_data's."""
     monkeypatch.chdir(ROOT)
@@ -430,11 +434,11 @@ def test_the_sft_stage_has_a_file_of_its_own(task, tmp_path, monkeypatch):
 
     def sft_step(run, problems, *rest):
         seen["sft"] |= {problem.id for problem in problems}
-        return {"loss": 0.0}
+        return {"loss": 0.0, **WATCHED}
 
     def rl_step(run, step, record):
         seen["rl"] |= {problem.id for problem in run.data.encoded}
-        return {"loss": 0.0, "reward": 0.0, "reward_on_policy": 0.0}, [], None
+        return {"loss": 0.0, "reward": 0.0, "reward_on_policy": 0.0, **WATCHED}, [], None
 
     monkeypatch.setattr(train, "sft_step", sft_step)
     monkeypatch.setattr(train, "rl_step", rl_step)

@@ -297,8 +297,11 @@ def main() -> None:
         sys.exit(1)
     except RuntimeError as error:
         said = " ".join(str(error).split())[:160]
-        lower = f"give a --rows_per_call below {args.rows_per_call} or a smaller --max_response_tokens"
-        if not (reason := distributed.explain(error, f"sampling ({said}): {lower}")):
+        where = f"sampling {args.rows_per_call} rows" if args.rows_per_call else "loading the model"
+        lower = (
+            f"{where} ({said}): give a smaller --rows_per_call or --max_response_tokens ({args.max_response_tokens})"
+        )
+        if not (reason := distributed.explain(error, lower)):
             raise
         print(f"eval.py: {distributed.name()}{reason}; to go on: {go_on(args)}", file=sys.stderr)
         sys.exit(1)

@@ -326,7 +326,7 @@ def test_a_full_gpu_is_one_line(monkeypatch, capsys):
     error = capsys.readouterr().err
     assert stop.value.code == 1 and error.count("\n") == 1
     assert error.startswith(
-        "eval.py: the GPU's memory is full: sampling (CUDA out of memory. Tried to allocate 2.00 GiB)"
+        "eval.py: the GPU's memory is full: loading the model (CUDA out of memory. Tried to allocate 2.00 GiB)"
     )
     assert "--rows_per_call" in error and "--max_response_tokens" in error and "to go on: python eval.py" in error
 

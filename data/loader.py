@@ -143,11 +143,10 @@ def odd_rows(path: str | Path) -> list[str]:
     found: dict[str, list[int]] = {}
     seen: set[tuple[str, str]] = set()
     for number, row in read_rows(path).items():
-        for field in row.keys() - set(FIELDS):
+        for field in sorted(row.keys() - set(FIELDS)):
             if close := difflib.get_close_matches(field, FIELDS, n=1, cutoff=0.8):
-                found.setdefault(f"have a field {field!r}, which is not read: is {close[0]!r} meant?", []).append(
-                    number
-                )
+                what = f"have a field {field!r}, which is not read: is {close[0]!r} meant?"
+                found.setdefault(what, []).append(number)
         text = row.get("problem", ""), row.get("system", "")
         if text in seen:
             found.setdefault("repeat a problem that stands above them", []).append(number)

@@ -207,9 +207,8 @@ def part_faults(root: Path) -> list[str]:
     lines = ["| fault | exit code | what the run says | then |", "|---|---|---|---|"]
     for name, life, then in found:
         told = [line for line in life.said.splitlines() if line.startswith(("warning: damaged", "train.py"))]
-        lines.append(
-            f"| {name} | {life.code} | {''.join(told[:1]).partition('; mend')[0]} | {then} |".replace(str(root), "…")
-        )
+        line = "".join(told[:1]).partition("; mend")[0]  # the command that follows is long
+        lines.append(f"| {name} | {life.code} | {line} | {then} |".replace(str(root), "…"))
     return lines
 
 

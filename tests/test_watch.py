@@ -17,7 +17,7 @@ from support.watch import FIRST, LONG, SHORT, Watch
 
 sys.path.append(str(Path(__file__).parents[1] / "bench"))
 
-import lives  # noqa: E402
+import lives
 
 
 def row(step: int, **changes) -> dict:

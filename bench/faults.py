@@ -9,248 +9,44 @@
     evaluation  eval.py, killed at each of its file operations and at 10 random moments
     faults      what a run says of a full disk, damaged files, a second process, a folder that moved
 
-Each life is a forked process that runs train.train as the command does, so that what is measured is the run and not
-the import of PyTorch. "The same" means: every row of metrics.jsonl (but times), samples.jsonl and groups.jsonl once
-and equal, and eval.json, the weights in final/ and the last checkpoint (weights, optimizer, step) equal bit for bit.
+What a life is and what is compared says bench/lives.py.
 """
 
 import contextlib
-import faulthandler
-import json
 import os
 import random
 import shutil
 import signal
-import socket
 import subprocess
-import sys
 import tempfile
 import time
-import traceback
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 from common import RESULTS, chosen, machine
+from lives import (
+    EVALUATION,
+    LONG,
+    RELIFT,
+    Life,
+    cut,
+    differences,
+    evaluating,
+    evaluation_differences,
+    flip,
+    last_line,
+    learned,
+    live,
+    task,
+    training,
+)
 
-import eval
-import train
 from support.checkpoint import checkpoints, locked
-from support.config import TASK
-
-ROOT = Path(__file__).parents[1]
-OPERATIONS = ("open", "os.rename", "os.remove", "os.mkdir", "os.rmdir", "os.truncate", "shutil.rmtree")
-PHASES = {  # a function on the stack of a killed process -> what it was doing; the first found counts
-    "save_model": "the final save",
-    "save": "a checkpoint",
-    "accuracy": "an evaluation",
-    "sample_and_grade": "sampling",
-    "sample_missing": "sampling",
-    "old_stats": "an update",
-    "update": "an update",
-    "prepare": "loading",
-}
-
-
-class Life(NamedTuple):
-    """How a process ended."""
-
-    code: int  # of exit; negative: the signal
-    operations: int  # on files in its folder, if it was not killed
-    said: str  # on stdout and stderr
-    doing: str  # what it was doing when it was killed from outside
-
-
-def count_operations(folder: Path, kill_at: int | None) -> list[int]:
-    """From now on count this process's writing operations on files under `folder`; before number `kill_at` (from 1)
-    die by SIGKILL."""
-    counted = [0]
-
-    def hook(event: str, arguments: tuple) -> None:
-        if event not in OPERATIONS or not str(arguments[0]).startswith(str(folder)):
-            return
-        if event == "open" and not (arguments[2] or 0) & (os.O_WRONLY | os.O_RDWR | os.O_CREAT):
-            return
-        counted[0] += 1
-        if counted[0] == kill_at:
-            os.kill(os.getpid(), signal.SIGKILL)
-
-    sys.addaudithook(hook)
-    return counted
-
-
-def start(work: Callable[[], int], folder: Path, notes: Path, kill_at: int | None, env: dict) -> int:
-    """Fork a process that does `work` -> its id. What it says and how many operations it made stand in `notes`."""
-    sys.stdout.flush()
-    if pid := os.fork():
-        return pid
-    code, counted = 1, [0]
-    try:
-        os.environ |= env
-        with notes.open("w", buffering=1) as said, Path(f"{notes}.stack").open("w") as stack:
-            sys.stdout = sys.stderr = said
-            os.dup2(said.fileno(), 2)
-            faulthandler.register(signal.SIGUSR1, stack)
-            counted = count_operations(folder, kill_at)
-            code = work()
-    except SystemExit as stop:
-        code = stop.code
-    except BaseException:
-        traceback.print_exc()
-    finally:
-        Path(f"{notes}.count").write_text(str(counted[0]))
-        os._exit(code if isinstance(code, int) else 1)
-
-
-def live(
-    work: Callable[[], int],
-    folder: Path,
-    *,
-    kill_at: int | None = None,
-    kill_after: float | None = None,
-    ranks: int = 1,
-    victims: Sequence[int] = (0,),
-) -> Life:
-    """One life of a run: to its end, or to a kill at a file operation or after `kill_after` seconds. All `victims`
-    are killed at once and then, as torchrun does, the ranks that are left."""
-    with tempfile.TemporaryDirectory() as name:
-        notes = [Path(name) / str(rank) for rank in range(ranks)]
-        with socket.socket() as free:
-            free.bind(("127.0.0.1", 0))
-            net = {"WORLD_SIZE": str(ranks), "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free.getsockname()[1])}
-        env = [net | {"RANK": str(r), "LOCAL_RANK": str(r)} if ranks > 1 else {} for r in range(ranks)]
-        pids = [start(work, folder, note, kill_at, e) for note, e in zip(notes, env)]
-        codes: dict[int, int] = {}
-
-        def reap() -> None:
-            for rank, pid in enumerate(pids):
-                if rank not in codes and (ended := os.waitpid(pid, os.WNOHANG))[0]:
-                    codes[rank] = os.waitstatus_to_exitcode(ended[1])
-
-        def kill(chosen: Sequence[int], number: int) -> None:
-            for rank in chosen:
-                if rank not in codes:
-                    os.kill(pids[rank], number)
-
-        deadline = None if kill_after is None else time.monotonic() + kill_after
-        doing, killed = "", False
-        while len(codes) < ranks:
-            time.sleep(0.002)
-            reap()
-            if deadline and time.monotonic() > deadline and not codes:
-                kill(victims, signal.SIGUSR1)  # writes where it is
-                time.sleep(0.01)
-                kill(victims, signal.SIGKILL)
-                deadline, killed = None, True
-            elif any(codes.values()) and len(codes) < ranks:
-                time.sleep(0.05)
-                kill(range(ranks), signal.SIGKILL)
-        code = -signal.SIGKILL if killed else next((code for code in codes.values() if code), 0)
-        if killed:
-            stack = Path(f"{notes[victims[0]]}.stack").read_text()
-            doing = next((what for name, what in PHASES.items() if f" in {name}\n" in stack), "between")
-        count = Path(f"{notes[0]}.count")
-        said = "".join(note.read_text() for note in notes)
-        return Life(code, int(count.read_text()) if count.exists() else 0, said, doing)
-
-
-def training(folder: Path, **settings: Any) -> Callable[[], int]:
-    """The work of `python train.py --out FOLDER --resume auto …`"""
-    words = [word for name, value in settings.items() for word in (f"--{name}", str(value))]
-    argv = [*words, "--out", str(folder), "--resume", "auto"]
-
-    def work() -> int:
-        sys.argv = ["train.py", *argv]
-        train.main()
-        return 0
-
-    return work
-
-
-def evaluating(folder: Path, words: Sequence[str]) -> Callable[[], int]:
-    """The work of `python eval.py … --out FOLDER`"""
-
-    def work() -> int:
-        sys.argv = ["eval.py", *words, "--out", str(folder)]
-        eval.main()
-        return 0
-
-    return work
-
-
-# ---- what is compared
-
-
-def rows(path: Path) -> list[dict]:
-    """The rows of a log, without times."""
-    found = [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
-    return [{k: v for k, v in row.items() if not k.startswith(("seconds_", "tokens_per_"))} for row in found]
-
-
-def differences(one: Path, two: Path) -> list[str]:
-    """In what two finished runs differ; [] for nothing."""
-    logs = [f"{name}.jsonl" for name in ("metrics", "samples", "groups")]
-    found = [log for log in logs if rows(one / log) != rows(two / log)]
-    steps = [row["step"] for row in rows(two / "metrics.jsonl")]
-    if steps != list(range(1, len(steps) + 1)):
-        found.append("steps")
-    for name in ("eval.json", "final/model.safetensors"):
-        if (one / name).read_bytes() != (two / name).read_bytes():
-            found.append(name)
-    found += [] if learned(one) else ["nothing was learned"]
-    states = [torch.load(checkpoints(folder)[0], weights_only=True) for folder in (one, two)]
-    if not equal(*states):
-        found.append("checkpoint")
-    return found
-
-
-def learned(folder: Path) -> bool:
-    """Whether a run has made an update at all: the end of one that has not says little."""
-    return any(row["grad_norm"] + row.get("relift_grad_norm", 0) for row in rows(folder / "metrics.jsonl"))
-
-
-def equal(one: Any, two: Any) -> bool:
-    """To the bit, through dicts and lists."""
-    if isinstance(one, torch.Tensor):
-        return torch.equal(one, two)
-    if isinstance(one, dict):
-        return one.keys() == two.keys() and all(equal(one[key], two[key]) for key in one)
-    if isinstance(one, list | tuple):
-        return len(one) == len(two) and all(map(equal, one, two))
-    return one == two
-
-
-def evaluation_differences(one: Path, two: Path) -> list[str]:
-    """In what two finished evaluations differ: responses, results but for dates."""
-    responses = [(folder / "generations.jsonl").read_bytes() for folder in (one, two)]
-    results = [json.loads((folder / "results.json").read_text()) for folder in (one, two)]
-    for result in results:
-        result["settings"] |= {"date": "", "continued": ""}
-    pairs = {"generations": responses, "results": results}
-    return [name for name, (ours, theirs) in pairs.items() if ours != theirs]
-
 
 # ---- the parts: each gives the lines of its section
-
-
-SETTINGS = {"prompts_per_step": 4, "rollouts_per_prompt": 4, "device": "cpu", "eval_samples": 1, "decode": "loop"}
-SETTINGS |= {"max_response_tokens": 80, "eval_response_tokens": 48}
-RELIFT = SETTINGS | {"method": "relift", "relift_buffer": 2, "steps": 3, "save_every": 1, "eval_every": 2}
-LONG = SETTINGS | {"steps": 12, "save_every": 2, "eval_every": 3}
-EVALUATION = "--model data/base --benchmarks embedded --problems 4 --samples 2 --temperature 1"
-EVALUATION += " --max_response_tokens 40 --rows_per_call 8"
-
-
-def task(folder: Path) -> dict[str, Any]:
-    """A few problems of the embedded task, half of them with a demonstration, and the settings that name them."""
-    lines = (ROOT / TASK / "train.jsonl").read_text().splitlines()
-    given = [line for line in lines if json.loads(line).get("demonstrations")]
-    bare = [line for line in lines if not json.loads(line).get("demonstrations")]
-    (folder / "train.jsonl").write_text("\n".join([*given[:8], *bare[:4]]) + "\n")
-    (folder / "held.jsonl").write_text("\n".join(bare[-4:]) + "\n")
-    return {"data": folder / "train.jsonl", "eval_data": folder / "held.jsonl", "test_data": folder / "held.jsonl"}
 
 
 def each_operation(work_in: Callable[[Path], Callable], compare: Callable, root: Path) -> list[str]:
@@ -270,9 +66,15 @@ def each_operation(work_in: Callable[[Path], Callable], compare: Callable, root:
 
 
 def random_moments(
-    work_in: Callable[[Path], Callable], compare: Callable, root: Path, kills: int, ranks: int = 1
+    work_in: Callable[[Path], Callable],
+    compare: Callable,
+    root: Path,
+    kills: int,
+    ranks: int = 1,
+    written: Sequence[str] = (),
 ) -> list[str]:
-    """Kill at random moments, life after life, until `kills` are used up; each finished run is compared."""
+    """Kill at random moments or while one of `written` is being written, life after life, until `kills` are used up;
+    each finished run is compared."""
     draw, whole = random.Random(0), root / "whole"
     begun = time.monotonic()
     first = live(work_in(whole), whole, ranks=ranks)
@@ -282,9 +84,14 @@ def random_moments(
     while done < kills:
         out, runs = root / f"run-{runs}", runs + 1
         while True:
-            moment = draw.uniform(0, seconds) if done < kills else None
+            moment = time.monotonic() + draw.uniform(0, seconds)
+            path = draw.choice([None, *(out / name for name in written)])
             victims = draw.choice([(0,), (1,), (0, 1)]) if ranks > 1 else (0,)
-            life = live(work_in(out), out, kill_after=moment, ranks=ranks, victims=victims)
+
+            def now(moment: float = moment, path: Path | None = path, wanted: bool = done < kills) -> bool:
+                return wanted and (path.exists() if path else time.monotonic() > moment)
+
+            life = live(work_in(out), out, kill_when=now, ranks=ranks, victims=victims)
             if life.code != -signal.SIGKILL:
                 break
             done, doing = done + 1, doing + Counter([life.doing])
@@ -295,7 +102,8 @@ def random_moments(
 
 
 def part_moments(root: Path, kills: int = 30, ranks: int = 1) -> list[str]:
-    return random_moments(lambda out: training(out, **task(root), **LONG), differences, root, kills, ranks)
+    work_in, written = lambda out: training(out, **task(root), **LONG), ("checkpoint/partial", "final.partial")
+    return random_moments(work_in, differences, root, kills, ranks, written)
 
 
 def part_operations(root: Path) -> list[str]:
@@ -311,21 +119,6 @@ def part_evaluation(root: Path) -> list[str]:
 
 
 # ---- one fault each: what the run says, and whether it goes on to the same end
-
-
-def last_line(said: str) -> str:
-    return said.splitlines()[-1] if said else ""
-
-
-def flip(path: Path) -> None:
-    """One bit, in the middle."""
-    data = bytearray(path.read_bytes())
-    data[len(data) // 2] ^= 1
-    path.write_bytes(data)
-
-
-def cut(path: Path) -> None:
-    path.write_bytes(path.read_bytes()[: path.stat().st_size // 2])
 
 
 def foreign(out: Path, root: Path, **settings: Any) -> None:
@@ -414,7 +207,8 @@ def part_faults(root: Path) -> list[str]:
     lines = ["| fault | exit code | what the run says | then |", "|---|---|---|---|"]
     for name, life, then in found:
         told = [line for line in life.said.splitlines() if line.startswith(("warning: damaged", "train.py"))]
-        lines.append(f"| {name} | {life.code} | {''.join(told[:1])} | {then} |".replace(str(root), "…"))
+        line = "".join(told[:1]).partition("; mend")[0]  # the command that follows is long
+        lines.append(f"| {name} | {life.code} | {line} | {then} |".replace(str(root), "…"))
     return lines
 
 

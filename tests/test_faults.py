@@ -28,9 +28,9 @@ from train import new_optimizer
 ROOT = Path(__file__).parents[1]
 sys.path.append(str(ROOT / "bench"))
 
-import faults  # noqa: E402
+import lives  # noqa: E402
 
-TINY = faults.RELIFT | {"steps": 2, "eval_every": 0, "rollouts_per_prompt": 2}
+TINY = lives.RELIFT | {"steps": 2, "eval_every": 0, "rollouts_per_prompt": 2}
 
 
 # ---- kills
@@ -43,8 +43,8 @@ def whole(tmp_path_factory):
     patch.chdir(ROOT)
     patch.setattr(train, "draw_curves", lambda folder: "")  # a second each
     folder = tmp_path_factory.mktemp("faults")
-    life = faults.live(faults.training(folder / "whole", **faults.task(folder), **TINY), folder / "whole")
-    assert life.code == 0 and faults.learned(folder / "whole"), life.said
+    life = lives.live(lives.training(folder / "whole", **lives.task(folder), **TINY), folder / "whole")
+    assert life.code == 0 and lives.learned(folder / "whole"), life.said
     yield folder, life
     patch.undo()
 
@@ -56,38 +56,38 @@ def test_killed_at_file_operations_again_and_again(whole, tmp_path, first):
     folder, life = whole
     out, kills = tmp_path / "0", range(first, life.operations, 9)
     for number, kill_at in enumerate(kills, 1):
-        killed = faults.live(faults.training(out, **faults.task(folder), **TINY), out, kill_at=kill_at)
+        killed = lives.live(lives.training(out, **lives.task(folder), **TINY), out, kill_at=kill_at)
         if killed.code == 0:  # what was left took fewer operations
             break
         assert killed.code == -signal.SIGKILL, killed.said
         out = out.rename(tmp_path / str(number)) if out.exists() else out
-    last = faults.live(faults.training(out, **faults.task(folder), **TINY), out)
-    assert last.code == 0 and faults.differences(folder / "whole", out) == [], last.said
+    last = lives.live(lives.training(out, **lives.task(folder), **TINY), out)
+    assert last.code == 0 and lives.differences(folder / "whole", out) == [], last.said
     assert len(kills) >= 3
 
 
 def test_two_ranks_are_killed_and_go_on(whole, tmp_path):
     folder, life = whole
-    work = {name: faults.training(tmp_path / name, **faults.task(folder), **TINY) for name in ("one", "two")}
-    assert faults.live(work["one"], tmp_path / "one", ranks=2).code == 0
-    killed = faults.live(work["two"], tmp_path / "two", ranks=2, kill_at=life.operations // 2)
+    work = {name: lives.training(tmp_path / name, **lives.task(folder), **TINY) for name in ("one", "two")}
+    assert lives.live(work["one"], tmp_path / "one", ranks=2).code == 0
+    killed = lives.live(work["two"], tmp_path / "two", ranks=2, kill_at=life.operations // 2)
     assert killed.code == -signal.SIGKILL and (tmp_path / "two" / "metrics.jsonl").exists()
-    assert faults.live(work["two"], tmp_path / "two", ranks=2).code == 0
-    assert faults.differences(tmp_path / "one", tmp_path / "two") == []
+    assert lives.live(work["two"], tmp_path / "two", ranks=2).code == 0
+    assert lives.differences(tmp_path / "one", tmp_path / "two") == []
 
 
 def test_a_killed_evaluation_goes_on(tmp_path, monkeypatch):
     monkeypatch.chdir(ROOT)
     monkeypatch.setattr("eval.figure", lambda folder: "")
-    words = faults.EVALUATION.split()
-    first = faults.live(faults.evaluating(tmp_path / "one", words), tmp_path / "one")
+    words = lives.EVALUATION.split()
+    first = lives.live(lives.evaluating(tmp_path / "one", words), tmp_path / "one")
     for kill_at in range(1, first.operations, 3):
-        faults.live(faults.evaluating(tmp_path / "two", words), tmp_path / "two", kill_at=kill_at)
-    assert faults.live(faults.evaluating(tmp_path / "two", words), tmp_path / "two").code == 0
-    assert faults.evaluation_differences(tmp_path / "one", tmp_path / "two") == []
+        lives.live(lives.evaluating(tmp_path / "two", words), tmp_path / "two", kill_at=kill_at)
+    assert lives.live(lives.evaluating(tmp_path / "two", words), tmp_path / "two").code == 0
+    assert lives.evaluation_differences(tmp_path / "one", tmp_path / "two") == []
     before = contents(tmp_path / "one")
     with checkpoint.locked(tmp_path / "one"):
-        second = faults.live(faults.evaluating(tmp_path / "one", words), tmp_path / "one")
+        second = lives.live(lives.evaluating(tmp_path / "one", words), tmp_path / "one")
     assert second.code == 2 and "another process is at work in it" in second.said
     assert contents(tmp_path / "one") == before
 
@@ -100,7 +100,7 @@ def test_a_second_process_is_kept_out(whole):
     folder, _ = whole
     before = contents(folder / "whole")
     with checkpoint.locked(folder / "whole"):
-        second = faults.live(faults.training(folder / "whole", **faults.task(folder), **TINY), folder / "whole")
+        second = lives.live(lives.training(folder / "whole", **lives.task(folder), **TINY), folder / "whole")
     assert second.code == 2 and second.said.count("\n") == 1
     assert f"{folder / 'whole'}: another process is at work in it" in second.said
     assert contents(folder / "whole") == before
@@ -133,21 +133,21 @@ def test_a_full_disk_ends_a_run_in_one_line(whole, tmp_path, largest):
     """No file can grow beyond `largest` bytes; without that limit the run goes on to the same end."""
     folder, _ = whole
     out = tmp_path / "run"
-    work = faults.training(out, **faults.task(folder), **TINY)
+    work = lives.training(out, **lives.task(folder), **TINY)
 
     def limited():
         resource.setrlimit(resource.RLIMIT_FSIZE, (largest, largest))
         return work()
 
-    with_limit = faults.live(limited, out)
+    with_limit = lives.live(limited, out)
     line = with_limit.said.splitlines()[-1]
     assert with_limit.code == (2 if largest == 1000 else 1) and "File too large" in line and "Traceback" not in line
     left = {path.name for path in out.rglob("*")}
     assert not any(name.endswith("partial") for name in left) and "final" not in left
     if largest > 1000:
         assert f"writing to {out} failed" in line and "--resume auto" in line
-    assert faults.live(work, out).code == 0
-    assert faults.differences(folder / "whole", out) == []
+    assert lives.live(work, out).code == 0
+    assert lives.differences(folder / "whole", out) == []
 
 
 @pytest.mark.skipif(os.geteuid() == 0, reason="root may write anywhere")
@@ -155,7 +155,7 @@ def test_a_folder_that_may_not_be_written(whole, tmp_path):
     folder, _ = whole
     (tmp_path / "closed").mkdir(mode=0o500)
     out = tmp_path / "closed" / "run"
-    life = faults.live(faults.training(out, **faults.task(folder), **TINY), out)
+    life = lives.live(lives.training(out, **lives.task(folder), **TINY), out)
     assert life.code == 2 and "Permission denied" in life.said and life.said.count("\n") == 1
 
 
@@ -177,7 +177,7 @@ def test_the_last_two_checkpoints_are_kept(tokenizer, tmp_path):
     assert [path.name for path in checkpoint.checkpoints(tmp_path)] == ["step-00000003.pt", "step-00000002.pt"]
 
 
-@pytest.mark.parametrize("damage", [faults.flip, faults.cut, lambda path: path.write_bytes(b"")])
+@pytest.mark.parametrize("damage", [lives.flip, lives.cut, lambda path: path.write_bytes(b"")])
 def test_a_damaged_checkpoint_is_set_aside_and_the_older_one_used(tokenizer, tmp_path, damage):
     run = saved(tokenizer, tmp_path)
     newest, older = checkpoint.checkpoints(tmp_path)
@@ -205,7 +205,7 @@ def test_no_flipped_bit_goes_unseen(tokenizer, tmp_path):
         path.write_bytes(data[:place] + bytes([data[place] ^ 1 << draw.randrange(8)]) + data[place + 1 :])
         got = checkpoint.read_checkpoint(path)
         found += got is None
-        assert got is None or faults.equal(got, want)
+        assert got is None or lives.equal(got, want)
     assert found > 60
 
 
@@ -314,7 +314,7 @@ def test_full_memory_names_phase_and_settings(whole, tmp_path, monkeypatch, caps
     if place != "evaluation":
         monkeypatch.setattr(train, "score", lambda run, who: {"validation": {}, "test": {}, "test_sampled": {}})
     with pytest.raises(SystemExit) as stop:
-        faults.training(tmp_path / "run", **faults.task(folder), **TINY)()
+        lives.training(tmp_path / "run", **lives.task(folder), **TINY)()
     said = capsys.readouterr().err
     assert stop.value.code == 1 and said.count("\n") == 1 and "Tried to allocate 2.00 GiB" in said
     assert phase in said and setting in said

@@ -17,7 +17,7 @@ import train
 ROOT = Path(__file__).parents[1]
 sys.path.append(str(ROOT / "bench"))
 
-import faults  # noqa: E402
+import lives  # noqa: E402
 
 # ---- folders of runs and of evaluations
 
@@ -136,16 +136,16 @@ def finished(tmp_path_factory):
     patch.chdir(ROOT)
     patch.setattr(train, "draw_curves", lambda folder: "")
     folder = tmp_path_factory.mktemp("finished")
-    given = faults.SETTINGS | {"method": "rft", "steps": 1, **faults.task(folder)}
+    given = lives.SETTINGS | {"method": "rft", "steps": 1, **lives.task(folder)}
     words = [word for name, value in given.items() for word in (f"--{name}", str(value))]
-    for work in (faults.training(folder / "run", **given), faults.evaluating(folder / "eval", EVAL)):
-        life = faults.live(work, folder)
+    for work in (lives.training(folder / "run", **given), lives.evaluating(folder / "eval", EVAL)):
+        life = lives.live(work, folder)
         assert life.code == 0, life.said
     yield folder, words
     patch.undo()
 
 
-EVAL = faults.EVALUATION.split()
+EVAL = lives.EVALUATION.split()
 
 
 @pytest.mark.parametrize("file, name", OF_RUNS)

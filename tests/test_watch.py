@@ -17,7 +17,7 @@ from support.watch import FIRST, LONG, SHORT, Watch
 
 sys.path.append(str(Path(__file__).parents[1] / "bench"))
 
-import faults
+import lives
 
 
 def row(step: int, **changes) -> dict:
@@ -87,17 +87,17 @@ def test_a_sampler_of_another_temperature_is_noticed(tokenizer, monkeypatch, sam
 
 def test_settings_not_read_and_rejected_demonstrations_are_told(tmp_path, monkeypatch, capsys):
     """At the start and at the end; only those of the command line."""
-    monkeypatch.chdir(faults.ROOT)
+    monkeypatch.chdir(lives.ROOT)
     monkeypatch.setattr(train, "draw_curves", lambda folder: "")
     config = tmp_path / "c.json"
     config.write_text(json.dumps({"clip_high": 0.3, "relift_lr": 1e-5}))
-    files = faults.task(tmp_path)
+    files = lives.task(tmp_path)
     rows = [json.loads(line) for line in files["data"].read_text().splitlines()]
     rows[0]["demonstrations"] = ["\\boxed{no}"]
     files["data"].write_text("".join(json.dumps(row) + "\n" for row in rows))
-    given = faults.SETTINGS | {"method": "rft", "config": config, "entropy_keep": 0.5, "steps": 1}
+    given = lives.SETTINGS | {"method": "rft", "config": config, "entropy_keep": 0.5, "steps": 1}
     with pytest.raises(SystemExit) as stop:
-        faults.training(tmp_path / "run", **files, **given)()
+        lives.training(tmp_path / "run", **files, **given)()
     said = [line for line in capsys.readouterr().out.splitlines() if line.startswith("warning")]
     assert stop.value.code == 0
     assert said.count("warning: rft does not read entropy_keep") == 2 and not any(
@@ -163,10 +163,10 @@ def test_a_setting_counts_as_read_exactly_if_it_changes_something(tokenizer, met
     assert unread <= OTHER.keys() <= {field.name for field in dataclasses.fields(Config)}
     usual = two_steps(tokenizer, method)
     changed = {name: value for name, value in OTHER.items() if name in unread and name != "coefficient"}
-    assert faults.equal(two_steps(tokenizer, method, **changed), usual)
+    assert lives.equal(two_steps(tokenizer, method, **changed), usual)
     if method in ("prefix-rft", "rft-entropy-clip", "chord-phi", "relift"):
         for name in OTHER.keys() - unread - ONLY_FASTER - NOT_IN_A_STEP:
-            assert not faults.equal(two_steps(tokenizer, method, **{name: OTHER[name]}), usual), name
+            assert not lives.equal(two_steps(tokenizer, method, **{name: OTHER[name]}), usual), name
 
 
 def test_names_of_a_command_line():

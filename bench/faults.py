@@ -85,7 +85,8 @@ def random_moments(
         out, runs = root / f"run-{runs}", runs + 1
         while True:
             moment = time.monotonic() + draw.uniform(0, seconds)
-            path = draw.choice([None, *(out / name for name in written)])
+            paths = [out / name for name in written if not (out / name).exists()]
+            path = draw.choice([None, None, None, *paths])
             victims = draw.choice([(0,), (1,), (0, 1)]) if ranks > 1 else (0,)
 
             def now(moment: float = moment, path: Path | None = path, wanted: bool = done < kills) -> bool:

@@ -6,7 +6,8 @@ A step of reinforcement (`rl_step`):
               -> grade                                 0 to 1; a response cut off by the budget gets 0
               -> (hpt, rescue) `second_chance`         groups without a right row are replaced or sampled again
               -> advantages                            of each row's own tokens and of its prefix
-              -> old log-probs and entropies           one forward pass, before the first update
+              -> old log-probs and entropies           one forward pass, before the first update; rows that its own
+                                                       pass can give them are left to it (`first_pass_gives`)
               -> for each mini-batch: weight_mask, then micro-batches: token_stats, token_weights, loss, backward;
                  clip the gradient, AdamW
               -> (relift) one update on demonstrations of collected problems
@@ -31,9 +32,11 @@ from model import token_stats
 from reward import Reward, grade_all
 from sample import Rollouts, Row, generate, pack, plan_group, torch_generator
 from support.config import Config
-from support.distributed import clip_gradients, rank, sum_over_ranks, world_size
+from support.distributed import clip_gradients, sum_over_ranks
+from support.micro_batches import rank_micro_batches
 from support.record import example_rows, group_record, step_metrics
 
+NO_GROUPS = torch.tensor([], dtype=torch.long)
 RESCUE_FRACTIONS = (0.25, 0.5, 0.75)  # of a demonstration, one after the other [GHPO: characters, here tokens]
 
 
@@ -188,38 +191,24 @@ class Batch:
     rewards: Tensor  # [B]
     response_advantage: Tensor  # [B]
     prefix_advantage: Tensor  # [B]
-    old_log_probs: Tensor  # [B, R] of the sampling policy
-    entropy: Tensor  # [B, R] of the sampling policy
+    old_log_probs: Tensor  # [B, R] of the sampling policy; 0 in a deferred row, up to the first update
+    entropy: Tensor  # [B, R] the same
+    deferred: Tensor  # [B] bool: rows that get both from the pass of the first update
     fractions: Tensor  # [B] share of the demonstration a row was given
     sampled_tokens: int = 0
     unsolved_groups: tuple[int, ...] = ()  # those that no rollout solved at first
 
+    def settle(self, rows: Tensor, log_probs: Tensor, entropy: Tensor) -> None:
+        """Give the deferred ones of `rows` what the pass before any update found; log_probs, entropy [b, r]."""
+        late, width = self.deferred[rows], log_probs.shape[1]
+        self.old_log_probs[rows[late], :width], self.entropy[rows[late], :width] = log_probs[late], entropy[late]
 
-def micro_batches(rollouts: Rollouts, rows: Tensor, budget: int) -> list[Tensor]:
-    """`rows` sorted by length and cut so that rows x columns stay within `budget` tokens (or a row is alone)."""
-    responses = rollouts.response_tokens
-    prompts, responses = (rollouts.attention_mask.sum(1) - responses).tolist(), responses.tolist()
-    chunks: list[list[int]] = []
-    prompt = response = 0
-    for i in sorted(rows.tolist(), key=lambda i: (responses[i], prompts[i])):
-        prompt, response = max(prompt, prompts[i]), max(response, responses[i])
-        if not chunks or (len(chunks[-1]) + 1) * (prompt + response) > budget:
-            chunks.append([])
-            prompt, response = prompts[i], responses[i]
-        chunks[-1].append(i)
-    return [torch.tensor(chunk) for chunk in chunks]
-
-
-def rank_micro_batches(rollouts: Rollouts, rows: Tensor, budget: int) -> list[tuple[Tensor, bool]]:
-    """This rank's micro-batches of `rows`, and whether each counts.
-
-    Rows are dealt to the ranks by length. FSDP wants equally many passes on every rank: one with fewer micro-batches
-    than another passes a row once more, which counts for nothing.
-    """
-    order = torch.cat(micro_batches(rollouts, rows, budget))
-    of_ranks = [micro_batches(rollouts, order[r :: world_size()], budget) for r in range(world_size())]
-    mine, most = of_ranks[rank()], max(map(len, of_ranks))
-    return [(chunk, True) for chunk in mine] + [(order[:1], False)] * (most - len(mine))
+    def share_settled(self) -> None:
+        """Every deferred row on every rank; then none is."""
+        if self.deferred.any():
+            for values in (self.old_log_probs, self.entropy):
+                values[self.deferred] = sum_over_ranks(values[self.deferred])
+            self.deferred[:] = False
 
 
 def forward(model: PreTrainedModel, rollouts: Rollouts, rows: Tensor, temperature: float) -> tuple[Tensor, Tensor]:
@@ -230,12 +219,14 @@ def forward(model: PreTrainedModel, rollouts: Rollouts, rows: Tensor, temperatur
 
 
 @torch.no_grad()
-def old_stats(model: PreTrainedModel, rollouts: Rollouts, config: Config) -> tuple[Tensor, Tensor]:
-    """Log-probs and entropies of the sampling policy, [B, R]."""
+def old_stats(
+    model: PreTrainedModel, rollouts: Rollouts, config: Config, deferred: Tensor | None = None
+) -> tuple[Tensor, Tensor]:
+    """Log-probs and entropies of the sampling policy, [B, R]; 0 in rows that are `deferred` [B]."""
     log_probs = torch.zeros(rollouts.response_mask.shape)
     entropy = torch.zeros_like(log_probs)
-    every_row = torch.arange(len(rollouts.texts))
-    for rows, counts in rank_micro_batches(rollouts, every_row, config.micro_batch_tokens):
+    wanted = torch.ones(len(rollouts.texts), dtype=torch.bool) if deferred is None else ~deferred
+    for rows, counts in rank_micro_batches(rollouts, wanted.nonzero().squeeze(1), config.micro_batch_tokens):
         found = forward(model, rollouts, rows, config.temperature)
         if counts:
             width = found[0].shape[1]
@@ -243,8 +234,20 @@ def old_stats(model: PreTrainedModel, rollouts: Rollouts, config: Config) -> tup
     return sum_over_ranks(log_probs), sum_over_ranks(entropy)
 
 
-def rollout_batch(run: Run, picked: Sequence[int], step: int) -> Batch:
-    """Sample, grade and compare: the batch of one step of reinforcement."""
+def first_pass_gives(method: Method, rollouts: Rollouts, response_advantage: Tensor, groups: Tensor) -> Tensor:
+    """Rows [B] bool whose old log-probs the first update, that of `groups`, finds: pi is still what sampled.
+
+    These are its on-policy rows with an advantage. Not rows that an entropy clip ranks, which it does before the
+    update; nor rows without a weight, which no update passes; nor those of later updates.
+    """
+    if method.entropy_clip and method.rows == "on_policy":  # ranks every token
+        return torch.zeros_like(rollouts.hybrid)
+    return torch.isin(rollouts.group, groups) & (response_advantage != 0) & ~rollouts.prefix_mask.any(1)
+
+
+def rollout_batch(run: Run, picked: Sequence[int], step: int, first_groups: Tensor = NO_GROUPS) -> Batch:
+    """Sample, grade and compare: the batch of one step of reinforcement. `first_groups`: those of the first update,
+    where it follows at once and gives its rows their old log-probs."""
     config, method = run.config, run.method
     rows = plan(run, picked, range(len(picked)), step, config.rollouts_per_prompt, rows=method.rows)
     graded = sample_and_grade(run, picked, rows)
@@ -255,8 +258,9 @@ def rollout_batch(run: Run, picked: Sequence[int], step: int) -> Batch:
     scale_by_std = config.scale_by_std if method.scale_by_std is None else method.scale_by_std
     compared = advantages(rewards, rollouts.group, rollouts.hybrid, baseline, scale_by_std)
     fractions = torch.tensor([row.fraction for row in graded.rows])
-    old = old_stats(run.model, rollouts, config)
-    return Batch(rollouts, rewards, *compared, *old, fractions, graded.sampled_tokens, unsolved)
+    deferred = first_pass_gives(method, rollouts, compared[0], first_groups)
+    old = old_stats(run.model, rollouts, config, deferred)
+    return Batch(rollouts, rewards, *compared, *old, deferred, fractions, graded.sampled_tokens, unsolved)
 
 
 def demonstration_batch(run: Run, problems: Sequence[Encoded], step: int) -> Batch:
@@ -266,7 +270,7 @@ def demonstration_batch(run: Run, problems: Sequence[Encoded], step: int) -> Bat
     rows = [row for i, problem in enumerate(problems) for row in plan_group(problem, i, **settings)]
     rollouts = pack(rows, [row.prefix_ids for row in rows], run.model, run.tokenizer)
     none, zeros = torch.zeros(len(rows)), torch.zeros(rollouts.response_mask.shape)
-    return Batch(rollouts, none, none, none, zeros, zeros, torch.ones(len(rows)))
+    return Batch(rollouts, none, none, none, zeros, zeros, none.bool(), torch.ones(len(rows)))
 
 
 # ---- one update
@@ -314,7 +318,8 @@ def update(
     The gradient is that of the whole mini-batch whatever the micro-batches are. Rows without any weight are left out
     of the forward pass (Z stays); without any row there is no signal, and no optimizer step. Where a log-prob of the
     sampling policy, the loss or the gradient is not finite there is none either: the update is skipped and counted,
-    on every rank alike, and weights and optimizer stay what they were.
+    on every rank alike, and weights and optimizer stay what they were. Deferred rows get their old log-probs and
+    entropies here, in the batch.
     """
     config, method, model = run.config, run.method, run.model
     has_weight = token_weights(method, tokens) != 0
@@ -331,18 +336,21 @@ def update(
     if not batch.old_log_probs.isfinite().all():
         run.skipped += 1
         return sums | {"skipped": 1, "weighted": 0}
-    active = has_weight.any(1).nonzero().squeeze(1)
+    active = (has_weight.any(1) | batch.deferred).nonzero().squeeze(1)
     if len(active) == 0:
         return sums
     total = torch.zeros(3, dtype=torch.float64)  # loss, entropy, tokens with a weight
     for rows, counts in rank_micro_batches(batch.rollouts, active, config.micro_batch_tokens):
         log_probs, entropy = forward(model, batch.rollouts, rows, temperature)
-        part = tokens.at(rows, log_probs, entropy)
+        if counts:
+            batch.settle(rows, log_probs.detach().cpu(), entropy.cpu())
+        part = tokens.at(rows, log_probs, entropy)  # its old_log_probs are the batch's: r = 1 in rows just settled
         weights = token_weights(method, part)
         loss = weighted_loss(log_probs, weights, part.response_mask & counts, tokens.normalizer)
         loss.backward()
         if counts:
             total += torch.tensor([float(loss.detach()), float(entropy.sum()), float((weights != 0).sum())])
+    batch.share_settled()
     loss, entropy, unclipped = sum_over_ranks(total).tolist()
     norm = clip_gradients(model.parameters(), config.max_grad_norm)
     if not (math.isfinite(loss) and math.isfinite(norm)):
@@ -414,17 +422,18 @@ def rl_step(run: Run, step: int, record: bool = False) -> tuple[dict[str, Any], 
     config = run.config
     start = time.perf_counter()
     picked = problems_of_step(len(run.data.train), config.prompts_per_step, step, config.seed, "order")
-    batch = rollout_batch(run, picked, step)
+    parts = torch.arange(len(picked)).tensor_split(config.updates_per_step)
+    batch = rollout_batch(run, picked, step, first_groups=parts[0])
     sampled = time.perf_counter()
     updates, recorded = [], None
-    for part, groups in enumerate(torch.arange(len(picked)).tensor_split(config.updates_per_step)):
+    for part, groups in enumerate(parts):
         rows = torch.isin(batch.rollouts.group, groups).nonzero().squeeze(1)
         # Z counts the planned rows: where a demonstration has taken a group's place, fewer are left
         normalizer = len(groups) * config.rollouts_per_prompt * config.max_response_tokens
         tokens = mini_batch(run, batch, rows, normalizer, step / config.steps, (step, part))
-        if record and part == 0:
-            recorded = group_record(run, batch, tokens, rows, picked)
         updates.append(update(run, batch, tokens, config.temperature, run.optimizer, config.lr))
+        if record and part == 0:  # `tokens` is the policy that sampled, also after its update
+            recorded = group_record(run, batch, tokens, rows, picked)
     metrics = step_metrics(run, batch, updates)
     if run.collector:
         metrics |= collect(run, picked, batch, step)

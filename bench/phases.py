@@ -19,6 +19,7 @@ import sample
 import step as steps
 from sample import Row, generate
 from support.config import Config
+from support.micro_batches import micro_batches
 
 # ---- where a step's time goes
 
@@ -141,7 +142,7 @@ def bench_growth(repeats: int = 3) -> None:
             rollouts = sample.pack(plan, responses, run.model, run.tokenizer)
 
             def passes():
-                for chunk in steps.micro_batches(rollouts, torch.arange(rows), Config.micro_batch_tokens):  # noqa: B023
+                for chunk in micro_batches(rollouts, torch.arange(rows), Config.micro_batch_tokens):  # noqa: B023
                     steps.forward(run.model, rollouts, chunk, 1.0)[0].sum().backward()  # noqa: B023
 
             updated.append(timed(passes)[1])

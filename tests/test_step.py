@@ -17,7 +17,6 @@ from step import (
     Collector,
     Data,
     Run,
-    micro_batches,
     mini_batch,
     problems_of_step,
     rl_step,
@@ -27,6 +26,7 @@ from step import (
     update,
 )
 from support.config import Config, from_dict
+from support.micro_batches import micro_batches
 
 TEMPERATURE = 0.8
 
@@ -119,6 +119,57 @@ def test_gradient_is_the_same_for_any_micro_batches(tokenizer, method, moved):
         for found, exact in zip(gradients(run, batch, tokens, budget), want, strict=True):
             assert exact.abs().max() > 0
             torch.testing.assert_close(found.double(), exact, rtol=0, atol=close * float(exact.abs().max()))
+
+
+@pytest.mark.parametrize("budget", [1, 120, 10**6])
+@pytest.mark.parametrize("method", [name for name, method in METHODS.items() if "rl" in method.stages])
+def test_rows_without_a_pass_of_their_own_before_the_update_change_nothing(tokenizer, method, budget):
+    """The gradient in float64 of a batch whose old log-probs were all taken before, and these log-probs."""
+    run = make_run(tokenizer, method, temperature=TEMPERATURE)
+    every, want = torch.arange(16), rollout_batch(run, [0, 1, 2, 5], 4)
+    batch = rollout_batch(run, [0, 1, 2, 5], 4, first_groups=torch.arange(4))
+    late = batch.deferred.clone()
+    assert not want.deferred.any() and (batch.old_log_probs[late] == 0).all() and not late[want.rollouts.hybrid].any()
+    assert late.any() == (method != "rft-entropy-clip" and bool(want.response_advantage[~want.rollouts.hybrid].any()))
+    key = (16.0 * run.config.max_response_tokens, 0.3, (0, 0))
+    exact = exact_gradients(run, want, mini_batch(run, want, every[: len(late)], *key))
+    tokens = mini_batch(run, batch, every[: len(late)], *key)
+    close = rounding(run.model, batch.rollouts.input_ids.numel())
+    for found, gradient in zip(gradients(run, batch, tokens, budget), exact, strict=True):
+        torch.testing.assert_close(found.double(), gradient, rtol=0, atol=close * float(gradient.abs().max()))
+    assert not batch.deferred.any()
+    for name in ("old_log_probs", "entropy"):
+        torch.testing.assert_close(getattr(batch, name), getattr(want, name), rtol=close, atol=close)
+
+
+def test_deferred_rows_get_their_old_log_probs_also_where_the_method_gives_them_no_weight(tokenizer):
+    run = make_run(tokenizer)
+    run.method = dataclasses.replace(run.method, policy_weight=zero)
+    want = rollout_batch(run, [0, 1, 2, 5], 4)
+    batch = rollout_batch(run, [0, 1, 2, 5], 4, first_groups=torch.arange(4))
+    assert batch.deferred.any()
+    update(run, batch, mini_batch(run, batch, torch.arange(16), 320.0, 0.3, (0, 0)), 1.0, run.optimizer, 0.1)
+    torch.testing.assert_close(batch.entropy, want.entropy, rtol=1e-4, atol=1e-4)
+
+
+def test_a_row_passes_before_the_update_only_if_the_update_does_not_do(tokenizer, monkeypatch):
+    """Of the first of two mini-batches, on-policy rows with an advantage do not; all other rows do, once."""
+    run = make_run(tokenizer)
+    picked = problems_of_step(6, 4, 2, 0, "order")
+    batch = rollout_batch(run, picked, 2)
+    passed: list[int] = []
+    plain = steps.forward
+
+    def note(model, rollouts, rows, temperature):
+        passed.extend([] if torch.is_grad_enabled() else rows.tolist())
+        return plain(model, rollouts, rows, temperature)
+
+    monkeypatch.setattr(steps, "forward", note)
+    rl_step(run, 2)
+    r = batch.rollouts
+    without = (r.group < 2) & ~r.prefix_mask.any(1) & (batch.response_advantage != 0)
+    assert 0 < without.sum() < (r.group < 2).sum()
+    assert sorted(passed) == (~without).nonzero().flatten().tolist()
 
 
 def test_a_problems_rows_depend_neither_on_its_place_nor_on_its_company(tokenizer):

@@ -31,7 +31,7 @@ def rank_micro_batches(rollouts: Rollouts, rows: Tensor, budget: int) -> list[tu
     Rows are dealt to the ranks by length. FSDP wants equally many passes on every rank: one with fewer micro-batches
     than another passes a row once more, which counts for nothing.
     """
-    order = torch.cat(micro_batches(rollouts, rows, budget))
+    order = torch.cat([rows[:0], *micro_batches(rollouts, rows, budget)])  # also without any row
     of_ranks = [micro_batches(rollouts, order[r :: world_size()], budget) for r in range(world_size())]
     mine, most = of_ranks[rank()], max(map(len, of_ranks))
     return [(chunk, True) for chunk in mine] + [(order[:1], False)] * (most - len(mine))

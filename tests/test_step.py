@@ -3,6 +3,7 @@
 import ast
 import copy
 import dataclasses
+import itertools
 import math
 from pathlib import Path
 
@@ -150,6 +151,16 @@ def test_deferred_rows_get_their_old_log_probs_also_where_the_method_gives_them_
     assert batch.deferred.any()
     update(run, batch, mini_batch(run, batch, torch.arange(16), 320.0, 0.3, (0, 0)), 1.0, run.optimizer, 0.1)
     torch.testing.assert_close(batch.entropy, want.entropy, rtol=1e-4, atol=1e-4)
+
+
+def test_no_row_passes_before_the_update_where_it_does_for_all(tokenizer):
+    run = make_run(tokenizer, "rft", updates_per_step=1)
+    turn = itertools.cycle((0.0, 1.0))
+    run.reward = dataclasses.replace(run.reward, function=lambda text, problem: next(turn))
+    batch = rollout_batch(run, [0, 1, 2, 5], 0, first_groups=torch.arange(4))
+    assert batch.deferred.all()
+    metrics, *_ = rl_step(run, 0)
+    assert metrics["entropy"] > 0 and metrics["trained_tokens"] == int(batch.rollouts.response_mask.sum())
 
 
 def test_a_row_passes_before_the_update_only_if_the_update_does_not_do(tokenizer, monkeypatch):

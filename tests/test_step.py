@@ -3,7 +3,6 @@
 import ast
 import copy
 import dataclasses
-import itertools
 import math
 from pathlib import Path
 
@@ -153,10 +152,10 @@ def test_deferred_rows_get_their_old_log_probs_also_where_the_method_gives_them_
     torch.testing.assert_close(batch.entropy, want.entropy, rtol=1e-4, atol=1e-4)
 
 
-def test_no_row_passes_before_the_update_where_it_does_for_all(tokenizer):
-    run = make_run(tokenizer, "rft", updates_per_step=1)
-    turn = itertools.cycle((0.0, 1.0))
-    run.reward = dataclasses.replace(run.reward, function=lambda text, problem: next(turn))
+def test_no_row_passes_before_the_update_where_it_does_for_all(tokenizer, monkeypatch):
+    run, plain = make_run(tokenizer, "rft", updates_per_step=1), steps.sample_and_grade
+    alternating = {"rewards": [0.0, 1.0] * 8}
+    monkeypatch.setattr(steps, "sample_and_grade", lambda *a: dataclasses.replace(plain(*a), **alternating))
     batch = rollout_batch(run, [0, 1, 2, 5], 0, first_groups=torch.arange(4))
     assert batch.deferred.all()
     metrics, *_ = rl_step(run, 0)

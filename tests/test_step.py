@@ -159,7 +159,7 @@ def test_no_row_passes_before_the_update_where_it_does_for_all(tokenizer, monkey
     batch = rollout_batch(run, [0, 1, 2, 5], 0, first_groups=torch.arange(4))
     assert batch.deferred.all()
     metrics, *_ = rl_step(run, 0)
-    assert metrics["entropy"] > 0 and metrics["trained_tokens"] == int(batch.rollouts.response_mask.sum())
+    assert metrics["entropy"] > 0 and metrics["grad_norm"] > 0
 
 
 def test_a_row_passes_before_the_update_only_if_the_update_does_not_do(tokenizer, monkeypatch):

@@ -8,7 +8,8 @@ import statistics
 import sys
 import tempfile
 import time
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from dataclasses import replace
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
@@ -19,17 +20,17 @@ from torch.profiler import ProfilerActivity, profile
 
 import step as steps
 from sample import Row
-from support.config import Config, from_dict
+from support.config import Config, parse_config
 from train import prepare
 
 RESULTS = Path(__file__).parent / "results"
 BUDGET, PROBLEMS = Config.max_response_tokens, Config.prompts_per_step
 
 
-def new_run(**settings) -> steps.Run:
-    """The default run of rft, at learning rate 0, one thread."""
+def new_run(words: Sequence[str] = ()) -> steps.Run:
+    """The default run of rft, or that of train.py's settings `words`, at learning rate 0, one thread."""
     with tempfile.TemporaryDirectory() as folder:
-        run, _ = prepare(from_dict({"method": "rft", "lr": 0.0, "out": f"{folder}/run"} | settings))
+        run, _ = prepare(replace(parse_config(list(words)), method="rft", lr=0.0, out=f"{folder}/run"))
     torch.set_num_threads(1)
     return run
 
@@ -114,20 +115,22 @@ def medians(times: dict[str, list[tuple[float, float]]], first: str) -> dict:
     return table
 
 
-def chosen(doc: str, known: Iterable[str] = (), least: str = "*") -> list[str]:
-    """The parts of a bench that the command line names, of `known`; --help prints `doc` and starts nothing."""
+def chosen(doc: str, known: Iterable[str] = (), least: str = "*", words: Sequence[str] | None = None) -> list[str]:
+    """The parts of a bench that the command line (`words`) names, of `known`; --help prints `doc`, starts nothing."""
     parser = argparse.ArgumentParser(
         description=doc, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False
     )
     if known:
         parser.add_argument("parts", nargs=least, metavar="PART", help=", ".join(known))
-    names = getattr(parser.parse_args(), "parts", [])
+    names = getattr(parser.parse_args(words), "parts", [])
     if unknown := [name for name in names if name not in known]:
         parser.error(f"found {unknown[0]!r}, expected of {', '.join(known)}")
     return names
 
 
-def main(doc: str, parts: dict[str, Callable]) -> None:
-    """Run the parts named on the command line."""
-    for part in chosen(doc, parts, least="+"):
-        parts[part]()
+def main(doc: str, parts: dict[str, Callable], settings: bool = False) -> None:
+    """Run the parts named on the command line; with `settings` each is given what follows them there."""
+    words = sys.argv[1:]
+    first = next((i for i, word in enumerate(words) if word.startswith("--") and word != "--help"), len(words))
+    for part in chosen(doc, parts, "+", words[:first] if settings else words):
+        parts[part](*[words[first:]] * settings)

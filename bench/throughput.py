@@ -1,13 +1,15 @@
 """Speed of sampling and of the whole step on the CPU, beside plain generate, a hand-written loop and TRL.
 
-    OMP_NUM_THREADS=1 python bench/throughput.py sampling step
+    OMP_NUM_THREADS=1 python bench/throughput.py sampling step [--FIELD VALUE ...]
 
-Each part prints a table and writes bench/results/throughput-PART.json. The default step of `rft`: 16 problems x 8
-rollouts, at most 96 tokens, 2 updates, the embedded task and model. The learning rate is 0, so every repeat starts
+Each part prints a table and writes bench/results/throughput-PART.json; with settings of train.py (--model, --data,
+--config, ...) throughput-PART-MODEL.json. Without: the default step of `rft`, 16 problems x 8 rollouts, at most 96
+tokens, 2 updates, the embedded task and model. The learning rate is 0, so every repeat starts
 from the same weights; all contenders of a repeat see the same prompts and give the same tokens (asserted), in turn,
 so that a busy machine hits all alike. Times are process CPU seconds, beside wall seconds; ratios are medians over
-the repeats. Peak memory, of tensors beyond those that stood before, is that of one more repeat, not timed. Where the
-time goes, and growth: bench/phases.py. On CUDA: bench/gpu.py.
+the repeats. Peak memory, of tensors beyond those that stood before, is that of one more repeat, not timed. Beside it
+what our matrix products alone take (bench/bound.py). The hand-written loop is of the embedded model's architecture.
+Where the time goes, and growth: bench/phases.py. On CUDA: bench/gpu.py.
 """
 
 import functools
@@ -15,10 +17,13 @@ import statistics
 import tempfile
 import time
 from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
 
 import torch
 import transformers
-from common import BUDGET, PROBLEMS, main, medians, new_run, peak_bytes, peak_memory, picked_at, rows_at, timed, write
+from bound import products, seconds
+from common import main, medians, new_run, peak_bytes, peak_memory, picked_at, rows_at, timed, write
 from hand_decode import hand_decode
 from transformers import GenerationConfig, LogitsProcessor, LogitsProcessorList
 
@@ -26,16 +31,16 @@ import model as models
 import step as steps
 from reward import grade_batch
 from sample import DrawTokenLogitsProcessor, generate, pad_left, uniforms
-from support.config import Config
+from support.config import parse_config
 
 # ---- sampling
 
 
-def plain_generate(model, ids, mask, table) -> list[list[int]]:
+def plain_generate(model, ids, mask, table, budget) -> list[list[int]]:
     """model.generate as it is: dynamic cache, ended rows stay. Our processor draws, so the tokens are ours."""
     config, prompt = model.generation_config, ids.shape[1]
     settings = GenerationConfig(
-        max_new_tokens=BUDGET, do_sample=False, eos_token_id=config.eos_token_id, pad_token_id=config.pad_token_id
+        max_new_tokens=budget, do_sample=False, eos_token_id=config.eos_token_id, pad_token_id=config.pad_token_id
     )
     processors = LogitsProcessorList([DrawTokenLogitsProcessor(table, prompt, 1.0)])
     with models.sampling(model):
@@ -47,19 +52,24 @@ def plain_generate(model, ids, mask, table) -> list[list[int]]:
     return [row[: row.index(ends) + 1] if ends in row else row for row in rows]
 
 
-def bench_sampling(repeats: int = 15) -> None:
-    run, times, tokens, peaks = new_run(), {}, [], {}
+def bench_sampling(words: list[str]) -> None:
+    repeats = 4 if words else 15
+    run, times, tokens, peaks = new_run(words), {}, [], {}
+    budget = run.config.max_response_tokens
     for step in range(repeats + 2):  # the first warms up, the last is for memory
         rows = rows_at(run, step)
         ids, mask = pad_left([row.prompt_ids for row in rows], run.model.generation_config.pad_token_id)
-        table = torch.stack([torch.from_numpy(uniforms(row.key, BUDGET)) for row in rows])
+        table = torch.stack([torch.from_numpy(uniforms(row.key, budget)) for row in rows])
         contenders = {
-            "hand-written loop": lambda: hand_decode(run.model, ids, mask, table, BUDGET, False),  # noqa: B023
-            "hand-written loop, shared prompts": lambda: hand_decode(run.model, ids, mask, table, BUDGET, True),  # noqa: B023
-            "ours": lambda: generate(run.model, rows, BUDGET),  # noqa: B023
-            "ours, static cache": lambda: generate(run.model, rows, BUDGET, decode="static"),  # noqa: B023
-            "plain generate": lambda: plain_generate(run.model, ids, mask, table),  # noqa: B023
+            "ours": lambda: generate(run.model, rows, budget),  # noqa: B023
+            "plain generate": lambda: plain_generate(run.model, ids, mask, table, budget),  # noqa: B023
         }
+        if not words:
+            contenders = {
+                "hand-written loop": lambda: hand_decode(run.model, ids, mask, table, budget, False),  # noqa: B023
+                "hand-written loop, shared prompts": lambda: hand_decode(run.model, ids, mask, table, budget, True),  # noqa: B023
+                "ours, static cache": lambda: generate(run.model, rows, budget, decode="static"),  # noqa: B023
+            } | contenders
         want = None
         for name, call in contenders.items():
             if step > repeats:
@@ -72,11 +82,27 @@ def bench_sampling(repeats: int = 15) -> None:
             if step:
                 times.setdefault(name, []).append((cpu, wall))
         tokens += [sum(map(len, want))] if want else []
-    table = medians(times, "hand-written loop")
+    table = medians(times, next(iter(times)))
     for name, row in table.items():
         row["tokens_per_cpu_s"] = round(statistics.mean(tokens) / row["cpu_s"])
         row["peak_mib"] = round(peaks[name] / 2**20, 1)
-    write("sampling", {"rows": len(rows), "mean_tokens": statistics.mean(tokens), "repeats": repeats, "table": table})
+    found = {"rows": len(rows), "prompts": len({tuple(row.prompt_ids) for row in rows}), "repeats": repeats}
+    found |= {"mean_tokens": statistics.mean(tokens), "table": table}
+    write(part_name("sampling", words), found | bound(contenders["ours"], table["ours"]["cpu_s"]))
+
+
+def part_name(part: str, words: list[str]) -> str:
+    return f"{part}-{Path(parse_config(words).model).name}" if words else part
+
+
+def bound(work: Callable[[], object], cpu_s: float) -> dict:
+    """What the products of `work`, which took cpu_s, take alone."""
+    took, operations = seconds(products(work))
+    return {
+        "products, cpu_s": round(took, 2),
+        "products, share of ours": round(took / cpu_s, 2),
+        "products, GFLOP/s": round(operations / took / 1e9, 1),
+    }
 
 
 # ---- the whole step
@@ -102,32 +128,33 @@ def new_trainer(run: steps.Run, repeats: int, reward: Callable, rows_per_pass: i
 
     from data.loader import render_prompt
 
+    config = run.config
     problems = [run.data.train[i] for step in range(repeats + 2) for i in picked_at(run, step)]
     data = [{"prompt": render_prompt(run.tokenizer, p.problem, p.system), "answer": p.answer} for p in problems]
-    rows = PROBLEMS * Config.rollouts_per_prompt
+    rows = config.prompts_per_step * config.rollouts_per_prompt
     settings = GRPOConfig(
         output_dir=tempfile.mkdtemp(),
         use_cpu=True,
         per_device_train_batch_size=rows_per_pass,
-        gradient_accumulation_steps=rows // Config.updates_per_step // rows_per_pass,
+        gradient_accumulation_steps=rows // config.updates_per_step // rows_per_pass,
         generation_batch_size=rows,
-        num_generations=Config.rollouts_per_prompt,
-        max_completion_length=BUDGET,
+        num_generations=config.rollouts_per_prompt,
+        max_completion_length=config.max_response_tokens,
         learning_rate=0.0,
         lr_scheduler_type="constant",
-        adam_beta2=Config.adam_beta2,
+        adam_beta2=config.adam_beta2,
         gradient_checkpointing=False,  # on by default: it would cost TRL another forward pass
         loss_type="dr_grpo",
         scale_rewards="none",
         shuffle_dataset=False,
         report_to="none",
         save_strategy="no",
-        logging_steps=Config.updates_per_step,
-        max_steps=(repeats + 2) * Config.updates_per_step,
+        logging_steps=config.updates_per_step,
+        max_steps=(repeats + 2) * config.updates_per_step,
         disable_tqdm=True,
         dataloader_pin_memory=False,
     )
-    model = AutoModelForCausalLM.from_pretrained(Config.model, dtype=torch.float32)
+    model = AutoModelForCausalLM.from_pretrained(config.model, dtype=torch.float32)
     return GRPOTrainer(
         model=model,
         reward_funcs=reward,
@@ -138,15 +165,19 @@ def new_trainer(run: steps.Run, repeats: int, reward: Callable, rows_per_pass: i
     )
 
 
-def compare_steps(repeats: int, mixed: bool, rows_per_pass: int) -> dict:
+def compare_steps(words: list[str], repeats: int, mixed: bool, rows_per_pass: int) -> dict:
     """Ours and TRL's, step by step in turn. mixed: rewards 0 and 1 in every group, so that every row has weight."""
-    run, times, ours, trl_phases, peaks = new_run(), {"ours": [], "TRL": []}, {}, {}, {}
+    run, times, ours, trl_phases, peaks = new_run(words), {"ours": [], "TRL": []}, {}, {}, {}
+    sampled, generated = steps.sample_and_grade, steps.generate
 
-    def flipped(reward, texts, problems):
-        return [float(i % 2) for i in range(len(texts))]
+    def flipped(rows: int) -> list[float]:
+        return [float(i % 2) for i in range(rows)]
 
-    graded, generated = steps.grade_all, steps.generate
-    steps.grade_all = flipped if mixed else graded
+    def graded(*args):
+        found = sampled(*args)
+        return replace(found, rewards=flipped(len(found.rows))) if mixed else found
+
+    steps.sample_and_grade = graded
 
     def kept(*args, **settings):
         ours["rows"], ours["responses"] = args[1], generated(*args, **settings)
@@ -163,7 +194,7 @@ def compare_steps(repeats: int, mixed: bool, rows_per_pass: int) -> dict:
 
     class InTurn(transformers.TrainerCallback):
         def on_step_end(self, args, state, control, **_):
-            done, rest = divmod(state.global_step, Config.updates_per_step)
+            done, rest = divmod(state.global_step, run.config.updates_per_step)
             if rest:
                 return
             if done > repeats + 1:
@@ -181,7 +212,7 @@ def compare_steps(repeats: int, mixed: bool, rows_per_pass: int) -> dict:
             self.cpu, self.wall = time.process_time(), time.perf_counter()
 
     def reward(completions, answer, **_):
-        return flipped(None, completions, answer) if mixed else grade_batch(completions, answer)
+        return flipped(len(completions)) if mixed else grade_batch(completions, answer)
 
     callback = InTurn()
     trainer = new_trainer(run, repeats, reward, rows_per_pass, callback)
@@ -204,7 +235,9 @@ def compare_steps(repeats: int, mixed: bool, rows_per_pass: int) -> dict:
     our_step(0)
     callback.start(0)
     trainer.train()
-    steps.grade_all, steps.generate = graded, generated
+    steps.generate = generated
+    work = bound(lambda: steps.rl_step(run, 1), statistics.median(cpu for cpu, _ in times["ours"][1:]))
+    steps.sample_and_grade = sampled
     table = medians({name: pairs[1:] for name, pairs in times.items()}, "ours")  # the first pair warms up
     for name, row in table.items():
         row["peak_mib"] = round(peaks[name] / 2**20, 1)
@@ -216,21 +249,19 @@ def compare_steps(repeats: int, mixed: bool, rows_per_pass: int) -> dict:
         "ours, share of groups with equal rewards": log["equal_reward_groups"],
         "ours, response tokens": log["response_tokens"],
         "table": table,
-    }
+    } | work
 
 
-def bench_step(repeats: int = 5) -> None:
+def bench_step(words: list[str]) -> None:
     import trl
 
-    table = {"trl": trl.__version__}
-    for name, mixed, rows in (
-        ("graded rewards", False, 64),
-        ("graded rewards", False, 16),
-        ("mixed rewards", True, 16),
-    ):
-        table[f"{name}, TRL passes of {rows} rows"] = compare_steps(repeats, mixed, rows)
-    write("step", table)
+    table, cases = {"trl": trl.__version__}, (("mixed rewards", True, 16),)
+    if not words:
+        cases = (("graded rewards", False, 64), ("graded rewards", False, 16), *cases)
+    for name, mixed, rows in cases:
+        table[f"{name}, TRL passes of {rows} rows"] = compare_steps(words, 3 if words else 5, mixed, rows)
+    write(part_name("step", words), table)
 
 
 if __name__ == "__main__":
-    main(__doc__, {"sampling": bench_sampling, "step": bench_step})
+    main(__doc__, {"sampling": bench_sampling, "step": bench_step}, settings=True)

@@ -179,9 +179,8 @@ class Study:
         for batch in (plain, [method for method in methods if method not in plain]):  # the second looks at the first
             specs = [base]
             for method in batch:
-                for number in REGIMES[self.regime].demonstrations:
-                    settings = run_settings(self.regime, method, number, self.lines, tuning)
-                    chosen_seeds = [seed for seed in seeds_of(self.regime, method) if not seeds or seed in seeds]
+                chosen_seeds = [seed for seed in seeds_of(self.regime, method) if not seeds or seed in seeds]
+                for settings in run_settings(self.regime, method, self.lines, tuning):
                     specs += [Spec(self.regime, method, seed, settings) for seed in chosen_seeds]
             self.check_settings(specs)
             self.make(specs)
@@ -191,7 +190,7 @@ class Study:
         for spec in specs:
             for number, line in enumerate(self.lines, 1):
                 same = (line["method"], line["seed"], line["trial"]) == (spec.method, spec.seed, False)
-                same &= line["settings"].get("demonstrations") == spec.settings.get("demonstrations")
+                same &= all(line["settings"].get(k) == spec.settings.get(k) for k in ("demonstrations", "expert"))
                 if same and line["settings"] != spec.settings:
                     raise ValueError(
                         f"{self.path}:{number}: {spec.method}, seed {spec.seed} was run with {line['settings']}, the "

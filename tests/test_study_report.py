@@ -183,7 +183,7 @@ def test_the_report_is_written_and_the_rest_of_the_readme_stays(tmp_path, stored
     readme = tmp_path / "README.md"
     readme.write_text(f"before\n{report.BEGIN}\nEARLIER\n{report.END}\nafter\n")
     written = report.write_report(tmp_path, readme)
-    assert {path.name for path in written} == {"report.md", "main.png", "details.png", "README.md"}
+    assert {path.name for path in written} == {"report.md", "main.png", "details.png", "questions.png", "README.md"}
     text = readme.read_text()
     assert text.startswith("before\n") and text.endswith(f"{report.END}\nafter\n") and "EARLIER" not in text
     rows = [line.split(" | ") for line in text.splitlines() if line.startswith("| ")][1:]

@@ -1,5 +1,6 @@
-"""The study's figures: accuracies and learning curves of every regime (main.png), the questions behind them
-(details.png). A panel whose runs are missing is left out."""
+"""The study's figures: learning curves and test accuracies of six methods (main.png), every method and regime
+(details.png), one question a panel (questions.png). A panel whose runs are missing is left out, and so is the
+interval of a single run."""
 
 from collections.abc import Callable, Sequence
 from functools import partial
@@ -13,8 +14,9 @@ from matplotlib.ticker import MaxNLocator
 
 from data.make_recipes import LEVELS
 from figures.figure import COLOURS, STYLES, TYPE, in_percent, save, sheet
-from results.claims import KINDS, prefix_advantage, runs_of, scores, t_quantile
-from results.protocol import ABLATIONS, REGIMES, Line
+from results import ceiling
+from results.claims import KINDS, mean_interval, prefix_advantage, runs_of, scores, t_quantile
+from results.protocol import ABLATIONS, EXPERT, REGIMES, Line
 
 SHOWN = ("rft", "sft-rft", "prefix-rft", "luffy", "sft", "uft")  # a colour each; more curves would hide each other
 Panel = Callable[[Axes], None]
@@ -24,6 +26,16 @@ def style_of(method: str) -> dict[str, Any]:
     """A method's colour and line, the same in every panel."""
     place = SHOWN.index(method) if method in SHOWN else len(SHOWN)
     return {"color": COLOURS[place], "linestyle": STYLES[place > len(SHOWN) - 1]}
+
+
+def finish(axis: Axes, title: str, x: str, y: str = "", legend: bool = True, grid: str = "both") -> None:
+    axis.set_title(title, loc="left")
+    axis.set_xlabel(x)
+    axis.set_ylabel(y)
+    axis.set_axisbelow(True)
+    axis.grid(axis=grid, alpha=0.3)
+    if legend:
+        axis.legend()
 
 
 def means_of(runs: Sequence[Line], kind: str, level: str = "all") -> np.ndarray:
@@ -37,19 +49,23 @@ def reach_of(values: np.ndarray) -> np.ndarray:
     return t_quantile(count - 1) * values.std(0, ddof=1) / count**0.5 if count > 1 else np.zeros(values.shape[1:])
 
 
-def draw_accuracies(axis: Axes, lines: Sequence[Line], regime: str, kind: str) -> None:
-    """A row for each method: a point for each seed, a bar for their mean."""
-    names = [name for name in ("base", *REGIMES[regime].methods) if runs_of(lines, name)]
+def draw_accuracies(axis: Axes, lines: Sequence[Line], methods: Sequence[str], title: str) -> None:
+    """A row for each method, sorted: the mean over seeds with its 95% interval, greedy (filled) and at temperature 1
+    (open), and a dot for each seed."""
+    names = [name for name in methods if runs_of(lines, name)]
+    names.sort(key=lambda name: sum(means_of(runs_of(lines, name), kind).mean() for kind in KINDS))
     for place, name in enumerate(names):
-        values, colour = means_of(runs_of(lines, name), kind), style_of(name)["color"]
-        axis.plot(values, [place] * len(values), "o", color=colour, markersize=3, alpha=0.5, linewidth=0)
-        axis.plot([values.mean()], [place], "|", color=colour, markersize=11, markeredgewidth=2)
-    axis.set_yticks(range(len(names)), names)
-    axis.invert_yaxis()
+        runs, colour = runs_of(lines, name), style_of(name)["color"]
+        for kind, shift, face in (("greedy", 0.17, colour), ("sampled", -0.17, "white")):
+            values, y = means_of(runs, kind), place + shift
+            axis.plot(values, [y] * len(values), ".", color=colour, markersize=2.5, alpha=0.5)
+            bar = {"xerr": float(reach_of(values))} if len(values) > 1 else {}
+            axis.errorbar(values.mean(), y, **bar, fmt="o", color=colour, mfc=face, markersize=4.5, capsize=2)
+    for kind, face in (("greedy", "black"), ("sampled", "white")):
+        axis.plot([], [], "o", color="black", mfc=face, markersize=4.5, label=KINDS[kind])
+    axis.set_yticks(range(len(names)), names, fontsize=7.5 if len(names) < 13 else 6)
     axis.xaxis.set_major_formatter(in_percent)
-    axis.set_xlabel("% right, test")
-    axis.set_title(f"{regime}, {KINDS[kind]}: seeds, mean", loc="left")
-    axis.grid(axis="x", alpha=0.3)
+    finish(axis, title, "% right, test")
 
 
 def draw_band(
@@ -64,19 +80,19 @@ def draw_band(
     axis.fill_between(places, mean - reach, mean + reach, color=style_of(method)["color"], alpha=0.15, linewidth=0)
 
 
-def draw_curves(axis: Axes, lines: Sequence[Line], regime: str, against: str) -> None:
+def draw_curves(axis: Axes, lines: Sequence[Line], against: str, title: str) -> None:
     """Validation accuracy over the steps or over all tokens so far."""
     for name in SHOWN:
         if runs := runs_of(lines, name):
-            x = np.mean([line["curve"][against] for line in runs], axis=0)
-            draw_band(axis, x / (1000 if against == "tokens" else 1), column(runs, "validation"), name, name)
+            x = np.mean([line["curve"][against] for line in runs], axis=0) / (1000 if against == "tokens" else 1)
+            rows = column(runs, "validation")
+            for base in runs_of(lines, "base"):  # where all of them begin
+                x, rows = [0.0, *x], [[base["scores"]["validation"]["greedy"], *row] for row in rows]
+            draw_band(axis, x, rows, name, name)
     axis.set_ylim(0, None)
     axis.yaxis.set_major_formatter(in_percent)
-    axis.set_ylabel("% right, greedy")
-    axis.set_xlabel("step, supervised ones too" if against == "step" else "thousands of tokens, sampled and trained")
-    axis.set_title(f"{regime}: validation", loc="left")
-    axis.legend()
-    axis.grid(alpha=0.3)
+    unit = {"step": "step, supervised ones too", "tokens": "thousands of tokens, sampled and trained"}[against]
+    finish(axis, title, unit, "% right, validation, greedy")
 
 
 def column(runs: Sequence[Line], name: str) -> list[list[float | None]]:
@@ -89,48 +105,65 @@ def draw_levels(axis: Axes, lines: Sequence[Line], regime: str) -> None:
         if runs := runs_of(lines, name):
             rows = np.array([means_of(runs, "sampled", level) for level in LEVELS]).T
             draw_band(axis, range(len(LEVELS)), rows.tolist(), name, name)
-    axis.set_xticks(range(len(LEVELS)), LEVELS)
+    axis.set_xticks(range(len(LEVELS)), [f"{level}\nk = {min(k)}, {max(k)}" for level, k in LEVELS.items()])
     axis.set_ylim(0, 1)
     axis.yaxis.set_major_formatter(in_percent)
-    axis.set_ylabel("% right, test, T = 1")
-    axis.set_title(f"{regime}: by level", loc="left")
-    axis.legend()
-    axis.grid(alpha=0.3)
+    finish(axis, f"{regime}: by level, T = 1", "", "% right, test", grid="y")
 
 
 def draw_demonstrations(axis: Axes, lines: Sequence[Line], kind: str) -> None:
     """Accuracy against the number of demonstrations."""
     for name in REGIMES["scarce"].methods:
         numbers = [n for n in REGIMES["scarce"].demonstrations if runs_of(lines, f"{name}@{n}")]
-        for place, n in enumerate(numbers):
-            values = means_of(runs_of(lines, f"{name}@{n}"), kind)
-            axis.plot([n] * len(values), values, "o", markersize=2.5, alpha=0.5, color=style_of(name)["color"])
-            numbers[place] = (n, values.mean())
+        groups = [means_of(runs_of(lines, f"{name}@{n}"), kind) for n in numbers]
         if numbers:
-            axis.plot(*zip(*numbers), label=name, **style_of(name))
+            draw_points(axis, numbers, groups, name)
     axis.set_xscale("log", base=2)
+    axis.set_xticks(REGIMES["scarce"].demonstrations)
     axis.xaxis.set_major_formatter(lambda n, _: f"{n:g}")
-    axis.set_xlabel("demonstrations, of 512 problems")
     axis.yaxis.set_major_formatter(in_percent)
-    axis.set_ylabel("% right, test")
-    axis.set_title(f"scarce, {KINDS[kind]}", loc="left")
-    axis.legend()
-    axis.grid(alpha=0.3)
+    title = f"few demonstrations, {KINDS[kind]}"
+    finish(axis, title, "demonstrations, of 512 problems", "% right, test")
+
+
+def draw_points(axis: Axes, x: Sequence[float], groups: Sequence[np.ndarray], name: str) -> None:
+    """Means over runs with 95% intervals, and a dot for each run."""
+    for place, values in zip(x, groups):
+        axis.plot([place] * len(values), values, ".", markersize=2.5, alpha=0.5, color=style_of(name)["color"])
+    reaches = [float(reach_of(values)) for values in groups]
+    means = [float(values.mean()) for values in groups]
+    axis.errorbar(x, means, yerr=reaches, capsize=2, marker="o", markersize=3, label=name, **style_of(name))
+
+
+def draw_experts(axis: Axes, stored: dict[str, list[Line]], kind: str) -> None:
+    """Accuracy by kind of expert; the first is habit's."""
+    experts = (EXPERT, *REGIMES["weak"].experts)
+    for name in REGIMES["weak"].methods:
+        runs = [runs_of(stored["habit" if e == EXPERT else "weak"], f"{name}@{e}") for e in experts]
+        places = [place for place, found in enumerate(runs) if found]
+        if places:
+            draw_points(axis, places, [means_of(runs[place], kind) for place in places], name)
+    axis.set_xticks(range(len(experts)), experts)
+    axis.margins(y=0.3)  # for the legend
+    axis.yaxis.set_major_formatter(in_percent)
+    finish(axis, f"weaker experts, {KINDS[kind]}", "demonstrations by", "% right, test", legend=False)
+    axis.legend(loc="upper center", ncols=2)
 
 
 def draw_ablations(axis: Axes, lines: Sequence[Line], kind: str) -> None:
-    """A bar for Prefix-RFT and each of its ablations, with the interval over seeds."""
+    """Prefix-RFT and each of its ablations: bars with the interval over seeds."""
     names = [name for name in ("prefix-rft", *ABLATIONS) if runs_of(lines, name)]
     values = [means_of(runs_of(lines, name), kind) for name in names]
-    heights, reaches = [found.mean() for found in values], [float(reach_of(found)) for found in values]
-    axis.bar(range(len(names)), heights, yerr=reaches, capsize=2, color=[style_of(name)["color"] for name in names])
+    heights, reaches = [float(found.mean()) for found in values], [float(reach_of(found)) for found in values]
+    colours = [style_of("prefix-rft" if name == "prefix-rft" else "")["color"] for name in names]
+    axis.bar(range(len(names)), heights, yerr=reaches, capsize=2, color=colours, alpha=0.6)
+    for place, found in enumerate(values):
+        axis.plot([place] * len(found), found, ".", color="black", markersize=2.5)
+    axis.axhline(heights[0], color="grey", linewidth=0.8, linestyle=":")
     axis.set_xticks(range(len(names)), [name.removeprefix("prefix-rft-") for name in names], rotation=30, ha="right")
     axis.set_ylim(0, None)
     axis.yaxis.set_major_formatter(in_percent)
-    axis.set_ylabel("% right, test")
-    axis.set_title(f"ablations, habit, {KINDS[kind]}", loc="left")
-    axis.set_axisbelow(True)
-    axis.grid(axis="y", alpha=0.3)
+    finish(axis, f"ablations of Prefix-RFT, {KINDS[kind]}", "", "% right, test", legend=False, grid="y")
 
 
 def draw_with_and_without_clip(axis: Axes, lines: Sequence[Line], name: str, title: str, unit: str) -> None:
@@ -139,12 +172,8 @@ def draw_with_and_without_clip(axis: Axes, lines: Sequence[Line], name: str, tit
         if runs := runs_of(lines, method):
             draw_band(axis, runs[0]["curve"]["step"], column(runs, name), label, method)
     axis.set_ylim(0, None)
-    axis.xaxis.set_major_locator(MaxNLocator("auto", integer=True))
-    axis.set_xlabel("step")
-    axis.set_ylabel(unit)
-    axis.set_title(title, loc="left")
-    axis.legend()
-    axis.grid(alpha=0.3)
+    axis.xaxis.set_major_locator(MaxNLocator(5, steps=[1, 2, 5, 10]))
+    finish(axis, f"entropy clip: {title}", "step", unit)
 
 
 def draw_advantage(axis: Axes, stored: dict[str, list[Line]]) -> None:
@@ -159,51 +188,80 @@ def draw_advantage(axis: Axes, stored: dict[str, list[Line]]) -> None:
             axis.fill_between(places, low, high, color=style_of("prefix-rft")["color"], alpha=0.15, linewidth=0)
     axis.axhline(0, color="grey", linewidth=0.8)
     axis.xaxis.set_major_formatter(in_percent)
-    axis.set_xlabel("% of the run")
-    axis.set_ylabel("hybrid minus on-policy reward")
-    axis.set_title("the prefix's advantage", loc="left")
-    axis.legend()
-    axis.grid(alpha=0.3)
+    finish(axis, "lead of rows with a prefix", "% of the run", "hybrid minus on-policy reward")
+
+
+def draw_ceiling(axis: Axes, lines: Sequence[Line], level: str) -> None:
+    """pass@k over k; bands: 95% over problems and, with several, seeds."""
+    for name in ceiling.METHODS:
+        if runs := runs_of(lines, name):
+            found = np.array([mean_interval(ceiling.solved(runs, k, level)) for k in ceiling.TRIES])
+            axis.plot(
+                ceiling.TRIES, found[:, 0], label=name, marker="o", markersize=2, linewidth=1.2, **style_of(name)
+            )
+            low, high = found[:, 1].clip(0), found[:, 2].clip(max=1)
+            axis.fill_between(ceiling.TRIES, low, high, color=style_of(name)["color"], alpha=0.1, linewidth=0)
+    axis.set_xscale("log", base=2)
+    axis.set_xticks(ceiling.TRIES[::2])
+    axis.xaxis.set_major_formatter(lambda k, _: f"{k:g}")
+    axis.set_ylim(0, 1)
+    axis.yaxis.set_major_formatter(in_percent)
+    finish(axis, f"the ceiling: {level} problems", "k samples at T = 1", "pass@k, % of problems")
 
 
 def main_panels(stored: dict[str, list[Line]]) -> list[Panel]:
-    """Three a regime: accuracies of either kind, and curves."""
+    """At most three: what validation accuracy does in either regime, and the test accuracies in the first."""
     panels: list[Panel] = []
-    for regime in ("habit", "silent"):
-        lines = [line for line in stored[regime] if not line["trial"]]
-        if lines:
-            panels += [partial(draw_accuracies, lines=lines, regime=regime, kind=kind) for kind in KINDS]
-            panels += [partial(draw_curves, lines=lines, regime=regime, against="step")]
+    for regime, where in (("habit", "reward from the start"), ("silent", "hardly any reward at first")):
+        if any(runs_of(stored[regime], name) for name in SHOWN):
+            title = f"{regime}: {where}"
+            panels += [partial(draw_curves, lines=stored[regime], against="step", title=title)]
+    if any(not line["trial"] for line in stored["habit"]):
+        how = {"methods": ("base", *SHOWN), "title": "habit: at the end, test"}
+        panels += [partial(draw_accuracies, lines=stored["habit"], **how)]
     return panels
 
 
 def detail_panels(stored: dict[str, list[Line]]) -> list[Panel]:
-    habit, scarce = (stored[regime] for regime in ("habit", "scarce"))
+    """Three a regime."""
     panels: list[Panel] = []
-    for regime in ("habit", "silent"):
-        if any(runs_of(stored[regime], name) for name in SHOWN):
-            panels += [partial(draw_curves, lines=stored[regime], regime=regime, against="tokens")]
-            panels += [partial(draw_levels, lines=stored[regime], regime=regime)]
+    for regime in ("habit", "silent", "twin"):
+        lines = stored.get(regime, [])
+        if any(runs_of(lines, name) for name in SHOWN):
+            methods = [name for name in ("base", *REGIMES[regime].methods) if name not in ABLATIONS]
+            panels += [partial(draw_accuracies, lines=lines, methods=methods, title=f"{regime}: every method")]
+            panels += [partial(draw_curves, lines=lines, against="tokens", title=f"{regime}: by tokens")]
+            panels += [partial(draw_levels, lines=lines, regime=regime)]
+    return panels
+
+
+def question_panels(stored: dict[str, list[Line]]) -> list[Panel]:
+    """Few and weaker demonstrations, ablations, the entropy clip, the prefix's lead, the ceiling."""
+    habit, scarce, panels = stored["habit"], stored["scarce"], []
     if any(not line["trial"] for line in scarce):
         panels += [partial(draw_demonstrations, lines=scarce, kind=kind) for kind in KINDS]
-    if any(runs_of(habit, name) for name in ABLATIONS):
+    if any(line["method"] != "base" for line in stored.get("weak", [])):
+        panels += [partial(draw_experts, stored=stored, kind=kind) for kind in KINDS]
+    if any(runs_of(habit, name) for name in ABLATIONS) and runs_of(habit, "prefix-rft"):
         panels += [partial(draw_ablations, lines=habit, kind=kind) for kind in KINDS]
     if runs_of(habit, "prefix-rft"):
-        told = {"length": ("response length", "tokens"), "entropy": ("entropy of the policy", "nats per own token")}
+        told = {"length": ("response length", "tokens"), "entropy": ("the policy's entropy", "nats per own token")}
         for name, (title, unit) in told.items():
             panels += [partial(draw_with_and_without_clip, lines=habit, name=name, title=title, unit=unit)]
         panels += [partial(draw_advantage, stored=stored)]
+    if lines := stored.get(ceiling.NAME):
+        panels += [partial(draw_ceiling, lines=lines, level=level) for level in ceiling.LEVELS]
     return panels
 
 
 def draw_all(stored: dict[str, list[Line]], folder: Path) -> list[Path]:
     """Write the figures that there are runs for."""
     written = []
-    for name, panels in (("main.png", main_panels(stored)), ("details.png", detail_panels(stored))):
-        if panels:
+    for name, find in (("main", main_panels), ("details", detail_panels), ("questions", question_panels)):
+        if panels := find(stored):
             with matplotlib.rc_context(TYPE):
-                figure, axes = sheet(len(panels), 2.7)
+                figure, axes = sheet(len(panels), 2.9)
                 for panel, axis in zip(panels, axes):
                     panel(axis)
-                written.append(save(figure, folder / name))
+                written.append(save(figure, folder / f"{name}.png"))
     return written

@@ -6,13 +6,17 @@ stored runs in report.py, claims.py and drawing.py.
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from itertools import product
 from typing import Any
 
 from data.make_recipes import TRAIN_PROBLEMS, make_splits
 from loss import METHODS
 from support.config import Config, suggest
 
-Settings = dict[str, Any]  # of a run: "demonstrations" (how many there are) and what differs from train.py's defaults
+Settings = dict[
+    str, Any
+]  # of a run: "demonstrations" (how many there are), "expert" where it is a weak one, and what
+# differs from train.py's defaults
 Line = dict[str, Any]  # a stored run or trial (study.py)
 
 TRIAL_SEED = 1000
@@ -21,6 +25,8 @@ EQUAL = "sft-rft-equal"  # sft-rft with fewer steps: as many tokens as rft and p
 MAIN = ("rft", "sft-rft", "prefix-rft", "sft", "luffy", "uft", "relift", "hpt", "chord-phi", "rescue")
 OTHERS = tuple(name for name in METHODS if name not in MAIN)
 ABLATIONS = tuple(name for name in METHODS if name.startswith("prefix-rft-") and name != "prefix-rft-trust")
+EXPERT = "expert"  # the kind of demonstrations that a run has unless its settings name another
+TWIN = "runs/study/base-1"  # made by data/make_base.py --seed 1
 EVALUATED_EVERY = 10  # steps
 
 
@@ -34,6 +40,8 @@ class Regime:
     methods: tuple[str, ...]
     tuned_in: str  # the regime whose trials choose the settings
     seeds: tuple[int, ...] = (0, 1, 2, 3, 4)
+    experts: tuple[str, ...] = (EXPERT,)  # of make_recipes.DEMONSTRATIONS; each is a setting of its own
+    base: str = Config.model
 
 
 REGIMES = {
@@ -46,6 +54,24 @@ REGIMES = {
         ("sft-rft", "prefix-rft", "luffy", "uft"),
         "habit",
         (0, 1, 2),
+    ),
+    "weak": Regime(
+        "habit with weaker experts",
+        60,
+        (128,),
+        ("sft", "sft-rft", "prefix-rft", "luffy"),
+        "habit",
+        (0, 1, 2),
+        ("short", "slips", "several"),
+    ),
+    "twin": Regime(
+        "habit on a base of another pretraining seed",
+        60,
+        (128,),
+        ("rft", "sft-rft", "prefix-rft", "sft"),
+        "habit",
+        (0, 1, 2),
+        base=TWIN,
     ),
 }
 
@@ -67,12 +93,12 @@ def seeds_of(regime: str, method: str) -> tuple[int, ...]:
 # ---- data
 
 
-def training_rows(regime: str) -> list[dict]:
-    """The training problems of a regime."""
+def training_rows(regime: str, expert: str = EXPERT) -> list[dict]:
+    """The training problems of a regime, demonstrated by one of its experts."""
     if regime == "scarce":
         return make_splits(demonstrated=TRAIN_PROBLEMS)["train"]
-    rows = make_splits()["train"]
-    return rows if regime == "habit" else [row for row in rows if row["problem"].count(";") == 6]
+    rows = make_splits(expert)["train"]
+    return [row for row in rows if row["problem"].count(";") == 6] if regime == "silent" else rows
 
 
 def test_rows() -> list[dict]:
@@ -85,15 +111,16 @@ def test_rows() -> list[dict]:
 
 def train_settings(regime: str, method: str, settings: Settings) -> dict[str, Any]:
     """Fields of support.config.Config for a run with these settings, beside its data, folder and seed."""
-    given = {name: value for name, value in settings.items() if name != "demonstrations"}
+    given = {name: value for name, value in settings.items() if name not in ("demonstrations", "expert")}
     share = settings["demonstrations"] / max(REGIMES[regime].demonstrations)  # of those in training_rows
     return given | {"method": "sft-rft" if method == EQUAL else method, "demonstration_fraction": share}
 
 
-def common(regime: str, demonstrations: int | None = None) -> Settings:
+def common(regime: str, demonstrations: int | None = None, expert: str = EXPERT) -> Settings:
     """What all runs of a regime have, whatever was tuned."""
     chosen = REGIMES[regime]
-    return {"demonstrations": demonstrations or max(chosen.demonstrations), "steps": chosen.steps}
+    found = {"demonstrations": demonstrations or max(chosen.demonstrations), "steps": chosen.steps}
+    return found if expert == EXPERT else found | {"expert": expert}
 
 
 def trial_score(line: Line) -> float:
@@ -249,10 +276,11 @@ def equal_steps(lines: Sequence[Line]) -> int:
     return max(1, round(sum(reached) / len(reached)) - settings.get("sft_steps", Config.sft_steps))
 
 
-def run_settings(
-    regime: str, method: str, demonstrations: int, lines: Sequence[Line], tuning: Sequence[Line]
-) -> Settings:
-    """The settings of a run. `lines`: what is stored of its regime, `tuning`: of the one it was tuned in."""
-    tuned_in = REGIMES[regime].tuned_in
-    settings = chosen(tuned_in, stem_of(method), tuning) | common(regime, demonstrations)
-    return settings | {"steps": equal_steps(lines)} if method == EQUAL else settings
+def run_settings(regime: str, method: str, lines: Sequence[Line], tuning: Sequence[Line]) -> list[Settings]:
+    """The settings of a method's runs: for each number of demonstrations and each expert. `lines`: what is stored of
+    its regime, `tuning`: of the one it was tuned in."""
+    tuned = chosen(REGIMES[regime].tuned_in, stem_of(method), tuning)
+    if method == EQUAL:
+        return [tuned | common(regime) | {"steps": equal_steps(lines)}]
+    asked = product(REGIMES[regime].demonstrations, REGIMES[regime].experts)
+    return [tuned | common(regime, number, expert) for number, expert in asked]

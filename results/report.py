@@ -10,7 +10,8 @@ from pathlib import Path
 
 from data.make_recipes import LEVELS
 from evaluation.report import markdown_table, percent
-from results.claims import KINDS, difference, runs_of, scores, verdict_rows
+from results import ceiling
+from results.claims import KINDS, difference, mean_interval, runs_of, scores, verdict_rows
 from results.drawing import draw_all
 from results.protocol import REGIMES, Line, trial_score
 from results.runs import stored_lines
@@ -22,10 +23,11 @@ REFERENCES = ("prefix-rft", "sft-rft")
 
 
 def names_of(lines: Sequence[Line], regime: str) -> list[str]:
-    """The groups of runs that are stored, in the protocol's order; with several numbers of demonstrations those are
-    groups of their own."""
-    numbers = REGIMES[regime].demonstrations
-    names = [f"{m}@{n}" if len(numbers) > 1 else m for m in REGIMES[regime].methods for n in numbers]
+    """The groups of runs that are stored, in the protocol's order; each of several numbers of demonstrations, or
+    experts, is a group of its own."""
+    chosen = REGIMES[regime]
+    variants = next((found for found in (chosen.demonstrations, chosen.experts) if len(found) > 1), None)
+    names = [f"{m}@{variant}" for m in chosen.methods for variant in variants] if variants else chosen.methods
     return [name for name in ["base", *names] if runs_of(lines, name)]
 
 
@@ -49,7 +51,8 @@ def accuracy_table(lines: Sequence[Line], regime: str, kind: str) -> str:
 
 
 def difference_table(lines: Sequence[Line], regime: str) -> str:
-    """Differences to the REFERENCES with as many demonstrations, in points with 95% intervals."""
+    """Differences to the REFERENCES with the same demonstrations, in points with 95% intervals; with one seed of
+    either without."""
     rows = [["method", *(f"minus {other}, {title}" for other in REFERENCES for title in KINDS.values())]]
     for name in names_of(lines, regime):
         cells = []
@@ -57,9 +60,12 @@ def difference_table(lines: Sequence[Line], regime: str) -> str:
             other = reference + name[name.index("@") :] if "@" in name else reference
             for kind in KINDS:
                 groups = runs_of(lines, name), runs_of(lines, other)
-                enough = other != name and all(groups)
-                found = difference(*(scores(group, kind) for group in groups)) if enough else None
-                cells.append(f"{100 * found[0]:+.1f} {percent(found[1], found[2])}" if found else "–")
+                cells.append("–")
+                if other != name and all(groups):
+                    first, second = (scores(group, kind) for group in groups)
+                    found = difference(first, second, (name != "base", True))
+                    cells[-1] = f"{100 * (first.mean() - second.mean()):+.1f}"
+                    cells[-1] += f" {percent(found[1], found[2])}" if found else ""
         if set(cells) != {"–"}:
             rows.append([name, *cells])
     return markdown_table(rows)
@@ -70,7 +76,8 @@ def cost_table(lines: Sequence[Line], regime: str) -> str:
     rows = [["method", "settings", "sampled", "trained", "supervised", "sum, thousands of tokens"]]
     for name in (name for name in names_of(lines, regime) if name != "base"):
         runs = runs_of(lines, name)
-        settings = {key: value for key, value in runs[0]["settings"].items() if key != "demonstrations"}
+        hidden = ("demonstrations", "expert")  # in the name, where there are several
+        settings = {key: value for key, value in runs[0]["settings"].items() if key not in hidden}
         means = [statistics.mean(line["tokens"][kind] for line in runs) for kind in rows[0][2:5]]
         told = ", ".join(f"{key} {value:g}" for key, value in settings.items())
         rows.append([name, told, *(f"{value / 1000:.0f}" for value in (*means, sum(means)))])
@@ -89,6 +96,27 @@ def trial_table(lines: Sequence[Line]) -> str:
     return markdown_table(rows)
 
 
+def ceiling_table(lines: Sequence[Line]) -> str:
+    """pass@k, means over the problems, and at the largest k by level and paired with the base."""
+    most, shown = ceiling.TRIES[-1], ceiling.TRIES[::2]
+    rows = [
+        ["method", "seeds", *(f"pass@{k}" for k in shown), *(f"{level}: pass@{most}" for level in ceiling.LEVELS)]
+    ]
+    rows[0].append(f"minus base: pass@{most}")
+    base = runs_of(lines, "base")
+    for name in (name for name in ceiling.METHODS if runs_of(lines, name)):
+        runs = runs_of(lines, name)
+        asked = [(k, "all") for k in shown] + [(most, level) for level in ceiling.LEVELS]
+        found = [mean_interval(ceiling.solved(runs, *pair)) for pair in asked]
+        rows.append(
+            [name, str(len(runs)), *(f"{percent(mid)} {percent(low, high)}" for mid, low, high in found), "–"]
+        )
+        if base and name != "base":
+            mid, low, high = mean_interval(ceiling.solved(runs, most) - ceiling.solved(base[:1], most))
+            rows[-1][-1] = f"{100 * mid:+.1f} {percent(low, high)}"
+    return markdown_table(rows)
+
+
 def report_text(stored: dict[str, list[Line]]) -> str:
     """report.md."""
     parts = [
@@ -98,6 +126,13 @@ def report_text(stored: dict[str, list[Line]]) -> str:
     parts[-1] += " the folder above says what was done. Accuracies in %, differences in points; 95% intervals.\n"
     for regime, lines in stored.items():
         if not lines:
+            continue
+        if regime == ceiling.NAME:
+            parts.append(
+                f"## ceiling: up to {ceiling.SAMPLES} samples at temperature 1 from models of {ceiling.REGIME}\n"
+            )
+            told = f"The first {ceiling.PROBLEMS} test problems of {' and of '.join(ceiling.LEVELS)}; "
+            parts += [told + "intervals over problems and, with several, seeds\n", ceiling_table(lines)]
             continue
         parts.append(f"## {regime}: {REGIMES[regime].about}\n")
         if any(not line["trial"] for line in lines):
@@ -122,7 +157,7 @@ def with_verdicts(readme: str, stored: dict[str, list[Line]]) -> str:
 
 
 def read_store(store: Path) -> dict[str, list[Line]]:
-    return {regime: stored_lines(store / f"{regime}.jsonl") for regime in REGIMES}
+    return {name: stored_lines(store / f"{name}.jsonl") for name in (*REGIMES, ceiling.NAME)}
 
 
 def write_report(store: Path, readme: Path | None) -> list[Path]:

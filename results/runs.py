@@ -24,7 +24,18 @@ from eval import evaluate
 from evaluation.statistics import Answers, mean, summarize
 from loss import METHODS
 from model import load_model
-from results.protocol import EQUAL, EVALUATED_EVERY, Line, Settings, test_rows, train_settings, training_rows
+from results.protocol import (
+    EQUAL,
+    EVALUATED_EVERY,
+    EXPERT,
+    REGIMES,
+    TWIN,
+    Line,
+    Settings,
+    test_rows,
+    train_settings,
+    training_rows,
+)
 from reward import load_reward
 from support.checkpoint import read_json, sha256, write_text
 from support.config import TASK, Config, from_dict
@@ -32,6 +43,7 @@ from train import train
 
 RUNS = Path("runs/study")
 TEST = RUNS / "data/test.jsonl"
+MAKE_TWIN = f"python data/make_base.py --seed 1 --out {TWIN}"
 PROBED = ("loss", "grad_norm", "entropy", "response_tokens", "reward")  # of the metrics of a probe's steps
 CURVES = {  # in a line: the metric it is the mean of, over the steps since the last evaluation
     "entropy": "entropy",
@@ -58,7 +70,8 @@ class Spec:
 
     @property
     def name(self) -> str:
-        words = [f"{name}{value:g}" for name, value in sorted(self.settings.items())]
+        told = {name: value if isinstance(value, str) else f"{value:g}" for name, value in self.settings.items()}
+        words = [f"{name}{value}" for name, value in sorted(told.items())]
         return "-".join([self.regime, self.method, *words, f"seed{self.seed}", *["trial"] * self.trial])
 
     @property
@@ -71,20 +84,25 @@ class Spec:
 # ---- data and what is stored
 
 
-def data_file(regime: str) -> Path:
-    return RUNS / f"data/{regime}/train.jsonl"
+def data_file(regime: str, expert: str = EXPERT) -> Path:
+    return RUNS / f"data/{regime}/{'train' if expert == EXPERT else expert}.jsonl"
 
 
 def make_data(regimes: Sequence[str]) -> None:
     """Write the files of problems, always with the same bytes."""
-    for path, rows in [(data_file(regime), training_rows(regime)) for regime in regimes] + [(TEST, test_rows())]:
+    asked = [(regime, expert) for regime in regimes for expert in REGIMES[regime].experts]
+    for path, rows in [(data_file(*pair), training_rows(*pair)) for pair in asked] + [(TEST, test_rows())]:
         path.parent.mkdir(parents=True, exist_ok=True)
         write_jsonl(path, rows)
 
 
 def made_of(regime: str) -> dict[str, str]:
     """The first digits of the sha256 of what all runs of a regime are made of."""
-    files = {"base": Path(Config.model) / "model.safetensors", "train": data_file(regime)}
+    base = Path(REGIMES[regime].base)
+    if str(base) == TWIN and not base.exists():
+        raise ValueError(f"{base}, the base of {regime}, is missing: first  {MAKE_TWIN}")
+    files = {"base": base / "model.safetensors"}
+    files |= {data_file(regime, expert).stem: data_file(regime, expert) for expert in REGIMES[regime].experts}
     files |= {"validation": Path(TASK) / "validation.jsonl", "test": TEST}
     return {name: sha256(path)[:12] for name, path in files.items()}
 
@@ -105,11 +123,12 @@ def stored_lines(path: Path) -> list[Line]:
 
 
 def check_stored(path: Path, regime: str) -> list[Line]:
-    """The same; ValueError also where a line is of another regime, base or data."""
+    """The same; ValueError also where a line is of another regime than the file's name says, base or data; `regime`:
+    whose base and data."""
     lines, now = stored_lines(path), made_of(regime)
     for number, line in enumerate(lines, 1):
-        if line["regime"] != regime:
-            raise ValueError(f"{path}:{number}: found a run of regime {line['regime']}, expected {regime}")
+        if line["regime"] != path.stem:
+            raise ValueError(f"{path}:{number}: found a run of regime {line['regime']}, expected {path.stem}")
         other = [name for name in now if line["made_of"].get(name) != now[name]]
         if other:
             was = ", ".join(f"{name} {line['made_of'].get(name)}, now {now[name]}" for name in other)
@@ -127,7 +146,9 @@ def spec_of(line: Line) -> Spec:
 
 
 def configuration(spec: Spec) -> dict[str, Any]:
-    fixed = {"data": str(data_file(spec.regime)), "eval_data": f"{TASK}/validation.jsonl", "seed": spec.seed}
+    data = data_file(spec.regime, spec.settings.get("expert", EXPERT))
+    fixed = {"data": str(data), "eval_data": f"{TASK}/validation.jsonl", "seed": spec.seed}
+    fixed |= {"model": REGIMES[spec.regime].base}
     return fixed | train_settings(spec.regime, spec.method, spec.settings)
 
 
@@ -153,13 +174,15 @@ def read_rows(path: Path) -> list[dict[str, Any]]:
     return [json.loads(text) for text in path.read_text(encoding="utf-8").splitlines()]
 
 
-def answers(model_folder: str, problems_file: Path, temperature: float, seed: int) -> list[Answers]:
-    """Graded responses of a model: 1 a problem at temperature 0, else 4."""
+def answers(
+    model_folder: str, problems_file: Path, temperature: float, seed: int, samples: int = Config.eval_samples
+) -> list[Answers]:
+    """Graded responses of a model: 1 a problem at temperature 0, else `samples`."""
     model, tokenizer = load_model(model_folder, torch.device("cpu"))
     reward = load_reward("math")
     problems, budget = load_problems(str(problems_file), reward), Config.eval_response_tokens
     encoded, *_ = encode_problems(tokenizer, problems, budget, model.generation_config.eos_token_id, reward)
-    how = {"samples": Config.eval_samples if temperature else 1, "temperature": temperature, "seed": seed}
+    how = {"samples": samples if temperature else 1, "temperature": temperature, "seed": seed}
     return evaluate(model, tokenizer, problems, encoded, max_response_tokens=budget, **how)
 
 
@@ -225,7 +248,7 @@ def line_of(spec: Spec) -> Line:
     line = {"regime": spec.regime, "method": spec.method, "seed": spec.seed, "trial": spec.trial}
     line |= {"settings": spec.settings, "made_of": made_of(spec.regime)}
     if spec.method == "base":
-        return line | measure(Config.model, spec.seed, trial=False)
+        return line | measure(REGIMES[spec.regime].base, spec.seed, trial=False)
     folder, probed = RUNS / spec.name, probe(spec)
     begun_with = RUNS / f"{spec.name}.probe.json"
     if begun_with.exists() and not alike(read_json(begun_with)["probe"], probed):

@@ -1,9 +1,11 @@
 """The study of the methods (README.md: protocol and verdicts): its trials, its runs, its report.
 
-    python results/study.py tune|run|report [--regime R] [--methods a,b] [--seeds 0,1] [--jobs N] [--quick]
+    python results/study.py tune|run|ceiling|report [--regime R] [--methods a,b] [--seeds 0,1] [--jobs N] [--quick]
 
-tune makes the trials that the protocol asks for, run the runs with the settings that the trials chose, report the
-tables, figures and verdicts from what is stored. Without --regime, --methods or --seeds: all that the protocol has.
+tune makes the trials that the protocol asks for, run the runs with the settings that the trials chose, ceiling takes
+256 samples of each of some problems from the models of finished runs (ceiling.py), report writes tables, figures and
+verdicts from what is stored. Without --regime, --methods or --seeds: all that the protocol has; for ceiling: its five
+models, seed 0.
 --quick: 4 methods x 2 seeds of habit, stored and reported under runs/study/quick.
 
 A trial or run is a process of its own that calls train.train in runs/study/NAME, so a stopped one goes on from its
@@ -32,6 +34,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 import torch
 from tqdm import tqdm
 
+from results import ceiling
 from results.protocol import (
     EQUAL,
     REGIMES,
@@ -69,12 +72,15 @@ def work(function: Callable[[Spec], Any], spec: Spec, answer: Any) -> None:
             answer.close()
 
 
-def in_processes(function: Callable[[Spec], Any], specs: Sequence[Spec], jobs: int) -> Iterator[tuple[Spec, Any]]:
-    """(spec, function(spec)) as they end, `jobs` at a time, with a progress bar in steps. ValueError if one fails,
-    when those that run have been stopped."""
+def in_processes(
+    function: Callable[[Spec], Any], specs: Sequence[Spec], jobs: int, unit: str = "step"
+) -> Iterator[tuple[Spec, Any]]:
+    """(spec, function(spec)) as they end, `jobs` at a time, with a progress bar in steps, or in specs if `unit` is
+    another. ValueError if one fails, when those that run have been stopped."""
     context, waiting = multiprocessing.get_context("spawn"), list(specs)
     running: dict[Any, tuple[Spec, Any]] = {}
-    bar = tqdm(total=sum(map(steps_to_do, specs)), unit="step", smoothing=0.05, disable=not sys.stderr.isatty())
+    size, rest = (steps_to_do, left_of) if unit == "step" else (lambda spec: 1,) * 2
+    bar = tqdm(total=sum(map(size, specs)), unit=unit, smoothing=0.05, disable=not sys.stderr.isatty())
     try:
         while waiting or running:
             while waiting and len(running) < jobs:
@@ -93,7 +99,7 @@ def in_processes(function: Callable[[Spec], Any], specs: Sequence[Spec], jobs: i
                 if not good:
                     raise ValueError(result)
                 yield spec, result
-            left = sum(map(steps_to_do, waiting)) + sum(left_of(spec) for spec, _ in running.values())
+            left = sum(map(size, waiting)) + sum(rest(spec) for spec, _ in running.values())
             bar.n = bar.total - left
             bar.refresh()
     finally:
@@ -179,9 +185,8 @@ class Study:
         for batch in (plain, [method for method in methods if method not in plain]):  # the second looks at the first
             specs = [base]
             for method in batch:
-                for number in REGIMES[self.regime].demonstrations:
-                    settings = run_settings(self.regime, method, number, self.lines, tuning)
-                    chosen_seeds = [seed for seed in seeds_of(self.regime, method) if not seeds or seed in seeds]
+                chosen_seeds = [seed for seed in seeds_of(self.regime, method) if not seeds or seed in seeds]
+                for settings in run_settings(self.regime, method, self.lines, tuning):
                     specs += [Spec(self.regime, method, seed, settings) for seed in chosen_seeds]
             self.check_settings(specs)
             self.make(specs)
@@ -191,12 +196,31 @@ class Study:
         for spec in specs:
             for number, line in enumerate(self.lines, 1):
                 same = (line["method"], line["seed"], line["trial"]) == (spec.method, spec.seed, False)
-                same &= line["settings"].get("demonstrations") == spec.settings.get("demonstrations")
+                same &= all(line["settings"].get(k) == spec.settings.get(k) for k in ("demonstrations", "expert"))
                 if same and line["settings"] != spec.settings:
                     raise ValueError(
                         f"{self.path}:{number}: {spec.method}, seed {spec.seed} was run with {line['settings']}, the "
                         f"trials choose {spec.settings}: delete the line to run it again"
                     )
+
+
+def measure_ceiling(store: Path, methods: Sequence[str], seeds: Sequence[int], jobs: int) -> None:
+    """pass@k of the runs that have none yet, each stored in ceiling.jsonl as it is done."""
+    path, runs = store / f"{ceiling.NAME}.jsonl", check_stored(store / f"{ceiling.REGIME}.jsonl", ceiling.REGIME)
+    lines = check_stored(path, ceiling.REGIME)
+    wanted = ceiling.runs_to_measure(methods, seeds, runs)
+    todo = [spec_of(run) for run in wanted if not ceiling.is_measured(run, lines)]
+    for spec in todo:
+        ceiling.check_folder(spec)
+    ceiling.make_problems()
+    tqdm.write(f"{ceiling.NAME}: {len(todo)} of {len(wanted)} models to do")
+    for spec, line in in_processes(ceiling.ceiling_line, todo, jobs, "model"):
+        line["probe"] = next(run.get("probe", []) for run in wanted if spec_of(run) == spec)
+        lines = [other for other in lines if ceiling.who(other) != ceiling.who(line)] + [line]
+        write_text(path, "".join(json.dumps(other, ensure_ascii=False) + "\n" for other in lines))
+        first, last = (100 * line["scores"]["all"][f"pass@{k}"] for k in (1, ceiling.SAMPLES))
+        tqdm.write(f"{spec.name}: pass@1 {first:.1f}%, pass@{ceiling.SAMPLES} {last:.1f}%")
+        sys.stdout.flush()
 
 
 @contextlib.contextmanager
@@ -213,7 +237,7 @@ def locked(path: Path) -> Iterator[None]:
 
 def parse(argv: Sequence[str]) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description="The study: trials, runs, report.", allow_abbrev=False)
-    parser.add_argument("command", choices=("tune", "run", "report"))
+    parser.add_argument("command", choices=("tune", "run", "ceiling", "report"))
     parser.add_argument("--regime", default="", help=f"one of {', '.join(REGIMES)} (default: all)")
     parser.add_argument("--methods", default="", help="keys of loss.METHODS, or sft-rft-equal; with commas between")
     parser.add_argument("--seeds", default="", help="with commas between (default: the protocol's)")
@@ -229,10 +253,16 @@ def parse(argv: Sequence[str]) -> argparse.Namespace:
     args.seeds = [int(word) for word in args.seeds.split(",")] if args.seeds else []
     args.store = STORE
     if args.quick:
-        if args.command == "tune" or args.methods or args.seeds or args.regime:
+        if args.command in ("tune", "ceiling") or args.methods or args.seeds or args.regime:
             raise ValueError("--quick chooses regime, methods and seeds itself: give it to run or report alone")
         args.regimes, args.methods, args.seeds, args.store = ["habit"], list(QUICK), [0, 1], RUNS / "quick"
-    check_names(args.regimes, args.methods)
+    if args.command == "ceiling":
+        if args.regime not in ("", ceiling.REGIME):
+            raise ValueError(f"ceiling is measured of the runs of {ceiling.REGIME}: leave --regime out")
+        if other := [name for name in args.methods if name not in ceiling.METHODS]:
+            raise ValueError(f"method {other[0]!r}: ceiling is measured of {', '.join(ceiling.METHODS)}")
+    else:
+        check_names(args.regimes, args.methods)
     if args.jobs < 1:
         raise ValueError(f"jobs is {args.jobs}, expected at least 1")
     return args
@@ -244,7 +274,10 @@ def main() -> None:
         args = parse(sys.argv[1:])
         os.chdir(Path(__file__).resolve().parents[1])
         make_data(list(REGIMES))
-        for regime in args.regimes if args.command != "report" else []:
+        if args.command == "ceiling":
+            with locked(RUNS / f"{args.store.name}-{ceiling.NAME}.lock"):
+                measure_ceiling(args.store, args.methods or ceiling.METHODS, args.seeds or [0], args.jobs)
+        for regime in args.regimes if args.command in ("tune", "run") else []:
             methods = args.methods or REGIMES[regime].methods
             with locked(RUNS / f"{args.store.name}-{regime}.lock"):
                 study = Study(regime, args.store, args.jobs)

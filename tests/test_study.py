@@ -40,6 +40,11 @@ def test_the_regimes_have_the_demonstrations_they_say():
         assert sum("demonstrations" in row for row in rows) == max(REGIMES[name].demonstrations)
     assert {row["problem"].count(";") for row in silent} == {6}
     assert [row["problem"] for row in scarce] == [row["problem"] for row in habit]
+    weak = protocol.training_rows("weak", "slips")
+    assert [("demonstrations" in row, row["problem"]) for row in weak] == [
+        ("demonstrations" in row, row["problem"]) for row in habit
+    ]
+    assert any(row.get("demonstrations") != other.get("demonstrations") for row, other in zip(weak, habit))
     shares = [protocol.train_settings("scarce", "uft", common("scarce", n)) for n in (512, 128, 32, 8, 2)]
     assert [given["demonstration_fraction"] * 512 for given in shares] == [512, 128, 32, 8, 2]
 
@@ -103,10 +108,28 @@ def test_an_untuned_method_is_an_error_that_names_the_command():
 
 def test_the_ablations_take_the_settings_of_prefix_rft():
     lines = play("prefix-rft", lambda s: s["lr"])[0]
-    found = protocol.run_settings("habit", "prefix-rft-low", 128, [], lines)
-    assert found == BASE | {"lr": 4e-4}
-    scarce = protocol.run_settings("scarce", "prefix-rft", 8, [], lines)
-    assert scarce == {"demonstrations": 8, "steps": 60, "lr": 4e-4}
+    found = protocol.run_settings("habit", "prefix-rft-low", [], lines)
+    assert found == [BASE | {"lr": 4e-4}]
+
+
+def test_regimes_that_are_not_tuned_take_the_settings_of_habit():
+    lines = play("prefix-rft", lambda s: s["lr"])[0]
+    scarce = protocol.run_settings("scarce", "prefix-rft", [], lines)
+    assert scarce == [{"demonstrations": n, "steps": 60, "lr": 4e-4} for n in (512, 128, 32, 8, 2)]
+    weak = protocol.run_settings("weak", "prefix-rft", [], lines)
+    assert weak == [BASE | {"expert": expert, "lr": 4e-4} for expert in ("short", "slips", "several")]
+    assert protocol.run_settings("twin", "prefix-rft", [], lines) == [BASE | {"lr": 4e-4}]
+
+
+def test_runs_with_weaker_experts_and_on_the_other_base_are_told_apart(tmp_path, monkeypatch):
+    weak = Spec("weak", "prefix-rft", 0, BASE | {"expert": "slips"})
+    assert weak.name == "weak-prefix-rft-demonstrations128-expertslips-steps60-seed0"
+    assert runs.configuration(weak)["data"] == "runs/study/data/weak/slips.jsonl"
+    assert "expert" not in runs.configuration(weak) and runs.configuration(weak)["model"] == "data/base"
+    assert runs.configuration(Spec("twin", "rft", 0, BASE))["model"] == protocol.TWIN
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(ValueError, match="first  python data/make_base"):
+        runs.made_of("twin")
 
 
 def test_equal_tokens():
@@ -258,6 +281,15 @@ def test_bad_words_are_one_line_and_touch_nothing(words, message, monkeypatch, c
     assert stop.value.code == 2
     error = capsys.readouterr().err
     assert error.startswith("study.py: ") and message in error and error.count("\n") == 1
+
+
+def test_stored_lines_are_still_accepted(tmp_path, monkeypatch):
+    """What they are compared with has not changed, else the next command would refuse them."""
+    monkeypatch.setattr(runs, "RUNS", tmp_path)
+    monkeypatch.setattr(runs, "TEST", tmp_path / "data/test.jsonl")
+    runs.make_data(["habit", "weak"])
+    assert runs.check_stored(study.STORE / "habit.jsonl", "habit")
+    assert list(runs.made_of("weak")) == ["base", "short", "slips", "several", "validation", "test"]
 
 
 @pytest.mark.parametrize(

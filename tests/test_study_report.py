@@ -8,7 +8,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from results import claims, report
+from results import ceiling, claims, report
 from results.claims import Claim, difference, measured, t_quantile, verdict
 from results.drawing import draw_all
 from results.protocol import REGIMES
@@ -45,8 +45,11 @@ def stored() -> dict[str, list[dict]]:
         for number, share in ((512, 0.6), (8, 0.6), (2, 0.3))
         for seed in range(3)
     ]
+    weak = [run_line("prefix-rft", seed, 0.4, "weak") for seed in range(3)]
+    for line in weak:
+        line["settings"]["expert"] = "slips"
     trial = run_line("rft", 1000, 0.5) | {"trial": True}
-    return {"habit": [*habit, trial], "silent": [], "scarce": scarce}
+    return {"habit": [*habit, trial], "silent": [], "scarce": scarce, "weak": weak}
 
 
 # ---- intervals
@@ -101,25 +104,31 @@ def test_the_interval_covers_the_true_difference():
     ],
 )
 def test_verdicts(found, equal, want):
-    assert verdict(Claim("", "", "habit", equal=equal), found) == want
+    assert verdict(Claim("", "", "habit", "rft", equal=equal), found) == want
 
 
 def test_what_is_measured_for_a_claim(stored):
-    def judge(lines, **kwargs):
+    def judge(**kwargs):
         claim = Claim("", "", **kwargs)
-        found = measured(claim, lines)
+        found = measured(claim, stored)
         return verdict(claim, found), found
 
-    habit, scarce = stored["habit"], stored["scarce"]
-    assert judge(habit, regime="habit", more="prefix-rft", less="rft")[0] == "seen"
-    assert judge(habit, regime="habit", more="sft", less="prefix-rft")[0] == "opposite"
-    assert judge(habit, regime="habit", more="prefix-rft", less="luffy")[0] == "cannot be tested"
-    result, found = judge(habit, regime="habit", more="prefix-rft-all", less="prefix-rft", what="length")
+    habit = stored["habit"]
+    assert judge(regime="habit", more="prefix-rft", less="rft")[0] == "seen"
+    assert judge(regime="habit", more="sft", less="prefix-rft")[0] == "opposite"
+    assert judge(regime="habit", more="prefix-rft", less="luffy")[0] == "cannot be tested"
+    result, found = judge(regime="habit", more="prefix-rft-all", less="prefix-rft", what="length")
     assert result == "seen" and found["length"][0] == 91 - 50
-    result, found = judge(habit, regime="habit", more="prefix-rft", what="advantage")
+    result, found = judge(regime="habit", more="prefix-rft", what="advantage")
     assert result == "seen" and found["reward"][0] == pytest.approx((0.8 + 0.3 + 0.1) / 3)
-    assert judge(scarce, regime="scarce", more="prefix-rft@512", less="prefix-rft@2", equal=True)[0] == "opposite"
-    result, found = judge(habit, regime="habit", more="prefix-rft", less="rft", level="ood")
+    result, found = judge(regime="habit", more="prefix-rft", what="narrowing")
+    assert result == "seen" and found["reward"][0] == pytest.approx(0.8 - 0.1)
+    assert judge(regime="scarce", more="prefix-rft@512", less="prefix-rft@2", equal=True)[0] == "opposite"
+    assert judge(regime="scarce", more="prefix-rft@8", less="habit:rft")[0] == "seen"
+    weaker = {"regime": "weak", "more": "habit:prefix-rft", "equal": True}
+    assert judge(**weaker, less="prefix-rft@slips")[0] == "opposite"
+    assert judge(**weaker, less="prefix-rft@short")[0] == "cannot be tested"
+    result, found = judge(regime="habit", more="prefix-rft", less="rft", level="ood")
     counts = {
         m: [line["counts"]["greedy"][600:] for line in habit[:9] if line["method"] == m]
         for m in ("rft", "prefix-rft")
@@ -127,14 +136,15 @@ def test_what_is_measured_for_a_claim(stored):
     assert found["greedy"][0] == pytest.approx(np.mean(counts["prefix-rft"]) - np.mean(counts["rft"]))
 
 
-def test_every_table_and_figure_of_the_paper_has_a_claim():
+def test_every_claim_has_a_source_a_regime_and_methods_of_it():
     sources = {claim.source for claim in claims.claims()}
-    assert sources == {*(f"Table {n}" for n in (1, 2, 6, 8)), *(f"Figure {n}" for n in (2, 4, 6)), "[2604.23747]"}
+    assert {"Table 1", "Tables 2, 6", "Table 8", "Figure 4", "Figure 6", "pass@2048", "[2604.23747]"} == sources
+    known = {regime: chosen.methods for regime, chosen in REGIMES.items()} | {"ceiling": ceiling.METHODS}
     for claim in claims.claims():
-        assert claim.why and (not claim.regime or claim.regime in REGIMES)
-        for name in (claim.more, claim.less):
-            method = name.partition("@")[0]
-            assert not method or method in REGIMES[claim.regime].methods
+        assert claim.why and claim.regime in known
+        for name in filter(None, (claim.more, claim.less)):
+            regime, _, rest = name.rpartition(":")
+            assert rest.partition("@")[0] in known[regime or claim.regime], name
 
 
 # ---- tables
@@ -173,7 +183,7 @@ def test_the_report_is_written_and_the_rest_of_the_readme_stays(tmp_path, stored
     readme = tmp_path / "README.md"
     readme.write_text(f"before\n{report.BEGIN}\nEARLIER\n{report.END}\nafter\n")
     written = report.write_report(tmp_path, readme)
-    assert {path.name for path in written} == {"report.md", "main.png", "details.png", "README.md"}
+    assert {path.name for path in written} == {"report.md", "main.png", "details.png", "questions.png", "README.md"}
     text = readme.read_text()
     assert text.startswith("before\n") and text.endswith(f"{report.END}\nafter\n") and "EARLIER" not in text
     rows = [line.split(" | ") for line in text.splitlines() if line.startswith("| ")][1:]

@@ -96,6 +96,7 @@ class Graded:
     rows: list[Row]
     responses: list[list[int]]
     rewards: list[float]
+    log_probs: list[list[float]]  # of own tokens, as the sampler drew them
     sampled_tokens: int  # those of replaced groups too
 
     def with_groups(self, other: "Graded") -> "Graded":
@@ -105,8 +106,8 @@ class Graded:
         columns = zip(*sorted([*stay, *other.entries()], key=lambda entry: entry[0].group))
         return Graded(*map(list, columns), self.sampled_tokens + other.sampled_tokens)
 
-    def entries(self) -> list[tuple[Row, list[int], float]]:
-        return list(zip(self.rows, self.responses, self.rewards))
+    def entries(self) -> list[tuple[Row, list[int], float, list[float]]]:
+        return list(zip(self.rows, self.responses, self.rewards, self.log_probs))
 
     def unsolved(self, gate: int) -> list[int]:
         """Groups in which at most `gate` rows are right (reward 1)."""
@@ -136,6 +137,7 @@ def plan(run: Run, picked: Sequence[int], groups: Sequence[int], step: int, roll
 
 def sample_and_grade(run: Run, picked: Sequence[int], rows: list[Row]) -> Graded:
     config = run.config
+    log_probs: list[list[float]] = []
     responses = generate(
         run.model,
         rows,
@@ -144,12 +146,13 @@ def sample_and_grade(run: Run, picked: Sequence[int], rows: list[Row]) -> Graded
         rows_per_call=config.rows_per_call,
         prefill=config.prefill,
         decode=config.decode,
+        log_probs=log_probs,
     )
     rollouts = pack(rows, responses, run.model, run.tokenizer)
     rewards = grade_all(run.reward, rollouts.texts, [run.data.train[picked[row.group]] for row in rows])
     rewards = [0.0 if cut else reward for reward, cut in zip(rewards, rollouts.truncated.tolist())]
     sampled_tokens = sum(len(response) - len(row.prefix_ids) for row, response in zip(rows, responses))
-    return Graded(rows, responses, rewards, sampled_tokens)
+    return Graded(rows, responses, rewards, log_probs, sampled_tokens)
 
 
 def second_chance(run: Run, picked: Sequence[int], graded: Graded, step: int) -> Graded:
@@ -193,6 +196,7 @@ class Batch:
     fractions: Tensor  # [B] share of the demonstration a row was given
     sampled_tokens: int = 0
     unsolved_groups: tuple[int, ...] = ()  # those that no rollout solved at first
+    drawn_log_probs: Tensor | None = None  # [n] of the own tokens, row after row, as the sampler had them
 
 
 def micro_batches(rollouts: Rollouts, rows: Tensor, budget: int) -> list[Tensor]:
@@ -256,7 +260,8 @@ def rollout_batch(run: Run, picked: Sequence[int], step: int) -> Batch:
     compared = advantages(rewards, rollouts.group, rollouts.hybrid, baseline, scale_by_std)
     fractions = torch.tensor([row.fraction for row in graded.rows])
     old = old_stats(run.model, rollouts, config)
-    return Batch(rollouts, rewards, *compared, *old, fractions, graded.sampled_tokens, unsolved)
+    drawn = torch.tensor([value for log_probs in graded.log_probs for value in log_probs])
+    return Batch(rollouts, rewards, *compared, *old, fractions, graded.sampled_tokens, unsolved, drawn)
 
 
 def demonstration_batch(run: Run, problems: Sequence[Encoded], step: int) -> Batch:

@@ -6,6 +6,7 @@ import sys
 from pathlib import Path
 
 import pytest
+import torch
 from test_step import make_run
 
 import step as steps
@@ -30,7 +31,7 @@ def row(step: int, **changes) -> dict:
         "hybrid_rows": 3,
         "entropy": 0.5,
     }
-    return {"step": step, "reward": 0.5, "surprise": 0.01 * (-1) ** step} | usual | changes
+    return {"step": step, "reward": 0.5, "surprise": 0.01 * (-1) ** step, "log_prob_gap": 1e-6} | usual | changes
 
 
 @pytest.mark.parametrize(
@@ -41,6 +42,7 @@ def row(step: int, **changes) -> dict:
         ("no_hybrid", {"hybrid_rows": 0}, LONG),
         ("surprise", {"surprise": 0.05}, LONG),
         ("skipped", {"skipped_updates": 1}, 1),
+        ("log_prob_gap", {"log_prob_gap": 4e-4}, 1),
         ("truncated", {"truncated": 0.6}, 1),
         ("unread", {"unread": 0.51}, 1),
     ],
@@ -56,8 +58,20 @@ def test_each_warning_is_said_once_when_it_is_due(name, changes, at):
     assert watch.said[name].startswith(f"step {FIRST + due[0]}: ")
     again = Watch(METHODS["prefix-rft"], {})  # a run that goes on, shown the rows of the first part
     for number in range(1, FIRST + due[0]):
-        again.look(row(number, **(changes if number > FIRST else {})))
+        again.recall(row(number, **(changes if number > FIRST else {})))
     assert again.look(row(FIRST + due[0], **changes)) == said[due[0] - 1]
+
+
+def test_a_run_that_goes_on_elsewhere_recalls_what_was_said_and_nothing_else():
+    """bf16 rounds more than fp32: what was no fault on a GPU is none on the CPU the run goes on with."""
+    rounded = row(1, log_prob_gap=0.01)
+    assert list(Watch(METHODS["rft"], {}).look(rounded)) == ["log_prob_gap"]
+    assert Watch(METHODS["rft"], {}, torch.bfloat16).look(rounded) == {}
+    assert Watch(METHODS["rft"], {}, torch.bfloat16).look(row(1, log_prob_gap=0.1))
+    watch = Watch(METHODS["rft"], {})
+    watch.recall(rounded)
+    watch.recall(row(2, skipped_updates=1, warnings={"skipped": "step 2: as it was said"}))
+    assert watch.said == {"skipped": "step 2: as it was said"}
 
 
 def test_nothing_is_said_of_a_run_without_faults():
@@ -71,7 +85,7 @@ def test_nothing_is_said_of_a_run_without_faults():
 
 @pytest.mark.parametrize("sampled_at, warned", [(1.0, False), (0.8, True)])
 def test_a_sampler_of_another_temperature_is_noticed(tokenizer, monkeypatch, sampled_at, warned):
-    """By what a run has anyway: log-probs and entropies of its training pass."""
+    """At once by the sampler's own log-probs; later also by those and entropies of the training pass alone."""
     honest, watch = steps.generate, Watch(METHODS["rft"], {})
 
     def generate(model, rows, budget, temperature, **how):
@@ -81,6 +95,7 @@ def test_a_sampler_of_another_temperature_is_noticed(tokenizer, monkeypatch, sam
     run = make_run(tokenizer, "rft", prompts_per_step=2, updates_per_step=1, lr=0.0)
     for number in range(LONG):
         watch.look({"step": number + 1, **rl_step(run, number)[0]})
+        assert ("log_prob_gap" in watch.said) is warned
     assert ("surprise" in watch.said) is warned
     assert not warned or "less surprising than the training pass expects" in watch.said["surprise"]
 

@@ -391,7 +391,7 @@ def sft_step(
         "skipped_updates": sums["skipped"],
         "entropy": sums["entropy"] / count,
         "response_tokens": count / len(problems),
-        "trained_tokens": count,
+        "trained_tokens": sums["weighted"],
         "tokens_per_second": count / seconds,
         "seconds_update": seconds,
     }

@@ -123,6 +123,13 @@ def of_step(row: dict[str, Any], largest_gap: float) -> dict[str, str]:
     found = {}
     if row["skipped_updates"] or row.get("relift_skipped_updates"):
         found["skipped"] = "an update was skipped, its loss or gradient was not finite (skipped_updates): lower lr"
+    supervised = {"trained_tokens": "skipped_updates"} if row.get("reward") is None else {}
+    supervised |= {"relift_tokens": "relift_skipped_updates"}
+    if any(row.get(tokens) == 0 and not row[skipped] for tokens, skipped in supervised.items()):
+        found["no_weight"] = (
+            "an update on demonstrations changed nothing: before it, when p counts as 1, the method's "
+            "demonstration_weight (loss.METHODS) is 0 for all of their tokens"
+        )
     if (gap := row.get("log_prob_gap") or 0.0) > largest_gap:
         found["log_prob_gap"] = (
             f"the log-probs of sampled tokens are {gap:.2g} nats from those of the training pass on average, "
@@ -131,8 +138,8 @@ def of_step(row: dict[str, Any], largest_gap: float) -> dict[str, str]:
     share, least = CLIPPED
     if (clipped := row.get("clip_fraction") or 0.0) > share and row["trained_tokens"] >= least:
         found["clipped"] = (
-            f"{100 * clipped:.0f}% of the trained tokens left the clip range within the step: its first update "
-            "changed the policy too much; lower lr"
+            f"{100 * clipped:.0f}% of the trained tokens lost their weight within the step (clip_fraction): its "
+            "first update changed the policy too much; lower lr"
         )
     shares = {"truncated": "are cut off by the budget: raise max_response_tokens"}
     shares["unread"] = "hold no readable boxed answer: look at samples.jsonl"

@@ -7,11 +7,12 @@ from pathlib import Path
 
 import pytest
 import torch
+from conftest import ALL_WRONG
 from test_step import make_run
 
 import step as steps
 import train
-from loss import METHODS
+from loss import METHODS, uncertain_means, variant, zero
 from step import rl_step, sft_step
 from support.config import Config, from_dict, given_settings, unread_settings
 from support.watch import FIRST, LONG, SHORT, Watch
@@ -81,10 +82,28 @@ def test_a_run_that_goes_on_elsewhere_recalls_what_was_said_and_nothing_else():
     assert watch.said == {"skipped": "step 2: as it was said"}
 
 
+@pytest.mark.parametrize("method", ["sft-rft", "relift"])
+@pytest.mark.parametrize("weight", [zero, uncertain_means], ids=["zero", "zero at p = 1, which the batch has"])
+def test_updates_on_demonstrations_without_weight_are_told(tokenizer, method, weight):
+    """Of the sft stage and of ReLIFT; an update that was skipped is not one of them."""
+    for given in (METHODS[method], variant(METHODS[method], demonstration_weight=weight)):
+        run, watch = make_run(tokenizer, method, reward=ALL_WRONG, relift_buffer=2, lr=0.0), Watch(given, {})
+        run.method = given
+        if run.collector:
+            metrics, *_ = rl_step(run, 0)
+            assert metrics["relift_updates"] == 1
+        else:
+            metrics = sft_step(run, run.data.supervised[:3], 0, run.optimizer, 0.1)
+        told = watch.look({"step": 1, **metrics}).get("no_weight", "")
+        assert ("demonstration_weight (loss.METHODS) is 0" in told) is (given is not METHODS[method])
+    skipped = {"trained_tokens": 0, "skipped_updates": 1}
+    assert list(Watch(given, {}).look({"step": 1, "grad_norm": 0.0, "entropy": 0.0} | skipped)) == ["skipped"]
+
+
 def test_nothing_is_said_of_a_run_without_faults():
     """Nor of steps without hybrid rows where the method has none, nor of supervised steps."""
     watch = Watch(METHODS["rft"], {})
-    supervised = {"skipped_updates": 0, "grad_norm": 0.0, "entropy": 0.0}
+    supervised = {"skipped_updates": 0, "grad_norm": 0.0, "entropy": 0.0, "trained_tokens": 9}
     for number in range(1, 60):
         found = watch.look({"step": number, **supervised} if number < 20 else row(number, hybrid_rows=0))
         assert found == {}

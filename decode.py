@@ -23,23 +23,25 @@ LOOPS = ("masks of ours", "masks of the model", "transformers")  # who makes wha
 
 
 class DrawTokenLogitsProcessor(LogitsProcessor):
-    """Samples: token = CDF^-1(u) of softmax(scores / temperature), u one number per row and position.
+    """Samples: token = CDF^-1(u) of softmax(scores / temperature), one u per row and position: uniforms [B, R].
 
-    uniforms [B, R]. The drawn token gets score 0 and all others -inf, so `generate` takes it by argmax.
+    The drawn token gets score 0 and all others -inf: `generate` takes it by argmax. drawn [B, R]: its probability.
     """
 
     def __init__(self, uniforms: Tensor, prompt_length: int, temperature: float):
         self.uniforms, self.prompt_length, self.temperature = uniforms, prompt_length, temperature
+        self.rows, self.drawn = torch.arange(len(uniforms), device=uniforms.device), torch.zeros_like(uniforms)
 
     def keep(self, rows: Tensor) -> None:
-        self.uniforms = self.uniforms[rows]
+        self.rows = self.rows[rows]
 
     def __call__(self, input_ids: Tensor, scores: Tensor) -> Tensor:
-        cdf = (scores.float() / self.temperature).softmax(-1).cumsum(-1)  # [B, V]
-        u = self.uniforms[:, input_ids.shape[1] - self.prompt_length, None]
+        probabilities = (scores.float() / self.temperature).softmax(-1)  # [B, V]
+        cdf, place = probabilities.cumsum(-1), (self.rows, input_ids.shape[1] - self.prompt_length)
         # u * total, not u: rounding may leave the total below u. right=True skips tokens of probability 0.
-        token = torch.searchsorted(cdf, u * cdf[:, -1:], right=True)
+        token = torch.searchsorted(cdf, self.uniforms[place][:, None] * cdf[:, -1:], right=True)
         token = token.clamp(max=scores.shape[1] - 1)  # NaN, once a run has diverged: step.old_stats says so
+        self.drawn[place] = probabilities.gather(1, token).squeeze(1)
         return torch.full_like(scores, -torch.inf).scatter(1, token, 0.0)
 
 

@@ -4,7 +4,7 @@ In reading order: random numbers -> `prefix_fraction` -> `plan_group` (ids of ev
 (HF generate with the processors and loops of decode.py) -> `Rollouts`.
 
     plan_group(problem) -> [Row(prompt_ids, prefix_ids), …]         ids only: text is never decoded and re-encoded
-    generate(model, rows) -> [[token, …, eos], …]                   prefix + continuation
+    generate(model, rows) -> [[token, …, eos], …]                   prefix + continuation, and log-probs as drawn
     pack(rows, responses) -> Rollouts                               left-padded prompts | right-padded responses
 
 Every draw is a pure function of (seed, step, problem, rollout): one uniform number per row and position, turned
@@ -216,13 +216,15 @@ def _generate_batch(
     temperature: float,
     prefill: bool,
     decode: str,
-) -> list[list[int]]:
-    """One call of HF generate. The prefix is forced token by token, or (prefill) read at once with the prompt."""
+) -> list[tuple[list[int], list[float]]]:
+    """One call of HF generate -> of each row its response and the log-probs of the tokens it drew (none: greedy).
+    The prefix is forced token by token, or (prefill) read at once with the prompt."""
     config, device = model.generation_config, model.device
     in_prompt = [len(row.prefix_ids) if prefill else 0 for row in rows]
     prompts = [row.prompt_ids + row.prefix_ids[:n] for row, n in zip(rows, in_prompt)]
     ids, mask = pad_left(prompts, config.pad_token_id)
     prompt_length = ids.shape[1]
+    processors = _processors(rows, in_prompt, prompt_length, max_response_tokens, temperature, device)
     output = model.generate(
         input_ids=ids.to(device),
         attention_mask=mask.to(device),
@@ -234,15 +236,17 @@ def _generate_batch(
             pad_token_id=config.pad_token_id,
             cache_implementation="static" if decode == "static" else None,
         ),
-        logits_processor=_processors(rows, in_prompt, prompt_length, max_response_tokens, temperature, device),
+        logits_processor=processors,
         custom_generate=DECODERS[decode],
         synced_gpus=False,  # ranks sample on their own
     )[:, prompt_length:].tolist()
     ends = set(config.eos_token_id)
-    return [
-        _response(row, row.prefix_ids[:n] + tokens, ends, max_response_tokens)
-        for row, n, tokens in zip(rows, in_prompt, output)
-    ]
+    drawn = processors[0].drawn.log().tolist() if temperature > 0 else [[]] * len(rows)
+    found = []
+    for row, n, tokens, log_probs in zip(rows, in_prompt, output, drawn):
+        response = _response(row, row.prefix_ids[:n] + tokens, ends, max_response_tokens)
+        found.append((response, log_probs[len(row.prefix_ids) - n : len(response) - n]))
+    return found
 
 
 def _cut_into_calls(
@@ -279,16 +283,18 @@ def generate(
     prefill: bool = False,
     decode: str = "loop",
     progress: str | None = None,
+    log_probs: list[list[float]] | None = None,
 ) -> list[list[int]]:
     """Responses of `rows`, in their order: prefix + continuation, the end token last unless cut off by the budget.
 
+    A list given as `log_probs` gets, row after row, those of the continuation's tokens as they were drawn.
     temperature 0 is greedy. `decode`: one of DECODERS. `progress` names a tqdm bar. Rows of similar length share a
     call, which holds no more than `rows_per_call` rows of the longest prompt and max_response_tokens would; which
     rows share one changes no token (up to rounding of the logits). With several ranks each samples the groups
     g = rank (mod ranks) and gets the others' responses; all must call.
     """
-    responses = {i: list(row.prefix_ids) for i, row in enumerate(rows)}
-    sampled: dict[int, list[int]] = {}
+    found: dict[int, tuple[list[int], list[float]]] = {i: (list(row.prefix_ids), []) for i, row in enumerate(rows)}
+    sampled: dict[int, tuple[list[int], list[float]]] = {}
     order = [i for i, row in enumerate(rows) if not row.complete and row.group % world_size() == rank()]
     order.sort(key=lambda i: (len(rows[i].prompt_ids) + prefill * len(rows[i].prefix_ids), len(rows[i].prefix_ids)))
     quiet = not progress or rank() > 0
@@ -297,7 +303,10 @@ def generate(
             batch = [rows[i] for i in chosen]
             sampled |= zip(chosen, _generate_batch(policy, batch, max_response_tokens, temperature, prefill, decode))
             bar.update(len(chosen))
-    return list((responses | gather_dict(sampled)).values())
+    found |= gather_dict(sampled)
+    if log_probs is not None:
+        log_probs += [drawn for _, drawn in found.values()]
+    return [response for response, _ in found.values()]
 
 
 # ---- what the update reads

@@ -99,6 +99,7 @@ class Graded:
     rows: list[Row]
     responses: list[list[int]]
     rewards: list[float]
+    log_probs: list[list[float]]  # of own tokens, as the sampler drew them
     sampled_tokens: int  # those of replaced groups too
 
     def with_groups(self, other: "Graded") -> "Graded":
@@ -108,8 +109,8 @@ class Graded:
         columns = zip(*sorted([*stay, *other.entries()], key=lambda entry: entry[0].group))
         return Graded(*map(list, columns), self.sampled_tokens + other.sampled_tokens)
 
-    def entries(self) -> list[tuple[Row, list[int], float]]:
-        return list(zip(self.rows, self.responses, self.rewards))
+    def entries(self) -> list[tuple[Row, list[int], float, list[float]]]:
+        return list(zip(self.rows, self.responses, self.rewards, self.log_probs))
 
     def unsolved(self, gate: int) -> list[int]:
         """Groups in which at most `gate` rows are right (reward 1)."""
@@ -139,6 +140,7 @@ def plan(run: Run, picked: Sequence[int], groups: Sequence[int], step: int, roll
 
 def sample_and_grade(run: Run, picked: Sequence[int], rows: list[Row]) -> Graded:
     config = run.config
+    log_probs: list[list[float]] = []
     responses = generate(
         run.model,
         rows,
@@ -147,12 +149,13 @@ def sample_and_grade(run: Run, picked: Sequence[int], rows: list[Row]) -> Graded
         rows_per_call=config.rows_per_call,
         prefill=config.prefill,
         decode=config.decode,
+        log_probs=log_probs,
     )
     rollouts = pack(rows, responses, run.model, run.tokenizer)
     rewards = grade_all(run.reward, rollouts.texts, [run.data.train[picked[row.group]] for row in rows])
     rewards = [0.0 if cut else reward for reward, cut in zip(rewards, rollouts.truncated.tolist())]
     sampled_tokens = sum(len(response) - len(row.prefix_ids) for row, response in zip(rows, responses))
-    return Graded(rows, responses, rewards, sampled_tokens)
+    return Graded(rows, responses, rewards, log_probs, sampled_tokens)
 
 
 def second_chance(run: Run, picked: Sequence[int], graded: Graded, step: int) -> Graded:
@@ -197,6 +200,7 @@ class Batch:
     fractions: Tensor  # [B] share of the demonstration a row was given
     sampled_tokens: int = 0
     unsolved_groups: tuple[int, ...] = ()  # those that no rollout solved at first
+    drawn_log_probs: Tensor | None = None  # [n] of the own tokens, row after row, as the sampler had them
 
     def settle(self, rows: Tensor, log_probs: Tensor, entropy: Tensor) -> None:
         """Give the deferred ones of `rows` what the pass before any update found; log_probs, entropy [b, r]."""
@@ -260,7 +264,8 @@ def rollout_batch(run: Run, picked: Sequence[int], step: int, first_groups: Tens
     fractions = torch.tensor([row.fraction for row in graded.rows])
     deferred = first_pass_gives(method, rollouts, compared[0], first_groups)
     old = old_stats(run.model, rollouts, config, deferred)
-    return Batch(rollouts, rewards, *compared, *old, deferred, fractions, graded.sampled_tokens, unsolved)
+    drawn = torch.tensor([value for log_probs in graded.log_probs for value in log_probs])
+    return Batch(rollouts, rewards, *compared, *old, deferred, fractions, graded.sampled_tokens, unsolved, drawn)
 
 
 def demonstration_batch(run: Run, problems: Sequence[Encoded], step: int) -> Batch:
@@ -316,10 +321,9 @@ def update(
     """One optimizer step on a mini-batch; sums over its tokens for the metrics.
 
     The gradient is that of the whole mini-batch whatever the micro-batches are. Rows without any weight are left out
-    of the forward pass (Z stays); without any row there is no signal, and no optimizer step. Where a log-prob of the
-    sampling policy, the loss or the gradient is not finite there is none either: the update is skipped and counted,
-    on every rank alike, and weights and optimizer stay what they were. Deferred rows get their old log-probs and
-    entropies here, in the batch.
+    of the forward pass (Z stays); without any row there is no optimizer step. Where an old log-prob,
+    the loss or the gradient is not finite there is none either: the update is skipped and counted, on every rank
+    alike, and weights and optimizer stay what they were. Deferred rows get their old log-probs and entropies here.
     """
     config, method, model = run.config, run.method, run.model
     has_weight = token_weights(method, tokens) != 0
@@ -394,7 +398,7 @@ def sft_step(
         "skipped_updates": sums["skipped"],
         "entropy": sums["entropy"] / count,
         "response_tokens": count / len(problems),
-        "trained_tokens": count,
+        "trained_tokens": sums["weighted"],
         "tokens_per_second": count / seconds,
         "seconds_update": seconds,
     }

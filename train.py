@@ -200,7 +200,8 @@ def train(config: Config, given: Sequence[str] = ()) -> int:
         warnings["demonstrations"] = f"{wrong} demonstrations are left out: their own reward says they are not right"
     ingredients = checkpoint.made_of(run, data_files(config))
     with checkpoint.opened(config, ingredients) as folder:
-        watch = Watch(run.method, warnings)
+        bf16 = pick_device(config.device).type == "cuda"  # distributed.shard
+        watch = Watch(run.method, warnings, torch.bfloat16 if bf16 else torch.float32)
         start = restore(run, folder, watch)
         checkpoint.write_config(folder, config, ingredients)
         console.show_start(run, folder, counts, run.total_steps, start)
@@ -286,7 +287,7 @@ def restore(run: Run, folder: Path, watch: Watch) -> int:
         again = f"restore it, or delete {folder / 'checkpoint'} to start the run again from step 0"
         raise ValueError(f"{folder / 'eval.json'}: the accuracy of the base model is missing: {again}")
     for row in checkpoint.cut_logs(folder, done):
-        watch.look(row)
+        watch.recall(row)
     if damaged := checkpoint.set_aside_damaged(folder, done):
         watch.said["damaged"] = damaged
     return done

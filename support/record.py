@@ -19,8 +19,9 @@ RECORDED_TOKENS = 512  # of a row of a recorded group
 def step_metrics(run: Any, batch: Any, updates: list[dict]) -> dict[str, Any]:
     """Of the whole batch, every mini-batch and micro-batch. None where there is nothing to average.
 
-    `surprise` is the mean over own tokens of -log pi - H, log-prob and entropy both of the training pass: 0 up to
-    noise if the sampler drew them from pi, whatever pi is.
+    Over own tokens, `log_prob_gap` is the mean distance of their log-probs in sampling and in the training pass: 0 up
+    to rounding. `surprise` is the mean of -log pi - H, log-prob and entropy both of the training pass: 0 up to noise
+    if the sampler drew the tokens from pi, whatever it took their log-probs for.
     """
     rollouts, rewards, hybrid = batch.rollouts, batch.rewards, batch.rollouts.hybrid
     policy = rollouts.response_mask & ~rollouts.prefix_mask
@@ -46,6 +47,7 @@ def step_metrics(run: Any, batch: Any, updates: list[dict]) -> dict[str, Any]:
         "prefix_tokens": sum(u["demonstration_tokens"] for u in updates),
         "prefix_tokens_kept": sum(u["demonstration_kept"] for u in updates),
         "entropy": average(batch.entropy[policy]),
+        "log_prob_gap": average((batch.old_log_probs[policy] - batch.drawn_log_probs).abs()),
         "surprise": average((-batch.old_log_probs - batch.entropy)[policy]),
         "clip_fraction": sum(u["clipped"] for u in updates) / max(1, sum(u["weighted"] for u in updates)),
         "response_tokens": average(rollouts.response_tokens),

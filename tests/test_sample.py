@@ -253,6 +253,25 @@ def test_a_row_does_not_depend_on_its_batch(model, temperature):
     assert generate(model, rows, 24, temperature, prefill=True) == together
 
 
+@pytest.mark.parametrize("how", [{}, {"prefill": True}, {"decode": "static"}, {"rows_per_call": 5}])
+def test_log_probs_are_those_of_the_drawn_tokens(model, how):
+    """Against the plain model on each row alone, at the temperature; none for a prefix, none without draws."""
+    rows = some_rows()
+    rows.append(Row(12, (0,), [1, 9], [5, 6, 2], complete=True))
+    log_probs: list[list[float]] = []
+    responses = generate(model, rows, 24, 0.7, log_probs=log_probs, **how)
+    assert responses == generate(model, rows, 24, 0.7) and len({len(r) for r in responses}) > 3
+    for row, response, drawn in zip(rows, responses, log_probs, strict=True):
+        ids, own = torch.tensor(row.prompt_ids + response), len(response) - len(row.prefix_ids)
+        with torch.no_grad():
+            log_p = (model(input_ids=ids[None]).logits[0, :-1] / 0.7).log_softmax(-1)
+        want = log_p.gather(1, ids[1:, None])[len(log_p) - own :, 0]
+        torch.testing.assert_close(torch.tensor(drawn), want, atol=1e-4, rtol=0)
+    assert log_probs[-1] == [] and any(log_probs)
+    greedy: list[list[float]] = []
+    assert generate(model, rows, 24, 0.0, log_probs=greedy, **how) and not any(greedy)
+
+
 def test_generate_equals_hugging_face_greedy_search(model):
     rows = some_rows(prefixes=False)
     for row, response in zip(rows, generate(model, rows, 24, 0.0)):

@@ -190,7 +190,7 @@ def test_a_problems_rows_depend_neither_on_its_place_nor_on_its_company(tokenize
         rows = steps.plan(run, picked, range(len(picked)), 3, 4, rows="hybrid")
         graded = steps.sample_and_grade(run, picked, rows)
         found = {i: [] for i in picked}
-        for row, response, reward in graded.entries():
+        for row, response, reward, _ in graded.entries():
             found[picked[row.group]].append((row.prefix_ids, response, reward))
         return found
 
@@ -286,6 +286,23 @@ def test_metrics_describe_the_whole_batch(tokenizer):
     assert metrics["equal_reward_groups"] == sum(len(g) == 1 for g in groups) / 4
 
 
+@pytest.mark.parametrize("method", ["prefix-rft", "luffy", "hpt", "rescue"])
+def test_the_log_probs_of_the_sampler_stand_beside_those_of_the_training_pass(tokenizer, method):
+    """Token by token, also where groups were replaced or sampled again; the gap is the mean of their distances."""
+    run = make_run(tokenizer, method, temperature=0.7, prefill=method == "rescue")
+    batch, metrics = rollout_batch(run, [0, 1, 2, 5], 4), rl_step(run, 4)[0]
+    own = batch.rollouts.response_mask & ~batch.rollouts.prefix_mask
+    torch.testing.assert_close(batch.drawn_log_probs, batch.old_log_probs[own], atol=1e-4, rtol=0)
+    assert 0 < metrics["log_prob_gap"] < 1e-4
+    update = {"loss": 0.0, "grad_norm": 0.0, "skipped": 0, "demonstration_tokens": 0, "demonstration_kept": 0}
+    update |= {"clipped": 0, "weighted": 0}
+    moved = dataclasses.replace(
+        batch, drawn_log_probs=batch.old_log_probs[own] + torch.tensor([-0.1, 0.3])[own.nonzero()[:, 1] % 2]
+    )
+    odd = (own.nonzero()[:, 1] % 2).float().mean().item()
+    assert steps.step_metrics(run, moved, [update])["log_prob_gap"] == pytest.approx(0.1 + 0.2 * odd, abs=1e-5)
+
+
 def test_truncated_responses_get_no_reward(tokenizer):
     right = dataclasses.replace(BY_LENGTH, function=lambda text, problem: 1.0)
     batch = rollout_batch(make_run(tokenizer, max_response_tokens=20, reward=right), [0, 1, 2, 3], 0)
@@ -355,7 +372,7 @@ def test_hpt_puts_a_demonstration_in_the_place_of_an_unsolved_group(tokenizer):
 
 def test_the_gate_decides_what_is_unsolved(tokenizer):
     graded = steps.Graded(
-        [steps.Row(g, (), [], []) for g in (0, 0, 1, 1, 2, 2)], [[]] * 6, [1.0, 1.0, 1.0, 0.5, 0.0, 0.5], 0
+        [steps.Row(g, (), [], []) for g in (0, 0, 1, 1, 2, 2)], [[]] * 6, [1.0, 1.0, 1.0, 0.5, 0.0, 0.5], [[]] * 6, 0
     )
     assert [graded.unsolved(gate) for gate in (0, 1, 2)] == [[2], [1, 2], [0, 1, 2]]  # right is a reward of 1
 
@@ -369,7 +386,8 @@ def test_rescue_samples_unsolved_groups_again_behind_longer_prefixes(tokenizer, 
         calls.append(rows)
         names = [run.data.encoded[picked[row.group]].id for row in rows]
         right = [name == "p3" or (name == "p0" and row.fraction > 0.4) for name, row in zip(names, rows)]
-        return steps.Graded(rows, [[*row.prefix_ids, 2] for row in rows], [float(r) for r in right], 1)
+        responses = [[*row.prefix_ids, 2] for row in rows]
+        return steps.Graded(rows, responses, [float(r) for r in right], [[0.0]] * len(rows), 1)
 
     monkeypatch.setattr(steps, "sample_and_grade", graded)
     batch = rollout_batch(run, [0, 1, 3, 5], 7)

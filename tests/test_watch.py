@@ -6,11 +6,13 @@ import sys
 from pathlib import Path
 
 import pytest
+import torch
+from conftest import ALL_WRONG
 from test_step import make_run
 
 import step as steps
 import train
-from loss import METHODS
+from loss import METHODS, uncertain_means, variant, zero
 from step import rl_step, sft_step
 from support.config import Config, from_dict, given_settings, unread_settings
 from support.watch import FIRST, LONG, SHORT, Watch
@@ -29,8 +31,12 @@ def row(step: int, **changes) -> dict:
         "unread": 0.0,
         "hybrid_rows": 3,
         "entropy": 0.5,
+        "reward_on_policy": 0.4 + 0.1 * (-1) ** step,
+        "unsolved": 0.1,
+        "clip_fraction": 0.01,
+        "trained_tokens": 500,
     }
-    return {"step": step, "reward": 0.5, "surprise": 0.01 * (-1) ** step} | usual | changes
+    return {"step": step, "reward": 0.5, "surprise": 0.01 * (-1) ** step, "log_prob_gap": 1e-6} | usual | changes
 
 
 @pytest.mark.parametrize(
@@ -41,6 +47,10 @@ def row(step: int, **changes) -> dict:
         ("no_hybrid", {"hybrid_rows": 0}, LONG),
         ("surprise", {"surprise": 0.05}, LONG),
         ("skipped", {"skipped_updates": 1}, 1),
+        ("log_prob_gap", {"log_prob_gap": 4e-4}, 1),
+        ("clipped", {"clip_fraction": 0.16}, 1),
+        ("reward_lost", {"reward_on_policy": 0.01}, SHORT),
+        ("reward_lost", {"reward_on_policy": None, "unsolved": 1.0}, SHORT),
         ("truncated", {"truncated": 0.6}, 1),
         ("unread", {"unread": 0.51}, 1),
     ],
@@ -56,14 +66,44 @@ def test_each_warning_is_said_once_when_it_is_due(name, changes, at):
     assert watch.said[name].startswith(f"step {FIRST + due[0]}: ")
     again = Watch(METHODS["prefix-rft"], {})  # a run that goes on, shown the rows of the first part
     for number in range(1, FIRST + due[0]):
-        again.look(row(number, **(changes if number > FIRST else {})))
+        again.recall(row(number, **(changes if number > FIRST else {})))
     assert again.look(row(FIRST + due[0], **changes)) == said[due[0] - 1]
+
+
+def test_a_run_that_goes_on_elsewhere_recalls_what_was_said_and_nothing_else():
+    """bf16 rounds more than fp32: what was no fault on a GPU is none on the CPU the run goes on with."""
+    rounded = row(1, log_prob_gap=0.01)
+    assert list(Watch(METHODS["rft"], {}).look(rounded)) == ["log_prob_gap"]
+    assert Watch(METHODS["rft"], {}, torch.bfloat16).look(rounded) == {}
+    assert Watch(METHODS["rft"], {}, torch.bfloat16).look(row(1, log_prob_gap=0.1))
+    watch = Watch(METHODS["rft"], {})
+    watch.recall(rounded)
+    watch.recall(row(2, skipped_updates=1, warnings={"skipped": "step 2: as it was said"}))
+    assert watch.said == {"skipped": "step 2: as it was said"}
+
+
+@pytest.mark.parametrize("method", ["sft-rft", "relift"])
+@pytest.mark.parametrize("weight", [zero, uncertain_means], ids=["zero", "zero at p = 1, which the batch has"])
+def test_updates_on_demonstrations_without_weight_are_told(tokenizer, method, weight):
+    """Of the sft stage and of ReLIFT; an update that was skipped is not one of them."""
+    for given in (METHODS[method], variant(METHODS[method], demonstration_weight=weight)):
+        run, watch = make_run(tokenizer, method, reward=ALL_WRONG, relift_buffer=2, lr=0.0), Watch(given, {})
+        run.method = given
+        if run.collector:
+            metrics, *_ = rl_step(run, 0)
+            assert metrics["relift_updates"] == 1
+        else:
+            metrics = sft_step(run, run.data.supervised[:3], 0, run.optimizer, 0.1)
+        told = watch.look({"step": 1, **metrics}).get("no_weight", "")
+        assert ("demonstration_weight (loss.METHODS) is 0" in told) is (given is not METHODS[method])
+    skipped = {"trained_tokens": 0, "skipped_updates": 1}
+    assert list(Watch(given, {}).look({"step": 1, "grad_norm": 0.0, "entropy": 0.0} | skipped)) == ["skipped"]
 
 
 def test_nothing_is_said_of_a_run_without_faults():
     """Nor of steps without hybrid rows where the method has none, nor of supervised steps."""
     watch = Watch(METHODS["rft"], {})
-    supervised = {"skipped_updates": 0, "grad_norm": 0.0, "entropy": 0.0}
+    supervised = {"skipped_updates": 0, "grad_norm": 0.0, "entropy": 0.0, "trained_tokens": 9}
     for number in range(1, 60):
         found = watch.look({"step": number, **supervised} if number < 20 else row(number, hybrid_rows=0))
         assert found == {}
@@ -71,7 +111,7 @@ def test_nothing_is_said_of_a_run_without_faults():
 
 @pytest.mark.parametrize("sampled_at, warned", [(1.0, False), (0.8, True)])
 def test_a_sampler_of_another_temperature_is_noticed(tokenizer, monkeypatch, sampled_at, warned):
-    """By what a run has anyway: log-probs and entropies of its training pass."""
+    """At once by the sampler's own log-probs; later also by those and entropies of the training pass alone."""
     honest, watch = steps.generate, Watch(METHODS["rft"], {})
 
     def generate(model, rows, budget, temperature, **how):
@@ -81,6 +121,7 @@ def test_a_sampler_of_another_temperature_is_noticed(tokenizer, monkeypatch, sam
     run = make_run(tokenizer, "rft", prompts_per_step=2, updates_per_step=1, lr=0.0)
     for number in range(LONG):
         watch.look({"step": number + 1, **rl_step(run, number)[0]})
+        assert ("log_prob_gap" in watch.said) is warned
     assert ("surprise" in watch.said) is warned
     assert not warned or "less surprising than the training pass expects" in watch.said["surprise"]
 

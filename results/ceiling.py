@@ -72,7 +72,7 @@ def check_folder(spec: Spec) -> None:
 
 
 def ceiling_line(spec: Spec) -> Line:
-    """Sample and grade -> the line, but for the run's probe. Two to three minutes on one core."""
+    """Sample and grade -> the line, but for the run's probe. Two to four minutes on one core."""
     found = answers(str(final_folder(spec)), RUNS / f"data/{NAME}.jsonl", 1.0, spec.seed, SAMPLES)
     table = summarize(found)
     scores = {level: {f"pass@{k}": round(table[level][f"pass@{k}"], 4) for k in TRIES} for level in (*LEVELS, "all")}

@@ -199,8 +199,9 @@ def draw_ceiling(axis: Axes, lines: Sequence[Line], level: str) -> None:
             axis.plot(
                 ceiling.TRIES, found[:, 0], label=name, marker="o", markersize=2, linewidth=1.2, **style_of(name)
             )
-            low, high = found[:, 1].clip(0), found[:, 2].clip(max=1)
-            axis.fill_between(ceiling.TRIES, low, high, color=style_of(name)["color"], alpha=0.1, linewidth=0)
+            axis.fill_between(
+                ceiling.TRIES, found[:, 1], found[:, 2], color=style_of(name)["color"], alpha=0.1, linewidth=0
+            )
     axis.set_xscale("log", base=2)
     axis.set_xticks(ceiling.TRIES[::2])
     axis.xaxis.set_major_formatter(lambda k, _: f"{k:g}")

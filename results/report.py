@@ -112,7 +112,7 @@ def ceiling_table(lines: Sequence[Line]) -> str:
             [name, str(len(runs)), *(f"{percent(mid)} {percent(low, high)}" for mid, low, high in found), "–"]
         )
         if base and name != "base":
-            mid, low, high = mean_interval(ceiling.solved(runs, most) - ceiling.solved(base[:1], most))
+            mid, low, high = mean_interval(ceiling.solved(runs, most), ceiling.solved(base[:1], most)[0])
             rows[-1][-1] = f"{100 * mid:+.1f} {percent(low, high)}"
     return markdown_table(rows)
 

@@ -182,7 +182,8 @@ class Study:
         """The base, then every method with every seed, in the protocol's order."""
         base = Spec(self.regime, "base", 0, {})
         plain = [method for method in methods if method != EQUAL]
-        for batch in (plain, [method for method in methods if method not in plain]):  # the second looks at the first
+        equal = [method for method in methods if method == EQUAL]
+        for batch in filter(None, (plain, equal)):  # the second looks at the runs of the first
             specs = [base]
             for method in batch:
                 chosen_seeds = [seed for seed in seeds_of(self.regime, method) if not seeds or seed in seeds]

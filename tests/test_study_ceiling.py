@@ -2,6 +2,7 @@
 
 import itertools
 import json
+import statistics
 import sys
 from collections import Counter
 from dataclasses import replace
@@ -10,6 +11,7 @@ import numpy as np
 import pytest
 
 from data.make_recipes import make_splits
+from evaluation.statistics import interval
 from results import ceiling, claims, protocol, report, runs, study
 from results.protocol import common
 from results.runs import Spec
@@ -156,7 +158,8 @@ def test_the_table_and_the_claim():
     }
     assert list(rows) == ["base", "rft", "prefix-rft"] and rows["base"][-1] == "–"
     assert rows["prefix-rft"][0] == "3" and rows["prefix-rft"][-1].startswith("+44.5 [")  # (140 + 139 + 138) / 6 - 25
-    assert rows["base"][5].startswith("25.0 [") and rows["base"][6:8] == ["0.0 [0.0, 0.0]", rows["base"][7]]
+    assert rows["base"][5].startswith("25.0 [") and rows["base"][7].startswith("50.0 [")
+    assert rows["base"][6].startswith("0.0 [0.0, ") and rows["base"][6] != "0.0 [0.0, 0.0]"
 
     claim = next(c for c in claims.claims() if c.what == "pass@256" and c.less == "base")
     found = claims.measured(claim, {"ceiling": [*base, *better]})
@@ -165,3 +168,18 @@ def test_the_table_and_the_claim():
     assert claims.measured(claim, one) == {} and "too few seeds" in claims.evidence(claim, {}, one)
     other = replace(claim, more="rft")
     assert claims.verdict(other, claims.measured(other, {"ceiling": [*base, *worse]})) == "opposite"
+
+
+def test_intervals_of_a_mean_hold_problems_and_seeds():
+    rng = np.random.default_rng(0)
+    problems = (rng.random(200) < 0.4).astype(float)
+    one = claims.mean_interval(problems[None])
+    assert one == pytest.approx((problems.mean(), *interval(problems)))
+    same = claims.mean_interval(np.stack([problems] * 3))
+    assert same == pytest.approx(one)  # seeds that are all alike add nothing
+    runs = np.stack([problems, problems, np.minimum(problems + 0.3, 1)])
+    mid, low, high = claims.mean_interval(runs)
+    seeds = 4.303 * statistics.stdev(runs.mean(1)) / 3**0.5
+    near, far = interval(runs.mean(0))
+    assert high - mid == pytest.approx(((far - mid) ** 2 + seeds**2) ** 0.5, rel=1e-3)
+    assert mid - low == pytest.approx(((mid - near) ** 2 + seeds**2) ** 0.5, rel=1e-3)

@@ -287,7 +287,11 @@ def restore(run: Run, folder: Path, watch: Watch) -> int:
         again = f"restore it, or delete {folder / 'checkpoint'} to start the run again from step 0"
         raise ValueError(f"{folder / 'eval.json'}: the accuracy of the base model is missing: {again}")
     for row in checkpoint.cut_logs(folder, done):
-        watch.recall(row)
+        try:
+            watch.recall(row)
+        except (KeyError, TypeError) as error:
+            where = f"{folder / 'metrics.jsonl'}:{row['step']}"
+            raise ValueError(f"{where}: a metric is missing or of a wrong type ({error}): restore the row") from error
     if damaged := checkpoint.set_aside_damaged(folder, done):
         watch.said["damaged"] = damaged
     return done

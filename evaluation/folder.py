@@ -92,6 +92,10 @@ def stored_settings(folder: Path | None) -> dict[str, Any]:
     return read_json(file) if file and file.exists() else {}
 
 
+def write_settings(file: Path, settings: dict[str, Any] | None) -> None:
+    write_text(file, json.dumps(settings, indent=1, ensure_ascii=False) + "\n")
+
+
 def choose_folder(args: argparse.Namespace, settings: dict[str, Any]) -> tuple[Path, dict[str, Any]]:
     """The folder of this evaluation, --out or the first free evals/MODEL-NNN, and the settings to be stored there.
 
@@ -127,7 +131,7 @@ def opened(folder: Path, settings: dict[str, Any] | None) -> Iterator[None]:
     folder.mkdir(parents=True, exist_ok=True)
     with locked(folder):
         try:
-            write_text(folder / "settings.json", json.dumps(settings, indent=1, ensure_ascii=False) + "\n")
+            write_settings(folder / "settings.json", settings)
             yield
         except OSError as error:
             raise Broken(f"writing to {folder} failed ({error.strerror or error})") from error
@@ -208,17 +212,20 @@ def regrade(folder: Path, name: str | None = None) -> tuple[dict[str, Any], dict
     rows = sum(1 for _ in stored_rows(path, benchmarks))  # finds a damaged line before anything is written
     changed = 0
     partial = folder / "generations.jsonl.partial"
-    with locked(folder), partial.open("w", encoding="utf-8") as out:
-        for benchmark, i, row, _ in stored_rows(path, benchmarks):
-            problem = benchmark.problems[i]
-            options = benchmark.options.get(problem.id, ())
-            value, read = grade_response(reward, row["response"], problem, options)
-            new = row | {"reward": 0.0 if row["truncated"] else value, "read": read}
-            out.write(json.dumps(new, ensure_ascii=False) + "\n")
-            changed += new["reward"] != row["reward"]
-    partial.replace(path)
-    settings |= {"reward": reward.name, "grader": grader_version(reward), "regraded": now()}
-    write_text(file, json.dumps(settings, indent=1, ensure_ascii=False) + "\n")
+    with locked(folder):
+        with partial.open("w", encoding="utf-8") as out:
+            for benchmark, i, row, _ in stored_rows(path, benchmarks):
+                problem = benchmark.problems[i]
+                options = benchmark.options.get(problem.id, ())
+                value, read = grade_response(reward, row["response"], problem, options)
+                new = row | {"reward": 0.0 if row["truncated"] else value, "read": read}
+                out.write(json.dumps(new, ensure_ascii=False) + "\n")
+                changed += new["reward"] != row["reward"]
+        # a process that ends between two of these leaves an evaluation that has to be graded again, and says so
+        write_settings(file, settings | {"grader": "unknown: it was being graded again"})
+        partial.replace(path)
+        settings |= {"reward": reward.name, "grader": grader_version(reward), "regraded": now()}
+        write_settings(file, settings)
     print(f"{rows} responses graded again, {changed} grades changed")
     if rows < sum(len(b.problems) * b.samples for b in benchmarks):
         raise ValueError(f"{folder} is not complete, so it has no results yet: continue it with --out {folder}")

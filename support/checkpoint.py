@@ -157,8 +157,8 @@ def checkpoint_file(folder: Path, step: int) -> Path:
 
 
 def checkpoints(folder: Path) -> list[Path]:
-    """The run's checkpoint files, the newest first."""
-    return sorted((folder / "checkpoint").glob("step-*.pt"), reverse=True)
+    """The run's checkpoint files, the newest first. A copy that somebody made by another name is not the run's."""
+    return sorted((folder / "checkpoint").glob(f"step-{'[0-9]' * 8}.pt"), reverse=True)
 
 
 def settings_of(config: Config) -> dict[str, Any]:

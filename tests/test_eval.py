@@ -396,6 +396,28 @@ def test_regrading_restores_changed_grades(finished, tmp_path, monkeypatch, caps
         eval.run(arguments(out=folder))
 
 
+@pytest.mark.parametrize("written", [1, 2])
+def test_grading_that_was_cut_off_has_to_be_done_again(finished, tmp_path, monkeypatch, written):
+    """Between the grades and the name of their grader: neither the old name nor the new one is believed."""
+    folder, plain, calls = copy(finished, tmp_path / "cut"), folder_of_evaluation.write_settings, []
+
+    def write(file, settings):
+        calls.append(settings)
+        if len(calls) == written:
+            raise KeyboardInterrupt
+        plain(file, settings)
+
+    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        patch.setattr(folder_of_evaluation, "write_settings", write)
+        eval.regrade(folder, "exact")
+    monkeypatch.setattr(eval, "respond", None)
+    if written == 2:
+        with pytest.raises(ValueError, match=r"graded by another version: first run {2}eval.py --regrade"):
+            eval.run(arguments(out=folder))
+        eval.regrade(folder)
+    assert json.loads((folder / "settings.json").read_text())["reward"] == "math"
+
+
 def test_the_folder_of_another_evaluation_is_left_alone(finished, tmp_path, monkeypatch):
     with pytest.raises(ValueError, match=r"other settings .*temperature: 1.0"):
         eval.run(arguments(out=finished, temperature=0.5))

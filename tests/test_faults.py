@@ -8,6 +8,7 @@ import json
 import os
 import random
 import resource
+import shutil
 import signal
 import sys
 from pathlib import Path
@@ -175,6 +176,19 @@ def saved(tokenizer, folder: Path, done=(1, 2, 3), **settings) -> steps.Run:
 def test_the_last_two_checkpoints_are_kept(tokenizer, tmp_path):
     saved(tokenizer, tmp_path)
     assert [path.name for path in checkpoint.checkpoints(tmp_path)] == ["step-00000003.pt", "step-00000002.pt"]
+
+
+def test_a_copy_of_a_checkpoint_is_neither_used_nor_removed(tokenizer, tmp_path):
+    """Nor does it push a checkpoint of the run out."""
+    run = saved(tokenizer, tmp_path, done=(1, 2))
+    newest = checkpoint.checkpoints(tmp_path)[0]
+    copies = [newest.with_name(name) for name in ("step-best.pt", "step-00000002-copy.pt", "step-000000009.pt")]
+    for copy in copies:
+        shutil.copy(newest, copy)
+    assert checkpoint.load(tmp_path, run) == 2 and checkpoint.set_aside_damaged(tmp_path, 2) == ""
+    checkpoint.save(tmp_path, 3, run)
+    left = {path.name for path in newest.parent.iterdir()} - {copy.name for copy in copies}
+    assert left == {"step-00000003.pt", newest.name} and all(copy.exists() for copy in copies)
 
 
 @pytest.mark.parametrize("damage", [lives.flip, lives.cut, lambda path: path.write_bytes(b"")])

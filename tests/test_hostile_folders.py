@@ -111,6 +111,8 @@ OF_RUNS |= {
     ("metrics.jsonl", "empty"): b"",
     ("metrics.jsonl", "a step twice"): b'{"step": 1}\n{"step": 1}\n',
     ("metrics.jsonl", "a folder"): as_folder,
+    ("metrics.jsonl", "nothing but the step"): b'{"step": 1}\n',
+    ("metrics.jsonl", "warnings a list"): line(0, b'{"step": 1, "warnings": [1]}'),
     (LAST, "cut"): 0.5,
     (LAST, "empty"): b"",
     (LAST, "text"): b"weights",

@@ -10,6 +10,7 @@ from typing import Any
 import matplotlib
 import numpy as np
 from matplotlib.axes import Axes
+from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator
 
 from data.make_recipes import LEVELS
@@ -255,14 +256,19 @@ def question_panels(stored: dict[str, list[Line]]) -> list[Panel]:
     return panels
 
 
+def draw_panels(panels: Sequence[Panel], panel_height: float = 2.9) -> Figure:
+    """The panels, three beside each other, `panel_height` in inches. The caller sets the type (figure.TYPE)."""
+    figure, axes = sheet(len(panels), panel_height)
+    for panel, axis in zip(panels, axes):
+        panel(axis)
+    return figure
+
+
 def draw_all(stored: dict[str, list[Line]], folder: Path) -> list[Path]:
     """Write the figures that there are runs for."""
     written = []
     for name, find in (("main", main_panels), ("details", detail_panels), ("questions", question_panels)):
         if panels := find(stored):
             with matplotlib.rc_context(TYPE):
-                figure, axes = sheet(len(panels), 2.9)
-                for panel, axis in zip(panels, axes):
-                    panel(axis)
-                written.append(save(figure, folder / f"{name}.png"))
+                written.append(save(draw_panels(panels), folder / f"{name}.png"))
     return written

@@ -7,6 +7,7 @@
     moments     runs, killed 30 times at random moments, life after life, until they are done; on one rank
     ranks       the same with 10 kills of one or both of two ranks
     evaluation  eval.py, killed at each of its file operations and at 10 random moments
+    study       a run of results/study.py, killed at 10 random moments
     faults      what a run says of a full disk, damaged files, a second process, a folder that moved
 
 What a life is and what is compared says bench/lives.py.
@@ -31,6 +32,7 @@ from lives import (
     EVALUATION,
     LONG,
     RELIFT,
+    ROOT,
     Life,
     cut,
     differences,
@@ -44,6 +46,8 @@ from lives import (
     training,
 )
 
+from results import runs, study
+from results.protocol import test_rows
 from support.checkpoint import checkpoints, locked
 
 # ---- the parts: each gives the lines of its section
@@ -117,6 +121,31 @@ def part_evaluation(root: Path) -> list[str]:
 
     at_operations = each_operation(work_in, evaluation_differences, root)
     return [*at_operations, "", *random_moments(work_in, evaluation_differences, root / "random", 10)]
+
+
+def studying(out: Path) -> Callable[[], int]:
+    """The work of `python results/study.py run` on one small run, in this process; stored in out/habit.jsonl."""
+    settings = {"demonstrations": 128, "steps": 4, "prompts_per_step": 4, "save_every": 1, "lr": 1e-3}
+
+    def work() -> int:
+        os.chdir(ROOT)
+        runs.RUNS, runs.TEST, runs.EVALUATED_EVERY = out / "runs", out / "runs/data/test.jsonl", 2
+        runs.test_rows = lambda: test_rows()[::100]
+        study.in_processes = lambda function, specs, jobs: ((spec, function(spec)) for spec in specs)
+        out.mkdir(parents=True, exist_ok=True)
+        runs.make_data(["habit"])
+        study.Study("habit", out, 1).make([runs.Spec("habit", "prefix-rft", 0, settings)])
+        return 0
+
+    return work
+
+
+def part_study(root: Path) -> list[str]:
+    def compare(one: Path, two: Path) -> list[str]:
+        same = (one / "habit.jsonl").read_bytes() == (two / "habit.jsonl").read_bytes()
+        return [] if same else ["the stored line"]
+
+    return random_moments(studying, compare, root, 10)
 
 
 # ---- one fault each: what the run says, and whether it goes on to the same end
@@ -218,6 +247,7 @@ PARTS = {
     "moments": ("train.py, killed at random moments", part_moments),
     "ranks": ("train.py on two ranks, likewise", lambda root: part_moments(root, kills=10, ranks=2)),
     "evaluation": ("eval.py, killed at each of its file operations and at random moments", part_evaluation),
+    "study": ("A run of the study, killed at random moments", part_study),
     "faults": ("Other faults of a run that is to go on", part_faults),
 }
 

@@ -321,9 +321,9 @@ def update(
     """One optimizer step on a mini-batch; sums over its tokens for the metrics.
 
     The gradient is that of the whole mini-batch whatever the micro-batches are. Rows without any weight are left out
-    of the forward pass (Z stays); without any row there is no optimizer step. Where an old log-prob,
-    the loss or the gradient is not finite there is none either: the update is skipped and counted, on every rank
-    alike, and weights and optimizer stay what they were. Deferred rows get their old log-probs and entropies here.
+    of the forward pass (Z stays); without any row there is no optimizer step. Where an old log-prob, the loss or the
+    gradient is not finite there is none either: the update is skipped and counted, on every rank alike, and weights
+    and optimizer stay what they were. Deferred rows get their old log-probs and entropies here.
     """
     config, method, model = run.config, run.method, run.model
     has_weight = token_weights(method, tokens) != 0

@@ -20,11 +20,10 @@ from torch.profiler import ProfilerActivity, profile
 
 import step as steps
 from sample import Row
-from support.config import Config, parse_config
+from support.config import parse_config
 from train import prepare
 
 RESULTS = Path(__file__).parent / "results"
-BUDGET, PROBLEMS = Config.max_response_tokens, Config.prompts_per_step
 
 
 def new_run(words: Sequence[str] = ()) -> steps.Run:
@@ -133,4 +132,7 @@ def main(doc: str, parts: dict[str, Callable], settings: bool = False) -> None:
     words = sys.argv[1:]
     first = next((i for i, word in enumerate(words) if word.startswith("--") and word != "--help"), len(words))
     for part in chosen(doc, parts, "+", words[:first] if settings else words):
-        parts[part](*[words[first:]] * settings)
+        try:
+            parts[part](*[words[first:]] * settings)
+        except (ValueError, OSError) as error:
+            sys.exit(f"{Path(sys.argv[0]).name}: {error}")

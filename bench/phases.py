@@ -12,7 +12,7 @@ import time
 from collections.abc import Callable
 
 import torch
-from common import BUDGET, RESULTS, main, new_run, rows_at, timed, write
+from common import RESULTS, main, new_run, rows_at, timed, write
 
 import decode
 import sample
@@ -99,7 +99,8 @@ def watch(run: steps.Run, phases: Phases, counts: dict[str, int]) -> None:
 
 def bench_phases(repeats: int = 8) -> None:
     run, counts = new_run(), {}
-    one = [timed(lambda: generate(run.model, rows_at(run, 0)[:1], BUDGET, 0.0)) for _ in range(5)]
+    row, budget = rows_at(run, 0)[:1], run.config.max_response_tokens
+    one = [timed(lambda: generate(run.model, row, budget, 0.0)) for _ in range(5)]
     fixed = statistics.median(cpu / (len(found[0]) or 1) for found, cpu, _ in one[1:])
     steps.rl_step(run, 0)
     phases = Phases()

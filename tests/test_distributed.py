@@ -13,13 +13,14 @@ from pathlib import Path
 import pytest
 import torch
 import torch.multiprocessing as processes
-from conftest import ALL_WRONG, BY_LENGTH, ONE_OF_EACH, rounding
+from conftest import ALL_WRONG, BY_LENGTH, rounding
 from test_step import make_run
 from torch.distributed.tensor import DTensor
 from transformers import AutoModelForCausalLM, AutoTokenizer, GenerationConfig, LlamaConfig, LlamaForCausalLM
 
 import step as steps
 import train
+from loss import METHODS
 from model import load_model, pick_device, save_model, token_stats
 from reward import Reward
 from sample import generate
@@ -31,7 +32,7 @@ from train import new_optimizer
 ROOT = Path(__file__).parents[1]
 
 
-CASES = {name: {} for name in ONE_OF_EACH} | {
+CASES = {name: {} for name in METHODS} | {
     # three prompts on two ranks: unequal shares of rows, of lengths and of micro-batches
     "prefix-rft": {"prompts_per_step": 3, "micro_batch_tokens": 60},
     "luffy": {"micro_batch_tokens": 100, "recompute": True},

@@ -398,8 +398,9 @@ def test_regrading_restores_changed_grades(finished, tmp_path, monkeypatch, caps
 
 @pytest.mark.parametrize("written", [1, 2])
 def test_grading_that_was_cut_off_has_to_be_done_again(finished, tmp_path, monkeypatch, written):
-    """Between the grades and the name of their grader: neither the old name nor the new one is believed."""
+    """Before the new grades stand there the old ones do; then neither the old grader's name nor the new one's."""
     folder, plain, calls = copy(finished, tmp_path / "cut"), folder_of_evaluation.write_settings, []
+    (tmp_path / "own.py").write_text("def reward(response, problem):\n    return 0.25\n")
 
     def write(file, settings):
         calls.append(settings)
@@ -409,7 +410,9 @@ def test_grading_that_was_cut_off_has_to_be_done_again(finished, tmp_path, monke
 
     with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
         patch.setattr(folder_of_evaluation, "write_settings", write)
-        eval.regrade(folder, "exact")
+        eval.regrade(folder, str(tmp_path / "own.py"))
+    untouched = (folder / "generations.jsonl").read_bytes() == (finished / "generations.jsonl").read_bytes()
+    assert untouched == (written == 1)
     monkeypatch.setattr(eval, "respond", None)
     if written == 2:
         with pytest.raises(ValueError, match=r"graded by another version: first run {2}eval.py --regrade"):

@@ -144,6 +144,7 @@ def new_trainer(run: steps.Run, repeats: int, reward: Callable, rows_per_pass: i
         lr_scheduler_type="constant",
         adam_beta2=config.adam_beta2,
         gradient_checkpointing=False,  # on by default: it would cost TRL another forward pass
+        bf16=False,  # on by default, also on a CPU, where it is slow; ours is fp32 as well
         loss_type="dr_grpo",
         scale_rewards="none",
         shuffle_dataset=False,

@@ -16,7 +16,7 @@ from matplotlib.ticker import MaxNLocator
 
 from evaluation.report import markdown_table, percent
 from evaluation.statistics import natural_order
-from figures.figure import COLOURS, STYLES, TYPE, in_percent, save, sheet
+from figures.figure import COLOURS, MARKERS, STYLES, TYPE, in_percent, save, sheet
 from loss import METHODS
 from sample import prefix_range
 from support.checkpoint import read_json
@@ -289,6 +289,7 @@ def draw_panel(axis: Axes, runs: list[Run], panel: Panel) -> None:
             colour, style = COLOURS[place % len(COLOURS)], STYLES[place // len(COLOURS) % 4]
             name = legend if len(runs) == 1 else ""
             if metric.startswith("eval_"):
+                style += MARKERS[place % len(MARKERS)]
                 values = draw_accuracy(axis, run, metric.removeprefix("eval_"), colour, style, name)
             else:
                 values = draw_metric(axis, run, metric, colour, style, name)
@@ -298,15 +299,16 @@ def draw_panel(axis: Axes, runs: list[Run], panel: Panel) -> None:
     axis.set_ylim(0, highest * (1 if panel.top == 1 and highest <= 1 else 1.05))  # nothing drawn here is negative
     if panel.share:
         axis.yaxis.set_major_formatter(in_percent)
-    axis.set_title(panel.title, loc="left")
+    named = bool(axis.get_legend_handles_labels()[1]) and not panel.metrics[0][0].startswith("eval_")
+    if named:  # above the panel, where it hides no curve
+        axis.legend(loc="lower left", bbox_to_anchor=(0, 1), ncols=2, frameon=False, borderpad=0.2, columnspacing=1)
+    axis.set_title(panel.title, loc="left", pad=18 if named else None)
     axis.set_ylabel(panel.unit)
     axis.set_xlabel("step")
     axis.xaxis.set_major_locator(MaxNLocator("auto", integer=True))
     axis.grid(alpha=0.3)
     if len(runs) > 1 and panel.metrics[0][0] == "eval_all":
         axis.axhline(REACHED, color="grey", linestyle=":", linewidth=0.8)
-    if axis.get_legend_handles_labels()[1]:
-        axis.legend()
 
 
 def draw_accuracy(axis: Axes, run: Run, level: str, colour: str, style: str, name: str) -> list[float]:
@@ -315,9 +317,7 @@ def draw_accuracy(axis: Axes, run: Run, level: str, colour: str, style: str, nam
     problems = base_scores(run).get(level, {}).get("problems")
     label = f"{name}, {problems} problems" if name and problems else name
     steps, values = [step for step, *_ in found], [accuracy for _, accuracy, *_ in found]
-    axis.plot(
-        steps, values, style, color=colour, label=label, clip_on=False, marker="o", markersize=2.5, linewidth=1.2
-    )
+    axis.plot(steps, values, style, color=colour, label=label, clip_on=False, markersize=3.5, linewidth=1.2)
     band = [(step, low, high) for step, _, low, high in found if low is not None and high is not None]
     if len(band) > 1:
         axis.fill_between(*zip(*band), color=colour, alpha=0.12, linewidth=0)
@@ -330,7 +330,7 @@ def draw_metric(axis: Axes, run: Run, metric: str, colour: str, style: str, name
     if not steps:
         return []
     rows = rows_per_point(run, metric)
-    label = f"{name}, {rows:.0f} rows a step" if name and rows else name
+    label = f"{name}, {rows:.0f} rows" if name and rows else name
     if metric == "prefix_fraction":
         steps_of_band, low, high = schedule_band(run)
         axis.fill_between(steps_of_band, low, high, color=colour, alpha=0.12, linewidth=0)

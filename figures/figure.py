@@ -15,6 +15,7 @@ DPI = 200
 BLUE, VERMILLION, GREEN, PURPLE, ORANGE, SKY = "#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9"
 COLOURS = (BLUE, VERMILLION, GREEN, PURPLE, ORANGE, SKY, "#000000")  # for the colour-blind too (Okabe and Ito 2008)
 STYLES = ("-", "--", ":", "-.")
+MARKERS = ("o", "s", "^", "D", "v", "P", "X")  # beside colours, where lines of one panel are to be told apart
 TYPE = {  # of matplotlib.rc_context
     "font.size": 8,
     "axes.titlesize": 9,

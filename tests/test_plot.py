@@ -302,7 +302,7 @@ def test_the_share_given_is_drawn_before_the_range_of_its_schedule(tmp_path, mon
     panels = panels_of(monkeypatch, folder)
     low = 0.05 + 0.9 * (1 + math.cos(math.pi / 10)) / 2  # of step 2, the second: half a cosine of 10 steps
     assert bands_of(panels["demonstration given"]) == [{(1, 0.95), (2, 0.95), (2, round(low, 6))}]
-    assert panels["reward"].get_legend_handles_labels()[1] == ["hybrid, 3 rows a step"]
+    assert panels["reward"].get_legend_handles_labels()[1] == ["hybrid, 3 rows"]
     assert panels["demonstration given"].get_ylim() == (0, 1)
     row = curves.rows_per_point(curves.read_run(folder), "reward_on_policy")
     assert row == 2 * 4 - 3

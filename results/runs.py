@@ -108,8 +108,8 @@ def made_of(regime: str) -> dict[str, str]:
 
 
 def stored_lines(path: Path) -> list[Line]:
-    """The lines of a file of results; ValueError where one is damaged."""
-    lines = []
+    """The lines of a file of results; ValueError where one is damaged or there twice."""
+    lines, places = [], {}
     for number, text in enumerate(path.read_bytes().splitlines() if path.exists() else [], 1):
         try:
             line = json.loads(text)
@@ -118,6 +118,10 @@ def stored_lines(path: Path) -> list[Line]:
             raise ValueError(
                 f"{path}:{number}: found {text[:40]!r}, expected a stored run: restore or delete the line"
             ) from error
+        who = [line[name] for name in ("regime", "method", "seed", "trial", "settings", "made_of")]
+        key = json.dumps(who, sort_keys=True)
+        if places.setdefault(key, number) != number:
+            raise ValueError(f"{path}:{number}: the same run as in line {places[key]}: delete one of the two")
         lines.append(line)
     return lines
 

@@ -248,6 +248,15 @@ def test_stored_runs_are_kept_and_stale_ones_replaced_in_their_place(tmp_path, m
     assert [(line["seed"], line["probe"]) for line in lines] == [(0, [[2.0]]), (1, [[1.0]])]
 
 
+def test_a_run_that_is_stored_twice_is_refused_not_counted_twice(tmp_path, monkeypatch):
+    fake_lines(monkeypatch, [])
+    study.Study("habit", tmp_path, 1).make([Spec("habit", "rft", seed, {"demonstrations": 128}) for seed in (0, 1)])
+    path = tmp_path / "habit.jsonl"
+    path.write_text(path.read_text() + path.read_text().splitlines(keepends=True)[0])
+    with pytest.raises(ValueError, match=r"habit.jsonl:3: the same run as in line 1: delete one of the two"):
+        runs.stored_lines(path)
+
+
 def test_tuning_then_runs(tmp_path, monkeypatch):
     made: list[str] = []
     fake_lines(monkeypatch, made)

@@ -217,6 +217,7 @@ def compare_steps(words: list[str], repeats: int, mixed: bool, rows_per_pass: in
 
     callback = InTurn()
     trainer = new_trainer(run, repeats, reward, rows_per_pass, callback)
+    assert trainer.accelerator.mixed_precision == "no", "TRL would not compute in fp32, as ours does"
     plain = trainer.model.generate
 
     @functools.wraps(plain)

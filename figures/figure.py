@@ -30,10 +30,12 @@ TYPE = {  # of matplotlib.rc_context
 }
 
 
-def sheet(panels: int, panel_height: float, wide_first: bool = False, **kwargs: object) -> tuple[Figure, list[Axes]]:
-    """A figure with room for so many panels, as one list, row by row, at most COLUMNS beside each other; wide_first
+def sheet(
+    panels: int, panel_height: float, wide_first: bool = False, most: int = COLUMNS, **kwargs: object
+) -> tuple[Figure, list[Axes]]:
+    """A figure with room for so many panels, as one list, row by row, at most `most` beside each other; wide_first
     gives the first two columns of a row of its own (the third is for its legend). `kwargs` are those of a subplot."""
-    columns = COLUMNS if wide_first else min(COLUMNS, panels)
+    columns = COLUMNS if wide_first else min(most, panels)
     begin = columns * wide_first  # the first place of a panel of one column
     rows = -(-(begin + panels - wide_first) // columns)
     figure = Figure(figsize=(WIDTH if columns > 1 else WIDTH / 2, panel_height * rows), layout="constrained")

@@ -14,7 +14,7 @@ from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator
 
 from data.make_recipes import LEVELS
-from figures.figure import COLOURS, STYLES, TYPE, in_percent, save, sheet
+from figures.figure import COLOURS, COLUMNS, STYLES, TYPE, in_percent, save, sheet
 from results import ceiling
 from results.claims import KINDS, mean_interval, prefix_advantage, runs_of, scores, t_quantile
 from results.protocol import ABLATIONS, EXPERT, REGIMES, Line
@@ -212,15 +212,13 @@ def draw_ceiling(axis: Axes, lines: Sequence[Line], level: str) -> None:
 
 
 def main_panels(stored: dict[str, list[Line]]) -> list[Panel]:
-    """At most three: what validation accuracy does in either regime, and the test accuracies in the first."""
+    """Two a regime: validation accuracy over the steps, test accuracies at the end."""
     panels: list[Panel] = []
     for regime, where in (("habit", "reward from the start"), ("silent", "hardly any reward at first")):
         if any(runs_of(stored[regime], name) for name in SHOWN):
-            title = f"{regime}: {where}"
-            panels += [partial(draw_curves, lines=stored[regime], against="step", title=title)]
-    if any(not line["trial"] for line in stored["habit"]):
-        how = {"methods": ("base", *SHOWN), "title": "habit: at the end, test"}
-        panels += [partial(draw_accuracies, lines=stored["habit"], **how)]
+            how: dict[str, Any] = {"lines": stored[regime]}
+            panels += [partial(draw_curves, against="step", title=f"{regime}: {where}", **how)]
+            panels += [partial(draw_accuracies, methods=("base", *SHOWN), title=f"{regime}: at the end, test", **how)]
     return panels
 
 
@@ -256,9 +254,9 @@ def question_panels(stored: dict[str, list[Line]]) -> list[Panel]:
     return panels
 
 
-def draw_panels(panels: Sequence[Panel], panel_height: float = 2.9) -> Figure:
-    """The panels, three beside each other, `panel_height` in inches. The caller sets the type (figure.TYPE)."""
-    figure, axes = sheet(len(panels), panel_height)
+def draw_panels(panels: Sequence[Panel], panel_height: float = 2.9, most: int = COLUMNS) -> Figure:
+    """The panels, at most `most` beside each other, `panel_height` in inches. The caller sets figure.TYPE."""
+    figure, axes = sheet(len(panels), panel_height, most=most)
     for panel, axis in zip(panels, axes):
         panel(axis)
     return figure
@@ -267,8 +265,9 @@ def draw_panels(panels: Sequence[Panel], panel_height: float = 2.9) -> Figure:
 def draw_all(stored: dict[str, list[Line]], folder: Path) -> list[Path]:
     """Write the figures that there are runs for."""
     written = []
-    for name, find in (("main", main_panels), ("details", detail_panels), ("questions", question_panels)):
+    found = (("main", main_panels, 2), ("details", detail_panels, COLUMNS), ("questions", question_panels, COLUMNS))
+    for name, find, most in found:
         if panels := find(stored):
             with matplotlib.rc_context(TYPE):
-                written.append(save(draw_panels(panels), folder / f"{name}.png"))
+                written.append(save(draw_panels(panels, most=most), folder / f"{name}.png"))
     return written

@@ -343,6 +343,20 @@ def test_panels_of_an_sft_stage_before_reinforcement(tmp_path, monkeypatch):
     assert all(any(list(line.get_xdata()) == [4, 4] for line in axis.lines) for axis in panels.values())
 
 
+def test_legends_stand_outside_of_the_panels(tmp_path, monkeypatch):
+    """Inside one would hide a curve; with several runs the sheet has one legend for all panels, above them."""
+    folders = [with_base(run_folder(tmp_path / name, LOGGED), hard=50, medium=50, all=100) for name in ("x", "y")]
+    for shown in (folders[:1], folders):
+        panels = panels_of(monkeypatch, *shown).values()
+        figure = next(iter(panels)).figure
+        figure.canvas.draw()
+        areas = [axis.get_tightbbox() if figure.legends else axis.get_window_extent() for axis in panels]
+        legends = figure.legends or [axis.get_legend() for axis in panels if axis.get_legend()]
+        assert legends
+        for legend in legends:
+            assert not any(legend.get_window_extent().shrunk(0.99, 0.99).overlaps(area) for area in areas)
+
+
 def test_several_runs_have_fewer_panels_and_one_table(tmp_path, monkeypatch, capsys):
     folders = [
         with_base(run_folder(tmp_path / name, LOGGED[:n]), hard=50, all=100) for name, n in (("x", 3), ("y", 1))

@@ -349,7 +349,7 @@ def test_legends_stand_outside_of_the_panels(tmp_path, monkeypatch):
     for shown in (folders[:1], folders):
         panels = panels_of(monkeypatch, *shown).values()
         figure = next(iter(panels)).figure
-        figure.canvas.draw()
+        figure.draw_without_rendering()  # places everything
         areas = [axis.get_tightbbox() if figure.legends else axis.get_window_extent() for axis in panels]
         legends = figure.legends or [axis.get_legend() for axis in panels if axis.get_legend()]
         assert legends

@@ -3,9 +3,9 @@
     OMP_NUM_THREADS=1 python bench/throughput.py sampling step [--FIELD VALUE ...]
 
 Each part prints a table and writes bench/results/throughput-PART.json; with settings of train.py (--model, --data,
---config, ...) throughput-PART-MODEL.json. Without: the default step of `rft`, 16 problems x 8 rollouts, at most 96
-tokens, 2 updates, the embedded task and model. The learning rate is 0, so every repeat starts
-from the same weights; all contenders of a repeat see the same prompts and give the same tokens (asserted), in turn,
+--config, ...) throughput-PART-MODEL.json, its name ending in what else was set. Without: the default step of `rft`,
+16 problems x 8 rollouts, at most 96 tokens, 2 updates, the embedded task and model. The learning rate is 0, so every
+repeat starts from the same weights; all contenders of a repeat see the same prompts and give the same tokens (asserted), in turn,
 so that a busy machine hits all alike. Times are process CPU seconds, beside wall seconds; ratios are medians over
 the repeats. Peak memory, of tensors beyond those that stood before, is that of one more repeat, not timed. Beside it
 what our matrix products alone take (bench/bound.py). The hand-written loop is of the embedded model's architecture.
@@ -92,7 +92,13 @@ def bench_sampling(words: list[str]) -> None:
 
 
 def part_name(part: str, words: list[str]) -> str:
-    return f"{part}-{Path(parse_config(words).model).name}" if words else part
+    """The part, the model, and what is set beside it, so that no result takes another's place."""
+    if not words:
+        return part
+    given = " ".join(words).replace("=", " ").split()
+    others = [(name.lstrip("-"), Path(value).name) for name, value in zip(given[::2], given[1::2])]
+    others = [word for name, value in others if name not in ("config", "model") for word in (name, value)]
+    return "-".join([part, Path(parse_config(words).model).name, *others])
 
 
 def bound(work: Callable[[], object], cpu_s: float) -> dict:

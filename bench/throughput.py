@@ -6,10 +6,10 @@ Each part prints a table and writes bench/results/throughput-PART.json; with set
 --config, ...) throughput-PART-MODEL.json, its name ending in what else was set. Without: the default step of `rft`,
 16 problems x 8 rollouts, at most 96 tokens, 2 updates, the embedded task and model. The learning rate is 0, so every
 repeat starts from the same weights; all contenders of a repeat see the same prompts and give the same tokens
-(asserted), in turn, so that a busy machine hits all alike. Times are process CPU seconds, beside wall seconds; ratios are medians over
-the repeats. Peak memory, of tensors beyond those that stood before, is that of one more repeat, not timed. Beside it
-what our matrix products alone take (bench/bound.py). The hand-written loop is of the embedded model's architecture.
-Where the time goes, and growth: bench/phases.py. On CUDA: bench/gpu.py.
+(asserted), in turn, so that a busy machine hits all alike. Times are process CPU seconds, beside wall seconds; ratios
+are medians over the repeats. Peak memory, of tensors beyond those that stood before, is that of one more repeat, not
+timed. Beside it what our matrix products alone take (bench/bound.py). The hand-written loop is of the embedded
+model's architecture. Where the time goes, and growth: bench/phases.py. On CUDA: bench/gpu.py.
 """
 
 import functools

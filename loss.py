@@ -238,7 +238,8 @@ def token_mean(t: Tokens) -> Tensor:
     alone Z = T_d and w = c = 1: SFT.
     RFT + SFT loss [LUFFY, train_rl_sft_loss.sh]: RL is a sum over tokens / L per micro-batch, not divided by rows;
     SFT a token mean per micro-batch, coefficient 1; so c = K/B over our denominators, where K of the step's
-    micro-batches hold a demonstration and B = 512 rows: at most 0.125, about 0.07 at 8 GPUs x 32768 tokens. Ours 0.1.
+    micro-batches hold a demonstration and B = 512 rows: at most 0.125, about 0.07 at 8 GPUs x 32768 tokens. Ours 0.1; where few groups have a demonstration, as in
+    the embedded task, K and so c would be smaller: tune it.
     """
     return torch.full_like(t.log_probs, t.coefficient * t.normalizer / max(1, t.demonstration_tokens))
 
@@ -291,7 +292,7 @@ def row_mean(t: Tokens) -> Tensor:
     """c·L/len(y*)
 
     The token mean of each demonstration that stands in a group's place. [HPT] There RL is a sum / L and SFT c times a
-    token mean per micro-batch, in which such a demonstration is nearly always alone: then this is that weight. It
+    token mean per micro-batch: where such a demonstration is alone in its own, this is that weight, else more. It
     grows with the number of replaced groups, as no constant over Z would.
     """
     lengths = t.prefix_mask.sum(1, keepdim=True).clamp(min=1).to(t.log_probs)
@@ -339,7 +340,7 @@ class Method:
     )
     entropy_clip: str = ""  # which tokens it keeps: high | low | random entropy; "": no clip
     coefficient: float | None = None  # c in its formulas; the setting `coefficient` takes its place
-    coefficient_end: float | None = None  # c falls to this along half a cosine over the run
+    coefficient_end: float | None = None  # c falls to this along half a cosine over FALL of the run
     schedule: str = "cosine"  # of the prefix fraction (sample.SCHEDULES)
     baseline: str | None = None  # fixed by the method, else the setting's
     scale_by_std: bool | None = None  # likewise
@@ -400,13 +401,17 @@ METHODS: dict[str, Method] = {
 }
 
 
+FALL = 0.2  # share of the run [CHORD: 20 of 100 steps in Trinity-RFT's mix_chord_toolace.yaml]
+
+
 def coefficient_at(method: Method, progress: float, chosen: float | None) -> float:
-    """c at `progress` (0 to 1) of the run: `chosen` or the method's own, falling to coefficient_end where it has one;
-    1 for a method without."""
+    """c at `progress` (0 to 1) of the run: `chosen` or the method's own; where that has a coefficient_end, it falls to
+    it over the first FALL of the run and stays there; 1 for a method without."""
     start = method.coefficient if chosen is None else chosen
     if start is None or method.coefficient_end is None:
         return 1.0 if start is None else start
-    return method.coefficient_end + (start - method.coefficient_end) * (1 + math.cos(math.pi * progress)) / 2
+    end = min(start, method.coefficient_end)
+    return end + (start - end) * (1 + math.cos(math.pi * min(1.0, progress / FALL))) / 2
 
 
 @torch.no_grad()

@@ -71,7 +71,7 @@ class Config:
     sft_steps: int = knob(64, "updates of the sft stage (paper: 3 epochs)", 1)
     sft_batch: int = knob(32, "demonstrations per sft update (paper: 64)", 1)
     relift_lr: float = knob(1e-4, "of ReLIFT's supervised updates, constant (source: 1e-6)", 0)
-    relift_buffer: int = knob(32, "demonstrations that wait for a ReLIFT update (source: 128)", 1)
+    relift_buffer: int = knob(4, "demonstrations that wait for a ReLIFT update: those of a step (source: 128)", 1)
     weight_decay: float = knob(0.0, "of AdamW (paper: 0.01)", 0)
     adam_beta2: float = knob(0.99, "of AdamW (paper: 0.999)", 0, 0.999999)
     max_grad_norm: float = knob(1.0, "gradients are scaled down to this norm (paper: 1)", 0)

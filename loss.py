@@ -238,8 +238,8 @@ def token_mean(t: Tokens) -> Tensor:
     alone Z = T_d and w = c = 1: SFT.
     RFT + SFT loss [LUFFY, train_rl_sft_loss.sh]: RL is a sum over tokens / L per micro-batch, not divided by rows;
     SFT a token mean per micro-batch, coefficient 1; so c = K/B over our denominators, where K of the step's
-    micro-batches hold a demonstration and B = 512 rows: at most 0.125, about 0.07 at 8 GPUs x 32768 tokens. Ours 0.1; where few groups have a demonstration, as in
-    the embedded task, K and so c would be smaller: tune it.
+    micro-batches hold a demonstration and B = 512 rows: at most 0.125, about 0.07 at 8 GPUs x 32768 tokens. Ours 0.1;
+    where few groups have a demonstration, as in the embedded task, K and so c would be smaller: tune it.
     """
     return torch.full_like(t.log_probs, t.coefficient * t.normalizer / max(1, t.demonstration_tokens))
 
@@ -405,8 +405,8 @@ FALL = 0.2  # share of the run [CHORD: 20 of 100 steps in Trinity-RFT's mix_chor
 
 
 def coefficient_at(method: Method, progress: float, chosen: float | None) -> float:
-    """c at `progress` (0 to 1) of the run: `chosen` or the method's own; where that has a coefficient_end, it falls to
-    it over the first FALL of the run and stays there; 1 for a method without."""
+    """c at `progress` (0 to 1) of the run: `chosen` or the method's own, falling to its coefficient_end, where it has
+    one, over the first FALL of the run; 1 for a method without c."""
     start = method.coefficient if chosen is None else chosen
     if start is None or method.coefficient_end is None:
         return 1.0 if start is None else start

@@ -13,7 +13,7 @@ from evaluation.report import markdown_table, percent
 from results import ceiling
 from results.claims import KINDS, difference, mean_interval, runs_of, scores, verdict_rows
 from results.drawing import draw_all
-from results.protocol import REGIMES, Line, trial_score
+from results.protocol import EQUAL, REGIMES, Line, trial_score
 from results.runs import stored_lines
 from support.checkpoint import write_text
 
@@ -61,7 +61,8 @@ def difference_table(lines: Sequence[Line], regime: str) -> str:
             for kind in KINDS:
                 groups = runs_of(lines, name), runs_of(lines, other)
                 cells.append("–")
-                if other != name and all(groups):
+                same_runs = other == name or (name, other) == (EQUAL, "sft-rft")  # one is the other, stopped earlier
+                if not same_runs and all(groups):
                     first, second = (scores(group, kind) for group in groups)
                     found = difference(first, second, (name != "base", True))
                     cells[-1] = f"{100 * (first.mean() - second.mean()):+.1f}"

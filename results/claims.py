@@ -107,7 +107,6 @@ class Claim:
     why: str = ""  # it may differ here
 
 
-ONLY_FEW = "60 steps here, 500 there"
 REPORTED = {  # average of six benchmarks in Table 1: Prefix-RFT has 51.8
     "sft": 44.1,
     "rft": 45.5,
@@ -136,10 +135,16 @@ def claims() -> list[Claim]:
     return [*claims_of_accuracy(), *claims_of_demonstrations(), *claims_of_parts(), *claims_of_the_critics()]
 
 
+def few_steps(regime: str) -> str:
+    return f"{REGIMES[regime].steps} steps here, 500 there"
+
+
+ONLY_FEW = few_steps("habit")  # scarce has as many
+
+
 def small(regime: str, method: str = "") -> str:
     """Why accuracies may differ here."""
-    why = "0.3 M parameters and a synthetic task: the base lacks a habit, hardly any knowledge; "
-    why += f"{REGIMES[regime].steps} steps here, 500 there"
+    why = "0.3 M parameters and a synthetic task: the base lacks a habit, hardly any knowledge; " + few_steps(regime)
     longer = "; after 120 steps, in the earlier study below, `prefix-rft` was above `sft`"
     return why + longer * ((regime, method) == ("habit", "sft"))
 

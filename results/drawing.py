@@ -216,9 +216,9 @@ def main_panels(stored: dict[str, list[Line]]) -> list[Panel]:
     panels: list[Panel] = []
     for regime, where in (("habit", "reward from the start"), ("silent", "hardly any reward at first")):
         if any(runs_of(stored[regime], name) for name in SHOWN):
-            how: dict[str, Any] = {"lines": stored[regime]}
-            panels += [partial(draw_curves, against="step", title=f"{regime}: {where}", **how)]
-            panels += [partial(draw_accuracies, methods=("base", *SHOWN), title=f"{regime}: at the end, test", **how)]
+            lines, title = stored[regime], f"{regime}: at the end, test"
+            panels += [partial(draw_curves, lines=lines, against="step", title=f"{regime}: {where}")]
+            panels += [partial(draw_accuracies, lines=lines, methods=("base", *SHOWN), title=title)]
     return panels
 
 

@@ -23,6 +23,7 @@ TRIAL_SEED = 1000
 FRESH_TEST_SEED = 7919  # chosen after the protocol was committed
 EQUAL = "sft-rft-equal"  # sft-rft with fewer steps: as many tokens as rft and prefix-rft
 MAIN = ("rft", "sft-rft", "prefix-rft", "sft", "luffy", "uft", "relift", "hpt", "chord-phi", "rescue")
+TEN_SEEDS = ("rft", "sft-rft", "prefix-rft", "sft", "luffy")  # in habit
 OTHERS = tuple(name for name in METHODS if name not in MAIN)
 ABLATIONS = tuple(name for name in METHODS if name.startswith("prefix-rft-") and name != "prefix-rft-trust")
 EXPERT = "expert"  # the kind of demonstrations that a run has unless its settings name another
@@ -87,6 +88,8 @@ def check_names(regimes: Sequence[str], methods: Sequence[str]) -> None:
 
 
 def seeds_of(regime: str, method: str) -> tuple[int, ...]:
+    if regime == "habit" and method in TEN_SEEDS:
+        return tuple(range(10))
     return (0, 1, 2) if method in OTHERS else REGIMES[regime].seeds
 
 
@@ -259,10 +262,11 @@ def chosen(regime: str, method: str, lines: Sequence[Line]) -> Settings:
     return best_of(method, [line for line in trials if base.items() <= line["settings"].items()])
 
 
-def equal_steps(lines: Sequence[Line]) -> int:
+def equal_steps(regime: str, lines: Sequence[Line]) -> int:
     """Steps of reinforcement after which sft-rft has sampled and trained as many tokens as rft and prefix-rft have in
-    the mean of their runs; ValueError where there are no such runs."""
-    runs = {name: [line for line in lines if not line["trial"] and line["method"] == name] for name in MAIN[:3]}
+    the mean of their runs (of the regime's own seeds); ValueError where there are no such runs."""
+    own = [line for line in lines if not line["trial"] and line["seed"] in REGIMES[regime].seeds]
+    runs = {name: [line for line in own if line["method"] == name] for name in MAIN[:3]}
     if missing := [name for name, found in runs.items() if not found]:
         raise ValueError(f"{EQUAL} needs stored runs of {', '.join(missing)} in its regime: run those first")
     aims = [line["curve"]["tokens"][-1] for name in ("rft", "prefix-rft") for line in runs[name]]
@@ -281,6 +285,6 @@ def run_settings(regime: str, method: str, lines: Sequence[Line], tuning: Sequen
     its regime, `tuning`: of the one it was tuned in."""
     tuned = chosen(REGIMES[regime].tuned_in, stem_of(method), tuning)
     if method == EQUAL:
-        return [tuned | common(regime) | {"steps": equal_steps(lines)}]
+        return [tuned | common(regime) | {"steps": equal_steps(regime, lines)}]
     asked = product(REGIMES[regime].demonstrations, REGIMES[regime].experts)
     return [tuned | common(regime, number, expert) for number, expert in asked]

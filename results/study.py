@@ -266,6 +266,12 @@ def parse(argv: Sequence[str]) -> argparse.Namespace:
         check_names(args.regimes, args.methods)
     if args.jobs < 1:
         raise ValueError(f"jobs is {args.jobs}, expected at least 1")
+    asked = [(regime, method) for regime in args.regimes for method in args.methods or REGIMES[regime].methods]
+    known = {seed for regime, method in asked for seed in seeds_of(regime, method)}
+    if unknown := sorted(set(args.seeds) - known):
+        raise ValueError(
+            f"seeds has {unknown[0]}, the protocol for these methods {', '.join(map(str, sorted(known)))}"
+        )
     return args
 
 

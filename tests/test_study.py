@@ -135,15 +135,16 @@ def test_runs_with_weaker_experts_and_on_the_other_base_are_told_apart(tmp_path,
 def test_equal_tokens():
     def run(method, step, tokens):
         curve = {"step": step, "tokens": tokens}
-        return {"method": method, "trial": False, "curve": curve, "settings": {"sft_steps": 10}}
+        return {"method": method, "seed": 0, "trial": False, "curve": curve, "settings": {"sft_steps": 10}}
 
     lines = [run("rft", [60], [900]), run("prefix-rft", [60], [1100]), run("rft", [60], [1000])]
     lines += [run("prefix-rft", [60], [1000])]
     with pytest.raises(ValueError, match="needs stored runs of sft-rft"):
-        equal_steps(lines)
+        equal_steps("habit", lines)
     # 10 supervised steps and 300 tokens, then 20 a step: 1000 tokens at step 45, which is 35 of reinforcement
     lines += [run("sft-rft", [10, 20, 40, 60, 70], [300, 500, 900, 1300, 1500])]
-    assert equal_steps(lines) == 35
+    assert equal_steps("habit", lines) == 35
+    assert equal_steps("habit", [*lines, run("rft", [60], [9000]) | {"seed": 5}]) == 35
 
 
 # ---- what is stored
@@ -278,6 +279,7 @@ def test_tuning_then_runs(tmp_path, monkeypatch):
         (["run", "--methods", "prefix-rtf"], "method 'prefix-rtf': did you mean prefix-rft?"),
         (["tune", "--regime", "scarc"], "regime 'scarc': did you mean scarce?"),
         (["run", "--seeds", "0,x"], "seeds is '0,x'"),
+        (["run", "--regime", "habit", "--methods", "uft", "--seeds", "0,5"], "seeds has 5, the protocol for these"),
         (["run", "--jobs", "0"], "jobs is 0"),
         (["tune", "--quick"], "--quick chooses"),
     ],

@@ -21,7 +21,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, GenerationConfig, 
 import step as steps
 import train
 from loss import METHODS
-from model import load_model, pick_device, save_model, token_stats
+from model import load_model, save_model, token_stats
 from reward import Reward
 from sample import generate
 from step import rl_step, sft_step
@@ -316,22 +316,3 @@ def test_bf16_compute_keeps_fp32_weights(results, alone, monkeypatch):
     assert all(generate(run.model, plan, 12))
     read = list(run.model.plain.parameters())  # by the model that samples: bf16, and no memory is held afterwards
     assert {p.dtype for p in read} == {torch.bfloat16} and not any(p.untyped_storage().size() for p in read)
-
-
-@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs CUDA")
-@pytest.mark.parametrize("offload", [False, True])
-def test_a_step_on_cuda(results, offload):
-    folder, *_ = results
-    device = pick_device("cuda")
-    distributed.start(device)
-    try:
-        model, tokenizer = load_model(str(folder / "model"), device, training=True, recompute=True, offload=offload)
-        run = make_run(tokenizer, "prefix-rft", model)
-        run.optimizer = new_optimizer(model, run.config)
-        for number in range(2):
-            metrics, *_ = rl_step(run, number)
-            assert metrics["grad_norm"] > 0
-        save_model(model, tokenizer, folder / f"cuda-{offload}")
-    finally:
-        distributed.stop()
-    assert AutoModelForCausalLM.from_pretrained(folder / f"cuda-{offload}")

@@ -1,0 +1,393 @@
+"""On a GPU: bf16 compute, kernels, graphs and a run give what the CPU gives in fp32 or float64, up to rounding."""
+
+import functools
+import json
+import math
+from collections.abc import Sequence
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from conftest import random_model
+from test_step import make_run
+from torch import Tensor
+from transformers import AutoModelForCausalLM, GenerationConfig, PreTrainedModel, Qwen2Config, Qwen2ForCausalLM
+
+import decode
+import train
+from model import load_model, pick_device, save_model
+from sample import Rollouts, Row, generate, pack, uniforms
+from step import forward, rl_step
+from support import distributed
+from support.config import parse_config
+from train import new_optimizer
+
+DEVICE = "cuda"
+pytestmark = [pytest.mark.cuda, pytest.mark.skipif(not torch.cuda.is_available(), reason="needs CUDA")]
+
+ROOT = Path(__file__).parents[1]
+ENDS = [2, 100, 101, 102]  # many, so that rows end at different times; in no prompt or prefix
+NEAR = 2e-5  # of the edge of a token, where rounding in fp32 may decide: a hundred times what it does on a CPU
+
+
+def llama() -> PreTrainedModel:
+    """Two query heads share a key."""
+    shape = {"hidden_size": 128, "intermediate_size": 256, "num_attention_heads": 4, "num_key_value_heads": 2}
+    model = random_model(scale=0.15, **shape)
+    model.generation_config = GenerationConfig(eos_token_id=ENDS, pad_token_id=0)
+    return model
+
+
+def qwen() -> PreTrainedModel:
+    """Three layers, four query heads to a key, biases, a tied head."""
+    shape = {"hidden_size": 128, "intermediate_size": 192, "num_hidden_layers": 3, "num_attention_heads": 4}
+    shape |= {"num_key_value_heads": 1, "max_position_embeddings": 512, "tie_word_embeddings": True}
+    torch.manual_seed(1)
+    model = Qwen2ForCausalLM(Qwen2Config(vocab_size=103, pad_token_id=0, **shape))
+    for name, parameter in model.named_parameters():
+        if parameter.dim() > 1 or name.endswith("bias"):
+            torch.nn.init.normal_(parameter, std=0.15)
+    model.generation_config = GenerationConfig(eos_token_id=ENDS, pad_token_id=0)
+    return model.train()
+
+
+MODELS = {"llama": llama, "qwen": qwen}
+
+
+@functools.cache
+def exact(name: str) -> PreTrainedModel:
+    """On the CPU in float64."""
+    return MODELS[name]().double()
+
+
+@pytest.fixture(scope="module")
+def folder(tokenizer, tmp_path_factory):
+    """Every model, saved."""
+    folder = tmp_path_factory.mktemp("models")
+    for name, make in MODELS.items():
+        save_model(make(), tokenizer, folder / name)
+    return folder
+
+
+@pytest.fixture
+def one_gpu():
+    """A group of one, as in training on one GPU."""
+    distributed.start(pick_device(DEVICE))
+    yield pick_device(DEVICE)
+    distributed.stop()
+
+
+def some_rows(prompt: int = 9, prefix: int = 12, groups: int = 6, size: int = 4) -> list[Row]:
+    """Groups with a prompt of at most so many tokens each, whose last row has a prefix of at most so many."""
+    generator = torch.Generator().manual_seed(0)
+
+    def ids(longest: int) -> list[int]:
+        count = int(torch.randint(1, longest + 1, (), generator=generator))
+        return torch.randint(3, 100, (count,), generator=generator).tolist()
+
+    prompts = [ids(prompt) for _ in range(groups)]
+    rows = [Row(g, (0, g, i), prompt_ids, []) for g, prompt_ids in enumerate(prompts) for i in range(size)]
+    return [replace(row, prefix_ids=ids(prefix)) if i % size == size - 1 else row for i, row in enumerate(rows)]
+
+
+def plain_log_p(model: PreTrainedModel, row: Row, response: Sequence[int], temperature: float = 1.0) -> Tensor:
+    """log softmax at every token of a response [R, V], of the row alone in a plain pass."""
+    ids = torch.tensor([row.prompt_ids + list(response)], device=model.device)
+    logits = model(input_ids=ids, use_cache=False).logits[0, len(row.prompt_ids) - 1 : -1]
+    return (logits / temperature).double().log_softmax(-1).cpu()
+
+
+@torch.no_grad()
+def assert_drawn(
+    name: str, rows: Sequence[Row], responses: Sequence[list[int]], budget: int, temperature: float = 1.0
+) -> None:
+    """Every response is what the row's random numbers make of the float64 model's distributions, token by token, and
+    ends at the first end token or with the budget. For temperature 0: every token is the likeliest."""
+    ends = set(exact(name).generation_config.eos_token_id)
+    for row, response in zip(rows, responses, strict=True):
+        given = len(row.prefix_ids)
+        assert response[:given] == row.prefix_ids and not ends & {*response[given:-1]}
+        assert response[-1] in ends or len(response) == budget
+        p = plain_log_p(exact(name), row, response, temperature or 1.0)[given:].exp()
+        token = torch.tensor(response)[given:, None]
+        if temperature == 0:
+            assert (p.gather(1, token)[:, 0] > p.max(1).values - NEAR).all()
+            continue
+        u = torch.from_numpy(uniforms(row.key, budget)[given : len(response)].astype(np.float64))
+        above = p.cumsum(1).gather(1, token)[:, 0]
+        below = above - p.gather(1, token)[:, 0]
+        assert ((below - NEAR < u) & (u < above + NEAR)).all(), (row.key, len(response))
+
+
+def assert_same(found: Sequence[list[int]], want: Sequence[list[int]]) -> None:
+    """But for a row in sixteen: where a draw falls on the edge of a token, rounding decides."""
+    assert len(found) == len(want) and sum(a != b for a, b in zip(found, want)) <= len(want) // 16
+
+
+# ---- the training pass
+
+
+@pytest.mark.parametrize("name", MODELS)
+def test_compute_in_bf16_is_as_exact_as_that_of_a_plain_model(folder, one_gpu, name):
+    """Log-probs, entropies and the gradient of sharded fp32 weights, in a padded batch; in fp32 they are 2^9 times
+    as exact, which they would not be with TF32 (2^3)."""
+    rows = some_rows()
+    responses = [[*row.prefix_ids, 7, 50, 11, 99 - i, 2] for i, row in enumerate(rows)]
+    model, tokenizer = load_model(str(folder / name), one_gpu, training=True)
+    assert {parameter.dtype for parameter in model.parameters()} == {torch.float32}
+    rollouts = pack(rows, responses, model, tokenizer)
+    mask, every = rollouts.response_mask, torch.arange(len(rows))
+    sign = torch.randn(mask.shape, generator=torch.Generator().manual_seed(0))
+
+    def direct(model: PreTrainedModel) -> tuple[Tensor, Tensor]:
+        log_p = [plain_log_p(model, row, response) for row, response in zip(rows, responses)]
+        own = [p.gather(1, torch.tensor(response)[:, None])[:, 0] for p, response in zip(log_p, responses)]
+        return torch.cat(own), torch.cat([-(p.exp() * p).sum(1) for p in log_p])
+
+    def ours(model: PreTrainedModel) -> tuple[Tensor, Tensor]:
+        return tuple(values.cpu()[mask] for values in forward(model, rollouts, every, 1.0))
+
+    def gradient(model: PreTrainedModel, log_probs: Tensor) -> Tensor:
+        model.zero_grad()
+        (log_probs * sign[mask]).sum().backward()
+        grads = distributed.full_state({name: parameter.grad for name, parameter in model.named_parameters()})
+        return torch.cat([grad.flatten().double().cpu() for grad in grads.values()])
+
+    models = {"ours": model, "half": MODELS[name]().bfloat16().to(one_gpu), "single": MODELS[name]().to(one_gpu)}
+    passes = {"ours": ours, "half": direct, "single": ours}
+    stats = {key: passes[key](models[key]) for key in models} | {"exact": direct(exact(name))}
+    for which in (0, 1):
+        values = {key: found[which].detach().double() for key, found in stats.items()}
+        off = {key: float((values[key] - values["exact"]).abs().mean()) for key in models}
+        assert off["half"] / 4 < off["ours"] < 4 * off["half"], off
+        assert off["single"] < off["ours"] / 2**9, off
+    gradients = {key: gradient(models[key], stats[key][0]) for key in models}
+    gradients["exact"] = gradient(exact(name), stats["exact"][0])
+    size = gradients["exact"].norm()
+    off = {key: float((gradients[key] - gradients["exact"]).norm() / size) for key in models}
+    assert off["half"] / 4 < off["ours"] < 4 * off["half"] and off["ours"] < 0.2, off
+    assert off["single"] < off["ours"] / 2**9, off
+
+
+def test_updates_that_bf16_weights_would_lose_are_kept(folder, one_gpu):
+    """Two updates of AdamW, each of about lr at most."""
+    model, tokenizer = load_model(str(folder / "llama"), one_gpu, training=True)
+    run = make_run(tokenizer, "prefix-rft", model, lr=1e-6, temperature=0.8)
+    run.optimizer = new_optimizer(model, run.config)
+
+    def weights() -> dict[str, Tensor]:
+        state = distributed.full_state(dict(model.named_parameters()))
+        return {name: weight.detach().clone() for name, weight in state.items()}
+
+    before, (metrics, *_), after = weights(), rl_step(run, 0), weights()
+    assert metrics["grad_norm"] > 0 and metrics["skipped_updates"] == 0
+    for name, old in before.items():
+        moved = after[name] - old
+        assert 1e-7 < moved.abs().max() < 4e-6, name
+        lost = (old.bfloat16() + moved.bfloat16() == old.bfloat16()).float().mean()
+        assert after[name].dtype == torch.float32 and lost > 0.9, name
+
+
+@pytest.mark.parametrize("offload", [False, True])
+def test_a_step_with_recompute_and_offload(folder, one_gpu, tmp_path, offload):
+    """The first gradient is that of a step without them; the model is saved as it is and loads again."""
+    norms = {}
+    for saving in (False, True):
+        how = {"recompute": saving, "offload": saving and offload}
+        model, tokenizer = load_model(str(folder / "qwen"), one_gpu, training=True, **how)
+        run = make_run(tokenizer, "prefix-rft", model, lr=1e-6)
+        run.optimizer = new_optimizer(model, run.config)
+        norms[saving] = [rl_step(run, number)[0]["grad_norm"] for number in range(2)]
+    assert norms[True][0] == pytest.approx(norms[False][0], rel=0.01) and min(norms[True]) > 0
+    if offload:
+        assert {parameter.device.type for parameter in model.parameters()} == {"cpu"}
+    weights = distributed.full_state(distributed.state_of(model))
+    save_model(model, tokenizer, tmp_path / "final")
+    again = AutoModelForCausalLM.from_pretrained(tmp_path / "final", dtype=torch.float32).state_dict()
+    start = AutoModelForCausalLM.from_pretrained(folder / "qwen", dtype=torch.float32).state_dict()
+    assert all(torch.equal(again[name], weight.cpu()) for name, weight in weights.items())
+    assert any(not torch.equal(start[name], weight) for name, weight in again.items())
+
+
+# ---- sampling
+
+
+@pytest.mark.parametrize("compute", ["fp32", "bf16"])
+@pytest.mark.parametrize("name", MODELS)
+def test_tokens_follow_the_distribution_of_the_model(folder, request, name, compute):
+    """The first two tokens of 4096 rows, ends included: chi square, of mean d and deviation sqrt(2 d)."""
+    if compute == "bf16":
+        model, _ = load_model(str(folder / name), request.getfixturevalue("one_gpu"), training=True)
+    else:
+        model = MODELS[name]().to(DEVICE)
+    count, temperature, prompt = 4096, 0.7, [5, 9, 30]
+    rows = [Row(0, (1, "p", i), prompt, []) for i in range(count)]
+    responses = generate(model, rows, 2, temperature, rows_per_call=count)
+    pairs = torch.tensor([[*prompt, token] for token in range(103)])
+    with torch.no_grad():
+        p = (exact(name)(input_ids=pairs).logits[:, 2:] / temperature).softmax(-1)  # [103, 2, V]
+    expected = count * p[0, 0][:, None] * p[:, 1]  # [first, second]
+    expected[ENDS] = 0.0
+    expected[ENDS, 0] = count * p[0, 0][ENDS]  # nothing follows: counted as a 0
+    found = torch.zeros_like(expected)
+    for response in responses:
+        first, second = (*response, 0)[:2]
+        found[first, second] += 1
+    often = expected >= 5
+    cells = torch.cat([expected[often], expected[~often].sum()[None]])
+    counts = torch.cat([found[often], found[~often].sum()[None]])
+    chi_square, free = float(((counts - cells) ** 2 / cells).sum()), len(cells) - 1
+    assert free > 50 and abs(chi_square - free) < 5 * math.sqrt(2 * free), (chi_square, free)
+
+
+@pytest.mark.parametrize("how", [{}, {"prefill": True}, {"rows_per_call": 5}, {"temperature": 0.0}], ids=str)
+@pytest.mark.parametrize("name", MODELS)
+def test_a_response_is_what_the_cpu_draws(name, how):
+    """In fp32, with a prefix forced or read with the prompt, in one call or several, greedy."""
+    rows, settings = some_rows(), {"temperature": 1.0} | how
+    responses = generate(MODELS[name]().to(DEVICE), rows, 24, **settings)
+    assert len({len(response) for response in responses}) > 3
+    assert_drawn(name, rows, responses, 24, settings["temperature"])
+    assert_same(responses, generate(MODELS[name](), rows, 24, settings["temperature"]))
+
+
+def test_a_row_does_not_depend_on_its_batch():
+    """Alone, in another order, in calls of 5 with the prefix prefilled; all prompts are equal, or none are."""
+    model = llama().to(DEVICE)
+    for rows in (some_rows(groups=1, size=12), some_rows(groups=12, size=1), some_rows()):
+        together = generate(model, rows, 24)
+        assert_drawn("llama", rows, together, 24)
+        assert_same(generate(model, rows[::-1], 24)[::-1], together)
+        assert_same(generate(model, rows, 24, rows_per_call=5, prefill=True), together)
+        alone = [generate(model, [row], 24)[0] for row in rows[-4:]]
+        assert_drawn("llama", rows[-4:], alone, 24)
+
+
+def litter() -> None:
+    """NaN in memory that is free again: an empty tensor is not one of zeros."""
+    held = [torch.full((size,), math.nan, device=DEVICE) for size in (2**24, *[2**20] * 16, *[2**14] * 64)]
+    del held
+
+
+@pytest.mark.parametrize("name, prefill", [("llama", False), ("qwen", True)])
+def test_graphs_change_no_token(name, prefill, monkeypatch):
+    """Rows of 1 to 300 tokens behind prompts of up to 40 and prefixes of up to 60, with graphs and without; twice,
+    as a graph that is kept for the next call has to read that call's cache; then behind one prompt, one row alone."""
+    model, budget = MODELS[name]().to(DEVICE), 300
+    batches = [some_rows(40, 60, groups=9), some_rows(40, 60, groups=1, size=8), some_rows(7, groups=1)[:1]]
+    batches.append([replace(row, key=(*row.key, "again")) for row in batches[0]])
+    ends = GenerationConfig(eos_token_id=[2], pad_token_id=0)
+    for one in (model, exact(name)):
+        monkeypatch.setattr(one, "generation_config", ends)
+    found = {}
+    for graphs in (False, True):
+        monkeypatch.setattr(decode, "GRAPHS", graphs, raising=False)
+        for i, rows in enumerate(batches):
+            litter()
+            found[graphs, i] = generate(model, rows, budget, prefill=prefill)
+    for i, rows in enumerate(batches):
+        assert_drawn(name, rows, found[True, i], budget)
+        assert len(rows) == 1 or sum(a != b for a, b in zip(found[True, i], found[False, i])) <= len(rows) // 8
+    lengths = [len(response) for response in found[True, 0]]
+    assert min(lengths) < 64 and max(lengths) == budget and len(set(lengths)) > 12
+
+
+@pytest.mark.parametrize("name", MODELS)
+def test_log_probs_as_drawn_are_those_of_the_training_pass(folder, one_gpu, tokenizer, name):
+    """In fp32 up to rounding; in bf16 as a plain bf16 model is off; also after updates, with the new weights."""
+    rows, single = some_rows(), MODELS[name]().to(one_gpu)
+
+    @torch.no_grad()
+    def sampled(model: PreTrainedModel) -> tuple[Rollouts, Tensor, Tensor]:
+        """The rollouts, log-probs of their own tokens as they were drawn, and as the training pass finds them."""
+        drawn: list[list[float]] = []
+        responses = generate(model, rows, 24, 0.7, log_probs=drawn)
+        assert [len(one) for one in drawn] == [len(r) - len(row.prefix_ids) for r, row in zip(responses, rows)]
+        rollouts = pack(rows, responses, model, tokenizer)
+        return rollouts, torch.tensor([value for one in drawn for value in one]), found(model, rollouts)
+
+    @torch.no_grad()
+    def found(model: PreTrainedModel, rollouts: Rollouts) -> Tensor:
+        log_probs, _ = forward(model, rollouts, torch.arange(len(rows)), 0.7)
+        return log_probs.cpu()[rollouts.response_mask & ~rollouts.prefix_mask]
+
+    first, drawn, trained = sampled(single)
+    torch.testing.assert_close(drawn, trained, atol=1e-4, rtol=0)
+    close = 4 * (found(MODELS[name]().bfloat16().to(one_gpu), first) - trained).abs().mean()
+    model, _ = load_model(str(folder / name), one_gpu, training=True)
+    run = make_run(tokenizer, "prefix-rft", model, lr=0.01)
+    run.optimizer = new_optimizer(model, run.config)
+    for step in range(3):
+        before = found(model, first)
+        _, drawn, trained = sampled(model)
+        assert (drawn - trained).abs().mean() < close, step
+        metrics, *_ = rl_step(run, step)
+        assert metrics["grad_norm"] > 0 and (found(model, first) - before).abs().mean() > 4 * close  # seen, if old
+
+
+# ---- a run
+
+
+def test_a_run_that_goes_on_is_one_that_was_not_stopped(one_gpu, tmp_path, monkeypatch):
+    """Stopped after step 2 of 4. Kernels that add in no fixed order (attention, backward) may change the last bits
+    of a gradient: metrics agree to 1e-3; AdamW's lost state would move a weight by about lr."""
+    monkeypatch.chdir(ROOT)
+    monkeypatch.setattr(train, "draw_curves", lambda folder: "")
+    lines = (ROOT / "data/recipes/train.jsonl").read_text().splitlines(keepends=True)
+    demonstrated = [line for line in lines if json.loads(line).get("demonstrations")]
+    (tmp_path / "train.jsonl").write_text("".join(demonstrated[:12]))
+    (tmp_path / "held.jsonl").write_text("".join(lines[-4:]))
+    lr = 1e-5
+    settings = {"data": tmp_path / "train.jsonl", "eval_data": tmp_path / "held.jsonl", "test_data": "", "lr": lr}
+    settings |= {"device": DEVICE, "steps": 4, "prompts_per_step": 4, "rollouts_per_prompt": 4, "save_every": 0}
+    settings |= {"max_response_tokens": 80, "eval_response_tokens": 48, "eval_every": 2, "micro_batch_tokens": 600}
+    caught: list[int] = []
+    monkeypatch.setattr(train, "catch_signals", lambda: caught)
+
+    def run(out: Path) -> int:
+        words = [str(word) for item in (settings | {"out": out}).items() for word in (f"--{item[0]}", item[1])]
+        return train.train(parse_config([*words, "--resume", "auto"]))
+
+    def step(run, number: int, record: bool) -> tuple:
+        if number == 1:
+            caught.append(15)
+        return rl_step(run, number, record)
+
+    assert run(tmp_path / "whole") == 0
+    monkeypatch.setattr(train, "rl_step", step)
+    assert run(tmp_path / "parts") == 128 + 15 and not (tmp_path / "parts" / "final").exists()
+    caught.clear()
+    monkeypatch.setattr(train, "rl_step", rl_step)
+    assert run(tmp_path / "parts") == 0
+
+    def read(name: str) -> list[list[dict]]:
+        texts = [(tmp_path / out / name).read_text() for out in ("whole", "parts")]
+        return [[json.loads(line) for line in text.splitlines()] for text in texts]
+
+    whole, parts = read("metrics.jsonl")
+    assert "not the policy" not in str(whole)  # the warning of a sampler that is another model
+    assert [row["step"] for row in parts] == [1, 2, 3, 4] and any(row["grad_norm"] > 0 for row in parts[2:])
+    for row, other in zip(whole, parts, strict=True):
+        for name, value in row.items():
+            if not name.startswith("seconds_") and name != "tokens_per_second":
+                close = pytest.approx(value, rel=1e-3, abs=1e-5) if isinstance(value, float) else value
+                assert other[name] == close, (row["step"], name)
+    assert len(whole) == 4 and read("samples.jsonl")[0] == read("samples.jsonl")[1]
+    start, one, two = (
+        AutoModelForCausalLM.from_pretrained(path, dtype=torch.float32).state_dict()
+        for path in ("data/base", tmp_path / "whole" / "final", tmp_path / "parts" / "final")
+    )
+    apart = torch.cat([(one[name] - two[name]).abs().flatten() for name in one]).mean()
+    moved = torch.cat([(one[name] - start[name]).abs().flatten() for name in one]).mean()
+    assert moved > lr / 2 and apart < lr / 100, (moved / lr, apart / lr)
+
+
+# ---- last, as it is slow: the forward pass is compiled
+
+
+def test_the_static_cache_gives_the_same_tokens():
+    rows = some_rows()
+    responses = generate(llama().to(DEVICE), rows, 24, decode="static")
+    assert_drawn("llama", rows, responses, 24)

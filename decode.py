@@ -1,23 +1,39 @@
 """The hot path of sampling: two logits processors and the loops `generate` may decode with (DECODERS).
 
-In reading order: draw a token by inverting the CDF, force a prefix's; `last_hidden`, how every pass of ours calls a
-model; `decode_rows`, the loop for small models and responses of different lengths; `decode_static`, HF's own loop
-over a static cache, compiled on CUDA; `choose_loop`, which asks a model at load what it can be decoded with.
+In reading order: draw a token by inverting the CDF, force a prefix's; the cache and the attention of one new token;
+`last_hidden`, how every pass of ours calls a model; `decode_rows`, the loop for responses of different lengths, whose
+passes are recorded and replayed on CUDA; `decode_static`, HF's own loop over a static cache, compiled on CUDA;
+`choose_loop`, which asks a model at load what it can be decoded with.
 Left out: kernels of our own, continuous batching (it takes no processor of ours), speculative decoding.
 """
 
 import contextlib
 import functools
 import inspect
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import torch
 from torch import Tensor
-from transformers import GenerationConfig, LogitsProcessor, LogitsProcessorList, PreTrainedModel
+from torch.nn.functional import pad, scaled_dot_product_attention
+from transformers import (
+    AttentionInterface,
+    GenerationConfig,
+    LogitsProcessor,
+    LogitsProcessorList,
+    PreTrainedConfig,
+    PreTrainedModel,
+)
 from transformers.cache_utils import Cache, DynamicLayer
 
 PREFILL_TOKENS = 2**14  # tokens of a call's prompts read in one forward pass
 DROP_AT = 0.8  # ended rows leave the decoding batch once this share or less is alive: a copy costs about one step
+DROP_AT_RECORDED = 0.5  # a new recording costs more than ten steps
+GRAPHS = True  # on CUDA: record a pass, replay it for the next token: to launch its kernels takes longer than they do
+GRAPH_COLUMNS = 256  # a recording reads so many columns of the cache at once: those filled, rounded up
+LOOK_EVERY = (
+    16  # tokens, where passes are recorded: to see which rows have ended, Python and the GPU wait for each other
+)
 signature = functools.cache(inspect.signature)
 LOOPS = ("masks of ours", "masks of the model", "transformers")  # who makes what in decode_rows, the fastest first
 
@@ -36,7 +52,8 @@ class DrawTokenLogitsProcessor(LogitsProcessor):
         self.rows = self.rows[rows]
 
     def __call__(self, input_ids: Tensor, scores: Tensor) -> Tensor:
-        probabilities = (scores.float() / self.temperature).softmax(-1)  # [B, V]
+        scores = scores if self.temperature == 1 else scores.float() / self.temperature
+        probabilities = scores.softmax(-1, dtype=torch.float32)  # [B, V]
         cdf, place = probabilities.cumsum(-1), (self.rows, input_ids.shape[1] - self.prompt_length)
         # u * total, not u: rounding may leave the total below u. right=True skips tokens of probability 0.
         token = torch.searchsorted(cdf, self.uniforms[place][:, None] * cdf[:, -1:], right=True)
@@ -66,19 +83,27 @@ class PrefixForcingLogitsProcessor(LogitsProcessor):
 
 
 class RoomyLayer(DynamicLayer):
-    """A key-value cache layer that has room for `room` tokens at once, instead of copying itself at every token."""
+    """A key-value cache layer that has room for `room` tokens at once, instead of copying itself at every token.
+
+    Where a pass is recorded, `column` [1] holds the place of its token, and the first `length` columns are read.
+    """
 
     def __init__(self, room: int):
         super().__init__()
         self.room, self.length = room, 0
+        self.column: Tensor | None = None
 
     def update(self, key_states: Tensor, value_states: Tensor, *args, **kwargs) -> tuple[Tensor, Tensor]:
+        if self.column is not None:
+            self.all_keys.index_copy_(2, self.column, key_states)
+            self.all_values.index_copy_(2, self.column, value_states)
+            return self._view()
         start, self.length = self.length, self.length + key_states.shape[2]
         if not self.is_initialized:
             self.lazy_initialization(key_states, value_states)
             batch, heads, _, width = key_states.shape
-            self.all_keys = key_states.new_empty(batch, heads, self.room, width)
-            self.all_values = value_states.new_empty(batch, heads, self.room, value_states.shape[3])
+            self.all_keys = key_states.new_zeros(batch, heads, self.room, width)  # a masked NaN would still be one
+            self.all_values = value_states.new_zeros(batch, heads, self.room, value_states.shape[3])
         self.all_keys[:, :, start : self.length] = key_states
         self.all_values[:, :, start : self.length] = value_states
         return self._view()
@@ -90,6 +115,38 @@ class RoomyLayer(DynamicLayer):
     def reorder_cache(self, beam_idx: Tensor) -> None:
         self.all_keys, self.all_values = self.all_keys[beam_idx], self.all_values[beam_idx]
         self._view()
+
+
+def one_token_attention(
+    module: torch.nn.Module,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    attention_mask: Tensor,
+    scaling: float | None = None,
+    **_: Any,
+) -> tuple[Tensor, None]:
+    """Attention of one new token, query [B, heads, 1, D], over a cache of fewer heads, key and value [B, H, T, D].
+
+    Heads that share keys and values stand as tokens of one head: the same products, but the cache is read as it is,
+    where HF's function first copies it for all heads, at every token.
+    """
+    shared = query.reshape(*key.shape[:2], -1, query.shape[3])  # [B, H, heads / H, D]
+    found = scaled_dot_product_attention(shared, key, value, attn_mask=attention_mask, scale=scaling)
+    return found.reshape(len(query), 1, query.shape[1], -1), None
+
+
+AttentionInterface.register("one_token", one_token_attention)
+
+
+@contextlib.contextmanager
+def attention(config: PreTrainedConfig, name: str) -> Iterator[None]:
+    """A model's attention function is the one called `name` inside."""
+    own, config._attn_implementation = config._attn_implementation, name
+    try:
+        yield
+    finally:
+        config._attn_implementation = own
 
 
 def check_neutral(processors: LogitsProcessorList) -> None:
@@ -122,6 +179,23 @@ def read_prompts(model: PreTrainedModel, cache: Cache, ids: Tensor, mask: Tensor
     return model.get_output_embeddings()(hidden[:, -1])[which]
 
 
+def can_record(device: torch.device) -> bool:
+    return GRAPHS and device.type == "cuda"
+
+
+def record(forward: Callable[[], Tensor]) -> Callable[[], Tensor]:
+    """`forward` as a CUDA graph: to call what is returned runs its kernels again, on what its tensors hold then."""
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        result = forward()
+
+    def replay() -> Tensor:
+        graph.replay()
+        return result
+
+    return replay
+
+
 @torch.inference_mode()  # less bookkeeping per call than no_grad: felt where layers are small
 def decode_rows(model: PreTrainedModel, input_ids: Tensor, block: int | None = None, **given: Any) -> Tensor:
     """The decoding loop `generate` calls: as its own, but equal prompts are read once, rows that have ended leave
@@ -137,36 +211,63 @@ def decode_rows(model: PreTrainedModel, input_ids: Tensor, block: int | None = N
     output[:, :prompt] = input_ids
     mask = given["attention_mask"]  # generate drops a mask of ones
     mask = torch.ones_like(input_ids) if mask is None else mask
-    cache, head = given["past_key_values"], model.get_output_embeddings()
+    cache, config, head = given["past_key_values"], model.config.get_text_config(), model.get_output_embeddings()
     plain = all(type(layer) is DynamicLayer for layer in cache.layers)  # other kinds keep their own layers
+    ours = plain and config._attn_implementation == "sdpa" and loop == "masks of ours"
+    recorded, look_every, drop_at = ours and can_record(input_ids.device), 1, DROP_AT
+    width = prompt + room
+    if recorded:
+        width += -width % GRAPH_COLUMNS
+        look_every, drop_at = LOOK_EVERY, DROP_AT_RECORDED
     if plain:
-        cache.layers = [RoomyLayer(prompt + room) for _ in cache.layers]
+        cache.layers = [RoomyLayer(width) for _ in cache.layers]
     scores = read_prompts(model, cache, input_ids, mask, block or PREFILL_TOKENS)
     position_ids = mask.sum(1, keepdim=True) - 1
-    mask = torch.nn.functional.pad(mask, (0, room), value=1)
-    fused = model.config.get_text_config()._attn_implementation == "sdpa"
-    if plain and fused and loop == "masks of ours":  # as a layer takes it: HF makes none of its own then
-        mask = mask.bool()[:, None, None]
+    mask = pad(mask, (0, width - prompt))  # 1 where there is a token
+    if ours:  # as a layer takes it, 0 there and -inf elsewhere: HF makes none of its own then
+        mask = scores.new_zeros(mask.shape).masked_fill(mask == 0, -torch.inf)[:, None, None]
     rows = torch.arange(len(input_ids), device=input_ids.device)  # the rows still in the batch
-    ended = torch.zeros_like(rows, dtype=torch.bool)
-    for length in range(prompt, prompt + room):
-        token = logits_processor(output[rows, :length], scores).argmax(-1)
-        token = token.masked_fill(ended, generation_config.pad_token_id)
-        output[rows, length] = token
-        # an end token inside a forced prefix would end the row here: encode_problem refuses such demonstrations
-        ended |= torch.isin(token, ends)
-        alive = (~ended).nonzero().squeeze(1)
-        if len(alive) == 0 or length + 1 == prompt + room:
-            break
-        if len(alive) <= DROP_AT * len(rows):
-            rows, token, ended = rows[alive], token[alive], ended[alive]
-            position_ids, mask = position_ids[alive], mask[alive]
-            cache.reorder_cache(alive)
-            for processor in logits_processor:
-                processor.keep(alive)
-        position_ids = position_ids + 1
-        new = {"input_ids": token[:, None], "attention_mask": mask[..., : length + 1], "position_ids": position_ids}
-        scores = head(last_hidden(model, **new, past_key_values=cache, use_cache=True)[:, -1])
+    ended, token = torch.zeros_like(rows, dtype=torch.bool), torch.empty_like(rows)
+    column, columns = torch.full_like(rows[:1], prompt - 1), 0  # the last one filled; how many a pass reads
+
+    def forward() -> Tensor:
+        new = {"input_ids": token[:, None], "attention_mask": mask[..., :columns], "position_ids": position_ids}
+        return head(last_hidden(model, **new, past_key_values=cache, use_cache=True)[:, -1])
+
+    one_pass = forward
+    with attention(config, "one_token") if ours else contextlib.nullcontext():
+        for length in range(prompt, prompt + room):
+            drawn = logits_processor(output[rows, :length], scores).argmax(-1)
+            token.copy_(drawn.masked_fill(ended, generation_config.pad_token_id))  # in place, as a recording wants it
+            output[rows, length] = token
+            # an end token inside a forced prefix would end the row here: encode_problem refuses such demonstrations
+            ended |= torch.isin(token, ends)
+            if length + 1 == prompt + room:
+                break
+            if (length - prompt) % look_every == look_every - 1:
+                alive = (~ended).nonzero().squeeze(1)
+                if len(alive) == 0:
+                    break
+                if len(alive) <= drop_at * len(rows):
+                    rows, token, ended = rows[alive], token[alive], ended[alive]
+                    position_ids, mask = position_ids[alive], mask[alive]
+                    cache.reorder_cache(alive)
+                    for processor in logits_processor:
+                        processor.keep(alive)
+                    columns = 0
+            position_ids += 1
+            column += 1
+            mask[..., length] = 0 if ours else 1
+            if not recorded:
+                columns = length + 1
+            elif length >= columns:
+                columns = (length // GRAPH_COLUMNS + 1) * GRAPH_COLUMNS
+                for layer in cache.layers:
+                    layer.column, layer.length = column, columns
+                one_pass = forward  # once as it is: libraries set themselves up at first use
+            elif one_pass is forward:
+                one_pass = record(forward)
+            scores = one_pass()
     return output[:, : length + 1]
 
 

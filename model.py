@@ -7,15 +7,17 @@ Left out: LoRA, quantisation, remote code, encoder-decoder models, models that c
 """
 
 import contextlib
+import copy
 import os
 import shutil
 import sys
 from collections.abc import Iterator
 from pathlib import Path
+from types import MethodType
 
 import torch
 from huggingface_hub.utils import logging as hub_logging
-from torch import Tensor
+from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 from transformers import (
     AutoConfig,
@@ -131,6 +133,9 @@ def load_model(
     model.generation_config = generation_config
     if recompute:
         recompute_layers(model)
+    if device.type == "cuda":
+        for part in (model, plain) if sharded else (model,):
+            fuse_norms(part)
     if sharded:
         distributed.shard(model, plain, device, offload)
         return model.train(), tokenizer
@@ -199,6 +204,24 @@ def recompute_layers(model: PreTrainedModel) -> None:
     """Gradient checkpointing (transformers 5.23 has given the switch another name)."""
     enable = getattr(model, "activation_checkpointing_enable", model.gradient_checkpointing_enable)
     enable({"use_reentrant": False})
+
+
+def fuse_norms(model: nn.Module) -> None:
+    """RMS norms as one kernel of PyTorch's instead of the six of their HF module, where both compute the same.
+
+    On CUDA the update of Qwen2.5-1.5B takes an eighth less time, sampling a tenth [bench/results/gpu.md].
+    """
+    for module in model.modules():
+        if isinstance(getattr(module, "variance_epsilon", None), float):
+            own = copy.deepcopy(module).to_empty(device="cpu").float()  # the model may have no weights yet
+            own.weight.data = torch.linspace(0.5, 1.5, own.weight.numel())
+            x = own.weight.data.cos()
+            if torch.allclose(own(x), fused_norm(own, x), rtol=1e-4, atol=1e-4):
+                module.forward = MethodType(fused_norm, module)
+
+
+def fused_norm(module: nn.Module, x: Tensor) -> Tensor:
+    return nn.functional.rms_norm(x, module.weight.shape, module.weight, module.variance_epsilon)
 
 
 def save_model(model: PreTrainedModel, tokenizer: Tokenizer, folder: str | Path) -> None:

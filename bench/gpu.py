@@ -1,13 +1,14 @@
 """Qwen2.5 shapes with random weights on one GPU: speed against its limits, whole steps against the plan.
 
-    python bench/gpu.py limits step --shape 1.5b
+    python bench/gpu.py limits continuous step --shape 1.5b
 
 Writes bench/results/throughput-cuda-PART-SHAPE.json.
-`limits`, in bf16. Decoding: 256 rows x 1024 new tokens, no row ends; plain `generate` (dynamic cache, eager), our
-loop, the static cache with HF's compiled forward pass. A decode pass cannot be faster than reading the weights and
-the filled part of the cache once: bytes / measured copy bandwidth. Update: forward and backward of token_stats; model
-FLOPs 6 N per token and 12 layers x width x length for attention (half of it causal), recomputation not counted, over
-the peak of a large bf16 product, measured too.
+`limits`, in bf16. Decoding, no row ends: 256 rows x 1024 new tokens; and 128 new tokens beside plain `generate`. A
+decode pass cannot be faster than reading the weights and the filled part of the cache once: bytes / measured copy
+bandwidth. Update: forward and backward of token_stats; model FLOPs 6 N per token and 12 layers x width x length for
+attention (half of it causal), recomputation not counted, over the peak of a large bf16 product, measured too. Both
+also with HF's norms in place of the fused ones.
+`continuous`: the 128 new tokens by transformers' continuous batching as it comes, without processors of ours.
 `step`: two steps of prefix-rft as train.py makes them (fp32 weights, bf16 compute, 16 problems x 8 rollouts x 1024
 tokens), their seconds by phase and their peak memory beside that of plan.py. Rewards are made up, so that every
 group has a gradient.
@@ -19,6 +20,7 @@ import sys
 import tempfile
 import time
 from collections.abc import Callable
+from dataclasses import replace
 
 import torch
 from common import peak_memory, write
@@ -26,7 +28,7 @@ from transformers import AutoTokenizer, GenerationConfig, LogitsProcessorList, Q
 
 import step as steps
 import train
-from model import sampling, token_stats
+from model import fuse_norms, sampling, token_stats
 from plan import plan
 from sample import DrawTokenLogitsProcessor, Row, generate
 from support.config import Config, from_dict
@@ -47,19 +49,19 @@ SHAPES = {
         "num_key_value_heads": 2,
     },
 }
-ROWS, PROMPT, NEW = 256, 256, 1024
+ROWS, PROMPT, NEW, FEW = 256, 256, 1024, 128
 
 
-def seconds(call: Callable, repeats: int = 3) -> float:
-    """Median wall seconds of `call`, the GPU's queue emptied around it; the first call warms up."""
+def seconds(call: Callable, repeats: int = 3, warm: int = 1) -> float:
+    """Median wall seconds of `call`, the GPU's queue emptied around it, after `warm` calls more."""
     found = []
-    for _ in range(repeats + 1):
+    for _ in range(repeats + warm):
         torch.cuda.synchronize()
         start = time.perf_counter()
         call()
         torch.cuda.synchronize()
         found.append(time.perf_counter() - start)
-    return statistics.median(found[1:])
+    return statistics.median(found[warm:])
 
 
 def limits() -> tuple[float, float]:
@@ -72,7 +74,7 @@ def limits() -> tuple[float, float]:
 
 def plain(model, ids: torch.Tensor, uniforms: torch.Tensor) -> None:
     settings = GenerationConfig(
-        max_new_tokens=NEW, do_sample=False, eos_token_id=model.generation_config.eos_token_id, pad_token_id=0
+        max_new_tokens=FEW, do_sample=False, eos_token_id=model.generation_config.eos_token_id, pad_token_id=0
     )
     processors = LogitsProcessorList([DrawTokenLogitsProcessor(uniforms, PROMPT, 1.0)])
     with sampling(model):
@@ -90,6 +92,26 @@ def new_model(shape: str) -> Qwen2ForCausalLM:
         return Qwen2ForCausalLM(config).to(torch.bfloat16)
 
 
+def unfuse_norms(model: Qwen2ForCausalLM) -> None:
+    for module in model.modules():
+        module.__dict__.pop("forward", None)
+
+
+def bench_continuous(shape: str) -> None:
+    model = new_model(shape)
+    settings = GenerationConfig(max_new_tokens=FEW, do_sample=True, eos_token_id=151936, pad_token_id=0)
+    prompts = torch.randint(0, 151936, (ROWS, PROMPT)).tolist()
+    responses: list[int] = []
+
+    def call() -> None:
+        found = model.generate_batch(prompts, generation_config=settings)
+        responses[:] = [len(answer.generated_tokens) for answer in found.values()]
+
+    took = seconds(call, 1)
+    found = {"rows": len(responses), "new_tokens": sum(responses), "s": round(took, 2)}
+    write(f"cuda-continuous-{shape}", found | {"tokens_per_s": round(sum(responses) / took)})
+
+
 def bench_limits(shape: str) -> None:
     model = new_model(shape)
     config = model.config
@@ -98,26 +120,34 @@ def bench_limits(shape: str) -> None:
     parameters = model.num_parameters()
     head = config.hidden_size // config.num_attention_heads
     per_token = 2 * 2 * config.num_hidden_layers * config.num_key_value_heads * head  # bytes of keys and values
-    least = NEW * (2 * parameters + ROWS * (PROMPT + NEW / 2) * per_token) / bandwidth
+
+    def floor(new: int) -> float:
+        return new * (2 * parameters + ROWS * (PROMPT + new / 2) * per_token) / bandwidth
 
     prompts = torch.randint(0, 151936, (ROWS, PROMPT))
     rows = [Row(i, (0, i), ids.tolist(), []) for i, ids in enumerate(prompts)]
-    uniforms = torch.rand(ROWS, NEW, device="cuda")
-    calls = {
-        "plain generate": lambda: plain(model, prompts.cuda(), uniforms),
-        "loop": lambda: generate(model, rows, NEW),
-        "static": lambda: generate(model, rows, NEW, decode="static"),
-    }
+    uniforms = torch.rand(ROWS, FEW, device="cuda")
     decoding = {}
-    for name, call in calls.items():
+
+    def time_decoding(name: str, call: Callable, new: int, warm: int = 0) -> None:
         torch.cuda.reset_peak_memory_stats()
-        took = seconds(call)
+        took, least = seconds(call, 2, warm), floor(new)
         decoding[name] = {
+            "new_tokens": new,
             "s": round(took, 2),
-            "tokens_per_s": round(ROWS * NEW / took),
+            "tokens_per_s": round(ROWS * new / took),
+            "limit_s": round(least, 2),
             "share_of_bandwidth_limit": round(least / took, 3),
             "peak_gib": round(torch.cuda.max_memory_allocated() / 2**30, 2),
         }
+        print(name, decoding[name], flush=True)
+
+    fuse_norms(model)
+    time_decoding("ours, few tokens", lambda: generate(model, rows, FEW), FEW, warm=1)
+    time_decoding("ours", lambda: generate(model, rows, NEW), NEW)
+    unfuse_norms(model)
+    time_decoding("ours, HF's norms", lambda: generate(model, rows, NEW), NEW)
+    time_decoding("plain generate, few tokens", lambda: plain(model, prompts.cuda(), uniforms), FEW)
 
     batch, length = 8, 2048
     ids = torch.randint(0, 151936, (batch, length), device="cuda")
@@ -127,10 +157,20 @@ def bench_limits(shape: str) -> None:
         token_stats(model, ids, torch.ones_like(ids), length - PROMPT, 1.0)[0].sum().backward()
         model.zero_grad()
 
-    torch.cuda.reset_peak_memory_stats()
-    took = seconds(update)
+    def time_update() -> dict:
+        torch.cuda.reset_peak_memory_stats()
+        took = seconds(update)
+        return {
+            "tokens_per_s": round(batch * length / took),
+            "model_flops_utilisation": round(flops / took / peak, 3),
+            "peak_gib": round(torch.cuda.max_memory_allocated() / 2**30, 2),
+        }
+
     attention = 12 * config.num_hidden_layers * config.hidden_size * length / 2  # forward and backward, per token
     flops = batch * length * (6 * parameters + attention)
+    updates = {"ours, HF's norms": time_update()}
+    fuse_norms(model)
+    updates["ours"] = time_update()
     write(
         f"cuda-limits-{shape}",
         {
@@ -138,12 +178,8 @@ def bench_limits(shape: str) -> None:
             "parameters": parameters,
             "copy_bytes_per_s": bandwidth,
             "bf16_flops_per_s": peak,
-            "decoding": {"rows": ROWS, "new_tokens": NEW, "limit_s": round(least, 2), **decoding},
-            "update": {
-                "tokens_per_s": round(batch * length / took),
-                "model_flops_utilisation": round(flops / took / peak, 3),
-                "peak_gib": round(torch.cuda.max_memory_allocated() / 2**30, 2),
-            },
+            "decoding": {"rows": ROWS, "prompt": PROMPT, **decoding},
+            "update": {"rows": batch, "length": length, **updates},
         },
     )
 
@@ -169,7 +205,13 @@ def bench_step(shape: str) -> None:
         new_model(shape).save_pretrained(folder)
         AutoTokenizer.from_pretrained(Config.model).save_pretrained(folder)
         run, _ = train.prepare(from_dict(settings | {"model": folder, "out": f"{folder}/run"}))
-    steps.grade_all = lambda reward, texts, problems: [float(i % 2) for i in range(len(texts))]
+    graded = steps.sample_and_grade
+
+    def with_rewards(*args) -> steps.Graded:
+        found = graded(*args)
+        return replace(found, rewards=[float(i % 2) for i in range(len(found.rows))])
+
+    steps.sample_and_grade = with_rewards  # random weights are never right, and no row of theirs ends
     peaks: dict[str, list[int]] = {}
     watch("generate", peaks)
     watch("update", peaks)
@@ -192,7 +234,7 @@ def bench_step(shape: str) -> None:
     )
 
 
-PARTS = {"limits": bench_limits, "step": bench_step}
+PARTS = {"limits": bench_limits, "continuous": bench_continuous, "step": bench_step}
 
 if __name__ == "__main__":
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0], allow_abbrev=False)

@@ -54,6 +54,19 @@ def test_when_ended_rows_leave_changes_nothing(model, monkeypatch, drop_at):
     assert generate(model, rows, 24) == want
 
 
+@pytest.mark.parametrize("prefill", [False, True])
+def test_passes_that_are_recorded_give_the_same_tokens(model, monkeypatch, prefill):
+    """As on CUDA, but a recording is the pass itself: whole blocks of columns, and rows that leave seldom."""
+    rows = some_rows(24)
+    want, recordings = generate(model, rows, 40, prefill=prefill), []
+    monkeypatch.setattr(decode, "can_record", lambda device: True)
+    monkeypatch.setattr(decode, "record", lambda forward: recordings.append(0) or forward)
+    monkeypatch.setattr(decode, "GRAPH_COLUMNS", 8)
+    monkeypatch.setattr(decode, "LOOK_EVERY", 3)
+    assert generate(model, rows, 40, prefill=prefill) == want
+    assert 5 <= len(recordings) < 40  # one for each block of columns and after each time that rows left
+
+
 def test_equal_prompts_are_read_once_and_ended_rows_leave(model):
     prompts = {"p": [1, 9, 30], "q": [1, 9], "r": [9, 1, 30]}
     rows = [Row(0, (0, 0, name, i), ids, []) for name, ids in prompts.items() for i in range(8)]

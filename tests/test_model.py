@@ -11,7 +11,7 @@ from safetensors.torch import load_file, save_file
 from transformers import GPT2Config, GPT2LMHeadModel
 
 import model as models
-from model import load_config, load_model, pick_device, save_model, token_stats
+from model import fuse_norms, fused_norm, load_config, load_model, pick_device, save_model, token_stats
 from support import distributed
 
 
@@ -214,3 +214,26 @@ def test_missing_weights_and_a_damaged_generation_config_are_refused(tmp_path, t
     (tmp_path / "m" / "generation_config.json").write_text('{"eos_token_id": [1, 5')
     with pytest.raises(ValueError, match=r"cannot be loaded: .*generation_config.json"):
         load_model(str(tmp_path / "m"))
+
+
+def test_norms_are_fused_where_that_changes_nothing():
+    """As on CUDA: every norm of a Llama; not one that computes something else."""
+    model, ids = random_model(), torch.arange(3, 13)[None]
+    given = ids, torch.ones_like(ids), 6, 1.0
+
+    def log_probs_and_gradient() -> tuple[torch.Tensor, torch.Tensor]:
+        model.zero_grad()
+        log_probs, _ = token_stats(model, *given)
+        log_probs.sum().backward()
+        return log_probs.detach(), model.model.norm.weight.grad
+
+    want = log_probs_and_gradient()
+    fuse_norms(model)
+    fused = [name for name, module in model.named_modules() if "forward" in vars(module)]
+    assert len(fused) == 2 * model.config.num_hidden_layers + 1 and all("norm" in name for name in fused)
+    for found, expected in zip(log_probs_and_gradient(), want):
+        assert torch.allclose(found, expected, atol=1e-5)
+    norm = type("AddsOne", (type(model.model.norm),), {"forward": lambda self, x: fused_norm(self, x) + x})
+    other = torch.nn.Sequential(norm(8))
+    fuse_norms(other)
+    assert "forward" not in vars(other[0])

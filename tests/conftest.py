@@ -19,6 +19,14 @@ BY_LENGTH = Reward(
 ALL_WRONG = Reward("all wrong", lambda text, problem: 0.0, lambda problem: None, lambda text: True, "none")
 
 
+@pytest.fixture(autouse=True)
+def without_a_gpu(request, monkeypatch):
+    """Where there is a GPU, only the tests marked cuda see it: the others are written for the CPU."""
+    if not request.node.get_closest_marker("cuda"):
+        monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "")  # of processes that a test starts
+        monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+
+
 @pytest.fixture(scope="session")
 def tokenizer():
     return AutoTokenizer.from_pretrained("data/base")

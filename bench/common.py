@@ -43,11 +43,19 @@ def rows_at(run: steps.Run, step: int) -> list[Row]:
     return steps.plan(run, picked, range(len(picked)), step, run.config.rollouts_per_prompt, rows=run.method.rows)
 
 
+def clocks() -> tuple[float, float]:
+    """CPU and wall seconds, of work that is done: on CUDA the queue is emptied first."""
+    if torch.cuda.is_available():
+        torch.cuda.synchronize()
+    return time.process_time(), time.perf_counter()
+
+
 def timed(call: Callable) -> tuple[object, float, float]:
     """-> result, CPU seconds, wall seconds"""
-    cpu, wall = time.process_time(), time.perf_counter()
+    cpu, wall = clocks()
     result = call()
-    return result, time.process_time() - cpu, time.perf_counter() - wall
+    end = clocks()
+    return result, end[0] - cpu, end[1] - wall
 
 
 @contextlib.contextmanager

@@ -9,13 +9,16 @@ repeat starts from the same weights; all contenders of a repeat see the same pro
 (asserted), in turn, so that a busy machine hits all alike. Times are process CPU seconds, beside wall seconds; ratios
 are medians over the repeats. Peak memory, of tensors beyond those that stood before, is that of one more repeat, not
 timed. Beside it what our matrix products alone take (bench/bound.py). The hand-written loop is of the embedded
-model's architecture. Where the time goes, and growth: bench/phases.py. On CUDA: bench/gpu.py.
+model's architecture. Where the time goes, and growth: bench/phases.py.
+
+On CUDA `step` runs too, ours and TRL's in bf16 on fp32 weights (throughput-cuda-step….json): there wall seconds are
+what counts, and TRL passes as many rows at once as its update has, at most 64. Limits of decoding: bench/gpu.py.
 """
 
 import functools
+import math
 import statistics
 import tempfile
-import time
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
@@ -23,7 +26,7 @@ from pathlib import Path
 import torch
 import transformers
 from bound import products, seconds
-from common import main, medians, new_run, peak_bytes, peak_memory, picked_at, rows_at, timed, write
+from common import clocks, main, medians, new_run, peak_bytes, peak_memory, picked_at, rows_at, timed, write
 from hand_decode import hand_decode
 from transformers import GenerationConfig, LogitsProcessor, LogitsProcessorList
 
@@ -32,6 +35,8 @@ import step as steps
 from reward import grade_batch
 from sample import DrawTokenLogitsProcessor, generate, pad_left, uniforms
 from support.config import parse_config
+
+CUDA = torch.cuda.is_available()
 
 # ---- sampling
 
@@ -117,9 +122,10 @@ def bound(work: Callable[[], object], cpu_s: float) -> dict:
 class Replay(LogitsProcessor):
     """Makes TRL's sampler draw the given tokens: a scatter per token, so that its rows and lengths are ours."""
 
-    def __init__(self, responses: list[list[int]], pad: int, prompt: int):
+    def __init__(self, responses: list[list[int]], pad: int, prompt: int, device: torch.device):
         width = max(map(len, responses))
-        self.tokens, self.prompt = torch.tensor([r + [pad] * (width - len(r)) for r in responses]), prompt
+        self.tokens = torch.tensor([r + [pad] * (width - len(r)) for r in responses], device=device)
+        self.prompt = prompt
 
     def __call__(self, input_ids, scores):
         column = self.tokens[:, input_ids.shape[1] - self.prompt, None]
@@ -140,7 +146,7 @@ def new_trainer(run: steps.Run, repeats: int, reward: Callable, rows_per_pass: i
     rows = config.prompts_per_step * config.rollouts_per_prompt
     settings = GRPOConfig(
         output_dir=tempfile.mkdtemp(),
-        use_cpu=True,
+        use_cpu=not CUDA,
         per_device_train_batch_size=rows_per_pass,
         gradient_accumulation_steps=rows // config.updates_per_step // rows_per_pass,
         generation_batch_size=rows,
@@ -149,8 +155,8 @@ def new_trainer(run: steps.Run, repeats: int, reward: Callable, rows_per_pass: i
         learning_rate=0.0,
         lr_scheduler_type="constant",
         adam_beta2=config.adam_beta2,
-        gradient_checkpointing=False,  # on by default: it would cost TRL another forward pass
-        bf16=False,  # on by default, also on a CPU, where it is slow; ours is fp32 as well
+        gradient_checkpointing=config.recompute,  # on by default: it would cost TRL another forward pass
+        bf16=CUDA,  # on by default, also on a CPU, where it is slow; ours is fp32 there as well
         loss_type="dr_grpo",
         scale_rewards="none",
         shuffle_dataset=False,
@@ -208,7 +214,7 @@ def compare_steps(words: list[str], repeats: int, mixed: bool, rows_per_pass: in
                 self.memory.__exit__(None, None, None)
                 peaks["TRL"] = self.peak[0]
                 return
-            times["TRL"].append((time.process_time() - self.cpu, time.perf_counter() - self.wall))
+            times["TRL"].append(tuple(now - then for now, then in zip(clocks(), self.begun)))
             our_step(done)
             self.start(done)
 
@@ -216,14 +222,15 @@ def compare_steps(words: list[str], repeats: int, mixed: bool, rows_per_pass: in
             if step > repeats:
                 self.memory = peak_memory()
                 self.peak = self.memory.__enter__()
-            self.cpu, self.wall = time.process_time(), time.perf_counter()
+            self.begun = clocks()
 
     def reward(completions, answer, **_):
         return flipped(len(completions)) if mixed else grade_batch(completions, answer)
 
     callback = InTurn()
     trainer = new_trainer(run, repeats, reward, rows_per_pass, callback)
-    assert trainer.accelerator.mixed_precision == "no", "TRL would not compute in fp32, as ours does"
+    precision = "bf16" if CUDA else "no"
+    assert trainer.accelerator.mixed_precision == precision, "TRL would not compute in the dtype that ours does"
     plain = trainer.model.generate
 
     @functools.wraps(plain)
@@ -231,10 +238,10 @@ def compare_steps(words: list[str], repeats: int, mixed: bool, rows_per_pass: in
         ids, mask = settings["input_ids"], settings["attention_mask"]
         assert [i[m.bool()].tolist() for i, m in zip(ids, mask)] == [row.prompt_ids for row in ours["rows"]]
         settings["logits_processor"] = LogitsProcessorList(
-            [Replay(ours["responses"], run.model.generation_config.pad_token_id, ids.shape[1])]
+            [Replay(ours["responses"], run.model.generation_config.pad_token_id, ids.shape[1], ids.device)]
         )
-        output, cpu, _ = timed(lambda: plain(*args, **settings))
-        trl_phases.setdefault("generate", []).append(cpu)
+        output, cpu, wall = timed(lambda: plain(*args, **settings))
+        trl_phases.setdefault("generate", []).append(wall if CUDA else cpu)
         found = output[:, ids.shape[1] :].tolist()
         assert all(row[: len(want)] == want for row, want in zip(found, ours["responses"]))
         return output
@@ -244,7 +251,9 @@ def compare_steps(words: list[str], repeats: int, mixed: bool, rows_per_pass: in
     callback.start(0)
     trainer.train()
     steps.generate = generated
-    work = bound(lambda: steps.rl_step(run, 1), statistics.median(cpu for cpu, _ in times["ours"][1:]))
+    work = {}
+    if not CUDA:
+        work = bound(lambda: steps.rl_step(run, 1), statistics.median(cpu for cpu, _ in times["ours"][1:]))
     steps.sample_and_grade = sampled
     table = medians({name: pairs[1:] for name, pairs in times.items()}, "ours")  # the first pair warms up
     for name, row in table.items():
@@ -253,7 +262,7 @@ def compare_steps(words: list[str], repeats: int, mixed: bool, rows_per_pass: in
     return {
         "repeats": repeats,
         "TRL rows per pass": rows_per_pass,
-        "TRL generate cpu_s": round(statistics.median(trl_phases["generate"][1:-1]), 3),
+        f"TRL generate {'wall' if CUDA else 'cpu'}_s": round(statistics.median(trl_phases["generate"][1:-1]), 3),
         "ours, share of groups with equal rewards": log["equal_reward_groups"],
         "ours, response tokens": log["response_tokens"],
         "table": table,
@@ -264,11 +273,15 @@ def bench_step(words: list[str]) -> None:
     import trl
 
     table, cases = {"trl": trl.__version__}, (("mixed rewards", True, 16),)
+    if CUDA:
+        config = parse_config(words)
+        rows = config.prompts_per_step * config.rollouts_per_prompt // config.updates_per_step
+        cases = (("mixed rewards", True, math.gcd(rows, 64)),)
     if not words:
         cases = (("graded rewards", False, 64), ("graded rewards", False, 16), *cases)
     for name, mixed, rows in cases:
         table[f"{name}, TRL passes of {rows} rows"] = compare_steps(words, 3 if words else 5, mixed, rows)
-    write(part_name("step", words), table)
+    write(part_name("cuda-step" if CUDA else "step", words), table)
 
 
 if __name__ == "__main__":

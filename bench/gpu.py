@@ -9,7 +9,7 @@ bandwidth. Update: forward and backward of token_stats; model FLOPs 6 N per toke
 attention (half of it causal), recomputation not counted, over the peak of a large bf16 product, measured too. Both
 also with HF's norms in place of the fused ones.
 `continuous`: the 128 new tokens by transformers' continuous batching as it comes, without processors of ours.
-`step`: two steps of prefix-rft as train.py makes them (fp32 weights, bf16 compute, 16 problems x 8 rollouts x 1024
+`step`: two steps of prefix-rft as train.py makes them (fp32 weights, bf16 compute, 16 problems x 8 rollouts x 512
 tokens), their seconds by phase and their peak memory beside that of plan.py. Rewards are made up, so that every
 group has a gradient.
 """
@@ -129,9 +129,9 @@ def bench_limits(shape: str) -> None:
     uniforms = torch.rand(ROWS, FEW, device="cuda")
     decoding = {}
 
-    def time_decoding(name: str, call: Callable, new: int, warm: int = 0) -> None:
+    def time_decoding(name: str, call: Callable, new: int, repeats: int = 1, warm: int = 0) -> None:
         torch.cuda.reset_peak_memory_stats()
-        took, least = seconds(call, 2, warm), floor(new)
+        took, least = seconds(call, repeats, warm), floor(new)
         decoding[name] = {
             "new_tokens": new,
             "s": round(took, 2),
@@ -143,7 +143,7 @@ def bench_limits(shape: str) -> None:
         print(name, decoding[name], flush=True)
 
     fuse_norms(model)
-    time_decoding("ours, few tokens", lambda: generate(model, rows, FEW), FEW, warm=1)
+    time_decoding("ours, few tokens", lambda: generate(model, rows, FEW), FEW, 3, 1)
     time_decoding("ours", lambda: generate(model, rows, NEW), NEW)
     unfuse_norms(model)
     time_decoding("ours, HF's norms", lambda: generate(model, rows, NEW), NEW)
@@ -199,7 +199,7 @@ def watch(name: str, peaks: dict[str, list[int]]) -> None:
 
 
 def bench_step(shape: str) -> None:
-    settings = {"data": Config.data, "eval_every": 0, "max_response_tokens": NEW, "lr": 1e-6}
+    settings = {"data": Config.data, "eval_every": 0, "max_response_tokens": NEW // 2, "lr": 1e-6}
     settings |= {"prefill": True, "recompute": True, "micro_batch_tokens": 16384, "rows_per_call": 128}
     with tempfile.TemporaryDirectory() as folder:
         new_model(shape).save_pretrained(folder)

@@ -59,7 +59,7 @@ class DrawTokenLogitsProcessor(LogitsProcessor):
         token = torch.searchsorted(cdf, self.uniforms[place][:, None] * cdf[:, -1:], right=True)
         token = token.clamp(max=scores.shape[1] - 1)  # NaN, once a run has diverged: step.old_stats says so
         self.drawn[place] = probabilities.gather(1, token).squeeze(1)
-        return torch.full_like(scores, -torch.inf).scatter(1, token, 0.0)
+        return torch.full_like(scores, -torch.inf).scatter_(1, token, 0.0)
 
 
 class PrefixForcingLogitsProcessor(LogitsProcessor):

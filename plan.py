@@ -6,7 +6,8 @@ Only the model's config is read. Memory of the update is not a formula: the laye
 backward on the meta device (shapes without data) and every tensor that lives is counted (`update_bytes`). Attention
 counts as a fused kernel: queries, keys, values, mask and output are kept. The rest is arithmetic, in `plan`;
 bench/plan_check.py compares both with measured peaks.
-Times are estimates from the GPU's data sheet and the shares below; they were not measured on any GPU.
+Times are estimates from the GPU's data sheet and the shares below, which fit what was measured on one H200 with
+Qwen2.5-1.5B [bench/results/gpu.md]; other GPUs, other models and several GPUs were not measured.
 """
 
 import argparse
@@ -38,9 +39,9 @@ GPUS = {  # memory GB, bf16 TFLOP/s (dense), GB/s: the makers' data sheets
     "H200": (141, 989, 4800),
 }
 USABLE = 0.92  # of the memory: the rest is the driver's and lost to fragmentation
-UPDATE_SHARE = 0.35  # of the peak TFLOP/s that forward and backward passes reach
-READ_SHARE = 0.6  # of the peak GB/s that decoding reaches
-LAYER_SECONDS = 0.0006  # a decoding step takes at least this a layer: Python and kernel launches
+UPDATE_SHARE = 0.2  # of the peak TFLOP/s that the update phase of a whole step reaches
+READ_SHARE = 0.4  # of the peak GB/s at which a decode pass reads weights and caches
+LAYER_SECONDS = 0.0001  # that a layer's other kernels take in a decode pass
 MEAN_RESPONSE = 0.4  # of max_response_tokens, on average; the longest row of a call goes to the end
 
 
@@ -207,8 +208,8 @@ def hours(config: Config, shape: Any, gpus: int, gpu: str, prompt: int, mean: fl
         rows = config.prompts_per_step * config.rollouts_per_prompt
         calls = -(-rows // gpus // config.rows_per_call)
         alive = min(config.rows_per_call, rows / gpus) * mean / config.max_response_tokens
-        read = 2 * n.total + 3 * alive * n.cache * (prompt + mean / 2)  # caches are read and copied for all heads
-        token = max(n.layers * LAYER_SECONDS, read / (bandwidth * 1e9 * READ_SHARE))
+        read = 2 * n.total + alive * n.cache * (prompt + mean / 2)
+        token = n.layers * LAYER_SECONDS + read / (bandwidth * 1e9 * READ_SHARE)
         result["steps"] = config.steps
         result["response tokens a step, millions"] = rows * mean / 1e6
         result["response tokens of the run, millions"] = config.steps * rows * mean / 1e6
@@ -272,7 +273,7 @@ def show(config: Config, gpu: str, gpus: int, prompt: int, mean: float | None) -
         print(f"  {name:<52}{value:8.1f}")
     _, tflops, bandwidth = GPUS[gpu]
     print(f"  assumed: {UPDATE_SHARE:.0%} of {tflops} TFLOP/s in updates, {READ_SHARE:.0%} of {bandwidth} GB/s")
-    print(f"  in decoding, at least {1e3 * LAYER_SECONDS * n.layers:.0f} ms a decoded token; evaluation not counted")
+    print(f"  in decoding, and {1e3 * LAYER_SECONDS * n.layers:.0f} ms a pass beside it; evaluation not counted")
 
 
 def main() -> None:

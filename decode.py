@@ -16,6 +16,7 @@ from typing import Any
 import torch
 from torch import Tensor
 from torch.nn.functional import pad, scaled_dot_product_attention
+from torch.utils._python_dispatch import TorchDispatchMode
 from transformers import (
     AttentionInterface,
     GenerationConfig,
@@ -31,11 +32,10 @@ DROP_AT = 0.8  # ended rows leave the decoding batch once this share or less is 
 DROP_AT_RECORDED = 0.5  # a new recording costs more than ten steps
 GRAPHS = True  # on CUDA: record a pass, replay it for the next token: to launch its kernels takes longer than they do
 GRAPH_COLUMNS = 256  # a recording reads so many columns of the cache at once: those filled, rounded up
-LOOK_EVERY = (
-    16  # tokens, where passes are recorded: to see which rows have ended, Python and the GPU wait for each other
-)
+LOOK_EVERY = 16  # tokens, where passes are recorded: to see which rows have ended, Python waits for the GPU
 signature = functools.cache(inspect.signature)
-LOOPS = ("masks of ours", "masks of the model", "transformers")  # who makes what in decode_rows, the fastest first
+# How decode_rows runs, the fastest first: who makes what, and whether a pass can be recorded on CUDA.
+LOOPS = ("masks of ours, recorded", "masks of ours", "masks of the model", "transformers")
 
 
 class DrawTokenLogitsProcessor(LogitsProcessor):
@@ -213,8 +213,8 @@ def decode_rows(model: PreTrainedModel, input_ids: Tensor, block: int | None = N
     mask = torch.ones_like(input_ids) if mask is None else mask
     cache, config, head = given["past_key_values"], model.config.get_text_config(), model.get_output_embeddings()
     plain = all(type(layer) is DynamicLayer for layer in cache.layers)  # other kinds keep their own layers
-    ours = plain and config._attn_implementation == "sdpa" and loop == "masks of ours"
-    recorded, look_every, drop_at = ours and can_record(input_ids.device), 1, DROP_AT
+    ours = plain and config._attn_implementation == "sdpa" and loop in LOOPS[:2]
+    recorded, look_every, drop_at = ours and loop == LOOPS[0] and can_record(input_ids.device), 1, DROP_AT
     width = prompt + room
     if recorded:
         width += -width % GRAPH_COLUMNS
@@ -277,6 +277,28 @@ def decode_static(model: PreTrainedModel, input_ids: Tensor, **given: Any) -> Te
     return model._sample(input_ids, **given)
 
 
+class ReadsValues(TorchDispatchMode):
+    """`found`: a shape or a branch of Python inside depends on a tensor's values (routers of experts do so). A
+    recording would keep them as they were."""
+
+    found = False
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        if func is torch.ops.aten.index.Tensor:  # its tag is for masks
+            self.found |= any(index is not None and index.dtype == torch.bool for index in args[1])
+        else:
+            self.found |= bool({torch.Tag.data_dependent_output, torch.Tag.dynamic_output_shape} & {*func.tags})
+        return func(*args, **(kwargs or {}))
+
+
+def reads_values(model: PreTrainedModel, ids: Tensor) -> bool:
+    """Whether a pass of one token, as decode_rows makes it, reads values. ids [B, 1]"""
+    mask = torch.zeros(len(ids), 1, 1, 1, dtype=model.dtype, device=ids.device)
+    with ReadsValues() as mode:
+        last_hidden(model, input_ids=ids, attention_mask=mask, position_ids=torch.zeros_like(ids), use_cache=False)
+    return mode.found
+
+
 class RecordingLogitsProcessor(PrefixForcingLogitsProcessor):
     """Forces tokens, each of them once, and keeps the log-probs [V] they had."""
 
@@ -297,6 +319,8 @@ def choose_loop(model: PreTrainedModel, ids: Tensor, mask: Tensor, want: Tensor,
         record = RecordingLogitsProcessor(forced, lengths, prompt)
         record.log_probs = want.new_zeros(model.get_input_embeddings().num_embeddings)
         with contextlib.suppress(Exception):  # a loop the model was not made for can raise anything
+            if model.loop == LOOPS[0] and reads_values(model, ids[:, :1]):
+                continue
             model.generate(
                 input_ids=ids[:, :prompt],
                 attention_mask=mask[:, :prompt],

@@ -3,9 +3,11 @@
 import functools
 
 import pytest
+import torch
 from conftest import random_model
 from test_sample import some_rows
 from transformers import GenerationConfig
+from transformers.models.llama.modeling_llama import LlamaMLP
 
 import decode
 from model import load_model, save_model
@@ -67,6 +69,24 @@ def test_passes_that_are_recorded_give_the_same_tokens(model, monkeypatch, prefi
     assert 5 <= len(recordings) < 40  # one for each block of columns and after each time that rows left
 
 
+def test_a_pass_that_reads_values_is_not_recorded(tmp_path, tokenizer, monkeypatch):
+    """A CUDA graph keeps the branches and the shapes it was recorded with."""
+    save_model(random_model(vocab_size=103), tokenizer, tmp_path / "m")
+    own, ids = LlamaMLP.forward, torch.tensor([[3], [4]])
+    reads = {
+        "nothing": (lambda x: x * 1, False),
+        "a row by its number": (lambda x: x[torch.zeros(len(x), dtype=torch.long)], False),
+        "a branch": (lambda x: x if x.sum() > 0 else x * 1, True),
+        "a shape": (lambda x: x[x > 0].sum() * x, True),
+        "places": (lambda x: x + len(x.nonzero()), True),
+    }
+    for name, (does, found) in reads.items():
+        monkeypatch.setattr(LlamaMLP, "forward", lambda self, x, does=does: own(self, does(x)))
+        assert decode.reads_values(random_model(), ids) == found, name
+    monkeypatch.setattr(LlamaMLP, "forward", lambda self, x: own(self, x if x.sum() > 0 else x * 1))
+    assert load_model(str(tmp_path / "m"))[0].loop == "masks of ours"
+
+
 def test_equal_prompts_are_read_once_and_ended_rows_leave(model):
     prompts = {"p": [1, 9, 30], "q": [1, 9], "r": [9, 1, 30]}
     rows = [Row(0, (0, 0, name, i), ids, []) for name, ids in prompts.items() for i in range(8)]
@@ -90,7 +110,7 @@ def test_a_loop_that_samples_something_else_is_not_used(tmp_path, tokenizer, mon
     right ones; where that one does not work either, the model is refused."""
     save_model(random_model(vocab_size=103), tokenizer, tmp_path / "m")
     load = functools.partial(load_model, str(tmp_path / "m"))
-    assert load()[0].loop == "masks of ours"
+    assert load()[0].loop == "masks of ours, recorded"
     right = decode.RoomyLayer.reorder_cache
     monkeypatch.setattr(decode.RoomyLayer, "reorder_cache", lambda self, rows: right(self, rows.flip(0)))
     assert load()[0].loop == "transformers"

@@ -34,8 +34,8 @@ GRAPHS = True  # on CUDA: record a pass, replay it for the next token: to launch
 GRAPH_COLUMNS = 256  # a recording reads so many columns of the cache at once: those filled, rounded up
 LOOK_EVERY = 16  # tokens, where passes are recorded: to see which rows have ended, Python waits for the GPU
 signature = functools.cache(inspect.signature)
-# How decode_rows runs, the fastest first: who makes what, and whether a pass can be recorded on CUDA.
-LOOPS = ("masks of ours, recorded", "masks of ours", "masks of the model", "transformers")
+# How decode_rows runs, the fastest first: who makes what. Recordable: on CUDA, where all layers have a plain cache.
+LOOPS = ("masks of ours, recordable", "masks of ours", "masks of the model", "transformers")
 
 
 class DrawTokenLogitsProcessor(LogitsProcessor):
@@ -184,10 +184,15 @@ def can_record(device: torch.device) -> bool:
 
 
 def record(forward: Callable[[], Tensor]) -> Callable[[], Tensor]:
-    """`forward` as a CUDA graph: to call what is returned runs its kernels again, on what its tensors hold then."""
+    """`forward` as a CUDA graph: to call what is returned runs its kernels again, on what its tensors hold then.
+    Raises ValueError for a model that does on CUDA what it did not do when it was loaded (`reads_values`)."""
     graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph):
-        result = forward()
+    try:
+        with torch.cuda.graph(graph):
+            result = forward()
+    except RuntimeError as error:
+        said = str(error).strip().splitlines()[0]
+        raise ValueError(f"this model's pass cannot be recorded ({said}): set GRAPHS = False in decode.py") from error
 
     def replay() -> Tensor:
         graph.replay()

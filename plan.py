@@ -6,8 +6,8 @@ Only the model's config is read. Memory of the update is not a formula: the laye
 backward on the meta device (shapes without data) and every tensor that lives is counted (`update_bytes`). Attention
 counts as a fused kernel: queries, keys, values, mask and output are kept. The rest is arithmetic, in `plan`;
 bench/plan_check.py compares both with measured peaks.
-Times are estimates from the GPU's data sheet and the shares below, which fit what was measured on one H200 with
-Qwen2.5-1.5B [bench/results/gpu.md]; other GPUs, other models and several GPUs were not measured.
+Times are estimates from the GPU's data sheet and the shares below, chosen to fit one H200 with Qwen2.5-1.5B's shape:
+256 rows decoded, and one whole step [bench/results/gpu.md]. Other GPUs, models, numbers of GPUs were not measured.
 """
 
 import argparse
@@ -24,7 +24,7 @@ from transformers import AttentionInterface, AutoModelForCausalLM
 from transformers.modeling_layers import GradientCheckpointingLayer
 
 import model as models
-from decode import PREFILL_TOKENS
+from decode import GRAPH_COLUMNS, PREFILL_TOKENS
 from loss import METHODS
 from support.config import Config, parse_config
 from support.memory import cache_bytes, head_width, row_bytes, token_bytes
@@ -39,7 +39,7 @@ GPUS = {  # memory GB, bf16 TFLOP/s (dense), GB/s: the makers' data sheets
     "H200": (141, 989, 4800),
 }
 USABLE = 0.92  # of the memory: the rest is the driver's and lost to fragmentation
-UPDATE_SHARE = 0.2  # of the peak TFLOP/s that the update phase of a whole step reaches
+UPDATE_SHARE = 0.16  # of the peak TFLOP/s that the passes of a whole step reach
 READ_SHARE = 0.4  # of the peak GB/s at which a decode pass reads weights and caches
 LAYER_SECONDS = 0.0001  # that a layer's other kernels take in a decode pass
 MEAN_RESPONSE = 0.4  # of max_response_tokens, on average; the longest row of a call goes to the end
@@ -174,7 +174,7 @@ def plan(config: Config, shape: Any, gpus: int, prompt: int) -> dict[str, dict[s
     if "rl" not in METHODS[config.method].stages:
         return {"update": update}
     sampling = kept | {"weights in bf16 (all)": 2 * n.total}
-    sampling |= sampling_bytes(shape, config.rows_per_call, length)
+    sampling |= sampling_bytes(shape, config.rows_per_call, length + -length % GRAPH_COLUMNS)
     return {"update": update, "sampling": sampling}
 
 

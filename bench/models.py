@@ -228,7 +228,7 @@ def one_step(folder: Path) -> dict:
     steps.grade_batch = by_length
     run, _ = prepare(from_dict(settings))
     run.optimizer = torch.optim.SGD(run.model.parameters(), lr=0.1)
-    metrics, _ = steps.rl_step(run, 0)
+    metrics, *_ = steps.rl_step(run, 0)
     times = ("seconds_sample", "seconds_update", "tokens_per_second")
     numbers = {key: value for key, value in metrics.items() if key not in times}
     return {"metrics": numbers, "weights": distributed.full_state(run.model.state_dict())}

@@ -19,12 +19,14 @@ BY_LENGTH = Reward(
 ALL_WRONG = Reward("all wrong", lambda text, problem: 0.0, lambda problem: None, lambda text: True, "none")
 
 
-@pytest.fixture(autouse=True)
-def without_a_gpu(request, monkeypatch):
-    """Where there is a GPU, only the tests marked cuda see it: the others are written for the CPU."""
-    if not request.node.get_closest_marker("cuda"):
-        monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "")  # of processes that a test starts
-        monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+@pytest.fixture(autouse=True, scope="module")
+def without_a_gpu(request):
+    """Where there is a GPU, only the files marked cuda see it: the other tests are written for the CPU."""
+    with pytest.MonkeyPatch.context() as patch:
+        if not request.node.get_closest_marker("cuda"):
+            patch.setenv("CUDA_VISIBLE_DEVICES", "")  # of processes that a test starts
+            patch.setattr(torch.cuda, "is_available", lambda: False)
+        yield
 
 
 @pytest.fixture(scope="session")

@@ -9,9 +9,10 @@ import torch
 from conftest import random_model
 from safetensors.torch import load_file, save_file
 from transformers import GPT2Config, GPT2LMHeadModel
+from transformers.models.llama.modeling_llama import LlamaRMSNorm
 
 import model as models
-from model import fuse_norms, fused_norm, load_config, load_model, pick_device, save_model, token_stats
+from model import fuse_norms, load_config, load_model, pick_device, save_model, token_stats
 from support import distributed
 
 
@@ -216,8 +217,19 @@ def test_missing_weights_and_a_damaged_generation_config_are_refused(tmp_path, t
         load_model(str(tmp_path / "m"))
 
 
+class AddsItsInput(LlamaRMSNorm):
+    def forward(self, hidden_states):
+        return super().forward(hidden_states) + hidden_states
+
+
+class TakesAGate(LlamaRMSNorm):
+    def forward(self, hidden_states, gate=None):
+        return super().forward(hidden_states if gate is None else hidden_states * gate)
+
+
 def test_norms_are_fused_where_that_changes_nothing():
-    """As on CUDA: every norm of a Llama; not one that computes something else."""
+    """As on CUDA: every norm of a Llama; not one that computes
+    something else, takes something else or has no weight."""
     model, ids = random_model(), torch.arange(3, 13)[None]
     given = ids, torch.ones_like(ids), 6, 1.0
 
@@ -233,7 +245,7 @@ def test_norms_are_fused_where_that_changes_nothing():
     assert len(fused) == 2 * model.config.num_hidden_layers + 1 and all("norm" in name for name in fused)
     for found, expected in zip(log_probs_and_gradient(), want):
         assert torch.allclose(found, expected, atol=1e-5)
-    norm = type("AddsOne", (type(model.model.norm),), {"forward": lambda self, x: fused_norm(self, x) + x})
-    other = torch.nn.Sequential(norm(8))
+    other = torch.nn.Sequential(AddsItsInput(8), TakesAGate(8), type(model.model.norm)(8))
+    other[2].weight = None
     fuse_norms(other)
-    assert "forward" not in vars(other[0])
+    assert not any("forward" in vars(norm) for norm in other)

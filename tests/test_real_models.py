@@ -251,13 +251,13 @@ def test_a_tokenizer_without_an_end_token_is_one_line(task, tmp_path):
 @pytest.mark.parametrize(
     "name, loop",
     [
-        ("gpt2", "masks of ours, recorded"),  # learned positions: padding must not be counted
-        ("opt", "masks of ours, recorded"),
+        ("gpt2", "masks of ours, recordable"),  # learned positions: padding must not be counted
+        ("opt", "masks of ours, recordable"),
         ("bloom", "masks of ours"),  # takes no positions
         ("falcon, alibi", "masks of the model"),  # reads positions off the mask
-        ("gemma3", "masks of ours, recorded"),  # sliding windows; a folder with vision settings
-        ("phimoe", "masks of ours, recorded"),  # noise in its router
-        ("qwen3_next", "masks of ours, recorded"),  # recurrent states that can be selected
+        ("gemma3", "masks of ours, recordable"),  # sliding windows; a folder with vision settings
+        ("phimoe", "masks of ours, recordable"),  # noise in its router
+        ("qwen3_next", "masks of ours, recordable"),  # recurrent states that can be selected
         ("mamba", "transformers"),
     ],
 )

@@ -217,7 +217,7 @@ def prove(folder: Path) -> str:
     return model.loop
 
 
-def by_length(texts: list[str], _golds: list[str]) -> list[float]:
+def by_length(_reward: object, texts: list[str], _problems: list) -> list[float]:
     return [float(len(text) % 2) for text in texts]
 
 
@@ -225,7 +225,7 @@ def one_step(folder: Path) -> dict:
     """A step of Prefix-RFT from the command's preparation; plain gradient descent: rounding stays small."""
     settings = {"model": str(folder), "prompts_per_step": 4, "rollouts_per_prompt": 4, "updates_per_step": 1}
     settings |= {"max_response_tokens": 80, "out": str(folder / "run"), "device": "cpu", "eval_every": 0}
-    steps.grade_batch = by_length
+    steps.grade_all = by_length
     run, _ = prepare(from_dict(settings))
     run.optimizer = torch.optim.SGD(run.model.parameters(), lr=0.1)
     metrics, *_ = steps.rl_step(run, 0)

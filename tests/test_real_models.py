@@ -21,6 +21,7 @@ from transformers import (
 )
 
 import plan
+import step
 import train
 from data.loader import Problem, decode_responses, encode, encode_problems, render_prompt
 from model import load_model
@@ -30,7 +31,7 @@ from support.config import from_dict
 ROOT = Path(__file__).parents[1]
 sys.path.append(str(ROOT / "bench"))
 
-from models import make, prove  # noqa: E402
+from models import by_length, make, one_step, prove  # noqa: E402
 from plan_check import measured, measured_sampling  # noqa: E402
 
 DRAWN = Reward(  # demonstrations are right, and about half of what a random model writes
@@ -261,10 +262,12 @@ def test_a_tokenizer_without_an_end_token_is_one_line(task, tmp_path):
         ("mamba", "transformers"),
     ],
 )
-def test_another_architecture_is_sampled_and_trained(tmp_path, name, loop):
-    """Batch = alone = prefilled, argmax, log-probs, equal passes, saved weights; all of them: bench/models.py."""
+def test_another_architecture_is_sampled_and_trained(tmp_path, monkeypatch, name, loop):
+    """Batch = alone = prefilled, argmax, log-probs, equal passes, saved weights, a step; all: bench/models.py."""
     make(name, tmp_path)
     assert prove(tmp_path) == loop
+    monkeypatch.setattr(step, "grade_all", by_length)
+    assert one_step(tmp_path)["metrics"]["grad_norm"] > 0
 
 
 @pytest.mark.parametrize(

@@ -321,8 +321,8 @@ def choose_loop(model: PreTrainedModel, ids: Tensor, mask: Tensor, want: Tensor,
     ends = forced.gather(1, lengths[:, None] - 1).flatten().tolist()
     settings = {"max_new_tokens": forced.shape[1], "do_sample": False, "eos_token_id": ends, "pad_token_id": 0}
     for model.loop in LOOPS:
-        record = RecordingLogitsProcessor(forced, lengths, prompt)
-        record.log_probs = want.new_zeros(model.get_input_embeddings().num_embeddings)
+        recorder = RecordingLogitsProcessor(forced, lengths, prompt)
+        recorder.log_probs = want.new_zeros(model.get_input_embeddings().num_embeddings)
         with contextlib.suppress(Exception):  # a loop the model was not made for can raise anything
             if model.loop == LOOPS[0] and reads_values(model, ids[:, :1]):
                 continue
@@ -330,10 +330,10 @@ def choose_loop(model: PreTrainedModel, ids: Tensor, mask: Tensor, want: Tensor,
                 input_ids=ids[:, :prompt],
                 attention_mask=mask[:, :prompt],
                 generation_config=GenerationConfig(**settings),
-                logits_processor=LogitsProcessorList([record]),
+                logits_processor=LogitsProcessorList([recorder]),
                 custom_generate=functools.partial(decode_rows, block=3 * len(ids)),
             )
-            if torch.allclose(record.log_probs[forced] * (want != 0), want, rtol=0, atol=close):
+            if torch.allclose(recorder.log_probs[forced] * (want != 0), want, rtol=0, atol=close):
                 return True
     return False
 

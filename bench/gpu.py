@@ -18,12 +18,11 @@ import argparse
 import statistics
 import sys
 import tempfile
-import time
 from collections.abc import Callable
 from dataclasses import replace
 
 import torch
-from common import peak_memory, write
+from common import peak_memory, timed, write
 from transformers import AutoTokenizer, GenerationConfig, LogitsProcessorList, Qwen2Config, Qwen2ForCausalLM
 
 import step as steps
@@ -54,13 +53,7 @@ ROWS, PROMPT, NEW, FEW = 256, 256, 1024, 128
 
 def seconds(call: Callable, repeats: int = 3, warm: int = 1) -> float:
     """Median wall seconds of `call`, the GPU's queue emptied around it, after `warm` calls more."""
-    found = []
-    for _ in range(repeats + warm):
-        torch.cuda.synchronize()
-        start = time.perf_counter()
-        call()
-        torch.cuda.synchronize()
-        found.append(time.perf_counter() - start)
+    found = [timed(call)[2] for _ in range(repeats + warm)]
     return statistics.median(found[warm:])
 
 

@@ -19,7 +19,8 @@ def cache_bytes(config: PreTrainedConfig, size: int = 2) -> int:
 
 def token_bytes(config: PreTrainedConfig, columns: int, size: int = 2) -> int:
     """Bytes the next token of a row of `columns` tokens takes for a moment: a layer's keys and values repeated for
-    all heads, or, after that, scores, their CDF and copies (measured: 16 bytes a word)."""
+    all heads (by HF's attention; decode.one_token_attention reads them as they are), or, after that, scores, their
+    CDF and copies (measured: 16 bytes a word)."""
     config = config.get_text_config()
     return max(2 * size * columns * config.num_attention_heads * head_width(config), 16 * config.vocab_size)
 

@@ -1,5 +1,6 @@
 """decode.py: what makes sampling fast changes no token."""
 
+import contextlib
 import copy
 import functools
 from types import CellType, FunctionType
@@ -81,6 +82,16 @@ def test_passes_that_are_recorded_give_the_same_tokens(monkeypatch, prefill):
     monkeypatch.setattr(decode, "LOOK_EVERY", 3)
     assert generate(model, rows, 40, prefill=prefill) == want
     assert 5 < len(recordings) < 10  # of six blocks or so of columns, and after each time that rows left
+
+
+def test_a_pass_that_cannot_be_recorded_is_one_line(monkeypatch):
+    def forward():
+        raise RuntimeError("operation not permitted\nmore of it")
+
+    monkeypatch.setattr(torch.cuda, "CUDAGraph", object)
+    monkeypatch.setattr(torch.cuda, "graph", contextlib.nullcontext)
+    with pytest.raises(ValueError, match=r"recorded \(operation not permitted\): set GRAPHS = False in decode.py$"):
+        decode.record(forward)
 
 
 def test_a_pass_that_reads_values_is_not_recorded(tmp_path, tokenizer, monkeypatch):

@@ -1,8 +1,8 @@
 """The hot path of sampling: two logits processors and the loops `generate` may decode with (DECODERS).
 
 In reading order: draw a token by inverting the CDF, force a prefix's; the cache and the attention of one new token;
-`last_hidden`, how every pass of ours calls a model; `decode_rows`, the loop for responses of different lengths, whose
-passes are recorded and replayed on CUDA; `decode_static`, HF's own loop over a static cache, compiled on CUDA;
+`last_hidden`, how every pass of ours calls a model; `OneTokenPass`, recorded and replayed on CUDA; `decode_rows`, the
+loop for responses of different lengths; `decode_static`, HF's own loop over a static cache, compiled on CUDA;
 `choose_loop`, which asks a model at load what it can be decoded with.
 Left out: kernels of our own, continuous batching (it takes no processor of ours), speculative decoding.
 """
@@ -11,6 +11,7 @@ import contextlib
 import functools
 import inspect
 from collections.abc import Callable, Iterator
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -201,6 +202,56 @@ def record(forward: Callable[[], Tensor]) -> Callable[[], Tensor]:
     return replay
 
 
+@dataclass
+class LiveRows:
+    """The rows still in the batch: b of them, their tensors change in place."""
+
+    places: Tensor  # [b] in the output
+    token: Tensor  # [b] the newest
+    ended: Tensor  # [b] bool
+    position_ids: Tensor  # [b, 1] of the newest token
+    mask: Tensor  # [b, columns of the cache], or as a layer takes it [b, 1, 1, columns]
+
+    def keep(self, rows: Tensor) -> None:
+        for name, value in vars(self).items():
+            setattr(self, name, value[rows])
+
+
+class OneTokenPass:
+    """The forward pass of every live row's newest token. `recorded`: it is made once for every GRAPH_COLUMNS columns
+    of the cache, recorded, then replayed."""
+
+    def __init__(self, model: PreTrainedModel, cache: Cache, live: LiveRows, recorded: bool):
+        self.model, self.head, self.cache = model, model.get_output_embeddings(), cache
+        self.live, self.recorded = live, recorded
+        self.column = torch.zeros_like(live.token[:1])  # that of the newest token
+        self.forget()
+
+    def forget(self) -> None:
+        """The rows are others: what is recorded holds no longer."""
+        self.columns, self.replay = 0, None  # how many a pass reads
+
+    def forward(self) -> Tensor:
+        live = self.live
+        new = {"input_ids": live.token[:, None], "position_ids": live.position_ids}
+        new["attention_mask"] = live.mask[..., : self.columns]
+        return self.head(last_hidden(self.model, **new, past_key_values=self.cache, use_cache=True)[:, -1])
+
+    def __call__(self, column: int) -> Tensor:
+        """Scores [b, V] after the newest token, which stands in `column`."""
+        if not self.recorded:
+            self.columns = column + 1
+            return self.forward()
+        self.column.fill_(column)
+        if column >= self.columns:
+            self.columns, self.replay = (column // GRAPH_COLUMNS + 1) * GRAPH_COLUMNS, None
+            for layer in self.cache.layers:
+                layer.column, layer.length = self.column, self.columns
+            return self.forward()  # once as it is: libraries set themselves up at first use
+        self.replay = self.replay or record(self.forward)
+        return self.replay()
+
+
 @torch.inference_mode()  # less bookkeeping per call than no_grad: felt where layers are small
 def decode_rows(model: PreTrainedModel, input_ids: Tensor, block: int | None = None, **given: Any) -> Tensor:
     """The decoding loop `generate` calls: as its own, but equal prompts are read once, rows that have ended leave
@@ -208,72 +259,55 @@ def decode_rows(model: PreTrainedModel, input_ids: Tensor, block: int | None = N
     loop = getattr(model, "loop", LOOPS[0])  # what choose_loop found
     if loop == "transformers":
         return decode_static(model, input_ids, **given)
-    logits_processor, generation_config = given["logits_processor"], given["generation_config"]
+    logits_processor, settings, cache = (
+        given[k] for k in ("logits_processor", "generation_config", "past_key_values")
+    )
     check_neutral(logits_processor)
-    prompt, room = input_ids.shape[1], generation_config.max_length - input_ids.shape[1]
-    ends = torch.tensor(generation_config.eos_token_id, device=input_ids.device)
-    output = input_ids.new_full((len(input_ids), prompt + room), generation_config.pad_token_id)
-    output[:, :prompt] = input_ids
-    mask = given["attention_mask"]  # generate drops a mask of ones
-    mask = torch.ones_like(input_ids) if mask is None else mask
-    cache, config, head = given["past_key_values"], model.config.get_text_config(), model.get_output_embeddings()
+    prompt, end = input_ids.shape[1], settings.max_length
     plain = all(type(layer) is DynamicLayer for layer in cache.layers)  # other kinds keep their own layers
+    config = model.config.get_text_config()
     ours = plain and config._attn_implementation == "sdpa" and loop in LOOPS[:2]
-    recorded, look_every, drop_at = ours and loop == LOOPS[0] and can_record(input_ids.device), 1, DROP_AT
-    width = prompt + room
-    if recorded:
-        width += -width % GRAPH_COLUMNS
-        look_every, drop_at = LOOK_EVERY, DROP_AT_RECORDED
+    recorded = ours and loop == LOOPS[0] and can_record(input_ids.device)
+    width = end + -end % GRAPH_COLUMNS if recorded else end
+    look_every, drop_at = (LOOK_EVERY, DROP_AT_RECORDED) if recorded else (1, DROP_AT)
     if plain:
         cache.layers = [RoomyLayer(width) for _ in cache.layers]
+    mask = given["attention_mask"]  # generate drops a mask of ones
+    mask = torch.ones_like(input_ids) if mask is None else mask
     scores = read_prompts(model, cache, input_ids, mask, block or PREFILL_TOKENS)
-    position_ids = mask.sum(1, keepdim=True) - 1
+
+    output = input_ids.new_full((len(input_ids), end), settings.pad_token_id)
+    output[:, :prompt] = input_ids
+    places, position_ids = torch.arange(len(output), device=output.device), mask.sum(1, keepdim=True) - 1
     mask = pad(mask, (0, width - prompt))  # 1 where there is a token
     if ours:  # as a layer takes it, 0 there and -inf elsewhere: HF makes none of its own then
         mask = scores.new_zeros(mask.shape).masked_fill(mask == 0, -torch.inf)[:, None, None]
-    rows = torch.arange(len(input_ids), device=input_ids.device)  # the rows still in the batch
-    ended, token = torch.zeros_like(rows, dtype=torch.bool), torch.empty_like(rows)
-    column, columns = torch.full_like(rows[:1], prompt - 1), 0  # the last one filled; how many a pass reads
-
-    def forward() -> Tensor:
-        new = {"input_ids": token[:, None], "attention_mask": mask[..., :columns], "position_ids": position_ids}
-        return head(last_hidden(model, **new, past_key_values=cache, use_cache=True)[:, -1])
-
-    one_pass = forward
+    live = LiveRows(places, torch.empty_like(places), torch.zeros_like(places, dtype=torch.bool), position_ids, mask)
+    one_token_pass = OneTokenPass(model, cache, live, recorded)
+    end_tokens = torch.tensor(settings.eos_token_id, device=output.device)
     with attention(config, "one_token") if ours else contextlib.nullcontext():
-        for length in range(prompt, prompt + room):
-            drawn = logits_processor(output[rows, :length], scores).argmax(-1)
-            token.copy_(drawn.masked_fill(ended, generation_config.pad_token_id))  # in place, as a recording wants it
-            output[rows, length] = token
+        for column in range(prompt, end):
+            drawn = logits_processor(output[live.places, :column], scores).argmax(-1)
+            live.token.copy_(drawn.masked_fill(live.ended, settings.pad_token_id))
+            output[live.places, column] = live.token
             # an end token inside a forced prefix would end the row here: encode_problem refuses such demonstrations
-            ended |= torch.isin(token, ends)
-            if length + 1 == prompt + room:
+            live.ended |= torch.isin(live.token, end_tokens)
+            if column + 1 == end:
                 break
-            if (length - prompt) % look_every == look_every - 1:
-                alive = (~ended).nonzero().squeeze(1)
+            if (column - prompt) % look_every == look_every - 1:
+                alive = (~live.ended).nonzero().squeeze(1)
                 if len(alive) == 0:
                     break
-                if len(alive) <= drop_at * len(rows):
-                    rows, token, ended = rows[alive], token[alive], ended[alive]
-                    position_ids, mask = position_ids[alive], mask[alive]
+                if len(alive) <= drop_at * len(live.ended):
+                    live.keep(alive)
                     cache.reorder_cache(alive)
                     for processor in logits_processor:
                         processor.keep(alive)
-                    columns = 0
-            position_ids += 1
-            column += 1
-            mask[..., length] = 0 if ours else 1
-            if not recorded:
-                columns = length + 1
-            elif length >= columns:
-                columns = (length // GRAPH_COLUMNS + 1) * GRAPH_COLUMNS
-                for layer in cache.layers:
-                    layer.column, layer.length = column, columns
-                one_pass = forward  # once as it is: libraries set themselves up at first use
-            elif one_pass is forward:
-                one_pass = record(forward)
-            scores = one_pass()
-    return output[:, : length + 1]
+                    one_token_pass.forget()
+            live.position_ids += 1
+            live.mask[..., column] = 0 if ours else 1
+            scores = one_token_pass(column)
+    return output[:, : column + 1]
 
 
 def decode_static(model: PreTrainedModel, input_ids: Tensor, **given: Any) -> Tensor:

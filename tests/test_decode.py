@@ -3,14 +3,12 @@
 import contextlib
 import copy
 import functools
-from types import CellType, FunctionType
 
 import pytest
 import torch
 from conftest import random_model
 from test_sample import some_rows
 from transformers import GenerationConfig
-from transformers.cache_utils import Cache
 from transformers.models.llama.modeling_llama import LlamaMLP
 
 import decode
@@ -60,14 +58,12 @@ def test_when_ended_rows_leave_changes_nothing(model, monkeypatch, drop_at):
     assert generate(model, rows, 24) == want
 
 
-def frozen(forward: FunctionType) -> FunctionType:
-    """What a recording holds: every tensor that `forward` had when it was made, those of the cache too."""
-    held = [cell.cell_contents for cell in forward.__closure__]
-    for i, value in enumerate(held):
-        if isinstance(value, Cache):
-            held[i] = copy.copy(value)
-            held[i].layers = [copy.copy(layer) for layer in value.layers]
-    return FunctionType(forward.__code__, forward.__globals__, closure=tuple(map(CellType, held)))
+def frozen(forward):
+    """What a recording holds: every tensor that `forward` has when it is made, those of the cache too."""
+    held = copy.copy(forward.__self__)
+    held.live, held.cache = copy.copy(held.live), copy.copy(held.cache)
+    held.cache.layers = [copy.copy(layer) for layer in held.cache.layers]
+    return held.forward
 
 
 @pytest.mark.parametrize("prefill", [False, True])

@@ -180,6 +180,10 @@ def read_prompts(model: PreTrainedModel, cache: Cache, ids: Tensor, mask: Tensor
     return model.get_output_embeddings()(hidden[:, -1])[which]
 
 
+def whole_blocks(columns: int) -> int:
+    return columns + -columns % GRAPH_COLUMNS
+
+
 def can_record(device: torch.device) -> bool:
     return GRAPHS and device.type == "cuda"
 
@@ -244,7 +248,7 @@ class OneTokenPass:
             return self.forward()
         self.column.fill_(column)
         if column >= self.columns:
-            self.columns, self.replay = (column // GRAPH_COLUMNS + 1) * GRAPH_COLUMNS, None
+            self.columns, self.replay = whole_blocks(column + 1), None
             for layer in self.cache.layers:
                 layer.column, layer.length = self.column, self.columns
             return self.forward()  # once as it is: libraries set themselves up at first use
@@ -268,7 +272,7 @@ def decode_rows(model: PreTrainedModel, input_ids: Tensor, block: int | None = N
     config = model.config.get_text_config()
     ours = plain and config._attn_implementation == "sdpa" and loop in LOOPS[:2]
     recorded = ours and loop == LOOPS[0] and can_record(input_ids.device)
-    width = end + -end % GRAPH_COLUMNS if recorded else end
+    width = whole_blocks(end) if recorded else end
     look_every, drop_at = (LOOK_EVERY, DROP_AT_RECORDED) if recorded else (1, DROP_AT)
     if plain:
         cache.layers = [RoomyLayer(width) for _ in cache.layers]

@@ -24,7 +24,7 @@ from transformers import AttentionInterface, AutoModelForCausalLM
 from transformers.modeling_layers import GradientCheckpointingLayer
 
 import model as models
-from decode import GRAPH_COLUMNS, PREFILL_TOKENS
+from decode import PREFILL_TOKENS, whole_blocks
 from loss import METHODS
 from support.config import Config, parse_config
 from support.memory import cache_bytes, head_width, row_bytes, token_bytes
@@ -174,7 +174,7 @@ def plan(config: Config, shape: Any, gpus: int, prompt: int) -> dict[str, dict[s
     if "rl" not in METHODS[config.method].stages:
         return {"update": update}
     sampling = kept | {"weights in bf16 (all)": 2 * n.total}
-    sampling |= sampling_bytes(shape, config.rows_per_call, length + -length % GRAPH_COLUMNS)
+    sampling |= sampling_bytes(shape, config.rows_per_call, whole_blocks(length))
     return {"update": update, "sampling": sampling}
 
 
@@ -185,7 +185,7 @@ def block_bytes(shape: Any, tokens: int = PREFILL_TOKENS, size: int = 2) -> int:
 
 def sampling_bytes(shape: Any, rows: int, columns: int, tokens: int = PREFILL_TOKENS, size: int = 2) -> dict:
     """Of a call of `rows` with up to `columns` tokens each, whose prompts are read `tokens` at a time."""
-    one_token = rows * token_bytes(shape, columns, size)
+    one_token = rows * token_bytes(shape)
     return {
         f"key-value caches, {rows} x {columns} tokens": rows * columns * cache_bytes(shape, size),
         "a block of prompts, or a token of all rows": max(block_bytes(shape, tokens, size), one_token),
@@ -220,11 +220,11 @@ def hours(config: Config, shape: Any, gpus: int, gpu: str, prompt: int, mean: fl
     return result
 
 
-def rows_at_once(shape: Any, sampling: dict[str, float], free: float, length: int) -> int:
+def rows_at_once(shape: Any, sampling: dict[str, float], free: float, columns: int) -> int:
     """The most rows of a call; 0 if not even the weights of the `sampling` phase fit."""
     left = free - sum(list(sampling.values())[:-2])  # the last two parts grow with the rows
-    beside_block = (left - block_bytes(shape)) / (length * cache_bytes(shape))
-    return max(0, int(min(beside_block, left / row_bytes(shape, length))))
+    beside_block = (left - block_bytes(shape)) / (columns * cache_bytes(shape))
+    return max(0, int(min(beside_block, left / row_bytes(shape, columns))))
 
 
 def advice(
@@ -262,8 +262,9 @@ def show(config: Config, gpu: str, gpus: int, prompt: int, mean: float | None) -
         total = sum(sizes.values())
         verdict = "fits" if total <= free else "DOES NOT FIT"
         print(f"  {'total':<52}{total / GIB:8.2f}   {verdict} {free / GIB:.1f} usable")
-    at_once = rows_at_once(shape, parts["sampling"], free, length) if "sampling" in parts else config.rows_per_call
+    at_once = config.rows_per_call
     if "sampling" in parts:
+        at_once = rows_at_once(shape, parts["sampling"], free, whole_blocks(length))
         print(f"\nrows that can be sampled at once: {at_once} (rows_per_call is {config.rows_per_call})")
     for line in advice(config, parts, n, free, length, at_once):
         print(f"  change  {line}")

@@ -17,14 +17,14 @@ def cache_bytes(config: PreTrainedConfig, size: int = 2) -> int:
     return 2 * size * config.num_hidden_layers * heads * head_width(config)
 
 
-def token_bytes(config: PreTrainedConfig, columns: int, size: int = 2) -> int:
-    """Bytes the next token of a row of `columns` tokens takes for a moment: a layer's keys and values repeated for
-    all heads (by HF's attention; decode.one_token_attention reads them as they are), or, after that, scores, their
-    CDF and copies (measured: 16 bytes a word)."""
+def token_bytes(config: PreTrainedConfig, repeated: int = 0, size: int = 2) -> int:
+    """Bytes the next token of a row takes for a moment: scores, their CDF and copies (measured: 16 bytes a word), or,
+    before that, a layer's keys and values of `repeated` columns for all heads: 0 with decode.one_token_attention."""
     config = config.get_text_config()
-    return max(2 * size * columns * config.num_attention_heads * head_width(config), 16 * config.vocab_size)
+    return max(2 * size * repeated * config.num_attention_heads * head_width(config), 16 * config.vocab_size)
 
 
-def row_bytes(config: PreTrainedConfig, columns: int, size: int = 2) -> int:
-    """Bytes a row of `columns` tokens takes while it is sampled."""
-    return columns * cache_bytes(config, size) + token_bytes(config, columns, size)
+def row_bytes(config: PreTrainedConfig, columns: int, size: int = 2, repeated: bool = False) -> int:
+    """Bytes a row of `columns` tokens takes while it is sampled. `repeated`: by HF's attention, which repeats keys
+    and values for heads that share them."""
+    return columns * cache_bytes(config, size) + token_bytes(config, columns if repeated else 0, size)

@@ -303,10 +303,15 @@ def test_as_many_rows_share_a_call_as_a_gpu_holds(monkeypatch):
         vocab_size=1000, hidden_size=64, num_hidden_layers=3, num_attention_heads=4, num_key_value_heads=2
     )
     model = SimpleNamespace(config=config, device=torch.device("cuda"))
-    row = 100 * (3 * 2 * 2 * 16 + 2 * 4 * 16) * 2  # bf16: keys and values of 3 layers, one's for all heads
-    for free, rows in ((1e9, 512), (10 * row / 0.8 + 1, 10), (row / 2, 1)):
-        monkeypatch.setattr(torch.cuda, "mem_get_info", lambda _, free=free: (int(free), 0))
-        assert eval.rows_that_fit(model, 100) == rows
+    cache = 256 * 3 * 2 * 2 * 16 * 2  # keys and values of 3 layers in bf16, of 100 columns in whole blocks
+    moment = {
+        "masks of ours, recordable": 16 * 1000,
+        "transformers": 256 * 2 * 4 * 16 * 2,
+    }  # scores; one layer's heads
+    for model.loop, most in moment.items():
+        for free, rows in ((1e10, 512), (10 * (cache + most) / 0.8 + 1, 10), (cache / 2, 1)):
+            monkeypatch.setattr(torch.cuda, "mem_get_info", lambda _, free=free: (int(free), 0))
+            assert eval.rows_that_fit(model, 100) == rows
     monkeypatch.setattr(eval.distributed, "gather_dict", lambda mine: mine | {1: 7})  # another rank's GPU is fuller
     monkeypatch.setattr(torch.cuda, "mem_get_info", lambda _: (10**9, 0))
     assert eval.rows_that_fit(model, 100) == 7

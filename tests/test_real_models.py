@@ -297,11 +297,15 @@ def test_planned_memory_is_the_measured_one(recompute):
     assert counted == pytest.approx(beyond, rel=0.15)
 
 
-@pytest.mark.parametrize("rows, prompt, response", [(32, 16, 8), (64, 128, 2)])
-def test_planned_memory_of_sampling_is_the_measured_one(rows, prompt, response):
-    """Where caches and the scores of a token, or caches and the pass over the prompts need most of it."""
+@pytest.mark.parametrize(
+    "rows, prompt, response, layers, words",
+    [(32, 16, 8, 12, 4000), (64, 128, 2, 12, 4000), (16, 16, 112, 1, 500)],
+)
+def test_planned_memory_of_sampling_is_the_measured_one(rows, prompt, response, layers, words):
+    """Where caches and the scores of a token, or caches and the pass over the prompts need most of it; and where keys
+    and values of a layer would, if they were repeated for all heads."""
     size = {"hidden_size": 64, "intermediate_size": 192, "num_attention_heads": 4, "num_key_value_heads": 2}
-    shape = Qwen2Config(**size, num_hidden_layers=12, vocab_size=4000)
+    shape = Qwen2Config(**size, num_hidden_layers=layers, vocab_size=words)
     parts = plan.sampling_bytes(shape, rows, prompt + response, rows * prompt, size=4)
     assert sum(parts.values()) == pytest.approx(measured_sampling(shape, rows, prompt, response), rel=0.15)
 
@@ -326,6 +330,12 @@ def test_a_plan_reads_the_config_only(tmp_path, capsys):
     plan.show(from_dict(values), "4090", 1, 1024, None)
     said = capsys.readouterr().out
     assert said.count("DOES NOT FIT") == 2 and "--offload true" in said and "--rows_per_call" not in said
+    plan.show(from_dict(values | {"rows_per_call": 512, "max_response_tokens": 7100}), "H100", 8, 900, None)
+    said = capsys.readouterr().out  # 8,000 columns are 8,192 where passes are recorded, also in the rows that fit
+    left = 80e9 * 0.92 - (2 + 12 / 8) * 8.0303e9  # weights in bf16; those in fp32 and the optimizer over 8 GPUs
+    block = 2**14 * 2 * (3 * 14336 + 6 * 4096)  # a pass over prompts
+    fit = int((left - block) / (8192 * 2 * 32 * 8 * 128 * 2))
+    assert "512 x 8192 tokens" in said and f"--rows_per_call {fit}\n" in said
 
 
 @pytest.mark.parametrize("path", sorted((ROOT / "configs").glob("*.json")), ids=lambda path: path.stem)

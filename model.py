@@ -283,8 +283,7 @@ def head_stats(model: PreTrainedModel, hidden: Tensor, targets: Tensor, temperat
     head = model.get_output_embeddings()
 
     def stats(hidden: Tensor, targets: Tensor) -> tuple[Tensor, Tensor]:
-        logits = head(hidden).float()  # [chunk, V]
-        log_p = torch.log_softmax(logits if temperature == 1 else logits / temperature, dim=-1)  # 1 copy less
+        log_p = torch.log_softmax(head(hidden).float() / temperature, dim=-1)  # [chunk, V]
         with torch.no_grad():
             entropy = -(log_p.exp() * log_p).nan_to_num().sum(-1)  # 0 * -inf = 0
         return log_p.gather(1, targets[:, None]).squeeze(1), entropy

@@ -29,14 +29,14 @@ def style_of(method: str) -> dict[str, Any]:
     return {"color": COLOURS[place], "linestyle": STYLES[place > len(SHOWN) - 1]}
 
 
-def finish(axis: Axes, title: str, x: str, y: str = "", legend: bool = True, grid: str = "both") -> None:
+def finish(axis: Axes, title: str, x: str, y: str = "", columns: int = 1, grid: str = "both") -> None:
     axis.set_title(title, loc="left")
     axis.set_xlabel(x)
     axis.set_ylabel(y)
     axis.set_axisbelow(True)
     axis.grid(axis=grid, alpha=0.3)
-    if legend:
-        axis.legend()
+    if columns:  # of the legend
+        axis.legend(ncols=columns, loc="upper center" if columns > 1 else "best")
 
 
 def means_of(runs: Sequence[Line], kind: str, level: str = "all") -> np.ndarray:
@@ -107,9 +107,9 @@ def draw_levels(axis: Axes, lines: Sequence[Line], regime: str) -> None:
             rows = np.array([means_of(runs, "sampled", level) for level in LEVELS]).T
             draw_band(axis, range(len(LEVELS)), rows.tolist(), name, name)
     axis.set_xticks(range(len(LEVELS)), [f"{level}\nk = {min(k)}, {max(k)}" for level, k in LEVELS.items()])
-    axis.set_ylim(0, 1)
+    axis.set_ylim(0, 1.08)  # with room for the legend
     axis.yaxis.set_major_formatter(in_percent)
-    finish(axis, f"{regime}: by level, T = 1", "", "% right, test", grid="y")
+    finish(axis, f"{regime}: by level, T = 1", "", "% right, test", columns=3, grid="y")
 
 
 def draw_demonstrations(axis: Axes, lines: Sequence[Line], kind: str) -> None:
@@ -123,8 +123,9 @@ def draw_demonstrations(axis: Axes, lines: Sequence[Line], kind: str) -> None:
     axis.set_xticks(REGIMES["scarce"].demonstrations)
     axis.xaxis.set_major_formatter(lambda n, _: f"{n:g}")
     axis.yaxis.set_major_formatter(in_percent)
+    axis.margins(y=0.35)  # for the legend
     title = f"few demonstrations, {KINDS[kind]}"
-    finish(axis, title, "demonstrations, of 512 problems", "% right, test")
+    finish(axis, title, "demonstrations, of 512 problems", "% right, test", columns=2)
 
 
 def draw_points(axis: Axes, x: Sequence[float], groups: Sequence[np.ndarray], name: str) -> None:
@@ -147,8 +148,7 @@ def draw_experts(axis: Axes, stored: dict[str, list[Line]], kind: str) -> None:
     axis.set_xticks(range(len(experts)), experts)
     axis.margins(y=0.3)  # for the legend
     axis.yaxis.set_major_formatter(in_percent)
-    finish(axis, f"weaker experts, {KINDS[kind]}", "demonstrations by", "% right, test", legend=False)
-    axis.legend(loc="upper center", ncols=2)
+    finish(axis, f"weaker experts, {KINDS[kind]}", "demonstrations by", "% right, test", columns=2)
 
 
 def draw_ablations(axis: Axes, lines: Sequence[Line], kind: str) -> None:
@@ -164,7 +164,7 @@ def draw_ablations(axis: Axes, lines: Sequence[Line], kind: str) -> None:
     axis.set_xticks(range(len(names)), [name.removeprefix("prefix-rft-") for name in names], rotation=30, ha="right")
     axis.set_ylim(0, None)
     axis.yaxis.set_major_formatter(in_percent)
-    finish(axis, f"ablations of Prefix-RFT, {KINDS[kind]}", "", "% right, test", legend=False, grid="y")
+    finish(axis, f"ablations of Prefix-RFT, {KINDS[kind]}", "", "% right, test", columns=0, grid="y")
 
 
 def draw_with_and_without_clip(axis: Axes, lines: Sequence[Line], name: str, title: str, unit: str) -> None:

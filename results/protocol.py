@@ -13,10 +13,9 @@ from data.make_recipes import TRAIN_PROBLEMS, make_splits
 from loss import METHODS
 from support.config import Config, suggest
 
-Settings = dict[
-    str, Any
-]  # of a run: "demonstrations" (how many there are), "expert" where it is a weak one, and what
-# differs from train.py's defaults
+# of a run: "demonstrations" (how many there are), "expert" where it is a weak one, and what differs from train.py's
+# defaults
+Settings = dict[str, Any]
 Line = dict[str, Any]  # a stored run or trial (study.py)
 
 TRIAL_SEED = 1000

@@ -16,7 +16,7 @@ from matplotlib.ticker import MaxNLocator
 from data.make_recipes import LEVELS
 from figures.figure import COLOURS, COLUMNS, STYLES, TYPE, in_percent, save, sheet
 from results import ceiling
-from results.claims import KINDS, mean_interval, prefix_advantage, runs_of, scores, t_quantile
+from results.claims import KINDS, difference, mean_interval, prefix_advantage, runs_of, scores, t_quantile
 from results.protocol import ABLATIONS, EXPERT, REGIMES, Line
 
 SHOWN = ("rft", "sft-rft", "prefix-rft", "luffy", "sft", "uft")  # a colour each; more curves would hide each other
@@ -152,19 +152,16 @@ def draw_experts(axis: Axes, stored: dict[str, list[Line]], kind: str) -> None:
 
 
 def draw_ablations(axis: Axes, lines: Sequence[Line], kind: str) -> None:
-    """Prefix-RFT and each of its ablations: bars with the interval over seeds."""
-    names = [name for name in ("prefix-rft", *ABLATIONS) if runs_of(lines, name)]
-    values = [means_of(runs_of(lines, name), kind) for name in names]
-    heights, reaches = [float(found.mean()) for found in values], [float(reach_of(found)) for found in values]
-    colours = [style_of("prefix-rft" if name == "prefix-rft" else "")["color"] for name in names]
-    axis.bar(range(len(names)), heights, yerr=reaches, capsize=2, color=colours, alpha=0.6)
-    for place, found in enumerate(values):
-        axis.plot([place] * len(found), found, ".", color="black", markersize=2.5)
-    axis.axhline(heights[0], color="grey", linewidth=0.8, linestyle=":")
+    """Each ablation minus prefix-rft, with the protocol's interval."""
+    names = [name for name in ABLATIONS if len(runs_of(lines, name)) > 1]
+    whole = scores(runs_of(lines, "prefix-rft"), kind)
+    for place, name in enumerate(names):
+        mid, low, high = difference(scores(runs_of(lines, name), kind), whole)
+        axis.bar(place, mid, yerr=[[mid - low], [high - mid]], capsize=2, color=COLOURS[-1], alpha=0.5)
+    axis.axhline(0, **style_of("prefix-rft"), linewidth=1.2)
     axis.set_xticks(range(len(names)), [name.removeprefix("prefix-rft-") for name in names], rotation=30, ha="right")
-    axis.set_ylim(0, None)
     axis.yaxis.set_major_formatter(in_percent)
-    finish(axis, f"ablations of Prefix-RFT, {KINDS[kind]}", "", "% right, test", columns=0, grid="y")
+    finish(axis, f"ablation minus Prefix-RFT, {KINDS[kind]}", "", "difference, points", columns=0, grid="y")
 
 
 def draw_with_and_without_clip(axis: Axes, lines: Sequence[Line], name: str, title: str, unit: str) -> None:

@@ -239,7 +239,7 @@ def question_panels(stored: dict[str, list[Line]]) -> list[Panel]:
         panels += [partial(draw_demonstrations, lines=scarce, kind=kind) for kind in KINDS]
     if any(line["method"] != "base" for line in stored.get("weak", [])):
         panels += [partial(draw_experts, stored=stored, kind=kind) for kind in KINDS]
-    if any(runs_of(habit, name) for name in ABLATIONS) and runs_of(habit, "prefix-rft"):
+    if min(len(runs_of(habit, "prefix-rft")), max(len(runs_of(habit, name)) for name in ABLATIONS)) > 1:
         panels += [partial(draw_ablations, lines=habit, kind=kind) for kind in KINDS]
     if runs_of(habit, "prefix-rft"):
         told = {"length": ("response length", "tokens"), "entropy": ("the policy's entropy", "nats per own token")}

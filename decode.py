@@ -58,7 +58,7 @@ class DrawTokenLogitsProcessor(LogitsProcessor):
         cdf, place = probabilities.cumsum(-1), (self.rows, input_ids.shape[1] - self.prompt_length)
         # u * total, not u: rounding may leave the total below u. right=True skips tokens of probability 0.
         token = torch.searchsorted(cdf, self.uniforms[place][:, None] * cdf[:, -1:], right=True)
-        token = token.clamp(max=scores.shape[1] - 1)  # NaN, once a run has diverged: step.old_stats says so
+        token = token.clamp(max=scores.shape[1] - 1)  # NaN, once a run has diverged: step.update says so
         self.drawn[place] = probabilities.gather(1, token).squeeze(1)
         return torch.full_like(scores, -torch.inf).scatter_(1, token, 0.0)
 
@@ -294,7 +294,7 @@ def decode_rows(model: PreTrainedModel, input_ids: Tensor, block: int | None = N
             drawn = logits_processor(output[live.places, :column], scores).argmax(-1)
             live.token.copy_(drawn.masked_fill(live.ended, settings.pad_token_id))
             output[live.places, column] = live.token
-            # an end token inside a forced prefix would end the row here: encode_problem refuses such demonstrations
+            # an end token inside a forced prefix would end the row here: the loader leaves out such demonstrations
             live.ended |= torch.isin(live.token, end_tokens)
             if column + 1 == end:
                 break

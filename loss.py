@@ -213,7 +213,7 @@ def unclipped(t: Tokens) -> Tensor:
 
     The policy gradient without PPO's clip, as LUFFY's, ReLIFT's, HPT's and TRAPO's scripts take it. Their sums are
     not divided by the rows of a mini-batch: 64 times our gradient, so their gradient clip at 1.0 (ReLIFT 0.7) nearly
-    always acts, ours never; AdamW does not see the factor.
+    always acts, ours rarely; AdamW does not see the factor.
     """
     return torch.where(t.advantages != 0, t.advantages * (t.log_probs - t.old_log_probs).exp(), 0.0)
 

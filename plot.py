@@ -5,7 +5,7 @@
     python plot.py --group runs/prefix-rft-001 [STEP]            -> group-STEP.png and group-STEP.html in that folder
     python plot.py --compare evals/a evals/b [--beside-paper]    -> compare.png, and tables of evaluations
 
-The details stand in evaluation/curves.py, evaluation/comparison.py and support/group_*.py.
+The details stand in figures/curves.py, figures/comparison.py and figures/group_*.py.
 """
 
 import argparse

@@ -1,7 +1,7 @@
 """The folder of an evaluation: settings.json, generations.jsonl (a line per response), and grading it again.
 
 In reading order: everything that decides a number (`describe`), the folder, its stored responses, `regrade`.
-The report (results.json, results.md) stands in report.py, its figure in comparison.py.
+The report (results.json, results.md) stands in report.py, its figure in figures/comparison.py.
 """
 
 import argparse

@@ -11,7 +11,7 @@ A line is {"step", "method", "id", "problem", "answer", "prompt": [token, …], 
     kept                 0 where the method takes a token's weight away (loss.weight_mask)
     weight               w at the step's first update (loss.token_weights)
 
-train.py writes it; support/group_figure.py and support/group_page.py draw it.
+train.py writes it; figures/group_figure.py and figures/group_page.py draw it.
 """
 
 import json

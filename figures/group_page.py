@@ -1,4 +1,4 @@
-"""One group of rollouts as a web page: as support/group_figure.py draws it, with a token's numbers on hover.
+"""One group of rollouts as a web page: as figures/group_figure.py draws it, with a token's numbers on hover.
 
 The page stands alone: no server, no network, no script. What stands in a group (problems, tokens, names) is text
 written by others, so every character of it is escaped, and the page's own policy forbids scripts and requests.

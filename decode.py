@@ -181,6 +181,7 @@ def read_prompts(model: PreTrainedModel, cache: Cache, ids: Tensor, mask: Tensor
 
 
 def whole_blocks(columns: int) -> int:
+    """Columns of a cache that recorded passes read, for so many tokens."""
     return columns + -columns % GRAPH_COLUMNS
 
 
@@ -208,7 +209,7 @@ def record(forward: Callable[[], Tensor]) -> Callable[[], Tensor]:
 
 @dataclass
 class LiveRows:
-    """The rows still in the batch: b of them, their tensors change in place."""
+    """The b rows still in the batch. Their tensors change in place, but for `keep`: a recording holds them."""
 
     places: Tensor  # [b] in the output
     token: Tensor  # [b] the newest

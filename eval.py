@@ -28,7 +28,7 @@ from tqdm import tqdm
 from transformers import PreTrainedModel
 
 from data.loader import Encoded, Problem, encode_problems, odd_rows
-from decode import DECODERS, LOOPS, whole_blocks
+from decode import DECODERS, whole_blocks
 from evaluation.benchmarks import FILES, Benchmark, all_draws, choose_benchmarks
 from evaluation.folder import choose_folder, count, cut_broken_line, describe, opened, regrade, stored_settings
 from evaluation.multiple_choice import grade_response
@@ -135,8 +135,7 @@ def rows_that_fit(model: PreTrainedModel, columns: int) -> int:
     fit = ROWS
     if model.device.type == "cuda":
         free, _ = torch.cuda.mem_get_info(model.device)
-        ours = model.loop in LOOPS[:2]
-        row = row_bytes(model.config, whole_blocks(columns), repeated=not ours)
+        row = row_bytes(model.config, whole_blocks(columns), repeated=True)  # as caches of sliding windows are read
         fit = max(1, min(ROWS, int(0.8 * free / row)))
     return min(distributed.gather_dict({distributed.rank(): fit}).values())
 

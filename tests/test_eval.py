@@ -304,14 +304,10 @@ def test_as_many_rows_share_a_call_as_a_gpu_holds(monkeypatch):
     )
     model = SimpleNamespace(config=config, device=torch.device("cuda"))
     cache = 256 * 3 * 2 * 2 * 16 * 2  # keys and values of 3 layers in bf16, of 100 columns in whole blocks
-    moment = {
-        "masks of ours, recordable": 16 * 1000,
-        "transformers": 256 * 2 * 4 * 16 * 2,
-    }  # scores; one layer's heads
-    for model.loop, most in moment.items():
-        for free, rows in ((1e10, 512), (10 * (cache + most) / 0.8 + 1, 10), (cache / 2, 1)):
-            monkeypatch.setattr(torch.cuda, "mem_get_info", lambda _, free=free: (int(free), 0))
-            assert eval.rows_that_fit(model, 100) == rows
+    most = 256 * 2 * 4 * 16 * 2  # one layer's, for all heads
+    for free, rows in ((1e10, 512), (10 * (cache + most) / 0.8 + 1, 10), (cache / 2, 1)):
+        monkeypatch.setattr(torch.cuda, "mem_get_info", lambda _, free=free: (int(free), 0))
+        assert eval.rows_that_fit(model, 100) == rows
     monkeypatch.setattr(eval.distributed, "gather_dict", lambda mine: mine | {1: 7})  # another rank's GPU is fuller
     monkeypatch.setattr(torch.cuda, "mem_get_info", lambda _: (10**9, 0))
     assert eval.rows_that_fit(model, 100) == 7

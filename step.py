@@ -100,6 +100,8 @@ class Graded:
     responses: list[list[int]]
     rewards: list[float]
     log_probs: list[list[float]]  # of own tokens, as the sampler drew them
+    truncated: list[bool]
+    texts: list[str]
     sampled_tokens: int  # those of replaced groups too
 
     def with_groups(self, other: "Graded") -> "Graded":
@@ -109,8 +111,8 @@ class Graded:
         columns = zip(*sorted([*stay, *other.entries()], key=lambda entry: entry[0].group))
         return Graded(*map(list, columns), self.sampled_tokens + other.sampled_tokens)
 
-    def entries(self) -> list[tuple[Row, list[int], float, list[float]]]:
-        return list(zip(self.rows, self.responses, self.rewards, self.log_probs))
+    def entries(self) -> list[tuple[Row, list[int], float, list[float], bool, str]]:
+        return list(zip(self.rows, self.responses, self.rewards, self.log_probs, self.truncated, self.texts))
 
     def unsolved(self, gate: int) -> list[int]:
         """Groups in which at most `gate` rows are right (reward 1)."""
@@ -153,9 +155,9 @@ def sample_and_grade(run: Run, picked: Sequence[int], rows: list[Row]) -> Graded
     )
     rollouts = pack(rows, responses, run.model, run.tokenizer)
     rewards = grade_all(run.reward, rollouts.texts, [run.data.train[picked[row.group]] for row in rows])
-    rewards = [0.0 if cut else reward for reward, cut in zip(rewards, rollouts.truncated.tolist())]
-    sampled_tokens = sum(len(response) - len(row.prefix_ids) for row, response in zip(rows, responses))
-    return Graded(rows, responses, rewards, log_probs, sampled_tokens)
+    truncated = rollouts.truncated.tolist()
+    rewards = [0.0 if cut else reward for reward, cut in zip(rewards, truncated)]
+    return Graded(rows, responses, rewards, log_probs, truncated, rollouts.texts, sum(map(len, log_probs)))
 
 
 def second_chance(run: Run, picked: Sequence[int], graded: Graded, step: int) -> Graded:
@@ -165,10 +167,9 @@ def second_chance(run: Run, picked: Sequence[int], graded: Graded, step: int) ->
     rescue    all rows again behind the same first 25%, then 50%, then 75% of a demonstration, until one is right
               [GHPO, BREAD; GHPO puts the hint into the prompt and divides advantages by the deviation]
     """
-    config = run.config
 
     def unsolved() -> list[int]:
-        return [g for g in graded.unsolved(config.gate) if run.data.encoded[picked[g]].demonstrations]
+        return [g for g in graded.unsolved(run.config.gate) if run.data.encoded[picked[g]].demonstrations]
 
     if run.method.unsolved == "replace" and (groups := unsolved()):
         rows = plan(run, picked, groups, step, rollouts=1, rows="demonstration")
@@ -178,7 +179,7 @@ def second_chance(run: Run, picked: Sequence[int], graded: Graded, step: int) ->
             if not (groups := unsolved()):
                 break
             again = {"rows": "shared_prefix", "attempt": attempt, "fraction": fraction}
-            rows = plan(run, picked, groups, step, config.rollouts_per_prompt, **again)
+            rows = plan(run, picked, groups, step, run.config.rollouts_per_prompt, **again)
             graded = graded.with_groups(sample_and_grade(run, picked, rows))
     return graded
 
@@ -199,8 +200,8 @@ class Batch:
     deferred: Tensor  # [B] bool: rows that get both from the pass of the first update
     fractions: Tensor  # [B] share of the demonstration a row was given
     sampled_tokens: int = 0
-    unsolved_groups: tuple[int, ...] = ()  # those that no rollout solved at first
     drawn_log_probs: Tensor | None = None  # [n] of the own tokens, row after row, as the sampler had them
+    first_try: Graded | None = None  # what was sampled before any second chance
 
     def settle(self, rows: Tensor, log_probs: Tensor, entropy: Tensor) -> None:
         """Give the deferred ones of `rows` what the pass before any update found; log_probs, entropy [b, r]."""
@@ -254,9 +255,8 @@ def rollout_batch(run: Run, picked: Sequence[int], step: int, first_groups: Tens
     where it follows at once and gives its rows their old log-probs."""
     config, method = run.config, run.method
     rows = plan(run, picked, range(len(picked)), step, config.rollouts_per_prompt, rows=method.rows)
-    graded = sample_and_grade(run, picked, rows)
-    unsolved = tuple(graded.unsolved(config.gate))
-    graded = second_chance(run, picked, graded, step)
+    first_try = sample_and_grade(run, picked, rows)
+    graded = second_chance(run, picked, first_try, step)
     rollouts, rewards = pack(graded.rows, graded.responses, run.model, run.tokenizer), torch.tensor(graded.rewards)
     baseline = method.baseline or config.baseline
     scale_by_std = config.scale_by_std if method.scale_by_std is None else method.scale_by_std
@@ -265,7 +265,7 @@ def rollout_batch(run: Run, picked: Sequence[int], step: int, first_groups: Tens
     deferred = first_pass_gives(method, rollouts, compared[0], first_groups)
     old = old_stats(run.model, rollouts, config, deferred)
     drawn = torch.tensor([value for log_probs in graded.log_probs for value in log_probs])
-    return Batch(rollouts, rewards, *compared, *old, deferred, fractions, graded.sampled_tokens, unsolved, drawn)
+    return Batch(rollouts, rewards, *compared, *old, deferred, fractions, graded.sampled_tokens, drawn, first_try)
 
 
 def demonstration_batch(run: Run, problems: Sequence[Encoded], step: int) -> Batch:
@@ -408,7 +408,7 @@ def collect(run: Run, picked: Sequence[int], batch: Batch, step: int) -> dict[st
     """ReLIFT: unsolved problems wait, newest first and each as often as it was met; once `relift_buffer` wait, the
     first so many give one supervised update, with an optimizer of its own."""
     config, collector = run.config, run.collector
-    unsolved = [picked[group] for group in batch.unsolved_groups]
+    unsolved = [picked[group] for group in batch.first_try.unsolved(config.gate)]
     collector.waiting[:0] = [i for i in unsolved if run.data.encoded[i].demonstrations]
     metrics: dict[str, Any] = {"relift_updates": 0, "relift_lr": config.relift_lr}
     if len(collector.waiting) >= config.relift_buffer:

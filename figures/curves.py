@@ -138,9 +138,10 @@ def rows_per_point(run: Run, metric: str) -> float | None:
     rows = [run["config"].get(name) for name in ("prompts_per_step", "rollouts_per_prompt")]
     if guided is None or None in rows:
         return None
-    return {"reward_on_policy": rows[0] * rows[1] - guided, "reward_hybrid": guided, "prefix_fraction": guided}.get(
-        metric
-    )
+    method = METHODS.get(run["config"].get("method"))
+    replaced = method is not None and method.rows == "on_policy"  # its guided rows came after, in the place of others
+    own = rows[0] * rows[1] - (0 if replaced else guided)
+    return {"reward_on_policy": own, "reward_hybrid": guided, "prefix_fraction": guided}.get(metric)
 
 
 def sft_end(run: Run) -> int | None:

@@ -19,28 +19,30 @@ RECORDED_TOKENS = 512  # of a row of a recorded group
 def step_metrics(run: Any, batch: Any, updates: list[dict]) -> dict[str, Any]:
     """Of the whole batch, every mini-batch and micro-batch. None where there is nothing to average.
 
+    `reward_on_policy`, `truncated` and `unread` are of the rows as they were sampled at first: of groups that were
+    replaced or sampled again (hpt, rescue) only the batch without their failures is left.
     Over own tokens, `log_prob_gap` is the mean distance of their log-probs in sampling and in the training pass: 0 up
     to rounding. `surprise` is the mean of -log pi - H, log-prob and entropy both of the training pass: 0 up to noise
     if the sampler drew the tokens from pi, whatever it took their log-probs for.
     """
     rollouts, rewards, hybrid = batch.rollouts, batch.rewards, batch.rollouts.hybrid
     policy = rollouts.response_mask & ~rollouts.prefix_mask
-    sampled = policy.any(1)  # not a whole demonstration
+    first, read = batch.first_try, run.reward.is_read
+    own = [i for i, row in enumerate(first.rows) if not row.prefix_ids]
+    sampled = [i for i, row in enumerate(first.rows) if not row.complete]
 
-    def average(values: Tensor) -> float | None:
-        mean = float(values.float().mean()) if len(values) else math.nan
+    def average(values: Tensor | list) -> float | None:
+        mean = float(torch.as_tensor(values).float().mean()) if len(values) else math.nan
         return mean if math.isfinite(mean) else None
 
     groups = [rewards[rollouts.group == g] for g in range(int(rollouts.group.max()) + 1)]
-    cut = rollouts.truncated.tolist()
-    unread = [not short and not run.reward.is_read(text) for text, short in zip(rollouts.texts, cut)]
     return {
         "loss": fmean(u["loss"] for u in updates),
         "grad_norm": fmean(u["grad_norm"] for u in updates),
         "lr": run.config.lr,
         "skipped_updates": sum(u["skipped"] for u in updates),
         "reward": average(rewards),
-        "reward_on_policy": average(rewards[~hybrid]),
+        "reward_on_policy": average([first.rewards[i] for i in own]),
         "reward_hybrid": average(rewards[hybrid]),
         "hybrid_rows": int(hybrid.sum()),
         "prefix_fraction": average(batch.fractions[hybrid]),
@@ -51,9 +53,9 @@ def step_metrics(run: Any, batch: Any, updates: list[dict]) -> dict[str, Any]:
         "surprise": average((-batch.old_log_probs - batch.entropy)[policy]),
         "clip_fraction": sum(u["clipped"] for u in updates) / max(1, sum(u["weighted"] for u in updates)),
         "response_tokens": average(rollouts.response_tokens),
-        "truncated": average(rollouts.truncated[sampled]),
-        "unread": average(torch.tensor(unread)[sampled]),
-        "unsolved": len(batch.unsolved_groups) / len(groups),
+        "truncated": average([first.truncated[i] for i in sampled]),
+        "unread": average([not (first.truncated[i] or read(first.texts[i])) for i in sampled]),
+        "unsolved": len(first.unsolved(run.config.gate)) / len(groups),
         "sampled_tokens": batch.sampled_tokens,
         "trained_tokens": sum(u["weighted"] for u in updates),
         "equal_reward_groups": fmean(float(r.min() == r.max()) for r in groups),

@@ -76,7 +76,7 @@ class Watch:
                 )
             found["surprise"] = self.of_surprise([row["surprise"] for row in long])
         if len(long) >= FIRST + SHORT:
-            found["reward_lost"] = self.of_rewards([own_reward(row) for row in long])
+            found["reward_lost"] = self.of_rewards([row["reward_on_policy"] for row in long])
         return found
 
     def of_rewards(self, rewards: list[float | None]) -> str:
@@ -111,11 +111,6 @@ class Watch:
 
 def mean_and_error(values: list[float]) -> tuple[float, float]:
     return fmean(values), stdev(values) / math.sqrt(len(values))
-
-
-def own_reward(row: dict[str, Any]) -> float | None:
-    """Of the rows without a prefix; 0 where there are none because no row was right and all were replaced."""
-    return 0.0 if row["reward_on_policy"] is None and row["unsolved"] == 1 else row["reward_on_policy"]
 
 
 def of_step(row: dict[str, Any], largest_gap: float) -> dict[str, str]:

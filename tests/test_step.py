@@ -93,8 +93,8 @@ def gradients(run: Run, batch: steps.Batch, tokens: Tokens, budget: int) -> list
     return found
 
 
-def exact_gradients(run: Run, batch: steps.Batch, tokens: Tokens) -> tuple[torch.Tensor, ...]:
-    """-1/Z sum w grad log pi in float64, all rows in one plain forward pass."""
+def exact(run: Run, batch: steps.Batch, tokens: Tokens) -> tuple[torch.Tensor, torch.Tensor, list[torch.Tensor]]:
+    """-1/Z sum w log pi in float64, all rows in one plain forward pass; the weights; the gradient."""
     model, r = copy.deepcopy(run.model).double(), batch.rollouts
     positions = (r.attention_mask.cumsum(1) - 1).clamp(min=0)
     logits = model(input_ids=r.input_ids, attention_mask=r.attention_mask, position_ids=positions).logits
@@ -104,7 +104,11 @@ def exact_gradients(run: Run, batch: steps.Batch, tokens: Tokens) -> tuple[torch
     log_probs = log_p.gather(-1, r.input_ids[:, -width:, None]).squeeze(-1)
     weights = steps.token_weights(run.method, tokens.at(torch.arange(len(log_p)), log_probs, entropy))
     loss = -(weights * log_probs * r.response_mask).sum() / tokens.normalizer
-    return torch.autograd.grad(loss, list(model.parameters()))
+    return loss.detach(), weights, list(torch.autograd.grad(loss, list(model.parameters())))
+
+
+def exact_gradients(run: Run, batch: steps.Batch, tokens: Tokens) -> list[torch.Tensor]:
+    return exact(run, batch, tokens)[2]
 
 
 @pytest.mark.parametrize("moved", [False, True], ids=["first update", "later update"])
@@ -190,7 +194,7 @@ def test_a_problems_rows_depend_neither_on_its_place_nor_on_its_company(tokenize
         rows = steps.plan(run, picked, range(len(picked)), 3, 4, rows="hybrid")
         graded = steps.sample_and_grade(run, picked, rows)
         found = {i: [] for i in picked}
-        for row, response, reward, _ in graded.entries():
+        for row, response, reward, *_ in graded.entries():
             found[picked[row.group]].append((row.prefix_ids, response, reward))
         return found
 
@@ -303,6 +307,91 @@ def test_the_log_probs_of_the_sampler_stand_beside_those_of_the_training_pass(to
     assert steps.step_metrics(run, moved, [update])["log_prob_gap"] == pytest.approx(0.1 + 0.2 * odd, abs=1e-5)
 
 
+@pytest.mark.parametrize("method", ["hpt", "rescue"])
+def test_groups_that_are_replaced_do_not_hide_their_failures(tokenizer, method):
+    """What is sampled at first is what rft samples: counted there. A group with one right row is unsolved too."""
+    reward = dataclasses.replace(
+        BY_LENGTH,
+        function=lambda text, problem: float(problem.id in ("p0", "p1", "p5")),
+        is_read=lambda t: len(t) % 3 > 0,
+    )
+    settings = {"reward": reward, "max_response_tokens": 40}
+    found = rl_step(make_run(tokenizer, method, gate=1, **settings), 5)[0]
+    batch = rollout_batch(make_run(tokenizer, "rft", **settings), problems_of_step(6, 4, 5, 0, "order"), 5)
+    r = batch.rollouts
+    right = [int(batch.rewards[r.group == g].sum()) for g in range(4)]
+    unread = [len(text) % 3 == 0 and not cut for text, cut in zip(r.texts, r.truncated.tolist())]
+    assert found["hybrid_rows"] > 0 and sorted(right) == [0, 1, 2, 2]
+    want = {"reward_on_policy": batch.rewards.mean().item(), "truncated": r.truncated.float().mean().item()}
+    want |= {"unread": sum(unread) / 16, "unsolved": sum(n <= 1 for n in right) / 4}
+    for name, value in want.items():
+        assert found[name] == pytest.approx(value) and 0 < value < 1, name
+
+
+STEP = {
+    "temperature": TEMPERATURE,
+    "max_response_tokens": 60,
+    "prompts_per_step": 3,
+    "updates_per_step": 2,
+    "steps": 60,
+    "lr": 0.5,
+    "clip_low": 0.05,
+    "clip_high": 0.05,
+}
+
+
+@pytest.mark.parametrize("max_grad_norm", [1e9, 0.02])
+@pytest.mark.parametrize("method", ["prefix-rft", "prefix-rft-random", "chord-mu", "hpt"])
+def test_a_step_is_two_unequal_updates_one_after_the_other(tokenizer, method, max_grad_norm):
+    """By hand, in float64: 2 of 3 problems, then the third; Z of the planned rows, c of this step, clipped gradients.
+
+    p5 is never solved: hpt has fewer rows than were planned."""
+    reward = dataclasses.replace(BY_LENGTH, function=lambda text, p: (1 + len(text) % 4) / 4 * (p.id != "p5"))
+    settings = STEP | {"max_grad_norm": max_grad_norm, "reward": reward, "demonstrated": 6}
+    run, step = make_run(tokenizer, method, **settings), 6
+    picked = problems_of_step(6, 3, step, 0, "order")
+    assert picked[0] == 5
+    batch = rollout_batch(run, picked, step)
+    hand = dataclasses.replace(run, model=copy.deepcopy(run.model).double())
+    losses, norms, planned, left = [], [], 0, 0
+    for part, (groups, z) in enumerate((((0, 1), 2 * 4 * 60), ((2,), 1 * 4 * 60))):
+        rows = torch.isin(batch.rollouts.group, torch.tensor(groups)).nonzero().flatten()
+        tokens = mini_batch(run, batch, rows, z, 0.1, (step, part))
+        loss, weights, gradients = exact(hand, batch, tokens)
+        losses.append(float(loss))
+        norms.append(math.sqrt(sum(float(g.square().sum()) for g in gradients)))
+        planned += int((steps.token_weights(run.method, tokens) != 0).sum())
+        left += int((weights != 0).sum())
+        with torch.no_grad():
+            for parameter, gradient in zip(hand.model.parameters(), gradients):
+                parameter -= 0.5 * min(1, max_grad_norm / norms[-1]) * gradient
+    start = [p.detach().clone() for p in run.model.parameters()]
+    metrics, *_ = rl_step(run, step)
+    assert metrics["loss"] == pytest.approx(sum(losses) / 2, rel=1e-3)
+    assert metrics["grad_norm"] == pytest.approx(sum(norms) / 2, rel=1e-3)
+    assert metrics["clip_fraction"] == pytest.approx(1 - left / planned) and metrics["trained_tokens"] == planned
+    if max_grad_norm > 1 and method != "hpt":  # which has no clip
+        assert left < planned
+    for before, found, want in zip(start, run.model.parameters(), hand.model.parameters()):
+        change = want - before
+        torch.testing.assert_close(
+            found.detach() - before, change.float(), rtol=0, atol=2e-3 * float(change.abs().max())
+        )
+
+
+def test_an_sft_step_draws_among_a_problems_demonstrations(tokenizer):
+    """As its number says: over the steps each has its turn, and the same step has the same."""
+    run = make_run(tokenizer, "sft")
+    problem = dataclasses.replace(run.data.encoded[0], demonstrations=[[5, 6], [7, 8]])
+
+    def given(step: int) -> list[int]:
+        return steps.demonstration_batch(run, [problem], step).rollouts.input_ids[0, -3:].tolist()
+
+    drawn = [given(step) for step in range(12)]
+    assert {tuple(ids) for ids in drawn} == {(5, 6, 2), (7, 8, 2)}
+    assert drawn == [given(step) for step in range(12)]
+
+
 def test_truncated_responses_get_no_reward(tokenizer):
     right = dataclasses.replace(BY_LENGTH, function=lambda text, problem: 1.0)
     batch = rollout_batch(make_run(tokenizer, max_response_tokens=20, reward=right), [0, 1, 2, 3], 0)
@@ -357,7 +446,7 @@ def test_relift_collects_unsolved_problems_newest_first_and_spends_a_full_buffer
 def test_hpt_puts_a_demonstration_in_the_place_of_an_unsolved_group(tokenizer):
     run = make_run(tokenizer, "hpt", reward=ALL_WRONG)
     batch = rollout_batch(run, [0, 3, 5, 1], 0)
-    assert batch.unsolved_groups == (0, 1, 2, 3)
+    assert batch.first_try.unsolved(0) == [0, 1, 2, 3]
     rows = batch.rollouts.group.tolist()
     assert rows == [0, 1, 2, 2, 2, 2, 3]  # problem 5 has no demonstration and stays on-policy
     for i in (0, 1, 6):
@@ -365,15 +454,14 @@ def test_hpt_puts_a_demonstration_in_the_place_of_an_unsolved_group(tokenizer):
     solved = dataclasses.replace(BY_LENGTH, function=lambda text, problem: float(problem.id == "p3"))
     batch = rollout_batch(dataclasses.replace(run, reward=solved), [0, 3, 5, 1], 0)
     truncated_group = batch.rollouts.truncated[batch.rollouts.group == 1].all()
-    assert not truncated_group and batch.unsolved_groups == (0, 2, 3)
+    assert not truncated_group and batch.first_try.unsolved(0) == [0, 2, 3]
     assert batch.rollouts.group.tolist() == [0, 1, 1, 1, 1, 2, 2, 2, 2, 3]
     assert not batch.rollouts.hybrid[1:5].any()
 
 
 def test_the_gate_decides_what_is_unsolved(tokenizer):
-    graded = steps.Graded(
-        [steps.Row(g, (), [], []) for g in (0, 0, 1, 1, 2, 2)], [[]] * 6, [1.0, 1.0, 1.0, 0.5, 0.0, 0.5], [[]] * 6, 0
-    )
+    rows, rewards = [steps.Row(g, (), [], []) for g in (0, 0, 1, 1, 2, 2)], [1.0, 1.0, 1.0, 0.5, 0.0, 0.5]
+    graded = steps.Graded(rows, [[]] * 6, rewards, [[]] * 6, [False] * 6, [""] * 6, 0)
     assert [graded.unsolved(gate) for gate in (0, 1, 2)] == [[2], [1, 2], [0, 1, 2]]  # right is a reward of 1
 
 
@@ -387,11 +475,12 @@ def test_rescue_samples_unsolved_groups_again_behind_longer_prefixes(tokenizer, 
         names = [run.data.encoded[picked[row.group]].id for row in rows]
         right = [name == "p3" or (name == "p0" and row.fraction > 0.4) for name, row in zip(names, rows)]
         responses = [[*row.prefix_ids, 2] for row in rows]
-        return steps.Graded(rows, responses, [float(r) for r in right], [[0.0]] * len(rows), 1)
+        several = [[[0.0]] * len(rows), [False] * len(rows), [""] * len(rows)]
+        return steps.Graded(rows, responses, [float(r) for r in right], *several, 1)
 
     monkeypatch.setattr(steps, "sample_and_grade", graded)
     batch = rollout_batch(run, [0, 1, 3, 5], 7)
-    assert batch.unsolved_groups == (0, 1, 3)
+    assert batch.first_try.unsolved(0) == [0, 1, 3]
     assert [sorted({row.group for row in rows}) for rows in calls] == [[0, 1, 2, 3], [0, 1], [0, 1], [1]]
     for attempt, rows in enumerate(calls):
         assert {row.key[-1] for row in rows} == {attempt} and len({row.key for row in rows}) == len(rows)

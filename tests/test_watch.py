@@ -32,7 +32,6 @@ def row(step: int, **changes) -> dict:
         "hybrid_rows": 3,
         "entropy": 0.5,
         "reward_on_policy": 0.4 + 0.1 * (-1) ** step,
-        "unsolved": 0.1,
         "clip_fraction": 0.01,
         "trained_tokens": 500,
     }
@@ -50,7 +49,6 @@ def row(step: int, **changes) -> dict:
         ("log_prob_gap", {"log_prob_gap": 4e-4}, 1),
         ("clipped", {"clip_fraction": 0.16}, 1),
         ("reward_lost", {"reward_on_policy": 0.01}, SHORT),
-        ("reward_lost", {"reward_on_policy": None, "unsolved": 1.0}, SHORT),
         ("truncated", {"truncated": 0.6}, 1),
         ("unread", {"unread": 0.51}, 1),
     ],

@@ -253,7 +253,7 @@ def train_in(folder: Path, run: Run, start: int, watch: Watch) -> int:
             checkpoint.append_rows(folder / "metrics.jsonl", [{"step": done, **metrics}])
             progress.step(done, metrics, shown)
             if run.skipped >= MOST_SKIPPED:
-                raise checkpoint.Broken(diverged(run, folder))
+                raise checkpoint.Diverged(diverged(run, folder))
             if (config.save_every and done % config.save_every == 0 and not run.skipped) or done == total or stop:
                 checkpoint.save(folder, done, run)
             if stop and done < total:

@@ -7,6 +7,7 @@ configuration gave when it was made.
 """
 
 import base64
+import contextlib
 import json
 import math
 import shutil
@@ -37,7 +38,7 @@ from results.protocol import (
     training_rows,
 )
 from reward import load_reward
-from support.checkpoint import read_json, sha256, write_text
+from support.checkpoint import Diverged, read_json, sha256, write_text
 from support.config import TASK, Config, from_dict
 from train import train
 
@@ -160,8 +161,9 @@ def probe(spec: Spec) -> list[list[float]]:
     """PROBED of three steps of each stage of a configuration: what the code does, told apart from how it looks."""
     short = {"steps": 3, "sft_steps": 3, "relift_buffer": 4, "eval_data": "", "seed": 0}
     with tempfile.TemporaryDirectory() as folder:
-        if code := train(from_dict(configuration(spec) | short | {"out": f"{folder}/run"})):
-            raise KeyboardInterrupt(code)
+        with contextlib.suppress(Diverged):  # its steps up to there tell it apart too
+            if code := train(from_dict(configuration(spec) | short | {"out": f"{folder}/run"})):
+                raise KeyboardInterrupt(code)
         rows = read_rows(Path(folder) / "run/metrics.jsonl")
     return [[float(f"{row.get(name) or 0:.6g}") for name in PROBED] for row in rows]
 
@@ -263,8 +265,8 @@ def line_of(spec: Spec) -> Line:
     try:
         if code := train(config):
             raise KeyboardInterrupt(code)
-    except ValueError as error:
-        if not spec.trial or "diverged" not in str(error):
+    except Diverged as error:
+        if not spec.trial:
             raise
         return line | {"scores": {}, "diverged": str(error), "probe": probed}
     rows = read_rows(folder / "metrics.jsonl")

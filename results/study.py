@@ -50,7 +50,7 @@ from results.protocol import (
     tuning_base,
 )
 from results.runs import RUNS, Spec, alike, check_stored, line_of, make_data, probe, spec_of
-from support.checkpoint import append_rows, write_text
+from support.checkpoint import Broken, append_rows, write_text
 
 STORE = Path("results/study")
 QUICK = ("sft", "rft", "sft-rft", "prefix-rft")
@@ -66,7 +66,7 @@ def work(function: Callable[[Spec], Any], spec: Spec, answer: Any) -> None:
     with log, contextlib.redirect_stdout(log), contextlib.redirect_stderr(log):
         try:
             answer.send((True, function(spec)))
-        except (ValueError, OSError) as error:
+        except (ValueError, OSError, Broken) as error:
             answer.send((False, f"{spec.name}: {error}"))
         except KeyboardInterrupt:
             answer.close()

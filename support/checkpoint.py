@@ -39,6 +39,10 @@ class Broken(Exception):
     """What ends a run that had begun, in one line: a full disk, numbers that are not finite. Exit code 1."""
 
 
+class Diverged(Broken):
+    """The numbers of a run's last updates were not finite."""
+
+
 # ---- files
 
 

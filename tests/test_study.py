@@ -3,6 +3,8 @@
 import json
 import sys
 from collections import Counter
+from dataclasses import replace
+from types import SimpleNamespace
 
 import pytest
 
@@ -12,6 +14,7 @@ from loss import METHODS
 from results import protocol, runs, study
 from results.protocol import EQUAL, MAIN, OTHERS, REGIMES, best_of, common, equal_steps, next_trials
 from results.runs import Spec
+from support.checkpoint import Broken, Diverged
 
 BASE = common("habit")
 
@@ -209,6 +212,29 @@ def test_a_run_its_line_and_its_probe(tiny, monkeypatch):
     made = (tiny / spec.name / "metrics.jsonl").stat().st_mtime_ns
     assert runs.line_of(spec)["scores"] == line["scores"]
     assert (tiny / spec.name / "metrics.jsonl").stat().st_mtime_ns > made  # trained again, not gone on
+
+
+def test_a_trial_that_diverges_is_stored_as_such(tiny, monkeypatch):
+    """Its probe diverges too. What else ends a trial or run is told."""
+    monkeypatch.setattr(study, "RUNS", tiny)
+    monkeypatch.setattr(study.os, "setpgrp", lambda: None)
+    spec = Spec(
+        "habit", "prefix-rft", 1000, {"demonstrations": 128, "steps": 8, "prompts_per_step": 2, "lr": 1e39}, True
+    )
+    sent: list[tuple] = []
+    study.work(runs.line_of, spec, SimpleNamespace(send=sent.append))
+    good, line = sent.pop()
+    assert good and line["scores"] == {} and "the run has diverged" in line["diverged"], line
+    assert protocol.trial_score(line) == 0 and line["probe"] and len(json.dumps(line)) < 4096
+    for trial, fault in ((False, Diverged("the run has diverged")), (True, Broken("writing to x failed"))):
+
+        def fail(config, fault=fault):
+            raise fault
+
+        monkeypatch.setattr(runs, "train", fail)
+        monkeypatch.setattr(runs, "probe", lambda spec: [])
+        study.work(runs.line_of, replace(spec, trial=trial), SimpleNamespace(send=sent.append))
+        assert sent.pop() == (False, f"{replace(spec, trial=trial).name}: {fault}")
 
 
 def test_probes_differ_only_by_more_than_rounding():

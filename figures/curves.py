@@ -5,7 +5,6 @@ one legend; runs on different problems are refused. An axis starts at 0 and reac
 says, so that noise looks as small as it is. A panel whose metric is missing, or says nothing in any run, is left out.
 """
 
-import json
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -21,6 +20,7 @@ from loss import METHODS
 from sample import prefix_range
 from support.checkpoint import read_json
 from support.config import TASK, Config
+from support.fields import COUNT, NUMBER, OBJECT, POSITIVE, SHARE, TEXT, check_fields, read_steps
 
 Run = dict[str, Any]  # "name", "metrics" (rows), "scores" (eval.json), "config" (config.json)
 
@@ -61,6 +61,8 @@ COMPACT = (  # of several runs
     ENTROPY,
     LENGTH,
 )
+METRICS = {name: NUMBER for panel in PANELS for name, _ in panel.metrics}  # that are drawn or counted
+METRICS |= {"reward": SHARE, "reward_on_policy": SHARE, "reward_hybrid": SHARE, "hybrid_rows": COUNT}
 
 
 # ---- reading
@@ -71,21 +73,41 @@ def read_run(folder: Path) -> Run:
     log = folder / "metrics.jsonl"
     if not log.exists() or not log.stat().st_size:
         raise ValueError(f"{folder} is not a run folder with steps in it: no metrics.jsonl")
-    metrics = []
-    for number, line in enumerate(log.read_bytes().splitlines(), 1):
+    run: Run = {"name": folder.name, "metrics": read_steps(log, check_metrics)}
+    for name, file, check in (("scores", "eval.json", check_scores), ("config", "config.json", check_config)):
+        run[name] = read_json(folder / file) if (folder / file).exists() else {}
         try:
-            row = json.loads(line)
-            metrics.append(row | {"step": int(row["step"])})
-        except (ValueError, KeyError, TypeError, RecursionError) as error:
-            raise ValueError(f"{log}:{number}: not valid JSON of a step, found {line[:40]!r}: delete it") from error
-    files = {name: folder / f"{name}.json" for name in ("eval", "config")}
-    found = {name: read_json(file) if file.exists() else {} for name, file in files.items()}
-    return {"name": folder.name, "metrics": metrics, "scores": found["eval"], "config": found["config"]}
+            check(run[name])
+        except ValueError as error:
+            raise ValueError(
+                f"{folder / file}: {error}: restore the file, or delete it to draw without it"
+            ) from error
+    return run
+
+
+def check_metrics(row: Any) -> None:
+    """Which metrics there are depends on the method; null: there was nothing to average."""
+    check_fields(row, {"step": POSITIVE}, "row", METRICS)
+    check_fields(row, {}, "row", {name: SHARE for name in row if name.startswith("eval_")})
+
+
+def check_scores(scores: dict[str, Any]) -> None:
+    """What is read of eval.json: the base model's validation."""
+    check_fields(scores, {}, "scores", {"base": OBJECT})
+    check_fields(scores.get("base") or {}, {}, "base", {"validation": OBJECT})
+    for level, row in base_scores({"scores": scores}).items():
+        fields = {"accuracy": SHARE, "problems": POSITIVE}
+        check_fields(row, fields, f"base: validation: {level}", {"low": SHARE, "high": SHARE})
+
+
+def check_config(config: dict[str, Any]) -> None:
+    fields = {"steps": POSITIVE, "prompts_per_step": POSITIVE, "rollouts_per_prompt": POSITIVE}
+    check_fields(config, {}, "config", {"method": TEXT} | fields)
 
 
 def base_scores(run: Run) -> dict[str, dict[str, float]]:
     """The base model's validation, by level and over "all"; {} if the run has none."""
-    return run["scores"].get("base", {}).get("validation", {})
+    return (run["scores"].get("base") or {}).get("validation") or {}
 
 
 def levels(runs: list[Run]) -> list[str]:
@@ -153,11 +175,11 @@ def sft_end(run: Run) -> int | None:
 def schedule_band(run: Run) -> tuple[list[int], list[float], list[float]]:
     """Steps, and the interval from which the share given is drawn at each (sample.prefix_range)."""
     steps, _ = points(run, "prefix_fraction")
-    method = METHODS.get(run["config"].get("method"))
-    if not steps or method is None:
+    method, total = METHODS.get(run["config"].get("method")), run["config"].get("steps")
+    if not steps or method is None or total is None:
         return [], [], []
     before = sft_end(run) or 0
-    bands = [prefix_range(step - 1 - before, run["config"]["steps"], method.schedule) for step in steps]
+    bands = [prefix_range(step - 1 - before, total, method.schedule) for step in steps]
     if all(band == (0, 1) for band in bands):  # says nothing
         return [], [], []
     return steps, [low for low, _ in bands], [high for _, high in bands]

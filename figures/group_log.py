@@ -14,18 +14,15 @@ A line is {"step", "method", "id", "problem", "answer", "prompt": [token, …], 
 train.py writes it; figures/group_figure.py and figures/group_page.py draw it.
 """
 
-import json
-import math
 from pathlib import Path
 from typing import Any
 
 from figures.figure import BLUE, VERMILLION
+from support.fields import BOOL, INT, LIST, NUMBER, TEXT, check_fields, check_value, read_steps
 
 Group = dict[str, Any]
 Row = dict[str, Any]
 
-KINDS = {"a text": str, "a whole number": int, "a number": (int, float), "true or false": bool, "a list": list}
-TEXT, INT, NUMBER, BOOL, LIST = KINDS
 FIELDS = {"step": INT, "method": TEXT, "id": TEXT, "problem": TEXT, "answer": TEXT, "prompt": LIST, "rows": LIST}
 ROW_FIELDS = {"hybrid": BOOL, "complete": BOOL, "reward": NUMBER, "truncated": BOOL}
 ROW_FIELDS |= {"advantage": NUMBER, "prefix_advantage": NUMBER, "tokens_total": INT}
@@ -48,12 +45,7 @@ def read_groups(folder: Path) -> list[Group]:
     log = folder / "groups.jsonl"
     if not log.exists():
         raise ValueError(f"{folder} has no groups.jsonl: a run of train.py that samples rollouts records one")
-    groups = []
-    for number, line in enumerate(log.read_bytes().splitlines(), 1):
-        try:
-            groups.append(check_group(json.loads(line)))
-        except ValueError as error:
-            raise ValueError(f"{log}:{number}: {str(error)[:150]}: delete the line") from error
+    groups = read_steps(log, check_group)
     if not groups:
         raise ValueError(f"{log} is empty: its first group is recorded after the first step")
     return groups
@@ -69,21 +61,8 @@ def read_group(folder: Path, step: int | None = None) -> Group:
     return groups[step]
 
 
-def check_value(value: Any, expected: str, where: str) -> None:
-    """ValueError if `value` is not what KINDS says; no number is infinite or NaN."""
-    if not isinstance(value, KINDS[expected]) or (isinstance(value, float) and not math.isfinite(value)):
-        raise ValueError(f"{where} is {str(value)[:40]!r}, expected {expected}")
-
-
-def check_fields(values: Any, fields: dict[str, str], where: str) -> None:
-    if not isinstance(values, dict):
-        raise ValueError(f"{where} is {type(values).__name__}, expected an object")
-    for name, expected in fields.items():
-        check_value(values.get(name), expected, f"{where}: {name}")
-
-
-def check_group(group: Any) -> Group:
-    """The group, if it has every field that is drawn; else a ValueError."""
+def check_group(group: Any) -> None:
+    """ValueError if the group has not every field that is drawn."""
     check_fields(group, FIELDS, "group")
     if not group["rows"]:
         raise ValueError("group: rows is empty, expected the rollouts of a problem")
@@ -96,7 +75,6 @@ def check_group(group: Any) -> Group:
                 raise ValueError(f"row {number}: {len(row[name])} {name} of {len(row['tokens'])} tokens")
             for t, value in enumerate(row[name]):
                 check_value(value, expected, f"row {number}: {name}[{t}]")
-    return group
 
 
 # ---- words

@@ -75,13 +75,15 @@ def test_a_damaged_log_is_told_by_line_and_field(folder, group, monkeypatch, cap
         return json.dumps(other)
 
     for text, said in (
-        ('{"step": 1,', "Expecting"),
+        ('{"step": 1,', "found b'{\"step\": 1,', expected a JSON object"),
+        ("[" * 100_000, "expected a JSON object"),
         ("3", "group is int, expected an object"),
-        (broken(lambda g: g.pop("method")), "group: method is 'None', expected a text"),
-        (broken(lambda g: g["rows"][1].pop("entropy")), "row 2: entropy is 'None', expected a list"),
+        (broken(lambda g: g.pop("method")), "group: method is None, expected a text"),
+        (broken(lambda g: g["rows"][1].pop("entropy")), "row 2: entropy is None, expected a list"),
         (broken(lambda g: g["rows"][2]["kept"].pop()), "row 3: 3 kept of 4 tokens"),
         (broken(lambda g: g["rows"][0]["weight"].__setitem__(1, "x")), "row 1: weight[1] is 'x', expected a number"),
-        (broken(lambda g: g["rows"][0]["entropy"].__setitem__(2, math.nan)), "row 1: entropy[2] is 'nan'"),
+        (broken(lambda g: g["rows"][0]["entropy"].__setitem__(2, math.nan)), "row 1: entropy[2] is nan, expected"),
+        (broken(lambda g: g.update(step=19)), "step 19 stands after step 20"),
         (broken(lambda g: g["rows"].clear()), "rows is empty"),
     ):
         (folder / "groups.jsonl").write_text(json.dumps(group) + "\n" + text + "\n")

@@ -160,15 +160,46 @@ def test_a_folder_given_twice_is_refused(tmp_path, monkeypatch, capsys):
 def test_damaged_files_are_named_in_one_line(tmp_path, monkeypatch, capsys):
     log = run_folder(tmp_path / "x", [{"step": 1, "entropy": 1.0}]) / "metrics.jsonl"
     results, scores = tmp_path / "a" / "results.json", tmp_path / "x" / "eval.json"
+    config = tmp_path / "x" / "config.json"
+    base = '{"base": {"validation": {"all": {"accuracy": %s, "problems": 2}}}}'
     results.parent.mkdir()
     for file, text, said in (
         (results, '{"settings": {', f"{results}: not valid JSON"),
         (results, "{}", f'{results}: not an evaluation\'s results (no "results")'),
         (scores, '{"base": {', f"{scores}: not valid JSON"),
-        (log, log.read_text() + '{"step": 2, "ent', f"{log}:2: not valid JSON"),
-        (log, '{"entropy": 1.0}\n', f"{log}:1: not valid JSON of a step"),
-        (log, "3\n", f"{log}:1: not valid JSON of a step"),
+        (scores, '{"base": 3}', f"{scores}: scores: base is 3, expected an object"),
+        (scores, '{"base": {"validation": [1]}}', f"{scores}: base: validation is [1], expected an object"),
+        (
+            scores,
+            '{"base": {"validation": {"easy": 1}}}',
+            f"{scores}: base: validation: easy is int, expected an object",
+        ),
+        (scores, base % "NaN", f"{scores}: base: validation: all: accuracy is nan, expected a number from 0 to 1"),
+        (scores, base % "1.5", f"{scores}: base: validation: all: accuracy is 1.5, expected a number from 0 to 1"),
+        (scores, base % "true", f"{scores}: base: validation: all: accuracy is True, expected a number from 0 to 1"),
+        (config, '{"method": ["rft"]}', f"{config}: config: method is ['rft'], expected a text"),
+        (config, '{"steps": 0}', f"{config}: config: steps is 0, expected a whole number of at least 1"),
+        (
+            config,
+            '{"prompts_per_step": "16"}',
+            f"{config}: config: prompts_per_step is '16', expected a whole number",
+        ),
+        (log, log.read_text() + '{"step": 2, "ent', f"{log}:2: found b"),
+        (log, '{"entropy": 1.0}\n', f"{log}:1: row: step is None, expected a whole number of at least 1"),
+        (log, "3\n", f"{log}:1: row is int, expected an object"),
+        (log, '{"step": 1, "entropy": "low"}\n', f"{log}:1: row: entropy is 'low', expected a number"),
+        (log, '{"step": 1, "grad_norm": Infinity}\n', f"{log}:1: row: grad_norm is inf, expected a number"),
+        (
+            log,
+            '{"step": 1, "loss": 1}\n{"step": 2, "reward": [1]}\n',
+            f"{log}:2: row: reward is [1], expected a number",
+        ),
+        (log, '{"step": 1, "eval_all": NaN}\n', f"{log}:1: row: eval_all is nan, expected a number from 0 to 1"),
+        (log, '{"step": 2}\n{"step": 2}\n', f"{log}:2: step 2 stands after step 2, expected a later one"),
+        (log, '{"step": 2}\n{"step": 1}\n', f"{log}:2: step 1 stands after step 2, expected a later one"),
     ):
+        for other in (scores, config):
+            other.unlink(missing_ok=True)
         file.write_text(text)
         capsys.readouterr()
         words = ["--compare", results.parent] if file == results else [tmp_path / "x"]
@@ -176,6 +207,15 @@ def test_damaged_files_are_named_in_one_line(tmp_path, monkeypatch, capsys):
         error = capsys.readouterr().err
         assert error.startswith(f"plot.py: {said}") and error.count("\n") == 1
     assert not (tmp_path / "c.png").exists()
+
+
+def test_a_run_with_skipped_updates_and_nothing_to_average_is_drawn(tmp_path, monkeypatch):
+    """As train.py writes it: 0 for what an update would have given, null for a mean of nothing."""
+    rows = [{"step": 1, "loss": 0.1, "grad_norm": 1.0, "entropy": 0.5, "reward_hybrid": 1.0, "eval_all": None}]
+    rows += [{"step": 2, "loss": 0.0, "grad_norm": 0.0, "entropy": None, "reward_hybrid": None, "skipped_updates": 2}]
+    folder = run_folder(tmp_path / "x", rows)
+    (folder / "eval.json").write_text(json.dumps({"base": {"validation": {}, "test": {}, "test_sampled": {}}}))
+    assert run(monkeypatch, folder) == 0 and (folder / "curves.png").stat().st_size > 5_000
 
 
 def test_a_target_that_cannot_be_written_is_named_and_nothing_is_left(tmp_path, monkeypatch, capsys):

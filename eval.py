@@ -39,6 +39,7 @@ from reward import MATH, Reward, load_reward
 from sample import Row, generate, pack
 from support import distributed
 from support.checkpoint import Broken, append_rows, trained_with
+from support.config import given_settings
 from support.memory import row_bytes
 
 __all__ = ["evaluate", "pass_at_k"]
@@ -212,13 +213,18 @@ def parse_args(argv: Sequence[str]) -> argparse.Namespace:
     parser.add_argument("--reward", help="math (default), exact, or FILE.py[:name]: a function of your own")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--out", type=Path, help="folder (default: a fresh evals/MODEL-NNN); an old one is continued")
-    parser.add_argument("--regrade", type=Path, metavar="DIR", help="grade the responses stored in DIR again")
+    parser.add_argument(
+        "--regrade", type=Path, metavar="DIR", help="grade what is stored in DIR again; only --reward beside it"
+    )
     parser.add_argument("--device", default="auto", choices=("auto", "cpu", "cuda", "mps"))
     parser.add_argument("--decode", default="loop", choices=DECODERS, help="as in train.py (default loop)")
     parser.add_argument(
         "--rows_per_call", type=int, help=f"responses sampled together (default {ROWS}, or what fits)"
     )
     args = parser.parse_args(argv)
+    unread = [name for name in given_settings(argv) if name not in ("regrade", "reward")]
+    if args.regrade and unread:
+        raise ValueError(f"--regrade does not read --{unread[0]}: leave it out")
     for name, least in {"samples": 1, "max_response_tokens": 1, "problems": 1, "rows_per_call": 1, "seed": 0}.items():
         value = getattr(args, name)
         if value is not None and value < least:

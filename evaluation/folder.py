@@ -25,7 +25,12 @@ from evaluation.statistics import Answers
 from reward import Reward, load_reward
 from support import distributed
 from support.checkpoint import Broken, locked, read_json, sha256, weights_fingerprint, write_text
+from support.fields import BOOL, COUNT, LIST, OBJECT, POSITIVE, SHARE, TEXT, check_fields, read_row
 
+RESPONSE = {"benchmark": TEXT, "id": TEXT, "sample": COUNT, "reward": SHARE, "read": BOOL, "truncated": BOOL}
+RESPONSE |= {"tokens": COUNT, "response": TEXT}  # a line of generations.jsonl
+SETTINGS = {"rows_per_call": POSITIVE, "continued": LIST, "problems_per_level": POSITIVE, "system": TEXT}
+SETTINGS |= {"reward": TEXT, "benchmarks": OBJECT}  # what is read of a settings.json, where it is there and not null
 FREE = ("device", "ranks", "rows_per_call", "decode")  # may change when an evaluation is continued: rounding
 
 # ---- settings
@@ -87,9 +92,18 @@ def describe(args: argparse.Namespace, model, tokenizer, benchmarks: list[Benchm
 
 
 def stored_settings(folder: Path | None) -> dict[str, Any]:
-    """The settings.json of an evaluation; {} where there is none."""
+    """The settings.json of an evaluation; {} where there is none. ValueError, one line, where it is damaged."""
     file = folder / "settings.json" if folder else None
-    return read_json(file) if file and file.exists() else {}
+    stored = read_json(file) if file and file.exists() else {}
+    try:
+        check_fields(stored, {}, "settings", SETTINGS)
+        for name, benchmark in (stored.get("benchmarks") or {}).items():
+            check_fields(benchmark, {"file": TEXT, "samples": POSITIVE}, f"benchmarks: {name}")
+        for number, values in enumerate(stored.get("continued") or []):
+            check_fields(values, {}, f"continued[{number}]")
+    except ValueError as error:
+        raise ValueError(f"{file}: {error}: restore the file, or choose another folder") from error
+    return stored
 
 
 def write_settings(file: Path, settings: dict[str, Any] | None) -> None:
@@ -115,7 +129,7 @@ def choose_folder(args: argparse.Namespace, settings: dict[str, Any]) -> tuple[P
             raise ValueError(f"{args.out} holds an evaluation with other settings ({was}): choose another --out")
         last, free = (stored.get("continued") or [stored])[-1], {k: settings[k] for k in FREE}
         if free != {k: last.get(k) for k in FREE} and not (args.out / "results.json").exists():
-            stored["continued"] = [*stored.get("continued", []), free | {"date": settings["date"]}]
+            stored["continued"] = [*(stored.get("continued") or []), free | {"date": settings["date"]}]
         settings = stored
     elif args.out.exists() and not {file.name for file in args.out.iterdir()} <= {"lock", "settings.json.partial"}:
         raise ValueError(f"{args.out} exists and holds no evaluation (no settings.json): choose another --out")
@@ -137,6 +151,10 @@ def opened(folder: Path, settings: dict[str, Any] | None) -> Iterator[None]:
             raise Broken(f"writing to {folder} failed ({error.strerror or error})") from error
 
 
+def check_response(row: Any) -> None:
+    check_fields(row, RESPONSE, "response")
+
+
 def stored_rows(path: Path, benchmarks: list[Benchmark]) -> Iterator[tuple[Benchmark, int, dict[str, Any], int]]:
     """(benchmark, index of the problem, row, bytes of its line) of the responses in generations.jsonl.
 
@@ -144,22 +162,15 @@ def stored_rows(path: Path, benchmarks: list[Benchmark]) -> Iterator[tuple[Bench
     """
     if not path.exists():
         return
-    fields = ("benchmark", "id", "sample", "reward", "read", "truncated", "tokens", "response")
+    fix = "restore the line, or delete it and those after it to sample them again"
     number = 0
     with path.open("rb") as file:
         for number, (benchmark, i, k) in enumerate(all_draws(benchmarks), 1):
             line = file.readline()
             if not line.endswith(b"\n"):
                 return
-            try:
-                row = json.loads(line)
-                found = [row[name] for name in fields][:3]
-            except (ValueError, KeyError, TypeError, RecursionError) as error:
-                raise ValueError(
-                    f"{path}:{number}: found {line[:40]!r}, expected a response with its grade: restore the line, or "
-                    "delete it and those after it to sample them again"
-                ) from error
-            due = [benchmark.name, benchmark.problems[i].id, k]
+            row = read_row(line, check_response, f"{path}:{number}", fix)
+            found, due = [row[name] for name in RESPONSE][:3], [benchmark.name, benchmark.problems[i].id, k]
             if found != due:
                 raise ValueError(f"{path}:{number}: found response {found}, expected {due}: another evaluation's?")
             yield benchmark, i, row, len(line)
@@ -196,19 +207,16 @@ def regrade(folder: Path, name: str | None = None) -> tuple[dict[str, Any], dict
     if not file.exists() or not path.exists():
         raise ValueError(f"{folder} holds no evaluation to grade again (no settings.json or generations.jsonl)")
     settings = stored_settings(folder)
-    graded_by = settings.get("reward", "math")
+    if missing := [name for name in ("model", "benchmarks", "problems_per_level", "system") if name not in settings]:
+        raise ValueError(f"{file} does not say which benchmarks were drawn and how (no {missing[0]}): restore it")
+    graded_by = settings.get("reward") or "math"
     if name is None and graded_by not in ("math", "exact"):
         raise ValueError(f"{folder} was graded by {graded_by}, which is not run unasked: give --reward {graded_by}")
     reward = load_reward(name or graded_by)
-    benchmarks = []
-    try:
-        for benchmark, stored in settings["benchmarks"].items():
-            path_of = Path(stored["file"])
-            per_level, system = settings["problems_per_level"], settings["system"]
-            benchmarks.append(load_benchmark(benchmark, path_of, stored["samples"], per_level, system, reward))
-            stored["sha256"] = sha256(path_of)  # a gold may have been corrected; the ids are checked row by row
-    except (KeyError, TypeError, AttributeError) as error:
-        raise ValueError(f"{file} does not say which benchmarks were drawn and how ({error}): restore it") from error
+    benchmarks, how = [], (settings["problems_per_level"], settings["system"], reward)
+    for benchmark, stored in (settings["benchmarks"] or {}).items():
+        benchmarks.append(load_benchmark(benchmark, Path(stored["file"]), stored["samples"], *how))
+        stored["sha256"] = sha256(Path(stored["file"]))  # a gold may have been corrected; ids are checked row by row
     rows = sum(1 for _ in stored_rows(path, benchmarks))  # finds a damaged line before anything is written
     changed = 0
     partial = folder / "generations.jsonl.partial"

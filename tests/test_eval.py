@@ -2,6 +2,7 @@
 
 import argparse
 import json
+import math
 import os
 import random
 import re
@@ -19,7 +20,7 @@ import sample
 from data.loader import Problem, encode_problems
 from eval import evaluate
 from evaluation import folder as folder_of_evaluation
-from evaluation.benchmarks import choose_benchmarks
+from evaluation.benchmarks import Benchmark, choose_benchmarks
 from evaluation.multiple_choice import chosen, grade_response, question
 from evaluation.statistics import summarize
 from reward import MATH
@@ -359,15 +360,30 @@ def test_more_responses_than_problems_are_refused(finished, tmp_path, regrade):
 
 
 @pytest.mark.parametrize(
-    "bad", [b"garbage\n", b"[1, 2]\n", b"\n", b'{"benchmark": "embedded", "id": "x", "sample": 0}\n']
+    "bad, said",
+    [
+        (b"garbage", "found b'garbage"),
+        (b"", "found b'"),
+        (b"[1, 2]", "response is list, expected an object"),
+        (b'{"benchmark": "embedded", "id": "x", "sample": 0}', "response: reward is None, expected a number from 0"),
+        ({"reward": math.nan}, "response: reward is nan, expected a number from 0 to 1"),
+        ({"reward": 1.5}, "response: reward is 1.5, expected a number from 0 to 1"),
+        ({"reward": True}, "response: reward is True, expected a number from 0 to 1"),
+        ({"tokens": "a"}, "response: tokens is 'a', expected a whole number of at least 0"),
+        ({"tokens": -1}, "response: tokens is -1, expected a whole number of at least 0"),
+        ({"truncated": "yes"}, "response: truncated is 'yes', expected true or false"),
+        ({"read": 1}, "response: read is 1, expected true or false"),
+        ({"response": 7}, "response: response is 7, expected a text"),
+    ],
 )
 @pytest.mark.parametrize("regrade", [False, True])
-def test_a_damaged_line_is_named_and_nothing_is_lost(finished, tmp_path, bad, regrade):
+def test_a_damaged_line_is_named_and_nothing_is_lost(finished, tmp_path, bad, said, regrade):
     folder = copy(finished, tmp_path / "damaged")
     lines = (folder / "generations.jsonl").read_bytes().splitlines(keepends=True)
-    damaged = b"".join([*lines[:2], bad, *lines[3:]])
+    bad = bad if isinstance(bad, bytes) else json.dumps(json.loads(lines[2]) | bad).encode()
+    damaged = b"".join([*lines[:2], bad + b"\n", *lines[3:]])
     (folder / "generations.jsonl").write_bytes(damaged)
-    with pytest.raises(ValueError, match=r"generations.jsonl:3: found b'.*expected a response with its grade"):
+    with pytest.raises(ValueError, match=f"generations.jsonl:3: {re.escape(said)}.*: restore the line"):
         eval.regrade(folder) if regrade else eval.run(arguments(out=folder))
     assert (folder / "generations.jsonl").read_bytes() == damaged
     assert sorted(path.name for path in folder.iterdir() if path.name != "lock") == [
@@ -395,6 +411,19 @@ def test_regrading_restores_changed_grades(finished, tmp_path, monkeypatch, caps
     monkeypatch.setattr(folder_of_evaluation, "grader_version", lambda reward: "another")
     with pytest.raises(ValueError, match=r"graded by another version: first run {2}eval.py --regrade"):
         eval.run(arguments(out=folder))
+
+
+def test_a_response_that_was_cut_off_stays_wrong_when_it_is_graded_again(finished, tmp_path, capsys):
+    """Although it holds the right box."""
+    folder = copy(finished, tmp_path / "regraded")
+    rows = [json.loads(line) for line in (folder / "generations.jsonl").read_text().splitlines()]
+    place = next(i for i, row in enumerate(rows) if row["reward"] == 1)
+    rows[place] |= {"truncated": True, "reward": 0.0}
+    (folder / "generations.jsonl").write_text("".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows))
+    before = (folder / "generations.jsonl").read_bytes()
+    folder_of_evaluation.regrade(folder)
+    assert "48 responses graded again, 0 grades changed" in capsys.readouterr().out
+    assert (folder / "generations.jsonl").read_bytes() == before
 
 
 @pytest.mark.parametrize("written", [1, 2])
@@ -465,6 +494,21 @@ def test_a_file_of_ones_own_with_options_system_and_levels(tmp_path):
     assert choose_benchmarks("", path, system="t")[0].problems[0].system == "t"
 
 
+@pytest.mark.parametrize("order", [1, -1])
+def test_every_benchmark_has_to_fit_the_window(scripted, tokenizer, order):
+    """The longest prompt is that of any of them, wherever it stands."""
+    model, _ = scripted
+    model.config = SimpleNamespace(get_text_config=lambda: SimpleNamespace(max_position_embeddings=40))
+    sets = [
+        Benchmark(text, Path(), 1, [Problem(id=text, problem=text, answer="1")], {}, 0)
+        for text in ("1+1?", "1+1+1+1?")
+    ][::order]
+    lengths = [len(p.prompt_ids) for b in sets for p in encode_problems(tokenizer, b.problems, 9, [])[0]]
+    assert eval.encode_benchmarks(model, tokenizer, sets, 40 - max(lengths)) == max(lengths) > min(lengths)
+    with pytest.raises(ValueError, match=f"longest prompt has {max(lengths)} tokens, .* window of 40"):
+        eval.encode_benchmarks(model, tokenizer, sets, 41 - max(lengths))
+
+
 def test_the_papers_numbers_of_samples(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     Path("data/benchmarks").mkdir(parents=True)
@@ -487,13 +531,18 @@ def test_the_papers_numbers_of_samples(tmp_path, monkeypatch):
         ("--benchmarks embedded --samples many", "invalid int value: 'many'"),
         ("--benchmarks embedded --temperature -1", "temperature is -1.0"),
         ("--data nowhere.jsonl", "'nowhere.jsonl' does not exist"),
-        ("--regrade nowhere", "nowhere holds no evaluation"),
+        ("--regrade nowhere --reward exact", "nowhere holds no evaluation"),
+        ("--regrade nowhere --benchmarks embedded", "--regrade does not read --benchmarks: leave it out"),
+        ("--samples=2 --regrade nowhere", "--regrade does not read --samples: leave it out"),
+        ("--regrade nowhere --temperature 0.6", "--regrade does not read --temperature: leave it out"),
+        ("--regrade nowhere --model data/base", "--regrade does not read --model: leave it out"),
         ("--model ./nowhere --benchmarks embedded", "model './nowhere'"),
     ],
 )
 def test_bad_input_is_one_line_and_exit_code_2(words, said, monkeypatch, capsys, tmp_path):
     given = words.split() if "--model" in words else ["--model", "data/base", *words.split()]
-    monkeypatch.setattr(sys, "argv", ["eval.py", *given, "--out", str(tmp_path / "x")])
+    given = words.split() if "--regrade" in words else [*given, "--out", str(tmp_path / "x")]
+    monkeypatch.setattr(sys, "argv", ["eval.py", *given])
     with pytest.raises(SystemExit) as stop:
         eval.main()
     error = capsys.readouterr().err

@@ -185,6 +185,11 @@ OF_EVALUATIONS |= {
     ("settings.json", "other settings"): {"seed": 5},
     ("settings.json", "no benchmarks"): without("benchmarks"),
     ("settings.json", "benchmarks a list"): {"benchmarks": [1]},
+    ("settings.json", "a benchmark a number"): {"benchmarks": {"embedded": 3}},
+    ("settings.json", "samples a text"): {"benchmarks": {"embedded": {"file": "x.jsonl", "samples": "4"}}},
+    ("settings.json", "problems_per_level a text"): {"problems_per_level": "3"},
+    ("settings.json", "rows_per_call a text"): {"rows_per_call": "10"},
+    ("settings.json", "continued a list of numbers"): {"continued": [3]},
     ("settings.json", "a folder"): as_folder,
     ("generations.jsonl", "too many"): lambda path: path.write_bytes(path.read_bytes() * 2),
 }

@@ -154,6 +154,17 @@ def test_paired_difference_uses_the_pairing():
     assert paired_difference(second, first) == pytest.approx((-middle, -high, -low))
 
 
+def test_lengths_and_lost_responses_are_means_over_problems_of_shares_of_samples():
+    easy = Answers("a", "easy", samples=4, right=1, rewards=1, tokens=10, truncated=1, unread=2)
+    hard = Answers("b", "hard", samples=4, right=0, rewards=0, tokens=30, truncated=4, unread=0)
+    other = Answers("c", "hard", samples=4, right=0, rewards=0, tokens=2, truncated=0, unread=3)
+    table = summarize([easy, hard, other])
+    names = ("response_tokens", "truncated", "unread")
+    assert [table["easy"][name] for name in names] == [10 / 4, 1 / 4, 2 / 4]
+    assert [table["hard"][name] for name in names] == [32 / 8, 4 / 8, 3 / 8]
+    assert [table["all"][name] for name in names] == pytest.approx([42 / 12, 5 / 12, 5 / 12])
+
+
 def test_partial_credit_counts_in_the_accuracy_only():
     """A response is right if its reward is 1; accuracy and its interval are of mean rewards."""
     answers = [Answers("a", "easy"), Answers("b", "hard")]

@@ -14,7 +14,7 @@ from results import ceiling
 from results.claims import KINDS, difference, mean_interval, runs_of, scores, verdict_rows
 from results.drawing import draw_all
 from results.protocol import EQUAL, REGIMES, Line, trial_score
-from results.runs import stored_lines
+from results.stored import stored_lines
 from support.checkpoint import write_text
 
 README = Path("results/README.md")

@@ -108,41 +108,6 @@ def made_of(regime: str) -> dict[str, str]:
     return {name: sha256(path)[:12] for name, path in files.items()}
 
 
-def stored_lines(path: Path) -> list[Line]:
-    """The lines of a file of results; ValueError where one is damaged or there twice."""
-    lines, places = [], {}
-    for number, text in enumerate(path.read_bytes().splitlines() if path.exists() else [], 1):
-        try:
-            line = json.loads(text)
-            _ = [line[name] for name in ("regime", "method", "seed", "trial", "settings", "scores", "made_of")]
-        except (ValueError, KeyError, TypeError) as error:
-            raise ValueError(
-                f"{path}:{number}: found {text[:40]!r}, expected a stored run: restore or delete the line"
-            ) from error
-        who = [line[name] for name in ("regime", "method", "seed", "trial", "settings", "made_of")]
-        key = json.dumps(who, sort_keys=True)
-        if places.setdefault(key, number) != number:
-            raise ValueError(f"{path}:{number}: the same run as in line {places[key]}: delete one of the two")
-        lines.append(line)
-    return lines
-
-
-def check_stored(path: Path, regime: str) -> list[Line]:
-    """The same; ValueError also where a line is of another regime than the file's name says, base or data; `regime`:
-    whose base and data."""
-    lines, now = stored_lines(path), made_of(regime)
-    for number, line in enumerate(lines, 1):
-        if line["regime"] != path.stem:
-            raise ValueError(f"{path}:{number}: found a run of regime {line['regime']}, expected {path.stem}")
-        other = [name for name in now if line["made_of"].get(name) != now[name]]
-        if other:
-            was = ", ".join(f"{name} {line['made_of'].get(name)}, now {now[name]}" for name in other)
-            raise ValueError(
-                f"{path}:{number}: made of something else ({was}): restore that, or move the file away to begin anew"
-            )
-    return lines
-
-
 def spec_of(line: Line) -> Spec:
     return Spec(*(line[name] for name in ("regime", "method", "seed", "settings", "trial")))
 
@@ -219,8 +184,11 @@ def pack_counts(counts: Sequence[int]) -> str:
 
 
 def unpack_counts(text: str, problems: int) -> list[int]:
-    """What pack_counts packed."""
-    return [count for byte in base64.b64decode(text) for count in (byte >> 4, byte & 15)][:problems]
+    """What pack_counts packed. ValueError where that were not so many problems."""
+    packed = base64.b64decode(text, validate=True)
+    if len(packed) != (problems + 1) // 2:
+        raise ValueError(f"found {len(packed)} bytes, expected {(problems + 1) // 2}: two problems a byte")
+    return [count for byte in packed for count in (byte >> 4, byte & 15)][:problems]
 
 
 def curve_of(rows: list[dict[str, Any]]) -> dict[str, list]:

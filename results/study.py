@@ -49,7 +49,8 @@ from results.protocol import (
     trials_of,
     tuning_base,
 )
-from results.runs import RUNS, Spec, alike, check_stored, line_of, make_data, probe, spec_of
+from results.runs import RUNS, Spec, alike, line_of, make_data, probe, spec_of
+from results.stored import check_stored
 from support.checkpoint import Broken, append_rows, write_text
 
 STORE = Path("results/study")

@@ -1,6 +1,8 @@
 """results/: what the protocol asks for, what is stored of a run, when that is stale, what the report says of it."""
 
 import json
+import math
+import re
 import sys
 from collections import Counter
 from dataclasses import replace
@@ -11,7 +13,7 @@ import pytest
 import train
 from data.make_recipes import make_splits
 from loss import METHODS
-from results import protocol, runs, study
+from results import protocol, runs, stored, study
 from results.protocol import EQUAL, MAIN, OTHERS, REGIMES, best_of, common, equal_steps, next_trials
 from results.runs import Spec
 from support.checkpoint import Broken, Diverged
@@ -19,10 +21,17 @@ from support.checkpoint import Broken, Diverged
 BASE = common("habit")
 
 
+MEASURED = {  # of a run with 800 test problems
+    "right": {"greedy": runs.pack_counts([0, 1] * 400), "sampled": runs.pack_counts([4, 0] * 400)},
+    "tokens": {"sampled": 1000, "trained": 900, "supervised": 0},
+    "curve": {"step": [10, 20], "validation": [None, 0.5], "tokens": [900, 1900], "entropy": [0.5, None]},
+}
+
+
 def trial(method: str, score: float, **settings) -> dict:
     scores = {"validation": {"greedy": score + 0.1, "sampled": score - 0.1}}
     line = {"regime": "habit", "method": method, "seed": 1000, "trial": True, "settings": BASE | settings}
-    return line | {"scores": scores, "made_of": {}}
+    return line | {"scores": scores, "made_of": {}, "probe": [[0.5]]}
 
 
 # ---- the protocol
@@ -225,6 +234,8 @@ def test_a_trial_that_diverges_is_stored_as_such(tiny, monkeypatch):
     study.work(runs.line_of, spec, SimpleNamespace(send=sent.append))
     good, line = sent.pop()
     assert good and line["scores"] == {} and "the run has diverged" in line["diverged"], line
+    (tiny / "habit.jsonl").write_text(json.dumps(line))
+    assert stored.stored_lines(tiny / "habit.jsonl") == [line]
     assert protocol.trial_score(line) == 0 and line["probe"] and len(json.dumps(line)) < 4096
     for trial, fault in ((False, Diverged("the run has diverged")), (True, Broken("writing to x failed"))):
 
@@ -254,7 +265,7 @@ def fake_lines(monkeypatch, made: list[str], probed: float = 1.0) -> None:
             else:
                 made.append(f"{spec.method} {spec.seed}")
                 line = {"regime": "habit", "method": spec.method, "seed": spec.seed, "trial": spec.trial}
-                line |= {"settings": spec.settings, "made_of": {"base": "a"}, "probe": [[probed]]}
+                line |= {"settings": spec.settings, "made_of": {"base": "a"}, "probe": [[probed]]} | MEASURED
                 yield spec, line | {"scores": {"validation": {"greedy": 0.5, "sampled": 0.5}}}
 
     monkeypatch.setattr(study, "in_processes", at_once)
@@ -271,7 +282,7 @@ def test_stored_runs_are_kept_and_stale_ones_replaced_in_their_place(tmp_path, m
     fake_lines(monkeypatch, made, probed=2.0)
     study.Study("habit", tmp_path, 1).make(specs[:1])
     assert made == ["rft 0", "rft 1", "rft 0"]
-    lines = runs.check_stored(tmp_path / "habit.jsonl", "habit")
+    lines = stored.check_stored(tmp_path / "habit.jsonl", "habit")
     assert [(line["seed"], line["probe"]) for line in lines] == [(0, [[2.0]]), (1, [[1.0]])]
 
 
@@ -281,7 +292,7 @@ def test_a_run_that_is_stored_twice_is_refused_not_counted_twice(tmp_path, monke
     path = tmp_path / "habit.jsonl"
     path.write_text(path.read_text() + path.read_text().splitlines(keepends=True)[0])
     with pytest.raises(ValueError, match=r"habit.jsonl:3: the same run as in line 1: delete one of the two"):
-        runs.stored_lines(path)
+        stored.stored_lines(path)
 
 
 def test_tuning_then_runs(tmp_path, monkeypatch):
@@ -325,7 +336,7 @@ def test_stored_lines_are_still_accepted(tmp_path, monkeypatch):
     monkeypatch.setattr(runs, "RUNS", tmp_path)
     monkeypatch.setattr(runs, "TEST", tmp_path / "data/test.jsonl")
     runs.make_data(["habit", "weak"])
-    assert runs.check_stored(study.STORE / "habit.jsonl", "habit")
+    assert stored.check_stored(study.STORE / "habit.jsonl", "habit")
     assert list(runs.made_of("weak")) == ["base", "short", "slips", "several", "validation", "test"]
 
 
@@ -333,7 +344,7 @@ def test_stored_lines_are_still_accepted(tmp_path, monkeypatch):
     ("line", "message"),
     [
         ("{broken", "habit.jsonl:2: found b'{broken'"),
-        ('{"regime": "habit"}', "expected a stored run"),
+        ('{"regime": "habit"}', "habit.jsonl:2: run: method is None, expected a text"),
         (json.dumps(trial("rft", 0.5) | {"made_of": {"base": "b"}}), "habit.jsonl:2: made of something else"),
         (json.dumps(trial("rft", 0.5) | {"regime": "silent"}), "found a run of regime silent"),
     ],
@@ -346,6 +357,56 @@ def test_results_of_another_base_or_damaged_ones_are_refused(tmp_path, monkeypat
     with pytest.raises(ValueError, match=message):
         study.Study("habit", tmp_path, 1)
     assert path.read_bytes() == before
+
+
+PACKED = MEASURED["right"]["sampled"]
+
+
+@pytest.mark.parametrize(
+    ("change", "said"),
+    [
+        ({"seed": -1}, "run: seed is -1, expected a whole number of at least 0"),
+        ({"trial": 0}, "run: trial is 0, expected true or false"),
+        ({"settings": {"lr": math.inf}}, "settings: lr is inf, expected a number"),
+        ({"settings": {"expert": 3}}, "settings: expert is 3, expected a text"),
+        ({"made_of": {"base": None}}, "made_of: base is None, expected a text"),
+        (
+            {"scores": {"validation": {"greedy": math.nan, "sampled": 0.5}}},
+            "scores: validation: greedy is nan, expected",
+        ),
+        (
+            {"scores": {"validation": {"greedy": 0.5}}},
+            "scores: validation: sampled is None, expected a number from 0 to 1",
+        ),
+        ({"scores": {"greedy": {"all": 50.0}}}, "scores: greedy: all is 50.0, expected a number from 0 to 1"),
+        ({"scores": {"validation": 1}}, "scores: validation is 1, expected an object"),
+        ({"probe": [[1.0], ["x"]]}, "probe[1][0] is 'x', expected a number"),
+        ({"probe": None}, "run: probe is None, expected a list"),
+        ({"tokens": {"sampled": 1}}, "tokens: trained is None, expected a whole number of at least 0"),
+        ({"curve": {"step": [10], "tokens": [9]}}, "curve: validation is None, expected a list"),
+        ({"curve": {"step": [], "tokens": [], "validation": []}}, "curve: step is empty"),
+        (
+            {"curve": {"step": [1], "tokens": [None], "validation": [0]}},
+            "curve: tokens[0] is None, expected a number",
+        ),
+        ({"curve": {"step": [1], "tokens": [9], "validation": [0, 1]}}, "curve: validation has 2 values, expected 1"),
+        ({"right": None}, "right is NoneType, expected an object"),
+        ({"right": {"greedy": PACKED[:-4], "sampled": PACKED}}, "right: greedy: found 399 bytes, expected 400"),
+        ({"right": {"greedy": "é", "sampled": PACKED}}, "right: greedy: string argument"),
+        (
+            {"right": {"greedy": PACKED, "sampled": PACKED}},
+            "right: greedy has 4 right samples of a problem, expected at",
+        ),
+        ({"regime": "ceiling", "right": [0] * 199}, "right has 199 values, expected 200"),
+        ({"regime": "ceiling", "right": [0] * 199 + [257]}, "right has 257 right samples of a problem, expected at"),
+    ],
+)
+def test_a_damaged_field_of_a_stored_run_is_named(tmp_path, change, said):
+    line = trial("rft", 0.5) | {"trial": False} | MEASURED
+    path = tmp_path / "habit.jsonl"
+    path.write_text(json.dumps(line) + "\n" + json.dumps(line | {"seed": 1} | change) + "\n")
+    with pytest.raises(ValueError, match=f"^{re.escape(f'{path}:2: {said}')}.*: restore or delete the line$"):
+        stored.stored_lines(path)
 
 
 def test_two_studies_do_not_write_to_the_same_results(tmp_path):

@@ -12,7 +12,7 @@ import pytest
 
 from data.make_recipes import make_splits
 from evaluation.statistics import interval
-from results import ceiling, claims, protocol, report, runs, study
+from results import ceiling, claims, protocol, report, runs, stored, study
 from results.protocol import common
 from results.runs import Spec
 
@@ -20,6 +20,9 @@ from results.runs import Spec
 def run_line(method: str, seed: int = 0, **settings) -> dict:
     """A stored run of habit."""
     line = {"regime": "habit", "method": method, "seed": seed, "trial": False, "scores": {}, "made_of": {"base": "a"}}
+    line["right"] = dict.fromkeys(("greedy", "sampled"), runs.pack_counts([0] * 800))
+    line["tokens"] = {"sampled": 0, "trained": 0, "supervised": 0}
+    line["curve"] = {"step": [1], "validation": [0], "tokens": [0]}
     if method == "base":
         return line | {"settings": {}}
     return line | {"settings": common("habit") | settings, "probe": [[1.0]]}
@@ -44,7 +47,11 @@ def store(tmp_path, monkeypatch):
     def at_once(function, specs, jobs, unit):
         for spec in specs:
             made.append(f"{spec.method} {spec.seed}")
-            line = run_line(spec.method, spec.seed) | {"regime": "ceiling", "settings": spec.settings, "right": [0]}
+            line = run_line(spec.method, spec.seed) | {
+                "regime": "ceiling",
+                "settings": spec.settings,
+                "right": [0] * 200,
+            }
             yield spec, line | {"scores": {"all": {"pass@1": 0.1, "pass@256": 0.5}}}
 
     monkeypatch.setattr(study, "in_processes", at_once)
@@ -80,8 +87,8 @@ def test_a_model_is_measured_once_and_again_when_its_run_is_made_anew(store):
     (folder / runs.spec_of(lines[2]).name / "final").mkdir(parents=True)
     study.measure_ceiling(folder, ["base", "rft", "sft"], [0], 1)
     assert made[4:] == ["rft 0", "sft 0"]
-    stored = runs.check_stored(folder / "ceiling.jsonl", "habit")
-    assert sorted(map(ceiling.who, stored)) == [("base", 0), ("rft", 0), ("rft", 1), ("sft", 0)]
+    found = stored.check_stored(folder / "ceiling.jsonl", "habit")
+    assert sorted(map(ceiling.who, found)) == [("base", 0), ("rft", 0), ("rft", 1), ("sft", 0)]
 
 
 def test_what_is_missing_is_named_with_the_command_that_makes_it(store):

@@ -10,7 +10,7 @@ import pytest
 
 from results import ceiling, claims, report
 from results.claims import Claim, difference, measured, t_quantile, verdict
-from results.drawing import draw_all
+from results.drawing import draw_ablations, draw_all, draw_panels, question_panels
 from results.protocol import REGIMES
 from results.runs import pack_counts
 
@@ -201,6 +201,26 @@ def test_an_empty_store_has_no_report(tmp_path):
 
 def test_figures_of_trials_alone_are_left_out(tmp_path, stored):
     assert draw_all({"habit": stored["habit"][-1:], "silent": [], "scarce": []}, tmp_path) == []
+
+
+def test_an_ablation_with_a_single_run_has_no_bar(stored):
+    """Its interval needs two; without any such ablation, or with one run of prefix-rft, there is no panel."""
+
+    def panels(*groups: list[dict]) -> list:
+        lines = [line for group in groups for line in group]
+        return [p for p in question_panels({"habit": lines, "silent": [], "scarce": []}) if p.func is draw_ablations]
+
+    one = [run_line("prefix-rft-low", 0, 0.5)]
+    habit = stored["habit"]  # three runs of prefix-rft and of prefix-rft-all
+    whole, clipless = (
+        [line for line in habit if line["method"] == name] for name in ("prefix-rft", "prefix-rft-all")
+    )
+    assert not panels(whole, one) and not panels(whole[:1], clipless) and not panels(whole)
+    found = panels(whole, clipless, one)
+    assert len(found) == 2
+    for panel in found:
+        (axis,) = draw_panels([panel]).axes
+        assert [text.get_text() for text in axis.get_xticklabels()] == ["all"] and len(axis.patches) == 1
 
 
 # ---- what this repository holds

@@ -52,9 +52,12 @@ from results.protocol import (
 from results.runs import RUNS, Spec, alike, line_of, make_data, probe, spec_of
 from results.stored import check_stored
 from support.checkpoint import Broken, append_rows, write_text
+from support.config import given_settings
 
 STORE = Path("results/study")
 QUICK = ("sft", "rft", "sft-rft", "prefix-rft")
+UNREAD = {"tune": ("seeds",), "report": ("regime", "methods", "seeds", "jobs")}  # words that a command does not read
+
 # ---- several processes
 
 
@@ -258,6 +261,8 @@ def parse(argv: Sequence[str]) -> argparse.Namespace:
         if args.command in ("tune", "ceiling") or args.methods or args.seeds or args.regime:
             raise ValueError("--quick chooses regime, methods and seeds itself: give it to run or report alone")
         args.regimes, args.methods, args.seeds, args.store = ["habit"], list(QUICK), [0, 1], RUNS / "quick"
+    if unread := [name for name in given_settings(argv) if name in UNREAD.get(args.command, ())]:
+        raise ValueError(f"{args.command} does not read --{unread[0]}: leave it out")
     if args.command == "ceiling":
         if args.regime not in ("", ceiling.REGIME):
             raise ValueError(f"ceiling is measured of the runs of {ceiling.REGIME}: leave --regime out")

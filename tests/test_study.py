@@ -319,6 +319,8 @@ def test_tuning_then_runs(tmp_path, monkeypatch):
         (["run", "--regime", "habit", "--methods", "uft", "--seeds", "0,5"], "seeds has 5, the protocol for these"),
         (["run", "--jobs", "0"], "jobs is 0"),
         (["tune", "--quick"], "--quick chooses"),
+        (["tune", "--regime", "habit", "--seeds", "0"], "tune does not read --seeds: leave it out"),
+        (["report", "--regime=habit"], "report does not read --regime: leave it out"),
     ],
 )
 def test_bad_words_are_one_line_and_touch_nothing(words, message, monkeypatch, capsys):

@@ -20,6 +20,7 @@ from evaluation.statistics import (
     summarize,
 )
 from support.checkpoint import read_json, write_text
+from support.fields import COUNT, NUMBER, OBJECT, POSITIVE, SHARE, check_fields
 
 Results = dict[str, Any]  # a results.json
 
@@ -36,6 +37,7 @@ PUBLISHED = {  # Qwen2.5-Math-7B: accuracies in % in the order of COLUMNS, the a
     "LUFFY": ([29.4, 23.1, 65.6, 87.6, 37.5, 57.2], 50.1),
     "Prefix-RFT": ([31.8, 26.4, 68.2, 88.4, 40.3, 55.7, 39.1, 52.1], 51.8),
 }
+ROW = {"problems": POSITIVE, "samples": POSITIVE, "accuracy": SHARE, "low": SHARE, "high": SHARE}  # of "results"
 
 
 # ---- tables
@@ -136,11 +138,26 @@ def read_results(folder: Path) -> Results:
     if not file.exists():
         raise ValueError(f"{folder} is not a finished evaluation: no results.json (eval.py writes it at its end)")
     results = read_json(file)
-    if missing := [key for key in ("results", "right", "settings") if not isinstance(results.get(key), dict)]:
-        raise ValueError(
-            f'{file}: not an evaluation\'s results (no "{missing[0]}"): write it with eval.py --regrade {folder}'
-        )
+    try:
+        check_results(results)
+    except ValueError as error:
+        raise ValueError(f"{file}: {error}: write it again with eval.py --regrade {folder}") from error
     return results | {"name": folder.name}
+
+
+def check_results(results: Results) -> None:
+    """ValueError where a field that tables and figures read is missing, of another type, not finite or no share."""
+    check_fields(results, dict.fromkeys(("results", "right", "settings"), OBJECT), "results", {"rewards": OBJECT})
+    for name, table in results["results"].items():
+        check_fields(table, {"all": OBJECT}, name)
+        for level, row in table.items():
+            check_fields(row, ROW, f"{name}: {level}")
+        for key, kind in (("right", COUNT), ("rewards", NUMBER)):
+            if results.get(key) is not None:
+                check_fields(results[key].get(name), {}, f"{key}: {name}")
+                for level, counts in results[key][name].items():
+                    check_fields(counts, {}, f"{key}: {name}: {level}")
+                    check_fields(counts, dict.fromkeys(counts, kind), f"{key}: {name}: {level}")
 
 
 def problem_scores(results: Results, name: str, level: str, k: int | None = None) -> dict[str, float]:

@@ -161,11 +161,21 @@ def test_damaged_files_are_named_in_one_line(tmp_path, monkeypatch, capsys):
     log = run_folder(tmp_path / "x", [{"step": 1, "entropy": 1.0}]) / "metrics.jsonl"
     results, scores = tmp_path / "a" / "results.json", tmp_path / "x" / "eval.json"
     config = tmp_path / "x" / "config.json"
+    row = '{"problems": 1, "samples": 1, "accuracy": %s, "low": 0, "high": 1}'
+    tables = '{"settings": {}, "results": {"m": {"all": ' + row + '}}, "right": {"m": {"easy": {"x": %s}}}}'
     base = '{"base": {"validation": {"all": {"accuracy": %s, "problems": 2}}}}'
     results.parent.mkdir()
     for file, text, said in (
         (results, '{"settings": {', f"{results}: not valid JSON"),
-        (results, "{}", f'{results}: not an evaluation\'s results (no "results")'),
+        (results, "{}", f"{results}: results: results is None, expected an object"),
+        (results, tables % ("NaN", "1"), f"{results}: m: all: accuracy is nan, expected a number from 0 to 1"),
+        (results, tables % ('"half"', "1"), f"{results}: m: all: accuracy is 'half', expected a number from 0 to 1"),
+        (
+            results,
+            tables % ("0.5", "-1"),
+            f"{results}: right: m: easy: x is -1, expected a whole number of at least 0",
+        ),
+        (results, tables % ("0.5", "[1]"), f"{results}: right: m: easy: x is [1], expected a whole number"),
         (scores, '{"base": {', f"{scores}: not valid JSON"),
         (scores, '{"base": 3}', f"{scores}: scores: base is 3, expected an object"),
         (scores, '{"base": {"validation": [1]}}', f"{scores}: base: validation is [1], expected an object"),

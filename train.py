@@ -252,7 +252,8 @@ def train_in(folder: Path, run: Run, start: int, watch: Watch) -> int:
                 metrics["warnings"] = new
             checkpoint.append_rows(folder / "metrics.jsonl", [{"step": done, **metrics}])
             progress.step(done, metrics, shown)
-            if run.skipped >= MOST_SKIPPED:
+            lost = done == total and not distributed.total_norm(list(run.model.parameters())).isfinite()
+            if run.skipped >= MOST_SKIPPED or lost:
                 raise checkpoint.Diverged(diverged(run, folder))
             if (config.save_every and done % config.save_every == 0 and not run.skipped) or done == total or stop:
                 checkpoint.save(folder, done, run)
@@ -298,11 +299,13 @@ def restore(run: Run, folder: Path, watch: Watch) -> int:
 
 
 def diverged(run: Run, folder: Path) -> str:
-    """What to say of a run whose updates are skipped, one after the other."""
+    """What to say of a run whose updates are skipped, one after the other, or whose last one lost the weights."""
     kept = " and ".join(str(file) for file in checkpoint.checkpoints(folder)) or "none: no step was saved"
+    skipped = f"the loss or gradient of {run.skipped} updates in a row was not finite"
+    what = skipped if run.skipped >= MOST_SKIPPED else "after the last step weights are not finite"
     return (
-        f"the loss or gradient of {run.skipped} updates in a row was not finite: the run has diverged; start again "
-        f"in a new folder, with a lower lr or sft_lr. The last checkpoints before that: {kept}"
+        f"{what}: the run has diverged; start again in a new folder, with a lower lr or sft_lr. "
+        f"The last checkpoints before that: {kept}"
     )
 
 

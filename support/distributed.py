@@ -222,11 +222,16 @@ def gathered(model: nn.Module) -> Iterator[nn.Module]:
             module.reshard()
 
 
+def total_norm(tensors: list[Tensor]) -> Tensor:
+    """The norm of all of them together, over all ranks."""
+    norm = nn.utils.get_total_norm(tensors)
+    return norm.full_tensor() if isinstance(norm, DTensor) else norm
+
+
 def clip_gradients(parameters: Iterable[nn.Parameter], max_norm: float) -> float:
     """Scale the gradient down to `max_norm` -> its norm over all ranks, before."""
     parameters = list(parameters)
-    norm = nn.utils.get_total_norm([p.grad for p in parameters if p.grad is not None])
-    norm = norm.full_tensor() if isinstance(norm, DTensor) else norm
+    norm = total_norm([p.grad for p in parameters if p.grad is not None])
     nn.utils.clip_grads_with_norm_(parameters, max_norm, norm)
     return float(norm)
 

@@ -391,6 +391,7 @@ def test_data_is_checked_before_weights_are_read(task, tmp_path, monkeypatch):
     [
         {"method": "sft", "sft_lr": 1e30, "sft_steps": 4},
         {"method": "prefix-rft", "lr": 1e39},  # beyond float32, whatever the second update has
+        {"method": "sft", "sft_lr": 1e39, "sft_steps": 1},  # with its last update
     ],
 )
 def test_a_run_that_diverges_stops_in_one_line(task, tmp_path, settings, monkeypatch):
@@ -399,6 +400,7 @@ def test_a_run_that_diverges_stops_in_one_line(task, tmp_path, settings, monkeyp
         checkpoint.Broken, match="not finite: the run has diverged; start again in a new folder, with a lower lr"
     ):
         train.train(parse_config(arguments(task, tmp_path / "run", max_response_tokens=80, **settings)))
+    assert not (tmp_path / "run/final").exists()
 
 
 def test_logs_are_cut_to_the_checkpoint_and_nothing_else_is_lost(tmp_path):

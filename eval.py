@@ -34,12 +34,12 @@ from evaluation.folder import choose_folder, count, cut_broken_line, describe, o
 from evaluation.multiple_choice import grade_response
 from evaluation.report import write_report
 from evaluation.statistics import Answers, pass_at_k
-from model import load_model, pick_device
+from model import check_window, load_model, pick_device, window_of
 from reward import MATH, Reward, load_reward
 from sample import Row, generate, pack
 from support import distributed
 from support.checkpoint import Broken, append_rows, trained_with
-from support.config import given_settings
+from support.config import Parser, check_range, given_settings
 from support.memory import row_bytes
 
 __all__ = ["evaluate", "pass_at_k"]
@@ -121,13 +121,8 @@ def encode_benchmarks(model, tokenizer, benchmarks: list[Benchmark], max_respons
     ends = model.generation_config.eos_token_id
     for benchmark in benchmarks:
         benchmark.encoded = encode_problems(tokenizer, benchmark.problems, max_response_tokens, ends)[0]
-    window = getattr(model.config.get_text_config(), "max_position_embeddings", None)
     longest = max(len(e.prompt_ids) for b in benchmarks for e in b.encoded)
-    if window and longest + max_response_tokens > window:
-        raise ValueError(
-            f"max_response_tokens is {max_response_tokens} and the longest prompt has {longest} tokens, but the "
-            f"model has a window of {window}: give --max_response_tokens {window - longest} or less"
-        )
+    check_window(window_of(model.config), longest, max_response_tokens, "max_response_tokens")
     return longest
 
 
@@ -195,11 +190,6 @@ def figure(folder: Path) -> str:
 # ---- the command line
 
 
-class Parser(argparse.ArgumentParser):
-    def error(self, message: str) -> None:
-        raise ValueError(f"{message} (see python eval.py --help)")
-
-
 def parse_args(argv: Sequence[str]) -> argparse.Namespace:
     parser = Parser(description="Evaluate a model on benchmarks.", allow_abbrev=False)
     parser.add_argument("--model", help="a HuggingFace model folder or hub name")
@@ -226,11 +216,9 @@ def parse_args(argv: Sequence[str]) -> argparse.Namespace:
     if args.regrade and unread:
         raise ValueError(f"--regrade does not read --{unread[0]}: leave it out")
     for name, least in {"samples": 1, "max_response_tokens": 1, "problems": 1, "rows_per_call": 1, "seed": 0}.items():
-        value = getattr(args, name)
-        if value is not None and value < least:
-            raise ValueError(f"{name} is {value}, expected at least {least}")
-    if not 0 <= args.temperature <= 10:
-        raise ValueError(f"temperature is {args.temperature}, expected 0 (greedy) to 10")
+        if (value := getattr(args, name)) is not None:
+            check_range(name, value, least)
+    check_range("temperature", args.temperature, 0, 10)
     if not args.model and not args.regrade:
         raise ValueError("give --model, a HuggingFace model folder or hub name (see python eval.py --help)")
     return args

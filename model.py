@@ -76,6 +76,22 @@ def load_config(path: str) -> PreTrainedConfig:
         return AutoConfig.from_pretrained(path, trust_remote_code=False)
 
 
+def window_of(config: PreTrainedConfig) -> int | None:
+    """The most tokens of a prompt and its response together; None where the config names no limit."""
+    return getattr(config.get_text_config(), "max_position_embeddings", None)
+
+
+def check_window(
+    window: int | None, prompt: int, response: int, name: str, whose: str = "the longest prompt"
+) -> None:
+    """ValueError if a prompt and a response, whose budget is the setting `name`, can be longer than the window."""
+    if window and prompt + response > window:
+        fix = f"lower {name} to {window - prompt}" if prompt < window else "leave it out"
+        raise ValueError(
+            f"{whose} ({prompt} tokens) and {name} ({response}) exceed the model's {window} positions: {fix}"
+        )
+
+
 def load_tokenizer(path: str) -> tuple[Tokenizer, GenerationConfig]:
     """The tokenizer, and the folder's generation config reduced to its end and padding ids, so that a top_k or
     repetition_penalty in it cannot change the sampling distribution. ValueError, one line, for a folder without a

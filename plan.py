@@ -10,9 +10,10 @@ Times are estimates from the GPU's data sheet and the shares below, chosen to fi
 256 rows decoded, and one whole step [bench/results/gpu.md]. Other GPUs, models, numbers of GPUs were not measured.
 """
 
-import argparse
+import contextlib
 import sys
 import weakref
+from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
 
@@ -26,8 +27,8 @@ from transformers.modeling_layers import GradientCheckpointingLayer
 import model as models
 from decode import PREFILL_TOKENS, whole_blocks
 from loss import METHODS
-from support.config import Config, parse_config
-from support.memory import cache_bytes, head_width, row_bytes, token_bytes
+from support.config import Config, Parser, check_range, parse_config
+from support.memory import cache_bytes, head_width, inner_width, plain_caches, row_bytes, token_bytes
 
 GIB = 2**30
 GPUS = {  # memory GB, bf16 TFLOP/s (dense), GB/s: the makers' data sheets
@@ -80,7 +81,7 @@ class FusedAttention(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx, query: Tensor, key: Tensor, value: Tensor, bias: Tensor) -> Tensor:
-        out = torch.empty_like(query)
+        out = query.new_empty(*query.shape[:3], value.shape[3])
         ctx.save_for_backward(query, key, value, bias, out, query.new_empty(query.shape[:3], dtype=torch.float32))
         return out
 
@@ -131,7 +132,7 @@ def update_bytes(shape: Any, rows: int, prompt: int, response: int, dtype: torch
 
 @dataclass
 class Counts:
-    """Parameters: all, of the root (embedding, head, last norm), of one layer; key-value bytes of a token."""
+    """Parameters: all, of the root (embedding, head, last norm), of the largest layer; key-value bytes of a token."""
 
     total: int
     root: int
@@ -141,15 +142,19 @@ class Counts:
 
 
 def count(shape: Any) -> Counts:
+    cache = cache_bytes(shape)
     model = empty_model(shape, torch.bfloat16)
     layers = [module for module in model.modules() if isinstance(module, GradientCheckpointingLayer)]
-    total, layer = sum(p.numel() for p in model.parameters()), sum(p.numel() for p in layers[0].parameters())
+    if not layers:
+        raise ValueError("its layers cannot be told from the rest")
+    sizes = [sum(p.numel() for p in layer.parameters()) for layer in layers]
+    total = sum(p.numel() for p in model.parameters())
     return Counts(
         total=total,
-        root=total - layer * len(layers),
-        layer=layer,
+        root=total - sum(sizes),
+        layer=max(sizes),
         layers=len(layers),
-        cache=cache_bytes(shape),
+        cache=cache,
     )
 
 
@@ -180,12 +185,13 @@ def plan(config: Config, shape: Any, gpus: int, prompt: int) -> dict[str, dict[s
 
 def block_bytes(shape: Any, tokens: int = PREFILL_TOKENS, size: int = 2) -> int:
     """Of a forward pass over `tokens` of the prompts, without their caches; `size`: of a number."""
-    return size * tokens * (3 * shape.intermediate_size + 6 * shape.num_attention_heads * head_width(shape))
+    shape = shape.get_text_config()
+    return size * tokens * (3 * inner_width(shape) + 6 * shape.num_attention_heads * head_width(shape))
 
 
 def sampling_bytes(shape: Any, rows: int, columns: int, tokens: int = PREFILL_TOKENS, size: int = 2) -> dict:
     """Of a call of `rows` with up to `columns` tokens each, whose prompts are read `tokens` at a time."""
-    one_token = rows * token_bytes(shape)
+    one_token = rows * token_bytes(shape, 0 if plain_caches(shape) else columns, size)
     return {
         f"key-value caches, {rows} x {columns} tokens": rows * columns * cache_bytes(shape, size),
         "a block of prompts, or a token of all rows": max(block_bytes(shape, tokens, size), one_token),
@@ -220,11 +226,22 @@ def hours(config: Config, shape: Any, gpus: int, gpu: str, prompt: int, mean: fl
     return result
 
 
+@contextlib.contextmanager
+def planned(path: str, shape: Any) -> Iterator[None]:
+    """What goes wrong with a model without data as a ValueError of one line."""
+    try:
+        yield
+    except Exception as error:  # a model that was not made for it can raise anything
+        said = " ".join(f"{type(error).__name__}: {error}".split())[:200]
+        fix = "try a short run, with a small micro_batch_tokens and rows_per_call"
+        raise ValueError(f"model {path!r} ({shape.model_type}) cannot be planned ({said}): {fix}") from error
+
+
 def rows_at_once(shape: Any, sampling: dict[str, float], free: float, columns: int) -> int:
     """The most rows of a call; 0 if not even the weights of the `sampling` phase fit."""
     left = free - sum(list(sampling.values())[:-2])  # the last two parts grow with the rows
     beside_block = (left - block_bytes(shape)) / (columns * cache_bytes(shape))
-    return max(0, int(min(beside_block, left / row_bytes(shape, columns))))
+    return max(0, int(min(beside_block, left / row_bytes(shape, columns, repeated=not plain_caches(shape)))))
 
 
 def advice(
@@ -246,15 +263,23 @@ def advice(
     return said
 
 
-def show(config: Config, gpu: str, gpus: int, prompt: int, mean: float | None) -> None:
-    shape = models.load_config(config.model)
-    n, length = count(shape), prompt + config.max_response_tokens
-    mean = mean or MEAN_RESPONSE * config.max_response_tokens
+def show(config: Config, gpu: str, gpus: int, prompt: int | None, mean: float | None) -> None:
+    """Print the plan. ValueError, before the first line, for a model or settings that cannot be planned."""
+    shape, budget = models.load_config(config.model), config.max_response_tokens
+    window = models.window_of(shape)
+    if prompt is None:
+        prompt = 1024 if budget > 1024 else 256
+        prompt = max(1, min(prompt, window - budget)) if window else prompt
+    models.check_window(window, prompt, budget, "max_response_tokens", "the longest prompt, --prompt")
+    mean, length = MEAN_RESPONSE * budget if mean is None else mean, prompt + budget
+    if not 0 < mean <= budget:
+        raise ValueError(f"mean_response is {mean:g}, expected above 0 and at most max_response_tokens ({budget})")
     free = GPUS[gpu][0] * 1e9 * USABLE
+    with planned(config.model, shape):
+        n, parts = count(shape), plan(config, shape, gpus, prompt)
     print(
         f"{config.model}: {n.total / 1e9:.2f} billion parameters, {n.layers} layers; {gpus} x {gpu}, {config.method}"
     )
-    parts = plan(config, shape, gpus, prompt)
     for phase, sizes in parts.items():
         print(f"\n{phase}, GiB on each GPU")
         for name, size in sizes.items():
@@ -266,6 +291,9 @@ def show(config: Config, gpu: str, gpus: int, prompt: int, mean: float | None) -
     if "sampling" in parts:
         at_once = rows_at_once(shape, parts["sampling"], free, whole_blocks(length))
         print(f"\nrows that can be sampled at once: {at_once} (rows_per_call is {config.rows_per_call})")
+        if not plain_caches(shape):
+            print("  some layers keep a sliding window or a state: each is counted as a cache of all tokens, read by")
+            print("  transformers' attention, which repeats it for all heads; a window takes less")
     for line in advice(config, parts, n, free, length, at_once):
         print(f"  change  {line}")
     print(f"\nhost memory: {4 * n.total / GIB:.0f} GiB to load, {12 * n.total / GIB:.0f} GiB to save a checkpoint")
@@ -278,24 +306,21 @@ def show(config: Config, gpu: str, gpus: int, prompt: int, mean: float | None) -
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(
+    parser = Parser(
         description=__doc__.splitlines()[0],
         epilog="--config FILE and every --FIELD VALUE of train.py are taken too: --model, --method, …",
         allow_abbrev=False,
     )
     parser.add_argument("--gpu", default="H100", choices=GPUS)
     parser.add_argument("--gpus", type=int, default=1)
-    parser.add_argument(
-        "--prompt", type=int, default=0, help="longest prompt (default: 1024, or 256 for short budgets)"
-    )
+    parser.add_argument("--prompt", type=int, help="longest prompt (default: 1024, or 256 for short budgets)")
     parser.add_argument("--mean_response", type=float, help="average response (default 0.4 of the budget)")
-    args, rest = parser.parse_known_args()
     try:
-        if args.gpus < 1 or args.prompt < 0 or not (args.mean_response or 1) > 0:
-            raise ValueError("--gpus must be at least 1, --prompt and --mean_response above 0")
-        config = parse_config(rest)
-        prompt = args.prompt or (1024 if config.max_response_tokens > 1024 else 256)
-        show(config, args.gpu, args.gpus, prompt, args.mean_response)
+        args, rest = parser.parse_known_args()
+        check_range("gpus", args.gpus, 1)
+        if args.prompt is not None:
+            check_range("prompt", args.prompt, 1)
+        show(parse_config(rest), args.gpu, args.gpus, args.prompt, args.mean_response)
     except (ValueError, OSError) as error:
         print(f"plan.py: {str(error).strip().splitlines()[0]}", file=sys.stderr)
         sys.exit(2)

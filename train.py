@@ -24,7 +24,7 @@ from data.loader import Encoded, encode_problems, load_problems, odd_rows
 from eval import evaluate
 from evaluation.statistics import summarize
 from loss import METHODS
-from model import load_config, load_model, load_tokenizer, pick_device, save_model
+from model import check_window, load_config, load_model, load_tokenizer, pick_device, save_model, window_of
 from reward import Reward, load_reward
 from sample import prefix_range, seed_of
 from step import Collector, Data, Run, problems_of_step, rl_step, sft_learning_rate, sft_step
@@ -105,11 +105,9 @@ def check_context(config: Config, encoded: list[Encoded], held: dict, context: i
     lists = {"max_response_tokens": encoded, "eval_response_tokens": [p for _, ids in held.values() for p in ids]}
     for name, problems in lists.items():
         longest = max(problems, key=lambda problem: len(problem.prompt_ids), default=None)
-        if context and longest and len(longest.prompt_ids) + getattr(config, name) > context:
-            raise ValueError(
-                f"the prompt of {longest.id!r} ({len(longest.prompt_ids)} tokens) and {name} "
-                f"({getattr(config, name)}) exceed the model's {context} positions: lower {name} or drop the problem"
-            )
+        if longest:
+            budget, whose = getattr(config, name), f"the prompt of {longest.id!r}"
+            check_window(context, len(longest.prompt_ids), budget, name, whose)
 
 
 def check_ranks(config: Config) -> None:
@@ -175,7 +173,7 @@ def prepare(config: Config) -> tuple[Run, Counts]:
     distributed.start(device)
     check_ranks(config)
     tokenizer, generation_config = load_tokenizer(config.model)
-    context = getattr(load_config(config.model).get_text_config(), "max_position_embeddings", None)
+    context = window_of(load_config(config.model))
     reward, ends = load_reward(config.reward), generation_config.eos_token_id
     data, counts = load_data(config, reward, tokenizer, ends, context)  # before the weights are read
     model, _ = load_model(config.model, device, training=True, recompute=config.recompute, offload=config.offload)

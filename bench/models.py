@@ -21,7 +21,7 @@ import torch
 import torch.multiprocessing as processes
 import transformers
 from common import RESULTS, chosen, machine
-from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel
+from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedConfig, PreTrainedModel
 from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 
 import step as steps
@@ -155,12 +155,17 @@ ENDS = [2, 6, 11, 45, 58, 67, 79, 95]  # end tokens, none of them in the task's 
 BUDGET = 40
 
 
-def make(name: str, folder: Path) -> None:
-    """The folder of a tiny model, weights spread so that its distributions are far from uniform."""
+def tiny(name: str) -> PreTrainedConfig:
+    """The config of a tiny model."""
     kind, fields = CONFIG_MAPPING[name.split(",")[0]], MODELS[name]
     known = kind()
     free = [key for key in SMALL if hasattr(known, key) and not isinstance(getattr(kind, key, None), property)]
-    config = kind(**({key: SMALL[key] for key in free} | fields))
+    return kind(**({key: SMALL[key] for key in free} | fields))
+
+
+def make(name: str, folder: Path) -> None:
+    """The folder of a tiny model, weights spread so that its distributions are far from uniform."""
+    config, fields = tiny(name), MODELS[name]
     text = config.get_text_config()
     for key, value in vars(text).items():
         if any(word in key for word in NOISE) and isinstance(value, float) and key not in fields:

@@ -4,6 +4,7 @@ A field that is wrong gives a ValueError of one line: the field, what was found,
 groups, defaults that depend on the model, environment variables.
 """
 
+import argparse
 import dataclasses
 import difflib
 import json
@@ -91,6 +92,13 @@ class Config:
     prefill: bool = knob(False, "read the prefix with the prompt instead of forcing it token by token")
 
 
+class Parser(argparse.ArgumentParser):
+    """Of a command: what is wrong is a ValueError, one line as any other."""
+
+    def error(self, message: str) -> None:
+        raise ValueError(f"{message} (see python {self.prog} --help)")
+
+
 def suggest(word: str, known: list[str]) -> str:
     close = difflib.get_close_matches(word, known, n=1, cutoff=0.4)
     return f": did you mean {close[0]}?" if close else f": choose from {', '.join(known)}"
@@ -119,10 +127,16 @@ def check_value(field: dataclasses.Field, value: Any) -> Any:
         )
     if kind is float and not math.isfinite(value):
         raise ValueError(f"{field.name} is {value}, expected a finite number")
-    if meta["low"] is not None and not meta["low"] <= value <= meta["high"]:
-        bounds = f"at least {meta['low']}" if meta["high"] == math.inf else f"{meta['low']} to {meta['high']}"
-        raise ValueError(f"{field.name} is {value}, expected {bounds}")
+    if meta["low"] is not None:
+        check_range(field.name, value, meta["low"], meta["high"])
     return value
+
+
+def check_range(name: str, value: float, low: float, high: float = math.inf) -> None:
+    """ValueError unless `value` is a number from `low` to `high`."""
+    if not low <= value <= high or value == math.inf:
+        bounds = f"at least {low}" if high == math.inf else f"{low} to {high}"
+        raise ValueError(f"{name} is {value}, expected {bounds}")
 
 
 def check_together(config: Config) -> Config:

@@ -1,18 +1,37 @@
 """Memory of sampling, from a model's config alone: what a token takes in the key-value cache, a row while it grows.
 
-plan.py plans with these, eval.py chooses by them how many rows to sample together.
+plan.py plans with these, eval.py chooses by them how many rows to sample together. Layers that keep something else
+(`plain_caches`) are counted as if they kept keys and values of every token.
 """
 
-from transformers import PreTrainedConfig
+from transformers import DynamicCache, PreTrainedConfig
+from transformers.cache_utils import DynamicLayer
+
+
+def plain_caches(config: PreTrainedConfig) -> bool:
+    """Whether every layer keeps keys and values of every token: no sliding windows, no recurrent states."""
+    return all(type(layer) is DynamicLayer for layer in DynamicCache(config=config.get_text_config()).layers)
 
 
 def head_width(config: PreTrainedConfig) -> int:
-    return getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
+    names = ("head_dim", "qk_head_dim", "v_head_dim")  # latent attention has several
+    widest = max(getattr(config, name, None) or 0 for name in names)
+    return widest or config.hidden_size // config.num_attention_heads
+
+
+def inner_width(config: PreTrainedConfig) -> int:
+    """Between the two matrices of a layer's MLP; where the config does not say, four times the states."""
+    names = ("intermediate_size", "ffn_dim", "n_inner", "ffn_hidden_size")
+    return next((width for name in names if (width := getattr(config, name, None))), 4 * config.hidden_size)
 
 
 def cache_bytes(config: PreTrainedConfig, size: int = 2) -> int:
-    """Bytes a token takes in the key-value cache; `size`: of a number, 2 in bf16."""
+    """Bytes a token takes in the key-value cache; `size`: of a number, 2 in bf16. ValueError for a model without."""
     config = config.get_text_config()
+    if not getattr(config, "num_attention_heads", None):
+        raise ValueError(
+            f"a {config.model_type} model has no attention heads: what a row takes is not known, give rows_per_call"
+        )
     heads = getattr(config, "num_key_value_heads", None) or config.num_attention_heads
     return 2 * size * config.num_hidden_layers * heads * head_width(config)
 

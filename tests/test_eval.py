@@ -526,7 +526,10 @@ def test_the_papers_numbers_of_samples(tmp_path, monkeypatch):
         ("--benchmarks aime", "unknown benchmark 'aime': choose from aime24, .*mmlu_pro.*embedded"),
         ("", "nothing to evaluate on"),
         ("--benchmarks embedded --temperature 0 --samples 2", "temperature 0 is greedy"),
-        ("--benchmarks embedded", "8192 and the longest prompt has .* window of 512: give --max_response_tokens 4"),
+        (
+            "--benchmarks embedded",
+            "max_response_tokens .8192. exceed the model's 512 positions: lower max_response_tokens to 4",
+        ),
         ("--benchmarks embedded --samples 0", "samples is 0, expected at least 1"),
         ("--benchmarks embedded --samples many", "invalid int value: 'many'"),
         ("--benchmarks embedded --temperature -1", "temperature is -1.0"),

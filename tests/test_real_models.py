@@ -1,5 +1,6 @@
 """Models as they come from the hub: a byte-level BPE tokenizer, Qwen2 and Llama shapes, from weights to weights."""
 
+import contextlib
 import copy
 import dataclasses
 import json
@@ -15,6 +16,7 @@ from transformers import (
     AutoTokenizer,
     LlamaConfig,
     LlamaForCausalLM,
+    MistralConfig,
     PreTrainedTokenizerFast,
     Qwen2Config,
     Qwen2ForCausalLM,
@@ -31,7 +33,7 @@ from support.config import from_dict
 ROOT = Path(__file__).parents[1]
 sys.path.append(str(ROOT / "bench"))
 
-from models import by_length, make, one_step, prove  # noqa: E402
+from models import by_length, make, one_step, prove, tiny  # noqa: E402
 from plan_check import measured, measured_sampling  # noqa: E402
 
 DRAWN = Reward(  # demonstrations are right, and about half of what a random model writes
@@ -320,8 +322,52 @@ def test_the_most_rows_that_fit_are_named(vocabulary, columns):
     assert rows > 10 and needed[0] <= free < needed[1]
 
 
+PLAIN = ["gpt2", "opt", "gpt_neox", "llama", "qwen2", "qwen3_moe", "deepseek_v3"]
+WINDOWS = ["mixtral", "gemma2", "gemma3", "phi3", "mistral", "gpt_oss"]
+NOT_PLANNED = ["falcon", "bloom", "mamba", "mamba2", "falcon_mamba", "ctrl"]  # attention of their own, or none
+
+
+@pytest.mark.parametrize("name", PLAIN + WINDOWS + NOT_PLANNED)
+def test_a_model_is_planned_or_refused_in_one_line(monkeypatch, capsys, name):
+    monkeypatch.setattr(plan.models, "load_config", lambda path: tiny(name))
+    with contextlib.ExitStack() as stack:
+        if name in NOT_PLANNED:
+            begin = rf"^model 'data/base' \({name}\) cannot be planned \([^\n]*\): try a short run[^\n]*$"
+            stack.enter_context(pytest.raises(ValueError, match=begin))
+        plan.show(from_dict({"max_response_tokens": 20}), "H100", 1, None, None)
+    said = capsys.readouterr().out
+    assert said.count("rows that can be sampled at once") == (name not in NOT_PLANNED) == bool(said)
+    assert ("a sliding window or a state" in said) == (name in WINDOWS)
+
+
+def test_a_plan_counts_the_keys_that_are_repeated_for_a_sliding_window():
+    size = {"hidden_size": 4096, "num_attention_heads": 32, "num_key_value_heads": 8, "num_hidden_layers": 1}
+    plain, window = (MistralConfig(**size, vocab_size=100, sliding_window=width) for width in (None, 64))
+    of_plain, of_window = (list(plan.sampling_bytes(shape, 100, 8192, 1).values()) for shape in (plain, window))
+    assert of_plain[0] == of_window[0] == 100 * 8192 * 2 * 2 * 8 * 128
+    assert of_window[1] == 4 * of_window[0] > of_plain[1]
+    rows = [plan.rows_at_once(shape, {"caches": 0, "block": 0}, 60e9, 8192) for shape in (plain, window)]
+    assert rows[0] > 4 * rows[1] > 0
+
+
+@pytest.mark.parametrize(
+    "words, said",
+    [
+        ("--mean_response 97", "mean_response is 97, expected above 0 and at most max_response_tokens (96)"),
+        ("--mean_response 0", "mean_response is 0, expected above 0"),
+        ("--prompt 417", "--prompt (417 tokens) and max_response_tokens (96) exceed the model's 512 positions"),
+        ("--max_response_tokens 600", "exceed the model's 512 positions: lower max_response_tokens to 511"),
+        ("--prompt 0", "prompt is 0, expected at least 1"),
+        ("--gpus x", "argument --gpus: invalid int value: 'x' (see python plan.py --help)"),
+    ],
+)
+def test_a_plan_that_contradicts_itself_is_refused(refused, words, said):
+    assert said in refused("plan.py", *words.split())
+
+
 def test_a_plan_reads_the_config_only(tmp_path, capsys):
     size = {"hidden_size": 4096, "intermediate_size": 14336, "num_hidden_layers": 32, "num_attention_heads": 32}
+    size |= {"max_position_embeddings": 131072}
     LlamaConfig(**size, num_key_value_heads=8, vocab_size=128256).save_pretrained(tmp_path)
     values = json.loads((ROOT / "configs" / "llama-3.1-8b.json").read_text()) | {"model": str(tmp_path)}
     plan.show(from_dict(values), "H100", 8, 1024, None)

@@ -14,7 +14,6 @@ Left out: top-k, top-p, penalties (the sampler must be the policy that is traine
     python sample.py --model DIR "problem" …          try a model
 """
 
-import argparse
 import hashlib
 import math
 import sys
@@ -29,7 +28,9 @@ from transformers import GenerationConfig, LogitsProcessorList, PreTrainedModel
 
 from data.loader import Encoded, decode_responses, encode, render_prompt
 from decode import DECODERS, DrawTokenLogitsProcessor, PrefixForcingLogitsProcessor
-from model import load_model, pick_device, sampling
+from model import check_window, load_model, pick_device, sampling, window_of
+from support.checkpoint import trained_with
+from support.config import Parser, check_range
 from support.distributed import gather_dict, rank, world_size
 
 PREFIX_LOW, PREFIX_HIGH = 0.05, 0.95  # bounds of the prefix fraction [paper A.2]
@@ -362,30 +363,34 @@ def pack(rows: Sequence[Row], responses: Sequence[list[int]], model: PreTrainedM
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description="Sample responses to a problem.", allow_abbrev=False)
+    parser = Parser(description="Sample responses to a problem.", allow_abbrev=False)
     parser.add_argument("problems", nargs="+", metavar="PROBLEM")
     parser.add_argument("--model", required=True, help="a HuggingFace model folder, e.g. runs/prefix-rft-001/final")
     parser.add_argument("--samples", type=int, default=4, help="responses per problem (default 4)")
     parser.add_argument("--temperature", type=float, default=1.0, help="0 is greedy (default 1)")
     parser.add_argument("--max_response_tokens", type=int, default=128)
-    parser.add_argument("--system", default="", help="system message, if the chat template has one")
+    parser.add_argument("--system", help="system message (default: the one the model was trained with)")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--device", default="auto", choices=("auto", "cpu", "cuda", "mps"))
-    args = parser.parse_args()
-    if args.samples < 1 or args.max_response_tokens < 1 or not 0 <= args.temperature < math.inf:
-        sys.exit("sample.py: --samples and --max_response_tokens must be at least 1, --temperature at least 0")
     try:
+        args = parser.parse_args()
+        for name, least in {"samples": 1, "max_response_tokens": 1, "seed": 0}.items():
+            check_range(name, getattr(args, name), least)
+        check_range("temperature", args.temperature, 0, 10)
+        system = trained_with(args.model).get("system", "") if args.system is None else args.system
         model, tokenizer = load_model(args.model, pick_device(args.device))
-        for problem in args.problems:
-            prompt = render_prompt(tokenizer, problem, args.system)
-            ids = encode(tokenizer, prompt, "problem")
-            samples = args.samples if args.temperature else 1  # greedy responses are all alike
+        prompts = [render_prompt(tokenizer, problem, system) for problem in args.problems]
+        encoded = [encode(tokenizer, prompt, "problem") for prompt in prompts]
+        window, longest = window_of(model.config), max(map(len, encoded))
+        check_window(window, longest, args.max_response_tokens, "max_response_tokens")
+        samples = args.samples if args.temperature else 1  # greedy responses are all alike
+        for problem, prompt, ids in zip(args.problems, prompts, encoded):
             rows = [Row(0, (args.seed, problem, i), ids, []) for i in range(samples)]
             responses = generate(model, rows, args.max_response_tokens, args.temperature)
             print(f"prompt  {prompt}")
             for text in pack(rows, responses, model, tokenizer).texts:
                 print(f"  -> {text}")
-    except ValueError as error:
+    except (ValueError, OSError) as error:
         print(f"sample.py: {error}", file=sys.stderr)
         sys.exit(2)
 

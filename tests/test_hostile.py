@@ -239,6 +239,21 @@ LINES_OF_COMMANDS = {
         "--unknown 1",
         "--model data/base extra",
     ],
+    "sample.py": [
+        "",
+        "--model data/base",
+        "1+1",
+        "--model nowhere 1+1",
+        "--model data/base --samples 0 1+1",
+        "--model data/base --samples many 1+1",
+        "--model data/base --max_response_tokens 0 1+1",
+        "--model data/base --temperature -1 1+1",
+        "--model data/base --temperature nan 1+1",
+        "--model data/base --temperature inf 1+1",
+        "--model data/base --seed -1 1+1",
+        "--model data/base --max_response_tokens 512 1+1",
+        "--model data/base --unknown 1 1+1",
+    ],
     "plot.py": [
         "",
         "nowhere",
@@ -271,6 +286,23 @@ LINES_OF_COMMANDS = {
 @pytest.mark.parametrize("command, line", [(c, line) for c, lines in LINES_OF_COMMANDS.items() for line in lines])
 def test_a_bad_command_line(tmp_path, refused, command, line):
     refused(command, *line.replace("OUT", str(tmp_path / "run")).split())
+
+
+@pytest.mark.parametrize("command", ["sample.py", "eval.py", "plan.py"])
+@pytest.mark.parametrize(
+    "words, said",
+    [
+        ("--samples 0", "samples is 0, expected at least 1"),
+        ("--max_response_tokens 0", "max_response_tokens is 0, expected at least"),
+        ("--temperature nan", "temperature is nan, expected"),
+        ("--max_response_tokens 512", "(512) exceed the model's 512 positions: lower max_response_tokens to "),
+    ],
+)
+def test_a_number_that_cannot_be_is_named(refused, command, words, said):
+    if command == "plan.py" and "--samples" in words:
+        pytest.skip("plan.py samples nothing")
+    rest = {"sample.py": ["1;A+2?"], "eval.py": ["--benchmarks", "embedded"], "plan.py": []}[command]
+    assert said in refused(command, "--model", "data/base", *words.split(), *rest)
 
 
 WORD = st.sampled_from([f"--{name}" for name in Config.__dataclass_fields__]) | st.text()

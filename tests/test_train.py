@@ -15,6 +15,7 @@ import torch
 from conftest import ONE_OF_EACH, random_model
 
 import eval as evaluation
+import sample
 import train
 from data.loader import Encoded
 from loss import METHODS
@@ -467,7 +468,13 @@ def test_a_model_remembers_its_system_message_for_evaluation(task, tmp_path, mon
     evaluation.run(evaluation.parse_args([*words, "--out", str(tmp_path / "as-trained")]))
     settings = json.loads((tmp_path / "as-trained" / "settings.json").read_text())
     assert settings["system"] == "Step by step." and "Step by step." in settings["first_prompt"]
-    capsys.readouterr()
+    for given, system in ([], "Step by step."), (["--system", "Be brief."], "Be brief."), (["--system", ""], None):
+        argv = ["sample.py", *words[:2], "--samples", "1", "--max_response_tokens", "2", *given, rows[0]["problem"]]
+        monkeypatch.setattr(sys, "argv", argv)
+        capsys.readouterr()
+        sample.main()
+        said = capsys.readouterr().out
+        assert system in said if system else "Step by step." not in said
     evaluation.run(evaluation.parse_args([*words, "--system", "Be brief.", "--out", str(tmp_path / "other")]))
     assert 'the model was trained with another system: "Step by step."' in capsys.readouterr().out
     evaluation.run(evaluation.parse_args([*words, "--reward", "exact", "--out", str(tmp_path / "exact")]))

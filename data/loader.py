@@ -113,7 +113,8 @@ def read_rows(path: str | Path) -> dict[int, Any]:
         if path.parts[-3:-1] in (("data", "train"), ("data", "benchmarks")):  # where data/prepare.py writes
             fix = f"run  python data/prepare.py {path.stem}  (without a name: the list)"
             raise ValueError(f"{path}: {path.stem} is not here yet: {fix}")
-        raise ValueError(f"data file {str(path)!r} does not exist: give a JSONL file (its format: data/README.md)")
+        what = "is a folder" if path.is_dir() else "does not exist"
+        raise ValueError(f"data file {str(path)!r} {what}: give a JSONL file (its format: data/README.md)")
     try:
         text = path.read_text(encoding="utf-8-sig")  # Windows editors begin a file with a byte order mark
     except UnicodeDecodeError as error:

@@ -15,7 +15,6 @@ GPUs (a run on the CPU gives the same weights again).
 
 import argparse
 import math
-import os
 import random
 import sys
 import tempfile
@@ -245,10 +244,9 @@ def check_out(parser: argparse.ArgumentParser, out: Path) -> None:
         parser.error(f"--out {out} is a folder with other files and no config.json; name a new folder")
     try:
         out.parent.mkdir(parents=True, exist_ok=True)
+        tempfile.TemporaryDirectory(dir=out.parent).cleanup()
     except OSError as error:
-        parser.error(f"--out {out}: cannot make the folder {out.parent}: {error.strerror}")
-    if not os.access(out.parent, os.W_OK):
-        parser.error(f"--out {out}: no permission to write in {out.parent}")
+        parser.error(f"--out {out}: cannot write in {out.parent}: {error.strerror}; give another --out")
 
 
 def main() -> None:

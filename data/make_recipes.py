@@ -21,6 +21,7 @@ import argparse
 import json
 import os
 import random
+import sys
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -201,6 +202,18 @@ def write_jsonl(path: Path, rows: list[dict]) -> None:
     os.replace(temporary, path)
 
 
+def write_splits(command: str, out: Path, splits: dict[str, list[dict]]) -> None:
+    """Writes the files of `command` into the folder `out`; ends with one line and exit code 2 where it cannot."""
+    try:
+        out.mkdir(parents=True, exist_ok=True)
+        for split, rows in splits.items():
+            write_jsonl(out / f"{split}.jsonl", rows)
+            print(f"{out / split}.jsonl: {len(rows)} problems")
+    except OSError as error:
+        print(f"{command}: {out} cannot be written to ({error.strerror}): give another --out", file=sys.stderr)
+        sys.exit(2)
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description="Writes the problems of the embedded task.")
     default = Path(__file__).parent / "recipes"
@@ -211,12 +224,7 @@ def main() -> None:
     out = args.out
     if args.demonstrations != "expert" and out.resolve() == default.resolve():
         parser.error("weaker demonstrations need a folder of their own: give --out")
-    if out.exists() and not out.is_dir():
-        parser.error(f"--out {out} is a file; name a folder")
-    out.mkdir(parents=True, exist_ok=True)
-    for split, rows in make_splits(args.demonstrations).items():
-        write_jsonl(out / f"{split}.jsonl", rows)
-        print(f"{out / split}.jsonl: {len(rows)} problems")
+    write_splits("make_recipes.py", out, make_splits(args.demonstrations))
 
 
 if __name__ == "__main__":

@@ -23,7 +23,7 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # run as a script, it finds its neighbours
 
-from data.make_recipes import write_jsonl
+from data.make_recipes import write_splits
 
 SYSTEM = "Work step by step, one operation per line. Put the final answer within \\boxed{}."
 TERMS = (2, 3, 4)
@@ -69,14 +69,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.split("\n", 1)[0], allow_abbrev=False)
     parser.add_argument("--out", type=Path, default=Path("data/sums"), help="folder to write to (%(default)s)")
     out = parser.parse_args().out
-    try:
-        out.mkdir(parents=True, exist_ok=True)
-        for split, rows in make_splits().items():
-            write_jsonl(out / f"{split}.jsonl", rows)
-            print(f"{out / split}.jsonl: {len(rows)} problems")
-    except OSError as error:
-        print(f"make_sums.py: {error}: give another --out", file=sys.stderr)
-        sys.exit(2)
+    write_splits("make_sums.py", out, make_splits())
 
 
 if __name__ == "__main__":

@@ -263,7 +263,7 @@ def main() -> None:
     for name in names:
         try:
             prepare(name, args.force)
-        except ValueError as error:  # the others can still be had
+        except (ValueError, OSError) as error:  # the others can still be had
             print(f"prepare.py: {error}", file=sys.stderr)
             failed = True
     sys.exit(2 if failed else 0)

@@ -24,7 +24,7 @@ from evaluation.multiple_choice import grade_response
 from evaluation.statistics import Answers
 from reward import Reward, load_reward
 from support import distributed
-from support.checkpoint import Broken, locked, read_json, sha256, weights_fingerprint, write_text
+from support.checkpoint import Broken, locked, make_folder, read_json, sha256, weights_fingerprint, write_text
 from support.fields import BOOL, COUNT, LIST, OBJECT, POSITIVE, SHARE, TEXT, check_fields, read_row
 
 RESPONSE = {"benchmark": TEXT, "id": TEXT, "sample": COUNT, "reward": SHARE, "read": BOOL, "truncated": BOOL}
@@ -32,6 +32,8 @@ RESPONSE |= {"tokens": COUNT, "response": TEXT}  # a line of generations.jsonl
 SETTINGS = {"rows_per_call": POSITIVE, "continued": LIST, "problems_per_level": POSITIVE, "system": TEXT}
 SETTINGS |= {"reward": TEXT, "benchmarks": OBJECT}  # what is read of a settings.json, where it is there and not null
 FREE = ("device", "ranks", "rows_per_call", "decode")  # may change when an evaluation is continued: rounding
+
+OURS = {"lock", "settings.json.partial"}  # all that an evaluation leaves that was killed before it had settings
 
 # ---- settings
 
@@ -131,7 +133,7 @@ def choose_folder(args: argparse.Namespace, settings: dict[str, Any]) -> tuple[P
         if free != {k: last.get(k) for k in FREE} and not (args.out / "results.json").exists():
             stored["continued"] = [*(stored.get("continued") or []), free | {"date": settings["date"]}]
         settings = stored
-    elif args.out.exists() and not {file.name for file in args.out.iterdir()} <= {"lock", "settings.json.partial"}:
+    elif args.out.exists() and not (args.out.is_dir() and {file.name for file in args.out.iterdir()} <= OURS):
         raise ValueError(f"{args.out} exists and holds no evaluation (no settings.json): choose another --out")
     return args.out, settings
 
@@ -142,7 +144,7 @@ def opened(folder: Path, settings: dict[str, Any] | None) -> Iterator[None]:
 
     ValueError if another process is at work in it; Broken if a file cannot be written.
     """
-    folder.mkdir(parents=True, exist_ok=True)
+    make_folder(folder)
     with locked(folder):
         try:
             write_settings(folder / "settings.json", settings)

@@ -71,5 +71,5 @@ def save(figure: Figure, target: Path) -> Path:
         partial.replace(target)
     except OSError as error:
         partial.unlink(missing_ok=True)
-        raise OSError(f"{target} cannot be written: {error.strerror or error}") from error
+        raise OSError(f"{target} cannot be written ({error.strerror or error}): give another --out") from error
     return target

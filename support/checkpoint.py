@@ -18,6 +18,7 @@ import hashlib
 import itertools
 import json
 import os
+import tempfile
 import zipfile
 from collections.abc import Iterator
 from pathlib import Path
@@ -109,6 +110,16 @@ def locked(folder: Path) -> Iterator[None]:
                 other = "another process is at work in it: wait for it, end it, or choose another folder"
                 raise ValueError(f"{folder}: {other}") from error
         yield
+
+
+def make_folder(folder: Path, exist_ok: bool = True) -> Path:
+    """The folder, made if it is not there. ValueError, one line, if nothing can be written to it."""
+    try:
+        folder.mkdir(parents=True, exist_ok=exist_ok)
+        tempfile.TemporaryFile(dir=folder).close()
+    except OSError as error:
+        raise ValueError(f"{folder} cannot be written to ({error.strerror}): give another --out") from error
+    return folder
 
 
 def sha256(*paths: Path) -> str:
@@ -330,7 +341,7 @@ def check_folder(config: Config) -> None:
         raise ValueError(f"out {config.out!r} exists: choose another folder, or continue its run with --resume auto")
     saved = folder / "config.json"
     if not saved.exists():
-        if {file.name for file in folder.iterdir()} <= OURS:
+        if folder.is_dir() and {file.name for file in folder.iterdir()} <= OURS:
             return
         raise ValueError(f"out {config.out!r} exists and holds no run (no config.json): choose another folder")
     ours, theirs = settings_of(config), read_json(saved)
@@ -382,8 +393,7 @@ def new_folder(config: Config) -> Path:
     """The run's folder, made if it is not there."""
     folder = Path(config.out)
     if config.out:
-        folder.mkdir(parents=True, exist_ok=bool(config.resume))
-        return folder
+        return make_folder(folder, exist_ok=bool(config.resume))
     for number in itertools.count(1):
         folder = Path("runs") / f"{config.method}-{number:03d}"
         with contextlib.suppress(FileExistsError):

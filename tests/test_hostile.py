@@ -85,7 +85,7 @@ FILES = {
     "gzip": (b"\x1f\x8b\x08\x00", "not UTF-8 text"),
     "an array": (json.dumps([GOOD], indent=1).encode(), ":1: not valid JSON"),
     "csv": (b"problem,answer\n1+1,2\n", ":1: not valid JSON"),
-    "a folder": ("folder", "does not exist"),
+    "a folder": ("folder", "is a folder: give a JSONL file"),
 }
 
 
@@ -286,6 +286,16 @@ LINES_OF_COMMANDS = {
 @pytest.mark.parametrize("command, line", [(c, line) for c, lines in LINES_OF_COMMANDS.items() for line in lines])
 def test_a_bad_command_line(tmp_path, refused, command, line):
     refused(command, *line.replace("OUT", str(tmp_path / "run")).split())
+
+
+@pytest.mark.parametrize("out", ["/proc/x", "README.md", "README.md/run"])
+@pytest.mark.parametrize("command", ["train.py", "eval.py"])
+def test_a_folder_that_cannot_be_made_is_one_line_with_the_fix(refused, command, out):
+    words = ["--model", "data/base", "--out", out]
+    words += ["--resume", "auto"] if command == "train.py" else ["--benchmarks", "embedded", "--temperature", "0"]
+    words += ["--max_response_tokens", "40"]
+    said = refused(command, *words)
+    assert out in said and ("give another --out" in said or "choose another" in said) and "Errno" not in said
 
 
 @pytest.mark.parametrize("command", ["sample.py", "eval.py", "plan.py"])

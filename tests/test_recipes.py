@@ -166,7 +166,8 @@ def test_base_folder(tokenizer):
         (["--seed", "-1"], "expected a number from 0 to 2^32 - 1"),
         (["--out", "FILE"], "is a file"),
         (["--out", "FULL"], "no config.json"),
-        (["--out", "FILE/base"], "cannot make the folder"),
+        (["--out", "FILE/base"], "cannot write in"),
+        (["--out", "/proc/x"], "cannot write in /proc"),
     ],
 )
 def test_make_base_refuses_wrong_arguments(arguments, message, tmp_path, monkeypatch, capsys):
@@ -182,6 +183,20 @@ def test_make_base_refuses_wrong_arguments(arguments, message, tmp_path, monkeyp
     assert stopped.value.code == 2
     assert message in capsys.readouterr().err
     assert {path.name for path in tmp_path.rglob("*")} == {"FILE", "FULL", "notes.txt"}
+
+
+@pytest.mark.parametrize("command", ["make_recipes.py", "make_sums.py"])
+@pytest.mark.parametrize("out", ["/proc/x", "FILE", "FILE/recipes"])
+def test_a_place_that_cannot_be_written_to_is_one_line(command, out, tmp_path, monkeypatch, capsys):
+    (tmp_path / "FILE").write_text("x")
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(sys, "argv", [command, "--out", out])
+    with pytest.raises(SystemExit) as stopped:
+        importlib.import_module(f"data.{command[:-3]}").main()
+    error = capsys.readouterr().err
+    assert stopped.value.code == 2 and error.count("\n") == 1
+    assert error.startswith(f"{command}: {out} cannot be written to (") and error.endswith("): give another --out\n")
+    assert [path.name for path in tmp_path.iterdir()] == ["FILE"]
 
 
 @pytest.mark.parametrize("kind", ["short", "slips", "several"])

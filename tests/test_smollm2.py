@@ -16,7 +16,7 @@ from pathlib import Path
 import pytest
 from transformers import AutoTokenizer
 
-from data import make_sums, smollm2
+from data import make_recipes, make_sums, smollm2
 from data.loader import load_problems, render_prompt
 from model import load_model
 from reward import grade
@@ -163,7 +163,7 @@ def test_the_tokenizer_splits_digits_renders_chats_and_ends_turns(folder):
 def splits(tmp_path_factory) -> dict[str, list[dict]]:
     out = tmp_path_factory.mktemp("sums")
     for split, rows in make_sums.make_splits().items():
-        make_sums.write_jsonl(out / f"{split}.jsonl", rows)
+        make_recipes.write_jsonl(out / f"{split}.jsonl", rows)
         assert len(load_problems(out / f"{split}.jsonl")) == len(rows)
     return {path.stem: [json.loads(line) for line in path.read_text().splitlines()] for path in out.iterdir()}
 

@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from data.loader import Problem, encode_problems, load_problems, odd_rows
+from data.loader import Problem, encode_problems, has_text_after_box, load_problems, odd_rows
 from evaluation.benchmarks import choose_benchmarks
 
 ROW = {"problem": "1+1?", "answer": "2"}
@@ -113,6 +113,28 @@ def test_the_seam_between_prompt_and_demonstration(tokenizer, monkeypatch, text,
     assert tokenizer.decode(encoded.prompt_ids).endswith("<|assistant|><think>\n")
     assert tokenizer.decode(encoded.demonstrations[0]) == left
     assert not left_out and noted == ({said: 1} if said else {})
+
+
+def test_a_demonstration_fits_its_budget_with_its_end_token(tokenizer):
+    text = "1+1=2;\\boxed{2}"
+    tokens = len(tokenizer(text, add_special_tokens=False)["input_ids"])
+    for budget, left in ((tokens, {"too long": 1}), (tokens + 1, {})):
+        (encoded,), left_out, _ = encode_problems(tokenizer, [Problem("p", "1+1", "2", (text,))], budget, [2])
+        assert left_out == left and len(encoded.demonstrations) == 1 - len(left)
+
+
+@pytest.mark.parametrize("end", [0, 1])
+def test_any_end_token_inside_a_demonstration_counts(tokenizer, end):
+    text = "1+1=2;\\boxed{2}"
+    ends = [2, 2]
+    ends[end] = tokenizer("=", add_special_tokens=False)["input_ids"][0]
+    (encoded,), left_out, _ = encode_problems(tokenizer, [Problem("p", "1+1", "2", (text,))], 99, ends)
+    assert left_out == {"end token inside": 1} and not encoded.demonstrations
+
+
+def test_text_after_the_box_is_looked_for_behind_the_last_place_of_the_answer():
+    assert not has_text_after_box("2 and 2 are 4, \\boxed{2}.")
+    assert has_text_after_box("\\boxed{2}, I think")
 
 
 def test_what_was_hardly_meant_is_told_with_its_line(tmp_path):

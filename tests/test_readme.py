@@ -2,6 +2,7 @@
 
 import ast
 import re
+import tokenize
 from pathlib import Path
 
 import pytest
@@ -10,6 +11,8 @@ from support.config import Config, methods_table
 
 ROOT = Path(__file__).parents[1]
 README = (ROOT / "README.md").read_text(encoding="utf-8")
+FOLDERS = [path for path in ROOT.iterdir() if path.is_dir() and path.name not in ("runs", "evals")]
+SOURCES = [*ROOT.glob("*.py"), *(path for folder in FOLDERS for path in folder.glob("*.py"))]
 DOCUMENTS = [path for path in ROOT.rglob("*.md") if not any(part in ("runs", "evals") for part in path.parts)]
 
 
@@ -44,6 +47,15 @@ def test_every_file_that_is_linked_or_named_exists(document):
         assert len(names) > 10
         for name in names:
             assert (ROOT / name).exists() or name in ("config.json", "eval.json"), name
+
+
+@pytest.mark.parametrize("source", SOURCES, ids=lambda path: str(path.relative_to(ROOT)))
+def test_every_file_that_a_comment_or_docstring_names_exists(source):
+    with source.open("rb") as file:
+        tokens = [t for t in tokenize.tokenize(file.readline) if t.type in (tokenize.COMMENT, tokenize.STRING)]
+    told = [t.string for t in tokens if t.type == tokenize.COMMENT or t.string.lstrip("rRbB").startswith('"""')]
+    for folder, name in re.findall(r"(?<![\w/])(\w+)/((?:\w+/)*\w+\.py)\b", "\n".join(told)):
+        assert (ROOT / folder / name).exists(), f"{folder}/{name}"
 
 
 def test_every_setting_on_a_command_line_exists():

@@ -150,13 +150,18 @@ def check_together(config: Config) -> Config:
     if config.coefficient is not None and method.coefficient is None:
         having = ", ".join(name for name, m in METHODS.items() if m.coefficient is not None)
         raise ValueError(f"coefficient is {config.coefficient}, but {config.method} has none; these have: {having}")
+    if method.policy_weight is remaining_clipped and config.coefficient is not None and config.coefficient >= 1:
+        raise ValueError(
+            f"coefficient is {config.coefficient}, expected less than 1: {config.method} gives the policy's own tokens "
+            "the rest, 1 - c"
+        )
     mixed = method.rows in ("hybrid", "demonstration") and "rl" in method.stages
     if mixed and config.hybrid_per_prompt >= config.rollouts_per_prompt:
         raise ValueError(
             f"hybrid_per_prompt is {config.hybrid_per_prompt} of {config.rollouts_per_prompt} rollouts_per_prompt, "
             "expected fewer: the on-policy rows of a group are its baseline"
         )
-    if config.updates_per_step > config.prompts_per_step:
+    if "rl" in method.stages and config.updates_per_step > config.prompts_per_step:
         raise ValueError(
             f"updates_per_step is {config.updates_per_step}, expected at most prompts_per_step "
             f"({config.prompts_per_step}): an update needs a problem"

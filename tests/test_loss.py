@@ -186,7 +186,7 @@ class Group:
             prefix = torch.where(first_group, lengths if self.method.unsolved == "replace" else 2, 0)
         self.prefix_mask = column < prefix[:, None]
         self.hybrid = prefix > 0
-        self.rewards = torch.randint(0, 2, (self.B,)).double()
+        self.rewards = torch.randint(0, 3, (self.B,)).double() / 2
         self.log_probs = self.logits.log_softmax(-1).gather(-1, self.ids[..., None]).squeeze(-1)
         probs = self.logits.detach().softmax(-1)
         self.entropy = -(probs * probs.log()).sum(-1)

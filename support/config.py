@@ -152,8 +152,8 @@ def check_together(config: Config) -> Config:
         raise ValueError(f"coefficient is {config.coefficient}, but {config.method} has none; these have: {having}")
     if method.policy_weight is remaining_clipped and config.coefficient is not None and config.coefficient >= 1:
         raise ValueError(
-            f"coefficient is {config.coefficient}, expected less than 1: {config.method} gives the policy's own tokens "
-            "the rest, 1 - c"
+            f"coefficient is {config.coefficient}, expected less than 1: {config.method} gives the policy's own "
+            "tokens the rest, 1 - c"
         )
     mixed = method.rows in ("hybrid", "demonstration") and "rl" in method.stages
     if mixed and config.hybrid_per_prompt >= config.rollouts_per_prompt:

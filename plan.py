@@ -43,6 +43,7 @@ USABLE = 0.92  # of the memory: the rest is the driver's and lost to fragmentati
 UPDATE_SHARE = 0.16  # of the peak TFLOP/s that the passes of a whole step reach
 READ_SHARE = 0.4  # of the peak GB/s at which a decode pass reads weights and caches
 LAYER_SECONDS = 0.0001  # that a layer's other kernels take in a decode pass
+EXPERTS = ("num_experts", "num_local_experts", "n_routed_experts")  # a config's name of their number
 MEAN_RESPONSE = 0.4  # of max_response_tokens, on average; the longest row of a call goes to the end
 
 
@@ -303,6 +304,8 @@ def show(config: Config, gpu: str, gpus: int, prompt: int | None, mean: float | 
     _, tflops, bandwidth = GPUS[gpu]
     print(f"  assumed: {UPDATE_SHARE:.0%} of {tflops} TFLOP/s in updates, {READ_SHARE:.0%} of {bandwidth} GB/s")
     print(f"  in decoding, and {1e3 * LAYER_SECONDS * n.layers:.0f} ms a pass beside it; evaluation not counted")
+    if any(getattr(shape.get_text_config(), name, None) for name in EXPERTS):
+        print("  and every expert on every token: of a mixture of experts these are too many hours")
 
 
 def main() -> None:

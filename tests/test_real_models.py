@@ -338,6 +338,7 @@ def test_a_model_is_planned_or_refused_in_one_line(monkeypatch, capsys, name):
     said = capsys.readouterr().out
     assert said.count("rows that can be sampled at once") == (name not in NOT_PLANNED) == bool(said)
     assert ("a sliding window or a state" in said) == (name in WINDOWS)
+    assert ("too many hours" in said) == (name in ("qwen3_moe", "deepseek_v3", "mixtral", "gpt_oss"))
 
 
 def test_a_plan_counts_the_keys_that_are_repeated_for_a_sliding_window():

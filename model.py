@@ -208,7 +208,7 @@ def check_model(path: str, model: PreTrainedModel, training: bool) -> None:
             raise ValueError("two training passes differ: set the noise in its config.json to 0")
         if not torch.allclose(found[0], want, rtol=0, atol=close):
             raise ValueError(
-                "log-probs of padded rows are not those of plain passes (padding counted, states scaled?)"
+                "log-probs of a training pass are not those of a plain one (scaled before the head?): use another"
             )
         if not choose_loop(model.eval(), ids, mask, want, close):
             raise ValueError("rows sampled in a batch are not what they are alone (a recurrent state?): use another")
@@ -275,7 +275,10 @@ def token_stats(
     input_ids, attention_mask [B, P+R], response in the last R = response_length columns ->
     (log_probs [B, R] with gradient, entropy [B, R] without), in nats, of softmax(logits / temperature); 0 where
     attention_mask is 0. Logits are made, used and (in the backward pass) remade a chunk of tokens at a time in
-    fp32; [B, R, V] never exists, and padding costs nothing here. Positions are explicit: padding shifts none.
+    fp32; [B, R, V] never exists, and padding costs nothing here.
+
+    For the pass every row is moved to the first column: padding then stands behind what it could disturb, shifts no
+    position, a causal pass needs no mask, and columns that no row uses are left out.
     """
     return distributed.run_forward(model, _token_stats, input_ids, attention_mask, response_length, temperature)
 
@@ -283,12 +286,16 @@ def token_stats(
 def _token_stats(
     model: PreTrainedModel, input_ids: Tensor, attention_mask: Tensor, response_length: int, temperature: float
 ) -> tuple[Tensor, Tensor]:
-    position_ids = (attention_mask.cumsum(1) - 1).clamp(min=0)
-    given = {"input_ids": input_ids, "attention_mask": attention_mask, "position_ids": position_ids}
-    hidden = last_hidden(model, **given, use_cache=False)
     mask = attention_mask[:, -response_length:].bool()
-    hidden = hidden[:, -response_length - 1 : -1][mask]  # [n, H]: the state at token t predicts token t + 1
-    targets = input_ids[:, -response_length:][mask]  # [n]
+    width, length = input_ids.shape[1], int(attention_mask.sum(1).max())
+    column = torch.arange(width, device=input_ids.device)
+    moved = (
+        attention_mask.argmax(1, keepdim=True) + column[:length]
+    ) % width  # [B, length] where a column comes from
+    ids = input_ids.gather(1, moved)
+    response = (attention_mask.bool() & (column >= width - response_length)).gather(1, moved)[:, 1:]
+    hidden = last_hidden(model, input_ids=ids, attention_mask=torch.ones_like(ids), use_cache=False)
+    hidden, targets = hidden[:, :-1][response], ids[:, 1:][response]  # [n, H], [n]: state t predicts token t + 1
     log_probs, entropy = head_stats(model, hidden, targets, temperature)
     empty = torch.zeros(mask.shape, dtype=torch.float32, device=mask.device)
     return empty.masked_scatter(mask, log_probs), empty.masked_scatter(mask, entropy)

@@ -4,7 +4,7 @@
 
 Only the model's config is read. Memory of the update is not a formula: the layers and the head run forward and
 backward on the meta device (shapes without data) and every tensor that lives is counted (`update_bytes`). Attention
-counts as a fused kernel: queries, keys, values, mask and output are kept. The rest is arithmetic, in `plan`;
+counts as a fused causal kernel: queries, keys, values and output are kept. The rest is arithmetic, in `plan`;
 bench/plan_check.py compares both with measured peaks.
 Times are estimates from the GPU's data sheet and the shares below, chosen to fit one H200 with Qwen2.5-1.5B's shape:
 256 rows decoded, and one whole step [bench/results/gpu.md]. Other GPUs, models, numbers of GPUs were not measured.
@@ -81,21 +81,20 @@ class FusedAttention(torch.autograd.Function):
     """What a fused attention kernel makes and keeps; no values."""
 
     @staticmethod
-    def forward(ctx, query: Tensor, key: Tensor, value: Tensor, bias: Tensor) -> Tensor:
+    def forward(ctx, query: Tensor, key: Tensor, value: Tensor) -> Tensor:
         out = query.new_empty(*query.shape[:3], value.shape[3])
-        ctx.save_for_backward(query, key, value, bias, out, query.new_empty(query.shape[:3], dtype=torch.float32))
+        ctx.save_for_backward(query, key, value, out, query.new_empty(query.shape[:3], dtype=torch.float32))
         return out
 
     @staticmethod
     def backward(ctx, grad: Tensor):
-        return (*(torch.empty_like(saved) for saved in ctx.saved_tensors[:3]), None)
+        return tuple(torch.empty_like(saved) for saved in ctx.saved_tensors[:3])
 
 
 def fused_attention(module, query, key, value, mask, **_: Any) -> tuple[Tensor, None]:
     groups = query.shape[1] // key.shape[1]
     key, value = (x.repeat_interleave(groups, dim=1) if groups > 1 else x for x in (key, value))
-    bias = torch.empty(mask.shape, dtype=query.dtype, device=mask.device)
-    return FusedAttention.apply(query, key, value, bias).transpose(1, 2).contiguous(), None
+    return FusedAttention.apply(query, key, value).transpose(1, 2).contiguous(), None
 
 
 AttentionInterface.register("planned", fused_attention)
@@ -118,8 +117,7 @@ def update_bytes(shape: Any, rows: int, prompt: int, response: int, dtype: torch
     length = prompt + response
     with LiveBytes() as counted, torch.device("meta"):
         ids = torch.zeros(rows, length, dtype=torch.long)
-        mask = torch.ones(rows, 1, length, length, dtype=torch.bool)
-        made = model.base_model(input_ids=ids, attention_mask=mask, position_ids=ids, use_cache=False)
+        made = model.base_model(input_ids=ids, attention_mask=torch.ones_like(ids), use_cache=False)
         hidden = made.last_hidden_state[:, prompt - 1 : -1].reshape(rows * response, -1)
         del made
         log_probs, _ = models.head_stats(model, hidden, ids[:, prompt:].reshape(-1), 1.0)

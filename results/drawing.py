@@ -107,7 +107,8 @@ def draw_levels(axis: Axes, lines: Sequence[Line], regime: str) -> None:
             rows = np.array([means_of(runs, "sampled", level) for level in LEVELS]).T
             draw_band(axis, range(len(LEVELS)), rows.tolist(), name, name)
     axis.set_xticks(range(len(LEVELS)), [f"{level}\nk = {min(k)}, {max(k)}" for level, k in LEVELS.items()])
-    axis.set_ylim(0, 1.08)  # with room for the legend
+    axis.set_ylim(0, 1.3)  # with room for the legend
+    axis.set_yticks(np.linspace(0, 1, 6))
     axis.yaxis.set_major_formatter(in_percent)
     finish(axis, f"{regime}: by level, T = 1", "", "% right, test", columns=3, grid="y")
 

@@ -131,7 +131,10 @@ def rows_that_fit(model: PreTrainedModel, columns: int) -> int:
     fit = ROWS
     if model.device.type == "cuda":
         free, _ = torch.cuda.mem_get_info(model.device)
-        row = row_bytes(model.config, whole_blocks(columns), repeated=True)  # as caches of sliding windows are read
+        try:
+            row = row_bytes(model.config, whole_blocks(columns), repeated=True)  # as sliding windows' caches are read
+        except Exception as error:  # the config of a model that is built otherwise can raise anything
+            raise ValueError(f"what a row takes is not known ({error}): give --rows_per_call") from error
         fit = max(1, min(ROWS, int(0.8 * free / row)))
     return min(distributed.gather_dict({distributed.rank(): fit}).values())
 

@@ -86,7 +86,7 @@ def check_window(
 ) -> None:
     """ValueError if a prompt and a response, whose budget is the setting `name`, can be longer than the window."""
     if window and prompt + response > window:
-        fix = f"lower {name} to {window - prompt}" if prompt < window else "leave it out"
+        fix = f"lower {name} to {window - prompt}" if prompt + 1 < window else "give a shorter prompt"
         raise ValueError(
             f"{whose} ({prompt} tokens) and {name} ({response}) exceed the model's {window} positions: {fix}"
         )
@@ -208,7 +208,7 @@ def check_model(path: str, model: PreTrainedModel, training: bool) -> None:
             raise ValueError("two training passes differ: set the noise in its config.json to 0")
         if not torch.allclose(found[0], want, rtol=0, atol=close):
             raise ValueError(
-                "log-probs of a training pass are not those of a plain one (scaled before the head?): use another"
+                "log-probs of a training pass are not those of a plain one (scaled? not causal?): use another"
             )
         if not choose_loop(model.eval(), ids, mask, want, close):
             raise ValueError("rows sampled in a batch are not what they are alone (a recurrent state?): use another")

@@ -144,9 +144,12 @@ def count(shape: Any) -> Counts:
     cache = cache_bytes(shape)
     model = empty_model(shape, torch.bfloat16)
     layers = [module for module in model.modules() if isinstance(module, GradientCheckpointingLayer)]
+    nested = {id(inner) for layer in layers for inner in layer.modules() if inner is not layer}
+    layers = [layer for layer in layers if id(layer) not in nested]
     if not layers:
         raise ValueError("its layers cannot be told from the rest")
-    sizes = [sum(p.numel() for p in layer.parameters()) for layer in layers]
+    owner = {id(p): i for i, layer in enumerate(layers) for p in layer.parameters()}  # one, where layers share them
+    sizes = [sum(p.numel() for p in layer.parameters() if owner[id(p)] == i) for i, layer in enumerate(layers)]
     total = sum(p.numel() for p in model.parameters())
     return Counts(
         total=total,

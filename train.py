@@ -250,10 +250,11 @@ def train_in(folder: Path, run: Run, start: int, watch: Watch) -> int:
                 metrics["warnings"] = new
             checkpoint.append_rows(folder / "metrics.jsonl", [{"step": done, **metrics}])
             progress.step(done, metrics, shown)
-            lost = done == total and not distributed.total_norm(list(run.model.parameters())).isfinite()
+            save = (config.save_every and done % config.save_every == 0 and not run.skipped) or done == total or stop
+            lost = save and not distributed.total_norm(list(run.model.parameters())).isfinite()
             if run.skipped >= MOST_SKIPPED or lost:
                 raise checkpoint.Diverged(diverged(run, folder))
-            if (config.save_every and done % config.save_every == 0 and not run.skipped) or done == total or stop:
+            if save:
                 checkpoint.save(folder, done, run)
             if stop and done < total:
                 progress.close()
@@ -300,7 +301,7 @@ def diverged(run: Run, folder: Path) -> str:
     """What to say of a run whose updates are skipped, one after the other, or whose last one lost the weights."""
     kept = " and ".join(str(file) for file in checkpoint.checkpoints(folder)) or "none: no step was saved"
     skipped = f"the loss or gradient of {run.skipped} updates in a row was not finite"
-    what = skipped if run.skipped >= MOST_SKIPPED else "after the last step weights are not finite"
+    what = skipped if run.skipped >= MOST_SKIPPED else "the last update left weights that are not finite"
     return (
         f"{what}: the run has diverged; start again in a new folder, with a lower lr or sft_lr. "
         f"The last checkpoints before that: {kept}"

@@ -192,6 +192,7 @@ def encode(tokenizer: Tokenizer, text: str, what: str = "text") -> list[int]:
     def ids_of(part: str) -> list[int]:
         return tokenizer(part, add_special_tokens=False)["input_ids"]
 
+    _check_text(text, what, "it")
     unknown, ids = tokenizer.unk_token_id, ids_of(text)
     if unknown is None or unknown not in ids:
         return ids

@@ -25,12 +25,13 @@ from evaluation.statistics import Answers
 from reward import Reward, load_reward
 from support import distributed
 from support.checkpoint import Broken, locked, make_folder, read_json, sha256, weights_fingerprint, write_text
-from support.fields import BOOL, COUNT, LIST, OBJECT, POSITIVE, SHARE, TEXT, check_fields, read_row
+from support.fields import BOOL, COUNT, LIST, NUMBER, OBJECT, POSITIVE, SHARE, TEXT, check_fields, read_row
 
 RESPONSE = {"benchmark": TEXT, "id": TEXT, "sample": COUNT, "reward": SHARE, "read": BOOL, "truncated": BOOL}
 RESPONSE |= {"tokens": COUNT, "response": TEXT}  # a line of generations.jsonl
 SETTINGS = {"rows_per_call": POSITIVE, "continued": LIST, "problems_per_level": POSITIVE, "system": TEXT}
-SETTINGS |= {"reward": TEXT, "benchmarks": OBJECT}  # what is read of a settings.json, where it is there and not null
+SETTINGS |= {"reward": TEXT, "benchmarks": OBJECT, "model": TEXT, "temperature": NUMBER}
+SETTINGS |= {"max_response_tokens": POSITIVE}  # what is read of a settings.json, where it is there and not null
 FREE = ("device", "ranks", "rows_per_call", "decode")  # may change when an evaluation is continued: rounding
 
 OURS = {"lock", "settings.json.partial"}  # all that an evaluation leaves that was killed before it had settings
@@ -209,20 +210,20 @@ def regrade(folder: Path, name: str | None = None) -> tuple[dict[str, Any], dict
     if not file.exists() or not path.exists():
         raise ValueError(f"{folder} holds no evaluation to grade again (no settings.json or generations.jsonl)")
     settings = stored_settings(folder)
-    if missing := [name for name in ("model", "benchmarks", "problems_per_level", "system") if name not in settings]:
+    missing = [name for name in ("model", "problems_per_level", "system") if name not in settings]
+    if missing := missing + ["benchmarks"] * (not settings.get("benchmarks")):
         raise ValueError(f"{file} does not say which benchmarks were drawn and how (no {missing[0]}): restore it")
     graded_by = settings.get("reward") or "math"
     if name is None and graded_by not in ("math", "exact"):
         raise ValueError(f"{folder} was graded by {graded_by}, which is not run unasked: give --reward {graded_by}")
     reward = load_reward(name or graded_by)
     benchmarks, how = [], (settings["problems_per_level"], settings["system"], reward)
-    for benchmark, stored in (settings["benchmarks"] or {}).items():
+    for benchmark, stored in settings["benchmarks"].items():
         benchmarks.append(load_benchmark(benchmark, Path(stored["file"]), stored["samples"], *how))
         stored["sha256"] = sha256(Path(stored["file"]))  # a gold may have been corrected; ids are checked row by row
-    rows = sum(1 for _ in stored_rows(path, benchmarks))  # finds a damaged line before anything is written
-    changed = 0
-    partial = folder / "generations.jsonl.partial"
+    changed, partial = 0, folder / "generations.jsonl.partial"
     with locked(folder):
+        rows = sum(1 for _ in stored_rows(path, benchmarks))  # finds a damaged line before anything is written
         with partial.open("w", encoding="utf-8") as out:
             for benchmark, i, row, _ in stored_rows(path, benchmarks):
                 problem = benchmark.problems[i]

@@ -158,6 +158,11 @@ def check_results(results: Results) -> None:
                 for level, counts in results[key][name].items():
                     check_fields(counts, {}, f"{key}: {name}: {level}")
                     check_fields(counts, dict.fromkeys(counts, kind), f"{key}: {name}: {level}")
+                problems, samples = table["all"]["problems"], table["all"]["samples"]
+                found = [count for counts in results[key][name].values() for count in counts.values()]
+                if len(found) != problems or max(found) > samples:
+                    most = f"{len(found)} problems, at most {max(found, default=0)} right"
+                    raise ValueError(f"{key}: {name} has {most}, expected {problems} and at most {samples}")
 
 
 def problem_scores(results: Results, name: str, level: str, k: int | None = None) -> dict[str, float]:

@@ -28,6 +28,7 @@ import torch
 
 from support.config import Config
 from support.distributed import from_rank_0, full_state, rank, shard_like, state_of
+from support.fields import TEXT, check_fields
 
 REMEMBERED = "trained_with.json"
 
@@ -162,7 +163,11 @@ def trained_with(model: str) -> dict[str, str]:
     """What `remember` noted in this model folder, without what is None; {} for any other model."""
     file = Path(model) / REMEMBERED
     found = read_json(file) if file.exists() else {}
-    return {name: found[name] for name in ("system", "reward") if isinstance(found.get(name), str)}
+    try:
+        check_fields(found, {}, "trained with", {"system": TEXT, "reward": TEXT})
+    except ValueError as error:
+        raise ValueError(f"{file}: {error}: restore the file, or delete it") from error
+    return {name: found[name] for name in ("system", "reward") if found.get(name) is not None}
 
 
 # ---- the checkpoint
@@ -395,8 +400,9 @@ def new_folder(config: Config) -> Path:
     folder = Path(config.out)
     if config.out:
         return make_folder(folder, exist_ok=bool(config.resume))
+    runs = make_folder(Path("runs"))
     for number in itertools.count(1):
-        folder = Path("runs") / f"{config.method}-{number:03d}"
+        folder = runs / f"{config.method}-{number:03d}"
         with contextlib.suppress(FileExistsError):
-            folder.mkdir(parents=True)
+            folder.mkdir()
             return folder

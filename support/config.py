@@ -150,6 +150,11 @@ def check_together(config: Config) -> Config:
     if config.coefficient is not None and method.coefficient is None:
         having = ", ".join(name for name, m in METHODS.items() if m.coefficient is not None)
         raise ValueError(f"coefficient is {config.coefficient}, but {config.method} has none; these have: {having}")
+    if method.unsolved and config.gate >= config.rollouts_per_prompt:
+        raise ValueError(
+            f"gate is {config.gate} of {config.rollouts_per_prompt} rollouts_per_prompt, expected fewer: no group "
+            "could be solved"
+        )
     if method.policy_weight is remaining_clipped and config.coefficient is not None and config.coefficient >= 1:
         raise ValueError(
             f"coefficient is {config.coefficient}, expected less than 1: {config.method} gives the policy's own "
@@ -178,7 +183,8 @@ def unread_settings(config: Config) -> set[str]:
     prefixes = rl and (method.rows in ("hybrid", "shared_prefix") or method.unsolved == "rescue")
     weights = {method.policy_weight, method.demonstration_weight}
     reads = {
-        "steps prompts_per_step rollouts_per_prompt temperature updates_per_step lr gate": rl,
+        "steps prompts_per_step rollouts_per_prompt temperature updates_per_step lr": rl,
+        "gate": bool(method.unsolved),
         "sft_data sft_lr sft_steps sft_batch": sft,
         "hybrid_per_prompt": rl and method.rows in ("hybrid", "demonstration"),
         "demonstration_fraction": method.needs_demonstrations,

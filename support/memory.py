@@ -22,16 +22,15 @@ def head_width(config: PreTrainedConfig) -> int:
 def inner_width(config: PreTrainedConfig) -> int:
     """Between the two matrices of a layer's MLP; where the config does not say, four times the states."""
     names = ("intermediate_size", "ffn_dim", "n_inner", "ffn_hidden_size")
-    return next((width for name in names if (width := getattr(config, name, None))), 4 * config.hidden_size)
+    width = next((width for name in names if (width := getattr(config, name, None))), 4 * config.hidden_size)
+    return max(width) if isinstance(width, list) else width  # one for each layer
 
 
 def cache_bytes(config: PreTrainedConfig, size: int = 2) -> int:
     """Bytes a token takes in the key-value cache; `size`: of a number, 2 in bf16. ValueError for a model without."""
     config = config.get_text_config()
     if not getattr(config, "num_attention_heads", None):
-        raise ValueError(
-            f"a {config.model_type} model has no attention heads: what a row takes is not known, give rows_per_call"
-        )
+        raise ValueError(f"a {config.model_type} model has no attention heads")
     heads = getattr(config, "num_key_value_heads", None) or config.num_attention_heads
     return 2 * size * config.num_hidden_layers * heads * head_width(config)
 

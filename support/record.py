@@ -55,7 +55,7 @@ def step_metrics(run: Any, batch: Any, updates: list[dict]) -> dict[str, Any]:
         "response_tokens": average(rollouts.response_tokens),
         "truncated": average([first.truncated[i] for i in sampled]),
         "unread": average([not (first.truncated[i] or read(first.texts[i])) for i in sampled]),
-        "unsolved": len(first.unsolved(run.config.gate)) / len(groups),
+        "unsolved": len(first.unsolved(run.config.gate if run.method.unsolved else 0)) / len(groups),
         "sampled_tokens": batch.sampled_tokens,
         "trained_tokens": sum(u["weighted"] for u in updates),
         "equal_reward_groups": fmean(float(r.min() == r.max()) for r in groups),

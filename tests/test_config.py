@@ -74,6 +74,7 @@ def test_the_command_line_wins_over_the_file(tmp_path):
         (["--method", "rft", "--rollouts_per_prompt", "1"], "rollouts_per_prompt is 1, expected at least 2"),
         (["--clip_low", "0"], "clip_low is 0.0, expected 0.001 to 1"),
         (["--coefficient", "0.5"], "coefficient is 0.5, but prefix-rft has none; these have: .*luffy"),
+        (["--method", "hpt", "--gate", "8"], "gate is 8 of 8 rollouts_per_prompt, expected fewer"),
         (["--method", "chord-mu", "--coefficient", "1"], "coefficient is 1.0, expected less than 1: chord-mu gives"),
         (["--steps", "0"], "steps is 0, expected at least 1"),
         (["--scale_by_std", "maybe"], "expected true or false"),
@@ -87,6 +88,7 @@ def test_wrong_command_lines(argv, message):
 def test_settings_that_a_method_does_not_read_contradict_nothing():
     assert parse_config(["--method", "sft", "--prompts_per_step", "1"]).prompts_per_step == 1
     assert parse_config(["--method", "luffy", "--coefficient", "3"]).coefficient == 3
+    assert parse_config(["--method", "rft", "--gate", "8"]).gate == 8
 
 
 @pytest.mark.parametrize("text, message", [("{", "not valid JSON"), ("[1]", "expected a JSON object")])

@@ -13,7 +13,8 @@ from types import SimpleNamespace
 
 import pytest
 import torch
-from transformers import LlamaConfig
+from conftest import contents
+from transformers import LlamaConfig, MambaConfig
 
 import eval
 import sample
@@ -312,6 +313,11 @@ def test_as_many_rows_share_a_call_as_a_gpu_holds(monkeypatch):
     monkeypatch.setattr(eval.distributed, "gather_dict", lambda mine: mine | {1: 7})  # another rank's GPU is fuller
     monkeypatch.setattr(torch.cuda, "mem_get_info", lambda _: (10**9, 0))
     assert eval.rows_that_fit(model, 100) == 7
+    model.config = MambaConfig()
+    with pytest.raises(
+        ValueError, match=r"what a row takes is not known \(.* no attention heads\): give --rows_per_call"
+    ):
+        eval.rows_that_fit(model, 100)
     monkeypatch.undo()
     model.device = torch.device("cpu")
     assert eval.rows_that_fit(model, 10**9) == 512
@@ -393,6 +399,26 @@ def test_a_damaged_line_is_named_and_nothing_is_lost(finished, tmp_path, bad, sa
     (folder / "settings.json").write_text('{"model": ')
     with pytest.raises(ValueError, match=r"settings.json: not valid JSON"):
         eval.regrade(folder) if regrade else eval.run(arguments(out=folder))
+
+
+@pytest.mark.parametrize(
+    "bad, said",
+    [
+        ({"model": 3}, "settings: model is 3, expected a text"),
+        ({"temperature": "hot"}, "settings: temperature is 'hot', expected a number"),
+        ({"max_response_tokens": [1]}, "settings: max_response_tokens is [1], expected a whole number"),
+        ({"benchmarks": {}}, "does not say which benchmarks were drawn and how (no benchmarks)"),
+        ({"benchmarks": None}, "does not say which benchmarks were drawn and how (no benchmarks)"),
+    ],
+)
+def test_damaged_settings_are_named_before_anything_is_graded(finished, tmp_path, bad, said):
+    folder = copy(finished, tmp_path / "damaged")
+    settings = json.loads((folder / "settings.json").read_text()) | bad
+    (folder / "settings.json").write_text(json.dumps(settings))
+    before = contents(folder)
+    with pytest.raises(ValueError, match=rf"settings.json.*{re.escape(said)}.*restore"):
+        eval.regrade(folder)
+    assert contents(folder) == before
 
 
 @pytest.mark.usefixtures("no_figure")

@@ -6,12 +6,15 @@ damaging a good file, the property-based tests draw them; commands run in this p
 
 import contextlib
 import json
+import shutil
+from pathlib import Path
 
 import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from data.loader import load_problems
+from support import checkpoint
 from support.config import Config, from_dict, parse_config
 
 GOOD = {"id": "a", "problem": "1;A+2?", "answer": "3", "demonstrations": ["1A+2=3;\\boxed{3}"], "level": "easy"}
@@ -238,6 +241,7 @@ LINES_OF_COMMANDS = {
         "--regrade data",
         "--unknown 1",
         "--model data/base extra",
+        "--model data/base --benchmarks embedded --max_response_tokens 40 --system \udcff",
     ],
     "sample.py": [
         "",
@@ -253,6 +257,8 @@ LINES_OF_COMMANDS = {
         "--model data/base --seed -1 1+1",
         "--model data/base --max_response_tokens 512 1+1",
         "--model data/base --unknown 1 1+1",
+        "--model data/base \udcff",  # a byte that is no UTF-8, as Python gives it
+        "--model data/base --system \udcff 1+1",
     ],
     "plot.py": [
         "",
@@ -286,6 +292,21 @@ LINES_OF_COMMANDS = {
 @pytest.mark.parametrize("command, line", [(c, line) for c, lines in LINES_OF_COMMANDS.items() for line in lines])
 def test_a_bad_command_line(tmp_path, refused, command, line):
     refused(command, *line.replace("OUT", str(tmp_path / "run")).split())
+
+
+def test_what_a_model_was_trained_with_is_not_guessed(tmp_path, refused):
+    model = shutil.copytree("data/base", tmp_path / "model")
+    (model / "trained_with.json").write_text('{"system": 3}')
+    assert "trained_with.json: trained with: system is 3, expected a text" in refused(
+        "sample.py", "--model", model, "1"
+    )
+
+
+def test_runs_that_cannot_be_made_are_one_line(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    Path("runs").symlink_to("nowhere/at all")
+    with pytest.raises(ValueError, match=r"runs cannot be written to .*: give another --out"):
+        checkpoint.new_folder(Config())
 
 
 @pytest.mark.parametrize("out", ["/proc/x", "README.md", "README.md/run"])

@@ -175,6 +175,16 @@ def test_damaged_files_are_named_in_one_line(tmp_path, monkeypatch, capsys):
             tables % ("0.5", "-1"),
             f"{results}: right: m: easy: x is -1, expected a whole number of at least 0",
         ),
+        (
+            results,
+            tables % ("0.5", "2"),
+            f"{results}: right: m has 1 problems, at most 2 right, expected 1 and at most 1",
+        ),
+        (
+            results,
+            (tables % ("0.5", "1")).replace('{"x": 1}', "{}"),
+            f"{results}: right: m has 0 problems, at most 0 right, expected 1",
+        ),
         (results, tables % ("0.5", "[1]"), f"{results}: right: m: easy: x is [1], expected a whole number"),
         (scores, '{"base": {', f"{scores}: not valid JSON"),
         (scores, '{"base": 3}', f"{scores}: scores: base is 3, expected an object"),

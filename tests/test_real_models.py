@@ -342,6 +342,15 @@ def test_a_model_is_planned_or_refused_in_one_line(monkeypatch, capsys, name):
     assert ("too many hours" in said) == (experts and name not in NOT_PLANNED)
 
 
+def test_layers_that_are_nested_or_shared_are_counted_once():
+    shape = tiny("zamba2")
+    counts = plan.count(shape)
+    weights = dict(plan.empty_model(shape, torch.bfloat16).named_parameters())
+    assert counts.total == sum(weight.numel() for weight in weights.values())
+    assert counts.root == sum(weight.numel() for name, weight in weights.items() if ".layers." not in name) > 0
+    assert counts.layers == shape.num_hidden_layers
+
+
 def test_a_plan_counts_the_keys_that_are_repeated_for_a_sliding_window():
     size = {"hidden_size": 4096, "num_attention_heads": 32, "num_key_value_heads": 8, "num_hidden_layers": 1}
     plain, window = (MistralConfig(**size, vocab_size=100, sliding_window=width) for width in (None, 64))

@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 
 from eval import pass_at_k
-from evaluation.statistics import Answers, average_interval, interval, paired_difference, summarize
+from evaluation.statistics import Answers, average_interval, interval, natural_order, paired_difference, summarize
 
 
 def test_pass_at_k_is_the_share_of_draws_with_a_right_one():
@@ -176,3 +176,16 @@ def test_partial_credit_counts_in_the_accuracy_only():
     assert everything["accuracy"] == (2.5 + 1) / 8
     assert (everything["low"], everything["high"]) == interval([2.5 / 4, 1 / 4])
     assert (everything["pass@1"], everything["pass@4"]) == (1 / 8, 1 / 2)
+
+
+def test_a_difference_that_is_only_rounding_has_the_interval_of_none():
+    equal = [0.1, 0.1, 0.7]
+    assert paired_difference(equal, [score + 1e-12 for score in equal]) == pytest.approx(
+        paired_difference(equal, equal), abs=1e-11
+    )
+
+
+def test_levels_stand_as_a_reader_counts_them():
+    assert natural_order(["other", "hard", "Easy", "medium", "hard"]) == ["Easy", "medium", "hard", "other"]
+    assert natural_order(["10 terms", "2 terms", "3 terms"]) == ["2 terms", "3 terms", "10 terms"]
+    assert natural_order(["b", "a"]) == ["b", "a"]

@@ -393,6 +393,7 @@ def test_data_is_checked_before_weights_are_read(task, tmp_path, monkeypatch):
         {"method": "sft", "sft_lr": 1e30, "sft_steps": 4},
         {"method": "prefix-rft", "lr": 1e39},  # beyond float32, whatever the second update has
         {"method": "sft", "sft_lr": 1e39, "sft_steps": 1},  # with its last update
+        {"method": "sft", "sft_lr": 1e39, "sft_steps": 6, "save_every": 1},
     ],
 )
 def test_a_run_that_diverges_stops_in_one_line(task, tmp_path, settings, monkeypatch):
@@ -402,6 +403,9 @@ def test_a_run_that_diverges_stops_in_one_line(task, tmp_path, settings, monkeyp
     ):
         train.train(parse_config(arguments(task, tmp_path / "run", max_response_tokens=80, **settings)))
     assert not (tmp_path / "run/final").exists()
+    for file in checkpoint.checkpoints(tmp_path / "run"):
+        weights = torch.load(file, weights_only=True)["model"].values()
+        assert all(weight.isfinite().all() for weight in weights)
 
 
 def test_logs_are_cut_to_the_checkpoint_and_nothing_else_is_lost(tmp_path):

@@ -154,15 +154,19 @@ def check_results(results: Results) -> None:
             check_fields(row, ROW, f"{name}: {level}")
         for key, kind in (("right", COUNT), ("rewards", NUMBER)):
             if results.get(key) is not None:
-                check_fields(results[key].get(name), {}, f"{key}: {name}")
-                for level, counts in results[key][name].items():
-                    check_fields(counts, {}, f"{key}: {name}: {level}")
-                    check_fields(counts, dict.fromkeys(counts, kind), f"{key}: {name}: {level}")
-                problems, samples = table["all"]["problems"], table["all"]["samples"]
-                found = [count for counts in results[key][name].values() for count in counts.values()]
-                if len(found) != problems or max(found) > samples:
-                    most = f"{len(found)} problems, at most {max(found, default=0)} right"
-                    raise ValueError(f"{key}: {name} has {most}, expected {problems} and at most {samples}")
+                check_counts(results[key].get(name), kind, table["all"], f"{key}: {name}")
+
+
+def check_counts(levels: Any, kind: str, total: dict[str, Any], where: str) -> None:
+    """The right samples, or sums of rewards, of every problem of a benchmark, whose row "all" is `total`."""
+    check_fields(levels, {}, where)
+    for level, counts in levels.items():
+        check_fields(counts, {}, f"{where}: {level}")
+        check_fields(counts, dict.fromkeys(counts, kind), f"{where}: {level}")
+    found = [count for counts in levels.values() for count in counts.values()]
+    if len(found) != total["problems"] or max(found) > total["samples"]:
+        has = f"{len(found)} problems, at most {max(found, default=0)} right"
+        raise ValueError(f"{where} has {has}, expected {total['problems']} and at most {total['samples']}")
 
 
 def problem_scores(results: Results, name: str, level: str, k: int | None = None) -> dict[str, float]:

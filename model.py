@@ -306,9 +306,10 @@ def head_stats(model: PreTrainedModel, hidden: Tensor, targets: Tensor, temperat
     head = model.get_output_embeddings()
 
     def stats(hidden: Tensor, targets: Tensor) -> tuple[Tensor, Tensor]:
-        log_p = torch.log_softmax(head(hidden).float() / temperature, dim=-1)  # [chunk, V]
+        scores = head(hidden).float()  # [chunk, V]
+        log_p = torch.log_softmax(scores if temperature == 1 else scores / temperature, dim=-1)
         with torch.no_grad():
-            entropy = -(log_p.exp() * log_p).nan_to_num().sum(-1)  # 0 * -inf = 0
+            entropy = -log_p.exp().mul_(log_p).nan_to_num_().sum(-1)  # 0 * -inf = 0
         return log_p.gather(1, targets[:, None]).squeeze(1), entropy
 
     size = max(1, LOGITS_PER_CHUNK // model.config.get_text_config().vocab_size)

@@ -1,59 +1,111 @@
 """What the matrix products of some work alone would take: a lower bound to hold measured times against.
 
-`products` counts the products a call makes, by shape; `seconds` times each shape by itself, on matrices that follow
-one another through more memory than a cache holds, as a model's weights do. Left out: attention, whose products are
-inside a fused kernel, and everything else that is not a product.
+`calls` counts the products that some work makes, by their operands' shapes; `seconds` makes each of them again, by
+itself, on random operands that follow one another through more memory than a cache holds, as a model's weights do;
+`share` does so in turn with the work, so that a busy machine hits both alike. Two figures: the layers' products of
+matrices alone, and these with attention's products, which on the CPU are one kernel with its softmax. Left out:
+everything that is not a product.
 """
 
 import statistics
-import time
 from collections import Counter
 from collections.abc import Callable
 
 import torch
+from common import timed
+from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
-STREAMED = 2**26  # bytes of weights that one timing goes through: twice the largest cache of the machine measured
-REPEATS = 3
+aten = torch.ops.aten
+MATRICES = (aten.mm.default, aten.addmm.default)
+ATTENTION = (
+    aten.bmm.default,
+    aten._scaled_dot_product_flash_attention_for_cpu.default,
+    aten._scaled_dot_product_flash_attention_for_cpu_backward.default,
+)
+STREAMED = 2**26  # bytes of operands that one timing goes through: twice the largest cache of the machine measured
+TIMINGS = 3
+
+Call = tuple  # of the operation, its operands and its settings; an operand is ("tensor", shape, transposed)
 
 
 class Products(TorchDispatchMode):
-    """Counts matrix products as (rows, inner, columns)."""
+    """Counts the calls of MATRICES and ATTENTION."""
 
     def __init__(self) -> None:
         super().__init__()
-        self.found: Counter[tuple[int, int, int]] = Counter()
+        self.found: Counter[Call] = Counter()
 
     def __torch_dispatch__(self, func, types, args=(), kwargs=None):
-        if func in (torch.ops.aten.mm.default, torch.ops.aten.addmm.default):
-            left, right = args[-2:]
-            self.found[(*left.shape, right.shape[1])] += 1
-            return func(*args, **(kwargs or {}))
+        kwargs = kwargs or {}
+        if func in (*MATRICES, *ATTENTION):
+            self.found[(func, tuple(map(described, args)), tuple((k, described(v)) for k, v in kwargs.items()))] += 1
+            return func(*args, **kwargs)
         with self:  # what is made of other operations is counted by these
-            result = func.decompose(*args, **(kwargs or {}))
-        return func(*args, **(kwargs or {})) if result is NotImplemented else result
+            result = func.decompose(*args, **kwargs)
+        return func(*args, **kwargs) if result is NotImplemented else result
 
 
-def products(call: Callable[[], object]) -> Counter[tuple[int, int, int]]:
+def described(value: object) -> object:
+    if not isinstance(value, Tensor):
+        return value
+    return "tensor", tuple(value.shape), value.ndim == 2 and value.stride(0) < value.stride(1)
+
+
+def made(value: object) -> object:
+    if not (isinstance(value, tuple) and value[:1] == ("tensor",)):
+        return value
+    _, shape, transposed = value
+    return torch.randn(shape[::-1]).T if transposed else torch.randn(shape)
+
+
+def size(value: object) -> int:
+    """Bytes of an operand, in fp32."""
+    return 4 * torch.Size(value[1]).numel() if isinstance(value, tuple) and value[:1] == ("tensor",) else 0
+
+
+def calls(work: Callable[[], object]) -> Counter[Call]:
     with Products() as mode:
-        call()
+        work()
     return mode.found
 
 
 @torch.inference_mode()
-def seconds(found: Counter[tuple[int, int, int]]) -> tuple[float, float]:
-    """CPU seconds and floating-point operations of these products."""
-    total = operations = 0.0
-    for (rows, inner, columns), count in found.items():
-        left = torch.randn(rows, inner)
-        copies = max(1, min(count, STREAMED // (4 * inner * columns)))
-        weights = [torch.randn(columns, inner).T for _ in range(copies)]  # as a linear layer keeps them
-        times = []
-        for _ in range(REPEATS):
-            start = time.process_time()
-            for weight in weights:
-                left @ weight
-            times.append((time.process_time() - start) / copies)
-        total += count * statistics.median(times)
-        operations += count * 2 * rows * inner * columns
-    return total, operations
+def seconds(found: Counter[Call], operations: tuple) -> float:
+    """CPU seconds of those of these calls that are among `operations`."""
+    total = 0.0
+    for (func, args, kwargs), count in found.items():
+        if func not in operations:
+            continue
+        copies = max(1, min(count, STREAMED // sum(map(size, args))))
+        operands = [(tuple(map(made, args)), {k: made(v) for k, v in kwargs}) for _ in range(copies)]
+        times = [timed(lambda: call_all(func, operands))[1] for _ in range(TIMINGS)]  # noqa: B023
+        total += count * statistics.median(times) / copies
+    return total
+
+
+def call_all(func: Callable, operands: list[tuple[tuple, dict]]) -> None:
+    for args, kwargs in operands:
+        func(*args, **kwargs)
+
+
+def flops(found: Counter[Call]) -> int:
+    """Floating-point operations of the calls of MATRICES."""
+    shapes = [(args[-2][1], args[-1][1], count) for (func, args, _), count in found.items() if func in MATRICES]
+    return sum(2 * count * rows * inner * columns for (rows, inner), (_, columns), count in shapes)
+
+
+def share(work: Callable[[], object], repeats: int) -> dict:
+    """The products' share of the CPU seconds of `work`, which does the same each time: medians over the repeats."""
+    found, times = calls(work), []
+    for _ in range(repeats):
+        times.append((timed(work)[1], seconds(found, MATRICES), seconds(found, ATTENTION)))
+    whole, matrices, attention = map(statistics.median, zip(*times))
+    return {
+        "products, cpu_s": round(matrices, 3),
+        "products, GFLOP/s": round(flops(found) / matrices / 1e9, 1),
+        "attention, cpu_s": round(attention, 3),
+        "work, cpu_s": round(whole, 3),
+        "share of products": round(statistics.median(m / w for w, m, _ in times), 2),
+        "share of products and attention": round(statistics.median((m + a) / w for w, m, a in times), 2),
+    }

@@ -8,8 +8,8 @@ Each part prints a table and writes bench/results/throughput-PART.json; with set
 repeat starts from the same weights; all contenders of a repeat see the same prompts and give the same tokens
 (asserted), in turn, so that a busy machine hits all alike. Times are process CPU seconds, beside wall seconds; ratios
 are medians over the repeats. Peak memory, of tensors beyond those that stood before, is that of one more repeat, not
-timed. Beside it what our matrix products alone take (bench/bound.py). The hand-written loop is of the embedded
-model's architecture. Where the time goes, and growth: bench/phases.py.
+timed. Beside it the share of our time that matrix products take (bench/bound.py). The hand-written loop is of the
+embedded model's architecture. Where the time goes, and growth: bench/phases.py.
 
 On CUDA `step` runs too, ours and TRL's in bf16 on fp32 weights (throughput-cuda-step….json): there wall seconds are
 what counts, and TRL passes as many rows at once as its update has, at most 64. Limits of decoding: bench/gpu.py.
@@ -25,7 +25,7 @@ from pathlib import Path
 
 import torch
 import transformers
-from bound import products, seconds
+from bound import share
 from common import clocks, main, medians, new_run, peak_bytes, peak_memory, picked_at, rows_at, timed, write
 from hand_decode import hand_decode
 from transformers import GenerationConfig, LogitsProcessor, LogitsProcessorList
@@ -93,7 +93,7 @@ def bench_sampling(words: list[str]) -> None:
         row["peak_mib"] = round(peaks[name] / 2**20, 1)
     found = {"rows": len(rows), "prompts": len({tuple(row.prompt_ids) for row in rows}), "repeats": repeats}
     found |= {"mean_tokens": statistics.mean(tokens), "table": table}
-    write(part_name("sampling", words), found | bound(contenders["ours"], table["ours"]["cpu_s"]))
+    write(part_name("sampling", words), found | share(contenders["ours"], repeats))
 
 
 def part_name(part: str, words: list[str]) -> str:
@@ -104,16 +104,6 @@ def part_name(part: str, words: list[str]) -> str:
     others = [(name.lstrip("-"), Path(value).name) for name, value in zip(given[::2], given[1::2])]
     others = [word for name, value in others if name not in ("config", "model") for word in (name, value)]
     return "-".join([part, Path(parse_config(words).model).name, *others])
-
-
-def bound(work: Callable[[], object], cpu_s: float) -> dict:
-    """What the products of `work`, which took cpu_s, take alone."""
-    took, operations = seconds(products(work))
-    return {
-        "products, cpu_s": round(took, 2),
-        "products, share of ours": round(took / cpu_s, 2),
-        "products, GFLOP/s": round(operations / took / 1e9, 1),
-    }
 
 
 # ---- the whole step
@@ -251,9 +241,7 @@ def compare_steps(words: list[str], repeats: int, mixed: bool, rows_per_pass: in
     callback.start(0)
     trainer.train()
     steps.generate = generated
-    work = {}
-    if not CUDA:
-        work = bound(lambda: steps.rl_step(run, 1), statistics.median(cpu for cpu, _ in times["ours"][1:]))
+    work = {} if CUDA else share(lambda: steps.rl_step(run, 1), repeats)
     steps.sample_and_grade = sampled
     table = medians({name: pairs[1:] for name, pairs in times.items()}, "ours")  # the first pair warms up
     for name, row in table.items():

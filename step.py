@@ -38,6 +38,7 @@ from support.record import example_rows, group_record, step_metrics
 
 NO_GROUPS = torch.tensor([], dtype=torch.long)
 RESCUE_FRACTIONS = (0.25, 0.5, 0.75)  # of a demonstration, one after the other [GHPO: characters, here tokens]
+SKIPPED = {"skipped": 1, "weighted": 0, "loss": None, "grad_norm": None}  # what an update is that was not made
 
 
 @dataclass
@@ -322,8 +323,7 @@ def update(
 
     The gradient is that of the whole mini-batch whatever the micro-batches are. Rows without any weight are left out
     of the forward pass (Z stays); without any row there is no optimizer step. Where an old log-prob, the loss or the
-    gradient is not finite there is none either: the update is skipped and counted, on every rank alike, and weights
-    and optimizer stay what they were. Deferred rows get their old log-probs and entropies here.
+    gradient is not finite the update is SKIPPED, on every rank. Deferred rows get old log-probs and entropies here.
     """
     config, method, model = run.config, run.method, run.model
     has_weight = token_weights(method, tokens) != 0
@@ -339,7 +339,7 @@ def update(
     }
     if not batch.old_log_probs.isfinite().all():
         run.skipped += 1
-        return sums | {"skipped": 1, "weighted": 0}
+        return sums | SKIPPED
     active = (has_weight.any(1) | batch.deferred).nonzero().squeeze(1)
     if len(active) == 0:
         return sums
@@ -360,7 +360,7 @@ def update(
     if not (math.isfinite(loss) and math.isfinite(norm)):
         optimizer.zero_grad()
         run.skipped += 1
-        return sums | {"skipped": 1, "weighted": 0}
+        return sums | SKIPPED
     for group in optimizer.param_groups:
         group["lr"] = lr
     optimizer.step()
@@ -396,7 +396,7 @@ def sft_step(
         "grad_norm": sums["grad_norm"],
         "lr": lr,
         "skipped_updates": sums["skipped"],
-        "entropy": sums["entropy"] / count,
+        "entropy": None if sums["skipped"] else sums["entropy"] / count,
         "response_tokens": count / len(problems),
         "trained_tokens": sums["weighted"],
         "tokens_per_second": count / seconds,

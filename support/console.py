@@ -57,7 +57,7 @@ def figures(metrics: dict[str, Any]) -> dict[str, str]:
     """Short names and values of a step's metrics, without those it has not."""
     chosen = {name: metrics[key] for key, name in SHOWN.items() if metrics.get(key) is not None}
     if "reward" in chosen:
-        chosen.pop("loss")  # of reinforcement: its value means little (loss.py)
+        chosen.pop("loss", None)  # of reinforcement: its value means little (loss.py)
     return {name: f"{value:.0f}" if value >= 10 else f"{value:.2f}" for name, value in chosen.items()}
 
 

@@ -36,9 +36,10 @@ def step_metrics(run: Any, batch: Any, updates: list[dict]) -> dict[str, Any]:
         return mean if math.isfinite(mean) else None
 
     groups = [rewards[rollouts.group == g] for g in range(int(rollouts.group.max()) + 1)]
+    made = [u for u in updates if not u["skipped"]]  # a skipped one has neither loss nor gradient
     return {
-        "loss": fmean(u["loss"] for u in updates),
-        "grad_norm": fmean(u["grad_norm"] for u in updates),
+        "loss": fmean(u["loss"] for u in made) if made else None,
+        "grad_norm": fmean(u["grad_norm"] for u in made) if made else None,
         "lr": run.config.lr,
         "skipped_updates": sum(u["skipped"] for u in updates),
         "reward": average(rewards),

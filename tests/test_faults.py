@@ -24,6 +24,7 @@ import train
 from step import rl_step, sft_step
 from support import checkpoint
 from support.config import from_dict
+from support.console import figures
 from train import new_optimizer
 
 ROOT = Path(__file__).parents[1]
@@ -280,6 +281,8 @@ def test_an_update_without_finite_gradient_is_skipped(tokenizer, value):
     for number in (0, 1):
         metrics, *_ = rl_step(run, number)
         assert metrics["skipped_updates"] == 1 and run.skipped == number + 1
+        assert metrics["loss"] is None and metrics["grad_norm"] is None
+        assert figures(metrics)["length"]  # the progress line does without a loss
         json.dumps(metrics, allow_nan=False)
     assert all(torch.equal(p, before[name]) and p.grad is None for name, p in run.model.named_parameters())
     assert not run.optimizer.state
@@ -296,7 +299,27 @@ def test_a_model_that_gives_nan_is_never_updated(tokenizer):
     json.dumps(metrics, allow_nan=False)
     run = make_run(tokenizer, "sft")
     run.model.lm_head.weight.data[0] = torch.nan
-    assert sft_step(run, run.data.supervised, 0, run.optimizer, 0.1)["skipped_updates"] == 1
+    metrics = sft_step(run, run.data.supervised, 0, run.optimizer, 0.1)
+    assert metrics["skipped_updates"] == 1 and metrics["loss"] is metrics["grad_norm"] is metrics["entropy"] is None
+    assert "loss" not in figures(metrics)
+
+
+def test_a_skipped_update_is_left_out_of_its_steps_mean_loss(tokenizer, monkeypatch):
+    """Of two updates the first is made, the second is skipped."""
+    run = make_run(tokenizer, updates_per_step=2, rollouts_per_prompt=8, micro_batch_tokens=10**6)
+    run.optimizer = new_optimizer(run.model, run.config)
+    sums, made = [], steps.update
+
+    def second_broken(*args):
+        if sums:
+            break_gradients(run, 1)
+        sums.append(made(*args))
+        return sums[-1]
+
+    monkeypatch.setattr(steps, "update", second_broken)
+    metrics, *_ = rl_step(run, 0)
+    assert metrics["skipped_updates"] == 1 and sums[0]["grad_norm"] > 0
+    assert (metrics["loss"], metrics["grad_norm"]) == (sums[0]["loss"], sums[0]["grad_norm"])
 
 
 def test_skips_in_a_row_are_remembered_by_the_checkpoint(tokenizer, tmp_path):

@@ -184,7 +184,7 @@ def claims_of_demonstrations() -> list[Claim]:
         text = f"A weaker expert is enough ({how}): at most 3 points lost (there a 1.5B one: 1.3 of 41.1)"
         pair = {"more": "habit:prefix-rft", "less": f"prefix-rft@{expert}", "equal": True}
         found.append(
-            Claim("Tables 2, 6", text, "weak", **pair, why="there weaker models; all their steps are right here")
+            Claim("Tables 2, 6", text, "weak", **pair, why="there weaker models; here every wrong step is mended")
         )
     return found
 

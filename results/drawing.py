@@ -144,7 +144,7 @@ def draw_experts(axis: Axes, stored: dict[str, list[Line]], kind: str) -> None:
     for name in REGIMES["weak"].methods:
         runs = [runs_of(stored["habit" if e == EXPERT else "weak"], f"{name}@{e}") for e in experts]
         places = [place for place, found in enumerate(runs) if found]
-        if places:
+        if any(runs[1:]):  # habit's alone are no comparison
             draw_points(axis, places, [means_of(runs[place], kind) for place in places], name)
     axis.set_xticks(range(len(experts)), experts)
     axis.margins(y=0.3)  # for the legend

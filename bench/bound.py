@@ -7,9 +7,11 @@ matrices alone, and these with attention's products, which on the CPU are one ke
 everything that is not a product.
 """
 
+import math
 import statistics
 from collections import Counter
 from collections.abc import Callable
+from typing import NamedTuple
 
 import torch
 from common import timed
@@ -26,7 +28,12 @@ ATTENTION = (
 STREAMED = 2**26  # bytes of operands that one timing goes through: twice the largest cache of the machine measured
 TIMINGS = 3
 
-Call = tuple  # of the operation, its operands and its settings; an operand is ("tensor", shape, transposed)
+Call = tuple  # of the operation, its arguments and its settings, with Operands for tensors
+
+
+class Operand(NamedTuple):
+    shape: tuple[int, ...]
+    transposed: bool  # in memory
 
 
 class Products(TorchDispatchMode):
@@ -49,19 +56,18 @@ class Products(TorchDispatchMode):
 def described(value: object) -> object:
     if not isinstance(value, Tensor):
         return value
-    return "tensor", tuple(value.shape), value.ndim == 2 and value.stride(0) < value.stride(1)
+    return Operand(tuple(value.shape), value.ndim == 2 and value.stride(0) < value.stride(1))
 
 
 def made(value: object) -> object:
-    if not (isinstance(value, tuple) and value[:1] == ("tensor",)):
+    if not isinstance(value, Operand):
         return value
-    _, shape, transposed = value
-    return torch.randn(shape[::-1]).T if transposed else torch.randn(shape)
+    return torch.randn(value.shape[::-1]).T if value.transposed else torch.randn(value.shape)
 
 
 def size(value: object) -> int:
     """Bytes of an operand, in fp32."""
-    return 4 * torch.Size(value[1]).numel() if isinstance(value, tuple) and value[:1] == ("tensor",) else 0
+    return 4 * math.prod(value.shape) if isinstance(value, Operand) else 0
 
 
 def calls(work: Callable[[], object]) -> Counter[Call]:
@@ -91,7 +97,7 @@ def call_all(func: Callable, operands: list[tuple[tuple, dict]]) -> None:
 
 def flops(found: Counter[Call]) -> int:
     """Floating-point operations of the calls of MATRICES."""
-    shapes = [(args[-2][1], args[-1][1], count) for (func, args, _), count in found.items() if func in MATRICES]
+    shapes = [(args[-2].shape, args[-1].shape, count) for (func, args, _), count in found.items() if func in MATRICES]
     return sum(2 * count * rows * inner * columns for (rows, inner), (_, columns), count in shapes)
 
 

@@ -131,13 +131,23 @@ def update_bytes(shape: Any, rows: int, prompt: int, response: int, dtype: torch
 
 @dataclass
 class Counts:
-    """Parameters: all, of the root (embedding, head, last norm), of the largest layer; key-value bytes of a token."""
+    """Parameters: all, those that a token passes (of a mixture only its few experts), of the root (embedding, head,
+    last norm), of the largest layer; key-value bytes of a token."""
 
     total: int
+    passed: int
     root: int
     layer: int
     layers: int
     cache: int
+
+
+def experts_share(shape: Any) -> float:
+    """Of a mixture's experts, the share that a token passes."""
+    text = shape.get_text_config()
+    numbers = [n for name in EXPERTS if (n := getattr(text, name, None))]
+    chosen = getattr(text, "num_experts_per_tok", None)
+    return chosen / numbers[0] if numbers and chosen else 1.0
 
 
 def count(shape: Any) -> Counts:
@@ -151,8 +161,10 @@ def count(shape: Any) -> Counts:
     owner = {id(p): i for i, layer in enumerate(layers) for p in layer.parameters()}  # one, where layers share them
     sizes = [sum(p.numel() for p in layer.parameters() if owner[id(p)] == i) for i, layer in enumerate(layers)]
     total = sum(p.numel() for p in model.parameters())
+    experts = sum(p.numel() for name, p in model.named_parameters() if ".experts." in name)
     return Counts(
         total=total,
+        passed=total - round(experts * (1 - experts_share(shape))),
         root=total - sum(sizes),
         layer=max(sizes),
         layers=len(layers),
@@ -210,7 +222,7 @@ def hours(config: Config, shape: Any, gpus: int, gpu: str, prompt: int, mean: fl
     if "sft" in stages:
         result["sft steps"] = config.sft_steps
         result["sft tokens, millions"] = config.sft_steps * config.sft_batch * (prompt + mean) / 1e6
-        result["sft seconds a step"] = passes * n.total * config.sft_batch * (prompt + mean) / flops
+        result["sft seconds a step"] = passes * n.passed * config.sft_batch * (prompt + mean) / flops
         result["sft hours"] = config.sft_steps * result["sft seconds a step"] / 3600
     if "rl" in stages:
         rows = config.prompts_per_step * config.rollouts_per_prompt
@@ -222,7 +234,7 @@ def hours(config: Config, shape: Any, gpus: int, gpu: str, prompt: int, mean: fl
         result["response tokens a step, millions"] = rows * mean / 1e6
         result["response tokens of the run, millions"] = config.steps * rows * mean / 1e6
         result["seconds sampling"] = calls * config.max_response_tokens * token
-        result["seconds updating"] = (passes + 2) * n.total * rows * (prompt + mean) / flops  # 2: old log-probs
+        result["seconds updating"] = (passes + 2) * n.passed * rows * (prompt + mean) / flops  # 2: old log-probs
         seconds = result["seconds sampling"] + result["seconds updating"]
         result["hours"] = config.steps * seconds / 3600
     return result
@@ -305,8 +317,8 @@ def show(config: Config, gpu: str, gpus: int, prompt: int | None, mean: float | 
     _, tflops, bandwidth = GPUS[gpu]
     print(f"  assumed: {UPDATE_SHARE:.0%} of {tflops} TFLOP/s in updates, {READ_SHARE:.0%} of {bandwidth} GB/s")
     print(f"  in decoding, and {1e3 * LAYER_SECONDS * n.layers:.0f} ms a pass beside it; evaluation not counted")
-    if any(getattr(shape.get_text_config(), name, None) for name in EXPERTS):
-        print("  and every expert on every token: of a mixture of experts these are too many hours")
+    if n.passed < n.total:
+        print(f"  and {n.passed / 1e9:.2f} billion parameters on a token; the mixture's other experts take no time")
 
 
 def main() -> None:

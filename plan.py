@@ -82,7 +82,8 @@ class FusedAttention(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx, query: Tensor, key: Tensor, value: Tensor) -> Tensor:
-        out = query.new_empty(*query.shape[:3], value.shape[3])
+        rows, heads, tokens, _ = query.shape
+        out = query.new_empty(rows, tokens, heads, value.shape[3]).transpose(1, 2)
         ctx.save_for_backward(query, key, value, out, query.new_empty(query.shape[:3], dtype=torch.float32))
         return out
 
@@ -92,24 +93,46 @@ class FusedAttention(torch.autograd.Function):
 
 
 def fused_attention(module, query, key, value, mask, **_: Any) -> tuple[Tensor, None]:
-    groups = query.shape[1] // key.shape[1]
-    key, value = (x.repeat_interleave(groups, dim=1) if groups > 1 else x for x in (key, value))
+    if getattr(module, "sliding_window", None):  # its mask makes transformers repeat keys and values for all heads
+        groups = query.shape[1] // key.shape[1]
+        key, value = (x.repeat_interleave(groups, dim=1) if groups > 1 else x for x in (key, value))
     return FusedAttention.apply(query, key, value).transpose(1, 2).contiguous(), None
 
 
 AttentionInterface.register("planned", fused_attention)
 
 
-def empty_model(shape: Any, dtype: torch.dtype) -> Any:
-    """The model without weights."""
+class FusedNorm(torch.autograd.Function):
+    """What PyTorch's RMS norm makes and keeps on CUDA (without data it would be taken apart); no values."""
+
+    @staticmethod
+    def forward(ctx, x: Tensor, weight: Tensor) -> Tensor:
+        ctx.save_for_backward(x, weight, x.new_empty(x.shape[:-1], dtype=torch.float32))
+        return torch.empty_like(x)
+
+    @staticmethod
+    def backward(ctx, grad: Tensor):
+        return tuple(torch.empty_like(saved) for saved in ctx.saved_tensors[:2])
+
+
+def empty_model(shape: Any, dtype: torch.dtype, fused: bool = False) -> Any:
+    """The model without weights; `fused`: its norms are those of model.fuse_norms, as on CUDA."""
     shape._attn_implementation = "planned"
     with torch.device("meta"):
-        return AutoModelForCausalLM.from_config(shape, dtype=dtype, attn_implementation="planned").train()
+        model = AutoModelForCausalLM.from_config(shape, dtype=dtype, attn_implementation="planned").train()
+    if fused:
+        models.fuse_norms(model)
+        for module in model.modules():
+            if "forward" in vars(module):
+                module.forward = lambda x, weight=module.weight: FusedNorm.apply(x, weight)
+    return model
 
 
-def update_bytes(shape: Any, rows: int, prompt: int, response: int, dtype: torch.dtype, recompute: bool) -> int:
+def update_bytes(
+    shape: Any, rows: int, prompt: int, response: int, dtype: torch.dtype, recompute: bool, fused: bool = True
+) -> int:
     """The most bytes one micro-batch's forward and backward pass holds beyond weights and gradients."""
-    model = empty_model(shape, dtype)
+    model = empty_model(shape, dtype, fused)
     if recompute:
         models.recompute_layers(model)
     for parameter in model.parameters():  # a gradient is added to the one that stands there, and freed

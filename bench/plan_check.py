@@ -76,7 +76,8 @@ def main() -> None:
         print(f"{name:<45}{found / 2**20:8.0f} MiB measured {planned / 2**20:8.0f} planned", results[name])
     for name, (shape, rows, prompt, response, recompute) in CASES.items():
         total, beyond = measured(shape, rows, prompt, response, recompute)
-        counted = update_bytes(shape, rows, prompt, response, torch.float32, recompute)
+        fused = models.pick_device().type == "cuda"
+        counted = update_bytes(shape, rows, prompt, response, torch.float32, recompute, fused)
         planned = total - beyond + counted
         results[name] = {
             "measured_bytes": total,

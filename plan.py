@@ -31,13 +31,13 @@ from support.config import Config, Parser, check_range, parse_config
 from support.memory import cache_bytes, head_width, inner_width, plain_caches, row_bytes, token_bytes
 
 GIB = 2**30
-GPUS = {  # memory GB, bf16 TFLOP/s (dense), GB/s: the makers' data sheets
-    "3090": (24, 71, 936),
-    "4090": (24, 165, 1008),
-    "L40S": (48, 362, 864),
-    "A100": (80, 312, 2039),
-    "H100": (80, 989, 3350),
-    "H200": (141, 989, 4800),
+GPUS = {  # GiB of memory as CUDA reports it; bf16 TFLOP/s (dense) and GB/s of the makers' data sheets
+    "3090": (23.5, 71, 936),
+    "4090": (23.5, 165, 1008),
+    "L40S": (44.4, 362, 864),
+    "A100": (79.2, 312, 2039),
+    "H100": (79.2, 989, 3350),
+    "H200": (139.7, 989, 4800),
 }
 USABLE = 0.92  # of the memory: the rest is the driver's and lost to fragmentation
 UPDATE_SHARE = 0.16  # of the peak TFLOP/s that the passes of a whole step reach
@@ -281,6 +281,14 @@ def rows_at_once(shape: Any, sampling: dict[str, float], free: float, columns: i
     return max(0, int(min(beside_block, left / row_bytes(shape, columns, repeated=not plain_caches(shape)))))
 
 
+def rows_of_a_pass(config: Config, shape: Any, update: dict[str, float], free: float, prompt: int) -> tuple[int, int]:
+    """Rows of full length in a pass of the update: those that micro_batch_tokens holds, about the most that fit."""
+    response, now = config.max_response_tokens, list(update.values())[-1]
+    rows = max(1, config.micro_batch_tokens // (prompt + response))
+    twice = update_bytes(shape, 2 * rows, prompt, response, torch.bfloat16, config.recompute)
+    return rows, rows + int(rows * (free - sum(update.values())) / (twice - now))
+
+
 def advice(
     config: Config, parts: dict[str, dict[str, float]], n: Counts, free: float, length: int, at_once: int
 ) -> list[str]:
@@ -311,7 +319,7 @@ def show(config: Config, gpu: str, gpus: int, prompt: int | None, mean: float | 
     mean, length = MEAN_RESPONSE * budget if mean is None else mean, prompt + budget
     if not 0 < mean <= budget:
         raise ValueError(f"mean_response is {mean:g}, expected above 0 and at most max_response_tokens ({budget})")
-    free = GPUS[gpu][0] * 1e9 * USABLE
+    free = GPUS[gpu][0] * GIB * USABLE
     with planned(config.model, shape):
         n, parts = count(shape), plan(config, shape, gpus, prompt)
     print(
@@ -331,6 +339,9 @@ def show(config: Config, gpu: str, gpus: int, prompt: int | None, mean: float | 
         if not plain_caches(shape):
             print("  some layers keep a sliding window or a state: each is counted as a cache of all tokens, read by")
             print("  transformers' attention, which repeats it for all heads; a window takes less")
+    if sum(parts["update"].values()) <= free:
+        held, most = rows_of_a_pass(config, shape, parts["update"], free, prompt)
+        print(f"rows of full length that fit into a pass of the update: {most} (micro_batch_tokens holds {held})")
     for line in advice(config, parts, n, free, length, at_once):
         print(f"  change  {line}")
     print(f"\nhost memory: {4 * n.total / GIB:.0f} GiB to load, {12 * n.total / GIB:.0f} GiB to save a checkpoint")

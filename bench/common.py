@@ -142,5 +142,5 @@ def main(doc: str, parts: dict[str, Callable], settings: bool = False) -> None:
     for part in chosen(doc, parts, "+", words[:first] if settings else words):
         try:
             parts[part](*[words[first:]] * settings)
-        except (ValueError, OSError) as error:
+        except (ValueError, OSError, ModuleNotFoundError) as error:  # some parts need more (requirements-dev.txt)
             sys.exit(f"{Path(sys.argv[0]).name}: {error}")

@@ -1,6 +1,6 @@
 """Qwen2.5 shapes with random weights on one GPU: speed against its limits, whole steps against the plan.
 
-    python bench/gpu.py limits continuous step --shape 1.5b
+    python bench/gpu.py limits step continuous --shape 1.5b
 
 Writes bench/results/throughput-cuda-PART-SHAPE.json.
 `limits`, in bf16. Decoding, no row ends: 256 rows x 1024 new tokens; and 128 new tokens beside plain `generate`. A
@@ -8,7 +8,9 @@ decode pass cannot be faster than reading the weights and the filled part of the
 bandwidth. Update: forward and backward of token_stats; model FLOPs 6 N per token and 12 layers x width x length for
 attention (half of it causal), recomputation not counted, over the peak of a large bf16 product, measured too. Both
 also with HF's norms in place of the fused ones.
-`continuous`: the 128 new tokens by transformers' continuous batching as it comes, without processors of ours.
+`continuous`: the 128 new tokens by transformers' continuous batching as it comes, without processors of ours. Where
+its attention has no kernel for packed rows (flash-attn or the package kernels), it masks all rows against all and
+takes minutes: run it last, under a limit of time.
 `step`: two steps of prefix-rft as train.py makes them (fp32 weights, bf16 compute, 16 problems x 8 rollouts x 512
 tokens), their seconds by phase and their peak memory beside that of plan.py. Rewards are made up, so that every
 group has a gradient.
@@ -140,7 +142,7 @@ def bench_limits(shape: str) -> None:
     time_decoding("ours", lambda: generate(model, rows, NEW), NEW)
     unfuse_norms(model)
     time_decoding("ours, HF's norms", lambda: generate(model, rows, NEW), NEW)
-    time_decoding("plain generate, few tokens", lambda: plain(model, prompts.cuda(), uniforms), FEW)
+    time_decoding("plain generate, few tokens", lambda: plain(model, prompts.cuda(), uniforms), FEW, 1, 1)
 
     batch, length = 8, 2048
     ids = torch.randint(0, 151936, (batch, length), device="cuda")
@@ -193,7 +195,7 @@ def watch(name: str, peaks: dict[str, list[int]]) -> None:
 
 def bench_step(shape: str) -> None:
     settings = {"data": Config.data, "eval_every": 0, "max_response_tokens": NEW // 2, "lr": 1e-6}
-    settings |= {"prefill": True, "recompute": True, "micro_batch_tokens": 16384, "rows_per_call": 128}
+    settings |= {"recompute": True, "micro_batch_tokens": 49152, "rows_per_call": 128}
     with tempfile.TemporaryDirectory() as folder:
         new_model(shape).save_pretrained(folder)
         AutoTokenizer.from_pretrained(Config.model).save_pretrained(folder)

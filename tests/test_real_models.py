@@ -408,7 +408,9 @@ def test_a_plan_reads_the_config_only(tmp_path, capsys):
     assert said.count("DOES NOT FIT") == 2 and "--offload true" in said and "--rows_per_call" not in said
     plan.show(from_dict(values | {"rows_per_call": 512, "max_response_tokens": 7100}), "H100", 8, 900, None)
     said = capsys.readouterr().out  # 8,000 columns are 8,192 where passes are recorded, also in the rows that fit
-    left = 80e9 * 0.92 - (2 + 12 / 8) * 8.0303e9  # weights in bf16; those in fp32 and the optimizer over 8 GPUs
+    left = (
+        79.2 * 2**30 * 0.92 - (2 + 12 / 8) * 8.0303e9
+    )  # weights in bf16; those in fp32 and the optimizer over 8 GPUs
     block = 2**14 * 2 * (3 * 14336 + 6 * 4096)  # a pass over prompts
     fit = int((left - block) / (8192 * 2 * 32 * 8 * 128 * 2))
     assert "512 x 8192 tokens" in said and f"--rows_per_call {fit}\n" in said

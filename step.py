@@ -436,7 +436,7 @@ def rl_step(run: Run, step: int, record: bool = False) -> tuple[dict[str, Any], 
         normalizer = len(groups) * config.rollouts_per_prompt * config.max_response_tokens
         tokens = mini_batch(run, batch, rows, normalizer, step / config.steps, (step, part))
         updates.append(update(run, batch, tokens, config.temperature, run.optimizer, config.lr))
-        if record and part == 0:  # `tokens` is the policy that sampled, also after its update
+        if record and not (recorded and any(row["hybrid"] for row in recorded["rows"])):
             recorded = group_record(run, batch, tokens, rows, picked)
     metrics = step_metrics(run, batch, updates)
     if run.collector:

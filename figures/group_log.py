@@ -9,7 +9,7 @@ A line is {"step", "method", "id", "problem", "answer", "prompt": [token, …], 
     source               1 at demonstration tokens, 0 at the policy's own
     entropy              of the sampling policy at the token, in nats
     kept                 0 where the method takes a token's weight away (loss.weight_mask)
-    weight               w at the step's first update (loss.token_weights)
+    weight               w under the policy that sampled (loss.token_weights)
 
 train.py writes it; figures/group_figure.py and figures/group_page.py draw it.
 """
@@ -177,10 +177,10 @@ def lanes(group: Group) -> list[tuple[str, str]]:
     rows = [("entropy", f"how unsure the policy was; full bar: {entropy_top:.2f} nats")]
     if any(map(drops, group["rows"])):
         rows.insert(0, ("kept", "■ keeps its weight, □ loses it, w = 0 (loss.weight_mask)"))
-    return [*rows, ("weight", f"w at the first update; full bar: |w| = {weight_top:.3g}")]
+    return [*rows, ("weight", f"w before any update; full bar: |w| = {weight_top:.3g}")]
 
 
 FORMULA = (
-    "grad L = −(1/Z) Σ w ∇ log π(token)      w: loss.token_weights; at the first update of most methods w = A, the "
+    "grad L = −(1/Z) Σ w ∇ log π(token)      w: loss.token_weights; before any update w = A in most methods, the "
     "advantage (loss.advantages)"
 )

@@ -88,11 +88,11 @@ def example_rows(run: Any, batch: Any, picked: Sequence[int]) -> list[dict[str, 
 
 
 def group_record(run: Any, batch: Any, tokens: Tokens, rows: Tensor, picked: Sequence[int]) -> dict[str, Any]:
-    """One group of the mini-batch `rows`, before its update, token by token: what `plot.py --group` draws.
+    """One group of the mini-batch `rows`, token by token: what `plot.py --group` draws.
 
     The first group that has demonstration tokens and unequal rewards of its on-policy rows, else one that has the
     former, else the first of all. Of each row at most RECORDED_TOKENS tokens, with entropy in nats, whether the
-    entropy clip keeps the token, and its weight w at the first update.
+    entropy clip keeps the token, and its weight w. `tokens` is the policy that sampled, also after an update.
     """
     rollouts = batch.rollouts
 

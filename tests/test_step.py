@@ -543,6 +543,17 @@ def test_a_recorded_group_is_what_the_update_reads(tokenizer):
     assert sum(hybrid["source"]) > 0 and sum(hybrid["kept"]) < len(hybrid["kept"])
 
 
+def test_a_group_with_a_demonstration_is_recorded_wherever_the_step_has_one(tokenizer):
+    run = make_run(tokenizer, demonstrated=1, updates_per_step=4, seed=1)  # a problem an update
+    places = []
+    for step in range(5):
+        picked = problems_of_step(6, 4, step, 1, "order")
+        group = rl_step(run, step, record=True)[2]
+        assert any(row["hybrid"] for row in group["rows"]) == (0 in picked) == (group["id"] == "p0")
+        places += [picked.index(0)] if 0 in picked else []
+    assert {0, 3} <= set(places)
+
+
 def test_every_problem_comes_once_an_epoch():
     for count, size in ((12, 4), (13, 4), (3, 8)):
         size_used = min(size, count)

@@ -22,7 +22,7 @@ TRIAL_SEED = 1000
 FRESH_TEST_SEED = 7919  # chosen after the protocol was committed
 EQUAL = "sft-rft-equal"  # sft-rft with fewer steps: as many tokens as rft and prefix-rft
 MAIN = ("rft", "sft-rft", "prefix-rft", "sft", "luffy", "uft", "relift", "hpt", "chord-phi", "rescue")
-TEN_SEEDS = ("rft", "sft-rft", "prefix-rft", "sft", "luffy")  # in habit
+TEN_SEEDS = ("rft", "sft-rft", "prefix-rft", "sft", "luffy", "dft-rft")  # in habit
 OTHERS = tuple(name for name in METHODS if name not in MAIN)
 ABLATIONS = tuple(name for name in METHODS if name.startswith("prefix-rft-") and name != "prefix-rft-trust")
 EXPERT = "expert"  # the kind of demonstrations that a run has unless its settings name another

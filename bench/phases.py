@@ -169,10 +169,10 @@ def draw_growth(table: list[dict]) -> None:
     figure, axes = plt.subplots(1, 2, figsize=(9, 3.6), layout="constrained")
     for axis, x, fixed in ((axes[0], "rows", ("tokens_per_row", 96)), (axes[1], "tokens_per_row", ("rows", 64))):
         points = sorted((row for row in table if row[fixed[0]] == fixed[1]), key=lambda row: row[x])
-        for name, colour in (("sample_cpu_s", "C0"), ("update_cpu_s", "C1")):
-            axis.plot([row[x] for row in points], [row[name] for row in points], "o-", color=colour, label=name)
+        for name, phase, colour in (("sample_cpu_s", "sampling", "C0"), ("update_cpu_s", "update", "C1")):
+            axis.plot([row[x] for row in points], [row[name] for row in points], "o-", color=colour, label=phase)
             last = points[-1]
-            axis.plot([0, last[x]], [0, last[name]], ":", color=colour)
+            axis.plot([0, last[x]], [0, last[name]], ":", color=colour, label=f"{phase}, if proportional")
         axis.set_xlabel(x.replace("_", " "))
         axis.set_ylabel("CPU seconds")
         axis.set_title(f"{fixed[1]} {fixed[0].replace('_', ' ')}", fontsize=10)

@@ -261,6 +261,7 @@ def draw(folders: list[Path], target: Path) -> Path:
     bands += ["range the schedule draws from"] * any(schedule_band(run)[0] for run in runs)
     notes += ["band: " + ", ".join(bands)] * bool(bands)
     notes += ["dotted: SFT ends"] * any(map(sft_end, runs))
+    notes += [f"dotted across: {REACHED:.0%}"] * (not one and bool(accuracy))
     with matplotlib.rc_context(TYPE):
         figure, axes = sheet(len(panels), 2.2, wide_first=one and bool(accuracy), xlim=(0, last))
         for axis, panel in zip(axes, panels):

@@ -115,11 +115,12 @@ def draw_levels(axis: Axes, lines: Sequence[Line], regime: str) -> None:
 
 def draw_demonstrations(axis: Axes, lines: Sequence[Line], kind: str) -> None:
     """Accuracy against the number of demonstrations."""
-    for name in REGIMES["scarce"].methods:
+    methods = REGIMES["scarce"].methods
+    for name, shift in zip(methods, beside(len(methods))):
         numbers = [n for n in REGIMES["scarce"].demonstrations if runs_of(lines, f"{name}@{n}")]
         groups = [means_of(runs_of(lines, f"{name}@{n}"), kind) for n in numbers]
         if numbers:
-            draw_points(axis, numbers, groups, name)
+            draw_points(axis, [n * 2**shift for n in numbers], groups, name)
     axis.set_xscale("log", base=2)
     axis.set_xticks(REGIMES["scarce"].demonstrations)
     axis.xaxis.set_major_formatter(lambda n, _: f"{n:g}")
@@ -127,6 +128,11 @@ def draw_demonstrations(axis: Axes, lines: Sequence[Line], kind: str) -> None:
     axis.margins(y=0.35)  # for the legend
     title = f"few demonstrations, {KINDS[kind]}"
     finish(axis, title, "demonstrations, of 512 problems", "% right, test", columns=2)
+
+
+def beside(count: int) -> np.ndarray:
+    """Shifts that keep the intervals of `count` methods at one place apart."""
+    return 0.12 * (np.arange(count) - (count - 1) / 2)
 
 
 def draw_points(axis: Axes, x: Sequence[float], groups: Sequence[np.ndarray], name: str) -> None:
@@ -141,13 +147,15 @@ def draw_points(axis: Axes, x: Sequence[float], groups: Sequence[np.ndarray], na
 def draw_experts(axis: Axes, stored: dict[str, list[Line]], kind: str) -> None:
     """Accuracy by kind of expert; the first is habit's."""
     experts = (EXPERT, *REGIMES["weak"].experts)
-    for name in REGIMES["weak"].methods:
+    methods = REGIMES["weak"].methods
+    for name, shift in zip(methods, beside(len(methods))):
         runs = [runs_of(stored["habit" if e == EXPERT else "weak"], f"{name}@{e}") for e in experts]
         places = [place for place, found in enumerate(runs) if found]
         if any(runs[1:]):  # habit's alone are no comparison
-            draw_points(axis, places, [means_of(runs[place], kind) for place in places], name)
+            draw_points(axis, [p + shift for p in places], [means_of(runs[p], kind) for p in places], name)
     axis.set_xticks(range(len(experts)), experts)
-    axis.margins(y=0.3)  # for the legend
+    axis.margins(y=0.45)  # for the legend
+    axis.set_ylim(max(0, axis.get_ylim()[0]), None)
     axis.yaxis.set_major_formatter(in_percent)
     finish(axis, f"weaker experts, {KINDS[kind]}", "demonstrations by", "% right, test", columns=2)
 

@@ -9,6 +9,7 @@ import subprocess
 import sys
 import time
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -18,10 +19,11 @@ import eval as evaluation
 import sample
 import train
 from data.loader import Encoded
+from evaluation.statistics import Answers
 from loss import METHODS
 from model import load_model, save_model
 from support import checkpoint
-from support.config import parse_config
+from support.config import from_dict, parse_config
 
 ROOT = Path(__file__).parents[1]
 SMALL = {
@@ -426,6 +428,39 @@ def test_logs_are_cut_to_the_checkpoint_and_nothing_else_is_lost(tmp_path):
         assert log.read_bytes() == bad + whole
 
 
+def test_the_optimizer_takes_its_settings():
+    model = random_model()
+    config = from_dict({"lr": 0.002, "adam_beta2": 0.95, "weight_decay": 0.03})
+    (group,) = train.new_optimizer(model, config).param_groups
+    assert (group["lr"], group["betas"], group["weight_decay"]) == (0.002, (0.9, 0.95), 0.03)
+    assert list(map(id, group["params"])) == list(map(id, model.parameters()))
+
+
+def test_the_evaluation_takes_its_settings(monkeypatch):
+    """Validation and test greedily, then the test problems with eval_samples at temperature 1."""
+    calls = []
+
+    def evaluate(model, tokenizer, problems, encoded, *, samples, temperature, **settings):
+        calls.append((problems, encoded, samples, temperature))
+        names = {"reward": "r", "max_response_tokens": 33, "seed": 5, "rows_per_call": 6, "decode": "static"}
+        assert settings | {"progress": None} == names | {"progress": None}
+        return [Answers("p", samples=samples, right=1, rewards=1)]
+
+    monkeypatch.setattr(train, "evaluate", evaluate)
+    given = {"eval_samples": 3, "eval_response_tokens": 33, "seed": 5, "rows_per_call": 6, "decode": "static"}
+    data = SimpleNamespace(held={"validation": ("v", "v ids"), "test": ("t", "t ids")})
+    run = SimpleNamespace(config=from_dict(given), data=data, model=None, tokenizer=None, reward="r")
+    tables = train.score(run, "base")
+    assert calls == [("v", "v ids", 1, 0.0), ("t", "t ids", 1, 0.0), ("t", "t ids", 3, 1.0)]
+    assert {name: table["all"]["samples"] for name, table in tables.items()} == {
+        "validation": 1,
+        "test": 1,
+        "test_sampled": 3,
+    }
+    data.held.pop("validation")
+    assert train.score(run, "base")["validation"] == {}
+
+
 # what warnings look at
 WATCHED = {"entropy": 1.0, "grad_norm": 1.0, "skipped_updates": 0, "truncated": 0.0, "unread": 0.0, "hybrid_rows": 0}
 
@@ -438,19 +473,39 @@ def test_the_sft_stage_has_a_file_of_its_own(task, tmp_path, monkeypatch):
     data = write_rows(tmp_path / "data.jsonl", bare)
     sft = write_rows(tmp_path / "sft.jsonl", [row | {"id": f"own-{row['id']}"} for row in rows[:8]])
     seen: dict[str, set[str]] = {"sft": set(), "rl": set()}
+    calls: list[tuple] = []
+    optimizers: list[torch.optim.Optimizer] = []
 
-    def sft_step(run, problems, *rest):
+    def note(stage, step, run, *more):
+        optimizers.append(run.optimizer)
+        calls.append((stage, step, len(run.optimizer.state), *more))
+        run.optimizer.state[next(run.model.parameters())]["step"] = torch.ones(())
+
+    def sft_step(run, problems, step, optimizer, lr):
+        assert optimizer is run.optimizer
+        note("sft", step, run, lr)
         seen["sft"] |= {problem.id for problem in problems}
         return {"loss": 0.0, **WATCHED}
 
     def rl_step(run, step, record):
+        note("rl", step, run, record)
         seen["rl"] |= {problem.id for problem in run.data.encoded}
         return {"loss": 0.0, "reward": 0.0, "reward_on_policy": 0.0, **WATCHED}, [], None
 
     monkeypatch.setattr(train, "sft_step", sft_step)
     monkeypatch.setattr(train, "rl_step", rl_step)
-    settings = {"method": "sft-rft", "data": data, "sft_data": sft, "sft_batch": 4, "sft_steps": 4, "steps": 1}
-    assert train.train(parse_config(arguments(task, tmp_path / "run", **settings))) == 0
+    settings = {"method": "sft-rft", "data": data, "sft_data": sft, "sft_batch": 4, "sft_steps": 4, "steps": 3}
+    settings |= {"save_every": 0, "eval_data": "", "test_data": ""}
+    config = parse_config(arguments(task, tmp_path / "run", **settings, sft_lr=0.5))
+    assert train.train(config) == 0
+    rates = [0.5, 0.5, 0.5 * 0.75, 0.5 * 0.25]  # one step of warm-up, half a cosine over the others
+    assert calls == [
+        *[("sft", step, int(step > 0), pytest.approx(rate)) for step, rate in enumerate(rates)],
+        ("rl", 0, 0, True),  # a fresh optimizer; a group is recorded at the first and at the last step
+        ("rl", 1, 1, False),
+        ("rl", 2, 1, True),
+    ]
+    assert [id(o) for o in optimizers] == [id(optimizers[0])] * 4 + [id(optimizers[4])] * 3
     assert seen["sft"] < {f"own-{row['id']}" for row in rows[:8]}  # without those that are too long
     assert seen["rl"] == {row["id"] for row in rows}
     usable = len(seen["sft"])

@@ -548,6 +548,12 @@ def test_the_papers_numbers_of_samples(tmp_path, monkeypatch):
         choose_benchmarks("paper", None)
 
 
+def test_what_is_not_given_is_the_papers():
+    args = eval.parse_args(["--model", "data/base"])
+    assert (args.temperature, args.max_response_tokens, args.samples) == (0.6, 8192, None)
+    assert eval.parse_args(["--model", "data/base", "--temperature", "0"]).temperature == 0
+
+
 @pytest.mark.parametrize(
     "words, said",
     [

@@ -325,7 +325,8 @@ def test_wrong_data(tmp_path, monkeypatch, capsys, content, message):
     [
         ({"model": "no/such/folder"}, "neither a folder that exists"),
         ({"max_response_tokens": 3}, "needs demonstrations"),
-        ({"max_response_tokens": 4000}, "exceed the model's"),
+        ({"max_response_tokens": 4000}, "max_response_tokens (4000) exceed the model's"),
+        ({"eval_response_tokens": 4000}, "eval_response_tokens (4000) exceed the model's"),
         ({"prompts_per_step": 4000}, "prompts_per_step is 4000"),
         ({"method": "rtf"}, "did you mean rft"),
     ],
@@ -374,8 +375,12 @@ def test_demonstrations_that_cannot_be_used_are_counted(task, tmp_path, capsys):
     rows[1]["demonstrations"] = ["\\boxed{1000}"]
     rows[2]["demonstrations"] = ["no box"]
     data = write_rows(tmp_path / "train.jsonl", rows)
-    run, counts = train.prepare(parse_config(arguments(task, tmp_path / "run", data=data, max_response_tokens=80)))
+    settings = {"data": data, "max_response_tokens": 80, "prompts_per_step": len(rows)}  # all of them: no less
+    half, _ = train.prepare(parse_config(arguments(task, tmp_path / "half", **settings, demonstration_fraction=0.5)))
+    run, counts = train.prepare(parse_config(arguments(task, tmp_path / "run", **settings)))
     assert counts.left_out == {"too long": 1, "not right": 2}
+    kept = [sum(bool(problem.demonstrations) for problem in r.data.encoded) for r in (run, half)]
+    assert kept == [used - 3, math.ceil((used - 3) / 2)]
     train.console.show_start(run, tmp_path, counts, 4, 0)
     said = capsys.readouterr().out
     assert f"{used - 3} with demonstrations, 1 left out (too long), 2 left out (not right)" in said
@@ -428,6 +433,16 @@ def test_logs_are_cut_to_the_checkpoint_and_nothing_else_is_lost(tmp_path):
         assert log.read_bytes() == bad + whole
 
 
+def test_only_the_embedded_task_has_held_out_problems_unasked():
+    recipes = {name: f"data/recipes/{name}.jsonl" for name in ("train", "validation", "test")}
+    own, both = {"data": "mine.jsonl"}, {"eval_data": "v.jsonl", "test_data": "t.jsonl"}
+    named = {"validation": "v.jsonl", "test": "t.jsonl"}
+    assert train.data_files(from_dict({})) == {"data": recipes.pop("train"), **recipes}
+    assert train.data_files(from_dict(own)) == own
+    assert train.data_files(from_dict(own | both | {"sft_data": "s.jsonl"})) == own | named | {"sft_data": "s.jsonl"}
+    assert train.data_files(from_dict(both)) == {"data": "data/recipes/train.jsonl"} | named
+
+
 def test_the_optimizer_takes_its_settings():
     model = random_model()
     config = from_dict({"lr": 0.002, "adam_beta2": 0.95, "weight_decay": 0.03})
@@ -470,10 +485,12 @@ def test_the_sft_stage_has_a_file_of_its_own(task, tmp_path, monkeypatch):
     monkeypatch.chdir(ROOT)
     rows = [json.loads(line) for line in (task / "train.jsonl").read_text().splitlines()]
     bare = [{k: v for k, v in row.items() if k != "demonstrations"} for row in rows]
-    data = write_rows(tmp_path / "data.jsonl", bare)
+    data = write_rows(tmp_path / "data.jsonl", [bare[0] | {"system": "Briefly."}, *bare[1:]])
     sft = write_rows(tmp_path / "sft.jsonl", [row | {"id": f"own-{row['id']}"} for row in rows[:8]])
     seen: dict[str, set[str]] = {"sft": set(), "rl": set()}
     calls: list[tuple] = []
+    order: list[list[str]] = []
+    titles: list[str] = []
     optimizers: list[torch.optim.Optimizer] = []
 
     def note(stage, step, run, *more):
@@ -484,7 +501,8 @@ def test_the_sft_stage_has_a_file_of_its_own(task, tmp_path, monkeypatch):
     def sft_step(run, problems, step, optimizer, lr):
         assert optimizer is run.optimizer
         note("sft", step, run, lr)
-        seen["sft"] |= {problem.id for problem in problems}
+        order.append([problem.id for problem in problems])
+        seen["sft"] |= set(order[-1])
         return {"loss": 0.0, **WATCHED}
 
     def rl_step(run, step, record):
@@ -494,21 +512,31 @@ def test_the_sft_stage_has_a_file_of_its_own(task, tmp_path, monkeypatch):
 
     monkeypatch.setattr(train, "sft_step", sft_step)
     monkeypatch.setattr(train, "rl_step", rl_step)
-    settings = {"method": "sft-rft", "data": data, "sft_data": sft, "sft_batch": 4, "sft_steps": 4, "steps": 3}
-    settings |= {"save_every": 0, "eval_data": "", "test_data": ""}
+    monkeypatch.setattr(train, "accuracy", lambda run, name, temperature, title: titles.append(title) or {})
+    settings = {"method": "sft-rft", "data": data, "sft_data": sft, "sft_batch": 4, "sft_steps": 4, "steps": 4}
+    settings |= {"save_every": 0, "eval_every": 3}
     config = parse_config(arguments(task, tmp_path / "run", **settings, sft_lr=0.5))
     assert train.train(config) == 0
     rates = [0.5, 0.5, 0.5 * 0.75, 0.5 * 0.25]  # one step of warm-up, half a cosine over the others
     assert calls == [
         *[("sft", step, int(step > 0), pytest.approx(rate)) for step, rate in enumerate(rates)],
-        ("rl", 0, 0, True),  # a fresh optimizer; a group is recorded at the first and at the last step
-        ("rl", 1, 1, False),
-        ("rl", 2, 1, True),
+        ("rl", 0, 0, True),  # a fresh optimizer; a group is recorded at the first step and with every evaluation
+        ("rl", 1, 1, True),
+        ("rl", 2, 1, False),
+        ("rl", 3, 1, True),
     ]
-    assert [id(o) for o in optimizers] == [id(optimizers[0])] * 4 + [id(optimizers[4])] * 3
+    assert [id(o) for o in optimizers] == [id(optimizers[0])] * 4 + [id(optimizers[4])] * 4
+    assert [title for title in titles if title.startswith("step")] == [f"step {n}: validation" for n in (3, 6, 8)]
+    assert checkpoint.trained_with(tmp_path / "run" / "final") == {"reward": "math"}  # no system message is shared
     assert seen["sft"] < {f"own-{row['id']}" for row in rows[:8]}  # without those that are too long
     assert seen["rl"] == {row["id"] for row in rows}
-    usable = len(seen["sft"])
+    usable, first = len(seen["sft"]), order.copy()
+    for seed in (0, 1):
+        order.clear()
+        assert train.train(parse_config(arguments(task, tmp_path / f"seed{seed}", **settings, seed=seed))) == 0
+        assert (order == first) == (seed == 0)
+    _, counts = train.prepare(parse_config(arguments(task, tmp_path / "prepared", **settings)))
+    assert counts.left_out == {"too long": 8 - usable}
     seen["sft"].clear()
     half = settings | {"demonstration_fraction": 0.5}
     assert train.train(parse_config(arguments(task, tmp_path / "half", **half))) == 0

@@ -110,6 +110,7 @@ def test_a_rounded_gold_accepts_the_fraction_and_not_the_other_way_round():
         ("0 < x < 1", "0 < x \\le 1"),
         ("0 < x < 1", "0 \\le x < 1"),
         ("(x, y) = (1, 2)", "(x, y, z) = (1, 2, 3)"),
+        ("0 : 1 : 2", "0 : 5 : 7"),
     ],
 )
 def test_what_is_nearly_the_same_is_not(prediction, gold):

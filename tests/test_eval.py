@@ -21,7 +21,7 @@ import sample
 from data.loader import Problem, encode_problems
 from eval import evaluate
 from evaluation import folder as folder_of_evaluation
-from evaluation.benchmarks import Benchmark, choose_benchmarks
+from evaluation.benchmarks import PAPER, Benchmark, choose_benchmarks
 from evaluation.multiple_choice import chosen, grade_response, question
 from evaluation.statistics import summarize
 from reward import MATH
@@ -596,6 +596,7 @@ def test_the_papers_numbers_of_samples(tmp_path, monkeypatch):
         write_benchmark(Path(f"data/benchmarks/{name}.jsonl"), [{"problem": "1+1?", "answer": "2"}])
     assert [b.samples for b in choose_benchmarks("aime24,math500", None)] == [32, 1]
     assert [b.samples for b in choose_benchmarks("aime24,math500", None, samples=4)] == [4, 4]
+    assert list(PAPER.values()) == [32] * 3 + [1] * 6 and list(PAPER)[:3] == ["aime24", "aime25", "amc23"]
     with pytest.raises(ValueError, match=r"aime25 is not here yet: run {2}python data/prepare.py aime25"):
         choose_benchmarks("paper", None)
 

@@ -268,7 +268,8 @@ def shaped(t: Tokens) -> Tensor:
     The gradient of A f(p), f(p) = p / (p + c), c = gamma. [LUFFY Eq. 7] There and here in the same sum as own tokens.
     """
     p = t.log_probs.exp()
-    return t.advantages * t.coefficient * p / (p + t.coefficient).square()
+    below = (p + t.coefficient).clamp(min=torch.finfo(p.dtype).tiny)  # where p underflows and c = 0: 0, not 0 / 0
+    return t.advantages * (t.coefficient / below) * (p / below)
 
 
 def remaining_clipped(t: Tokens) -> Tensor:

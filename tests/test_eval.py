@@ -21,7 +21,7 @@ import sample
 from data.loader import Problem, encode_problems
 from eval import evaluate
 from evaluation import folder as folder_of_evaluation
-from evaluation.benchmarks import Benchmark, choose_benchmarks
+from evaluation.benchmarks import PAPER, Benchmark, choose_benchmarks
 from evaluation.multiple_choice import chosen, grade_response, question
 from evaluation.statistics import summarize
 from reward import MATH
@@ -86,13 +86,14 @@ def test_draws_belong_to_seed_problem_and_sample(scripted, tokenizer, monkeypatc
     (model, encoded), answer, keys = scripted, eval.generate, []
 
     def noting(model, rows, *args, **settings):
+        assert args == (99, 0.7)  # budget and temperature
         keys.append({row.key for row in rows})
         return answer(model, rows, *args, **settings)
 
     monkeypatch.setattr(eval, "generate", noting)
     for seed, order in ((7, (0, 1, 2)), (7, (2, 1)), (8, (0, 1, 2))):
         chosen = [PROBLEMS[i] for i in order], [encoded[i] for i in order]
-        evaluate(model, tokenizer, *chosen, samples=2, temperature=1.0, max_response_tokens=99, seed=seed)
+        evaluate(model, tokenizer, *chosen, samples=2, temperature=0.7, max_response_tokens=99, seed=seed)
     assert [len(found) for found in keys] == [6, 4, 6]
     assert keys[1] < keys[0] and not keys[0] & keys[2]
 
@@ -138,6 +139,57 @@ def test_grading_a_choice():
     assert question("Which?", ["x", "y"]) == "Which?\n\nA) x\nB) y"
     with pytest.raises(ValueError, match="has 1 options"):
         question("Which?", ["x"])
+
+
+def test_options_and_settings_reach_the_sampler(tmp_path, monkeypatch):
+    """In whole batches: what is left of the first, and the rest."""
+    found: list[tuple] = []
+
+    def respond(model, tokenizer, draws, **settings):
+        assert (model, tokenizer) == ("model", "tokenizer") and settings == how
+        found.append(tuple(draws))
+        rest = {"reward": 0.0, "read": True, "truncated": False, "tokens": 3, "response": ""}
+        return [{"id": draw.problem.id, "sample": draw.sample} | rest for draw in draws]
+
+    monkeypatch.setattr(eval, "respond", respond)
+    how = {"reward": MATH, "temperature": 0.7, "max_response_tokens": 33, "seed": 5}
+    how |= {"rows_per_call": 3, "decode": "static"}
+    problems = [Problem("p", "1+1?", "2"), Problem("q", "Which?", "A")]
+    benchmark = Benchmark("mine", Path(), 2, problems, {"q": ["x", "y"]}, 0, ["p ids", "q ids"])
+    draws = [(problems[i], "pq"[i] + " ids", [(), ["x", "y"]][i], k) for i in (0, 1) for k in (0, 1)]
+    for _ in range(2):  # complete: the second time nothing is sampled
+        eval.sample_missing("model", "tokenizer", tmp_path, [benchmark], SimpleNamespace(**how))
+        assert found == [tuple(draws[:3]), tuple(draws[3:])]
+    (tmp_path / "generations.jsonl").write_text(
+        "".join((tmp_path / "generations.jsonl").read_text().splitlines(keepends=True)[:1])
+    )
+    found.clear()
+    eval.sample_missing("model", "tokenizer", tmp_path, [benchmark], SimpleNamespace(**how))
+    assert found == [tuple(draws[1:3]), tuple(draws[3:])]
+
+
+def test_regrading_draws_the_same_problems_and_reads_their_options(tmp_path, capsys):
+    row = {"problem": "Which?", "answer": "A", "options": ["iron", "lead"], "level": "easy"}
+    data = write_benchmark(tmp_path / "mine.jsonl", [row, row | {"problem": "The second of its level?"}])
+    stored = {"model": "m", "problems_per_level": 1, "system": None, "reward": "math"}
+    stored |= {"benchmarks": {"mine": {"file": str(data), "samples": 2}}}
+    (tmp_path / "settings.json").write_text(json.dumps(stored))
+    rest = {"reward": 0.0, "read": False, "truncated": False, "tokens": 3}
+    rows = [
+        {"benchmark": "mine", "id": "mine-1", "sample": k, "response": f"\\boxed{{{text}}}"} | rest
+        for k, text in enumerate(("iron", "lead"))
+    ]
+    write_benchmark(tmp_path / "generations.jsonl", rows)
+    settings, answers = eval.regrade(tmp_path)
+    assert "2 responses graded again, 1 grades changed" in capsys.readouterr().out
+    (answer,) = answers["mine"]
+    assert (answer.samples, answer.right, answer.unread) == (2, 1, 0) and settings["reward"] == "math"
+    settings, answers = eval.regrade(tmp_path, "exact")  # which does not know options
+    assert (answers["mine"][0].right, settings["reward"]) == (0, "exact")
+    assert json.loads((tmp_path / "settings.json").read_text())["reward"] == "exact"
+    write_benchmark(tmp_path / "generations.jsonl", rows[:1])
+    with pytest.raises(ValueError, match="is not complete, so it has no results yet"):
+        eval.regrade(tmp_path)
 
 
 # ---- the evaluation folder
@@ -544,8 +596,15 @@ def test_the_papers_numbers_of_samples(tmp_path, monkeypatch):
         write_benchmark(Path(f"data/benchmarks/{name}.jsonl"), [{"problem": "1+1?", "answer": "2"}])
     assert [b.samples for b in choose_benchmarks("aime24,math500", None)] == [32, 1]
     assert [b.samples for b in choose_benchmarks("aime24,math500", None, samples=4)] == [4, 4]
+    assert list(PAPER.values()) == [32] * 3 + [1] * 6 and list(PAPER)[:3] == ["aime24", "aime25", "amc23"]
     with pytest.raises(ValueError, match=r"aime25 is not here yet: run {2}python data/prepare.py aime25"):
         choose_benchmarks("paper", None)
+
+
+def test_what_is_not_given_is_the_papers():
+    args = eval.parse_args(["--model", "data/base"])
+    assert (args.temperature, args.max_response_tokens, args.samples) == (0.6, 8192, None)
+    assert eval.parse_args(["--model", "data/base", "--temperature", "0"]).temperature == 0
 
 
 @pytest.mark.parametrize(

@@ -1,6 +1,7 @@
 """loss.py against hand computations and autograd of each method's textbook objective."""
 
 import math
+from fractions import Fraction
 
 import pytest
 import torch
@@ -123,8 +124,10 @@ def test_entropy_clip_keeps_the_highest(keep, n):
 
 
 def test_entropy_clip_breaks_ties_by_index():
-    mask = torch.ones(2, 5, dtype=torch.bool)
-    assert entropy_clip(mask, torch.ones(2, 5), 0.3).flatten().nonzero().flatten().tolist() == [0, 1, 2]
+    mask = torch.ones(20, 50, dtype=torch.bool)  # of so many a sort that is not stable finds another order
+    for select in ("high", "low"):
+        kept = entropy_clip(mask, torch.ones(20, 50), 0.3, select)
+        assert kept.flatten().nonzero().flatten().tolist() == list(range(300))
 
 
 def test_random_clip_draws_from_its_generator_only():
@@ -156,6 +159,16 @@ def test_ppo_weight_is_the_gradient_of_the_surrogate(moved):
 def test_an_infinite_ratio_gives_no_nan():
     weight = ppo_weight(torch.tensor([[200.0]]), torch.tensor([[-200.0]]), torch.tensor([[0.0]]), 0.2, 0.2)
     assert weight.item() == 0
+
+
+@pytest.mark.parametrize("name", METHODS)
+def test_an_infinite_ratio_weighs_nothing_where_the_advantage_is_zero(name):
+    g = Group(name, moved=False)
+    g.advantage = (torch.zeros(g.B, dtype=torch.float64),) * 2
+    want = g.ours()
+    g.old = g.old - 800
+    assert (g.log_probs - g.old).exp().isinf().all()
+    assert want.isfinite().all() and torch.equal(g.ours(), want)
 
 
 class Group:
@@ -240,8 +253,14 @@ def cross_entropy(g: Group, weight=1.0):
     return nll * (weight[mask] if isinstance(weight, torch.Tensor) else weight)
 
 
-def textbook(name: str, g: Group) -> torch.Tensor:
-    """The loss of each method as its source states it, written out with what autograd can differentiate."""
+def textbook(name: str, g: Group, coefficient: float | None = None) -> torch.Tensor:
+    """The loss of each method as its source states it, written out with what autograd can differentiate.
+
+    `coefficient` takes the place of the source's, where it has one that is a setting."""
+
+    def c(of_the_source: float) -> float:
+        return of_the_source if coefficient is None else coefficient
+
     ratio, p = (g.log_probs - g.old).exp(), g.log_probs.exp()
     policy, prefix = g.mask & ~g.prefix_mask, g.prefix_mask
     group_baseline = name in ("luffy", "uft", "srft", "rescue")
@@ -261,7 +280,6 @@ def textbook(name: str, g: Group) -> torch.Tensor:
     of_prefix = ppo_surrogate(ratio, given, 0.2, 0.2)
     entropy = (g.entropy * g.mask).sum(1, keepdim=True) / g.mask.sum(1, keepdim=True)  # H of a row
     q = p.detach()
-    shaped = p / (p + 0.1)
     L = g.R
     kept = {
         "prefix-rft-all": lambda: prefix,
@@ -280,19 +298,22 @@ def textbook(name: str, g: Group) -> torch.Tensor:
         ("rft-entropy-clip",): lambda: -(surrogate * top_entropy(g.mask, g.entropy, 0.2)).sum() / g.Z,
         # RL summed over rows and tokens / L, not divided by rows; SFT a token mean with coefficient c * rows: the
         # source's gradient is `rows` times ours
-        ("rft+sft",): lambda: (plain_rl / L + 0.1 * g.B * cross_entropy(g).mean()) / g.B,
-        ("luffy",): lambda: -((plain * policy).sum() + (shaped * given * prefix).sum()) / g.Z,
+        ("rft+sft",): lambda: (plain_rl / L + c(0.1) * g.B * cross_entropy(g).mean()) / g.B,
+        ("luffy",): lambda: -((plain * policy).sum() + (p / (p + c(0.1)) * given * prefix).sum()) / g.Z,
         # both terms token means; the common factor T_own / Z only scales the step
-        ("uft",): lambda: (clipped_rl / g.T_own + 0.001 * cross_entropy(g).mean()) * g.T_own / g.Z,
-        ("chord-mu",): lambda: (0.1 * clipped_rl / g.T_own + 0.9 * cross_entropy(g).mean()) * g.T_own / g.Z,
+        ("uft",): lambda: (clipped_rl / g.T_own + c(0.001) * cross_entropy(g).mean()) * g.T_own / g.Z,
+        ("chord-mu",): lambda: (
+            ((1 - c(0.9)) * clipped_rl / g.T_own + c(0.9) * cross_entropy(g).mean()) * g.T_own / g.Z
+        ),
         ("chord-phi",): lambda: (
-            (0.9 * clipped_rl / g.T_own + 0.1 * cross_entropy(g, q * (1 - q)).mean()) * g.T_own / g.Z
+            ((1 - c(0.1)) * clipped_rl / g.T_own + c(0.1) * cross_entropy(g, q * (1 - q)).mean()) * g.T_own / g.Z
         ),
         # a micro-batch for each demonstration that took a group's place: its token mean beside a sum / L
         ("hpt",): lambda: (
             (
                 plain_rl / L
-                - sum(
+                - c(1.0)
+                * sum(
                     (g.log_probs[i] * prefix[i]).sum() / prefix[i].sum()
                     for i in g.hybrid.nonzero().flatten().tolist()
                 )
@@ -302,13 +323,13 @@ def textbook(name: str, g: Group) -> torch.Tensor:
         ("srft",): lambda: (
             (
                 -(torch.where(g.rewards[:, None] == 1, 0.1 * entropy.exp(), -1.0) * g.log_probs * policy).sum() / L
-                - (shaped * given * prefix).sum() / L
-                + 0.1 * g.B * cross_entropy(g, (0.5 * (-entropy).exp()).expand_as(q)).mean()
+                - (p / (p + 0.1) * given * prefix).sum() / L  # gamma stays
+                + c(0.1) * g.B * cross_entropy(g, (0.5 * (-entropy).exp()).expand_as(q)).mean()
             )
             / g.B
         ),
         ("prefix-rft-trust",): lambda: (plain_rl - ((p / q.clamp(min=0.1)) * prefix).sum()) / g.Z,
-        ("prefix-rft-static",): lambda: (clipped_rl - 0.001 * (g.log_probs * prefix).sum()) / g.Z,
+        ("prefix-rft-static",): lambda: (clipped_rl - c(0.001) * (g.log_probs * prefix).sum()) / g.Z,
         of_the_paper: lambda: (clipped_rl - (of_prefix * kept()).sum()) / g.Z,
     }
     found = [loss for names, loss in losses.items() if name in names]
@@ -336,10 +357,24 @@ def test_sum_over_micro_batches_is_the_whole_gradient(name):
 
 
 @pytest.mark.parametrize("name", [name for name, method in METHODS.items() if method.coefficient is not None])
-def test_the_coefficient_setting_is_read(name):
-    g = Group(name, moved=True)
-    assert torch.equal(g.ours(), g.ours(coefficient=METHODS[name].coefficient))
-    assert not torch.allclose(g.ours(), g.ours(coefficient=METHODS[name].coefficient / 2))
+def test_the_coefficient_setting_takes_the_place_of_the_methods_own(name):
+    g, own = Group(name, moved=True), METHODS[name].coefficient
+    assert torch.equal(g.ours(), g.ours(coefficient=own))
+    for c in (0.0, 0.3 * own):
+        want = torch.autograd.grad(textbook(name, g, c), g.logits, retain_graph=True)[0]
+        torch.testing.assert_close(g.ours(coefficient=c), want, rtol=1e-9, atol=1e-12)
+        assert not torch.allclose(g.ours(), want)
+
+
+@pytest.mark.parametrize("c", [0.0, 1e-30, 0.1])
+def test_the_shaped_weight_is_finite_where_a_probability_underflows(c):
+    """Against f'(p) p in whole fractions; 0 where p is."""
+    log_p = torch.tensor([[-200.0, -100.0, -87.0, -60.0, -3.0, 0.0]])
+    g = Tokens(*[log_p] * 3, *[log_p < 1] * 3, *[torch.ones(1)] * 3, 0.2, 0.2, c, 0, 6, 6.0, 6)
+    p = [Fraction(value) for value in log_p.exp().flatten().tolist()]
+    assert p[0] == 0 < p[1]  # the second is below the smallest normal number
+    want = [float(Fraction(c) * x / (x + Fraction(c)) ** 2) if x else 0.0 for x in p]
+    assert token_weights(METHODS["luffy"], g)[0].tolist() == pytest.approx(want, rel=1e-5)
 
 
 def test_a_coefficient_falls_along_half_a_cosine_in_the_first_fifth_of_a_run():

@@ -1,9 +1,12 @@
 """The box in a response, the grade, and whose mistake is whose."""
 
+import shutil
 import time
+from pathlib import Path
 
 import pytest
 
+import reward
 from data.loader import Problem
 from reward import (
     BATCH_WITH_BAR,
@@ -40,6 +43,11 @@ BOXES = [
     ("\\boxed 3\\pmod 9", "3"),
     ("\\boxed -7.", "-7"),
     ("\\boxed\\frac12$", "\\frac12"),
+    ("\\boxed 5 or \\boxed 6", "6"),
+    ("\\boxed 5 or \\boxed{6}", "6"),
+    ("\\boxed{5} or \\boxed 6", "6"),
+    ("\\boxed 5 is in the \\boxed !", "5"),
+    ("\\boxed{\\boxed 7 m}", "\\boxed 7 m"),
     ("\\boxed{5} cut off in \\boxed{6", "5"),
     ("\\boxed{$6$}", "$6$"),
     ("no box: 42", None),
@@ -87,6 +95,27 @@ def test_grade_is_one_or_zero():
     assert grade("the answer is 4", "4") == 0.0
     assert grade("\\boxed{3} and not -3", "-3") == 0.0
     assert grade("\\boxed{(B)}", "B") == 1.0
+
+
+def test_a_rounded_gold_accepts_the_fraction_and_not_the_other_way_round():
+    assert grade("\\boxed{\\frac13}", "0.333") == 1.0
+    assert grade("\\boxed{0.333}", "\\frac13") == 0.0
+
+
+@pytest.mark.parametrize(
+    "prediction, gold",
+    [
+        ("x + y = 2", "100000x + 100001y = 200000"),
+        ("x + 3y = 2.00001", "x + 3y = 2"),
+        ("0 < x < 1", "0 < x \\le 1"),
+        ("0 < x < 1", "0 \\le x < 1"),
+        ("(x, y) = (1, 2)", "(x, y, z) = (1, 2, 3)"),
+        ("0 : 1 : 2", "0 : 5 : 7"),
+    ],
+)
+def test_what_is_nearly_the_same_is_not(prediction, gold):
+    assert is_equivalent(prediction, prediction) and is_equivalent(gold, gold)
+    assert not is_equivalent(prediction, gold) and not is_equivalent(gold, prediction)
 
 
 @pytest.mark.parametrize("response", [None, 5, b"\\boxed{5}", ["\\boxed{5}"], float("nan")])
@@ -231,6 +260,21 @@ def test_a_reward_of_ones_own_gives_partial_credit(tmp_path):
     before = found.fingerprint
     path.write_text(path.read_text() + "\n")
     assert load_reward(f"{path}:reward").fingerprint != before
+
+
+def test_the_fingerprint_of_math_is_that_of_all_its_code(tmp_path, monkeypatch):
+    """Of reward.py and of every file of answers/."""
+    here = Path(reward.__file__)
+    files = [here, *here.with_name("answers").glob("*.py")]
+    (tmp_path / "answers").mkdir()
+    copies = [shutil.copy(file, tmp_path / file.relative_to(here.parent)) for file in files]
+    monkeypatch.setattr(reward, "__file__", str(copies[0]))
+    found = [load_reward("math").fingerprint]
+    assert len(files) > 8 and found[0] == reward.MATH.fingerprint
+    for copy in copies:
+        copy.write_text(copy.read_text() + "# another\n")
+        found.append(load_reward("math").fingerprint)
+    assert len(set(found)) == len(files) + 1
 
 
 @pytest.mark.parametrize(

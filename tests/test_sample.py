@@ -43,6 +43,20 @@ def test_cosine_fraction_is_uniform_above_its_falling_bound(step):
     assert drawn.mean().item() == pytest.approx((low + 0.95) / 2, abs=0.02)
 
 
+def test_the_bounds_of_every_schedule_at_the_beginning_in_the_middle_and_at_the_end():
+    want = {
+        "cosine": [0.95, 0.95, 0.5, 0.95, 0.05, 0.95],
+        "uniform": [0.05, 0.95] * 3,
+        "constant": [0.5, 0.5] * 3,
+        "uft": [0.0, 1.0, 0.0, 1.0, 0.0, 0.0],
+    }
+    assert want.keys() == sample.SCHEDULES.keys()
+    for name, bounds in want.items():
+        found = [bound for step in (0, 250, 500) for bound in sample.prefix_range(step, 500, name)]
+        assert found == pytest.approx(bounds, abs=1e-12), name
+    assert [sample.prefix_range(step, 500, "uft")[1] for step in (299, 300, 900)] == [1.0, 0.0, 0.0]
+
+
 def test_other_schedules():
     assert fractions(0, "uniform").mean().item() == pytest.approx(0.5, abs=0.02)
     assert fractions(0, "uniform").min() < 0.07 and fractions(499, "uniform").max() > 0.93

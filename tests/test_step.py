@@ -379,6 +379,54 @@ def test_a_step_is_two_unequal_updates_one_after_the_other(tokenizer, method, ma
         )
 
 
+def test_the_counts_of_a_mini_batch_are_those_of_its_rows(tokenizer):
+    """Not those of the whole batch; counted over the plan and the responses."""
+    run = make_run(tokenizer)
+    batch, parts = rollout_batch(run, [0, 1, 2, 3], 4), ((0, 1, 2), (3,))
+    every = list(zip(batch.first_try.rows, batch.first_try.responses))
+    counts = []
+    for groups in parts:
+        chosen = [(row, response) for row, response in every if row.group in groups]
+        given = sum(len(row.prefix_ids) for row, _ in chosen)
+        counts.append((given, sum(len(response) for _, response in chosen) - given))
+        rows = torch.isin(batch.rollouts.group, torch.tensor(groups)).nonzero().flatten()
+        tokens = mini_batch(run, batch, rows, 160.0, 0.4, (4, 0))
+        assert (tokens.demonstration_tokens, tokens.policy_tokens) == counts[-1]
+    assert all(given > 0 and own > 0 for given, own in counts) and counts[0] != counts[1]
+
+
+def test_the_random_entropy_clip_draws_by_seed_step_and_update(tokenizer):
+    run = make_run(tokenizer, "prefix-rft-random", entropy_keep=0.5)
+    batch = rollout_batch(run, [0, 1, 2, 3], 4)
+
+    def kept(seed: int, *key: int) -> tuple:
+        own = dataclasses.replace(run, config=dataclasses.replace(run.config, seed=seed))
+        mask = mini_batch(own, batch, torch.arange(16), 320.0, 0.4, key).weight_mask & batch.rollouts.prefix_mask
+        return tuple(mask.flatten().tolist())
+
+    keys = [(0, 0, 0), (0, 0, 1), (0, 1, 0), (1, 0, 0)]
+    masks = [kept(*key) for key in keys]
+    assert len(set(masks)) == 4 and len({sum(mask) for mask in masks}) == 1
+    assert [kept(*key) for key in keys] == masks
+
+
+@pytest.mark.parametrize("method", ["rft", "hpt", "rescue"])
+def test_sampled_tokens_are_those_of_every_try(tokenizer, monkeypatch, method):
+    """Also of groups that were replaced or sampled again: without prefixes and whole demonstrations."""
+    tries, plain = [], steps.sample_and_grade
+
+    def count(run, picked, rows):
+        graded = plain(run, picked, rows)
+        pairs = zip(graded.rows, graded.responses)
+        tries.append(sum(len(response) - len(row.prefix_ids) for row, response in pairs))
+        return graded
+
+    monkeypatch.setattr(steps, "sample_and_grade", count)
+    metrics, *_ = rl_step(make_run(tokenizer, method, reward=ALL_WRONG), 0)
+    assert len(tries) == {"rft": 1, "hpt": 2, "rescue": 4}[method] and tries[0] > 0
+    assert metrics["sampled_tokens"] == sum(tries) and (method != "rescue" or min(tries) > 0)
+
+
 def test_an_sft_step_draws_among_a_problems_demonstrations(tokenizer):
     """As its number says: over the steps each has its turn, and the same step has the same."""
     run = make_run(tokenizer, "sft")

@@ -9,6 +9,7 @@ import subprocess
 import sys
 import time
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -18,10 +19,11 @@ import eval as evaluation
 import sample
 import train
 from data.loader import Encoded
+from evaluation.statistics import Answers
 from loss import METHODS
 from model import load_model, save_model
 from support import checkpoint
-from support.config import parse_config
+from support.config import from_dict, parse_config
 
 ROOT = Path(__file__).parents[1]
 SMALL = {
@@ -323,7 +325,8 @@ def test_wrong_data(tmp_path, monkeypatch, capsys, content, message):
     [
         ({"model": "no/such/folder"}, "neither a folder that exists"),
         ({"max_response_tokens": 3}, "needs demonstrations"),
-        ({"max_response_tokens": 4000}, "exceed the model's"),
+        ({"max_response_tokens": 4000}, "max_response_tokens (4000) exceed the model's"),
+        ({"eval_response_tokens": 4000}, "eval_response_tokens (4000) exceed the model's"),
         ({"prompts_per_step": 4000}, "prompts_per_step is 4000"),
         ({"method": "rtf"}, "did you mean rft"),
     ],
@@ -372,8 +375,12 @@ def test_demonstrations_that_cannot_be_used_are_counted(task, tmp_path, capsys):
     rows[1]["demonstrations"] = ["\\boxed{1000}"]
     rows[2]["demonstrations"] = ["no box"]
     data = write_rows(tmp_path / "train.jsonl", rows)
-    run, counts = train.prepare(parse_config(arguments(task, tmp_path / "run", data=data, max_response_tokens=80)))
+    settings = {"data": data, "max_response_tokens": 80, "prompts_per_step": len(rows)}  # all of them: no less
+    half, _ = train.prepare(parse_config(arguments(task, tmp_path / "half", **settings, demonstration_fraction=0.5)))
+    run, counts = train.prepare(parse_config(arguments(task, tmp_path / "run", **settings)))
     assert counts.left_out == {"too long": 1, "not right": 2}
+    kept = [sum(bool(problem.demonstrations) for problem in r.data.encoded) for r in (run, half)]
+    assert kept == [used - 3, math.ceil((used - 3) / 2)]
     train.console.show_start(run, tmp_path, counts, 4, 0)
     said = capsys.readouterr().out
     assert f"{used - 3} with demonstrations, 1 left out (too long), 2 left out (not right)" in said
@@ -426,6 +433,49 @@ def test_logs_are_cut_to_the_checkpoint_and_nothing_else_is_lost(tmp_path):
         assert log.read_bytes() == bad + whole
 
 
+def test_only_the_embedded_task_has_held_out_problems_unasked():
+    recipes = {name: f"data/recipes/{name}.jsonl" for name in ("train", "validation", "test")}
+    own, both = {"data": "mine.jsonl"}, {"eval_data": "v.jsonl", "test_data": "t.jsonl"}
+    named = {"validation": "v.jsonl", "test": "t.jsonl"}
+    assert train.data_files(from_dict({})) == {"data": recipes.pop("train"), **recipes}
+    assert train.data_files(from_dict(own)) == own
+    assert train.data_files(from_dict(own | both | {"sft_data": "s.jsonl"})) == own | named | {"sft_data": "s.jsonl"}
+    assert train.data_files(from_dict(both)) == {"data": "data/recipes/train.jsonl"} | named
+
+
+def test_the_optimizer_takes_its_settings():
+    model = random_model()
+    config = from_dict({"lr": 0.002, "adam_beta2": 0.95, "weight_decay": 0.03})
+    (group,) = train.new_optimizer(model, config).param_groups
+    assert (group["lr"], group["betas"], group["weight_decay"]) == (0.002, (0.9, 0.95), 0.03)
+    assert list(map(id, group["params"])) == list(map(id, model.parameters()))
+
+
+def test_the_evaluation_takes_its_settings(monkeypatch):
+    """Validation and test greedily, then the test problems with eval_samples at temperature 1."""
+    calls = []
+
+    def evaluate(model, tokenizer, problems, encoded, *, samples, temperature, **settings):
+        calls.append((problems, encoded, samples, temperature))
+        names = {"reward": "r", "max_response_tokens": 33, "seed": 5, "rows_per_call": 6, "decode": "static"}
+        assert settings | {"progress": None} == names | {"progress": None}
+        return [Answers("p", samples=samples, right=1, rewards=1)]
+
+    monkeypatch.setattr(train, "evaluate", evaluate)
+    given = {"eval_samples": 3, "eval_response_tokens": 33, "seed": 5, "rows_per_call": 6, "decode": "static"}
+    data = SimpleNamespace(held={"validation": ("v", "v ids"), "test": ("t", "t ids")})
+    run = SimpleNamespace(config=from_dict(given), data=data, model=None, tokenizer=None, reward="r")
+    tables = train.score(run, "base")
+    assert calls == [("v", "v ids", 1, 0.0), ("t", "t ids", 1, 0.0), ("t", "t ids", 3, 1.0)]
+    assert {name: table["all"]["samples"] for name, table in tables.items()} == {
+        "validation": 1,
+        "test": 1,
+        "test_sampled": 3,
+    }
+    data.held.pop("validation")
+    assert train.score(run, "base")["validation"] == {}
+
+
 # what warnings look at
 WATCHED = {"entropy": 1.0, "grad_norm": 1.0, "skipped_updates": 0, "truncated": 0.0, "unread": 0.0, "hybrid_rows": 0}
 
@@ -435,25 +485,58 @@ def test_the_sft_stage_has_a_file_of_its_own(task, tmp_path, monkeypatch):
     monkeypatch.chdir(ROOT)
     rows = [json.loads(line) for line in (task / "train.jsonl").read_text().splitlines()]
     bare = [{k: v for k, v in row.items() if k != "demonstrations"} for row in rows]
-    data = write_rows(tmp_path / "data.jsonl", bare)
+    data = write_rows(tmp_path / "data.jsonl", [bare[0] | {"system": "Briefly."}, *bare[1:]])
     sft = write_rows(tmp_path / "sft.jsonl", [row | {"id": f"own-{row['id']}"} for row in rows[:8]])
     seen: dict[str, set[str]] = {"sft": set(), "rl": set()}
+    calls: list[tuple] = []
+    order: list[list[str]] = []
+    titles: list[str] = []
+    optimizers: list[torch.optim.Optimizer] = []
 
-    def sft_step(run, problems, *rest):
-        seen["sft"] |= {problem.id for problem in problems}
+    def note(stage, step, run, *more):
+        optimizers.append(run.optimizer)
+        calls.append((stage, step, len(run.optimizer.state), *more))
+        run.optimizer.state[next(run.model.parameters())]["step"] = torch.ones(())
+
+    def sft_step(run, problems, step, optimizer, lr):
+        assert optimizer is run.optimizer
+        note("sft", step, run, lr)
+        order.append([problem.id for problem in problems])
+        seen["sft"] |= set(order[-1])
         return {"loss": 0.0, **WATCHED}
 
     def rl_step(run, step, record):
+        note("rl", step, run, record)
         seen["rl"] |= {problem.id for problem in run.data.encoded}
         return {"loss": 0.0, "reward": 0.0, "reward_on_policy": 0.0, **WATCHED}, [], None
 
     monkeypatch.setattr(train, "sft_step", sft_step)
     monkeypatch.setattr(train, "rl_step", rl_step)
-    settings = {"method": "sft-rft", "data": data, "sft_data": sft, "sft_batch": 4, "sft_steps": 4, "steps": 1}
-    assert train.train(parse_config(arguments(task, tmp_path / "run", **settings))) == 0
+    monkeypatch.setattr(train, "accuracy", lambda run, name, temperature, title: titles.append(title) or {})
+    settings = {"method": "sft-rft", "data": data, "sft_data": sft, "sft_batch": 4, "sft_steps": 4, "steps": 4}
+    settings |= {"save_every": 0, "eval_every": 3}
+    config = parse_config(arguments(task, tmp_path / "run", **settings, sft_lr=0.5))
+    assert train.train(config) == 0
+    rates = [0.5, 0.5, 0.5 * 0.75, 0.5 * 0.25]  # one step of warm-up, half a cosine over the others
+    assert calls == [
+        *[("sft", step, int(step > 0), pytest.approx(rate)) for step, rate in enumerate(rates)],
+        ("rl", 0, 0, True),  # a fresh optimizer; a group is recorded at the first step and with every evaluation
+        ("rl", 1, 1, True),
+        ("rl", 2, 1, False),
+        ("rl", 3, 1, True),
+    ]
+    assert [id(o) for o in optimizers] == [id(optimizers[0])] * 4 + [id(optimizers[4])] * 4
+    assert [title for title in titles if title.startswith("step")] == [f"step {n}: validation" for n in (3, 6, 8)]
+    assert checkpoint.trained_with(tmp_path / "run" / "final") == {"reward": "math"}  # no system message is shared
     assert seen["sft"] < {f"own-{row['id']}" for row in rows[:8]}  # without those that are too long
     assert seen["rl"] == {row["id"] for row in rows}
-    usable = len(seen["sft"])
+    usable, first = len(seen["sft"]), order.copy()
+    for seed in (0, 1):
+        order.clear()
+        assert train.train(parse_config(arguments(task, tmp_path / f"seed{seed}", **settings, seed=seed))) == 0
+        assert (order == first) == (seed == 0)
+    _, counts = train.prepare(parse_config(arguments(task, tmp_path / "prepared", **settings)))
+    assert counts.left_out == {"too long": 8 - usable}
     seen["sft"].clear()
     half = settings | {"demonstration_fraction": 0.5}
     assert train.train(parse_config(arguments(task, tmp_path / "half", **half))) == 0

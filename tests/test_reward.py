@@ -82,10 +82,10 @@ def test_extract_boxed(text, content):
     ids=lambda text: text[:16],
 )
 def test_a_megabyte_takes_no_time(text):
-    start = time.perf_counter()
+    start = time.process_time()
     extract_boxed(text)
     assert grade(text, "5") == 0.0
-    assert time.perf_counter() - start < 3.0
+    assert time.process_time() - start < 3.0
 
 
 def test_grade_is_one_or_zero():

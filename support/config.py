@@ -272,7 +272,7 @@ def parse_config(argv: list[str]) -> Config:
     if "config" in given:
         path = Path(given.pop("config"))
         try:
-            values = json.loads(path.read_text(encoding="utf-8"))
+            values = json.loads(path.read_text(encoding="utf-8-sig"))
         except OSError as error:
             raise ValueError(f"config file {str(path)!r} cannot be read: {error.strerror}") from error
         except ValueError as error:

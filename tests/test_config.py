@@ -48,9 +48,10 @@ def test_every_default_is_allowed_and_read_back_from_text(field):
         assert parse_config([f"--{field.name}", text]) == Config()
 
 
-def test_the_command_line_wins_over_the_file(tmp_path):
+@pytest.mark.parametrize("mark", [b"", b"\xef\xbb\xbf"])  # Windows editors begin a file with it
+def test_the_command_line_wins_over_the_file(tmp_path, mark):
     path = tmp_path / "c.json"
-    path.write_text(json.dumps({"steps": 7, "lr": 1}))
+    path.write_bytes(mark + json.dumps({"steps": 7, "lr": 1}).encode())
     config = parse_config(["--config", str(path), "--lr=2e-6", "--method", "rft"])
     assert (config.steps, config.lr, config.method) == (7, 2e-6, "rft")
 

@@ -564,6 +564,8 @@ def test_the_papers_numbers_of_samples(tmp_path, monkeypatch):
         ("--data nowhere.jsonl", "'nowhere.jsonl' does not exist"),
         ("--regrade nowhere --reward exact", "nowhere holds no evaluation"),
         ("--regrade nowhere --benchmarks embedded", "--regrade does not read --benchmarks: leave it out"),
+        ("--benchmarks embedded --data mine/embedded.jsonl", "mine/embedded.jsonl has the name of the benchmark"),
+        ("--data mine/math500.jsonl", "has the name of the benchmark math500 .*: rename your file"),
         ("--samples=2 --regrade nowhere", "--regrade does not read --samples: leave it out"),
         ("--regrade nowhere --temperature 0.6", "--regrade does not read --temperature: leave it out"),
         ("--regrade nowhere --model data/base", "--regrade does not read --model: leave it out"),

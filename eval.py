@@ -27,7 +27,7 @@ import torch
 from tqdm import tqdm
 from transformers import PreTrainedModel
 
-from data.loader import Encoded, Problem, encode_problems, odd_rows
+from data.loader import Encoded, Problem, encode_prompts, odd_rows
 from decode import DECODERS, whole_blocks
 from evaluation.benchmarks import FILES, Benchmark, all_draws, choose_benchmarks
 from evaluation.folder import choose_folder, count, cut_broken_line, describe, opened, regrade, stored_settings
@@ -118,9 +118,8 @@ def encode_benchmarks(model, tokenizer, benchmarks: list[Benchmark], max_respons
 
     Raises ValueError where prompt and response would not fit the model's window.
     """
-    ends = model.generation_config.eos_token_id
     for benchmark in benchmarks:
-        benchmark.encoded = encode_problems(tokenizer, benchmark.problems, max_response_tokens, ends)[0]
+        benchmark.encoded = encode_prompts(tokenizer, benchmark.problems)
     longest = max(len(e.prompt_ids) for b in benchmarks for e in b.encoded)
     check_window(window_of(model.config), longest, max_response_tokens, "max_response_tokens")
     return longest

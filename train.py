@@ -20,7 +20,7 @@ from typing import Any, NamedTuple
 import torch
 from transformers import PreTrainedModel
 
-from data.loader import Encoded, encode_problems, load_problems, odd_rows
+from data.loader import Encoded, encode_problems, encode_prompts, load_problems, odd_rows
 from eval import evaluate
 from evaluation.statistics import summarize
 from loss import METHODS
@@ -74,8 +74,7 @@ def load_data(
     for name in ("validation", "test"):
         if path := data_files(config).get(name):
             problems = load_problems(path, reward)
-            bare = [dataclasses.replace(problem, demonstrations=()) for problem in problems]
-            held[name] = problems, encode_problems(tokenizer, bare, config.max_response_tokens, end_ids, reward)[0]
+            held[name] = problems, encode_prompts(tokenizer, problems)
     encoded, left_out, noted = encode_problems(tokenizer, train, config.max_response_tokens, end_ids, reward)
     encoded = keep_fraction(encoded, config.demonstration_fraction)
     supervised = encoded

@@ -5,6 +5,7 @@ Other fields are ignored. `load_problems` reads and checks, `encode_problems` re
 from there on only ids are used, so what is trained is what was sampled.
 """
 
+import dataclasses
 import datetime
 import difflib
 import itertools
@@ -265,6 +266,12 @@ def without_doubled_tag(prompt: str, text: str, noted: Counter) -> str:
     if not (tag := LAST_TAG.search(prompt)):
         return text
     if text.startswith(tag.group()):
+def encode_prompts(tokenizer: Tokenizer, problems: list[Problem]) -> list[Encoded]:
+    """Problems that are only to be answered: their demonstrations are not looked at."""
+    bare = [dataclasses.replace(problem, demonstrations=()) for problem in problems]
+    return encode_problems(tokenizer, bare, 0, [])[0]
+
+
         noted[f"lost the {tag.group().strip()} that their prompt ends with"] += 1
         return text.removeprefix(tag.group())
     if text.lstrip().startswith(tag.group().strip()):

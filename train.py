@@ -50,7 +50,7 @@ def keep_fraction(problems: Sequence[Encoded], fraction: float) -> list[Encoded]
     choice is the same in every run and a smaller share is part of a larger one."""
     demonstrated = [problem.id for problem in problems if problem.demonstrations]
     ranked = sorted(demonstrated, key=lambda name: seed_of("demonstration", name))
-    keeping = set(ranked[: math.ceil(fraction * len(demonstrated))])
+    keeping = set(ranked[: math.ceil(fraction * len(demonstrated) - 1e-9)])
     return [
         problem if problem.id in keeping else dataclasses.replace(problem, demonstrations=[]) for problem in problems
     ]
@@ -86,6 +86,8 @@ def load_data(
     supervised = [problem for problem in supervised if problem.demonstrations]
     method = METHODS[config.method]
     used = supervised if "sft" in method.stages else [problem for problem in encoded if problem.demonstrations]
+    if method.needs_demonstrations and config.demonstration_fraction == 0:
+        raise ValueError(f"demonstration_fraction is 0, expected more: method {config.method} needs demonstrations")
     if method.needs_demonstrations and not used:
         file = (config.sft_data if "sft" in method.stages else "") or config.data
         why = "".join(f", {count} left out ({why})" for why, count in left_out.items())

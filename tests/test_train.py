@@ -258,10 +258,10 @@ def test_every_kind_of_method_runs(task, tmp_path, monkeypatch, capsys, method):
     assert any(not torch.equal(base[name], final[name]) for name in base)
 
 
-@pytest.mark.parametrize("fraction, count", [(1.0, 40), (0.1, 4), (0.01, 1), (0.0, 0)])
+@pytest.mark.parametrize("fraction, count", [(1.0, 100), (0.1, 10), (0.07, 7), (0.001, 1), (0.0, 0)])
 def test_kept_demonstrations_are_chosen_by_id(fraction, count):
     """In any order and company the same ids, and a smaller share is part of a larger one."""
-    problems = [Encoded(f"p{i}", [1], [[5]] if i < 40 else [], 2) for i in range(60)]
+    problems = [Encoded(f"p{i}", [1], [[5]] if i < 100 else [], 2) for i in range(120)]
 
     def kept(problems, fraction):
         return {problem.id for problem in train.keep_fraction(problems, fraction) if problem.demonstrations}
@@ -323,6 +323,7 @@ def test_wrong_data(tmp_path, monkeypatch, capsys, content, message):
     [
         ({"model": "no/such/folder"}, "neither a folder that exists"),
         ({"max_response_tokens": 3}, "needs demonstrations"),
+        ({"demonstration_fraction": 0}, "demonstration_fraction is 0, expected more: method prefix-rft needs"),
         ({"max_response_tokens": 4000}, "exceed the model's"),
         ({"prompts_per_step": 4000}, "prompts_per_step is 4000"),
         ({"method": "rtf"}, "did you mean rft"),

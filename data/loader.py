@@ -139,6 +139,11 @@ def check_rows(path: str | Path, rows: dict[int, Any], reward: Reward = MATH) ->
     return problems
 
 
+    levels = {"all", *(problem.level for problem in problems)}
+    for number, problem in zip(rows, problems):  # metrics.jsonl has eval_LEVEL beside eval_LEVEL_low and _high
+        if (base := re.sub(r"_(low|high)\Z", "", problem.level)) != problem.level and base in levels:
+            found = f"level is {problem.level!r}, as a limit of the accuracy of level {base!r} is called"
+            raise ValueError(f"{path}:{number}: {found}: give it another name")
 def odd_rows(path: str | Path) -> list[str]:
     """What a data file has that was hardly meant, a line each with a count and the first line number: a field whose
     name is nearly one of ours, a problem that stands there twice."""

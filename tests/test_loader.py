@@ -19,6 +19,8 @@ ROW = {"problem": "1+1?", "answer": "2"}
         (json.dumps(ROW | {"demonstrations": ["x", "\udc00"]}), r"demonstrations has '\\udc00' at character 0"),
         (json.dumps(ROW | {"level": "\ud800"}), r"level has '\\ud800'"),
         (json.dumps(ROW | {"level": "all"}), "level is 'all', which reports call the total: give it another name"),
+        (json.dumps(ROW | {"level": "a_low"}), "level is 'a_low', as a limit of the accuracy of level 'a' is called"),
+        (json.dumps(ROW | {"level": "all_high"}), "level is 'all_high', as a limit of the accuracy of level 'all'"),
         ("[" * 100_000, "nested too deeply"),
         ('{"problem": ' * 100_000, "nested too deeply"),
         (
@@ -27,11 +29,11 @@ ROW = {"problem": "1+1?", "answer": "2"}
         ),
         ('{"problem": "1+1?", "answer": ' + "1" * 5000 + "}", "a number has more than 4300 digits: put it in quotes"),
     ],
-    ids=range(8),
+    ids=range(10),
 )
 def test_a_bad_line_is_named(line, said, tmp_path):
     path = tmp_path / "bad.jsonl"
-    path.write_text(f"{json.dumps(ROW)}\n\n{line}\n")
+    path.write_text(f"{json.dumps(ROW | {'level': 'a'})}\n\n{line}\n")
     with pytest.raises(ValueError, match=f"^{re.escape(str(path))}:3: {said}") as caught:
         load_problems(path)
     assert "\n" not in str(caught.value) and len(str(caught.value)) < len(str(path)) + 150

@@ -110,11 +110,14 @@ def _parse(line: str, where: str) -> Any:
 def read_rows(path: str | Path) -> dict[int, Any]:
     """The JSON values of a JSONL file by line number, empty lines left out. ValueError as `load_problems`."""
     path = Path(path)
+    if path == Path():
+        raise ValueError("data is empty or '.': give a JSONL file (its format: data/README.md)")
     if not path.is_file():
         if path.parts[-3:-1] in (("data", "train"), ("data", "benchmarks")):  # where data/prepare.py writes
             fix = f"run  python data/prepare.py {path.stem}  (without a name: the list)"
             raise ValueError(f"{path}: {path.stem} is not here yet: {fix}")
-        what = "is a folder" if path.is_dir() else "does not exist"
+        there = "is a folder" if path.is_dir() else "is not a regular file"
+        what = there if path.exists() else "does not exist"
         raise ValueError(f"data file {str(path)!r} {what}: give a JSONL file (its format: data/README.md)")
     try:
         text = path.read_text(encoding="utf-8-sig")  # Windows editors begin a file with a byte order mark

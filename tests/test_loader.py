@@ -53,11 +53,18 @@ def test_text_of_any_language_and_a_byte_order_mark_are_read(tmp_path):
         ("data/benchmarks/aime24.jsonl", "run  python data/prepare.py aime24"),
         ("data/recipes/test.jsonl", "does not exist: give a JSONL file"),
         ("train/gsm8k.jsonl", "does not exist: give a JSONL file"),
+        ("/dev/null", "data file '/dev/null' is not a regular file: give a JSONL file"),
     ],
 )
 def test_a_missing_file_is_one_line_with_the_fix(path, said, tmp_path):
     with pytest.raises(ValueError, match=re.escape(said)):
         load_problems(tmp_path / path)
+
+
+def test_no_name_of_a_file_is_not_called_a_folder():
+    for nothing in ("", Path("")):
+        with pytest.raises(ValueError, match=r"^data is empty or '.': give a JSONL file"):
+            load_problems(nothing)
 
 
 @pytest.mark.parametrize(

@@ -20,7 +20,7 @@ from typing import Any
 
 from transformers import PreTrainedTokenizerBase as Tokenizer
 
-from reward import MATH, Reward, extract_boxed, grade_one
+from reward import MATH, Reward, extract_boxed, grade_one, raised
 
 TODAY = re.compile(r"""strftime_now\(\s*(['"])(.*?)\1\s*\)""")  # how a chat template asks for the date
 FIELDS = ("id", "problem", "answer", "demonstrations", "level", "system", "options")
@@ -90,8 +90,8 @@ def _read_row(row: object, where: str, default_id: str, reward: Reward) -> Probl
     )
     try:
         reward.check(problem)
-    except Exception as error:  # a check of the user's own can raise anything
-        raise ValueError(f"{where}: {error}") from error
+    except (Exception, SystemExit) as error:  # a check of the user's own can raise anything
+        raise ValueError(f"{where}: {raised(error)}") from error
     return problem
 
 
@@ -139,14 +139,14 @@ def check_rows(path: str | Path, rows: dict[int, Any], reward: Reward = MATH) ->
         problems.append(problem)
     if not problems:
         raise ValueError(f"{path}: no problems in it: write one JSON object per line")
-    return problems
-
-
     levels = {"all", *(problem.level for problem in problems)}
     for number, problem in zip(rows, problems):  # metrics.jsonl has eval_LEVEL beside eval_LEVEL_low and _high
         if (base := re.sub(r"_(low|high)\Z", "", problem.level)) != problem.level and base in levels:
             found = f"level is {problem.level!r}, as a limit of the accuracy of level {base!r} is called"
             raise ValueError(f"{path}:{number}: {found}: give it another name")
+    return problems
+
+
 def odd_rows(path: str | Path) -> list[str]:
     """What a data file has that was hardly meant, a line each with a count and the first line number: a field whose
     name is nearly one of ours, a problem that stands there twice."""
@@ -266,6 +266,12 @@ def encode_problems(
     return encoded, left_out, +noted
 
 
+def encode_prompts(tokenizer: Tokenizer, problems: list[Problem]) -> list[Encoded]:
+    """Problems that are only to be answered: their demonstrations are not looked at."""
+    bare = [dataclasses.replace(problem, demonstrations=()) for problem in problems]
+    return encode_problems(tokenizer, bare, 0, [])[0]
+
+
 def without_doubled_tag(prompt: str, text: str, noted: Counter) -> str:
     """The demonstration `text` without a first tag, such as <think> and a line end, that the prompt ends with.
 
@@ -274,12 +280,6 @@ def without_doubled_tag(prompt: str, text: str, noted: Counter) -> str:
     if not (tag := LAST_TAG.search(prompt)):
         return text
     if text.startswith(tag.group()):
-def encode_prompts(tokenizer: Tokenizer, problems: list[Problem]) -> list[Encoded]:
-    """Problems that are only to be answered: their demonstrations are not looked at."""
-    bare = [dataclasses.replace(problem, demonstrations=()) for problem in problems]
-    return encode_problems(tokenizer, bare, 0, [])[0]
-
-
         noted[f"lost the {tag.group().strip()} that their prompt ends with"] += 1
         return text.removeprefix(tag.group())
     if text.lstrip().startswith(tag.group().strip()):

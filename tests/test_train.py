@@ -22,6 +22,7 @@ from loss import METHODS
 from model import load_model, save_model
 from support import checkpoint
 from support.config import parse_config
+from support.console import curve
 
 ROOT = Path(__file__).parents[1]
 SMALL = {
@@ -407,6 +408,11 @@ def test_a_run_that_diverges_stops_in_one_line(task, tmp_path, settings, monkeyp
     for file in checkpoint.checkpoints(tmp_path / "run"):
         weights = torch.load(file, weights_only=True)["model"].values()
         assert all(weight.isfinite().all() for weight in weights)
+
+
+def test_the_curve_of_a_log_with_any_line_end_in_its_text(tmp_path):
+    checkpoint.append_rows(tmp_path / "metrics.jsonl", [{"step": 1, "eval_all": 0.5, "eval_a\u2028b\x85": 1.0}])
+    assert curve(tmp_path).startswith("validation accuracy  0.50")
 
 
 def test_logs_are_cut_to_the_checkpoint_and_nothing_else_is_lost(tmp_path):

@@ -39,6 +39,7 @@ from reward import MATH, Reward, load_reward
 from sample import Row, generate, pack
 from support import distributed
 from support.checkpoint import Broken, append_rows, trained_with
+from support.command import command
 from support.config import Parser, check_range, given_settings
 from support.memory import row_bytes
 
@@ -276,6 +277,7 @@ def go_on(args: argparse.Namespace) -> str:
     return f"{distributed.launcher()} {shlex.join([*sys.argv, *out])}"
 
 
+@command("eval.py", distributed.name)
 def main() -> None:
     try:
         args = parse_args(sys.argv[1:])
@@ -286,9 +288,6 @@ def main() -> None:
         else:
             run(args)
         distributed.stop()
-    except (ValueError, OSError) as error:
-        print(f"eval.py: {distributed.name()}{error}", file=sys.stderr)
-        sys.exit(2)
     except Broken as error:
         print(f"eval.py: {distributed.name()}{error}; to go on: {go_on(args)}", file=sys.stderr)
         sys.exit(1)

@@ -29,6 +29,7 @@ from reward import Reward, load_reward
 from sample import prefix_range, seed_of
 from step import Collector, Data, Run, problems_of_step, rl_step, sft_learning_rate, sft_step
 from support import checkpoint, console, distributed
+from support.command import command
 from support.config import TASK, Config, given_settings, parse_config, unread_settings
 from support.watch import Watch
 
@@ -203,11 +204,13 @@ def train(config: Config, given: Sequence[str] = ()) -> int:
         watch = Watch(run.method, warnings, torch.bfloat16 if bf16 else torch.float32)
         start = restore(run, folder, watch)
         checkpoint.write_config(folder, config, ingredients)
-        console.show_start(run, folder, counts, run.total_steps, start)
-        for text in watch.said.values():
-            console.warn(text)
         try:
+            console.show_start(run, folder, counts, run.total_steps, start)
+            for text in watch.said.values():
+                console.warn(text)
             return train_in(folder, run, start, watch)
+        except BrokenPipeError as error:
+            raise checkpoint.Broken(f"its output was closed; to go on: {console.command(config, folder)}") from error
         except OSError as error:
             what = f"writing to {folder} failed ({error.strerror or error})"
             raise checkpoint.Broken(f"{what}; mend that, then: {console.command(config, folder)}") from error
@@ -334,6 +337,7 @@ def catch_signals() -> list[int]:
     return caught
 
 
+@command("train.py", distributed.name)
 def main() -> None:
     again, config = "start it again", Config()
     try:
@@ -343,9 +347,6 @@ def main() -> None:
         code = train(config, given_settings(sys.argv[1:]))
         distributed.stop()
         sys.exit(code)
-    except (ValueError, OSError) as error:
-        print(f"train.py: {distributed.name()}{error}", file=sys.stderr)
-        sys.exit(2)
     except checkpoint.Broken as error:
         print(f"train.py: {distributed.name()}{error}", file=sys.stderr)
         sys.exit(1)

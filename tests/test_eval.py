@@ -453,6 +453,22 @@ def test_a_response_that_was_cut_off_stays_wrong_when_it_is_graded_again(finishe
     assert (folder / "generations.jsonl").read_bytes() == before
 
 
+def test_a_full_disk_leaves_the_grades_as_they_were(finished, tmp_path, monkeypatch, capsys):
+    folder = copy(finished, tmp_path / "full")
+    before = contents(folder)
+
+    def full(*_):
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(folder_of_evaluation, "grade_response", full)
+    monkeypatch.setattr(sys, "argv", ["eval.py", "--regrade", str(folder)])
+    with pytest.raises(SystemExit) as stop:
+        eval.main()
+    said = f"writing to {folder} failed (No space left on device); to go on: python eval.py --regrade {folder}\n"
+    assert stop.value.code == 1 and capsys.readouterr().err == f"eval.py: {said}"
+    assert contents(folder) | {"lock": b""} == before | {"lock": b""}
+
+
 @pytest.mark.parametrize("written", [1, 2])
 def test_grading_that_was_cut_off_has_to_be_done_again(finished, tmp_path, monkeypatch, written):
     """Before the new grades stand there the old ones do; then neither the old grader's name nor the new one's."""

@@ -27,7 +27,7 @@ import torch
 from tqdm import tqdm
 from transformers import PreTrainedModel
 
-from data.loader import Encoded, Problem, encode_problems, odd_rows
+from data.loader import Encoded, Problem, encode_prompts, odd_rows
 from decode import DECODERS, whole_blocks
 from evaluation.benchmarks import FILES, Benchmark, all_draws, choose_benchmarks
 from evaluation.folder import choose_folder, count, cut_broken_line, describe, opened, regrade, stored_settings
@@ -39,6 +39,7 @@ from reward import MATH, Reward, load_reward
 from sample import Row, generate, pack
 from support import distributed
 from support.checkpoint import Broken, append_rows, trained_with
+from support.command import command
 from support.config import Parser, check_range, given_settings
 from support.memory import row_bytes
 
@@ -118,9 +119,8 @@ def encode_benchmarks(model, tokenizer, benchmarks: list[Benchmark], max_respons
 
     Raises ValueError where prompt and response would not fit the model's window.
     """
-    ends = model.generation_config.eos_token_id
     for benchmark in benchmarks:
-        benchmark.encoded = encode_problems(tokenizer, benchmark.problems, max_response_tokens, ends)[0]
+        benchmark.encoded = encode_prompts(tokenizer, benchmark.problems)
     longest = max(len(e.prompt_ids) for b in benchmarks for e in b.encoded)
     check_window(window_of(model.config), longest, max_response_tokens, "max_response_tokens")
     return longest
@@ -277,6 +277,7 @@ def go_on(args: argparse.Namespace) -> str:
     return f"{distributed.launcher()} {shlex.join([*sys.argv, *out])}"
 
 
+@command("eval.py", distributed.name)
 def main() -> None:
     try:
         args = parse_args(sys.argv[1:])
@@ -287,9 +288,6 @@ def main() -> None:
         else:
             run(args)
         distributed.stop()
-    except (ValueError, OSError) as error:
-        print(f"eval.py: {distributed.name()}{error}", file=sys.stderr)
-        sys.exit(2)
     except Broken as error:
         print(f"eval.py: {distributed.name()}{error}; to go on: {go_on(args)}", file=sys.stderr)
         sys.exit(1)

@@ -72,6 +72,9 @@ def load_config(path: str) -> PreTrainedConfig:
     hub_logging.set_verbosity_error()  # without a network: our one line instead of every retry
     if not Path(path).exists() and (path.count("/") != 1 or Path(path).parent.exists()):
         raise ValueError(f"model {path!r} is neither a folder that exists nor a hub name (ORGANISATION/NAME)")
+    final = Path(path) / "final"
+    if final.is_dir() and not any(Path(path).glob("*.safetensors")):
+        raise ValueError(f"model {path!r} is a run's folder, its model is in {final}: give --model {final}")
     with one_line(path):
         return AutoConfig.from_pretrained(path, trust_remote_code=False)
 
@@ -183,9 +186,10 @@ def read_model(path: str, dtype: torch.dtype) -> PreTrainedModel:
 def check_model(path: str, model: PreTrainedModel, training: bool) -> None:
     """Ask the model, on a few tokens, for what sampling and log-probs take for granted, and choose its model.loop.
 
-    ValueError, one line, unless: the logits are its head's, to the bit; two training passes agree, but for the last
-    bits (a product of matrices need not repeat them); a row in a padded batch has the log-probs it has alone in a
-    plain pass, in training and in sampling, to half the digits of its dtype. Three rows, which end at other times.
+    ValueError, one line, unless: the logits are finite and its head's, to the bit; two training passes agree, but
+    for the last bits (a product of matrices need not repeat them); a row in a padded batch has the log-probs it has
+    alone in a plain pass, in training and in sampling, to half the digits of its dtype. Three rows, which end at
+    other times.
     """
     step, column = model.get_input_embeddings().num_embeddings // 19, torch.arange(13)
     first, last = torch.tensor([[0], [4], [0]]), torch.tensor([[12], [8], [10]])  # of each row
@@ -198,6 +202,8 @@ def check_model(path: str, model: PreTrainedModel, training: bool) -> None:
     with one_line(path), head.register_forward_hook(lambda *call: made.append(call[-1].clone())):
         for i, real in enumerate(mask.bool()):
             logits = model(input_ids=ids[i : i + 1, real], use_cache=False).logits
+            if not logits.isfinite().all():
+                raise ValueError("its logits are not finite, so its weights are damaged: fetch or train it again")
             if not torch.equal(made[-1].float(), logits.float()):
                 raise ValueError("its logits are not those of its output head (scaled, capped?): use another model")
             log_p = logits[0, -int(real[7:].sum()) - 1 : -1].float().log_softmax(-1)

@@ -11,7 +11,6 @@ Times are estimates from the GPU's data sheet and the shares below, chosen to fi
 """
 
 import contextlib
-import sys
 import weakref
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -27,6 +26,7 @@ from transformers.modeling_layers import GradientCheckpointingLayer
 import model as models
 from decode import PREFILL_TOKENS, whole_blocks
 from loss import METHODS
+from support.command import command
 from support.config import Config, Parser, check_range, parse_config
 from support.memory import cache_bytes, head_width, inner_width, plain_caches, row_bytes, token_bytes
 
@@ -355,6 +355,7 @@ def show(config: Config, gpu: str, gpus: int, prompt: int | None, mean: float | 
         print(f"  and {n.passed / 1e9:.2f} billion parameters on a token; the mixture's other experts take no time")
 
 
+@command("plan.py")
 def main() -> None:
     parser = Parser(
         description=__doc__.splitlines()[0],
@@ -365,15 +366,11 @@ def main() -> None:
     parser.add_argument("--gpus", type=int, default=1)
     parser.add_argument("--prompt", type=int, help="longest prompt (default: 1024, or 256 for short budgets)")
     parser.add_argument("--mean_response", type=float, help="average response (default 0.4 of the budget)")
-    try:
-        args, rest = parser.parse_known_args()
-        check_range("gpus", args.gpus, 1)
-        if args.prompt is not None:
-            check_range("prompt", args.prompt, 1)
-        show(parse_config(rest), args.gpu, args.gpus, args.prompt, args.mean_response)
-    except (ValueError, OSError) as error:
-        print(f"plan.py: {str(error).strip().splitlines()[0]}", file=sys.stderr)
-        sys.exit(2)
+    args, rest = parser.parse_known_args()
+    check_range("gpus", args.gpus, 1)
+    if args.prompt is not None:
+        check_range("prompt", args.prompt, 1)
+    show(parse_config(rest), args.gpu, args.gpus, args.prompt, args.mean_response)
 
 
 if __name__ == "__main__":

@@ -9,7 +9,6 @@ The details stand in figures/curves.py, figures/comparison.py and figures/group_
 """
 
 import argparse
-import sys
 from pathlib import Path
 
 from evaluation.report import compare_tables, read_results
@@ -20,6 +19,7 @@ from figures.group_figure import draw_group
 from figures.group_log import read_group
 from figures.group_page import group_html
 from support.checkpoint import write_text
+from support.command import command
 
 
 def plot_runs(folders: list[Path], out: Path | None) -> None:
@@ -48,6 +48,7 @@ def plot_evaluations(folders: list[Path], out: Path | None, beside_paper: bool) 
     print(draw_pass_at_k(folders, out or Path("compare.png"), with_accuracy=True))
 
 
+@command("plot.py")
 def main() -> None:
     parser = argparse.ArgumentParser(
         description="Draw the curves of runs, a group of rollouts, or compare evaluations.", allow_abbrev=False
@@ -65,25 +66,21 @@ def main() -> None:
         "compare.png, in the current folder; with --group group-STEP.png in the run's folder)",
     )
     args = parser.parse_args()
-    try:
-        if args.out:
-            check_target(args.out)
-        resolved = [folder.resolve() for folder in args.folders]
-        if twice := [folder for i, folder in enumerate(args.folders) if resolved[i] in resolved[:i]]:
-            raise ValueError(f"{twice[0]} is given twice: name each folder once")
-        if args.beside_paper and not args.compare:
-            raise ValueError("--beside-paper needs --compare and evaluation folders")
-        if bool(args.group) == bool(args.folders) or (args.group and args.compare):
-            raise ValueError("give run folders, or --group RUN [STEP], or --compare and evaluation folders")
-        if args.group:
-            plot_group(args.group, args.out)
-        elif args.compare:
-            plot_evaluations(args.folders, args.out, args.beside_paper)
-        else:
-            plot_runs(args.folders, args.out)
-    except (ValueError, OSError) as error:
-        print(f"plot.py: {error}", file=sys.stderr)
-        sys.exit(2)
+    if args.out:
+        check_target(args.out)
+    resolved = [folder.resolve() for folder in args.folders]
+    if twice := [folder for i, folder in enumerate(args.folders) if resolved[i] in resolved[:i]]:
+        raise ValueError(f"{twice[0]} is given twice: name each folder once")
+    if args.beside_paper and not args.compare:
+        raise ValueError("--beside-paper needs --compare and evaluation folders")
+    if bool(args.group) == bool(args.folders) or (args.group and args.compare):
+        raise ValueError("give run folders, or --group RUN [STEP], or --compare and evaluation folders")
+    if args.group:
+        plot_group(args.group, args.out)
+    elif args.compare:
+        plot_evaluations(args.folders, args.out, args.beside_paper)
+    else:
+        plot_runs(args.folders, args.out)
 
 
 if __name__ == "__main__":

@@ -7,6 +7,7 @@ format rewards, answers outside a box (a policy would learn to shower numbers), 
 import hashlib
 import importlib.util
 import re
+import sys
 from collections import deque
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -140,6 +141,12 @@ def _sha256(*paths: Path) -> str:
     return hashlib.sha256(b"".join(path.read_bytes() for path in paths)).hexdigest()
 
 
+def raised(error: BaseException) -> str:
+    """What a user's code raised, in one line; a ValueError speaks for itself."""
+    kind = "" if type(error) is ValueError else f"{type(error).__name__}: "
+    return " ".join(f"{kind}{error}".splitlines())
+
+
 def load_reward(name: str = "math") -> Reward:
     """A built-in reward, or FILE.py[:function]: the file is run, and `function` (default: reward) taken from it.
 
@@ -158,12 +165,13 @@ def load_reward(name: str = "math") -> Reward:
         raise ValueError(f"reward is {name!r}, expected math, exact, or a Python file: FILE.py or FILE.py:function")
     if not path.is_file():
         raise ValueError(f"reward {name!r}: the file {str(path)!r} does not exist")
-    spec = importlib.util.spec_from_file_location(path.stem, path)
+    spec = importlib.util.spec_from_file_location(f"reward {path.resolve()}", path)
     module = importlib.util.module_from_spec(spec)
+    sys.modules[spec.name] = module  # dataclasses look their module up
     try:
         spec.loader.exec_module(module)
-    except Exception as error:
-        raise ValueError(f"reward {name!r}: {path} cannot be run: {type(error).__name__}: {error}") from error
+    except (Exception, SystemExit) as error:
+        raise ValueError(f"reward {name!r}: {path} cannot be run: {raised(error)}") from error
     if not callable(found := getattr(module, function, None)):
         raise ValueError(f"reward {name!r}: {path} has no function {function}(response, problem)")
     check = getattr(module, "check", lambda problem: None)
@@ -177,9 +185,8 @@ def grade_one(reward: Reward, response: str, problem: Any) -> float:
     """The reward of a response; ValueError naming the problem where the function fails or is not within [0, 1]."""
     try:
         value = reward.function(response, problem)
-    except Exception as error:
-        said = f"{type(error).__name__}: {error}"
-        raise ValueError(f"reward {reward.name} failed on problem {problem.id!r}: {said}") from error
+    except (Exception, SystemExit) as error:
+        raise ValueError(f"reward {reward.name} failed on problem {problem.id!r}: {raised(error)}") from error
     if not isinstance(value, int | float) or not 0 <= value <= 1:
         raise ValueError(
             f"reward {reward.name} gave {value!r} on problem {problem.id!r}, expected a number from 0 to 1"

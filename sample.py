@@ -16,7 +16,6 @@ Left out: top-k, top-p, penalties (the sampler must be the policy that is traine
 
 import hashlib
 import math
-import sys
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -30,6 +29,7 @@ from data.loader import Encoded, decode_responses, encode, render_prompt
 from decode import DECODERS, DrawTokenLogitsProcessor, PrefixForcingLogitsProcessor
 from model import check_window, load_model, pick_device, sampling, window_of
 from support.checkpoint import trained_with
+from support.command import command
 from support.config import Parser, check_range
 from support.distributed import gather_dict, rank, world_size
 
@@ -362,6 +362,7 @@ def pack(rows: Sequence[Row], responses: Sequence[list[int]], model: PreTrainedM
     )
 
 
+@command("sample.py")
 def main() -> None:
     parser = Parser(description="Sample responses to a problem.", allow_abbrev=False)
     parser.add_argument("problems", nargs="+", metavar="PROBLEM")
@@ -372,27 +373,23 @@ def main() -> None:
     parser.add_argument("--system", help="system message (default: the one the model was trained with)")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--device", default="auto", choices=("auto", "cpu", "cuda", "mps"))
-    try:
-        args = parser.parse_args()
-        for name, least in {"samples": 1, "max_response_tokens": 1, "seed": 0}.items():
-            check_range(name, getattr(args, name), least)
-        check_range("temperature", args.temperature, 0, 10)
-        system = trained_with(args.model).get("system", "") if args.system is None else args.system
-        model, tokenizer = load_model(args.model, pick_device(args.device))
-        prompts = [render_prompt(tokenizer, problem, system) for problem in args.problems]
-        encoded = [encode(tokenizer, prompt, "problem") for prompt in prompts]
-        window, longest = window_of(model.config), max(map(len, encoded))
-        check_window(window, longest, args.max_response_tokens, "max_response_tokens")
-        samples = args.samples if args.temperature else 1  # greedy responses are all alike
-        for problem, prompt, ids in zip(args.problems, prompts, encoded):
-            rows = [Row(0, (args.seed, problem, i), ids, []) for i in range(samples)]
-            responses = generate(model, rows, args.max_response_tokens, args.temperature)
-            print(f"prompt  {prompt}")
-            for text in pack(rows, responses, model, tokenizer).texts:
-                print(f"  -> {text}")
-    except (ValueError, OSError) as error:
-        print(f"sample.py: {error}", file=sys.stderr)
-        sys.exit(2)
+    args = parser.parse_args()
+    for name, least in {"samples": 1, "max_response_tokens": 1, "seed": 0}.items():
+        check_range(name, getattr(args, name), least)
+    check_range("temperature", args.temperature, 0, 10)
+    system = trained_with(args.model).get("system", "") if args.system is None else args.system
+    model, tokenizer = load_model(args.model, pick_device(args.device))
+    prompts = [render_prompt(tokenizer, problem, system) for problem in args.problems]
+    encoded = [encode(tokenizer, prompt, "problem") for prompt in prompts]
+    window, longest = window_of(model.config), max(map(len, encoded))
+    check_window(window, longest, args.max_response_tokens, "max_response_tokens")
+    samples = args.samples if args.temperature else 1  # greedy responses are all alike
+    for problem, prompt, ids in zip(args.problems, prompts, encoded):
+        rows = [Row(0, (args.seed, problem, i), ids, []) for i in range(samples)]
+        responses = generate(model, rows, args.max_response_tokens, args.temperature)
+        print(f"prompt  {prompt}")
+        for text in pack(rows, responses, model, tokenizer).texts:
+            print(f"  -> {text}")
 
 
 if __name__ == "__main__":

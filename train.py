@@ -20,7 +20,7 @@ from typing import Any, NamedTuple
 import torch
 from transformers import PreTrainedModel
 
-from data.loader import Encoded, encode_problems, load_problems, odd_rows
+from data.loader import Encoded, encode_problems, encode_prompts, load_problems, odd_rows
 from eval import evaluate
 from evaluation.statistics import summarize
 from loss import METHODS
@@ -29,6 +29,7 @@ from reward import Reward, load_reward
 from sample import prefix_range, seed_of
 from step import Collector, Data, Run, problems_of_step, rl_step, sft_learning_rate, sft_step
 from support import checkpoint, console, distributed
+from support.command import command
 from support.config import TASK, Config, given_settings, parse_config, unread_settings
 from support.watch import Watch
 
@@ -50,7 +51,7 @@ def keep_fraction(problems: Sequence[Encoded], fraction: float) -> list[Encoded]
     choice is the same in every run and a smaller share is part of a larger one."""
     demonstrated = [problem.id for problem in problems if problem.demonstrations]
     ranked = sorted(demonstrated, key=lambda name: seed_of("demonstration", name))
-    keeping = set(ranked[: math.ceil(fraction * len(demonstrated))])
+    keeping = set(ranked[: math.ceil(fraction * len(demonstrated) - 1e-9)])
     return [
         problem if problem.id in keeping else dataclasses.replace(problem, demonstrations=[]) for problem in problems
     ]
@@ -74,8 +75,7 @@ def load_data(
     for name in ("validation", "test"):
         if path := data_files(config).get(name):
             problems = load_problems(path, reward)
-            bare = [dataclasses.replace(problem, demonstrations=()) for problem in problems]
-            held[name] = problems, encode_problems(tokenizer, bare, config.max_response_tokens, end_ids, reward)[0]
+            held[name] = problems, encode_prompts(tokenizer, problems)
     encoded, left_out, noted = encode_problems(tokenizer, train, config.max_response_tokens, end_ids, reward)
     encoded = keep_fraction(encoded, config.demonstration_fraction)
     supervised = encoded
@@ -87,6 +87,8 @@ def load_data(
     supervised = [problem for problem in supervised if problem.demonstrations]
     method = METHODS[config.method]
     used = supervised if "sft" in method.stages else [problem for problem in encoded if problem.demonstrations]
+    if method.needs_demonstrations and config.demonstration_fraction == 0:
+        raise ValueError(f"demonstration_fraction is 0, expected more: method {config.method} needs demonstrations")
     if method.needs_demonstrations and not used:
         file = (config.sft_data if "sft" in method.stages else "") or config.data
         why = "".join(f", {count} left out ({why})" for why, count in left_out.items())
@@ -202,11 +204,13 @@ def train(config: Config, given: Sequence[str] = ()) -> int:
         watch = Watch(run.method, warnings, torch.bfloat16 if bf16 else torch.float32)
         start = restore(run, folder, watch)
         checkpoint.write_config(folder, config, ingredients)
-        console.show_start(run, folder, counts, run.total_steps, start)
-        for text in watch.said.values():
-            console.warn(text)
         try:
+            console.show_start(run, folder, counts, run.total_steps, start)
+            for text in watch.said.values():
+                console.warn(text)
             return train_in(folder, run, start, watch)
+        except BrokenPipeError as error:
+            raise checkpoint.Broken(f"its output was closed; to go on: {console.command(config, folder)}") from error
         except OSError as error:
             what = f"writing to {folder} failed ({error.strerror or error})"
             raise checkpoint.Broken(f"{what}; mend that, then: {console.command(config, folder)}") from error
@@ -333,6 +337,7 @@ def catch_signals() -> list[int]:
     return caught
 
 
+@command("train.py", distributed.name)
 def main() -> None:
     again, config = "start it again", Config()
     try:
@@ -342,9 +347,6 @@ def main() -> None:
         code = train(config, given_settings(sys.argv[1:]))
         distributed.stop()
         sys.exit(code)
-    except (ValueError, OSError) as error:
-        print(f"train.py: {distributed.name()}{error}", file=sys.stderr)
-        sys.exit(2)
     except checkpoint.Broken as error:
         print(f"train.py: {distributed.name()}{error}", file=sys.stderr)
         sys.exit(1)

@@ -5,6 +5,7 @@ Other fields are ignored. `load_problems` reads and checks, `encode_problems` re
 from there on only ids are used, so what is trained is what was sampled.
 """
 
+import dataclasses
 import datetime
 import difflib
 import itertools
@@ -19,7 +20,7 @@ from typing import Any
 
 from transformers import PreTrainedTokenizerBase as Tokenizer
 
-from reward import MATH, Reward, extract_boxed, grade_one
+from reward import MATH, Reward, extract_boxed, grade_one, raised
 
 TODAY = re.compile(r"""strftime_now\(\s*(['"])(.*?)\1\s*\)""")  # how a chat template asks for the date
 FIELDS = ("id", "problem", "answer", "demonstrations", "level", "system", "options")
@@ -89,8 +90,8 @@ def _read_row(row: object, where: str, default_id: str, reward: Reward) -> Probl
     )
     try:
         reward.check(problem)
-    except Exception as error:  # a check of the user's own can raise anything
-        raise ValueError(f"{where}: {error}") from error
+    except (Exception, SystemExit) as error:  # a check of the user's own can raise anything
+        raise ValueError(f"{where}: {raised(error)}") from error
     return problem
 
 
@@ -109,11 +110,14 @@ def _parse(line: str, where: str) -> Any:
 def read_rows(path: str | Path) -> dict[int, Any]:
     """The JSON values of a JSONL file by line number, empty lines left out. ValueError as `load_problems`."""
     path = Path(path)
+    if path == Path():
+        raise ValueError("data is empty or '.': give a JSONL file (its format: data/README.md)")
     if not path.is_file():
         if path.parts[-3:-1] in (("data", "train"), ("data", "benchmarks")):  # where data/prepare.py writes
             fix = f"run  python data/prepare.py {path.stem}  (without a name: the list)"
             raise ValueError(f"{path}: {path.stem} is not here yet: {fix}")
-        what = "is a folder" if path.is_dir() else "does not exist"
+        there = "is a folder" if path.is_dir() else "is not a regular file"
+        what = there if path.exists() else "does not exist"
         raise ValueError(f"data file {str(path)!r} {what}: give a JSONL file (its format: data/README.md)")
     try:
         text = path.read_text(encoding="utf-8-sig")  # Windows editors begin a file with a byte order mark
@@ -135,6 +139,11 @@ def check_rows(path: str | Path, rows: dict[int, Any], reward: Reward = MATH) ->
         problems.append(problem)
     if not problems:
         raise ValueError(f"{path}: no problems in it: write one JSON object per line")
+    levels = {"all", *(problem.level for problem in problems)}
+    for number, problem in zip(rows, problems):  # metrics.jsonl has eval_LEVEL beside eval_LEVEL_low and _high
+        if (base := re.sub(r"_(low|high)\Z", "", problem.level)) != problem.level and base in levels:
+            found = f"level is {problem.level!r}, as a limit of the accuracy of level {base!r} is called"
+            raise ValueError(f"{path}:{number}: {found}: give it another name")
     return problems
 
 
@@ -255,6 +264,12 @@ def encode_problems(
         prompt_ids = encode(tokenizer, prompt, f"problem {problem.id!r}")
         encoded.append(Encoded(problem.id, prompt_ids, demonstrations, tokenizer.eos_token_id))
     return encoded, left_out, +noted
+
+
+def encode_prompts(tokenizer: Tokenizer, problems: list[Problem]) -> list[Encoded]:
+    """Problems that are only to be answered: their demonstrations are not looked at."""
+    bare = [dataclasses.replace(problem, demonstrations=()) for problem in problems]
+    return encode_problems(tokenizer, bare, 0, [])[0]
 
 
 def without_doubled_tag(prompt: str, text: str, noted: Counter) -> str:

@@ -14,6 +14,7 @@ GPUs (a run on the CPU gives the same weights again).
 """
 
 import argparse
+import json
 import math
 import random
 import sys
@@ -236,12 +237,20 @@ def pretrain(model: Qwen3ForCausalLM, tokenizer: PreTrainedTokenizerFast, rng: r
                 bar.set_postfix(stage=stage.name, loss=f"{loss.item():.3f}", refresh=False)
 
 
+def is_model(folder: Path) -> bool:
+    """Whether its config.json is a model's: a training run has one too."""
+    try:
+        return "model_type" in json.loads((folder / "config.json").read_text(encoding="utf-8"))
+    except (OSError, ValueError, TypeError):
+        return False
+
+
 def check_out(parser: argparse.ArgumentParser, out: Path) -> None:
     """Refuses, before the work, a place where the model must not or cannot be put."""
     if out.exists() and not out.is_dir():
         parser.error(f"--out {out} is a file; name a new folder or one that holds a model")
-    if out.is_dir() and any(out.iterdir()) and not (out / "config.json").exists():
-        parser.error(f"--out {out} is a folder with other files and no config.json; name a new folder")
+    if out.is_dir() and any(out.iterdir()) and not is_model(out):
+        parser.error(f"--out {out} is a folder with other files and no model's config.json; name a new folder")
     try:
         out.parent.mkdir(parents=True, exist_ok=True)
         tempfile.TemporaryDirectory(dir=out.parent).cleanup()

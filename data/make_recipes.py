@@ -198,8 +198,12 @@ def row(identifier: str, recipe: Recipe, texts: list[str] | None = None) -> dict
 def write_jsonl(path: Path, rows: list[dict]) -> None:
     """Writes one JSON object per line, to a temporary name first."""
     temporary = path.with_suffix(".jsonl.part")
-    temporary.write_text("".join(json.dumps(r) + "\n" for r in rows), encoding="utf-8", newline="\n")
-    os.replace(temporary, path)
+    try:
+        temporary.write_text("".join(json.dumps(r) + "\n" for r in rows), encoding="utf-8", newline="\n")
+        os.replace(temporary, path)
+    except OSError:
+        temporary.unlink(missing_ok=True)
+        raise
 
 
 def write_splits(command: str, out: Path, splits: dict[str, list[dict]]) -> None:

@@ -16,7 +16,6 @@ token budget. OlympiadBench has 674 problems on the hub where the paper's copy h
 
 import argparse
 import json
-import os
 import random
 import re
 import sys
@@ -32,6 +31,8 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # run as a script,
 from evaluation.benchmarks import PAPER
 from evaluation.multiple_choice import LETTERS, check_options, question
 from reward import check_gold
+from support.command import command
+from support.files import replacing
 
 Row = dict[str, Any]
 FOLDER = Path("data")
@@ -225,10 +226,8 @@ def write_rows(path: Path, rows: list[Row]) -> None:
         path.unlink(missing_ok=True)
         return
     path.parent.mkdir(parents=True, exist_ok=True)
-    partial = path.with_name(path.name + ".partial")
-    with partial.open("w", encoding="utf-8") as file:
+    with replacing(path) as partial, partial.open("w", encoding="utf-8") as file:
         file.writelines(json.dumps(row) + "\n" for row in rows)  # ASCII: U+2028 is a line's end to some readers
-    os.replace(partial, path)
 
 
 def prepare(name: str, force: bool = False) -> Path:
@@ -247,6 +246,7 @@ def prepare(name: str, force: bool = False) -> Path:
     return path
 
 
+@command("prepare.py")
 def main() -> None:
     parser = argparse.ArgumentParser(description="Public sets -> JSONL.", allow_abbrev=False)
     parser.add_argument("names", nargs="*", metavar="NAME", help=f"{', '.join(SOURCES)}, or paper; none: list them")

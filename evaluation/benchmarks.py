@@ -84,12 +84,15 @@ def choose_benchmarks(
 ) -> list[Benchmark]:
     """The benchmarks of a comma-separated list of names ("paper": the paper's nine), and the file `data` beside them.
 
-    samples None: the paper's number for each. Raises ValueError for an unknown name or a file that is not there.
+    samples None: the paper's number for each. Raises ValueError for an unknown name, a file that is not there, or
+    one of another benchmark's name, whose place it would take.
     """
     listed = [n for name in names.split(",") if name for n in (PAPER if name == "paper" else [name])]
     for name in listed:
         if name not in FILES:
             raise ValueError(f"unknown benchmark {name!r}: choose from {', '.join(FILES)}, or paper (the first nine)")
+    if data and (known := FILES.get(data.stem, data)).resolve() != data.resolve():
+        raise ValueError(f"data file {data} has the name of the benchmark {data.stem} ({known}): rename your file")
     chosen = {name: FILES[name] for name in listed} | ({data.stem: data} if data else {})
     if not chosen:
         raise ValueError("nothing to evaluate on: give --benchmarks or --data")

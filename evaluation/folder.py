@@ -26,6 +26,7 @@ from reward import Reward, load_reward
 from support import distributed
 from support.checkpoint import Broken, locked, make_folder, read_json, sha256, weights_fingerprint, write_text
 from support.fields import BOOL, COUNT, LIST, NUMBER, OBJECT, POSITIVE, SHARE, TEXT, check_fields, read_row
+from support.files import replacing
 
 RESPONSE = {"benchmark": TEXT, "id": TEXT, "sample": COUNT, "reward": SHARE, "read": BOOL, "truncated": BOOL}
 RESPONSE |= {"tokens": COUNT, "response": TEXT}  # a line of generations.jsonl
@@ -143,13 +144,22 @@ def choose_folder(args: argparse.Namespace, settings: dict[str, Any]) -> tuple[P
 def opened(folder: Path, settings: dict[str, Any] | None) -> Iterator[None]:
     """The folder of an evaluation, made if need be, locked, with `settings` (None: not the first rank) stored in it.
 
-    ValueError if another process is at work in it; Broken if a file cannot be written.
+    As `written`.
     """
     make_folder(folder)
+    with written(folder):
+        write_settings(folder / "settings.json", settings)
+        yield
+
+
+@contextlib.contextmanager
+def written(folder: Path) -> Iterator[None]:
+    """The folder, locked. ValueError if another process is at work in it; Broken if a file cannot be written."""
     with locked(folder):
         try:
-            write_settings(folder / "settings.json", settings)
             yield
+        except BrokenPipeError as error:
+            raise Broken("its output was closed") from error
         except OSError as error:
             raise Broken(f"writing to {folder} failed ({error.strerror or error})") from error
 
@@ -221,20 +231,20 @@ def regrade(folder: Path, name: str | None = None) -> tuple[dict[str, Any], dict
     for benchmark, stored in settings["benchmarks"].items():
         benchmarks.append(load_benchmark(benchmark, Path(stored["file"]), stored["samples"], *how))
         stored["sha256"] = sha256(Path(stored["file"]))  # a gold may have been corrected; ids are checked row by row
-    changed, partial = 0, folder / "generations.jsonl.partial"
-    with locked(folder):
+    changed = 0
+    with written(folder):
         rows = sum(1 for _ in stored_rows(path, benchmarks))  # finds a damaged line before anything is written
-        with partial.open("w", encoding="utf-8") as out:
-            for benchmark, i, row, _ in stored_rows(path, benchmarks):
-                problem = benchmark.problems[i]
-                options = benchmark.options.get(problem.id, ())
-                value, read = grade_response(reward, row["response"], problem, options)
-                new = row | {"reward": 0.0 if row["truncated"] else value, "read": read}
-                out.write(json.dumps(new, ensure_ascii=False) + "\n")
-                changed += new["reward"] != row["reward"]
-        # a process that ends between two of these leaves an evaluation that has to be graded again, and says so
-        write_settings(file, settings | {"grader": "unknown: it was being graded again"})
-        partial.replace(path)
+        with replacing(path) as partial:
+            with partial.open("w", encoding="utf-8") as out:
+                for benchmark, i, row, _ in stored_rows(path, benchmarks):
+                    problem = benchmark.problems[i]
+                    options = benchmark.options.get(problem.id, ())
+                    value, read = grade_response(reward, row["response"], problem, options)
+                    new = row | {"reward": 0.0 if row["truncated"] else value, "read": read}
+                    out.write(json.dumps(new, ensure_ascii=False) + "\n")
+                    changed += new["reward"] != row["reward"]
+            # a process that ends from here on leaves an evaluation that has to be graded again, and says so
+            write_settings(file, settings | {"grader": "unknown: it was being graded again"})
         settings |= {"reward": reward.name, "grader": grader_version(reward), "regraded": now()}
         write_settings(file, settings)
     print(f"{rows} responses graded again, {changed} grades changed")

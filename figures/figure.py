@@ -12,6 +12,7 @@ from matplotlib.figure import Figure
 WIDTH = 9.0  # inches
 COLUMNS = 3
 DPI = 200
+FORMATS = (".png", ".pdf", ".svg", ".jpg")  # matplotlib's others need more than Python (.pgf needs LaTeX)
 BLUE, VERMILLION, GREEN, PURPLE, ORANGE, SKY = "#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9"
 COLOURS = (BLUE, VERMILLION, GREEN, PURPLE, ORANGE, SKY, "#000000")  # for the colour-blind too (Okabe and Ito 2008)
 STYLES = ("-", "--", ":", "-.")
@@ -26,6 +27,7 @@ TYPE = {  # of matplotlib.rc_context
     "legend.framealpha": 0.8,
     "axes.spines.top": False,
     "axes.spines.right": False,
+    "text.parse_math": False,  # in names of runs, levels and benchmarks a $ is a dollar
     "axes.prop_cycle": f"cycler('color', {list(COLOURS)})",
 }
 
@@ -54,8 +56,9 @@ def check_target(target: Path) -> None:
     """ValueError if no figure can be written to `target`."""
     if target.is_dir():
         raise ValueError(f"{target} is a folder: name the figure's file, for example --out {target / 'curves.png'}")
-    if target.suffix and target.suffix[1:].lower() not in Figure().canvas.get_supported_filetypes():
-        raise ValueError(f"{target}: a figure cannot be written as {target.suffix}: end its name with .png or .pdf")
+    if target.suffix and target.suffix.lower() not in FORMATS:
+        kinds = ", ".join(FORMATS)
+        raise ValueError(f"{target}: a figure is not written as {target.suffix}: end its name with one of {kinds}")
     above = next(parent for parent in target.absolute().parents if parent.exists())
     if not above.is_dir():
         raise ValueError(f"{target}: {above} is a file, not a folder: choose another --out")

@@ -29,6 +29,7 @@ import torch
 from support.config import Config
 from support.distributed import from_rank_0, full_state, rank, shard_like, state_of
 from support.fields import TEXT, check_fields
+from support.files import replacing
 
 REMEMBERED = "trained_with.json"
 
@@ -60,13 +61,8 @@ def write_text(path: Path, text: str) -> None:
     """Write a file whole or not at all."""
     if rank() > 0:
         return
-    partial = path.with_name(path.name + ".partial")
-    try:
+    with replacing(path) as partial:
         _write(partial, "w", text)
-        os.replace(partial, path)
-    except OSError:
-        partial.unlink(missing_ok=True)
-        raise
 
 
 def append_rows(path: Path, rows: list[dict[str, Any]]) -> None:

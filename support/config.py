@@ -18,6 +18,7 @@ from typing import Any
 from loss import METHODS, clipped, remaining_clipped
 
 TASK = "data/recipes"  # the embedded task
+MOST = 10**9  # of a whole number that has no limit of its own: beyond it there are no steps, rows or tokens
 
 
 def knob(
@@ -133,10 +134,12 @@ def check_value(field: dataclasses.Field, value: Any) -> Any:
 
 
 def check_range(name: str, value: float, low: float, high: float = math.inf) -> None:
-    """ValueError unless `value` is a number from `low` to `high`."""
+    """ValueError unless `value` is a number from `low` to `high`, a whole one to MOST at most."""
+    if isinstance(value, int) and value >= low and high == math.inf:
+        high = MOST
     if not low <= value <= high or value == math.inf:
         bounds = f"at least {low}" if high == math.inf else f"{low} to {high}"
-        raise ValueError(f"{name} is {value}, expected {bounds}")
+        raise ValueError(f"{name} is {value!r:.80}, expected {bounds}")
 
 
 def check_together(config: Config) -> Config:
@@ -272,7 +275,7 @@ def parse_config(argv: list[str]) -> Config:
     if "config" in given:
         path = Path(given.pop("config"))
         try:
-            values = json.loads(path.read_text(encoding="utf-8"))
+            values = json.loads(path.read_text(encoding="utf-8-sig"))
         except OSError as error:
             raise ValueError(f"config file {str(path)!r} cannot be read: {error.strerror}") from error
         except ValueError as error:

@@ -188,7 +188,7 @@ def memory_advice(error: BaseException, config: Config) -> str:
 
 def curve(folder: Path) -> str:
     """The reward of on-policy rows (or, without any, the validation accuracy) over the run, in one line."""
-    rows = [json.loads(line) for line in (folder / "metrics.jsonl").read_text(encoding="utf-8").splitlines()]
+    rows = [json.loads(line) for line in (folder / "metrics.jsonl").read_bytes().splitlines()]  # not at U+2028
     for name, title in (("reward_on_policy", "reward of on-policy rows"), ("eval_all", "validation accuracy")):
         values = [row[name] for row in rows if row.get(name) is not None]
         if values:

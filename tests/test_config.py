@@ -16,6 +16,7 @@ WRONG += [(f.name, value) for f in FIELDS if f.type is not str and f not in OPTI
 WRONG += [(f.name, 1.5) for f in FIELDS if f.type is int] + [(f.name, 3) for f in FIELDS if f.type in (str, bool)]
 WRONG += [(f.name, KIND[f.name](f.metadata["low"] - 1)) for f in FIELDS if f.metadata["low"] is not None]
 WRONG += [(f.name, KIND[f.name](f.metadata["high"] + 1)) for f in FIELDS if f.metadata["high"] < math.inf]
+WRONG += [(f.name, value) for f in FIELDS if f.type is int for value in (10**9 + 1, 10**400, "1" + "0" * 400)]
 WRONG += [(f.name, f.default + "x") for f in FIELDS if f.metadata["choices"]]
 WRONG += [(f.name, value) for f in FIELDS if KIND[f.name] is float for value in (math.nan, math.inf)]
 
@@ -24,8 +25,10 @@ WRONG += [(f.name, value) for f in FIELDS if KIND[f.name] is float for value in 
 def test_a_wrong_value_names_its_field(name, value):
     with pytest.raises(ValueError, match=f"^{name} is ") as error:
         from_dict({name: value})
-    assert "\n" not in str(error.value) and any(
-        word in str(error.value) for word in ("expected", "did you mean", "choose from")
+    assert (
+        "\n" not in str(error.value)
+        and len(str(error.value)) < 300
+        and any(word in str(error.value) for word in ("expected", "did you mean", "choose from"))
     )
 
 
@@ -48,9 +51,10 @@ def test_every_default_is_allowed_and_read_back_from_text(field):
         assert parse_config([f"--{field.name}", text]) == Config()
 
 
-def test_the_command_line_wins_over_the_file(tmp_path):
+@pytest.mark.parametrize("mark", [b"", b"\xef\xbb\xbf"])  # Windows editors begin a file with it
+def test_the_command_line_wins_over_the_file(tmp_path, mark):
     path = tmp_path / "c.json"
-    path.write_text(json.dumps({"steps": 7, "lr": 1}))
+    path.write_bytes(mark + json.dumps({"steps": 7, "lr": 1}).encode())
     config = parse_config(["--config", str(path), "--lr=2e-6", "--method", "rft"])
     assert (config.steps, config.lr, config.method) == (7, 2e-6, "rft")
 

@@ -1,6 +1,7 @@
 """eval.py: a scripted model against a hand count, multiple choice, the evaluation folder, wrong input."""
 
 import argparse
+import dataclasses
 import json
 import math
 import os
@@ -504,6 +505,22 @@ def test_a_response_that_was_cut_off_stays_wrong_when_it_is_graded_again(finishe
     assert (folder / "generations.jsonl").read_bytes() == before
 
 
+def test_a_full_disk_leaves_the_grades_as_they_were(finished, tmp_path, monkeypatch, capsys):
+    folder = copy(finished, tmp_path / "full")
+    before = contents(folder)
+
+    def full(*_):
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(folder_of_evaluation, "grade_response", full)
+    monkeypatch.setattr(sys, "argv", ["eval.py", "--regrade", str(folder)])
+    with pytest.raises(SystemExit) as stop:
+        eval.main()
+    said = f"writing to {folder} failed (No space left on device); to go on: python eval.py --regrade {folder}\n"
+    assert stop.value.code == 1 and capsys.readouterr().err == f"eval.py: {said}"
+    assert contents(folder) | {"lock": b""} == before | {"lock": b""}
+
+
 @pytest.mark.parametrize("written", [1, 2])
 def test_grading_that_was_cut_off_has_to_be_done_again(finished, tmp_path, monkeypatch, written):
     """Before the new grades stand there the old ones do; then neither the old grader's name nor the new one's."""
@@ -582,6 +599,7 @@ def test_every_benchmark_has_to_fit_the_window(scripted, tokenizer, order):
         for text in ("1+1?", "1+1+1+1?")
     ][::order]
     lengths = [len(p.prompt_ids) for b in sets for p in encode_problems(tokenizer, b.problems, 9, [])[0]]
+    sets[0].problems[0] = dataclasses.replace(sets[0].problems[0], demonstrations=("é",))  # has no token, is not read
     assert eval.encode_benchmarks(model, tokenizer, sets, 40 - max(lengths)) == max(lengths) > min(lengths)
     with pytest.raises(
         ValueError, match=rf"longest prompt \({max(lengths)} tokens\) .* exceed the model's 40 positions"
@@ -621,6 +639,8 @@ def test_what_is_not_given_is_the_papers():
         ("--benchmarks embedded --samples many", "invalid int value: 'many'"),
         ("--benchmarks embedded --temperature -1", "temperature is -1.0"),
         ("--data nowhere.jsonl", "'nowhere.jsonl' does not exist"),
+        ("--benchmarks embedded --data mine/embedded.jsonl", "mine/embedded.jsonl has the name of the benchmark"),
+        ("--data mine/math500.jsonl", "has the name of the benchmark math500 .*: rename your file"),
         ("--regrade nowhere --reward exact", "nowhere holds no evaluation"),
         ("--regrade nowhere --benchmarks embedded", "--regrade does not read --benchmarks: leave it out"),
         ("--samples=2 --regrade nowhere", "--regrade does not read --samples: leave it out"),

@@ -152,6 +152,25 @@ def test_a_full_disk_ends_a_run_in_one_line(whole, tmp_path, largest):
     assert lives.differences(folder / "whole", out) == []
 
 
+def test_a_closed_output_is_not_taken_for_a_full_disk(whole, tmp_path):
+    folder, _ = whole
+    out, other = tmp_path / "run", tmp_path / "eval"
+    training = lives.training(out, **lives.task(folder), **TINY)
+    for work, place in ((training, out), (lives.evaluating(other, lives.EVALUATION.split()), other)):
+
+        def unread(work=work):
+            reader, writer = os.pipe()
+            os.close(reader)
+            sys.stdout = os.fdopen(writer, "w")
+            return work()
+
+        life = lives.live(unread, place)
+        assert life.code in (1, 141) and life.said.count("\n") == 1, life.said  # 141: something was left to print
+        assert "its output was closed; to go on: python " in life.said and str(place) in life.said
+    assert lives.live(training, out).code == 0
+    assert lives.differences(folder / "whole", out) == []
+
+
 @pytest.mark.skipif(os.geteuid() == 0, reason="root may write anywhere")
 def test_a_folder_that_may_not_be_written(whole, tmp_path):
     folder, _ = whole

@@ -19,6 +19,8 @@ ROW = {"problem": "1+1?", "answer": "2"}
         (json.dumps(ROW | {"demonstrations": ["x", "\udc00"]}), r"demonstrations has '\\udc00' at character 0"),
         (json.dumps(ROW | {"level": "\ud800"}), r"level has '\\ud800'"),
         (json.dumps(ROW | {"level": "all"}), "level is 'all', which reports call the total: give it another name"),
+        (json.dumps(ROW | {"level": "a_low"}), "level is 'a_low', as a limit of the accuracy of level 'a' is called"),
+        (json.dumps(ROW | {"level": "all_high"}), "level is 'all_high', as a limit of the accuracy of level 'all'"),
         ("[" * 100_000, "nested too deeply"),
         ('{"problem": ' * 100_000, "nested too deeply"),
         (
@@ -27,11 +29,11 @@ ROW = {"problem": "1+1?", "answer": "2"}
         ),
         ('{"problem": "1+1?", "answer": ' + "1" * 5000 + "}", "a number has more than 4300 digits: put it in quotes"),
     ],
-    ids=range(8),
+    ids=range(10),
 )
 def test_a_bad_line_is_named(line, said, tmp_path):
     path = tmp_path / "bad.jsonl"
-    path.write_text(f"{json.dumps(ROW)}\n\n{line}\n")
+    path.write_text(f"{json.dumps(ROW | {'level': 'a'})}\n\n{line}\n")
     with pytest.raises(ValueError, match=f"^{re.escape(str(path))}:3: {said}") as caught:
         load_problems(path)
     assert "\n" not in str(caught.value) and len(str(caught.value)) < len(str(path)) + 150
@@ -51,11 +53,18 @@ def test_text_of_any_language_and_a_byte_order_mark_are_read(tmp_path):
         ("data/benchmarks/aime24.jsonl", "run  python data/prepare.py aime24"),
         ("data/recipes/test.jsonl", "does not exist: give a JSONL file"),
         ("train/gsm8k.jsonl", "does not exist: give a JSONL file"),
+        ("/dev/null", "data file '/dev/null' is not a regular file: give a JSONL file"),
     ],
 )
 def test_a_missing_file_is_one_line_with_the_fix(path, said, tmp_path):
     with pytest.raises(ValueError, match=re.escape(said)):
         load_problems(tmp_path / path)
+
+
+def test_no_name_of_a_file_is_not_called_a_folder():
+    for nothing in ("", Path("")):
+        with pytest.raises(ValueError, match=r"^data is empty or '.': give a JSONL file"):
+            load_problems(nothing)
 
 
 @pytest.mark.parametrize(

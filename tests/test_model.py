@@ -143,6 +143,13 @@ def test_an_incomplete_folder_is_one_clear_line(tmp_path, tokenizer, missing):
     assert "\n" not in str(error.value)
 
 
+def test_a_runs_folder_says_where_its_model_is(tmp_path, tokenizer):
+    save_model(random_model(vocab_size=len(tokenizer)), tokenizer, tmp_path / "final")
+    (tmp_path / "config.json").write_text('{"method": "rft"}')
+    with pytest.raises(ValueError, match=f"is a run's folder, .*: give --model {tmp_path / 'final'}$"):
+        load_model(str(tmp_path))
+
+
 def test_remote_code_is_never_run(tmp_path, tokenizer):
     save_model(random_model(vocab_size=len(tokenizer)), tokenizer, tmp_path / "m")
     (tmp_path / "m" / "own.py").write_text(f"open({str(tmp_path / 'ran')!r}, 'w')\n")
@@ -214,6 +221,15 @@ def test_missing_weights_and_a_damaged_generation_config_are_refused(tmp_path, t
     load_model(str(tmp_path / "m"))
     (tmp_path / "m" / "generation_config.json").write_text('{"eos_token_id": [1, 5')
     with pytest.raises(ValueError, match=r"cannot be loaded: .*generation_config.json"):
+        load_model(str(tmp_path / "m"))
+
+
+@pytest.mark.parametrize("value", [torch.nan, 3e38])
+def test_weights_that_are_not_finite_or_far_too_large_are_called_damaged(tmp_path, tokenizer, value):
+    model = random_model(vocab_size=len(tokenizer))
+    model.lm_head.weight.data[5] = value
+    save_model(model, tokenizer, tmp_path / "m")
+    with pytest.raises(ValueError, match="its logits are not finite, so its weights are damaged"):
         load_model(str(tmp_path / "m"))
 
 

@@ -245,7 +245,12 @@ def test_a_target_that_cannot_be_written_is_named_and_nothing_is_left(tmp_path, 
     before = sorted(tmp_path.rglob("*"))
     with monkeypatch.context() as patch:
         patch.setattr(plot, "draw", None)  # it is refused before anything is drawn
-        for out, said in (("data", "is a folder"), ("file/c.png", "is a file"), ("c.foo", "as .foo")):
+        for out, said in (
+            ("data", "is a folder"),
+            ("file/c.png", "is a file"),
+            ("c.foo", "as .foo"),
+            ("c.pgf", "as .pgf"),
+        ):
             assert run(patch, folder, "--out", tmp_path / out) == 2
             error = capsys.readouterr().err
             assert error.startswith(f"plot.py: {tmp_path / out}") and said in error and error.count("\n") == 1
@@ -257,6 +262,16 @@ def test_a_target_that_cannot_be_written_is_named_and_nothing_is_left(tmp_path, 
     (folder / "curves.png").rmdir()
     assert sorted(tmp_path.rglob("*")) == before
     assert run(monkeypatch, folder, "--out", tmp_path / "new" / "c.png") == 0  # as the other tools make folders
+
+
+def test_a_dollar_in_a_name_is_a_dollar(tmp_path, monkeypatch):
+    name = "$^$"  # mathematics that cannot be read
+    log = [{"step": step, f"eval_{name}": 0.5, "eval_all": 0.5} for step in (1, 2)]
+    runs = [with_base(run_folder(tmp_path / (name + i), log), **{name: 2, "all": 2}) for i in "ab"]
+    for samples in (1, 4):
+        found = evaluation(tmp_path / f"{name}{samples}", {name: {"x": 1, "y": 0}}, samples=samples)
+        assert run(monkeypatch, "--compare", found, "--out", tmp_path / "c.png") == 0
+    assert run(monkeypatch, runs[0]) == run(monkeypatch, *runs, "--out", tmp_path / "c.png") == 0
 
 
 def test_several_runs_and_comparisons_have_files_of_their_own(two, tmp_path, monkeypatch, capsys):

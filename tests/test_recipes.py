@@ -165,15 +165,17 @@ def test_base_folder(tokenizer):
         (["--seed", "x"], "invalid int value: 'x'"),
         (["--seed", "-1"], "expected a number from 0 to 2^32 - 1"),
         (["--out", "FILE"], "is a file"),
-        (["--out", "FULL"], "no config.json"),
+        (["--out", "FULL"], "no model's config.json"),
+        (["--out", "RUN"], "no model's config.json"),
         (["--out", "FILE/base"], "cannot write in"),
         (["--out", "/proc/x"], "cannot write in /proc"),
     ],
 )
 def test_make_base_refuses_wrong_arguments(arguments, message, tmp_path, monkeypatch, capsys):
     (tmp_path / "FILE").write_text("x")
-    (tmp_path / "FULL").mkdir()
-    (tmp_path / "FULL" / "notes.txt").write_text("x")
+    for folder, name in (("FULL", "notes.txt"), ("RUN", "config.json")):
+        (tmp_path / folder).mkdir()
+        (tmp_path / folder / name).write_text('{"method": "rft"}')
     monkeypatch.chdir(tmp_path)
     monkeypatch.syspath_prepend(DATA)
     monkeypatch.setattr(sys, "argv", ["make_base.py", *arguments])
@@ -182,7 +184,7 @@ def test_make_base_refuses_wrong_arguments(arguments, message, tmp_path, monkeyp
         make_base.main()
     assert stopped.value.code == 2
     assert message in capsys.readouterr().err
-    assert {path.name for path in tmp_path.rglob("*")} == {"FILE", "FULL", "notes.txt"}
+    assert {path.name for path in tmp_path.rglob("*")} == {"FILE", "FULL", "notes.txt", "RUN", "config.json"}
 
 
 @pytest.mark.parametrize("command", ["make_recipes.py", "make_sums.py"])

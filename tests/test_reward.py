@@ -6,8 +6,12 @@ from pathlib import Path
 
 import pytest
 
+<<<<<<< HEAD
 import reward
 from data.loader import Problem
+=======
+from data.loader import Problem, load_problems
+>>>>>>> bece2cb913d2bebab6c9c1717235ab83cdb2905c
 from reward import (
     BATCH_WITH_BAR,
     check_gold,
@@ -227,6 +231,14 @@ def test_check_gold_accepts_what_answer_keys_hold():
 
 PROBLEM = Problem("p7", "What is half of a cat?", "ca")
 OWN = '''
+from __future__ import annotations
+import dataclasses
+import sys
+
+@dataclasses.dataclass
+class Scale:
+    top: float = 1.0
+
 def reward(response, problem):
     """The share of the answer's letters that the response has."""
     return sum(letter in response for letter in problem.answer) / len(problem.answer)
@@ -237,9 +249,17 @@ def fails(response, problem):
 def wrong(response, problem):
     return {value}
 
+def ends(response, problem):
+    sys.exit()
+
+def lines(response, problem):
+    raise ValueError("one\\ntwo")
+
 def check(problem):
     if problem.answer == "dog":
         raise ValueError("no dogs")
+    if problem.answer == "cow":
+        sys.exit("no\\ncows")
 '''
 
 
@@ -284,11 +304,18 @@ def test_the_fingerprint_of_math_is_that_of_all_its_code(tmp_path, monkeypatch):
         ("{folder}/none.py", "does not exist"),
         ("{folder}/own.py:rewards", "has no function rewards"),
         ("{folder}/broken.py", "cannot be run: SyntaxError"),
+        ("{folder}/ends.py", "cannot be run: SystemExit: 0"),
+        ("{folder}/lines.py", "cannot be run: one two"),
     ],
 )
 def test_a_reward_that_cannot_be_had_is_one_line(tmp_path, spec, said):
     own(tmp_path)
-    (tmp_path / "broken.py").write_text("def reward(:\n")
+    for name, code in {
+        "broken": "def reward(:",
+        "ends": "raise SystemExit(0)",
+        "lines": "raise ValueError('one\\ntwo')",
+    }.items():
+        (tmp_path / f"{name}.py").write_text(code)
     with pytest.raises(ValueError, match=said) as error:
         load_reward(spec.replace("{folder}", str(tmp_path)))
     assert "\n" not in str(error.value)
@@ -298,6 +325,8 @@ def test_a_reward_that_cannot_be_had_is_one_line(tmp_path, spec, said):
     "name, value, said",
     [
         ("fails", "0", "failed on problem 'p7': ZeroDivisionError"),
+        ("ends", "0", "failed on problem 'p7': SystemExit"),
+        ("lines", "0", "failed on problem 'p7': one two"),
         ("wrong", "2", "gave 2 on problem 'p7', expected a number from 0 to 1"),
         ("wrong", "-0.1", "gave -0.1"),
         ("wrong", "float('nan')", "gave nan"),
@@ -306,8 +335,15 @@ def test_a_reward_that_cannot_be_had_is_one_line(tmp_path, spec, said):
     ],
 )
 def test_what_a_reward_gives_is_checked(tmp_path, name, value, said):
-    with pytest.raises(ValueError, match=said):
+    with pytest.raises(ValueError, match=said) as error:
         grade_all(load_reward(f"{own(tmp_path, value)}:{name}"), ["x"], [PROBLEM])
+    assert "\n" not in str(error.value)
+
+
+def test_a_check_of_ones_own_that_ends_the_program_is_one_line(tmp_path):
+    (tmp_path / "a.jsonl").write_text('{"problem": "?", "answer": "cow"}')
+    with pytest.raises(ValueError, match=r"a.jsonl:1: SystemExit: no cows$"):
+        load_problems(tmp_path / "a.jsonl", load_reward(str(own(tmp_path))))
 
 
 def test_exact_compares_the_text_in_the_box():

@@ -24,6 +24,7 @@ from loss import METHODS
 from model import load_model, save_model
 from support import checkpoint
 from support.config import from_dict, parse_config
+from support.console import curve
 
 ROOT = Path(__file__).parents[1]
 SMALL = {
@@ -260,10 +261,10 @@ def test_every_kind_of_method_runs(task, tmp_path, monkeypatch, capsys, method):
     assert any(not torch.equal(base[name], final[name]) for name in base)
 
 
-@pytest.mark.parametrize("fraction, count", [(1.0, 40), (0.1, 4), (0.01, 1), (0.0, 0)])
+@pytest.mark.parametrize("fraction, count", [(1.0, 100), (0.1, 10), (0.07, 7), (0.001, 1), (0.0, 0)])
 def test_kept_demonstrations_are_chosen_by_id(fraction, count):
     """In any order and company the same ids, and a smaller share is part of a larger one."""
-    problems = [Encoded(f"p{i}", [1], [[5]] if i < 40 else [], 2) for i in range(60)]
+    problems = [Encoded(f"p{i}", [1], [[5]] if i < 100 else [], 2) for i in range(120)]
 
     def kept(problems, fraction):
         return {problem.id for problem in train.keep_fraction(problems, fraction) if problem.demonstrations}
@@ -325,6 +326,7 @@ def test_wrong_data(tmp_path, monkeypatch, capsys, content, message):
     [
         ({"model": "no/such/folder"}, "neither a folder that exists"),
         ({"max_response_tokens": 3}, "needs demonstrations"),
+        ({"demonstration_fraction": 0}, "demonstration_fraction is 0, expected more: method prefix-rft needs"),
         ({"max_response_tokens": 4000}, "max_response_tokens (4000) exceed the model's"),
         ({"eval_response_tokens": 4000}, "eval_response_tokens (4000) exceed the model's"),
         ({"prompts_per_step": 4000}, "prompts_per_step is 4000"),
@@ -413,6 +415,11 @@ def test_a_run_that_diverges_stops_in_one_line(task, tmp_path, settings, monkeyp
     for file in checkpoint.checkpoints(tmp_path / "run"):
         weights = torch.load(file, weights_only=True)["model"].values()
         assert all(weight.isfinite().all() for weight in weights)
+
+
+def test_the_curve_of_a_log_with_any_line_end_in_its_text(tmp_path):
+    checkpoint.append_rows(tmp_path / "metrics.jsonl", [{"step": 1, "eval_all": 0.5, "eval_a\u2028b\x85": 1.0}])
+    assert curve(tmp_path).startswith("validation accuracy  0.50")
 
 
 def test_logs_are_cut_to_the_checkpoint_and_nothing_else_is_lost(tmp_path):

@@ -1,0 +1,89 @@
+"""How commands end: an output that is closed, Ctrl-C, a terminal that has few characters, a full disk."""
+
+import importlib
+import io
+import os
+import subprocess
+import sys
+
+import pytest
+
+from data.make_recipes import write_jsonl
+from support.files import replacing
+
+COMMANDS = ["train", "eval", "sample", "plot", "data.prepare"]
+ENDS = {  # what a main does -> the exit code, what it prints in ASCII, what it says on stderr
+    "print('é▁')": (0, "??\n", ""),
+    "raise ValueError('lr is 0')": (2, "", "x.py: lr is 0\n"),
+    "raise OSError(28, 'No space left', 'file')": (2, "", "x.py: [Errno 28] No space left: 'file'\n"),
+    "raise KeyboardInterrupt": (130, "", "\nx.py: stopped\n"),
+    "sys.exit(3)": (3, "", ""),
+}
+
+
+@pytest.mark.parametrize("does", [*ENDS, "print('x')", "print('x' * 100_000)", "print('x'), sys.exit(0)"])
+def test_an_end_is_one_line(does):
+    """Those that are not in ENDS print into a pipe that nobody reads any more."""
+    code = f"import sys\nfrom support.command import command\nwith command('x.py'):\n    {does}"
+    reader, writer = os.pipe()
+    if does not in ENDS:
+        os.close(reader)
+    env = os.environ | {"PYTHONIOENCODING": "ascii"}
+    words = [sys.executable, "-c", code]
+    ended = subprocess.run(words, stdout=writer, stderr=subprocess.PIPE, text=True, env=env, cwd=os.curdir)
+    os.close(writer)
+    want, printed, said = ENDS.get(does, (141, "", ""))
+    assert (ended.returncode, ended.stderr) == (want, said)
+    if does in ENDS:
+        with open(reader) as pipe:
+            assert pipe.read() == printed
+
+
+@pytest.mark.parametrize("name", COMMANDS)
+def test_help_is_shown_where_there_are_few_characters(name, monkeypatch):
+    out = io.TextIOWrapper(io.BytesIO(), encoding="ascii")
+    monkeypatch.setattr(sys, "stdout", out)
+    monkeypatch.setattr(sys, "argv", [f"{name}.py", "--help"])
+    with pytest.raises(SystemExit) as stop:
+        importlib.import_module(name).main()
+    assert stop.value.code == 0 and b"usage" in out.buffer.getvalue()
+
+
+@pytest.mark.parametrize(
+    "name, function, words",
+    [
+        ("sample", "generate", "--model data/base 1;A+2?"),
+        ("plot", "draw", "nowhere"),
+        ("data.prepare", "prepare", "aime24"),
+    ],
+)
+def test_ctrl_c_is_one_line(name, function, words, monkeypatch, capsys):
+    def stopped(*_, **__):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(importlib.import_module(name), function, stopped)
+    monkeypatch.setattr(sys, "argv", [name, *words.split()])
+    with pytest.raises(SystemExit) as stop:
+        importlib.import_module(name).main()
+    assert stop.value.code == 130 and capsys.readouterr().err == f"\n{name.removeprefix('data.')}.py: stopped\n"
+
+
+def test_a_file_is_written_whole_or_not_at_all(tmp_path):
+    path = tmp_path / "a.json"
+    with replacing(path) as partial:
+        partial.write_text("1")
+    assert path.read_text() == "1"
+    with pytest.raises(OSError, match=f"No space left: '{path}'"), replacing(path) as partial:
+        partial.write_text("2")
+        raise OSError(28, "No space left")
+    assert path.read_text() == "1" and list(tmp_path.iterdir()) == [path]
+
+
+def test_a_full_disk_leaves_no_part_of_the_recipes(tmp_path, monkeypatch):
+    def full(*_):
+        raise OSError(28, "No space left")
+
+    monkeypatch.setattr("data.make_recipes.os.replace", full)
+    with pytest.raises(OSError):
+        write_jsonl(tmp_path / "test.jsonl", [{}])
+    assert not list(tmp_path.iterdir())

@@ -6,12 +6,8 @@ from pathlib import Path
 
 import pytest
 
-<<<<<<< HEAD
 import reward
-from data.loader import Problem
-=======
 from data.loader import Problem, load_problems
->>>>>>> bece2cb913d2bebab6c9c1717235ab83cdb2905c
 from reward import (
     BATCH_WITH_BAR,
     check_gold,

@@ -2,7 +2,7 @@
 
 In reading order: the data of a run, evaluation on its held-out problems, `train` (the loop over steps; what happens
 in a step stands in step.py). A run folder gets config.json, metrics.jsonl (a row per step), samples.jsonl,
-eval.json, curves.png, checkpoint/ and final/ (a HuggingFace model folder).
+groups.jsonl (a group every few steps), eval.json, curves.png, checkpoint/ and final/ (a HuggingFace model folder).
 Left out: a value model, a reference model and KL, mixed data sources, asynchronous sampling.
 """
 

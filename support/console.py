@@ -215,8 +215,10 @@ def show_end(folder: Path, scores: dict[str, Any], figure: str, problem: str, sa
     show(f"\n{curve(folder)}")
     for text in said.values():
         warn(text)
-    show(
-        f"\nwritten to {folder}/: {figure}, metrics.jsonl, samples.jsonl, eval.json, checkpoint/, final/ (the model)"
-    )
+    groups = (folder / "groups.jsonl").exists()
+    files = [figure, "metrics.jsonl", "samples.jsonl", *["groups.jsonl"] * groups, "eval.json", "checkpoint/"]
+    show(f"\nwritten to {folder}/: {', '.join(files)}, final/ (the model)")
     show(f"try it       python sample.py --model {folder}/final {shlex.quote(problem)}")
+    if groups:
+        show(f"one group    python plot.py --group {folder}")
     show(f"compare      python plot.py {folder} OTHER_RUN …")

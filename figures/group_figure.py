@@ -67,7 +67,7 @@ class Picture:
 
     def write(self, x: float, y: float, text: str, size: float = TEXT, ink: str = INK, **kwargs: object) -> None:
         """Text whose middle height is at y. No character of it has a meaning: a $ is a dollar."""
-        self.axis.text(x, y, text, fontsize=size, color=ink, va="center_baseline", parse_math=False, **kwargs)
+        self.axis.text(x, y, text, fontsize=size, color=ink, va="center_baseline", **kwargs)
 
     def box(self, x: float, y: float, width: float, height: float, colour: str, edge: str = "none") -> None:
         self.axis.add_patch(Rectangle((x, y), width, height, facecolor=colour, edgecolor=edge, linewidth=0.8))

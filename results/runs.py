@@ -142,7 +142,7 @@ def alike(first: list[list[float]], second: list[list[float]]) -> bool:
 
 
 def read_rows(path: Path) -> list[dict[str, Any]]:
-    return [json.loads(text) for text in path.read_text(encoding="utf-8").splitlines()]
+    return [json.loads(text) for text in path.read_bytes().splitlines()]
 
 
 def answers(

@@ -1,6 +1,7 @@
 """How every command ends: in one line, also where its output is closed or Ctrl-C is pressed."""
 
 import contextlib
+import io
 import os
 import sys
 from collections.abc import Callable, Iterator
@@ -13,7 +14,8 @@ def command(name: str, who: Callable[[], str] = str) -> Iterator[None]:
     A ValueError or OSError is one line, with exit code 2. What standard output's encoding has no character for is
     shown as "?". An output that was closed (| head) ends the command quietly, as a signal would.
     """
-    sys.stdout.reconfigure(errors="replace")
+    if isinstance(sys.stdout, io.TextIOWrapper):  # not in a notebook
+        sys.stdout.reconfigure(errors="replace")
     try:
         try:
             yield

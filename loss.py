@@ -249,7 +249,8 @@ def matched_means(t: Tokens) -> Tensor:
 
     Where the source takes a token mean of each term, c times the demonstration's. [UFT; CHORD's mu]
     UFT here and there: the same weight; left out are its KL and entropy terms (0.001 each) and its cuts at sentences;
-    here the prefix counts in the response budget and the last token of a demonstration is never given.
+    here the prefix counts in the response budget and the last token of a demonstration is never given. UFT's script
+    has 4 rollouts of 256 problems and 4 updates a step; rows and updates are settings here.
     """
     return torch.full_like(t.log_probs, t.coefficient * t.policy_tokens / max(1, t.demonstration_tokens))
 
@@ -294,7 +295,9 @@ def row_mean(t: Tokens) -> Tensor:
 
     The token mean of each demonstration that stands in a group's place. [HPT] There RL is a sum / L and SFT c times a
     token mean per micro-batch: where such a demonstration is alone in its own, this is that weight, else more. It
-    grows with the number of replaced groups, as no constant over Z would.
+    grows with the number of replaced groups, as no constant over Z would. There the rows left after groups were
+    replaced are cut into mini-batches of 512 rows: one update where more than 73 of 128 problems are unsolved, else
+    one of 512 and one of the rest; here each update has half of the problems.
     """
     lengths = t.prefix_mask.sum(1, keepdim=True).clamp(min=1).to(t.log_probs)
     return (t.coefficient * t.max_response_tokens / lengths).expand_as(t.log_probs)
@@ -320,8 +323,10 @@ def srft_demonstration(t: Tokens) -> Tensor:
 def trust(t: Tokens) -> Tensor:
     """min(1, 10p)
 
-    TRAPO's prefix tokens: advantage 1, not graded, little weight where the policy would hardly go.
-    There and here in the same sum as own tokens. [2512.17636; Su-my/TRAPO, "clip_low"]
+    TRAPO's prefix tokens: advantage 1, not graded, little weight where the policy would hardly go. There and here in
+    the same sum as own tokens. Of TRAPO's rows only this weight and the baseline over all 8 rows are taken: there a
+    group gets prefixes of 25, 50 and 100% of a demonstration, one after the other, as long as its rows fail, and an
+    entropy bonus of 0.001; here one hybrid row with Prefix-RFT's share. [2512.17636; Su-my/TRAPO, "clip_low"]
     """
     return (10 * t.log_probs.exp()).clamp(max=1.0)
 
@@ -379,6 +384,9 @@ METHODS: dict[str, Method] = {
     "prefix-rft-uniform": variant(PREFIX_RFT, schedule="uniform"),
     "prefix-rft-constant": variant(PREFIX_RFT, schedule="constant"),
     "rft-entropy-clip": variant(RFT, source="2507.01679", entropy_clip="high"),
+    "dr-po": variant(
+        PREFIX_RFT, rows="shared_prefix", demonstration_weight=zero, entropy_clip="", baseline="group"
+    ),  # all 8 rows behind one prefix, which is not in the loss
     # ---- the methods it is compared with, and those that came after
     "rft+sft": Method("2504.14945", "demonstration", unclipped, token_mean, coefficient=0.1, baseline="on_policy"),
     "luffy": Method("2504.14945", "demonstration", unclipped, shaped, coefficient=0.1, baseline="group"),
@@ -393,16 +401,17 @@ METHODS: dict[str, Method] = {
         scale_by_std=True,
     ),
     "relift": Method("2506.07527", "on_policy", unclipped, token_mean, unsolved="collect"),
-    "chord-mu": variant(CHORD, demonstration_weight=matched_means, coefficient=0.9, coefficient_end=0.05),
+    "chord-mu": variant(CHORD, demonstration_weight=matched_means, coefficient=0.6, coefficient_end=0.0),
     "chord-phi": variant(CHORD, demonstration_weight=uncertain_means, coefficient=0.1),
     "hpt": Method("2509.04419", "on_policy", unclipped, row_mean, coefficient=1.0, unsolved="replace"),
     "srft": Method("2506.19767", "demonstration", srft_policy, srft_demonstration, coefficient=0.1, baseline="group"),
-    "prefix-rft-trust": Method("2512.17636", "hybrid", unclipped, trust),
+    "prefix-rft-trust": Method("2512.17636", "hybrid", unclipped, trust, baseline="group"),
     "rescue": Method("2507.10628, 2506.17211", baseline="group", unsolved="rescue"),
 }
 
 
-FALL = 0.2  # share of the run [CHORD: 20 of 100 steps in Trinity-RFT's mix_chord_toolace.yaml]
+FALL = 0.2  # share of the run [CHORD: mu from 0.6 to 0 over 20 of 100 steps in Trinity-RFT's mix_chord_toolace.yaml;
+# the values of its mix_chord.yaml are 0.9 and 0.05, over 200 steps of a longer run]
 
 
 def coefficient_at(method: Method, progress: float, chosen: float | None) -> float:

@@ -166,7 +166,8 @@ def second_chance(run: Run, picked: Sequence[int], graded: Graded, step: int) ->
 
     replace   one whole demonstration in the group's place [HPT]
     rescue    all rows again behind the same first 25%, then 50%, then 75% of a demonstration, until one is right
-              [GHPO, BREAD; GHPO puts the hint into the prompt and divides advantages by the deviation]
+              [GHPO, BREAD; GHPO puts the hint into the prompt, adds 0.5 to the reward for the format, divides
+              advantages by the deviation, takes a token mean and a cosine rate with warm-up: none of it here]
     """
 
     def unsolved() -> list[int]:
@@ -374,11 +375,12 @@ def update(
 
 
 def sft_learning_rate(step: int, config: Config) -> float:
-    """10% linear warm-up, then half a cosine to 0; `step` from 0."""
+    """10% linear warm-up, then half a cosine from sft_lr to the share `sft_lr_end` of it; `step` from 0."""
     warm_up = max(1, round(0.1 * config.sft_steps))
     if step < warm_up:
         return config.sft_lr * (step + 1) / warm_up
-    return config.sft_lr * (1 + math.cos(math.pi * (step - warm_up) / max(1, config.sft_steps - warm_up))) / 2
+    cosine = (1 + math.cos(math.pi * (step - warm_up) / max(1, config.sft_steps - warm_up))) / 2
+    return config.sft_lr * (config.sft_lr_end + (1 - config.sft_lr_end) * cosine)
 
 
 def sft_step(
@@ -406,7 +408,11 @@ def sft_step(
 
 def collect(run: Run, picked: Sequence[int], batch: Batch, step: int) -> dict[str, Any]:
     """ReLIFT: unsolved problems wait, newest first and each as often as it was met; once `relift_buffer` wait, the
-    first so many give one supervised update, with an optimizer of its own."""
+    first so many give one supervised update, with an optimizer of its own.
+
+    The source takes the mean of the token means of 4 rows, and clips this gradient at 1.0 and reinforcement's at 0.7;
+    here one token mean over the buffer, and `max_grad_norm` for both.
+    """
     config, collector = run.config, run.collector
     unsolved = [picked[group] for group in batch.first_try.unsolved(config.gate)]
     collector.waiting[:0] = [i for i in unsolved if run.data.encoded[i].demonstrations]

@@ -69,7 +69,8 @@ class Config:
     gate: int = knob(0, "hpt, rescue, relift: a group with at most so many right rows is unsolved (HPT: 0)", 0)
     # the optimizer
     lr: float = knob(1e-4, "of reinforcement, constant (paper: 1e-6)", 0)
-    sft_lr: float = knob(2.5e-4, "peak of supervised fine-tuning: 10% warm-up, then a cosine to 0 (paper: 5e-5)", 0)
+    sft_lr: float = knob(2.5e-4, "peak of supervised fine-tuning: 10% warm-up, then a cosine (paper: 5e-5)", 0)
+    sft_lr_end: float = knob(0.0, "where that cosine ends, as a share of the peak (LUFFY, 2604.23747: 0.1)", 0, 1)
     sft_steps: int = knob(64, "updates of the sft stage (paper: 3 epochs)", 1)
     sft_batch: int = knob(32, "demonstrations per sft update (paper: 64)", 1)
     relift_lr: float = knob(1e-4, "of ReLIFT's supervised updates, constant (source: 1e-6)", 0)

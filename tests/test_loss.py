@@ -1,5 +1,6 @@
 """loss.py against hand computations and autograd of each method's textbook objective."""
 
+import dataclasses
 import math
 from fractions import Fraction
 
@@ -263,7 +264,7 @@ def textbook(name: str, g: Group, coefficient: float | None = None) -> torch.Ten
 
     ratio, p = (g.log_probs - g.old).exp(), g.log_probs.exp()
     policy, prefix = g.mask & ~g.prefix_mask, g.prefix_mask
-    group_baseline = name in ("luffy", "uft", "srft", "rescue")
+    group_baseline = name in ("luffy", "uft", "srft", "rescue", "prefix-rft-trust", "dr-po")
     own, given = (
         torch.tensor(a, dtype=torch.float64)[:, None]
         for a in by_hand(
@@ -294,7 +295,7 @@ def textbook(name: str, g: Group, coefficient: float | None = None) -> torch.Ten
         ("dft", "dft-rft"): lambda: cross_entropy(g, q).mean(),
         ("rft",): lambda: clipped_rl / g.Z,
         ("relift",): lambda: plain_rl / g.Z,
-        ("rescue",): lambda: clipped_rl / g.Z,
+        ("rescue", "dr-po"): lambda: clipped_rl / g.Z,
         ("rft-entropy-clip",): lambda: -(surrogate * top_entropy(g.mask, g.entropy, 0.2)).sum() / g.Z,
         # RL summed over rows and tokens / L, not divided by rows; SFT a token mean with coefficient c * rows: the
         # source's gradient is `rows` times ours
@@ -303,7 +304,7 @@ def textbook(name: str, g: Group, coefficient: float | None = None) -> torch.Ten
         # both terms token means; the common factor T_own / Z only scales the step
         ("uft",): lambda: (clipped_rl / g.T_own + c(0.001) * cross_entropy(g).mean()) * g.T_own / g.Z,
         ("chord-mu",): lambda: (
-            ((1 - c(0.9)) * clipped_rl / g.T_own + c(0.9) * cross_entropy(g).mean()) * g.T_own / g.Z
+            ((1 - c(0.6)) * clipped_rl / g.T_own + c(0.6) * cross_entropy(g).mean()) * g.T_own / g.Z
         ),
         ("chord-phi",): lambda: (
             ((1 - c(0.1)) * clipped_rl / g.T_own + c(0.1) * cross_entropy(g, q * (1 - q)).mean()) * g.T_own / g.Z
@@ -380,9 +381,10 @@ def test_the_shaped_weight_is_finite_where_a_probability_underflows(c):
 def test_a_coefficient_falls_along_half_a_cosine_in_the_first_fifth_of_a_run():
     method = METHODS["chord-mu"]
     found = [coefficient_at(method, progress, None) for progress in (0, 0.05, 0.1, 0.2, 0.3, 1)]
-    assert found == pytest.approx([0.9, 0.05 + 0.85 * (1 + 0.5**0.5) / 2, 0.475, 0.05, 0.05, 0.05])
-    assert coefficient_at(method, 0.0, 0.01) == coefficient_at(method, 1.0, 0.01) == 0.01  # it never rises
-    assert coefficient_at(method, 0.0, 0.3) == 0.3 and coefficient_at(method, 1.0, 0.3) == pytest.approx(0.05)
+    assert found == pytest.approx([0.6, 0.6 * (1 + 0.5**0.5) / 2, 0.3, 0.0, 0.0, 0.0])
+    assert coefficient_at(method, 0.0, 0.3) == 0.3 and coefficient_at(method, 1.0, 0.3) == 0.0
+    ends_above = dataclasses.replace(method, coefficient_end=0.05)
+    assert coefficient_at(ends_above, 0.0, 0.01) == coefficient_at(ends_above, 1.0, 0.01) == 0.01  # it never rises
     assert coefficient_at(METHODS["luffy"], 0.7, None) == 0.1 and coefficient_at(METHODS["rft"], 0.7, None) == 1.0
 
 

@@ -616,6 +616,10 @@ def test_sft_learning_rate_warms_up_and_falls_to_zero():
     rates = [sft_learning_rate(s, config) for s in range(50)]
     assert rates[:5] == pytest.approx([0.2, 0.4, 0.6, 0.8, 1.0])
     assert rates[5] == 1.0 and rates[5:] == sorted(rates[5:], reverse=True) and 0 < rates[-1] < 0.01
+    ends_at_a_tenth = [
+        sft_learning_rate(s, from_dict({"sft_steps": 50, "sft_lr": 1.0, "sft_lr_end": 0.1})) for s in range(50)
+    ]
+    assert ends_at_a_tenth == pytest.approx([*rates[:5], *(0.1 + 0.9 * rate for rate in rates[5:])])
 
 
 def test_every_config_field_is_read_somewhere():

@@ -98,7 +98,7 @@ def _same_collections(p: Node, g: Node) -> bool:
         if len(matrix[1][0]) > 1 or seq[1] + seq[2] not in ("()", "[]"):
             return False
         return _same_in_order(column, seq[3]) if matrix is p else _same_in_order(seq[3], column)
-    if kinds == {"ratio"}:
+    if {"ratio"} <= kinds <= {"ratio", "clock"}:  # 4:6 is 2:3, and 10:30 is not 5:15
         return _same_ratio(p[1], g[1])
     if p[0] == "base" and p[2] == 10:
         return g == num(int(p[1]))
@@ -127,11 +127,11 @@ def _same_items(p: tuple[Node, ...], g: tuple[Node, ...]) -> bool:
 
 
 def _same_ratio(p: tuple[Node, ...], g: tuple[Node, ...]) -> bool:
-    """Equal or proportional; 1:20 may be a time and stays as it is."""
+    """Equal or proportional, none of it 0 (3:00 and 7:00 are times)."""
     if _same_in_order(p, g):
         return True
     expressions = len(p) == len(g) and all(x[0] in EXPRESSIONS for x in p + g)
-    return expressions and all(_same_values(mul(p[0], b), mul(g[0], a)) for a, b in zip(p, g)) and p[0] != ZERO
+    return expressions and all(_same_values(mul(p[0], b), mul(g[0], a)) for a, b in zip(p, g)) and ZERO not in p
 
 
 # ---------------------------------------------------------------------------------------------- relations and regions
@@ -301,10 +301,10 @@ def _same_values(p: Node, g: Node) -> bool:
     """
     variables = symbols(p) | symbols(g)
     positive = len(variables) > 1 and _roots_only((p, g)) == (True, False)
-    points = range((POINTS // 2 if positive else POINTS) if variables else 1)
+    points = range(POINTS // 2 if positive else POINTS) if variables else ()
     if variables and _rounds((p, g)):
         points = [*WHOLE_POINTS, *(() if variables <= WHOLE_NAMES else points)]
-    agreed, complex_agreed, decided = [], 0, 0
+    agreed, all_agree, decided = [], True, 0
     for index in points:
         pair = value_at(p, index, DIGITS), value_at(g, index, DIGITS)
         if not all(pair):
@@ -315,12 +315,9 @@ def _same_values(p: Node, g: Node) -> bool:
             if not agree:
                 return False
             agreed.append(index)
-        elif agree:
-            complex_agreed += 1
-            agreed += [index] if len(points) == 1 else []
-    if len(points) > 1 and len(agreed) < ENOUGH and (complex_agreed + len(agreed) < decided or decided < ENOUGH):
-        return False
-    if not decided or (len(points) == 1 and not agreed):
+        else:
+            all_agree &= agree
+    if variables and len(agreed) < ENOUGH and (not all_agree or decided < ENOUGH):
         return False
     index = agreed[0] if agreed else 0
     pair = value_at(p, index, SURE_DIGITS), value_at(g, index, SURE_DIGITS)

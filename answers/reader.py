@@ -20,6 +20,7 @@ from .tree import (
 from .vocabulary import ACCENTS, LISTS, unit_name
 
 MAX_DEPTH = 24
+CLOCK = re.compile(r"([01]?[0-9]|2[0-4])(:[0-5][0-9])+")  # 10:30, maybe a ratio
 MODS = ("mod", "pmod")
 READERS = {"NUM": "number", "NAME": "name", "FUNC": "function", "TEXT": "words", "BEGIN": "environment"}
 READERS["COMMAND"] = "command"
@@ -72,10 +73,14 @@ class Reader(Cursor):
         return node
 
     def ratio(self) -> Node:
+        start = self.at
         parts = [self.quantity()]
         while self.accept(":"):
             parts.append(self.quantity())
-        return ("ratio", tuple(parts)) if len(parts) > 1 else parts[0]
+        if len(parts) == 1:
+            return parts[0]
+        text = "".join(value for _, value in self.tokens[start : self.at])
+        return ("clock" if CLOCK.fullmatch(text) else "ratio", tuple(parts))
 
     def quantity(self) -> Node:
         """A sum with an optional unit, currency, percent sign or modulus."""

@@ -5,7 +5,8 @@ A node is a nested tuple that starts with its kind.
     expressions   ("num", Fraction)  ("dec", Fraction, unit of the last stated digit)  ("sym", name)
                   ("add", terms)  ("mul", factors)  ("pow", base, exponent)  ("fn", name, arguments)
     answers       ("seq", open, close, items)  ("set", items)  ("list", items)  ("matrix", rows)  ("rel", ops, sides)
-                  ("ratio", items)  ("regions", op, items)  ("unit", node, unit)  ("base", digits, base)  ...
+                  ("ratio", items)  ("clock", items): 10:30, which may be a ratio  ("regions", op, items)
+                  ("unit", node, unit)  ("base", digits, base)  ...
 
 Left out: collecting like terms, expanding, trigonometric rules. values.py finds values instead.
 """

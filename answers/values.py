@@ -124,13 +124,11 @@ def _function(name: str, args: list):
     if name == "root":
         return _root(*args)
     if name in ("floor", "ceil", "min", "max", "gcd", "lcm", "mod"):
-        if not all(map(is_real, args)):
+        if name in ("gcd", "lcm") or not all(map(is_real, args)):
             raise _NoValue
         args = [context.re(x) for x in args]
         if name in ("min", "max"):
             return {"min": min, "max": max}[name](args)
-        if name in ("gcd", "lcm"):
-            raise _NoValue
         if name == "mod":
             return args[0] - args[1] * context.floor(args[0] / args[1])
         nearest = context.nint(args[0])

@@ -38,9 +38,10 @@ from model import check_window, load_model, pick_device, window_of
 from reward import MATH, Reward, load_reward
 from sample import Row, generate, pack
 from support import distributed
-from support.checkpoint import Broken, append_rows, trained_with
+from support.checkpoint import append_rows, trained_with
 from support.command import command
 from support.config import Parser, check_range, given_settings
+from support.errors import Broken, InputError, as_input
 from support.memory import row_bytes
 
 __all__ = ["evaluate", "pass_at_k"]
@@ -117,7 +118,7 @@ def evaluate(
 def encode_benchmarks(model, tokenizer, benchmarks: list[Benchmark], max_response_tokens: int) -> int:
     """Fill in `encoded` -> tokens of the longest prompt.
 
-    Raises ValueError where prompt and response would not fit the model's window.
+    Raises InputError where prompt and response would not fit the model's window.
     """
     for benchmark in benchmarks:
         benchmark.encoded = encode_prompts(tokenizer, benchmark.problems)
@@ -134,7 +135,7 @@ def rows_that_fit(model: PreTrainedModel, columns: int) -> int:
         try:
             row = row_bytes(model.config, whole_blocks(columns), repeated=True)  # as sliding windows' caches are read
         except Exception as error:  # the config of a model that is built otherwise can raise anything
-            raise ValueError(f"what a row takes is not known ({error}): give --rows_per_call") from error
+            raise InputError(f"what a row takes is not known ({error}): give --rows_per_call") from error
         fit = max(1, min(ROWS, int(0.8 * free / row)))
     return min(distributed.gather_dict({distributed.rank(): fit}).values())
 
@@ -217,13 +218,13 @@ def parse_args(argv: Sequence[str]) -> argparse.Namespace:
     args = parser.parse_args(argv)
     unread = [name for name in given_settings(argv) if name not in ("regrade", "reward")]
     if args.regrade and unread:
-        raise ValueError(f"--regrade does not read --{unread[0]}: leave it out")
+        raise InputError(f"--regrade does not read --{unread[0]}: leave it out")
     for name, least in {"samples": 1, "max_response_tokens": 1, "problems": 1, "rows_per_call": 1, "seed": 0}.items():
         if (value := getattr(args, name)) is not None:
             check_range(name, value, least)
     check_range("temperature", args.temperature, 0, 10)
     if not args.model and not args.regrade:
-        raise ValueError("give --model, a HuggingFace model folder or hub name (see python eval.py --help)")
+        raise InputError("give --model, a HuggingFace model folder or hub name (see python eval.py --help)")
     return args
 
 
@@ -248,11 +249,12 @@ def show(folder: Path, settings: dict[str, Any], remembered: dict[str, Any]) -> 
 def run(args: argparse.Namespace) -> None:
     """A whole evaluation: load, check, sample what is missing, report. Called on every rank; the first writes."""
     remembered = trained_with(args.model)
-    args.reward = load_reward(args.reward or "math")
+    with as_input():
+        args.reward = load_reward(args.reward or "math")
     args.system = remembered.get("system") if args.system is None else args.system
     benchmarks = choose_benchmarks(args.benchmarks, args.data, args.samples, args.problems, args.system, args.reward)
     if args.temperature == 0 and max(b.samples for b in benchmarks) > 1:
-        raise ValueError("temperature 0 is greedy, so all samples would be equal: give --samples 1 or a temperature")
+        raise InputError("temperature 0 is greedy, so all samples would be equal: give --samples 1 or a temperature")
     device = pick_device(args.device)
     distributed.start(device)
     model, tokenizer = load_model(args.model, device)

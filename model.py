@@ -32,6 +32,7 @@ from transformers.utils import logging
 
 from decode import choose_loop, last_hidden, signature
 from support import distributed
+from support.errors import InputError
 
 LOGITS_PER_CHUNK = 2**25  # elements of a [tokens, V] logits chunk: 128 MiB in fp32, whatever B, R and V are
 NOISE = ("drop", "jitter", "noise")  # what the config's fields for random changes in training have in their names
@@ -44,7 +45,7 @@ def pick_device(name: str = "auto") -> torch.device:
     if name == "auto":
         name = next(kind for kind in there if there[kind])
     if not there[name]:
-        raise ValueError(f"device is {name}, but PyTorch finds none here: give --device auto")
+        raise InputError(f"device is {name}, but PyTorch finds none here: give --device auto")
     return torch.device(name, int(os.environ.get("LOCAL_RANK", 0))) if name == "cuda" else torch.device(name)
 
 
@@ -64,17 +65,17 @@ def one_line(path: str) -> Iterator[None]:
         }
         said = " ".join(str(error).split())[:200]
         reason = next((text for words, text in reasons.items() if words in str(error)), said)
-        raise ValueError(f"model {path!r} cannot be loaded: {reason}") from error
+        raise InputError(f"model {path!r} cannot be loaded: {reason}") from error
 
 
 def load_config(path: str) -> PreTrainedConfig:
     """The model's config, from a folder or a hub name. ValueError, one line, where there is none."""
     hub_logging.set_verbosity_error()  # without a network: our one line instead of every retry
     if not Path(path).exists() and (path.count("/") != 1 or Path(path).parent.exists()):
-        raise ValueError(f"model {path!r} is neither a folder that exists nor a hub name (ORGANISATION/NAME)")
+        raise InputError(f"model {path!r} is neither a folder that exists nor a hub name (ORGANISATION/NAME)")
     final = Path(path) / "final"
     if final.is_dir() and not any(Path(path).glob("*.safetensors")):
-        raise ValueError(f"model {path!r} is a run's folder, its model is in {final}: give --model {final}")
+        raise InputError(f"model {path!r} is a run's folder, its model is in {final}: give --model {final}")
     with one_line(path):
         return AutoConfig.from_pretrained(path, trust_remote_code=False)
 
@@ -90,7 +91,7 @@ def check_window(
     """ValueError if a prompt and a response, whose budget is the setting `name`, can be longer than the window."""
     if window and prompt + response > window:
         fix = f"lower {name} to {window - prompt}" if prompt + 1 < window else "give a shorter prompt"
-        raise ValueError(
+        raise InputError(
             f"{whose} ({prompt} tokens) and {name} ({response}) exceed the model's {window} positions: {fix}"
         )
 
@@ -101,11 +102,11 @@ def load_tokenizer(path: str) -> tuple[Tokenizer, GenerationConfig]:
     tokenizer or a tokenizer without an end token."""
     config, folder = load_config(path), Path(path)
     if folder.exists() and not any((*folder.glob("tokenizer*"), *folder.glob("vocab*"))):
-        raise ValueError(f"model {path!r} holds no tokenizer files: save the tokenizer into the folder too")
+        raise InputError(f"model {path!r} holds no tokenizer files: save the tokenizer into the folder too")
     with one_line(path):
         tokenizer = AutoTokenizer.from_pretrained(path, trust_remote_code=False)
         if tokenizer.eos_token_id is None:
-            raise ValueError("its tokenizer has no eos_token, so no response could end: set one")
+            raise InputError("its tokenizer has no eos_token, so no response could end: set one")
         try:
             ends = GenerationConfig.from_pretrained(path).eos_token_id
         except OSError:
@@ -144,7 +145,7 @@ def load_model(
         model = read_model(path, torch.float32 if training or device.type != "cuda" else torch.bfloat16)
         rows = model.get_input_embeddings().num_embeddings
         if len(tokenizer) > rows:
-            raise ValueError(f"model {path!r}: its tokenizer has {len(tokenizer)} tokens, its embedding {rows} rows")
+            raise InputError(f"model {path!r}: its tokenizer has {len(tokenizer)} tokens, its embedding {rows} rows")
         model.generation_config = generation_config
         check_model(path, model if training else model.to(device), training)
     if sharded:
@@ -168,7 +169,7 @@ def read_model(path: str, dtype: torch.dtype) -> PreTrainedModel:
     and an embedding and a head that are both in the file are not tied."""
     folder, config = Path(path), load_config(path)
     if folder.exists() and not any(folder.glob("*.safetensors")):
-        raise ValueError(f"model {path!r} holds no *.safetensors weights: give a HuggingFace model folder")
+        raise InputError(f"model {path!r} holds no *.safetensors weights: give a HuggingFace model folder")
     for part in (config, config.get_text_config()):
         noise = {name for name, value in vars(part).items() if isinstance(value, float)}
         vars(part).update({name: 0.0 for name in noise if any(word in name for word in NOISE)})
@@ -176,7 +177,7 @@ def read_model(path: str, dtype: torch.dtype) -> PreTrainedModel:
         settings = {"config": config, "dtype": dtype, "use_safetensors": True, "trust_remote_code": False}
         model, info = AutoModelForCausalLM.from_pretrained(path, output_loading_info=True, **settings)
         if info["missing_keys"]:
-            raise ValueError(f"its weights lack {min(info['missing_keys'])}: the file is not whole")
+            raise InputError(f"its weights lack {min(info['missing_keys'])}: the file is not whole")
     head = model.get_output_embeddings()
     model.config.tie_word_embeddings = head is not None and head.weight is model.get_input_embeddings().weight
     return model
@@ -203,21 +204,21 @@ def check_model(path: str, model: PreTrainedModel, training: bool) -> None:
         for i, real in enumerate(mask.bool()):
             logits = model(input_ids=ids[i : i + 1, real], use_cache=False).logits
             if not logits.isfinite().all():
-                raise ValueError("its logits are not finite, so its weights are damaged: fetch or train it again")
+                raise InputError("its logits are not finite, so its weights are damaged: fetch or train it again")
             if not torch.equal(made[-1].float(), logits.float()):
-                raise ValueError("its logits are not those of its output head (scaled, capped?): use another model")
+                raise InputError("its logits are not those of its output head (scaled, capped?): use another model")
             log_p = logits[0, -int(real[7:].sum()) - 1 : -1].float().log_softmax(-1)
             want[i, real[7:]] = log_p.gather(1, ids[i, 7:][real[7:], None]).squeeze(1)
         close = float(want.abs().max()) * torch.finfo(model.dtype).eps ** 0.5
         found = [_token_stats(model.train(), ids, mask, 6, 1.0)[0] for _ in range(1 + training)]
         if not torch.allclose(found[0], found[-1], rtol=0, atol=close / 64):
-            raise ValueError("two training passes differ: set the noise in its config.json to 0")
+            raise InputError("two training passes differ: set the noise in its config.json to 0")
         if not torch.allclose(found[0], want, rtol=0, atol=close):
-            raise ValueError(
+            raise InputError(
                 "log-probs of a training pass are not those of a plain one (scaled? not causal?): use another"
             )
         if not choose_loop(model.eval(), ids, mask, want, close):
-            raise ValueError("rows sampled in a batch are not what they are alone (a recurrent state?): use another")
+            raise InputError("rows sampled in a batch are not what they are alone (a recurrent state?): use another")
         if model.loop == "transformers":
             logging.get_logger("transformers").warning(f"{path}: sampled by transformers' own loop, which is slower")
 

@@ -28,6 +28,7 @@ from decode import PREFILL_TOKENS, whole_blocks
 from loss import METHODS
 from support.command import command
 from support.config import Config, Parser, check_range, parse_config
+from support.errors import InputError
 from support.memory import cache_bytes, head_width, inner_width, plain_caches, row_bytes, token_bytes
 
 GIB = 2**30
@@ -180,7 +181,7 @@ def count(shape: Any) -> Counts:
     nested = {id(inner) for layer in layers for inner in layer.modules() if inner is not layer}
     layers = [layer for layer in layers if id(layer) not in nested]
     if not layers:
-        raise ValueError("its layers cannot be told from the rest")
+        raise InputError("its layers cannot be told from the rest")
     owner = {id(p): i for i, layer in enumerate(layers) for p in layer.parameters()}  # one, where layers share them
     sizes = [sum(p.numel() for p in layer.parameters() if owner[id(p)] == i) for i, layer in enumerate(layers)]
     total = sum(p.numel() for p in model.parameters())
@@ -265,13 +266,13 @@ def hours(config: Config, shape: Any, gpus: int, gpu: str, prompt: int, mean: fl
 
 @contextlib.contextmanager
 def planned(path: str, shape: Any) -> Iterator[None]:
-    """What goes wrong with a model without data as a ValueError of one line."""
+    """What goes wrong with a model without data as a InputError of one line."""
     try:
         yield
     except Exception as error:  # a model that was not made for it can raise anything
         said = " ".join(f"{type(error).__name__}: {error}".split())[:200]
         fix = "try a short run, with a small micro_batch_tokens and rows_per_call"
-        raise ValueError(f"model {path!r} ({shape.model_type}) cannot be planned ({said}): {fix}") from error
+        raise InputError(f"model {path!r} ({shape.model_type}) cannot be planned ({said}): {fix}") from error
 
 
 def rows_at_once(shape: Any, sampling: dict[str, float], free: float, columns: int) -> int:
@@ -309,7 +310,7 @@ def advice(
 
 
 def show(config: Config, gpu: str, gpus: int, prompt: int | None, mean: float | None) -> None:
-    """Print the plan. ValueError, before the first line, for a model or settings that cannot be planned."""
+    """Print the plan. InputError, before the first line, for a model or settings that cannot be planned."""
     shape, budget = models.load_config(config.model), config.max_response_tokens
     window = models.window_of(shape)
     if prompt is None:
@@ -318,7 +319,7 @@ def show(config: Config, gpu: str, gpus: int, prompt: int | None, mean: float | 
     models.check_window(window, prompt, budget, "max_response_tokens", "the longest prompt, --prompt")
     mean, length = MEAN_RESPONSE * budget if mean is None else mean, prompt + budget
     if not 0 < mean <= budget:
-        raise ValueError(f"mean_response is {mean:g}, expected above 0 and at most max_response_tokens ({budget})")
+        raise InputError(f"mean_response is {mean:g}, expected above 0 and at most max_response_tokens ({budget})")
     free = GPUS[gpu][0] * GIB * USABLE
     with planned(config.model, shape):
         n, parts = count(shape), plan(config, shape, gpus, prompt)

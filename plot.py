@@ -20,6 +20,7 @@ from figures.group_log import read_group
 from figures.group_page import group_html
 from support.checkpoint import write_text
 from support.command import command
+from support.errors import InputError
 
 
 def plot_runs(folders: list[Path], out: Path | None) -> None:
@@ -34,7 +35,7 @@ def plot_group(words: list[str], out: Path | None) -> None:
     """The recorded group of a step (the last one without it), as a picture and as a page beside it."""
     folder, step = Path(words[0]), words[1] if len(words) > 1 else None
     if len(words) > 2 or (step and not step.isdecimal()):
-        raise ValueError(f"--group takes a run folder and a step, found {' '.join(words)!r}: --group RUN [STEP]")
+        raise InputError(f"--group takes a run folder and a step, found {' '.join(words)!r}: --group RUN [STEP]")
     group = read_group(folder, int(step) if step else None)
     target = out or folder / f"group-{group['step']}.png"
     print(draw_group(group, target))
@@ -70,11 +71,11 @@ def main() -> None:
         check_target(args.out)
     resolved = [folder.resolve() for folder in args.folders]
     if twice := [folder for i, folder in enumerate(args.folders) if resolved[i] in resolved[:i]]:
-        raise ValueError(f"{twice[0]} is given twice: name each folder once")
+        raise InputError(f"{twice[0]} is given twice: name each folder once")
     if args.beside_paper and not args.compare:
-        raise ValueError("--beside-paper needs --compare and evaluation folders")
+        raise InputError("--beside-paper needs --compare and evaluation folders")
     if bool(args.group) == bool(args.folders) or (args.group and args.compare):
-        raise ValueError("give run folders, or --group RUN [STEP], or --compare and evaluation folders")
+        raise InputError("give run folders, or --group RUN [STEP], or --compare and evaluation folders")
     if args.group:
         plot_group(args.group, args.out)
     elif args.compare:

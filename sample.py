@@ -32,6 +32,7 @@ from support.checkpoint import trained_with
 from support.command import command
 from support.config import Parser, check_range
 from support.distributed import gather_dict, rank, world_size
+from support.errors import InputError
 
 PREFIX_LOW, PREFIX_HIGH = 0.05, 0.95  # bounds of the prefix fraction [paper A.2]
 
@@ -82,7 +83,7 @@ SCHEDULES = {schedule.__name__: schedule for schedule in (cosine, uniform, const
 def prefix_range(step: int, total_steps: int, schedule: str) -> tuple[float, float]:
     """The smallest and the largest share of the demonstration that may be given at `step` (from 0)."""
     if schedule not in SCHEDULES:
-        raise ValueError(f"schedule is {schedule!r}, expected one of {', '.join(SCHEDULES)}")
+        raise InputError(f"schedule is {schedule!r}, expected one of {', '.join(SCHEDULES)}")
     return SCHEDULES[schedule](min(1.0, step / total_steps))
 
 

@@ -31,6 +31,8 @@ from step import Collector, Data, Run, problems_of_step, rl_step, sft_learning_r
 from support import checkpoint, console, distributed
 from support.command import command
 from support.config import TASK, Config, given_settings, parse_config, unread_settings
+from support.errors import Broken, Diverged, InputError, Unwritten, as_input
+from support.files import writing
 from support.watch import Watch
 
 TABLES = ("validation", "test", "test_sampled")  # of eval.json
@@ -88,14 +90,14 @@ def load_data(
     method = METHODS[config.method]
     used = supervised if "sft" in method.stages else [problem for problem in encoded if problem.demonstrations]
     if method.needs_demonstrations and config.demonstration_fraction == 0:
-        raise ValueError(f"demonstration_fraction is 0, expected more: method {config.method} needs demonstrations")
+        raise InputError(f"demonstration_fraction is 0, expected more: method {config.method} needs demonstrations")
     if method.needs_demonstrations and not used:
         file = (config.sft_data if "sft" in method.stages else "") or config.data
         why = "".join(f", {count} left out ({why})" for why, count in left_out.items())
         fix = ": raise max_response_tokens" if "too long" in left_out else ""
-        raise ValueError(f"method {config.method} needs demonstrations and {file} has none it can use{why}{fix}")
+        raise InputError(f"method {config.method} needs demonstrations and {file} has none it can use{why}{fix}")
     if "rl" in method.stages and config.prompts_per_step > len(train):
-        raise ValueError(
+        raise InputError(
             f"prompts_per_step is {config.prompts_per_step}, but {config.data} has only {len(train)} problems"
         )
     check_context(config, [*encoded, *supervised], held, context)
@@ -122,7 +124,7 @@ def check_ranks(config: Config) -> None:
         parts["relift_buffer"] = config.relift_buffer
     for name, value in parts.items():
         if value < world:
-            raise ValueError(
+            raise InputError(
                 f"{name} is {value}, but there are {world} ranks: start at most {value}, or raise {name}"
             )
 
@@ -170,13 +172,15 @@ def prepare(config: Config) -> tuple[Run, Counts]:
     """Load and check everything; ValueError on wrong input. Nothing is written."""
     checkpoint.check_folder(config)
     if config.tensorboard and importlib.util.find_spec("tensorboard") is None:
-        raise ValueError("tensorboard is true, but it is not installed: pip install tensorboard")
+        raise InputError("tensorboard is true, but it is not installed: pip install tensorboard")
     device = pick_device(config.device)
     distributed.start(device)
     check_ranks(config)
     tokenizer, generation_config = load_tokenizer(config.model)
     context = window_of(load_config(config.model))
-    reward, ends = load_reward(config.reward), generation_config.eos_token_id
+    with as_input():
+        reward = load_reward(config.reward)
+    ends = generation_config.eos_token_id
     data, counts = load_data(config, reward, tokenizer, ends, context)  # before the weights are read
     model, _ = load_model(config.model, device, training=True, recompute=config.recompute, offload=config.offload)
     method = METHODS[config.method]
@@ -191,7 +195,7 @@ def train(config: Config, given: Sequence[str] = ()) -> int:
     """A whole run -> the exit code: 0, or 128 + the number of the signal that stopped it. `given`: the settings of
     the command line, of which those that the method does not read are told.
 
-    ValueError: wrong input, nothing was written. checkpoint.Broken: a fault of a run that had begun.
+    InputError: wrong input, nothing was written. Broken: a fault of a run that had begun.
     """
     run, counts = prepare(config)
     warnings = {name: f"{config.method} does not read {name}" for name in given if name in unread_settings(config)}
@@ -210,10 +214,9 @@ def train(config: Config, given: Sequence[str] = ()) -> int:
                 console.warn(text)
             return train_in(folder, run, start, watch)
         except BrokenPipeError as error:
-            raise checkpoint.Broken(f"its output was closed; to go on: {console.command(config, folder)}") from error
-        except OSError as error:
-            what = f"writing to {folder} failed ({error.strerror or error})"
-            raise checkpoint.Broken(f"{what}; mend that, then: {console.command(config, folder)}") from error
+            raise Broken(f"its output was closed; to go on: {console.command(config, folder)}") from error
+        except Unwritten as error:
+            raise Broken(f"{error}; mend that, then: {console.command(config, folder)}") from error
 
 
 def train_in(folder: Path, run: Run, start: int, watch: Watch) -> int:
@@ -257,7 +260,7 @@ def train_in(folder: Path, run: Run, start: int, watch: Watch) -> int:
             save = (config.save_every and done % config.save_every == 0 and not run.skipped) or done == total or stop
             lost = save and not distributed.total_norm(list(run.model.parameters())).isfinite()
             if run.skipped >= MOST_SKIPPED or lost:
-                raise checkpoint.Diverged(diverged(run, folder))
+                raise Diverged(diverged(run, folder))
             if save:
                 checkpoint.save(folder, done, run)
             if stop and done < total:
@@ -265,7 +268,8 @@ def train_in(folder: Path, run: Run, start: int, watch: Watch) -> int:
                 console.show(f"stopped after step {done} of {total}; to go on: {console.command(config, folder)}")
                 return 128 + stop[0]
     systems = {problem.system for problem in run.data.train}
-    save_model(run.model, run.tokenizer, folder / "final")
+    with writing(folder / "final"):
+        save_model(run.model, run.tokenizer, folder / "final")
     checkpoint.remember(folder / "final", systems.pop() if len(systems) == 1 else None, run.reward.name)
     if "trained" not in scores:
         scores["trained"] = score(run, "trained")
@@ -279,7 +283,7 @@ def read_scores(file: Path) -> dict[str, Any]:
     scores = checkpoint.read_json(file) if file.exists() else {}
     for who, tables in scores.items():
         if not isinstance(tables, dict) or not all(isinstance(tables.get(name), dict) for name in TABLES):
-            raise ValueError(f"{file}: found {who} without the tables {', '.join(TABLES)}: restore the file")
+            raise InputError(f"{file}: found {who} without the tables {', '.join(TABLES)}: restore the file")
     return scores
 
 
@@ -289,13 +293,13 @@ def restore(run: Run, folder: Path, watch: Watch) -> int:
     done = checkpoint.load(folder, run)
     if distributed.rank() == 0 and "base" not in read_scores(folder / "eval.json") and done:
         again = f"restore it, or delete {folder / 'checkpoint'} to start the run again from step 0"
-        raise ValueError(f"{folder / 'eval.json'}: the accuracy of the base model is missing: {again}")
+        raise InputError(f"{folder / 'eval.json'}: the accuracy of the base model is missing: {again}")
     for row in checkpoint.cut_logs(folder, done):
         try:
             watch.recall(row)
         except (KeyError, TypeError) as error:
             where = f"{folder / 'metrics.jsonl'}:{row['step']}"
-            raise ValueError(f"{where}: a metric is missing or of a wrong type ({error}): restore the row") from error
+            raise InputError(f"{where}: a metric is missing or of a wrong type ({error}): restore the row") from error
     if damaged := checkpoint.set_aside_damaged(folder, done):
         watch.said["damaged"] = damaged
     return done
@@ -347,7 +351,7 @@ def main() -> None:
         code = train(config, given_settings(sys.argv[1:]))
         distributed.stop()
         sys.exit(code)
-    except checkpoint.Broken as error:
+    except Broken as error:
         print(f"train.py: {distributed.name()}{error}", file=sys.stderr)
         sys.exit(1)
     except RuntimeError as error:

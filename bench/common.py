@@ -21,6 +21,7 @@ from torch.profiler import ProfilerActivity, profile
 import step as steps
 from sample import Row
 from support.config import parse_config
+from support.errors import Broken, InputError
 from train import prepare
 
 RESULTS = Path(__file__).parent / "results"
@@ -142,5 +143,5 @@ def main(doc: str, parts: dict[str, Callable], settings: bool = False) -> None:
     for part in chosen(doc, parts, "+", words[:first] if settings else words):
         try:
             parts[part](*[words[first:]] * settings)
-        except (ValueError, OSError, ModuleNotFoundError) as error:  # some parts need more (requirements-dev.txt)
+        except (InputError, Broken, ModuleNotFoundError) as error:  # some parts need more (requirements-dev.txt)
             sys.exit(f"{Path(sys.argv[0]).name}: {error}")

@@ -29,6 +29,7 @@ from model import NOISE, load_model, save_model, token_stats
 from sample import Row, generate, pack
 from support import distributed
 from support.config import from_dict
+from support.errors import InputError
 from train import prepare
 
 SMALL = {  # of what a config has of these
@@ -268,7 +269,7 @@ def differences(one: dict, two: dict) -> str:
 def said_by(error: Exception, folder: Path) -> tuple[str, str]:
     """A line of ours is a refusal, anything else a failure."""
     said = " ".join(str(error).split())[:300].replace(str(folder), folder.name)
-    return ("refused", said) if isinstance(error, ValueError) else ("FAILED", f"{type(error).__name__}: {said}")
+    return ("refused", said) if isinstance(error, InputError) else ("FAILED", f"{type(error).__name__}: {said}")
 
 
 def table(folders: dict[str, Path]) -> dict[str, tuple[str, str]]:

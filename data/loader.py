@@ -21,6 +21,8 @@ from typing import Any
 from transformers import PreTrainedTokenizerBase as Tokenizer
 
 from reward import MATH, Reward, extract_boxed, grade_one, raised
+from support.errors import InputError, as_input
+from support.files import reading
 
 TODAY = re.compile(r"""strftime_now\(\s*(['"])(.*?)\1\s*\)""")  # how a chat template asks for the date
 FIELDS = ("id", "problem", "answer", "demonstrations", "level", "system", "options")
@@ -51,33 +53,33 @@ class Encoded:
 
 
 def _check_text(text: str, where: str, field: str) -> None:
-    """ValueError for a lone surrogate (JSON can write one as \\ud800): it is no character, tokenizers refuse it."""
+    """InputError for a lone surrogate (JSON can write one as \\ud800): it is no character, tokenizers refuse it."""
     try:
         text.encode()
     except UnicodeEncodeError as error:
         found = f"{text[error.start]!r} at character {error.start}, half of a pair"
-        raise ValueError(f"{where}: {field} has {found}: write the character itself") from error
+        raise InputError(f"{where}: {field} has {found}: write the character itself") from error
 
 
 def _read_row(row: object, where: str, default_id: str, reward: Reward) -> Problem:
     if not isinstance(row, dict):
-        raise ValueError(f"{where}: found {type(row).__name__}, expected a JSON object with problem and answer")
+        raise InputError(f"{where}: found {type(row).__name__}, expected a JSON object with problem and answer")
     for field in ("problem", "answer"):
         if field not in row:
-            raise ValueError(f"{where}: the field {field!r} is missing")
+            raise InputError(f"{where}: the field {field!r} is missing")
     row = {"id": default_id, **row}
     for field in ("id", "problem", "answer", "level", "system"):
         value = row.get(field, "")
         if not isinstance(value, str):
-            raise ValueError(f"{where}: {field} is {reprlib.repr(value)}, expected a string: put it in quotes")
+            raise InputError(f"{where}: {field} is {reprlib.repr(value)}, expected a string: put it in quotes")
         if field in ("id", "problem", "answer") and not value.strip():
-            raise ValueError(f"{where}: {field} is empty")
+            raise InputError(f"{where}: {field} is empty")
         _check_text(value, where, field)
     if row.get("level") == "all":
-        raise ValueError(f"{where}: level is 'all', which reports call the total: give it another name")
+        raise InputError(f"{where}: level is 'all', which reports call the total: give it another name")
     demonstrations = row.get("demonstrations", [])
     if not isinstance(demonstrations, list) or not all(isinstance(d, str) and d for d in demonstrations):
-        raise ValueError(f"{where}: demonstrations must be a list of non-empty strings (or be absent)")
+        raise InputError(f"{where}: demonstrations must be a list of non-empty strings (or be absent)")
     for text in demonstrations:
         _check_text(text, where, "demonstrations")
     problem = Problem(
@@ -91,7 +93,7 @@ def _read_row(row: object, where: str, default_id: str, reward: Reward) -> Probl
     try:
         reward.check(problem)
     except (Exception, SystemExit) as error:  # a check of the user's own can raise anything
-        raise ValueError(f"{where}: {raised(error)}") from error
+        raise InputError(f"{where}: {raised(error)}") from error
     return problem
 
 
@@ -99,51 +101,54 @@ def _parse(line: str, where: str) -> Any:
     try:
         return json.loads(line)
     except json.JSONDecodeError as error:
-        raise ValueError(f"{where}: not valid JSON: {error.msg} at column {error.colno}") from error
+        raise InputError(f"{where}: not valid JSON: {error.msg} at column {error.colno}") from error
     except RecursionError:
-        raise ValueError(f"{where}: nested too deeply, expected a flat JSON object with problem and answer") from None
+        raise InputError(f"{where}: nested too deeply, expected a flat JSON object with problem and answer") from None
     except ValueError as error:  # Python's limit on the digits of a whole number
         limit = sys.get_int_max_str_digits()
-        raise ValueError(f"{where}: a number has more than {limit} digits: put it in quotes") from error
+        raise InputError(f"{where}: a number has more than {limit} digits: put it in quotes") from error
 
 
 def read_rows(path: str | Path) -> dict[int, Any]:
-    """The JSON values of a JSONL file by line number, empty lines left out. ValueError as `load_problems`."""
+    """The JSON values of a JSONL file by line number, empty lines left out. InputError as `load_problems`."""
     path = Path(path)
     if path == Path():
-        raise ValueError("data is empty or '.': give a JSONL file (its format: data/README.md)")
-    if not path.is_file():
+        raise InputError("data is empty or '.': give a JSONL file (its format: data/README.md)")
+    with reading(path):
+        is_file = path.is_file()
+    if not is_file:
         if path.parts[-3:-1] in (("data", "train"), ("data", "benchmarks")):  # where data/prepare.py writes
             fix = f"run  python data/prepare.py {path.stem}  (without a name: the list)"
-            raise ValueError(f"{path}: {path.stem} is not here yet: {fix}")
+            raise InputError(f"{path}: {path.stem} is not here yet: {fix}")
         there = "is a folder" if path.is_dir() else "is not a regular file"
         what = there if path.exists() else "does not exist"
-        raise ValueError(f"data file {str(path)!r} {what}: give a JSONL file (its format: data/README.md)")
+        raise InputError(f"data file {str(path)!r} {what}: give a JSONL file (its format: data/README.md)")
     try:
-        text = path.read_text(encoding="utf-8-sig")  # Windows editors begin a file with a byte order mark
+        with reading(path):
+            text = path.read_text(encoding="utf-8-sig")  # Windows editors begin a file with a byte order mark
     except UnicodeDecodeError as error:
-        raise ValueError(f"{path}: not UTF-8 text ({error.reason} at byte {error.start})") from error
+        raise InputError(f"{path}: not UTF-8 text ({error.reason} at byte {error.start})") from error
     lines = enumerate(text.split("\n"), 1)  # splitlines() also splits at U+2028, which JSON allows
     return {number: _parse(line, f"{path}:{number}") for number, line in lines if line.strip()}
 
 
 def check_rows(path: str | Path, rows: dict[int, Any], reward: Reward = MATH) -> list[Problem]:
-    """The problems in the rows of a file. ValueError as `load_problems`."""
+    """The problems in the rows of a file. InputError as `load_problems`."""
     problems, seen = [], {}
     for number, row in rows.items():
         where = f"{path}:{number}"
         problem = _read_row(row, where, default_id=f"{Path(path).stem}-{number}", reward=reward)
         if problem.id in seen:
-            raise ValueError(f"{where}: the id {problem.id!r} stands at line {seen[problem.id]} too: ids are unique")
+            raise InputError(f"{where}: the id {problem.id!r} stands at line {seen[problem.id]} too: ids are unique")
         seen[problem.id] = number
         problems.append(problem)
     if not problems:
-        raise ValueError(f"{path}: no problems in it: write one JSON object per line")
+        raise InputError(f"{path}: no problems in it: write one JSON object per line")
     levels = {"all", *(problem.level for problem in problems)}
     for number, problem in zip(rows, problems):  # metrics.jsonl has eval_LEVEL beside eval_LEVEL_low and _high
         if (base := re.sub(r"_(low|high)\Z", "", problem.level)) != problem.level and base in levels:
             found = f"level is {problem.level!r}, as a limit of the accuracy of level {base!r} is called"
-            raise ValueError(f"{path}:{number}: {found}: give it another name")
+            raise InputError(f"{path}:{number}: {found}: give it another name")
     return problems
 
 
@@ -165,7 +170,7 @@ def odd_rows(path: str | Path) -> list[str]:
 
 
 def load_problems(path: str | Path, reward: Reward = MATH) -> list[Problem]:
-    """The problems of a JSONL file, which `reward` can grade. Raises ValueError naming file and line, what was found
+    """The problems of a JSONL file, which `reward` can grade. Raises InputError naming file and line, what was found
     and what was expected."""
     return check_rows(path, read_rows(path), reward)
 
@@ -175,7 +180,7 @@ def render_prompt(tokenizer: Tokenizer, problem: str, system: str = "") -> str:
     token that begins a text if the tokenizer puts one (Llama was trained with it).
 
     A template that writes today's date writes DATE, so that a run and its evaluation have the same prompts on any
-    day. ValueError, one line, for a template that refuses the messages (some take no system message).
+    day. InputError, one line, for a template that refuses the messages (some take no system message).
     """
     if not tokenizer.chat_template:
         begin = tokenizer.bos_token if tokenizer("x")["input_ids"][0] == tokenizer.bos_token_id else ""
@@ -185,18 +190,18 @@ def render_prompt(tokenizer: Tokenizer, problem: str, system: str = "") -> str:
     try:
         template = TODAY.sub(lambda call: repr(DATE.strftime(call[2])), tokenizer.get_chat_template())
         if "strftime_now(" in template:
-            raise ValueError("it asks for today's date in a way that cannot be answered with a fixed one")
+            raise InputError("it asks for today's date in a way that cannot be answered with a fixed one")
         return tokenizer.apply_chat_template(
             messages, chat_template=template, add_generation_prompt=True, tokenize=False
         )
     except Exception as error:  # a template can raise anything
         roles = "a system and a user message: remove the field system" if system else "a user message"
         said = " ".join(str(error).split())[:200]
-        raise ValueError(f"the model's chat template refuses {roles} (it says: {said})") from error
+        raise InputError(f"the model's chat template refuses {roles} (it says: {said})") from error
 
 
 def encode(tokenizer: Tokenizer, text: str, what: str = "text") -> list[int]:
-    """Ids of `text` exactly as written, no special tokens added. ValueError if a character has no token."""
+    """Ids of `text` exactly as written, no special tokens added. InputError if a character has no token."""
 
     def ids_of(part: str) -> list[int]:
         return tokenizer(part, add_special_tokens=False)["input_ids"]
@@ -210,7 +215,7 @@ def encode(tokenizer: Tokenizer, text: str, what: str = "text") -> list[int]:
     ):  # the text may write that token itself: it can be bos, eos or pad too
         if unknown in ids_of(part):
             good = max(n for n in range(len(part)) if unknown not in ids_of(part[:n]))
-            raise ValueError(f"{what}: the tokenizer cannot encode {part[good]!r}: remove it or use another model")
+            raise InputError(f"{what}: the tokenizer cannot encode {part[good]!r}: remove it or use another model")
     return ids
 
 
@@ -230,6 +235,11 @@ def decode_responses(tokenizer: Tokenizer, responses: list[list[int]], end_ids: 
     return texts
 
 
+def _is_right(reward: Reward, demonstration: str, problem: Problem) -> bool:
+    with as_input():
+        return grade_one(reward, demonstration, problem) == 1.0
+
+
 def encode_problems(
     tokenizer: Tokenizer,
     problems: list[Problem],
@@ -241,7 +251,7 @@ def encode_problems(
 
     A demonstration is used only if it fits the budget with its end token (`too long`), its reward is 1 (`not right`)
     and no end token stands inside it (`end token inside`). One that begins with the tag that the prompt ends with
-    (<think>) loses its copy, or the policy would be taught a sequence that it never samples. Raises ValueError for
+    (<think>) loses its copy, or the policy would be taught a sequence that it never samples. Raises InputError for
     one that is right as text and not as its tokens are read back.
     """
     encoded, left_out, noted = [], Counter(), Counter()
@@ -253,7 +263,7 @@ def encode_problems(
             ids = encode(tokenizer, text, f"demonstration of {problem.id!r}")
             if len(ids) + 1 > max_response_tokens:
                 left_out["too long"] += 1
-            elif grade_one(reward, text, problem) != 1.0:
+            elif not _is_right(reward, text, problem):
                 left_out["not right"] += 1
             elif set(ids) & set(end_ids):
                 left_out["end token inside"] += 1
@@ -294,11 +304,11 @@ def has_text_after_box(text: str) -> bool:
 
 
 def check_same_grade(tokenizer: Tokenizer, problem: Problem, text: str, ids: list[int], reward: Reward) -> None:
-    """ValueError if a right demonstration would be graded wrong as a response, which is read back from its ids."""
+    """InputError if a right demonstration would be graded wrong as a response, which is read back from its ids."""
     back = decode(tokenizer, ids)
-    if back != text and grade_one(reward, back, problem) != 1.0:
+    if back != text and not _is_right(reward, back, problem):
         same = next((n for n, (a, b) in enumerate(zip(text, back)) if a != b), min(len(text), len(back)))
-        raise ValueError(
+        raise InputError(
             f"demonstration of {problem.id!r}: the tokenizer loses {text[same : same + 20]!r} (character {same}; it "
             f"gives back {back[same : same + 20]!r}), and with it the answer: use another model"
         )

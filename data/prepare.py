@@ -26,13 +26,15 @@ from typing import Any
 
 from huggingface_hub.utils import logging as hub_logging
 
+from support.errors import Broken, InputError
+
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # run as a script, it finds the grader
 
 from evaluation.benchmarks import PAPER
 from evaluation.multiple_choice import LETTERS, check_options, question
 from reward import check_gold
 from support.command import command
-from support.files import replacing
+from support.files import replacing, writing
 
 Row = dict[str, Any]
 FOLDER = Path("data")
@@ -160,12 +162,12 @@ SOURCES = {
 
 
 def download(name: str, source: Source) -> list[Row]:
-    """The rows of a set. ValueError, one line, where it cannot be had, with what to do."""
+    """The rows of a set. InputError, one line, where it cannot be had, with what to do."""
     hub_logging.set_verbosity_error()  # without a network: our one line instead of every retry
     try:
         import datasets
     except ImportError:
-        raise ValueError("the package datasets is missing: pip install -r requirements-dev.txt") from None
+        raise InputError("the package datasets is missing: pip install -r requirements-dev.txt") from None
     page = f"https://huggingface.co/datasets/{source.path}"
     try:
         return list(datasets.load_dataset(source.path, source.config, split=source.split))
@@ -175,7 +177,7 @@ def download(name: str, source: Source) -> list[Row]:
             help = f"it is gated: accept its terms at {page}, then run  hf auth login  with a read token"
         else:
             help = f"check the network and {page}"
-        raise ValueError(f"{name} could not be fetched ({reason[:200]}): {help}") from error
+        raise InputError(f"{name} could not be fetched ({reason[:200]}): {help}") from error
 
 
 def convert(name: str, source: Source, rows: list[Row]) -> tuple[list[Row], list[Row]]:
@@ -183,13 +185,13 @@ def convert(name: str, source: Source, rows: list[Row]) -> tuple[list[Row], list
     low, high = source.rows
     if not low <= len(rows) <= high:
         expected = str(low) if low == high else f"{low} to {high}"
-        raise ValueError(f"{name}: {source.path} has {len(rows)} rows, expected {expected}: has the set changed?")
+        raise InputError(f"{name}: {source.path} has {len(rows)} rows, expected {expected}: has the set changed?")
     ours, left_out = [], []
     for index, row in enumerate(rows):
         try:
             fields = source.convert(row, index)
         except (KeyError, TypeError, AttributeError, IndexError) as error:
-            raise ValueError(
+            raise InputError(
                 f"{name}: row {index} of {source.path} has not the fields expected ({error!r}): it has {sorted(row)}"
             ) from error
         new = {"id": f"{name}-{index}", **fields}
@@ -225,13 +227,14 @@ def write_rows(path: Path, rows: list[Row]) -> None:
     if not rows:
         path.unlink(missing_ok=True)
         return
-    path.parent.mkdir(parents=True, exist_ok=True)
+    with writing(path):
+        path.parent.mkdir(parents=True, exist_ok=True)
     with replacing(path) as partial, partial.open("w", encoding="utf-8") as file:
         file.writelines(json.dumps(row) + "\n" for row in rows)  # ASCII: U+2028 is a line's end to some readers
 
 
 def prepare(name: str, force: bool = False) -> Path:
-    """Make sure the JSONL file of `name` is there -> its path. ValueError, one line, if it cannot be made."""
+    """Make sure the JSONL file of `name` is there -> its path. InputError, one line, if it cannot be made."""
     source = SOURCES[name]
     path = file_of(name)
     if path.exists() and not force:
@@ -263,7 +266,7 @@ def main() -> None:
     for name in names:
         try:
             prepare(name, args.force)
-        except (ValueError, OSError) as error:  # the others can still be had
+        except (InputError, Broken) as error:  # the others can still be had
             print(f"prepare.py: {error}", file=sys.stderr)
             failed = True
     sys.exit(2 if failed else 0)

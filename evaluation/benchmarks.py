@@ -14,6 +14,7 @@ from typing import Any
 from data.loader import Encoded, Problem, check_rows, read_rows
 from evaluation.multiple_choice import check_options
 from reward import MATH, Reward
+from support.errors import InputError
 
 PAPER = {  # the paper's benchmarks and its samples per problem [paper 4.1]
     "aime24": 32,
@@ -44,14 +45,14 @@ class Benchmark:
 
 
 def read_options(path: Path, rows: dict[int, Any], problems: list[Problem]) -> dict[str, list[str]]:
-    """The options of multiple choice by problem id. ValueError, one line, for options that cannot be graded."""
+    """The options of multiple choice by problem id. InputError, one line, for options that cannot be graded."""
     options = {}
     for (number, row), problem in zip(rows.items(), problems, strict=True):
         if "options" in row:
             try:
                 check_options(row["options"], problem.answer)
             except ValueError as error:
-                raise ValueError(f"{path}:{number}: {error}") from error
+                raise InputError(f"{path}:{number}: {error}") from error
             options[problem.id] = row["options"]
     return options
 
@@ -60,7 +61,7 @@ def load_benchmark(
     name: str, path: Path, samples: int, per_level: int | None, system: str | None, reward: Reward = MATH
 ) -> Benchmark:
     """A JSONL file as a benchmark: the first `per_level` problems of each level (None: all), `system` (None: the
-    rows' own) as system message. ValueError, one line, for a missing file or a bad line."""
+    rows' own) as system message. InputError, one line, for a missing file or a bad line."""
     rows = read_rows(path)
     problems = check_rows(path, rows, reward)
     options = read_options(path, rows, problems)
@@ -84,18 +85,18 @@ def choose_benchmarks(
 ) -> list[Benchmark]:
     """The benchmarks of a comma-separated list of names ("paper": the paper's nine), and the file `data` beside them.
 
-    samples None: the paper's number for each. Raises ValueError for an unknown name, a file that is not there, or
+    samples None: the paper's number for each. Raises InputError for an unknown name, a file that is not there, or
     one of another benchmark's name, whose place it would take.
     """
     listed = [n for name in names.split(",") if name for n in (PAPER if name == "paper" else [name])]
     for name in listed:
         if name not in FILES:
-            raise ValueError(f"unknown benchmark {name!r}: choose from {', '.join(FILES)}, or paper (the first nine)")
+            raise InputError(f"unknown benchmark {name!r}: choose from {', '.join(FILES)}, or paper (the first nine)")
     if data and (known := FILES.get(data.stem, data)).resolve() != data.resolve():
-        raise ValueError(f"data file {data} has the name of the benchmark {data.stem} ({known}): rename your file")
+        raise InputError(f"data file {data} has the name of the benchmark {data.stem} ({known}): rename your file")
     chosen = {name: FILES[name] for name in listed} | ({data.stem: data} if data else {})
     if not chosen:
-        raise ValueError("nothing to evaluate on: give --benchmarks or --data")
+        raise InputError("nothing to evaluate on: give --benchmarks or --data")
     how = (per_level, system, reward)
     return [load_benchmark(n, path, samples or PAPER.get(n, 1), *how) for n, path in chosen.items()]
 

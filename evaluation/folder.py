@@ -24,9 +24,10 @@ from evaluation.multiple_choice import grade_response
 from evaluation.statistics import Answers
 from reward import Reward, load_reward
 from support import distributed
-from support.checkpoint import Broken, locked, make_folder, read_json, sha256, weights_fingerprint, write_text
+from support.checkpoint import locked, make_folder, read_json, sha256, weights_fingerprint, write_text
+from support.errors import Broken, InputError, as_input
 from support.fields import BOOL, COUNT, LIST, NUMBER, OBJECT, POSITIVE, SHARE, TEXT, check_fields, read_row
-from support.files import replacing
+from support.files import reading, replacing, writing
 
 RESPONSE = {"benchmark": TEXT, "id": TEXT, "sample": COUNT, "reward": SHARE, "read": BOOL, "truncated": BOOL}
 RESPONSE |= {"tokens": COUNT, "response": TEXT}  # a line of generations.jsonl
@@ -96,7 +97,7 @@ def describe(args: argparse.Namespace, model, tokenizer, benchmarks: list[Benchm
 
 
 def stored_settings(folder: Path | None) -> dict[str, Any]:
-    """The settings.json of an evaluation; {} where there is none. ValueError, one line, where it is damaged."""
+    """The settings.json of an evaluation; {} where there is none. InputError, one line, where it is damaged."""
     file = folder / "settings.json" if folder else None
     stored = read_json(file) if file and file.exists() else {}
     try:
@@ -106,7 +107,7 @@ def stored_settings(folder: Path | None) -> dict[str, Any]:
         for number, values in enumerate(stored.get("continued") or []):
             check_fields(values, {}, f"continued[{number}]")
     except ValueError as error:
-        raise ValueError(f"{file}: {error}: restore the file, or choose another folder") from error
+        raise InputError(f"{file}: {error}: restore the file, or choose another folder") from error
     return stored
 
 
@@ -118,7 +119,7 @@ def choose_folder(args: argparse.Namespace, settings: dict[str, Any]) -> tuple[P
     """The folder of this evaluation, --out or the first free evals/MODEL-NNN, and the settings to be stored there.
 
     An evaluation that goes on keeps its settings; those of FREE that changed are noted under "continued".
-    Raises ValueError if --out holds anything but an evaluation with the same settings. Nothing is written.
+    Raises InputError if --out holds anything but an evaluation with the same settings. Nothing is written.
     """
     if not args.out:
         path = Path(args.model)
@@ -127,16 +128,16 @@ def choose_folder(args: argparse.Namespace, settings: dict[str, Any]) -> tuple[P
     if stored := stored_settings(args.out):
         changed = [k for k in settings if k not in (*FREE, "date") and settings[k] != stored.get(k)]
         if changed == ["grader"]:
-            raise ValueError(f"{args.out} was graded by another version: first run  eval.py --regrade {args.out}")
+            raise InputError(f"{args.out} was graded by another version: first run  eval.py --regrade {args.out}")
         if changed:
             was = "; ".join(f"{k}: {json.dumps(stored.get(k))[:90]}" for k in changed)
-            raise ValueError(f"{args.out} holds an evaluation with other settings ({was}): choose another --out")
+            raise InputError(f"{args.out} holds an evaluation with other settings ({was}): choose another --out")
         last, free = (stored.get("continued") or [stored])[-1], {k: settings[k] for k in FREE}
         if free != {k: last.get(k) for k in FREE} and not (args.out / "results.json").exists():
             stored["continued"] = [*(stored.get("continued") or []), free | {"date": settings["date"]}]
         settings = stored
     elif args.out.exists() and not (args.out.is_dir() and {file.name for file in args.out.iterdir()} <= OURS):
-        raise ValueError(f"{args.out} exists and holds no evaluation (no settings.json): choose another --out")
+        raise InputError(f"{args.out} exists and holds no evaluation (no settings.json): choose another --out")
     return args.out, settings
 
 
@@ -154,14 +155,12 @@ def opened(folder: Path, settings: dict[str, Any] | None) -> Iterator[None]:
 
 @contextlib.contextmanager
 def written(folder: Path) -> Iterator[None]:
-    """The folder, locked. ValueError if another process is at work in it; Broken if a file cannot be written."""
+    """The folder, locked. InputError if another process is at work in it; Broken if nobody reads the output."""
     with locked(folder):
         try:
             yield
         except BrokenPipeError as error:
             raise Broken("its output was closed") from error
-        except OSError as error:
-            raise Broken(f"writing to {folder} failed ({error.strerror or error})") from error
 
 
 def check_response(row: Any) -> None:
@@ -171,13 +170,13 @@ def check_response(row: Any) -> None:
 def stored_rows(path: Path, benchmarks: list[Benchmark]) -> Iterator[tuple[Benchmark, int, dict[str, Any], int]]:
     """(benchmark, index of the problem, row, bytes of its line) of the responses in generations.jsonl.
 
-    A last line that was cut short is passed over. ValueError where a line is not the response that belongs there.
+    A last line that was cut short is passed over. InputError where a line is not the response that belongs there.
     """
     if not path.exists():
         return
     fix = "restore the line, or delete it and those after it to sample them again"
     number = 0
-    with path.open("rb") as file:
+    with reading(path), path.open("rb") as file:
         for number, (benchmark, i, k) in enumerate(all_draws(benchmarks), 1):
             line = file.readline()
             if not line.endswith(b"\n"):
@@ -185,10 +184,10 @@ def stored_rows(path: Path, benchmarks: list[Benchmark]) -> Iterator[tuple[Bench
             row = read_row(line, check_response, f"{path}:{number}", fix)
             found, due = [row[name] for name in RESPONSE][:3], [benchmark.name, benchmark.problems[i].id, k]
             if found != due:
-                raise ValueError(f"{path}:{number}: found response {found}, expected {due}: another evaluation's?")
+                raise InputError(f"{path}:{number}: found response {found}, expected {due}: another evaluation's?")
             yield benchmark, i, row, len(line)
         if file.readline():
-            raise ValueError(
+            raise InputError(
                 f"{path}:{number + 1}: found more responses than the {number} of its benchmarks: were "
                 "problems taken out of their files?"
             )
@@ -200,7 +199,7 @@ def cut_broken_line(path: Path, benchmarks: list[Benchmark]) -> int:
     for *_, length in stored_rows(path, benchmarks):
         done, size = done + 1, size + length
     if path.exists():
-        with path.open("r+b") as file:
+        with writing(path), path.open("r+b") as file:
             file.truncate(size)
     return done
 
@@ -218,15 +217,16 @@ def regrade(folder: Path, name: str | None = None) -> tuple[dict[str, Any], dict
     many grades changed -> settings, answers. A file of the user's own is run only if `name` names it."""
     file, path = folder / "settings.json", folder / "generations.jsonl"
     if not file.exists() or not path.exists():
-        raise ValueError(f"{folder} holds no evaluation to grade again (no settings.json or generations.jsonl)")
+        raise InputError(f"{folder} holds no evaluation to grade again (no settings.json or generations.jsonl)")
     settings = stored_settings(folder)
     missing = [name for name in ("model", "problems_per_level", "system") if name not in settings]
     if missing := missing + ["benchmarks"] * (not settings.get("benchmarks")):
-        raise ValueError(f"{file} does not say which benchmarks were drawn and how (no {missing[0]}): restore it")
+        raise InputError(f"{file} does not say which benchmarks were drawn and how (no {missing[0]}): restore it")
     graded_by = settings.get("reward") or "math"
     if name is None and graded_by not in ("math", "exact"):
-        raise ValueError(f"{folder} was graded by {graded_by}, which is not run unasked: give --reward {graded_by}")
-    reward = load_reward(name or graded_by)
+        raise InputError(f"{folder} was graded by {graded_by}, which is not run unasked: give --reward {graded_by}")
+    with as_input():
+        reward = load_reward(name or graded_by)
     benchmarks, how = [], (settings["problems_per_level"], settings["system"], reward)
     for benchmark, stored in settings["benchmarks"].items():
         benchmarks.append(load_benchmark(benchmark, Path(stored["file"]), stored["samples"], *how))
@@ -249,5 +249,5 @@ def regrade(folder: Path, name: str | None = None) -> tuple[dict[str, Any], dict
         write_settings(file, settings)
     print(f"{rows} responses graded again, {changed} grades changed")
     if rows < sum(len(b.problems) * b.samples for b in benchmarks):
-        raise ValueError(f"{folder} is not complete, so it has no results yet: continue it with --out {folder}")
+        raise InputError(f"{folder} is not complete, so it has no results yet: continue it with --out {folder}")
     return settings, count(folder, benchmarks)

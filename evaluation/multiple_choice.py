@@ -13,6 +13,7 @@ import regex
 
 from data.loader import Problem
 from reward import Reward, extract_boxed, grade_one, is_equivalent, is_read
+from support.errors import InputError, as_input
 
 LETTERS = string.ascii_uppercase
 _STYLE = regex.compile(r"\s*\\(?:text|textbf|textit|mathrm|mathbf|mbox|boxed)\s*\{([^{}]*)\}\s*")
@@ -23,20 +24,20 @@ _LABELLED = regex.compile(r"\(?([A-Z])\s*[).:]\s*(.+)", regex.DOTALL)
 def question(stem: str, options: Sequence[str]) -> str:
     """The question with its options below, a line each: "A) …"."""
     if not 2 <= len(options) <= len(LETTERS):
-        raise ValueError(f"a question has {len(options)} options, expected 2 to {len(LETTERS)}: {stem[:60]!r}")
+        raise InputError(f"a question has {len(options)} options, expected 2 to {len(LETTERS)}: {stem[:60]!r}")
     return stem.strip() + "\n\n" + "\n".join(f"{letter}) {text.strip()}" for letter, text in zip(LETTERS, options))
 
 
 def check_options(options: object, gold: str) -> None:
-    """ValueError unless `options` is a list of 2 to 26 texts and `gold` the letter of one. Two texts may be alike, as
+    """InputError unless `options` is a list of 2 to 26 texts and `gold` the letter of one. Two texts may be alike, as
     in a few public questions: their letters tell them apart."""
     texts = isinstance(options, list) and all(isinstance(option, str) and option.strip() for option in options)
     if not texts or not 2 <= len(options) <= len(LETTERS):
         found, most = reprlib.repr(options), len(LETTERS)
-        raise ValueError(f"options is {found}, expected a list of 2 to {most} non-empty strings (or no such field)")
+        raise InputError(f"options is {found}, expected a list of 2 to {most} non-empty strings (or no such field)")
     letters = list(LETTERS[: len(options)])
     if gold not in letters:
-        raise ValueError(f"answer is {gold!r}, expected the letter of one of the options, {', '.join(letters)}")
+        raise InputError(f"answer is {gold!r}, expected the letter of one of the options, {', '.join(letters)}")
 
 
 def _bare(text: str) -> str:
@@ -75,7 +76,8 @@ def grade_response(
     """(the reward, whether the answer could be read). `options` of multiple choice are looked at by the default
     reward only."""
     if not options or reward.name != "math":
-        return grade_one(reward, response, problem), reward.is_read(response)
+        with as_input():
+            return grade_one(reward, response, problem), reward.is_read(response)
     boxed = extract_boxed(response)
     letter = None if boxed is None else chosen(boxed, options)
     return float(letter == problem.answer), letter is not None or is_read(response)

@@ -20,6 +20,7 @@ from evaluation.statistics import (
     summarize,
 )
 from support.checkpoint import read_json, write_text
+from support.errors import InputError
 from support.fields import COUNT, NUMBER, OBJECT, POSITIVE, SHARE, check_fields
 
 Results = dict[str, Any]  # a results.json
@@ -133,20 +134,20 @@ def by_problem(answers: dict[str, list[Answers]], count: str) -> dict[str, dict[
 
 
 def read_results(folder: Path) -> Results:
-    """results.json and "name", the folder's. ValueError where it is missing, damaged or something else."""
+    """results.json and "name", the folder's. InputError where it is missing, damaged or something else."""
     file = folder / "results.json"
     if not file.exists():
-        raise ValueError(f"{folder} is not a finished evaluation: no results.json (eval.py writes it at its end)")
+        raise InputError(f"{folder} is not a finished evaluation: no results.json (eval.py writes it at its end)")
     results = read_json(file)
     try:
         check_results(results)
     except ValueError as error:
-        raise ValueError(f"{file}: {error}: write it again with eval.py --regrade {folder}") from error
+        raise InputError(f"{file}: {error}: write it again with eval.py --regrade {folder}") from error
     return results | {"name": folder.name}
 
 
 def check_results(results: Results) -> None:
-    """ValueError where a field that tables and figures read is missing, of another type, not finite or no share."""
+    """InputError where a field that tables and figures read is missing, of another type, not finite or no share."""
     check_fields(results, dict.fromkeys(("results", "right", "settings"), OBJECT), "results", {"rewards": OBJECT})
     for name, table in results["results"].items():
         check_fields(table, {"all": OBJECT}, name)
@@ -166,7 +167,7 @@ def check_counts(levels: Any, kind: str, total: dict[str, Any], where: str) -> N
     found = [count for counts in levels.values() for count in counts.values()]
     if len(found) != total["problems"] or max(found) > total["samples"]:
         has = f"{len(found)} problems, at most {max(found, default=0)} right"
-        raise ValueError(f"{where} has {has}, expected {total['problems']} and at most {total['samples']}")
+        raise InputError(f"{where} has {has}, expected {total['problems']} and at most {total['samples']}")
 
 
 def problem_scores(results: Results, name: str, level: str, k: int | None = None) -> dict[str, float]:
@@ -178,16 +179,16 @@ def problem_scores(results: Results, name: str, level: str, k: int | None = None
 
 
 def shared_cells(evaluations: Sequence[Results]) -> list[tuple[str, str]]:
-    """The (benchmark, level) pairs that all have, on the same problems. ValueError where there is none."""
+    """The (benchmark, level) pairs that all have, on the same problems. InputError where there is none."""
     shared = [key for key in cells(evaluations[0]) if all(key in cells(other) for other in evaluations[1:])]
     if not shared:
         sets = "; ".join(f"{e['name']}: {', '.join(e['results'])}" for e in evaluations)
-        raise ValueError(f"these evaluations have no benchmark in common ({sets})")
+        raise InputError(f"these evaluations have no benchmark in common ({sets})")
     for other in evaluations[1:]:
         for key in shared:
             if problem_scores(evaluations[0], *key).keys() != problem_scores(other, *key).keys():
                 names = f"{evaluations[0]['name']} and {other['name']}"
-                raise ValueError(f"{names} were evaluated on other problems of {label(*key)}: they cannot be paired")
+                raise InputError(f"{names} were evaluated on other problems of {label(*key)}: they cannot be paired")
     return shared
 
 

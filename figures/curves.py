@@ -20,6 +20,7 @@ from loss import METHODS
 from sample import prefix_range
 from support.checkpoint import read_json
 from support.config import TASK, Config
+from support.errors import InputError
 from support.fields import COUNT, NUMBER, OBJECT, POSITIVE, SHARE, TEXT, check_fields, read_steps
 
 Run = dict[str, Any]  # "name", "metrics" (rows), "scores" (eval.json), "config" (config.json)
@@ -69,17 +70,17 @@ METRICS |= {"reward": SHARE, "reward_on_policy": SHARE, "reward_hybrid": SHARE, 
 
 
 def read_run(folder: Path) -> Run:
-    """The logs of a run folder; ValueError where they are missing or damaged."""
+    """The logs of a run folder; InputError where they are missing or damaged."""
     log = folder / "metrics.jsonl"
     if not log.exists() or not log.stat().st_size:
-        raise ValueError(f"{folder} is not a run folder with steps in it: no metrics.jsonl")
+        raise InputError(f"{folder} is not a run folder with steps in it: no metrics.jsonl")
     run: Run = {"name": folder.name, "metrics": read_steps(log, check_metrics)}
     for name, file, check in (("scores", "eval.json", check_scores), ("config", "config.json", check_config)):
         run[name] = read_json(folder / file) if (folder / file).exists() else {}
         try:
             check(run[name])
         except ValueError as error:
-            raise ValueError(
+            raise InputError(
                 f"{folder / file}: {error}: restore the file, or delete it to draw without it"
             ) from error
     return run
@@ -189,7 +190,7 @@ def schedule_band(run: Run) -> tuple[list[int], list[float], list[float]]:
 
 
 def check_alike(runs: list[Run]) -> list[str]:
-    """ValueError for runs that were evaluated on different problems -> a line for each other thing they differ in
+    """InputError for runs that were evaluated on different problems -> a line for each other thing they differ in
     that is not the method."""
     counts = {run["name"]: {level: row["problems"] for level, row in base_scores(run).items()} for run in runs}
     known = {name: problems for name, problems in counts.items() if problems}
@@ -197,7 +198,7 @@ def check_alike(runs: list[Run]) -> list[str]:
         first = next(iter(known))
         if problems != known[first]:
             told = f"{first}: {known[first]}; {name}: {problems}".replace("{", "").replace("}", "").replace("'", "")
-            raise ValueError(f"{first} and {name} were evaluated on different problems ({told}): draw them apart")
+            raise InputError(f"{first} and {name} were evaluated on different problems ({told}): draw them apart")
     found = {"data": [run["config"].get("data") for run in runs]}
     found["eval_data"] = [
         run["config"].get("eval_data") or (f"{TASK}/validation.jsonl" if data == Config.data else None)

@@ -9,6 +9,9 @@ from pathlib import Path
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
+from support.errors import InputError
+from support.files import writing
+
 WIDTH = 9.0  # inches
 COLUMNS = 3
 DPI = 200
@@ -53,26 +56,25 @@ def in_percent(share: float, _: object = None) -> str:
 
 
 def check_target(target: Path) -> None:
-    """ValueError if no figure can be written to `target`."""
+    """InputError if no figure can be written to `target`."""
     if target.is_dir():
-        raise ValueError(f"{target} is a folder: name the figure's file, for example --out {target / 'curves.png'}")
+        raise InputError(f"{target} is a folder: name the figure's file, for example --out {target / 'curves.png'}")
     if target.suffix and target.suffix.lower() not in FORMATS:
         kinds = ", ".join(FORMATS)
-        raise ValueError(f"{target}: a figure is not written as {target.suffix}: end its name with one of {kinds}")
+        raise InputError(f"{target}: a figure is not written as {target.suffix}: end its name with one of {kinds}")
     above = next(parent for parent in target.absolute().parents if parent.exists())
     if not above.is_dir():
-        raise ValueError(f"{target}: {above} is a file, not a folder: choose another --out")
+        raise InputError(f"{target}: {above} is a file, not a folder: choose another --out")
 
 
 def save(figure: Figure, target: Path) -> Path:
-    """Write the figure whole or not at all; its folder is made where there is none. OSError names `target`, not the
-    temporary file."""
+    """Write the figure whole or not at all; its folder is made where there is none."""
     partial = target.with_name(f"{target.stem}.partial{target.suffix or '.png'}")
-    try:
+    with writing(target):
         target.parent.mkdir(parents=True, exist_ok=True)
-        figure.savefig(partial, dpi=DPI)
-        partial.replace(target)
-    except OSError as error:
-        partial.unlink(missing_ok=True)
-        raise OSError(f"{target} cannot be written ({error.strerror or error}): give another --out") from error
+        try:
+            figure.savefig(partial, dpi=DPI)
+            partial.replace(target)
+        finally:
+            partial.unlink(missing_ok=True)
     return target

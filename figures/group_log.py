@@ -18,6 +18,7 @@ from pathlib import Path
 from typing import Any
 
 from figures.figure import BLUE, VERMILLION
+from support.errors import InputError
 from support.fields import BOOL, INT, LIST, NUMBER, TEXT, check_fields, check_value, read_steps
 
 Group = dict[str, Any]
@@ -41,38 +42,38 @@ SIGN_INK = {-1: LESS, 0: FAINT, 1: MORE}  # of an advantage's text
 
 
 def read_groups(folder: Path) -> list[Group]:
-    """All recorded groups, in the order of their steps. ValueError names the line and field that is wrong."""
+    """All recorded groups, in the order of their steps. InputError names the line and field that is wrong."""
     log = folder / "groups.jsonl"
     if not log.exists():
-        raise ValueError(f"{folder} has no groups.jsonl: a run of train.py that samples rollouts records one")
+        raise InputError(f"{folder} has no groups.jsonl: a run of train.py that samples rollouts records one")
     groups = read_steps(log, check_group)
     if not groups:
-        raise ValueError(f"{log} is empty: its first group is recorded after the first step")
+        raise InputError(f"{log} is empty: its first group is recorded after the first step")
     return groups
 
 
 def read_group(folder: Path, step: int | None = None) -> Group:
-    """The group recorded at `step`, the last one without it. ValueError lists the steps there are."""
+    """The group recorded at `step`, the last one without it. InputError lists the steps there are."""
     groups = {group["step"]: group for group in read_groups(folder)}
     if step is None:
         return list(groups.values())[-1]
     if step not in groups:
-        raise ValueError(f"{folder} has no group of step {step}: choose from {', '.join(map(str, groups))}")
+        raise InputError(f"{folder} has no group of step {step}: choose from {', '.join(map(str, groups))}")
     return groups[step]
 
 
 def check_group(group: Any) -> None:
-    """ValueError if the group has not every field that is drawn."""
+    """InputError if the group has not every field that is drawn."""
     check_fields(group, FIELDS, "group")
     if not group["rows"]:
-        raise ValueError("group: rows is empty, expected the rollouts of a problem")
+        raise InputError("group: rows is empty, expected the rollouts of a problem")
     for t, token in enumerate(group["prompt"]):
         check_value(token, TEXT, f"group: prompt[{t}]")
     for number, row in enumerate(group["rows"], 1):
         check_fields(row, ROW_FIELDS | dict.fromkeys(LISTS, LIST), f"row {number}")
         for name, expected in LISTS.items():
             if len(row[name]) != len(row["tokens"]):
-                raise ValueError(f"row {number}: {len(row[name])} {name} of {len(row['tokens'])} tokens")
+                raise InputError(f"row {number}: {len(row[name])} {name} of {len(row['tokens'])} tokens")
             for t, value in enumerate(row[name]):
                 check_value(value, expected, f"row {number}: {name}[{t}]")
 

@@ -18,6 +18,7 @@ from data.make_recipes import write_jsonl
 from evaluation.statistics import pass_at_k, powers_of_two, summarize
 from results.protocol import REGIMES, Line, test_rows
 from results.runs import RUNS, Spec, alike, answers, configuration, made_of
+from support.errors import InputError
 
 NAME, REGIME = "ceiling", "habit"
 METHODS = ("base", "sft", "rft", "sft-rft", "prefix-rft")
@@ -40,7 +41,7 @@ def final_folder(spec: Spec) -> Path:
 
 
 def runs_to_measure(methods: Sequence[str], seeds: Sequence[int], runs: Sequence[Line]) -> list[Line]:
-    """The stored runs, one of the base; ValueError where one is missing."""
+    """The stored runs, one of the base; InputError where one is missing."""
     found = []
     for method in methods:
         for seed in seeds if method != "base" else (0,):
@@ -48,7 +49,7 @@ def runs_to_measure(methods: Sequence[str], seeds: Sequence[int], runs: Sequence
             if not asked:
                 given = "" if method == "base" else f" --methods {method} --seeds {seed}"
                 command = f"python results/study.py run --regime {REGIME}{given}"
-                raise ValueError(f"no run of {method}, seed {seed}, is stored in {REGIME}: first  {command}")
+                raise InputError(f"no run of {method}, seed {seed}, is stored in {REGIME}: first  {command}")
             found += asked[:1]
     return found
 
@@ -64,11 +65,11 @@ def who(line: Line) -> tuple[str, int]:
 
 
 def check_folder(spec: Spec) -> None:
-    """ValueError, with the command that makes it, where the model of a run is gone."""
+    """InputError, with the command that makes it, where the model of a run is gone."""
     if not final_folder(spec).exists():
         flags = " ".join(f"--{name} {value}" for name, value in configuration(spec).items())
         command = f"python train.py {flags} --out {RUNS / spec.name}"
-        raise ValueError(f"{final_folder(spec)} is missing (a run is not committed): make it again with  {command}")
+        raise InputError(f"{final_folder(spec)} is missing (a run is not committed): make it again with  {command}")
 
 
 def ceiling_line(spec: Spec) -> Line:

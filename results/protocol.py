@@ -12,6 +12,7 @@ from typing import Any
 from data.make_recipes import TRAIN_PROBLEMS, make_splits
 from loss import METHODS
 from support.config import Config, suggest
+from support.errors import InputError
 
 # of a run: "demonstrations" (how many there are), "expert" where it is a weak one, and what differs from train.py's
 # defaults
@@ -77,13 +78,13 @@ REGIMES = {
 
 
 def check_names(regimes: Sequence[str], methods: Sequence[str]) -> None:
-    """Raises ValueError for a regime or method that the study does not have."""
+    """Raises InputError for a regime or method that the study does not have."""
     for word in regimes:
         if word not in REGIMES:
-            raise ValueError(f"regime {word!r}{suggest(word, list(REGIMES))}")
+            raise InputError(f"regime {word!r}{suggest(word, list(REGIMES))}")
     for word in methods:
         if word not in (*METHODS, EQUAL):
-            raise ValueError(f"method {word!r}{suggest(word, [*METHODS, EQUAL])}")
+            raise InputError(f"method {word!r}{suggest(word, [*METHODS, EQUAL])}")
 
 
 def seeds_of(regime: str, method: str) -> tuple[int, ...]:
@@ -241,7 +242,7 @@ def trials_of(method: str, lines: Sequence[Line]) -> list[Line]:
 
 
 def tuning_base(regime: str, method: str, lines: Sequence[Line]) -> Settings:
-    """What all trials of a method have; ValueError where the trials of its supervised stage are missing."""
+    """What all trials of a method have; InputError where the trials of its supervised stage are missing."""
     base = common(regime)
     if stage := supervised_stage(method):
         base["sft_lr"] = chosen(regime, stage, lines)["sft_lr"]
@@ -249,12 +250,12 @@ def tuning_base(regime: str, method: str, lines: Sequence[Line]) -> Settings:
 
 
 def chosen(regime: str, method: str, lines: Sequence[Line]) -> Settings:
-    """The settings that the trials among `lines`, those of the regime, choose for a method; ValueError where they
+    """The settings that the trials among `lines`, those of the regime, choose for a method; InputError where they
     are not complete."""
     base = tuning_base(regime, method, lines)
     trials = trials_of(method, lines)
     if next_trials(method, base, trials):
-        raise ValueError(
+        raise InputError(
             f"{method} is not tuned in regime {regime}: first run  python results/study.py tune --regime "
             f"{regime} --methods {method}"
         )
@@ -263,11 +264,11 @@ def chosen(regime: str, method: str, lines: Sequence[Line]) -> Settings:
 
 def equal_steps(regime: str, lines: Sequence[Line]) -> int:
     """Steps of reinforcement after which sft-rft has sampled and trained as many tokens as rft and prefix-rft have in
-    the mean of their runs (of the regime's own seeds); ValueError where there are no such runs."""
+    the mean of their runs (of the regime's own seeds); InputError where there are no such runs."""
     own = [line for line in lines if not line["trial"] and line["seed"] in REGIMES[regime].seeds]
     runs = {name: [line for line in own if line["method"] == name] for name in MAIN[:3]}
     if missing := [name for name, found in runs.items() if not found]:
-        raise ValueError(f"{EQUAL} needs stored runs of {', '.join(missing)} in its regime: run those first")
+        raise InputError(f"{EQUAL} needs stored runs of {', '.join(missing)} in its regime: run those first")
     aims = [line["curve"]["tokens"][-1] for name in ("rft", "prefix-rft") for line in runs[name]]
     aim, reached = sum(aims) / len(aims), []
     for line in runs["sft-rft"]:

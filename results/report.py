@@ -16,6 +16,7 @@ from results.drawing import draw_all
 from results.protocol import EQUAL, REGIMES, Line, trial_score
 from results.stored import stored_lines
 from support.checkpoint import write_text
+from support.errors import InputError
 
 README = Path("results/README.md")
 BEGIN, END = "<!-- verdicts: written by study.py report -->", "<!-- end of verdicts -->"
@@ -148,9 +149,9 @@ def report_text(stored: dict[str, list[Line]]) -> str:
 
 
 def with_verdicts(readme: str, stored: dict[str, list[Line]]) -> str:
-    """README.md with its table of verdicts renewed; ValueError where its place is gone."""
+    """README.md with its table of verdicts renewed; InputError where its place is gone."""
     if readme.count(BEGIN) != 1 or readme.count(END) != 1:
-        raise ValueError(f"{README}: found no single pair of lines {BEGIN!r} and {END!r}: restore them")
+        raise InputError(f"{README}: found no single pair of lines {BEGIN!r} and {END!r}: restore them")
     before, _, rest = readme.partition(BEGIN)
     after = rest.partition(END)[2]
     lines = ["| " + " | ".join(row) + " |" for row in verdict_rows(stored)]  # not aligned: cells are sentences
@@ -165,7 +166,7 @@ def write_report(store: Path, readme: Path | None) -> list[Path]:
     """Write report.md and the figures into `store`, and the verdicts into `readme` -> the files."""
     stored = read_store(store)
     if not any(stored.values()):
-        raise ValueError(f"{store} holds no runs: first  python results/study.py tune, then run")
+        raise InputError(f"{store} holds no runs: first  python results/study.py tune, then run")
     written = [store / "report.md", *draw_all(stored, store)]
     if readme:
         text = with_verdicts(readme.read_text(encoding="utf-8"), stored)

@@ -38,8 +38,9 @@ from results.protocol import (
     training_rows,
 )
 from reward import load_reward
-from support.checkpoint import Diverged, read_json, sha256, write_text
+from support.checkpoint import read_json, sha256, write_text
 from support.config import TASK, Config, from_dict
+from support.errors import Diverged, InputError
 from train import train
 
 RUNS = Path("runs/study")
@@ -101,7 +102,7 @@ def made_of(regime: str) -> dict[str, str]:
     """The first digits of the sha256 of what all runs of a regime are made of."""
     base = Path(REGIMES[regime].base)
     if str(base) == TWIN and not base.exists():
-        raise ValueError(f"{base}, the base of {regime}, is missing: first  {MAKE_TWIN}")
+        raise InputError(f"{base}, the base of {regime}, is missing: first  {MAKE_TWIN}")
     files = {"base": base / "model.safetensors"}
     files |= {data_file(regime, expert).stem: data_file(regime, expert) for expert in REGIMES[regime].experts}
     files |= {"validation": Path(TASK) / "validation.jsonl", "test": TEST}
@@ -184,10 +185,10 @@ def pack_counts(counts: Sequence[int]) -> str:
 
 
 def unpack_counts(text: str, problems: int) -> list[int]:
-    """What pack_counts packed. ValueError where that were not so many problems."""
+    """What pack_counts packed. InputError where that were not so many problems."""
     packed = base64.b64decode(text, validate=True)
     if len(packed) != (problems + 1) // 2:
-        raise ValueError(f"found {len(packed)} bytes, expected {(problems + 1) // 2}: two problems a byte")
+        raise InputError(f"found {len(packed)} bytes, expected {(problems + 1) // 2}: two problems a byte")
     return [count for byte in packed for count in (byte >> 4, byte & 15)][:problems]
 
 

@@ -11,6 +11,7 @@ from data.make_recipes import LEVELS, PROBLEMS_PER_LEVEL
 from results import ceiling, runs
 from results.claims import SAMPLES
 from results.protocol import Line
+from support.errors import InputError
 from support.fields import BOOL, COUNT, LIST, NUMBER, OBJECT, SHARE, TEXT, check_fields, check_value, read_row
 
 RUN = {"regime": TEXT, "method": TEXT, "seed": COUNT, "trial": BOOL, "settings": OBJECT, "scores": OBJECT}
@@ -20,7 +21,7 @@ TOKENS = dict.fromkeys(("sampled", "trained", "supervised"), COUNT)
 
 
 def check_line(line: Any) -> None:
-    """ValueError where a field of a line is missing, of another type, not finite or out of its range."""
+    """InputError where a field of a line is missing, of another type, not finite or out of its range."""
     check_fields(line, RUN, "run", MEASURED | {"diverged": TEXT})
     of_ceiling = line["regime"] == ceiling.NAME
     if not of_ceiling and line["method"] != "base":
@@ -50,7 +51,7 @@ def check_table(values: Any, expected: str, where: str) -> None:
 def check_list(values: Any, expected: str, where: str, length: int | None = None) -> None:
     check_value(values, LIST, where)
     if length not in (None, len(values)):
-        raise ValueError(f"{where} has {len(values)} values, expected {length}")
+        raise InputError(f"{where} has {len(values)} values, expected {length}")
     for place, value in enumerate(values):
         check_value(value, expected, f"{where}[{place}]")
 
@@ -60,7 +61,7 @@ def check_curve(curve: dict[str, Any]) -> None:
     for name in ("step", "tokens", "validation"):
         check_value(curve.get(name), LIST, f"curve: {name}")
     if not curve["step"]:
-        raise ValueError("curve: step is empty, expected the evaluated steps")
+        raise InputError("curve: step is empty, expected the evaluated steps")
     for name, values in curve.items():
         check_value(values, LIST, f"curve: {name}")
         known = values if name in ("step", "tokens") else [0 if value is None else value for value in values]
@@ -79,36 +80,36 @@ def check_right(line: Line) -> None:
             try:
                 counts[f"right: {kind}"] = runs.unpack_counts(line["right"][kind], problems), samples
             except ValueError as error:
-                raise ValueError(f"right: {kind}: {error}") from error
+                raise InputError(f"right: {kind}: {error}") from error
     for where, (found, samples) in counts.items():
         if max(found) > samples:
-            raise ValueError(f"{where} has {max(found)} right samples of a problem, expected at most {samples}")
+            raise InputError(f"{where} has {max(found)} right samples of a problem, expected at most {samples}")
 
 
 def stored_lines(path: Path) -> list[Line]:
-    """The lines of a file of results; ValueError where one is damaged or there twice."""
+    """The lines of a file of results; InputError where one is damaged or there twice."""
     lines, places = [], {}
     for number, text in enumerate(path.read_bytes().splitlines() if path.exists() else [], 1):
         line = read_row(text, check_line, f"{path}:{number}", "restore or delete the line")
         who = [line[name] for name in ("regime", "method", "seed", "trial", "settings", "made_of")]
         key = json.dumps(who, sort_keys=True)
         if places.setdefault(key, number) != number:
-            raise ValueError(f"{path}:{number}: the same run as in line {places[key]}: delete one of the two")
+            raise InputError(f"{path}:{number}: the same run as in line {places[key]}: delete one of the two")
         lines.append(line)
     return lines
 
 
 def check_stored(path: Path, regime: str) -> list[Line]:
-    """The same; ValueError also where a line is of another regime than the file's name says, base or data; `regime`:
+    """The same; InputError also where a line is of another regime than the file's name says, base or data; `regime`:
     whose base and data."""
     lines, now = stored_lines(path), runs.made_of(regime)
     for number, line in enumerate(lines, 1):
         if line["regime"] != path.stem:
-            raise ValueError(f"{path}:{number}: found a run of regime {line['regime']}, expected {path.stem}")
+            raise InputError(f"{path}:{number}: found a run of regime {line['regime']}, expected {path.stem}")
         other = [name for name in now if line["made_of"].get(name) != now[name]]
         if other:
             was = ", ".join(f"{name} {line['made_of'].get(name)}, now {now[name]}" for name in other)
-            raise ValueError(
+            raise InputError(
                 f"{path}:{number}: made of something else ({was}): restore that, or move the file away to begin anew"
             )
     return lines

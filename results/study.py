@@ -29,6 +29,8 @@ from multiprocessing.connection import wait
 from pathlib import Path
 from typing import Any
 
+from support.errors import Broken, InputError
+
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 import torch
@@ -51,7 +53,7 @@ from results.protocol import (
 )
 from results.runs import RUNS, Spec, alike, line_of, make_data, probe, spec_of
 from results.stored import check_stored
-from support.checkpoint import Broken, append_rows, write_text
+from support.checkpoint import append_rows, write_text
 from support.config import given_settings
 
 STORE = Path("results/study")
@@ -70,7 +72,7 @@ def work(function: Callable[[Spec], Any], spec: Spec, answer: Any) -> None:
     with log, contextlib.redirect_stdout(log), contextlib.redirect_stderr(log):
         try:
             answer.send((True, function(spec)))
-        except (ValueError, OSError, Broken) as error:
+        except (InputError, Broken) as error:
             answer.send((False, f"{spec.name}: {error}"))
         except KeyboardInterrupt:
             answer.close()
@@ -80,7 +82,7 @@ def in_processes(
     function: Callable[[Spec], Any], specs: Sequence[Spec], jobs: int, unit: str = "step"
 ) -> Iterator[tuple[Spec, Any]]:
     """(spec, function(spec)) as they end, `jobs` at a time, with a progress bar in steps, or in specs if `unit` is
-    another. ValueError if one fails, when those that run have been stopped."""
+    another. InputError if one fails, when those that run have been stopped."""
     context, waiting = multiprocessing.get_context("spawn"), list(specs)
     running: dict[Any, tuple[Spec, Any]] = {}
     size, rest = (steps_to_do, left_of) if unit == "step" else (lambda spec: 1,) * 2
@@ -101,7 +103,7 @@ def in_processes(
                     good, result = False, f"{spec.name} was stopped: see {RUNS}/log/{spec.name}.txt"
                 process.join()
                 if not good:
-                    raise ValueError(result)
+                    raise InputError(result)
                 yield spec, result
             left = sum(map(size, waiting)) + sum(rest(spec) for spec, _ in running.values())
             bar.n = bar.total - left
@@ -197,13 +199,13 @@ class Study:
             self.make(specs)
 
     def check_settings(self, specs: Sequence[Spec]) -> None:
-        """ValueError where a run is stored with other settings than it has now."""
+        """InputError where a run is stored with other settings than it has now."""
         for spec in specs:
             for number, line in enumerate(self.lines, 1):
                 same = (line["method"], line["seed"], line["trial"]) == (spec.method, spec.seed, False)
                 same &= all(line["settings"].get(k) == spec.settings.get(k) for k in ("demonstrations", "expert"))
                 if same and line["settings"] != spec.settings:
-                    raise ValueError(
+                    raise InputError(
                         f"{self.path}:{number}: {spec.method}, seed {spec.seed} was run with {line['settings']}, the "
                         f"trials choose {spec.settings}: delete the line to run it again"
                     )
@@ -230,13 +232,13 @@ def measure_ceiling(store: Path, methods: Sequence[str], seeds: Sequence[int], j
 
 @contextlib.contextmanager
 def locked(path: Path) -> Iterator[None]:
-    """ValueError where another study.py writes to the same results."""
+    """InputError where another study.py writes to the same results."""
     path.parent.mkdir(parents=True, exist_ok=True)
     with path.open("w") as file:
         try:
             fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except OSError as error:
-            raise ValueError(f"another study.py is at work on these results ({path}): wait for it") from error
+            raise InputError(f"another study.py is at work on these results ({path}): wait for it") from error
         yield
 
 
@@ -254,28 +256,28 @@ def parse(argv: Sequence[str]) -> argparse.Namespace:
     args.regimes = [args.regime] if args.regime else list(REGIMES)
     args.methods = args.methods.split(",") if args.methods else []
     if not all(word.isdecimal() for word in args.seeds.split(",") if args.seeds):
-        raise ValueError(f"seeds is {args.seeds!r}, expected whole numbers with commas between")
+        raise InputError(f"seeds is {args.seeds!r}, expected whole numbers with commas between")
     args.seeds = [int(word) for word in args.seeds.split(",")] if args.seeds else []
     args.store = STORE
     if args.quick:
         if args.command in ("tune", "ceiling") or args.methods or args.seeds or args.regime:
-            raise ValueError("--quick chooses regime, methods and seeds itself: give it to run or report alone")
+            raise InputError("--quick chooses regime, methods and seeds itself: give it to run or report alone")
         args.regimes, args.methods, args.seeds, args.store = ["habit"], list(QUICK), [0, 1], RUNS / "quick"
     if unread := [name for name in given_settings(argv) if name in UNREAD.get(args.command, ())]:
-        raise ValueError(f"{args.command} does not read --{unread[0]}: leave it out")
+        raise InputError(f"{args.command} does not read --{unread[0]}: leave it out")
     if args.command == "ceiling":
         if args.regime not in ("", ceiling.REGIME):
-            raise ValueError(f"ceiling is measured of the runs of {ceiling.REGIME}: leave --regime out")
+            raise InputError(f"ceiling is measured of the runs of {ceiling.REGIME}: leave --regime out")
         if other := [name for name in args.methods if name not in ceiling.METHODS]:
-            raise ValueError(f"method {other[0]!r}: ceiling is measured of {', '.join(ceiling.METHODS)}")
+            raise InputError(f"method {other[0]!r}: ceiling is measured of {', '.join(ceiling.METHODS)}")
     else:
         check_names(args.regimes, args.methods)
     if args.jobs < 1:
-        raise ValueError(f"jobs is {args.jobs}, expected at least 1")
+        raise InputError(f"jobs is {args.jobs}, expected at least 1")
     asked = [(regime, method) for regime in args.regimes for method in args.methods or REGIMES[regime].methods]
     known = {seed for regime, method in asked for seed in seeds_of(regime, method)}
     if unknown := sorted(set(args.seeds) - known):
-        raise ValueError(
+        raise InputError(
             f"seeds has {unknown[0]}, the protocol for these methods {', '.join(map(str, sorted(known)))}"
         )
     return args
@@ -304,7 +306,7 @@ def main() -> None:
 
             for path in write_report(args.store, None if args.quick else README):
                 print(path)
-    except (ValueError, OSError) as error:
+    except (InputError, Broken) as error:
         print(f"study.py: {error}", file=sys.stderr)
         sys.exit(2)
     except KeyboardInterrupt:

@@ -28,22 +28,15 @@ import torch
 
 from support.config import Config
 from support.distributed import from_rank_0, full_state, rank, shard_like, state_of
+from support.errors import InputError
 from support.fields import TEXT, check_fields
-from support.files import replacing
+from support.files import reading, replacing, writing
 
 REMEMBERED = "trained_with.json"
 
 FREE = {"resume", "out", "save_every", "device", "tensorboard"}  # settings that a run may change when it goes on
 FREE |= {"recompute", "offload", "rows_per_call", "micro_batch_tokens", "decode"}  # memory: rounding may change
 OURS = {"lock", "config.json.partial"}  # all that a run leaves that was killed before its config.json was whole
-
-
-class Broken(Exception):
-    """What ends a run that had begun, in one line: a full disk, numbers that are not finite. Exit code 1."""
-
-
-class Diverged(Broken):
-    """The numbers of a run's last updates were not finite."""
 
 
 # ---- files
@@ -67,18 +60,22 @@ def write_text(path: Path, text: str) -> None:
 
 def append_rows(path: Path, rows: list[dict[str, Any]]) -> None:
     """Add rows to a JSONL log, on disk when this returns."""
-    if rank() == 0:
+    if rank() > 0:
+        return
+    with writing(path):
         _write(path, "a", "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows))
 
 
 def read_json(path: Path) -> dict[str, Any]:
-    """An object that this project wrote. ValueError, one line, where it is damaged."""
+    """An object that this project wrote. InputError, one line, where it is damaged."""
+    with reading(path):
+        content = path.read_bytes()
     try:
-        value = json.loads(path.read_text(encoding="utf-8"))
+        value = json.loads(content)
     except (ValueError, RecursionError) as error:
-        raise ValueError(f"{path}: not valid JSON ({error}): restore the file, or choose another folder") from error
+        raise InputError(f"{path}: not valid JSON ({error}): restore the file, or choose another folder") from error
     if not isinstance(value, dict):
-        raise ValueError(f"{path}: found {type(value).__name__}, expected a JSON object: choose another folder")
+        raise InputError(f"{path}: found {type(value).__name__}, expected a JSON object: choose another folder")
     return value
 
 
@@ -87,12 +84,14 @@ def locked(folder: Path) -> Iterator[None]:
     """Keep other processes of this project out of `folder`; the first rank does.
 
     The lock is the system's, on an open file: it ends with the process, also with a killed one, and cannot be stale.
-    ValueError if another process has it.
+    InputError if another process has it.
     """
     if rank() > 0:
         yield
         return
-    with (folder / "lock").open("a") as file:
+    with reading(folder / "lock"):
+        file = (folder / "lock").open("a")
+    with file:
         try:
             if os.name == "nt":
                 import msvcrt
@@ -105,17 +104,17 @@ def locked(folder: Path) -> Iterator[None]:
         except OSError as error:
             if error.errno not in (errno.ENOSYS, errno.ENOTSUP, errno.ENOLCK):  # a file system without locks
                 other = "another process is at work in it: wait for it, end it, or choose another folder"
-                raise ValueError(f"{folder}: {other}") from error
+                raise InputError(f"{folder}: {other}") from error
         yield
 
 
 def make_folder(folder: Path, exist_ok: bool = True) -> Path:
-    """The folder, made if it is not there. ValueError, one line, if nothing can be written to it."""
+    """The folder, made if it is not there. InputError, one line, if nothing can be written to it."""
     try:
         folder.mkdir(parents=True, exist_ok=exist_ok)
         tempfile.TemporaryFile(dir=folder).close()
     except OSError as error:
-        raise ValueError(f"{folder} cannot be written to ({error.strerror}): give another --out") from error
+        raise InputError(f"{folder} cannot be written to ({error.strerror}): give another --out") from error
     return folder
 
 
@@ -124,7 +123,7 @@ def sha256(*paths: Path) -> str:
     small one for source files.)"""
     digest = hashlib.sha256()
     for path in paths:
-        with path.open("rb") as file:
+        with reading(path), path.open("rb") as file:
             while block := file.read(2**24):
                 digest.update(block)
     return digest.hexdigest()
@@ -162,7 +161,7 @@ def trained_with(model: str) -> dict[str, str]:
     try:
         check_fields(found, {}, "trained with", {"system": TEXT, "reward": TEXT})
     except ValueError as error:
-        raise ValueError(f"{file}: {error}: restore the file, or delete it") from error
+        raise InputError(f"{file}: {error}: restore the file, or delete it") from error
     return {name: found[name] for name in ("system", "reward") if found.get(name) is not None}
 
 
@@ -186,7 +185,7 @@ def settings_of(config: Config) -> dict[str, Any]:
 def save(folder: Path, step: int, run: Any) -> None:
     """Make this the newest checkpoint of the run (a step.Run) in `folder`. Called on every rank.
 
-    Of the older ones the last is kept: two files at most, also while this one is written. OSError if it cannot be.
+    Of the older ones the last is kept: two files at most, also while this one is written. Unwritten if it cannot be.
     """
     state = {
         "step": step,
@@ -203,26 +202,23 @@ def save(folder: Path, step: int, run: Any) -> None:
     if rank() > 0:
         return
     path = checkpoint_file(folder, step)
-    path.parent.mkdir(exist_ok=True)
-    for older in checkpoints(folder)[1:]:
-        older.unlink()
-    partial = path.with_name("partial")
-    try:
-        with partial.open("wb") as file:
+    with writing(path):
+        path.parent.mkdir(exist_ok=True)
+        for older in (*checkpoints(folder)[1:], *path.parent.glob("*.partial")):
+            older.unlink()
+    with replacing(path) as partial, partial.open("wb") as file:
+        try:
             torch.save(state, file)
-            file.flush()
-            os.fsync(file.fileno())
-        os.replace(partial, path)
-    except (OSError, RuntimeError) as error:
-        partial.unlink(missing_ok=True)
-        cause = error.__context__ if isinstance(error.__context__, OSError) else error  # torch hides a full disk
-        raise cause if isinstance(cause, OSError) else OSError(str(cause)) from error
+        except RuntimeError as error:  # torch hides the OSError of a full disk
+            raise error.__context__ if isinstance(error.__context__, OSError) else OSError(str(error)) from error
+        file.flush()
+        os.fsync(file.fileno())
 
 
 def read_checkpoint(path: Path) -> dict[str, Any] | None:
     """Its content, mapped, not read: each rank takes its part. None for a file that is not as it was written."""
-    with path.open("rb"):
-        pass  # a file that may not be read is not a damaged one: its OSError says what it is
+    with reading(path), path.open("rb"):
+        pass  # a file that may not be read is not a damaged one
     try:
         if rank() == 0:
             with zipfile.ZipFile(path) as parts:
@@ -236,12 +232,12 @@ def read_checkpoint(path: Path) -> dict[str, Any] | None:
 
 
 def newest_whole(folder: Path) -> Path | None:
-    """The newest checkpoint that is not damaged, None if there is none at all. ValueError if all are."""
+    """The newest checkpoint that is not damaged, None if there is none at all. InputError if all are."""
     files = checkpoints(folder)
     found = next((file for file in files if read_checkpoint(file)), None)
     if files and not found:
         start_again = f"restore it, or delete {files[0].parent} to start the run again from step 0"
-        raise ValueError(f"{files[0]} is damaged, and no older checkpoint is whole: {start_again}")
+        raise InputError(f"{files[0]} is damaged, and no older checkpoint is whole: {start_again}")
     return found
 
 
@@ -258,7 +254,7 @@ def set_aside_damaged(folder: Path, step: int) -> str:
 def load(folder: Path, run: Any) -> int:
     """Put the newest whole checkpoint into the run (a step.Run) -> its step; 0 if there is none.
 
-    ValueError if all are damaged, or the one found is of another model or run. Nothing is written.
+    InputError if all are damaged, or the one found is of another model or run. Nothing is written.
     """
     path = from_rank_0(newest_whole(folder) if rank() == 0 else None)
     if path is None:
@@ -268,12 +264,12 @@ def load(folder: Path, run: Any) -> int:
     other = [name for name in own.keys() | saved.keys() if name not in own or name not in saved]
     other += [name for name in own.keys() & saved.keys() if own[name].shape != saved[name].shape]
     if other:
-        raise ValueError(
+        raise InputError(
             f"{path} is the checkpoint of another model: {min(other)} differs; give the model it was made with, "
             "or another out"
         )
     if changed := {name for name, value in settings_of(run.config).items() if state["settings"].get(name) != value}:
-        raise ValueError(
+        raise InputError(
             f"{path} is the checkpoint of a run with other settings ({', '.join(sorted(changed))}): restore this "
             f"run's own, or delete {path.parent} to start again from step 0"
         )
@@ -300,21 +296,22 @@ def load_optimizer(optimizer: torch.optim.Optimizer, state: dict[str, Any]) -> N
 
 
 def read_log(path: Path) -> list[tuple[int, str]]:
-    """(step, line) of each row of a JSONL log, without a last line that was cut short by a kill. ValueError, naming
+    """(step, line) of each row of a JSONL log, without a last line that was cut short by a kill. InputError, naming
     the line, where one is no step's row."""
-    rows, lines = [], path.read_bytes().split(b"\n") if path.exists() else []
+    with reading(path):
+        rows, lines = [], path.read_bytes().split(b"\n") if path.exists() else []
     for number, line in enumerate(lines[:-1], 1):  # what stands after the last line's end was cut short
         try:
             rows.append((json.loads(line)["step"] + 0, line.decode() + "\n"))
         except (ValueError, KeyError, TypeError, RecursionError) as error:
-            raise ValueError(f"{path}:{number}: found {line[:40]!r}, expected a step's row: delete it") from error
+            raise InputError(f"{path}:{number}: found {line[:40]!r}, expected a step's row: delete it") from error
     return rows
 
 
 def cut_logs(folder: Path, step: int) -> list[dict[str, Any]]:
     """Cut the run's logs back to `step` -> the rows of metrics.jsonl that stay; [] on other ranks than the first.
 
-    ValueError, and nothing is written, if these are not steps 1 to `step`, or a log is damaged.
+    InputError, and nothing is written, if these are not steps 1 to `step`, or a log is damaged.
     """
     if rank() > 0:
         return []
@@ -324,7 +321,7 @@ def cut_logs(folder: Path, step: int) -> list[dict[str, Any]]:
     if [row["step"] for row in metrics] != list(range(1, step + 1)):
         found = f"{len(metrics)} rows up to step {step}, the checkpoint's, expected steps 1 to {step} once each"
         again = f"restore it, or delete {folder / 'checkpoint'} to start the run again from step 0"
-        raise ValueError(f"{folder / 'metrics.jsonl'}: found {found}: {again}")
+        raise InputError(f"{folder / 'metrics.jsonl'}: found {found}: {again}")
     for path, lines in kept.items():
         if path.exists() and path.read_bytes() != "".join(lines).encode():
             write_text(path, "".join(lines))
@@ -335,22 +332,23 @@ def cut_logs(folder: Path, step: int) -> list[dict[str, Any]]:
 
 
 def check_folder(config: Config) -> None:
-    """Raises ValueError if --out holds something that this run must not touch."""
+    """Raises InputError if --out holds something that this run must not touch."""
     folder = Path(config.out)
-    if not config.out or not folder.exists():
-        return
+    with reading(folder):
+        if not config.out or not folder.exists():
+            return
     if not config.resume:
-        raise ValueError(f"out {config.out!r} exists: choose another folder, or continue its run with --resume auto")
+        raise InputError(f"out {config.out!r} exists: choose another folder, or continue its run with --resume auto")
     saved = folder / "config.json"
     if not saved.exists():
         if folder.is_dir() and {file.name for file in folder.iterdir()} <= OURS:
             return
-        raise ValueError(f"out {config.out!r} exists and holds no run (no config.json): choose another folder")
+        raise InputError(f"out {config.out!r} exists and holds no run (no config.json): choose another folder")
     ours, theirs = settings_of(config), read_json(saved)
     changed = [name for name in ours if ours[name] != theirs.get(name)]
     if changed:
         was = ", ".join(f"{name} {theirs.get(name)!r}" for name in changed)
-        raise ValueError(f"out {config.out!r} holds a run with other settings ({was}): repeat them to resume it")
+        raise InputError(f"out {config.out!r} holds a run with other settings ({was}): repeat them to resume it")
 
 
 def changed_ingredients(config: Config, ingredients: dict[str, str]) -> list[str]:
@@ -368,11 +366,11 @@ def changed_ingredients(config: Config, ingredients: dict[str, str]) -> list[str
 def opened(config: Config, ingredients: dict[str, str]) -> Iterator[Path]:
     """The run's folder, locked: --out, or the first free runs/METHOD-NNN. The first rank makes it.
 
-    ValueError if the run that is to go on was made of other `ingredients`, or another process is at work in the
+    InputError if the run that is to go on was made of other `ingredients`, or another process is at work in the
     folder. Of a run that is to go on nothing is written here.
     """
     if changed := from_rank_0(changed_ingredients(config, ingredients) if rank() == 0 else None):
-        raise ValueError(
+        raise InputError(
             f"out {config.out!r} holds a run that was made of something else: {', '.join(changed)} changed since; "
             "restore what it was to go on, or choose another folder"
         )

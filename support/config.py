@@ -1,6 +1,6 @@
 """The settings of a run: one flat dataclass, read from a JSON file and from --FIELD VALUE, checked before any work.
 
-A field that is wrong gives a ValueError of one line: the field, what was found, what was expected. Left out: nested
+A field that is wrong gives a InputError of one line: the field, what was found, what was expected. Left out: nested
 groups, defaults that depend on the model, environment variables.
 """
 
@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import Any
 
 from loss import METHODS, clipped, remaining_clipped
+from support.errors import InputError
 
 TASK = "data/recipes"  # the embedded task
 MOST = 10**9  # of a whole number that has no limit of its own: beyond it there are no steps, rows or tokens
@@ -95,10 +96,10 @@ class Config:
 
 
 class Parser(argparse.ArgumentParser):
-    """Of a command: what is wrong is a ValueError, one line as any other."""
+    """Of a command: what is wrong is a InputError, one line as any other."""
 
     def error(self, message: str) -> None:
-        raise ValueError(f"{message} (see python {self.prog} --help)")
+        raise InputError(f"{message} (see python {self.prog} --help)")
 
 
 def suggest(word: str, known: list[str]) -> str:
@@ -107,7 +108,7 @@ def suggest(word: str, known: list[str]) -> str:
 
 
 def check_value(field: dataclasses.Field, value: Any) -> Any:
-    """`value` (from JSON, or a string from the command line) as the field's type; ValueError if it is not one."""
+    """`value` (from JSON, or a string from the command line) as the field's type; InputError if it is not one."""
     kind, meta = field.type, field.metadata
     if kind == float | None:
         if value in (None, ""):
@@ -118,65 +119,65 @@ def check_value(field: dataclasses.Field, value: Any) -> Any:
             value = {"true": True, "false": False}[value.lower()] if kind is bool else kind(value)
         except (ValueError, KeyError):
             wanted = {int: "a whole number", float: "a number", bool: "true or false"}[kind]
-            raise ValueError(f"{field.name} is {value!r:.80}, expected {wanted}") from None
+            raise InputError(f"{field.name} is {value!r:.80}, expected {wanted}") from None
     if kind is float and type(value) is int:
         value = float(value) if abs(value) < 10**300 else math.inf
     if type(value) is not kind:
-        raise ValueError(f"{field.name} is {value!r:.80}, expected {kind.__name__}, found {type(value).__name__}")
+        raise InputError(f"{field.name} is {value!r:.80}, expected {kind.__name__}, found {type(value).__name__}")
     if meta["choices"] and value not in meta["choices"]:
-        raise ValueError(
+        raise InputError(
             f"{field.name} is {value!r:.80}{suggest(str(value), [str(c) for c in meta['choices'] if c])}"
         )
     if kind is float and not math.isfinite(value):
-        raise ValueError(f"{field.name} is {value}, expected a finite number")
+        raise InputError(f"{field.name} is {value}, expected a finite number")
     if meta["low"] is not None:
         check_range(field.name, value, meta["low"], meta["high"])
     return value
 
 
 def check_range(name: str, value: float, low: float, high: float = math.inf) -> None:
-    """ValueError unless `value` is a number from `low` to `high`, a whole one to MOST at most."""
+    """InputError unless `value` is a number from `low` to `high`, a whole one to MOST at most."""
     if isinstance(value, int) and value >= low and high == math.inf:
         high = MOST
     if not low <= value <= high or value == math.inf:
         bounds = f"at least {low}" if high == math.inf else f"{low} to {high}"
-        raise ValueError(f"{name} is {value!r:.80}, expected {bounds}")
+        raise InputError(f"{name} is {value!r:.80}, expected {bounds}")
 
 
 def check_together(config: Config) -> Config:
-    """Raises ValueError for settings that contradict each other."""
+    """Raises InputError for settings that contradict each other."""
     method = METHODS[config.method]
     if "rl" in method.stages and config.rollouts_per_prompt < 2:
-        raise ValueError(
+        raise InputError(
             f"rollouts_per_prompt is {config.rollouts_per_prompt}, expected at least 2: a response is compared with "
             "others to the same problem, so a single one has no gradient"
         )
     if config.coefficient is not None and method.coefficient is None:
         having = ", ".join(name for name, m in METHODS.items() if m.coefficient is not None)
-        raise ValueError(f"coefficient is {config.coefficient}, but {config.method} has none; these have: {having}")
+        raise InputError(f"coefficient is {config.coefficient}, but {config.method} has none; these have: {having}")
     if method.unsolved and config.gate >= config.rollouts_per_prompt:
-        raise ValueError(
+        raise InputError(
             f"gate is {config.gate} of {config.rollouts_per_prompt} rollouts_per_prompt, expected fewer: no group "
             "could be solved"
         )
     if method.policy_weight is remaining_clipped and config.coefficient is not None and config.coefficient >= 1:
-        raise ValueError(
+        raise InputError(
             f"coefficient is {config.coefficient}, expected less than 1: {config.method} gives the policy's own "
             "tokens the rest, 1 - c"
         )
     mixed = method.rows in ("hybrid", "demonstration") and "rl" in method.stages
     if mixed and config.hybrid_per_prompt >= config.rollouts_per_prompt:
-        raise ValueError(
+        raise InputError(
             f"hybrid_per_prompt is {config.hybrid_per_prompt} of {config.rollouts_per_prompt} rollouts_per_prompt, "
             "expected fewer: the on-policy rows of a group are its baseline"
         )
     if "rl" in method.stages and config.updates_per_step > config.prompts_per_step:
-        raise ValueError(
+        raise InputError(
             f"updates_per_step is {config.updates_per_step}, expected at most prompts_per_step "
             f"({config.prompts_per_step}): an update needs a problem"
         )
     if config.resume and not config.out:
-        raise ValueError("resume needs the run's folder: give --out")
+        raise InputError("resume needs the run's folder: give --out")
     return config
 
 
@@ -213,7 +214,7 @@ def from_dict(values: dict[str, Any]) -> Config:
     fields = {field.name: field for field in dataclasses.fields(Config)}
     for name in values:
         if name not in fields:
-            raise ValueError(f"unknown setting {name!r:.80}{suggest(name, list(fields))}")
+            raise InputError(f"unknown setting {name!r:.80}{suggest(name, list(fields))}")
     return check_together(Config(**{name: check_value(fields[name], value) for name, value in values.items()}))
 
 
@@ -264,26 +265,26 @@ def parse_config(argv: list[str]) -> Config:
             print(usage())
             sys.exit(0)
         if not word.startswith("--"):
-            raise ValueError(f"found {word!r}, expected --FIELD VALUE: see python train.py --help")
+            raise InputError(f"found {word!r}, expected --FIELD VALUE: see python train.py --help")
         name, equals, value = word[2:].partition("=")
         if not equals:
             if not words:
-                raise ValueError(f"--{name} has no value: write --{name} VALUE")
+                raise InputError(f"--{name} has no value: write --{name} VALUE")
             value = words.pop(0)
         if name in given:
-            raise ValueError(f"--{name} is given twice")
+            raise InputError(f"--{name} is given twice")
         given[name] = value
     if "config" in given:
         path = Path(given.pop("config"))
         try:
             values = json.loads(path.read_text(encoding="utf-8-sig"))
         except OSError as error:
-            raise ValueError(f"config file {str(path)!r} cannot be read: {error.strerror}") from error
+            raise InputError(f"config file {str(path)!r} cannot be read: {error.strerror}") from error
         except ValueError as error:
-            raise ValueError(f"{path} is not valid JSON: {error}") from error
+            raise InputError(f"{path} is not valid JSON: {error}") from error
         except RecursionError:
-            raise ValueError(f"{path} is nested too deeply, expected a flat JSON object of settings") from None
+            raise InputError(f"{path} is nested too deeply, expected a flat JSON object of settings") from None
         if not isinstance(values, dict):
-            raise ValueError(f"{path}: found {type(values).__name__}, expected a JSON object of settings")
+            raise InputError(f"{path}: found {type(values).__name__}, expected a JSON object of settings")
         values.pop("made_of", None)  # a run's config.json
     return from_dict({**values, **given})

@@ -36,6 +36,8 @@ from torch.distributed.tensor import DTensor, distribute_tensor
 from transformers import AutoModelForCausalLM
 from transformers.modeling_layers import GradientCheckpointingLayer
 
+from support.errors import InputError
+
 TIMEOUT = timedelta(hours=1)  # a rank that dies ends the others at once (torchrun), one that hangs after this
 
 
@@ -50,17 +52,17 @@ def world_size() -> int:
 def start(device: torch.device) -> None:
     """Join the ranks torchrun started; alone on CUDA, be a group of one. Does nothing for one process elsewhere.
 
-    Raises ValueError for several ranks on a device that cannot, or more ranks than GPUs.
+    Raises InputError for several ranks on a device that cannot, or more ranks than GPUs.
     """
     if dist.is_initialized() or ("RANK" not in os.environ and device.type != "cuda"):
         return
     if device.type not in ("cpu", "cuda"):
-        raise ValueError(
+        raise InputError(
             f"several ranks need device cuda or cpu, found {device.type}: start python alone, without torchrun"
         )
     if device.type == "cuda":
         if device.index is not None and device.index >= torch.cuda.device_count():
-            raise ValueError(f"rank {device.index} has no GPU: there are {torch.cuda.device_count()}")
+            raise InputError(f"rank {device.index} has no GPU: there are {torch.cuda.device_count()}")
         torch.cuda.set_device(device)
     backend = "cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo"
     alone = {} if "RANK" in os.environ else {"store": dist.HashStore(), "rank": 0, "world_size": 1}
@@ -142,7 +144,7 @@ def shard(model: nn.Module, plain: nn.Module, device: torch.device, offload: boo
     copy stands in host memory (4 bytes a parameter), and it is sent tensor by tensor.
     Gradients are summed over ranks, not averaged: the loss has one global denominator. `plain`, the same model on the
     meta device, is what `gathered` hands out.
-    Raises ValueError where layers share weights: FSDP would make them two.
+    Raises InputError where layers share weights: FSDP would make them two.
     """
     bf16 = MixedPrecisionPolicy(param_dtype=torch.bfloat16, reduce_dtype=torch.float32)
     settings = {
@@ -158,7 +160,7 @@ def shard(model: nn.Module, plain: nn.Module, device: torch.device, offload: boo
         module.set_gradient_divide_factor(1.0)
         module.set_force_sum_reduction_for_comms(True)  # gloo has no scaled sum
     if weights.keys() != dict(model.named_parameters()).keys():
-        raise ValueError(
+        raise InputError(
             "the model's layers share weights, which cannot be split: start python alone, with --device cpu"
         )
     if world_size() > 1:

@@ -9,13 +9,14 @@ import sys
 import pytest
 
 from data.make_recipes import write_jsonl
+from support.errors import Unwritten
 from support.files import replacing
 
 COMMANDS = ["train", "eval", "sample", "plot", "data.prepare"]
 ENDS = {  # what a main does -> the exit code, what it prints in ASCII, what it says on stderr
     "print('é▁')": (0, "??\n", ""),
-    "raise ValueError('lr is 0')": (2, "", "x.py: lr is 0\n"),
-    "raise OSError(28, 'No space left', 'file')": (2, "", "x.py: [Errno 28] No space left: 'file'\n"),
+    "raise InputError('lr is 0')": (2, "", "x.py: lr is 0\n"),
+    "raise Broken('the disk is full')": (1, "", "x.py: the disk is full\n"),
     "raise KeyboardInterrupt": (130, "", "\nx.py: stopped\n"),
     "sys.exit(3)": (3, "", ""),
 }
@@ -24,7 +25,8 @@ ENDS = {  # what a main does -> the exit code, what it prints in ASCII, what it 
 @pytest.mark.parametrize("does", [*ENDS, "print('x')", "print('x' * 100_000)", "print('x'), sys.exit(0)"])
 def test_an_end_is_one_line(does):
     """Those that are not in ENDS print into a pipe that nobody reads any more."""
-    code = f"import sys\nfrom support.command import command\nwith command('x.py'):\n    {does}"
+    code = "import sys\nfrom support.command import command\n"
+    code += f"from support.errors import Broken, InputError\nwith command('x.py'):\n    {does}"
     reader, writer = os.pipe()
     if does not in ENDS:
         os.close(reader)
@@ -73,7 +75,7 @@ def test_a_file_is_written_whole_or_not_at_all(tmp_path):
     with replacing(path) as partial:
         partial.write_text("1")
     assert path.read_text() == "1"
-    with pytest.raises(OSError, match=f"No space left: '{path}'"), replacing(path) as partial:
+    with pytest.raises(Unwritten, match=rf"writing to {path} failed \(No space left\)"), replacing(path) as partial:
         partial.write_text("2")
         raise OSError(28, "No space left")
     assert path.read_text() == "1" and list(tmp_path.iterdir()) == [path]

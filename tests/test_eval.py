@@ -516,7 +516,8 @@ def test_a_full_disk_leaves_the_grades_as_they_were(finished, tmp_path, monkeypa
     monkeypatch.setattr(sys, "argv", ["eval.py", "--regrade", str(folder)])
     with pytest.raises(SystemExit) as stop:
         eval.main()
-    said = f"writing to {folder} failed (No space left on device); to go on: python eval.py --regrade {folder}\n"
+    said = f"writing to {folder}/generations.jsonl failed (No space left on device); "
+    said += f"to go on: python eval.py --regrade {folder}\n"
     assert stop.value.code == 1 and capsys.readouterr().err == f"eval.py: {said}"
     assert contents(folder) | {"lock": b""} == before | {"lock": b""}
 

@@ -143,11 +143,11 @@ def test_a_full_disk_ends_a_run_in_one_line(whole, tmp_path, largest):
 
     with_limit = lives.live(limited, out)
     line = with_limit.said.splitlines()[-1]
-    assert with_limit.code == (2 if largest == 1000 else 1) and "File too large" in line and "Traceback" not in line
+    assert with_limit.code == 1 and "File too large" in line and "Traceback" not in line
     left = {path.name for path in out.rglob("*")}
     assert not any(name.endswith("partial") for name in left) and "final" not in left
     if largest > 1000:
-        assert f"writing to {out} failed" in line and "--resume auto" in line
+        assert f"writing to {out}/" in line and "--resume auto" in line
     assert lives.live(work, out).code == 0
     assert lives.differences(folder / "whole", out) == []
 

@@ -16,7 +16,7 @@ from loss import METHODS
 from results import protocol, runs, stored, study
 from results.protocol import EQUAL, MAIN, OTHERS, REGIMES, best_of, common, equal_steps, next_trials
 from results.runs import Spec
-from support.checkpoint import Broken, Diverged
+from support.errors import Broken, Diverged
 
 BASE = common("habit")
 

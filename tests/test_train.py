@@ -25,6 +25,7 @@ from model import load_model, save_model
 from support import checkpoint
 from support.config import from_dict, parse_config
 from support.console import curve
+from support.errors import Broken
 
 ROOT = Path(__file__).parents[1]
 SMALL = {
@@ -408,13 +409,26 @@ def test_data_is_checked_before_weights_are_read(task, tmp_path, monkeypatch):
 def test_a_run_that_diverges_stops_in_one_line(task, tmp_path, settings, monkeypatch):
     monkeypatch.setattr(train, "score", lambda run, who: {"validation": {}, "test": {}, "test_sampled": {}})
     with pytest.raises(
-        checkpoint.Broken, match="not finite: the run has diverged; start again in a new folder, with a lower lr"
+        Broken, match="not finite: the run has diverged; start again in a new folder, with a lower lr"
     ):
         train.train(parse_config(arguments(task, tmp_path / "run", max_response_tokens=80, **settings)))
     assert not (tmp_path / "run/final").exists()
     for file in checkpoint.checkpoints(tmp_path / "run"):
         weights = torch.load(file, weights_only=True)["model"].values()
         assert all(weight.isfinite().all() for weight in weights)
+
+
+@pytest.mark.parametrize("error", [ValueError("too many values to unpack"), FileNotFoundError("nowhere")])
+def test_a_bug_in_a_step_shows_its_traceback(task, tmp_path, monkeypatch, error):
+    def step(*_, **__):
+        raise error
+
+    monkeypatch.setattr(train, "rl_step", step)
+    monkeypatch.setattr(train, "score", lambda run, who: {"validation": {}, "test": {}, "test_sampled": {}})
+    monkeypatch.setattr(sys, "argv", ["train.py", *arguments(task, tmp_path / "run", method="rft")])
+    with pytest.raises(type(error)) as raised:
+        train.main()
+    assert raised.value is error
 
 
 def test_the_curve_of_a_log_with_any_line_end_in_its_text(tmp_path):

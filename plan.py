@@ -2,25 +2,28 @@
 
     python plan.py --config configs/qwen2.5-math-7b.json --gpu H100 --gpus 8 [--method sft] [--FIELD VALUE …]
 
-Only the model's config is read. Memory of the update is not a formula: the layers and the head run forward and
-backward on the meta device (shapes without data) and every tensor that lives is counted (`update_bytes`). Attention
-counts as a fused causal kernel: queries, keys, values and output are kept. The rest is arithmetic, in `plan`;
-bench/plan_check.py compares both with measured peaks.
-Times are estimates from the GPU's data sheet and the shares below, chosen to fit one H200 with Qwen2.5-1.5B's shape:
-256 rows decoded, and one whole step [bench/results/gpu.md]. Other GPUs, models, numbers of GPUs were not measured.
+Only the model's config is read; those of the models in configs/ stand in configs/models/, so no network is needed.
+Memory of the update is not a formula: the layers and the head run forward and backward on the meta device (shapes
+without data) and every tensor that lives is counted (`update_bytes`). Attention counts as a fused causal kernel:
+queries, keys, values and output are kept. The rest is arithmetic; bench/plan_check.py compares both with measured
+peaks.
+Times are estimates from data sheets and the shares below, chosen to fit one H200 with Qwen2.5-1.5B's shape: 256 rows
+decoded, and one whole step [bench/results/gpu.md]. Other GPUs, models, numbers of GPUs, transfers were not measured.
 """
 
 import contextlib
+import functools
 import weakref
 from collections.abc import Iterator
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
-from transformers import AttentionInterface, AutoModelForCausalLM
+from transformers import AttentionInterface, AutoConfig, AutoModelForCausalLM
 from transformers.modeling_layers import GradientCheckpointingLayer
 
 import model as models
@@ -31,18 +34,21 @@ from support.config import Config, Parser, check_range, parse_config
 from support.errors import InputError
 from support.memory import cache_bytes, head_width, inner_width, plain_caches, row_bytes, token_bytes
 
-GIB = 2**30
-GPUS = {  # GiB of memory as CUDA reports it; bf16 TFLOP/s (dense) and GB/s of the makers' data sheets
-    "3090": (23.5, 71, 936),
-    "4090": (23.5, 165, 1008),
-    "L40S": (44.4, 362, 864),
-    "A100": (79.2, 312, 2039),
-    "H100": (79.2, 989, 3350),
-    "H200": (139.7, 989, 4800),
+SHIPPED = Path(__file__).parent / "configs" / "models"  # config.json of the models that configs/ name
+GIB, MIB = 2**30, 2**20
+GPUS = {  # GiB of memory as CUDA reports it; of the data sheets: bf16 TFLOP/s (dense), GB/s of memory, of PCIe
+    "3090": (23.5, 71, 936, 32),
+    "4090": (23.5, 165, 1008, 32),
+    "L40S": (44.4, 362, 864, 32),
+    "A100": (79.2, 312, 2039, 32),
+    "H100": (79.2, 989, 3350, 64),
+    "H200": (139.7, 989, 4800, 64),
 }
 USABLE = 0.92  # of the memory: the rest is the driver's and lost to fragmentation
 UPDATE_SHARE = 0.16  # of the peak TFLOP/s that the passes of a whole step reach
 READ_SHARE = 0.4  # of the peak GB/s at which a decode pass reads weights and caches
+TRANSFER_SHARE = 0.75  # of PCIe's GB/s that offloading reaches; assumed, as the next one
+HOST_BANDWIDTH = 30e9  # bytes a second of the host's memory, where AdamW works with --offload
 LAYER_SECONDS = 0.0001  # that a layer's other kernels take in a decode pass
 EXPERTS = ("num_experts", "num_local_experts", "n_routed_experts")  # a config's name of their number
 MEAN_RESPONSE = 0.4  # of max_response_tokens, on average; the longest row of a call goes to the end
@@ -155,15 +161,24 @@ def update_bytes(
 
 @dataclass
 class Counts:
-    """Parameters: all, those that a token passes (of a mixture only its few experts), of the root (embedding, head,
-    last norm), of the largest layer; key-value bytes of a token."""
+    """Parameters: all, those that a token passes (of a mixture only its few experts), those that are trained; of
+    these, in the root (embedding, head, last norm), in the largest layer; key-value bytes of a token."""
 
     total: int
     passed: int
+    trained: int
     root: int
     layer: int
     layers: int
     cache: int
+
+
+def shape_of(path: str) -> Any:
+    """The model's config: a folder's, or that of a model which configs/ names, or the hub's."""
+    shipped = SHIPPED / f"{path.replace('/', '--')}.json"
+    if shipped.exists() and not Path(path).exists():
+        return AutoConfig.from_pretrained(shipped)
+    return models.load_config(path)
 
 
 def experts_share(shape: Any) -> float:
@@ -189,6 +204,7 @@ def count(shape: Any) -> Counts:
     return Counts(
         total=total,
         passed=total - round(experts * (1 - experts_share(shape))),
+        trained=total,
         root=total - sum(sizes),
         layer=max(sizes),
         layers=len(layers),
@@ -196,18 +212,20 @@ def count(shape: Any) -> Counts:
     )
 
 
+def rows_of_a_pass(config: Config, length: float) -> int:
+    """Rows of `length` tokens that micro_batch_tokens holds."""
+    return max(1, int(config.micro_batch_tokens // length))
+
+
 def plan(config: Config, shape: Any, gpus: int, prompt: int) -> dict[str, dict[str, float]]:
     """Bytes on one GPU, by part, while updating and while sampling."""
     n = count(shape)
     length = prompt + config.max_response_tokens
-    rows = max(1, config.micro_batch_tokens // length)
-    host = config.offload
-    kept = {
-        "weights, fp32": 0 if host else 4 * n.total / gpus,
-        "optimizer, fp32": 0 if host else 8 * n.total / gpus,
-    }
+    rows = rows_of_a_pass(config, length)
+    split = 0 if config.offload else n.trained / gpus
+    kept = {"weights, fp32": 4 * split, "optimizer, fp32": 8 * split}
     update = kept | {
-        "gradients, fp32": 0 if host else 4 * n.total / gpus,
+        "gradients, fp32": 4 * split,
         "weights in bf16 (root and two layers)": 2 * n.root + 4 * n.layer,
         "gradients in bf16 and on their way": 2 * n.root + 8 * n.layer,
         f"activations, {rows} x {length} tokens, and logits": update_bytes(
@@ -216,7 +234,7 @@ def plan(config: Config, shape: Any, gpus: int, prompt: int) -> dict[str, dict[s
     }
     if "rl" not in METHODS[config.method].stages:
         return {"update": update}
-    sampling = kept | {"weights in bf16 (all)": 2 * n.total}
+    sampling = kept | {"weights in bf16 (all)": 2 * n.trained}
     sampling |= sampling_bytes(shape, config.rows_per_call, whole_blocks(length))
     return {"update": update, "sampling": sampling}
 
@@ -236,17 +254,70 @@ def sampling_bytes(shape: Any, rows: int, columns: int, tokens: int = PREFILL_TO
     }
 
 
+def rows_sampled_at_once(shape: Any, sampling: dict[str, float], free: float, columns: int) -> int:
+    """The most rows of a call; 0 if not even the weights of the `sampling` phase fit."""
+    left = free - sum(list(sampling.values())[:-2])  # the last two parts grow with the rows
+    beside_block = (left - block_bytes(shape)) / (columns * cache_bytes(shape))
+    return max(0, int(min(beside_block, left / row_bytes(shape, columns, repeated=not plain_caches(shape)))))
+
+
+def rows_updated_at_once(
+    config: Config, shape: Any, update: dict[str, float], free: float, prompt: int, most: int
+) -> int:
+    """The rows of full length, 0 to `most`, that fit into a pass of the update. They are counted: a line through one
+    and two rows, whose peak is elsewhere, promises too many."""
+    left = free - sum(list(update.values())[:-1])  # the last part grows with the rows
+
+    @functools.cache
+    def needed(rows: int) -> int:
+        return update_bytes(shape, rows, prompt, config.max_response_tokens, torch.bfloat16, config.recompute)
+
+    if needed(1) > left:
+        return 0
+    low, high, tried = 1, most, 2
+    while low < high:
+        on_line = low + int((tried - low) * (left - needed(low)) / max(1, needed(tried) - needed(low)))
+        if needed(tried) <= left:  # further rows take as much as these, or more
+            low, high = tried, min(high, on_line)
+            tried = (low + high + 1) // 2
+        else:
+            high = tried - 1
+            tried = max(low + 1, min(high, on_line))
+    return low
+
+
+def host_bytes(config: Config, n: Counts) -> dict[str, float]:
+    """Of all GPUs together: a checkpoint is made of whole tensors on the host, beside what stands there."""
+    offloaded = 16 * n.trained if config.offload else 0
+    return {
+        "to load": 4 * n.total,
+        "during the run": offloaded,
+        "while a checkpoint is saved": offloaded + 12 * n.trained,
+    }
+
+
+def offload_seconds(config: Config, n: Counts, gpus: int, gpu: str, rows: int, mean: float, crossings: int) -> float:
+    """Of one update over `rows` of `mean` tokens. `crossings`: how often a pass moves 4 bytes a parameter, weights to
+    the GPU or gradients back. On the host gradients are added up; AdamW reads four numbers and writes three."""
+    passes = -(-rows // gpus // rows_of_a_pass(config, mean))
+    over_pcie = passes * crossings * 4 * n.trained / gpus / (GPUS[gpu][3] * 1e9 * TRANSFER_SHARE)
+    return over_pcie + (passes * 12 + 28) * n.trained / HOST_BANDWIDTH
+
+
 def hours(config: Config, shape: Any, gpus: int, gpu: str, prompt: int, mean: float) -> dict[str, float]:
     """Estimated tokens and seconds of a step, and hours of the run."""
-    _, tflops, bandwidth = GPUS[gpu]
-    n, stages = count(shape), METHODS[config.method].stages
+    _, tflops, bandwidth, _ = GPUS[gpu]
+    n, stages, length = count(shape), METHODS[config.method].stages, prompt + mean
     flops = tflops * 1e12 * UPDATE_SHARE * gpus
     passes = 8 if config.recompute else 6  # FLOP a parameter and token: forward 2, backward 4, forward again 2
     result: dict[str, float] = {}
     if "sft" in stages:
+        rows = config.sft_batch
         result["sft steps"] = config.sft_steps
-        result["sft tokens, millions"] = config.sft_steps * config.sft_batch * (prompt + mean) / 1e6
-        result["sft seconds a step"] = passes * n.passed * config.sft_batch * (prompt + mean) / flops
+        result["sft tokens of the run"] = config.sft_steps * rows * length
+        result["sft seconds a step"] = passes * n.passed * rows * length / flops
+        if config.offload:
+            result["sft seconds a step"] += offload_seconds(config, n, gpus, gpu, rows, length, crossings=3)
         result["sft hours"] = config.sft_steps * result["sft seconds a step"] / 3600
     if "rl" in stages:
         rows = config.prompts_per_step * config.rollouts_per_prompt
@@ -255,11 +326,15 @@ def hours(config: Config, shape: Any, gpus: int, gpu: str, prompt: int, mean: fl
         read = 2 * n.total + alive * n.cache * (prompt + mean / 2)
         token = n.layers * LAYER_SECONDS + read / (bandwidth * 1e9 * READ_SHARE)
         result["steps"] = config.steps
-        result["response tokens a step, millions"] = rows * mean / 1e6
-        result["response tokens of the run, millions"] = config.steps * rows * mean / 1e6
+        result["response tokens a step"] = rows * mean
+        result["response tokens of the run"] = config.steps * rows * mean
         result["seconds sampling"] = calls * config.max_response_tokens * token
-        result["seconds updating"] = (passes + 2) * n.passed * rows * (prompt + mean) / flops  # 2: old log-probs
+        result["seconds updating"] = (passes + 2) * n.passed * rows * length / flops  # 2: old log-probs
         seconds = result["seconds sampling"] + result["seconds updating"]
+        if config.offload:
+            part, updates = rows // config.updates_per_step, config.updates_per_step
+            result["seconds offloading"] = updates * offload_seconds(config, n, gpus, gpu, part, length, crossings=4)
+            seconds += result["seconds offloading"]
         result["hours"] = config.steps * seconds / 3600
     return result
 
@@ -270,48 +345,42 @@ def planned(path: str, shape: Any) -> Iterator[None]:
     try:
         yield
     except Exception as error:  # a model that was not made for it can raise anything
-        said = " ".join(f"{type(error).__name__}: {error}".split())[:200]
+        reason = " ".join(f"{type(error).__name__}: {error}".split())[:200]
         fix = "try a short run, with a small micro_batch_tokens and rows_per_call"
-        raise InputError(f"model {path!r} ({shape.model_type}) cannot be planned ({said}): {fix}") from error
+        raise InputError(f"model {path!r} ({shape.model_type}) cannot be planned ({reason}): {fix}") from error
 
 
-def rows_at_once(shape: Any, sampling: dict[str, float], free: float, columns: int) -> int:
-    """The most rows of a call; 0 if not even the weights of the `sampling` phase fit."""
-    left = free - sum(list(sampling.values())[:-2])  # the last two parts grow with the rows
-    beside_block = (left - block_bytes(shape)) / (columns * cache_bytes(shape))
-    return max(0, int(min(beside_block, left / row_bytes(shape, columns, repeated=not plain_caches(shape)))))
-
-
-def rows_of_a_pass(config: Config, shape: Any, update: dict[str, float], free: float, prompt: int) -> tuple[int, int]:
-    """Rows of full length in a pass of the update: those that micro_batch_tokens holds, about the most that fit."""
-    response, now = config.max_response_tokens, list(update.values())[-1]
-    rows = max(1, config.micro_batch_tokens // (prompt + response))
-    twice = update_bytes(shape, 2 * rows, prompt, response, torch.bfloat16, config.recompute)
-    return rows, rows + int(rows * (free - sum(update.values())) / (twice - now))
-
-
-def advice(
-    config: Config, parts: dict[str, dict[str, float]], n: Counts, free: float, length: int, at_once: int
-) -> list[str]:
-    """What to change where it does not fit."""
-    said = []
-    if sum(parts["update"].values()) > free or at_once == 0:
-        said.append("more GPUs: weights, gradients and optimizer are split over them")
+def advice(config: Config, n: Counts, fits: bool, updated: int, sampled: int, length: int) -> list[str]:
+    """What to change where it does not fit, or where more rows at once would save transfers. `updated`, `sampled`:
+    rows of full length that fit."""
+    lines = []
+    rows = rows_of_a_pass(config, length)
+    if updated and (not fits or (config.offload and updated > rows)):
+        why = "each pass moves 16 bytes a parameter" if fits else "the most that fit"
+        lines.append(f"--micro_batch_tokens {updated * length}: {updated} rows a pass, {why}")
+    if not updated or not sampled:
+        lines.append("more GPUs: weights, gradients and optimizer are split over them")
         if not config.recompute:
-            said.append("--recompute true: keeps one layer's activations instead of all")
-        if config.micro_batch_tokens > length:
-            said.append(f"--micro_batch_tokens {length}: one row at a time")
+            lines.append("--recompute true: keeps one layer's activations instead of all")
         if not config.offload:
-            said.append(f"--offload true: 16 bytes a parameter ({16 * n.total / GIB:.0f} GiB) go to host memory")
-        said.append("--max_response_tokens: activations and caches grow with it")
-    if 0 < at_once < config.rows_per_call and "sampling" in parts:
-        said.append(f"--rows_per_call {at_once}")
-    return said
+            lines.append(f"--offload true: 16 bytes a parameter ({16 * n.total / GIB:.0f} GiB) go to host memory")
+        lines.append("--max_response_tokens: activations and caches grow with it")
+    if 0 < sampled < config.rows_per_call:
+        lines.append(f"--rows_per_call {sampled}")
+    return lines
+
+
+def in_bytes(size: float) -> str:
+    return f"{size / GIB:.2f} GiB" if size >= GIB else f"{size / MIB:.2f} MiB"
+
+
+def in_numbers(value: float) -> str:
+    return f"{value:,.0f}" if value >= 100 or value == int(value) else f"{value:.2g}" if value < 1 else f"{value:.1f}"
 
 
 def show(config: Config, gpu: str, gpus: int, prompt: int | None, mean: float | None) -> None:
     """Print the plan. InputError, before the first line, for a model or settings that cannot be planned."""
-    shape, budget = models.load_config(config.model), config.max_response_tokens
+    shape, budget = shape_of(config.model), config.max_response_tokens
     window = models.window_of(shape)
     if prompt is None:
         prompt = 1024 if budget > 1024 else 256
@@ -321,37 +390,45 @@ def show(config: Config, gpu: str, gpus: int, prompt: int | None, mean: float | 
     if not 0 < mean <= budget:
         raise InputError(f"mean_response is {mean:g}, expected above 0 and at most max_response_tokens ({budget})")
     free = GPUS[gpu][0] * GIB * USABLE
+    rl = "rl" in METHODS[config.method].stages
+    per_update = config.prompts_per_step * config.rollouts_per_prompt // config.updates_per_step
+    most = -(-(per_update if rl else config.sft_batch) // gpus)
     with planned(config.model, shape):
         n, parts = count(shape), plan(config, shape, gpus, prompt)
-    print(
-        f"{config.model}: {n.total / 1e9:.2f} billion parameters, {n.layers} layers; {gpus} x {gpu}, {config.method}"
-    )
+        updated = rows_updated_at_once(config, shape, parts["update"], free, prompt, most)
+    number = f"{n.total / 1e9:.2f} billion" if n.total > 1e8 else f"{n.total / 1e6:.2f} million"
+    print(f"{config.model}: {number} parameters, {n.layers} layers; {gpus} x {gpu}, {config.method}")
     for phase, sizes in parts.items():
-        print(f"\n{phase}, GiB on each GPU")
+        print(f"\n{phase}, on each GPU")
         for name, size in sizes.items():
-            print(f"  {name:<52}{size / GIB:8.2f}")
+            print(f"  {name:<52}{in_bytes(size):>12}")
         total = sum(sizes.values())
         verdict = "fits" if total <= free else "DOES NOT FIT"
-        print(f"  {'total':<52}{total / GIB:8.2f}   {verdict} {free / GIB:.1f} usable")
-    at_once = config.rows_per_call
-    if "sampling" in parts:
-        at_once = rows_at_once(shape, parts["sampling"], free, whole_blocks(length))
-        print(f"\nrows that can be sampled at once: {at_once} (rows_per_call is {config.rows_per_call})")
+        print(f"  {'total':<52}{in_bytes(total):>12}   {verdict} {in_bytes(free)} usable")
+    sampled = config.rows_per_call
+    if rl:
+        sampled = rows_sampled_at_once(shape, parts["sampling"], free, whole_blocks(length))
+        print(f"\nrows that can be sampled at once: {sampled} (rows_per_call is {config.rows_per_call})")
         if not plain_caches(shape):
             print("  some layers keep a sliding window or a state: each is counted as a cache of all tokens, read by")
             print("  transformers' attention, which repeats it for all heads; a window takes less")
-    if sum(parts["update"].values()) <= free:
-        held, most = rows_of_a_pass(config, shape, parts["update"], free, prompt)
-        print(f"rows of full length that fit into a pass of the update: {most} (micro_batch_tokens holds {held})")
-    for line in advice(config, parts, n, free, length, at_once):
+    held = rows_of_a_pass(config, length)
+    print(f"rows of {length} tokens that fit into a pass of the update: {updated} (micro_batch_tokens holds {held})")
+    for line in advice(config, n, sum(parts["update"].values()) <= free, updated, sampled, length):
         print(f"  change  {line}")
-    print(f"\nhost memory: {4 * n.total / GIB:.0f} GiB to load, {12 * n.total / GIB:.0f} GiB to save a checkpoint")
+    print("\nhost memory")
+    for when, size in host_bytes(config, n).items():
+        print(f"  {when:<52}{in_bytes(size):>12}")
     print(f"\nestimates, for prompts of {prompt} and responses of {mean:.0f} tokens on average (--mean_response)")
     for name, value in hours(config, shape, gpus, gpu, prompt, mean).items():
-        print(f"  {name:<52}{value:8.1f}")
-    _, tflops, bandwidth = GPUS[gpu]
+        if name.endswith("hours") and value < 1:
+            name, value = name.replace("hours", "seconds of the run"), 3600 * value
+        print(f"  {name:<52}{in_numbers(value):>12}")
+    _, tflops, bandwidth, pcie = GPUS[gpu]
     print(f"  assumed: {UPDATE_SHARE:.0%} of {tflops} TFLOP/s in updates, {READ_SHARE:.0%} of {bandwidth} GB/s")
-    print(f"  in decoding, and {1e3 * LAYER_SECONDS * n.layers:.0f} ms a pass beside it; evaluation not counted")
+    print(f"  in decoding, and {1e3 * LAYER_SECONDS * n.layers:.1f} ms a pass beside it; evaluation not counted")
+    if config.offload:
+        print(f"  {TRANSFER_SHARE:.0%} of {pcie} GB/s over PCIe, not beside the rest but after it")
     if n.passed < n.total:
         print(f"  and {n.passed / 1e9:.2f} billion parameters on a token; the mixture's other experts take no time")
 

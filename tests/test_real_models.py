@@ -4,6 +4,7 @@ import contextlib
 import copy
 import dataclasses
 import json
+import re
 import sys
 from pathlib import Path
 
@@ -327,9 +328,39 @@ def test_the_most_rows_that_fit_are_named(vocabulary, columns):
     size = {"hidden_size": 4096, "intermediate_size": 14336, "num_hidden_layers": 32, "num_attention_heads": 32}
     shape = LlamaConfig(**size, num_key_value_heads=8, vocab_size=vocabulary)
     free, weights = 60e9, 15e9
-    rows = plan.rows_at_once(shape, {"weights": weights} | plan.sampling_bytes(shape, 7, columns), free, columns)
+    rows = plan.rows_sampled_at_once(
+        shape, {"weights": weights} | plan.sampling_bytes(shape, 7, columns), free, columns
+    )
     needed = [weights + sum(plan.sampling_bytes(shape, n, columns).values()) for n in (rows, rows + 1)]
     assert rows > 10 and needed[0] <= free < needed[1]
+
+
+def test_the_rows_of_a_pass_are_those_whose_own_count_fits():
+    """Of 16, among them none, one and all."""
+    config, shape = from_dict({}), plan.shape_of("data/base")
+    sizes = [plan.update_bytes(shape, rows, 100, 96, torch.bfloat16, False) for rows in range(1, 17)]
+    for left in (sizes[0] - 1, sizes[0], sizes[1], sizes[7] + 1, sizes[14], 2 * sizes[15]):
+        found = plan.rows_updated_at_once(config, shape, {"static": 5, "activations": 7}, left + 5, 100, 16)
+        assert found == sum(size <= left for size in sizes)
+
+
+def test_offloading_moves_16_bytes_a_parameter_and_pays_for_every_pass(monkeypatch):
+    """Forth for old log-probs, for the forward and the backward pass; gradients back [support/distributed.py]."""
+    shape, values = plan.shape_of("data/base"), {"prompts_per_step": 4, "rollouts_per_prompt": 8}
+    monkeypatch.setattr(plan, "HOST_BANDWIDTH", float("inf"))
+    seconds = []
+    for rows in (1, 4):
+        config = from_dict(values | {"offload": True, "micro_batch_tokens": 100 * rows})
+        numbers = plan.hours(config, shape, 1, "4090", prompt=60, mean=40)
+        seconds.append(numbers["seconds offloading"])
+        assert 3600 * numbers["hours"] == pytest.approx(
+            config.steps * sum(value for name, value in numbers.items() if name.startswith("seconds "))
+        )
+    parameters = plan.count(shape).total
+    assert seconds[0] == pytest.approx(32 * 16 * parameters / (0.75 * 32e9))
+    assert seconds[0] == pytest.approx(4 * seconds[1])
+    assert plan.host_bytes(config, plan.count(shape))["during the run"] == 16 * parameters
+    assert plan.hours(from_dict(values), shape, 1, "4090", 60, 40).keys() == numbers.keys() - {"seconds offloading"}
 
 
 PLAIN = ["gpt2", "bloom", "opt", "gpt_neox", "llama", "qwen2", "qwen3_moe", "deepseek_v3"]
@@ -376,7 +407,7 @@ def test_a_plan_counts_the_keys_that_are_repeated_for_a_sliding_window():
     of_plain, of_window = (list(plan.sampling_bytes(shape, 100, 8192, 1).values()) for shape in (plain, window))
     assert of_plain[0] == of_window[0] == 100 * 8192 * 2 * 2 * 8 * 128
     assert of_window[1] == 4 * of_window[0] > of_plain[1]
-    rows = [plan.rows_at_once(shape, {"caches": 0, "block": 0}, 60e9, 8192) for shape in (plain, window)]
+    rows = [plan.rows_sampled_at_once(shape, {"caches": 0, "block": 0}, 60e9, 8192) for shape in (plain, window)]
     assert rows[0] > 4 * rows[1] > 0
 
 
@@ -395,7 +426,8 @@ def test_a_plan_that_contradicts_itself_is_refused(refused, words, said):
     assert said in refused("plan.py", *words.split())
 
 
-def test_a_plan_reads_the_config_only(tmp_path, capsys):
+def test_a_plan_reads_the_config_only(tmp_path, capsys, monkeypatch):
+    monkeypatch.setattr(plan, "rows_updated_at_once", lambda *values: 4 * (sum(values[2].values()) <= values[3]))
     size = {"hidden_size": 4096, "intermediate_size": 14336, "num_hidden_layers": 32, "num_attention_heads": 32}
     size |= {"max_position_embeddings": 131072}
     LlamaConfig(**size, num_key_value_heads=8, vocab_size=128256).save_pretrained(tmp_path)
@@ -403,6 +435,7 @@ def test_a_plan_reads_the_config_only(tmp_path, capsys):
     plan.show(from_dict(values), "H100", 8, 1024, None)
     said = capsys.readouterr().out
     assert "8.03 billion parameters" in said and said.count("   fits ") == 2 and "change" not in said
+    assert "host memory\n  to load                                                29.92 GiB\n" in said
     plan.show(from_dict(values), "4090", 1, 1024, None)
     said = capsys.readouterr().out
     assert said.count("DOES NOT FIT") == 2 and "--offload true" in said and "--rows_per_call" not in said
@@ -414,6 +447,32 @@ def test_a_plan_reads_the_config_only(tmp_path, capsys):
     block = 2**14 * 2 * (3 * 14336 + 6 * 4096)  # a pass over prompts
     fit = int((left - block) / (8192 * 2 * 32 * 8 * 128 * 2))
     assert "512 x 8192 tokens" in said and f"--rows_per_call {fit}\n" in said
+
+
+def test_the_plan_of_the_embedded_task_has_units_to_read(capsys):
+    plan.show(from_dict({}), "4090", 1, None, None)
+    said = capsys.readouterr().out
+    assert said.startswith("data/base: 0.29 million parameters") and " MiB" in said and "seconds of the run" in said
+    assert not re.search(r"[^\d.]0\.0+ (GiB|hours)", said) and "hours" not in said
+
+
+SIZES = {
+    "0.5b": 0.494,
+    "1.5b": 1.544,
+    "3b": 3.086,
+    "7b": 7.616,
+    "8b": 8.030,
+    "1.7b": 1.721,
+    "135m": 0.1345,
+}  # published
+
+
+@pytest.mark.parametrize("path", sorted((ROOT / "configs").glob("*.json")), ids=lambda path: path.stem)
+def test_the_model_of_every_config_is_planned_without_a_network(monkeypatch, path):
+    monkeypatch.delattr(plan.models, "load_config")
+    model = json.loads(path.read_text())["model"]
+    size = next(size for part, size in SIZES.items() if f"-{part}" in model.lower())
+    assert plan.count(plan.shape_of(model)).total / 1e9 == pytest.approx(size, rel=1e-3)
 
 
 @pytest.mark.parametrize("path", sorted((ROOT / "configs").glob("*.json")), ids=lambda path: path.stem)

@@ -1,6 +1,6 @@
 """Qwen2.5 shapes with random weights on one GPU: speed against its limits, whole steps against the plan.
 
-    python bench/gpu.py limits step continuous --shape 1.5b
+    python bench/gpu.py limits step --shape 1.5b
 
 Writes bench/results/throughput-cuda-PART-SHAPE.json.
 `limits`, in bf16. Decoding, no row ends: 256 rows x 1024 new tokens; and 128 new tokens beside plain `generate`. A
@@ -8,23 +8,20 @@ decode pass cannot be faster than reading the weights and the filled part of the
 bandwidth. Update: forward and backward of token_stats; model FLOPs 6 N per token and 12 layers x width x length for
 attention (half of it causal), recomputation not counted, over the peak of a large bf16 product, measured too. Both
 also with HF's norms in place of the fused ones.
-`continuous`: the 128 new tokens by transformers' continuous batching as it comes, without processors of ours. Where
-its attention has no kernel for packed rows (flash-attn or the package kernels), it masks all rows against all and
-takes minutes: run it last, under a limit of time.
 `step`: two steps of prefix-rft as train.py makes them (fp32 weights, bf16 compute, 16 problems x 8 rollouts x 512
 tokens), their seconds by phase and their peak memory beside that of plan.py. Rewards are made up, so that every
 group has a gradient.
 """
 
 import argparse
-import statistics
 import sys
 import tempfile
 from collections.abc import Callable
 from dataclasses import replace
 
 import torch
-from common import peak_memory, timed, write
+from common import peak_memory, write
+from torch.utils.benchmark import Timer
 from transformers import AutoTokenizer, GenerationConfig, LogitsProcessorList, Qwen2Config, Qwen2ForCausalLM
 
 import step as steps
@@ -53,10 +50,9 @@ SHAPES = {
 ROWS, PROMPT, NEW, FEW = 256, 256, 1024, 128
 
 
-def seconds(call: Callable, repeats: int = 3, warm: int = 1) -> float:
-    """Median wall seconds of `call`, the GPU's queue emptied around it, after `warm` calls more."""
-    found = [timed(call)[2] for _ in range(repeats + warm)]
-    return statistics.median(found[warm:])
+def seconds(call: Callable) -> float:
+    """Median wall seconds of `call`, after it was called three times to warm up."""
+    return Timer("call()", globals={"call": call}).blocked_autorange(min_run_time=1).median
 
 
 def limits() -> tuple[float, float]:
@@ -64,7 +60,7 @@ def limits() -> tuple[float, float]:
     a = torch.empty(2**30, dtype=torch.uint8, device="cuda")
     b = torch.empty_like(a)
     x = torch.randn(8192, 8192, device="cuda", dtype=torch.bfloat16)
-    return 2 * a.numel() / seconds(lambda: b.copy_(a), 10), 2 * 8192**3 / seconds(lambda: x @ x, 10)
+    return 2 * a.numel() / seconds(lambda: b.copy_(a)), 2 * 8192**3 / seconds(lambda: x @ x)
 
 
 def plain(model, ids: torch.Tensor, uniforms: torch.Tensor) -> None:
@@ -92,21 +88,6 @@ def unfuse_norms(model: Qwen2ForCausalLM) -> None:
         module.__dict__.pop("forward", None)
 
 
-def bench_continuous(shape: str) -> None:
-    model = new_model(shape)
-    settings = GenerationConfig(max_new_tokens=FEW, do_sample=True, eos_token_id=151936, pad_token_id=0)
-    prompts = torch.randint(0, 151936, (ROWS, PROMPT)).tolist()
-    responses: list[int] = []
-
-    def call() -> None:
-        found = model.generate_batch(prompts, generation_config=settings)
-        responses[:] = [len(answer.generated_tokens) for answer in found.values()]
-
-    took = seconds(call, 1)
-    found = {"rows": len(responses), "new_tokens": sum(responses), "s": round(took, 2)}
-    write(f"cuda-continuous-{shape}", found | {"tokens_per_s": round(sum(responses) / took)})
-
-
 def bench_limits(shape: str) -> None:
     model = new_model(shape)
     config = model.config
@@ -124,9 +105,9 @@ def bench_limits(shape: str) -> None:
     uniforms = torch.rand(ROWS, FEW, device="cuda")
     decoding = {}
 
-    def time_decoding(name: str, call: Callable, new: int, repeats: int = 1, warm: int = 0) -> None:
+    def time_decoding(name: str, call: Callable, new: int) -> None:
         torch.cuda.reset_peak_memory_stats()
-        took, least = seconds(call, repeats, warm), floor(new)
+        took, least = seconds(call), floor(new)
         decoding[name] = {
             "new_tokens": new,
             "s": round(took, 2),
@@ -138,11 +119,11 @@ def bench_limits(shape: str) -> None:
         print(name, decoding[name], flush=True)
 
     fuse_norms(model)
-    time_decoding("ours, few tokens", lambda: generate(model, rows, FEW), FEW, 3, 1)
+    time_decoding("ours, few tokens", lambda: generate(model, rows, FEW), FEW)
     time_decoding("ours", lambda: generate(model, rows, NEW), NEW)
     unfuse_norms(model)
     time_decoding("ours, HF's norms", lambda: generate(model, rows, NEW), NEW)
-    time_decoding("plain generate, few tokens", lambda: plain(model, prompts.cuda(), uniforms), FEW, 1, 1)
+    time_decoding("plain generate, few tokens", lambda: plain(model, prompts.cuda(), uniforms), FEW)
 
     batch, length = 8, 2048
     ids = torch.randint(0, 151936, (batch, length), device="cuda")
@@ -229,7 +210,7 @@ def bench_step(shape: str) -> None:
     )
 
 
-PARTS = {"limits": bench_limits, "continuous": bench_continuous, "step": bench_step}
+PARTS = {"limits": bench_limits, "step": bench_step}
 
 if __name__ == "__main__":
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0], allow_abbrev=False)

@@ -16,7 +16,7 @@ from collections.abc import Callable
 from importlib.metadata import version
 from pathlib import Path
 
-from common import RESULTS, chosen, machine
+from common import RESULTS, machine, parts_of
 
 from reward import is_equivalent
 
@@ -54,7 +54,7 @@ def measure(grader: Callable[[str, str], bool]) -> dict:
 
 
 def main() -> None:
-    chosen(__doc__)
+    parts_of(__doc__)
     if importlib.util.find_spec("math_verify") is None:
         sys.exit("grading.py: the package math-verify is missing: pip install -r requirements-dev.txt")
     logging.disable(logging.CRITICAL)

@@ -7,7 +7,7 @@ import json
 from typing import Any
 
 import torch
-from common import RESULTS, chosen, machine, peak_bytes
+from common import RESULTS, machine, parts_of, peak_bytes
 from transformers import AutoModelForCausalLM, GenerationConfig, LlamaConfig, Qwen2Config
 
 import model as models
@@ -65,7 +65,7 @@ def measured_sampling(shape: Any, rows: int, prompt: int, response: int) -> int:
 
 
 def main() -> None:
-    chosen(__doc__)
+    parts_of(__doc__)
     results = {}
     for name, (case, rows, prompt, response) in SAMPLING.items():
         shape = CASES[case][0]

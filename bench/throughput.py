@@ -1,4 +1,4 @@
-"""Speed of sampling and of the whole step on the CPU, beside plain generate, a hand-written loop and TRL.
+"""Speed of sampling and of the whole step, beside plain generate and TRL.
 
     OMP_NUM_THREADS=1 python bench/throughput.py sampling step [--FIELD VALUE ...]
 
@@ -8,35 +8,72 @@ Each part prints a table and writes bench/results/throughput-PART.json; with set
 repeat starts from the same weights; all contenders of a repeat see the same prompts and give the same tokens
 (asserted), in turn, so that a busy machine hits all alike. Times are process CPU seconds, beside wall seconds; ratios
 are medians over the repeats. Peak memory, of tensors beyond those that stood before, is that of one more repeat, not
-timed. Beside it the share of our time that matrix products take (bench/bound.py). The hand-written loop is of the
-embedded model's architecture. Where the time goes, and growth: bench/phases.py.
+timed.
 
 On CUDA `step` runs too, ours and TRL's in bf16 on fp32 weights (throughput-cuda-step….json): there wall seconds are
 what counts, and TRL passes as many rows at once as its update has, at most 64. Limits of decoding: bench/gpu.py.
 """
 
+import argparse
 import functools
 import math
 import statistics
 import tempfile
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 from pathlib import Path
 
 import torch
 import transformers
-from bound import share
-from common import clocks, main, medians, new_run, peak_bytes, peak_memory, picked_at, rows_at, timed, write
-from hand_decode import hand_decode
+from common import clocks, peak_bytes, peak_memory, timed, write
 from transformers import GenerationConfig, LogitsProcessor, LogitsProcessorList
 
 import model as models
 import step as steps
 from reward import grade_batch
-from sample import DrawTokenLogitsProcessor, generate, pad_left, uniforms
+from sample import DrawTokenLogitsProcessor, Row, generate, pad_left, uniforms
+from support.command import command
 from support.config import parse_config
+from train import prepare
 
 CUDA = torch.cuda.is_available()
+
+# ---- what both parts share
+
+
+def new_run(words: Sequence[str] = ()) -> steps.Run:
+    """The default run of rft, or that of train.py's settings `words`, at learning rate 0, one thread."""
+    with tempfile.TemporaryDirectory() as folder:
+        run, _ = prepare(replace(parse_config(list(words)), method="rft", lr=0.0, out=f"{folder}/run"))
+    torch.set_num_threads(1)
+    return run
+
+
+def picked_at(run: steps.Run, step: int) -> list[int]:
+    return steps.problems_of_step(len(run.data.train), run.config.prompts_per_step, step, run.config.seed, "order")
+
+
+def rows_at(run: steps.Run, step: int) -> list[Row]:
+    picked = picked_at(run, step)
+    return steps.plan(run, picked, range(len(picked)), step, run.config.rollouts_per_prompt, rows=run.method.rows)
+
+
+def medians(times: dict[str, list[tuple[float, float]]], first: str) -> dict:
+    """Per contender: median CPU and wall seconds, and the median over the repeats of its ratio to `first`."""
+    table = {}
+    for name, pairs in times.items():
+        cpu, wall = zip(*pairs)
+        ratios = [a / b for (a, _), (b, _) in zip(pairs, times[first])]
+        walls = [a / b for (_, a), (_, b) in zip(pairs, times[first])]
+        table[name] = {
+            "cpu_s": round(statistics.median(cpu), 3),
+            "wall_s": round(statistics.median(wall), 3),
+            f"cpu_ratio_to_{first}": round(statistics.median(ratios), 2),
+            f"wall_ratio_to_{first}": round(statistics.median(walls), 2),
+            "cpu_ratio_range": [round(min(ratios), 2), round(max(ratios), 2)],
+        }
+    return table
+
 
 # ---- sampling
 
@@ -69,12 +106,6 @@ def bench_sampling(words: list[str]) -> None:
             "ours": lambda: generate(run.model, rows, budget),  # noqa: B023
             "plain generate": lambda: plain_generate(run.model, ids, mask, table, budget),  # noqa: B023
         }
-        if not words:
-            contenders = {
-                "hand-written loop": lambda: hand_decode(run.model, ids, mask, table, budget, False),  # noqa: B023
-                "hand-written loop, shared prompts": lambda: hand_decode(run.model, ids, mask, table, budget, True),  # noqa: B023
-                "ours, static cache": lambda: generate(run.model, rows, budget, decode="static"),  # noqa: B023
-            } | contenders
         want = None
         for name, call in contenders.items():
             if step > repeats:
@@ -87,13 +118,13 @@ def bench_sampling(words: list[str]) -> None:
             if step:
                 times.setdefault(name, []).append((cpu, wall))
         tokens += [sum(map(len, want))] if want else []
-    table = medians(times, next(iter(times)))
+    table = medians(times, "ours")
     for name, row in table.items():
         row["tokens_per_cpu_s"] = round(statistics.mean(tokens) / row["cpu_s"])
         row["peak_mib"] = round(peaks[name] / 2**20, 1)
     found = {"rows": len(rows), "prompts": len({tuple(row.prompt_ids) for row in rows}), "repeats": repeats}
     found |= {"mean_tokens": statistics.mean(tokens), "table": table}
-    write(part_name("sampling", words), found | share(contenders["ours"], repeats))
+    write(part_name("sampling", words), found)
 
 
 def part_name(part: str, words: list[str]) -> str:
@@ -241,7 +272,6 @@ def compare_steps(words: list[str], repeats: int, mixed: bool, rows_per_pass: in
     callback.start(0)
     trainer.train()
     steps.generate = generated
-    work = {} if CUDA else share(lambda: steps.rl_step(run, 1), repeats)
     steps.sample_and_grade = sampled
     table = medians({name: pairs[1:] for name, pairs in times.items()}, "ours")  # the first pair warms up
     for name, row in table.items():
@@ -254,7 +284,7 @@ def compare_steps(words: list[str], repeats: int, mixed: bool, rows_per_pass: in
         "ours, share of groups with equal rewards": log["equal_reward_groups"],
         "ours, response tokens": log["response_tokens"],
         "table": table,
-    } | work
+    }
 
 
 def bench_step(words: list[str]) -> None:
@@ -272,5 +302,17 @@ def bench_step(words: list[str]) -> None:
     write(part_name("cuda-step" if CUDA else "step", words), table)
 
 
+PARTS = {"sampling": bench_sampling, "step": bench_step}
+
+
+@command("throughput.py")
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0], allow_abbrev=False)
+    parser.add_argument("parts", nargs="+", choices=PARTS)
+    args, words = parser.parse_known_args()
+    for part in args.parts:
+        PARTS[part](words)
+
+
 if __name__ == "__main__":
-    main(__doc__, {"sampling": bench_sampling, "step": bench_step}, settings=True)
+    main()

@@ -1,5 +1,5 @@
 """Faults of a run: kills, full disks, damaged files, a second process, numbers that are not finite; and what the
-sources never do. The long version, with random moments, is bench/faults.py."""
+sources never do."""
 
 import ast
 import dataclasses
@@ -14,6 +14,7 @@ import sys
 from pathlib import Path
 from types import SimpleNamespace
 
+import lives
 import pytest
 import torch
 from conftest import BY_LENGTH, contents, random_model
@@ -28,9 +29,6 @@ from support.console import figures
 from train import new_optimizer
 
 ROOT = Path(__file__).parents[1]
-sys.path.append(str(ROOT / "bench"))
-
-import lives  # noqa: E402
 
 TINY = lives.RELIFT | {"steps": 2, "eval_every": 0, "rollouts_per_prompt": 2}
 

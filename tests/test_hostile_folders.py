@@ -8,6 +8,7 @@ import shutil
 import sys
 from pathlib import Path
 
+import lives
 import pytest
 import torch
 
@@ -15,9 +16,6 @@ import plot
 import train
 
 ROOT = Path(__file__).parents[1]
-sys.path.append(str(ROOT / "bench"))
-
-import lives  # noqa: E402
 
 # ---- folders of runs and of evaluations
 

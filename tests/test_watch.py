@@ -2,9 +2,8 @@
 
 import dataclasses
 import json
-import sys
-from pathlib import Path
 
+import lives
 import pytest
 import torch
 from conftest import ALL_WRONG
@@ -16,10 +15,6 @@ from loss import METHODS, uncertain_means, variant, zero
 from step import rl_step, sft_step
 from support.config import Config, from_dict, given_settings, unread_settings
 from support.watch import FIRST, LONG, SHORT, Watch
-
-sys.path.append(str(Path(__file__).parents[1] / "bench"))
-
-import lives
 
 
 def row(step: int, **changes) -> dict:

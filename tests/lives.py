@@ -1,12 +1,11 @@
-"""Lives of a run or an evaluation: forked processes that end by themselves, or by SIGKILL at a chosen moment; and the
-comparison of what they leave. For bench/faults.py, and for the tests of faults.
+"""Lives of a run or an evaluation: forked processes that end by themselves, or by SIGKILL before a file operation;
+and the comparison of what they leave. For the tests of faults.
 
 A life does what the command does, so that what is measured is the run and not the import of PyTorch. "The same"
 means: every row of metrics.jsonl (but times), samples.jsonl and groups.jsonl once and equal, and eval.json, the
 weights in final/ and the last checkpoint (weights, optimizer, step) equal bit for bit.
 """
 
-import faulthandler
 import json
 import os
 import signal
@@ -19,8 +18,6 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
-sys.path.insert(0, str(Path(__file__).parents[1]))
-
 import torch
 
 import eval
@@ -30,19 +27,6 @@ from support.config import TASK
 
 ROOT = Path(__file__).parents[1]
 OPERATIONS = ("open", "os.rename", "os.remove", "os.mkdir", "os.rmdir", "os.truncate", "shutil.rmtree")
-PHASES = {  # a function on the stack of a killed process -> what it was doing; the first found counts
-    "draw_curves": "the figure",
-    "figure": "the figure",
-    "save_model": "the final save",
-    "save": "a checkpoint",
-    "accuracy": "an evaluation",
-    "sample_and_grade": "sampling",
-    "sample_missing": "sampling",
-    "old_stats": "an update",
-    "update": "an update",
-    "prepare": "loading",
-    "load_model": "loading",
-}
 
 
 class Life(NamedTuple):
@@ -51,7 +35,6 @@ class Life(NamedTuple):
     code: int  # of exit; negative: the signal
     operations: int  # on files in its folder, if it was not killed
     said: str  # on stdout and stderr
-    doing: str  # what it was doing when it was killed from outside
 
 
 def count_operations(folder: Path, kill_at: int | None) -> list[int]:
@@ -80,10 +63,9 @@ def start(work: Callable[[], int], folder: Path, notes: Path, kill_at: int | Non
     code, counted = 1, [0]
     try:
         os.environ |= env
-        with notes.open("w", buffering=1) as said, Path(f"{notes}.stack").open("w") as stack:
+        with notes.open("w", buffering=1) as said:
             sys.stdout = sys.stderr = said
             os.dup2(said.fileno(), 2)
-            faulthandler.register(signal.SIGUSR1, stack)
             counted = count_operations(folder, kill_at)
             code = work()
     except SystemExit as stop:
@@ -95,17 +77,9 @@ def start(work: Callable[[], int], folder: Path, notes: Path, kill_at: int | Non
         os._exit(code if isinstance(code, int) else 1)
 
 
-def live(
-    work: Callable[[], int],
-    folder: Path,
-    *,
-    kill_at: int | None = None,
-    kill_when: Callable[[], bool] = lambda: False,
-    ranks: int = 1,
-    victims: Sequence[int] = (0,),
-) -> Life:
-    """One life of a run: to its end, or to a kill at a file operation or when `kill_when` says so. All `victims` are
-    killed at once and then, as torchrun does, the ranks that are left."""
+def live(work: Callable[[], int], folder: Path, *, kill_at: int | None = None, ranks: int = 1) -> Life:
+    """One life of a run: to its end, or to a kill at a file operation. When one rank has died the others are killed,
+    as torchrun does."""
     with tempfile.TemporaryDirectory() as name:
         notes = [Path(name) / str(rank) for rank in range(ranks)]
         with socket.socket() as free:
@@ -120,30 +94,17 @@ def live(
                 if rank not in codes and (ended := os.waitpid(pid, os.WNOHANG))[0]:
                     codes[rank] = os.waitstatus_to_exitcode(ended[1])
 
-        def kill(chosen: Sequence[int], number: int) -> None:
-            for rank in chosen:
-                if rank not in codes:
-                    os.kill(pids[rank], number)
-
-        doing, killed = "", False
         while len(codes) < ranks:
             time.sleep(0.002)
             reap()
-            if not codes and not killed and kill_when():
-                kill(victims, signal.SIGUSR1)  # writes where it is
-                time.sleep(0.01)
-                kill(victims, signal.SIGKILL)
-                killed = True
-            elif any(codes.values()) and len(codes) < ranks:
+            if any(codes.values()) and len(codes) < ranks:
                 time.sleep(0.05)
-                kill(range(ranks), signal.SIGKILL)
-        code = -signal.SIGKILL if killed else next((code for code in codes.values() if code), 0)
-        if killed:
-            stack = Path(f"{notes[victims[0]]}.stack").read_text()
-            doing = next((what for name, what in PHASES.items() if f" in {name}\n" in stack), "between")
+                for rank in set(range(ranks)) - codes.keys():
+                    os.kill(pids[rank], signal.SIGKILL)
+        code = next((code for code in codes.values() if code), 0)
         count = Path(f"{notes[0]}.count")
         said = "".join(note.read_text() for note in notes)
-        return Life(code, int(count.read_text()) if count.exists() else 0, said, doing)
+        return Life(code, int(count.read_text()) if count.exists() else 0, said)
 
 
 def training(folder: Path, **settings: Any) -> Callable[[], int]:
@@ -227,7 +188,6 @@ def evaluation_differences(one: Path, two: Path) -> list[str]:
 SETTINGS = {"prompts_per_step": 4, "rollouts_per_prompt": 4, "device": "cpu", "eval_samples": 1, "decode": "loop"}
 SETTINGS |= {"max_response_tokens": 80, "eval_response_tokens": 48}
 RELIFT = SETTINGS | {"method": "relift", "relift_buffer": 2, "steps": 3, "save_every": 1, "eval_every": 2}
-LONG = SETTINGS | {"steps": 12, "save_every": 2, "eval_every": 3}
 EVALUATION = "--model data/base --benchmarks embedded --problems 4 --samples 2 --temperature 1"
 EVALUATION += " --max_response_tokens 40 --rows_per_call 8"
 
@@ -243,10 +203,6 @@ def task(folder: Path) -> dict[str, Any]:
 
 
 # ---- damage
-
-
-def last_line(said: str) -> str:
-    return said.splitlines()[-1] if said else ""
 
 
 def flip(path: Path) -> None:

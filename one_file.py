@@ -1,0 +1,220 @@
+"""Prefix-RFT in one file: the whole method in plain PyTorch, around HuggingFace's own `model.generate`.
+
+    python one_file.py        a tiny model, shipped with the project, learns the embedded task on one CPU core
+
+Reinforcement learns nothing where the model never succeeds. Imitation copies everything, also what the model could
+do already. Prefix-RFT (arXiv 2507.01679) begins one of the N responses to a problem with a prefix of an expert's
+demonstration, and the policy writes the rest. All N, a group, are graded and trained by one objective:
+
+    prompt | on-policy response ........... <eos>    reward r_1
+    prompt | on-policy response ..... <eos>          reward r_2
+      ...                                              ...       N - 1 on-policy rows
+    prompt | PREFIX PREFIX | continuation ... <eos>  reward r_N  1 hybrid row
+
+The task is to carry out instructions in the order of their labels A, B, C (`r` reverses the digits):
+
+    problem        137;B+9;Cr;A+6?
+    demonstration  137A+6=143;143B+9=152;152Cr=251;\\boxed{251}       (one training problem in four has one)
+
+Read from top to bottom. loss.py, sample.py and step.py are the same method with everything around it: other
+methods, micro-batches, several GPUs, exact resume. tests/test_one_file.py shows that both have the same gradient.
+Shapes in comments: B rows, T tokens of the longest row, V tokens of the vocabulary.
+"""
+
+import json
+import math
+import random
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import torch
+from torch import Tensor
+from torch.nn.utils.rnn import pad_sequence
+from tqdm import trange
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+from reward import grade
+
+# ---- settings; behind each the paper's
+
+MODEL = "data/base"  # Qwen2.5-Math-7B
+DATA = "data/recipes"  # OpenR1-Math-46k
+STEPS = 60  # 500
+PROBLEMS = 16  # 128 per step
+ROWS = 8  # 8, the N of a group
+UPDATES = 2  # 2 per step, each on a mini-batch of its own
+MAX_TOKENS = 96  # 8192 per response, prefix included
+SHORTEST, LONGEST = 0.05, 0.95  # 0.05 and 0.95 of the demonstration become the prefix
+ENTROPY_KEEP = 0.2  # 0.2 of the prefix tokens are trained
+CLIP = 0.2  # 0.2, of PPO's ratio
+LEARNING_RATE = 1e-4  # 1e-6
+MAX_GRAD_NORM = 1.0  # 1.0
+
+# Draw from softmax(logits) itself, because that is the distribution whose log-probs are trained. Every field is
+# named: one that is left out takes the value of the model's folder, and without one there top_k would be 50.
+SAMPLED = {"do_sample": True, "temperature": 1.0, "top_k": 0, "top_p": 1.0, "repetition_penalty": 1.0}
+GREEDY = {"do_sample": False, "repetition_penalty": 1.0}
+
+# ---- the rows of a step, and what the updates read of them
+
+
+@dataclass
+class Row:
+    """One response to one problem, as token ids. They are never decoded and encoded again, which can change them."""
+
+    prompt: list[int]
+    answer: str
+    prefix: list[int] = field(default_factory=list)  # start of the demonstration; empty in an on-policy row
+    response: list[int] = field(default_factory=list)  # prefix, what the policy wrote, <eos>
+    reward: float = 0.0
+
+
+def new_row(problem: dict, tokenizer) -> Row:
+    chat = [{"role": "user", "content": problem["problem"]}]
+    return Row(tokenizer.apply_chat_template(chat, add_generation_prompt=True, return_dict=False), problem["answer"])
+
+
+def new_group(problem: dict, progress: float, tokenizer) -> list[Row]:
+    """N rows to sample. If the problem has a demonstration, the last one is hybrid: it starts from a prefix.
+
+    The prefix is a random share of the demonstration, at most 95%. The least it can be falls from 95% to 5% along
+    half a cosine while `progress` goes from 0 to 1: first the policy ends solutions, then it writes more and more.
+    """
+    rows = [new_row(problem, tokenizer) for _ in range(ROWS)]
+    if "demonstrations" in problem:
+        demonstration = tokenizer.encode(random.choice(problem["demonstrations"]), add_special_tokens=False)
+        least = SHORTEST + (LONGEST - SHORTEST) * (1 + math.cos(math.pi * progress)) / 2
+        length = max(1, int(random.uniform(least, LONGEST) * len(demonstration)))
+        rows[-1].prefix = demonstration[: min(length, len(demonstration) - 1, MAX_TOKENS - 1)]
+    return rows
+
+
+@torch.no_grad()
+def respond(model, tokenizer, rows: list[Row], sampler: dict) -> None:
+    """Write and grade the response of every row. To `generate` a prefix is just the end of the prompt."""
+    inputs = [torch.tensor(row.prompt + row.prefix) for row in rows]
+    left = {"batch_first": True, "padding_side": "left"}  # so that all rows go on in the same column
+    output = model.generate(
+        input_ids=pad_sequence(inputs, padding_value=tokenizer.pad_token_id, **left),
+        attention_mask=pad_sequence([torch.ones_like(ids) for ids in inputs], **left),
+        max_new_tokens=MAX_TOKENS,
+        **sampler,
+    )
+    end = tokenizer.eos_token_id
+    for row, written in zip(rows, output[:, max(map(len, inputs)) :].tolist()):
+        length = written.index(end) + 1 if end in written else len(written)
+        row.response = (row.prefix + written[:length])[:MAX_TOKENS]
+        cut_off = row.response[-1] != end  # then it counts as wrong, with or without an answer
+        row.reward = 0.0 if cut_off else grade(tokenizer.decode(row.response[:-1]), row.answer)
+
+
+def advantages(rewards: Tensor, hybrid: Tensor) -> tuple[Tensor, Tensor]:
+    """How much better each row did than expected; rewards, hybrid [groups, N] -> for its own tokens, for its prefix.
+
+    An on-policy row and a prefix start from the prompt, so they are compared with the mean of the on-policy rows.
+    A continuation starts from the end of its prefix. No other row does, so it is compared with nothing and keeps
+    the whole reward. There is no division by a standard deviation (Dr. GRPO).
+    """
+    mean = (rewards * ~hybrid).sum(1, keepdim=True) / (~hybrid).sum(1, keepdim=True)  # of the on-policy rows
+    compared = rewards - mean
+    return torch.where(hybrid, rewards, compared), compared
+
+
+def token_stats(model, input_ids: Tensor) -> tuple[Tensor, Tensor]:
+    """Log-prob of every token but the first, and the entropy where it was drawn: [B, T] -> two of [B, T - 1].
+
+    Rows are padded on the right, where no token of a causal model looks: they need no attention mask.
+    """
+    log_p = model(input_ids=input_ids, use_cache=False).logits[:, :-1].log_softmax(-1)  # [B, T - 1, V]
+    log_probs = log_p.gather(2, input_ids[:, 1:, None]).squeeze(2)
+    return log_probs, -(log_p.exp() * log_p).sum(-1).detach()
+
+
+@torch.no_grad()
+def new_batch(model, tokenizer, rows: list[Row]) -> dict[str, Tensor]:
+    """All that the updates read of the rows, group after group. Column t is about token t + 1: [B, T - 1]."""
+    ids = [torch.tensor(row.prompt + row.response) for row in rows]
+    ids = pad_sequence(ids, batch_first=True, padding_value=tokenizer.pad_token_id)  # [B, T]
+    token = torch.arange(1, ids.shape[1])
+    begin = torch.tensor([[len(row.prompt)] for row in rows])  # [B, 1]: first token of the response,
+    own = begin + torch.tensor([[len(row.prefix)] for row in rows])  # of what the policy wrote,
+    end = begin + torch.tensor([[len(row.response)] for row in rows])  # and of the padding
+    prefix_mask = (begin <= token) & (token < own)
+    rewards = torch.tensor([row.reward for row in rows])
+    own_advantage, prefix_advantage = advantages(rewards.view(-1, ROWS), (own > begin).view(-1, ROWS))
+    # of a prefix token, too, the old log-prob is what the policy gave it: its ratio starts at 1 like all others
+    old_log_probs, entropy = token_stats(model, ids)
+    return {
+        "input_ids": ids,
+        "response_mask": (begin <= token) & (token < end),  # with <eos>, by position: <pad> can be the same id
+        "prefix_mask": prefix_mask,
+        "advantages": torch.where(prefix_mask, prefix_advantage.view(-1, 1), own_advantage.view(-1, 1)),
+        "old_log_probs": old_log_probs,
+        "entropy": entropy,
+    }
+
+
+# ---- the objective
+
+
+def entropy_clip(prefix_mask: Tensor, entropy: Tensor) -> Tensor:
+    """The prefix tokens of a mini-batch that are trained: the fifth with the highest entropy.
+
+    There the solution could have gone on in several ways, so the demonstration says most. All tokens of the long
+    prefixes would outweigh what the policy writes itself.
+    """
+    count = int(prefix_mask.sum())
+    ranked = entropy.masked_fill(~prefix_mask, -math.inf).flatten().sort(descending=True, stable=True).indices
+    kept = torch.zeros_like(prefix_mask)
+    kept.view(-1)[ranked[: count - int((1 - ENTROPY_KEEP) * count)]] = True
+    return kept
+
+
+def objective(model, batch: dict[str, Tensor]) -> Tensor:
+    """PPO's clipped surrogate of a mini-batch, as a loss. A prefix token is trained like any other."""
+    log_probs, _ = token_stats(model, batch["input_ids"])
+    ratio = (log_probs - batch["old_log_probs"]).exp()  # 1 in the first update of a step; its gradient is not 0
+    advantage = batch["advantages"]
+    surrogate = torch.minimum(ratio * advantage, ratio.clamp(1 - CLIP, 1 + CLIP) * advantage)
+    dropped = batch["prefix_mask"] & ~entropy_clip(batch["prefix_mask"], batch["entropy"])
+    # divided by a constant: a mean over tokens would blame each token of a wrong response less if it is long
+    return -surrogate[batch["response_mask"] & ~dropped].sum() / (len(ratio) * MAX_TOKENS)
+
+
+# ---- the run
+
+
+def accuracy(model, tokenizer, problems: list[dict]) -> float:
+    rows = [new_row(problem, tokenizer) for problem in problems]
+    respond(model, tokenizer, rows, GREEDY)
+    return sum(row.reward for row in rows) / len(rows)
+
+
+def main() -> None:
+    random.seed(0)
+    torch.manual_seed(0)
+    torch.set_num_threads(1)  # the model is too small to gain from a second one
+    tokenizer = AutoTokenizer.from_pretrained(MODEL)
+    model = AutoModelForCausalLM.from_pretrained(MODEL, dtype=torch.float32)  # bf16 would round small updates away
+    optimizer = torch.optim.AdamW(model.parameters(), LEARNING_RATE, betas=(0.9, 0.99), weight_decay=0.0)
+    files = [Path(DATA, name).read_text().splitlines() for name in ("train.jsonl", "validation.jsonl")]
+    train, validation = ([json.loads(line) for line in lines] for lines in files)
+    before = accuracy(model, tokenizer, validation)
+    bar = trange(STEPS, desc="Prefix-RFT")
+    for step in bar:
+        problems = random.sample(train, PROBLEMS)
+        rows = [row for problem in problems for row in new_group(problem, step / STEPS, tokenizer)]
+        respond(model, tokenizer, rows, SAMPLED)
+        batch = new_batch(model, tokenizer, rows)
+        for part in torch.arange(len(rows)).chunk(UPDATES):  # whole groups
+            objective(model, {name: values[part] for name, values in batch.items()}).backward()
+            torch.nn.utils.clip_grad_norm_(model.parameters(), MAX_GRAD_NORM)
+            optimizer.step()
+            optimizer.zero_grad()
+        bar.set_postfix(reward=f"{sum(row.reward for row in rows) / len(rows):.2f}")
+    after = accuracy(model, tokenizer, validation)
+    print(f"greedy accuracy on {len(validation)} validation problems: {before:.1%} before, {after:.1%} after")
+
+
+if __name__ == "__main__":
+    main()

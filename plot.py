@@ -2,10 +2,11 @@
 
     python plot.py runs/prefix-rft-001                           -> runs/prefix-rft-001/curves.png
     python plot.py runs/rft-001 runs/prefix-rft-001              -> curves.png and a table of several runs
-    python plot.py --group runs/prefix-rft-001 [STEP]            -> group-STEP.png and group-STEP.html in that folder
+    python plot.py --group runs/prefix-rft-001 [STEP]            -> group-STEP.png in that folder
+    python plot.py --page data/base runs/prefix-rft-001          -> page.html, the method in a browser
     python plot.py --compare evals/a evals/b [--beside-paper]    -> compare.png, and tables of evaluations
 
-The details stand in figures/curves.py, figures/comparison.py and figures/group_*.py.
+The details stand in figures/curves.py, figures/comparison.py, figures/group_*.py and figures/page.py.
 """
 
 import argparse
@@ -14,10 +15,10 @@ from pathlib import Path
 from evaluation.report import compare_tables, read_results
 from figures.comparison import draw_pass_at_k
 from figures.curves import compare_runs, draw
-from figures.figure import check_target
+from figures.figure import FORMATS, check_target
 from figures.group_figure import draw_group
 from figures.group_log import read_group
-from figures.group_page import group_html
+from figures.page import is_run, page_content, page_html
 from support.checkpoint import write_text
 from support.command import command
 from support.errors import InputError
@@ -32,16 +33,21 @@ def plot_runs(folders: list[Path], out: Path | None) -> None:
 
 
 def plot_group(words: list[str], out: Path | None) -> None:
-    """The recorded group of a step (the last one without it), as a picture and as a page beside it."""
+    """The recorded group of a step (the last one without it)."""
     folder, step = Path(words[0]), words[1] if len(words) > 1 else None
     if len(words) > 2 or (step and not step.isdecimal()):
         raise InputError(f"--group takes a run folder and a step, found {' '.join(words)!r}: --group RUN [STEP]")
     group = read_group(folder, int(step) if step else None)
-    target = out or folder / f"group-{group['step']}.png"
-    print(draw_group(group, target))
-    page = target.with_suffix(".html")
-    write_text(page, group_html(group))
-    print(page)
+    print(draw_group(group, out or folder / f"group-{group['step']}.png"))
+
+
+def write_page(folders: list[Path], problem: str | None, out: Path | None) -> None:
+    """One problem in a browser: its rollouts by each of the models, and every method's weights."""
+    target = out or (folders[0] / "page.html" if is_run(folders[0]) else Path("page.html"))
+    page = page_html(page_content(folders, problem))
+    target.parent.mkdir(parents=True, exist_ok=True)
+    write_text(target, page)
+    print(target)
 
 
 def plot_evaluations(folders: list[Path], out: Path | None, beside_paper: bool) -> None:
@@ -52,32 +58,41 @@ def plot_evaluations(folders: list[Path], out: Path | None, beside_paper: bool) 
 @command("plot.py")
 def main() -> None:
     parser = argparse.ArgumentParser(
-        description="Draw the curves of runs, a group of rollouts, or compare evaluations.", allow_abbrev=False
+        description="Draw the curves of runs, a group of rollouts, a page for the browser, or compare evaluations.",
+        allow_abbrev=False,
     )
     parser.add_argument("folders", nargs="*", type=Path, metavar="FOLDER", help="run folders; evaluation folders")
     parser.add_argument(
         "--group", nargs="+", metavar="RUN", help="a run folder, and a step: draw the group of that step"
     )
+    parser.add_argument(
+        "--page", action="store_true", help="the folders are runs or models: one problem in a browser"
+    )
+    parser.add_argument("--problem", metavar="ID", help="with --page: which problem, one with a demonstration")
     parser.add_argument("--compare", action="store_true", help="the folders are evaluations: set them side by side")
     parser.add_argument("--beside-paper", action="store_true", help="with --compare: add the paper's results")
     parser.add_argument(
         "--out",
         type=Path,
         help="the figure's file (default: curves.png in the run's folder; of several runs curves.png, with --compare "
-        "compare.png, in the current folder; with --group group-STEP.png in the run's folder)",
+        "compare.png, in the current folder; with --group group-STEP.png, with --page page.html in the run's folder)",
     )
     args = parser.parse_args()
     if args.out:
-        check_target(args.out)
+        check_target(args.out, (".html",) if args.page else FORMATS)
     resolved = [folder.resolve() for folder in args.folders]
     if twice := [folder for i, folder in enumerate(args.folders) if resolved[i] in resolved[:i]]:
         raise InputError(f"{twice[0]} is given twice: name each folder once")
     if args.beside_paper and not args.compare:
         raise InputError("--beside-paper needs --compare and evaluation folders")
-    if bool(args.group) == bool(args.folders) or (args.group and args.compare):
-        raise InputError("give run folders, or --group RUN [STEP], or --compare and evaluation folders")
+    if args.problem and not args.page:
+        raise InputError("--problem needs --page and a run or a model")
+    if bool(args.group) == bool(args.folders) or bool(args.group) + args.compare + args.page > 1:
+        raise InputError("give run folders, or --group RUN [STEP], or --page or --compare and folders")
     if args.group:
         plot_group(args.group, args.out)
+    elif args.page:
+        write_page(args.folders, args.problem, args.out)
     elif args.compare:
         plot_evaluations(args.folders, args.out, args.beside_paper)
     else:

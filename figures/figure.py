@@ -55,12 +55,12 @@ def in_percent(share: float, _: object = None) -> str:
     return f"{100 * share:.4g}"
 
 
-def check_target(target: Path) -> None:
-    """InputError if no figure can be written to `target`."""
+def check_target(target: Path, formats: tuple[str, ...] = FORMATS) -> None:
+    """InputError if no figure of one of the `formats` can be written to `target`."""
     if target.is_dir():
         raise InputError(f"{target} is a folder: name the figure's file, for example --out {target / 'curves.png'}")
-    if target.suffix and target.suffix.lower() not in FORMATS:
-        kinds = ", ".join(FORMATS)
+    if target.suffix and target.suffix.lower() not in formats:
+        kinds = ", ".join(formats)
         raise InputError(f"{target}: a figure is not written as {target.suffix}: end its name with one of {kinds}")
     above = next(parent for parent in target.absolute().parents if parent.exists())
     if not above.is_dir():

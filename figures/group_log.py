@@ -11,7 +11,7 @@ A line is {"step", "method", "id", "problem", "answer", "prompt": [token, …], 
     kept                 0 where the method takes a token's weight away (loss.weight_mask)
     weight               w under the policy that sampled (loss.token_weights)
 
-train.py writes it; figures/group_figure.py and figures/group_page.py draw it.
+train.py writes it; figures/group_figure.py draws it.
 """
 
 from pathlib import Path

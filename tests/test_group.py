@@ -1,10 +1,8 @@
-"""A group of rollouts: the log is checked; picture and page show each token's source, entropy, fate and weight."""
+"""A group of rollouts: the log is checked; the picture shows each token's source, entropy, fate and weight."""
 
 import copy
 import json
 import math
-import re
-from html.parser import HTMLParser
 from pathlib import Path
 
 import pytest
@@ -13,7 +11,6 @@ from test_plot import run
 
 from figures import group_log
 from figures.group_figure import LEFT, LINES, RIGHT, draw_group, flow, group_figure
-from figures.group_page import group_html
 
 HOSTILE = "</title></style><script>window.hacked=1</script>\"'><img src=x onerror=hacked()>&lt;"
 
@@ -94,11 +91,11 @@ def test_a_damaged_log_is_told_by_line_and_field(folder, group, monkeypatch, cap
     assert [file.name for file in folder.iterdir()] == ["groups.jsonl"]
 
 
-def test_the_command_writes_a_picture_and_a_page(folder, monkeypatch, capsys):
+def test_the_command_writes_a_picture(folder, monkeypatch, capsys):
     capsys.readouterr()
     assert run(monkeypatch, "--group", folder) == 0
     assert run(monkeypatch, "--group", folder, 1, "--out", folder / "new" / "a.png") == 0
-    files = [folder / "group-20.png", folder / "group-20.html", folder / "new" / "a.png", folder / "new" / "a.html"]
+    files = [folder / "group-20.png", folder / "new" / "a.png"]
     assert capsys.readouterr().out.split() == [str(file) for file in files]
     assert all(file.stat().st_size > 3_000 for file in files)
 
@@ -217,65 +214,3 @@ def test_any_text_can_be_drawn(group, tmp_path, recwarn):
     assert draw_group(group, tmp_path / "g.png").stat().st_size > 10_000
     assert not [warning for warning in recwarn if "Glyph" in str(warning.message)]
     draw_group(group | {"prompt": [], "rows": [a_row("")]}, tmp_path / "empty.png")
-
-
-# ---- the page
-
-
-class Page(HTMLParser):
-    """The tags of a page, its text, and what is said of each token on hover."""
-
-    def __init__(self, html: str):
-        super().__init__()
-        self.tags, self.said, self.words, self.attributes = [], [], "", []
-        self.feed(html)
-
-    def handle_starttag(self, tag, attributes):
-        self.tags.append(tag)
-        self.attributes += attributes
-        if "data-said" in dict(attributes):
-            self.said.append(dict(attributes)["data-said"])
-
-    def handle_data(self, data):
-        self.words += data
-
-
-def test_the_page_says_every_number_of_a_token(group):
-    page = Page(group_html(group))
-    assert len(page.said) == 9
-    assert page.said[0] == "'a'   id 100   own   entropy 0.250 nats   kept   w = +0.50"
-    assert page.said[5] == "'W'   id 100   prefix   entropy 0.000 nats   dropped   w = 0"
-    assert page.said[8] == "'z'   id 103   continuation   entropy 1.000 nats   kept   w = +1.00"
-    assert "A = −0.50" in page.words and "right answer: 2" in page.words
-    group["rows"][0]["tokens_total"] = 315
-    assert "… 312 more" in Page(group_html(group)).words
-
-
-def test_the_page_draws_entropy_and_weight(group):
-    """Bars of the lanes: |w| = 1 and 2 nats are full ones; a negative weight hangs from the middle."""
-    html = group_html(group)
-    lanes = re.findall(
-        r'class="e"><i style="height:([\d.]+)px.*?class="w"><i style="height:([\d.]+)px;(\w+):50%', html
-    )
-    assert len(lanes) == 9
-    assert [float(entropy) for entropy, _, _ in lanes[5:]] == [0, 12, 3, 6]
-    assert [(float(weight), side) for _, weight, side in lanes[3:5]] == [(4.5, "top")] * 2
-    assert [(float(weight), side) for _, weight, side in (lanes[0], lanes[6], lanes[8])] == [
-        (4.5, "bottom"),
-        (2.2, "bottom"),
-        (9, "bottom"),
-    ]
-
-
-def test_hostile_text_stays_text_and_nothing_is_fetched(group):
-    plain = Page(group_html(group | {"prompt": ["1", "2"]}))
-    group |= dict.fromkeys(("method", "id", "problem", "answer"), HOSTILE) | {"prompt": ["<b>", HOSTILE]}
-    group["rows"][0]["tokens"] = ["<script>", HOSTILE, "&amp;"]
-    html = group_html(group)
-    page = Page(html)
-    assert page.tags == plain.tags and not {"script", "img", "link", "iframe"} & set(page.tags)
-    assert not [name for name, _ in page.attributes if name.startswith("on") or name in ("src", "href")]
-    assert f"right answer: {HOSTILE}" in page.words
-    assert page.said[0].startswith("'<script>'") and page.said[2].startswith("'&amp;'")
-    assert "url(" not in html and "@import" not in html and not re.search(r"https?:", html)
-    assert ("content", "default-src 'none'; style-src 'unsafe-inline'") in page.attributes

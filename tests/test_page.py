@@ -1,0 +1,248 @@
+"""The page of a problem: its numbers are the training step's, in a real browser too, where there is one."""
+
+import copy
+import functools
+import itertools
+import json
+import shutil
+from pathlib import Path
+
+import pytest
+import torch
+
+from data.loader import encode_problems, load_problems
+from figures.page import CUTS, page_content, page_html
+from loss import METHODS, Method, entropy_clip, token_weights, variant
+from model import load_model
+from reward import MATH
+from step import Batch, Data, Run, mini_batch, rollout_batch
+from support.config import Config
+
+BASE, ID = Path("data/base"), "train-0304"  # of its 8 rows the base has 3 right
+HOSTILE = ["</script><script>window.hacked = 1</script>", "<img src=x onerror=window.hacked=1>", "'\"`${1}&lt;"]
+HOSTILE += ["a\nb", "\u2028", "😀", "\x00", "DATA"]
+FLAGS = "--headless --no-sandbox --disable-gpu --disable-quic --no-first-run --disable-background-networking "
+FLAGS += "--disable-component-update --disable-sync"
+
+
+@pytest.fixture(scope="module")
+def content() -> dict:
+    """Of the shipped base, and of a second model, which is the same by another name."""
+    content = page_content([BASE], ID)
+    content["models"].append(content["models"][0] | {"name": "again"})
+    return content
+
+
+@pytest.fixture(scope="module")
+def browser(tmp_path_factory):
+    selenium = pytest.importorskip("selenium.webdriver")
+    paths = [shutil.which(name) for name in ("chromium", "chromedriver")]
+    if not all(paths):
+        pytest.skip("needs chromium and chromedriver")
+    options = selenium.ChromeOptions()
+    options.binary_location = paths[0]
+    for flag in [*FLAGS.split(), f"--user-data-dir={tmp_path_factory.mktemp('chromium')}"]:
+        options.add_argument(flag)
+    options.set_capability("goog:loggingPrefs", {"browser": "ALL"})
+    driver = selenium.Chrome(options=options, service=selenium.ChromeService(paths[1]))
+    yield driver
+    driver.quit()
+
+
+@pytest.fixture
+def shown(browser, tmp_path):
+    """shown(content): the browser, with the page in it."""
+
+    def show(content: dict):
+        file = tmp_path / "page.html"
+        file.write_text(page_html(content), encoding="utf-8")
+        browser.get(file.as_uri())
+        assert not browser.get_log("browser")  # no error
+        return browser
+
+    return show
+
+
+def choose(page, **values: object) -> None:
+    """Give controls their values, as a hand would."""
+    for name, value in values.items():
+        change = "controls[arguments[0]].value = arguments[1]; byId('controls').dispatchEvent(new Event('input'))"
+        page.execute_script(change, name, value)
+
+
+def text(page, selector: str) -> str:
+    return page.find_element("css selector", selector).text
+
+
+@pytest.fixture(scope="module")
+def trained():
+    """trained(name): the weights of a training step, row after row, whose cut is one half, as step.py has them."""
+    problem = next(problem for problem in load_problems(Config.data) if problem.id == ID)
+    model, tokenizer = load_model(str(BASE))
+    encoded, *_ = encode_problems(tokenizer, [problem], Config.max_response_tokens, [tokenizer.eos_token_id], MATH)
+
+    def a_run(method: Method) -> Run:
+        return Run(Config(), method, model, tokenizer, MATH, Data([problem], encoded, encoded, {}), None)
+
+    @functools.cache
+    def sampled(rows: str, baseline: str | None, scale_by_std: bool | None) -> Batch:
+        method = Method("", rows, schedule="constant", baseline=baseline, scale_by_std=scale_by_std)
+        return rollout_batch(a_run(method), [0], 0)
+
+    def weights(name: str) -> list[list[float]]:
+        run = a_run(METHODS[name])
+        batch = sampled(run.method.rows, run.method.baseline, run.method.scale_by_std)
+        rows = torch.arange(8) if "rl" in run.method.stages else torch.tensor([7])  # the demonstration
+        demonstration_tokens = int(batch.rollouts.prefix_mask[rows].sum())
+        normalizer = 8 * run.config.max_response_tokens if len(rows) == 8 else demonstration_tokens
+        w = token_weights(run.method, mini_batch(run, batch, rows, normalizer, 0.0, ()))
+        return [w[i, batch.rollouts.response_mask[i]].tolist() for i in rows]
+
+    return weights
+
+
+def test_every_weight_is_that_of_a_training_step(content, trained, shown):
+    """Of each method, with the demonstration cut in half: sampled, graded, compared, ranked and weighed alike."""
+    page = shown(content)
+    names = [method["name"] for method in content["methods"]]
+    assert sorted(names + content["missing"]) == sorted(METHODS) and len(names) >= 22
+    for name in names:
+        choose(page, method=name, cut=CUTS.index(50), keep=20)
+        rows = page.execute_script("return rowsOfGroup().map((row) => [row.label, row.tokens.map((t) => t.weight)])")
+        found = [weights for _, weights in sorted(rows)]
+        for row, expected in zip(found, trained(name), strict=True):
+            assert row == pytest.approx(expected, rel=1e-4, abs=1e-9), name
+
+
+def test_the_clip_ranks_as_the_loss_does(content, shown):
+    page, generator = shown(content), torch.Generator().manual_seed(0)
+    for n in (0, 1, 10, 37):
+        entropy = (torch.rand(3, 60, generator=generator) * 8).round() / 8  # many ties
+        mask = torch.zeros(3, 60, dtype=torch.bool)
+        mask[2, :n] = mask[0, : n // 2] = True
+        rows = [{"entropy": e.tolist(), "given": int(m.sum()), "ids": [0] * 60} for e, m in zip(entropy, mask)]
+        for keep in (0, 5, 20, 33, 90, 100):
+            for select in ("high", "low"):
+                method = {"clip": select, "clips_all": False}
+                kept = page.execute_script("return entropyClip(...arguments)", rows, method, keep / 100)
+                expected = entropy_clip(mask, entropy, keep / 100, select)
+                assert kept == [e[m].tolist() for e, m in zip(expected, mask)], (n, keep, select)
+
+
+def test_a_hand_moves_everything(content, shown):
+    from selenium.webdriver import ActionChains, Keys
+    from selenium.webdriver.support.select import Select
+
+    page = shown(content)
+    page.find_element("id", "cut").send_keys(Keys.HOME, *[Keys.ARROW_RIGHT] * CUTS.index(80))
+    page.find_element("id", "keep").send_keys(Keys.HOME, *[Keys.ARROW_RIGHT] * 33)
+    page.find_element("id", "model").send_keys(Keys.ARROW_RIGHT)
+    Select(page.find_element("id", "method")).select_by_visible_text("prefix-rft")
+    group = content["models"][0]["groups"]["prefix-rft"][CUTS.index(80)]
+    hybrid = content["models"][0]["rows"][group["rows"][-1]]
+    n = hybrid["given"]
+    kept = n - int(0.67 * n + 1e-9)
+    assert text(page, "output[for=cut]") == f"80%: {n} tokens given"
+    assert text(page, "output[for=keep]") == f"keeps 33%: {kept} of {n} tokens"
+    assert text(page, "output[for=model]") == "again (2 of 2)"
+    own, prefix = group["advantages"][-1]
+    first = page.find_element("css selector", ".t.kept")
+    ActionChains(page).move_to_element(first).perform()
+    place = int(first.get_attribute("data-place"))
+    token = text(page, "#token")
+    assert f"token {place + 1} of row 8 hybrid" in token and f"{hybrid['entropy'][place]:.4g} nats" in token
+    assert f"w = I·A·r = 1·{prefix:.4g}·1 = +{prefix:.4g}" in token
+    assert text(page, "#sums").splitlines()[:2] == ["prefix", f"{kept * prefix:.4g}"]
+    page.find_element("css selector", "[tabindex='0']").send_keys(*[Keys.ARROW_RIGHT] * (n - place))
+    assert f"continuation, token {n + 1} of row 8 hybrid" in text(page, "#token")
+    assert f"= +{own:.4g}" in text(page, "#token code")
+    page.switch_to.active_element.send_keys(Keys.ARROW_DOWN)
+    assert "of row 1 on-policy" in text(page, "#token h2")
+    Select(page.find_element("id", "method")).select_by_visible_text("luffy")
+    assert not page.find_element("id", "cut").is_enabled()
+
+
+def test_texts_of_others_are_shown_and_nothing_runs(content, shown):
+    content = copy.deepcopy(content)
+    model, tokens = content["models"][0], 4000
+    model["texts"] = {id: HOSTILE[int(id) % len(HOSTILE)] for id in model["texts"]}
+    ids = [int(id) for id in model["texts"]]
+    model["rows"][0] |= {"ids": (ids * tokens)[:tokens], "p": [0.5] * tokens, "entropy": [0.5] * tokens}
+    for group in itertools.chain.from_iterable(model["groups"].values()):
+        group["weights"][0] = [[0.5, tokens]] if group["rows"][0] == 0 else group["weights"][0]
+    model |= {"name": HOSTILE[1], "prompt": ids[:1]}
+    page = shown(content | {"answer": HOSTILE[0]})
+    cells = page.execute_script("return shown[1].cells.map((cell) => cell.textContent)")
+    seen = [*[hostile.replace(" ", "·") for hostile in HOSTILE[:3]], "a↵b", "↵", "😀", "\x00", "DATA"]
+    assert cells == [seen[ids[t % len(ids)] % len(HOSTILE)] for t in range(tokens)]
+    assert text(page, "#answer") == HOSTILE[0] and HOSTILE[1] in text(page, "output[for=model]")
+    assert page.execute_script("return window.hacked === undefined && document.querySelector('img') === null")
+
+
+def test_it_can_be_read_on_a_phone_and_in_the_dark(content, shown):
+    page = shown(content)
+    size = {"width": 360, "height": 740, "deviceScaleFactor": 1, "mobile": True}
+    page.execute_cdp_cmd("Emulation.setDeviceMetricsOverride", size)
+    dark = {"features": [{"name": "prefers-color-scheme", "value": "dark"}]}
+    page.execute_cdp_cmd("Emulation.setEmulatedMedia", dark)
+    smallest, width, paper = page.execute_script(
+        "return [Math.min(...[...document.body.querySelectorAll('*')].map((e) => parseFloat(getComputedStyle(e)"
+        ".fontSize))), document.scrollingElement.scrollWidth, getComputedStyle(document.body).backgroundColor]"
+    )
+    assert smallest >= 12 and width <= 360 and paper == "rgb(22, 22, 22)"
+    page.execute_cdp_cmd("Emulation.clearDeviceMetricsOverride", {})
+
+
+# ---- without a browser
+
+
+def a_run(folder: Path, rows: list[dict], groups: list[str]) -> Path:
+    """A run folder whose data are `rows`, with a recorded group of each of the problems `groups`."""
+    folder.mkdir()
+    (folder / "data.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    (folder / "config.json").write_text(json.dumps({"method": "rft", "data": str(folder / "data.jsonl")}))
+    (folder / "metrics.jsonl").write_text("")
+    shutil.copytree(BASE, folder / "final")
+    fields = {"method": "rft", "problem": "", "answer": "", "prompt": []}
+    row = {"hybrid": False, "complete": False, "reward": 0, "truncated": False, "advantage": 0, "tokens_total": 0}
+    row |= {"prefix_advantage": 0, "tokens": [], "ids": [], "source": [], "entropy": [], "kept": [], "weight": []}
+    lines = [json.dumps({"step": i, "id": name, "rows": [row], **fields}) for i, name in enumerate(groups, 1)]
+    if groups:
+        (folder / "groups.jsonl").write_text("\n".join(lines) + "\n")
+    return folder
+
+
+PROBLEM = {"id": "p", "problem": "329;Cr;B-7;A+4?", "answer": "1"}
+
+
+def test_a_run_without_demonstrations_is_shown(tmp_path, shown):
+    content = page_content([a_run(tmp_path / "run", [PROBLEM, PROBLEM | {"id": "q"}], ["p", "q"])])
+    shown_methods = {method["name"] for method in content["methods"]}
+    assert shown_methods == {name for name, method in METHODS.items() if not method.needs_demonstrations}
+    page = shown(content)
+    assert "plays no part" in text(page, "output[for=cut]") and "8 on-policy" in text(page, "#rows")
+
+
+def test_what_cannot_be_shown_is_one_line(tmp_path, refused):
+    run = a_run(tmp_path / "run", [PROBLEM], [])
+    assert "has no groups.jsonl" in refused("plot.py", "--page", run)
+    assert "no demonstration" in refused("plot.py", "--page", run, "--problem", "p")
+    assert "did you mean p?" in refused("plot.py", "--page", run, "--problem", "pp")
+    (run / "config.json").write_text(json.dumps({"reward": "own.py", "data": str(run / "data.jsonl")}))
+    assert "was graded by own.py" in refused("plot.py", "--page", run)
+    assert "neither a folder that exists nor a hub name" in refused("plot.py", "--page", tmp_path / "none")
+    assert "holds no *.safetensors" in refused("plot.py", "--page", without_weights(tmp_path / "model"))
+    assert "--problem needs --page" in refused("plot.py", "--problem", "p", run)
+    assert "as .png" in refused("plot.py", "--page", BASE, "--out", tmp_path / "page.png")
+
+
+def without_weights(folder: Path) -> Path:
+    return shutil.copytree(BASE, folder, ignore=shutil.ignore_patterns("*.safetensors"))
+
+
+def test_a_new_method_appears_by_itself(tmp_path, monkeypatch):
+    monkeypatch.setitem(METHODS, "mine", variant(METHODS["prefix-rft"], baseline="group"))
+    run = a_run(tmp_path / "run", [PROBLEM | {"answer": "7", "demonstrations": ["\\boxed{7}"]}], ["p"])
+    content = page_content([run])
+    assert "mine" in {method["name"] for method in content["methods"]}
+    assert len(content["models"][0]["groups"]["mine"]) == len(CUTS)

@@ -29,6 +29,7 @@ from reward import Reward, load_reward
 from sample import pack
 from step import Batch, Data, Run, mini_batch, old_stats, plan, sample_and_grade
 from support.config import Config, formula, parse_config, suggest
+from support.errors import InputError
 
 CUTS = range(0, 100, 5)  # per cent of the demonstration
 TEMPLATE = Path(__file__).with_name("page.html")
@@ -54,13 +55,13 @@ def page_content(models: list[Path], wanted: str | None = None) -> dict[str, Any
     """What the page shows of one problem; each of `models` is a model folder or a run's, whose last model is taken.
 
     The settings and the data are those of the first run among them; without one, of the embedded task. `wanted` is
-    the id of a problem with a demonstration. ValueError, one line, where one of all this is wrong.
+    the id of a problem with a demonstration. InputError, one line, where one of all this is wrong.
     """
     run = next(filter(is_run, models), None)
     config = parse_config(["--config", str(run / "config.json")]) if run else Config()
     config = dataclasses.replace(config, coefficient=None)  # each method has its own
     if config.reward not in ("math", "exact"):
-        raise ValueError(f"{run} was graded by {config.reward}, and code that a run names is not run: give a model")
+        raise InputError(f"{run} was graded by {config.reward}, and code that a run names is not run: give a model")
     reward = load_reward(config.reward)
     recorded = [group["id"] for group in read_groups(run)] if run and wanted is None else []
     problem = choose_problem(load_problems(config.data, reward), wanted, recorded)
@@ -85,9 +86,9 @@ def choose_problem(problems: list[Problem], wanted: str | None, recorded: list[s
         candidates = [known[name] for name in reversed(recorded) if name in known] + problems
         return next((problem for problem in candidates if problem.demonstrations), candidates[0])
     if wanted not in known:
-        raise ValueError(f"--problem {wanted!r:.80} is not in the data{suggest(wanted, list(known)[:9])}")
+        raise InputError(f"--problem {wanted!r:.80} is not in the data{suggest(wanted, list(known)[:9])}")
     if not known[wanted].demonstrations:
-        raise ValueError(f"--problem {wanted!r:.80} has no demonstration: name one that has")
+        raise InputError(f"--problem {wanted!r:.80} has no demonstration: name one that has")
     return known[wanted]
 
 
@@ -133,7 +134,7 @@ def model_content(folder: Path, problem: Problem, reward: Reward, config: Config
     ends, budget = model.generation_config.eos_token_id, config.max_response_tokens
     encoded = encode_problems(tokenizer, [problem], budget, ends, reward)[0][0]
     if problem.demonstrations and not encoded.demonstrations:
-        raise ValueError(
+        raise InputError(
             f"no demonstration of {problem.id!r} is right and fits {budget} tokens: give another --problem"
         )
     check_window(window_of(model.config), len(encoded.prompt_ids), budget, "max_response_tokens", "the prompt")

@@ -15,6 +15,7 @@ import torch
 import torch.multiprocessing as processes
 from conftest import ALL_WRONG, BY_LENGTH, rounding
 from test_step import make_run
+from torch.distributed.fsdp import CPUOffloadPolicy, FSDPModule
 from torch.distributed.tensor import DTensor
 from transformers import AutoModelForCausalLM, AutoTokenizer, GenerationConfig, LlamaConfig, LlamaForCausalLM
 
@@ -290,6 +291,19 @@ def alone():
     yield
     distributed.stop()
     loaded.cache_clear()
+
+
+@pytest.mark.parametrize("method", ["sft", "luffy"])
+def test_gradients_of_micro_batches_add_up_in_host_memory(results, alone, monkeypatch, method):
+    """--offload, without a GPU: two steps of several passes an update (SFT baselines were published that had lost all
+    but the last one's gradient [2604.23747]), against the same in one process without."""
+    in_host_memory = functools.partial(CPUOffloadPolicy, pin_memory=False)
+    monkeypatch.setattr(distributed, "OffloadPolicy", in_host_memory)
+    folder, one, _ = results
+    passes, forward = [], steps.forward
+    monkeypatch.setattr(steps, "forward", lambda *words: passes.append(words[2]) or forward(*words))
+    assert_same(method, one[method], some_steps(folder, method))
+    assert isinstance(loaded(folder, method == "luffy")[0], FSDPModule) and len(passes) > 4  # updates: 2 and 4
 
 
 def test_bf16_compute_keeps_fp32_weights(results, alone, monkeypatch):

@@ -221,7 +221,7 @@ def test_updates_that_bf16_weights_would_lose_are_kept(folder, one_gpu):
 
 @pytest.mark.parametrize("offload", [False, True])
 def test_a_step_with_recompute_and_offload(folder, one_gpu, tmp_path, offload):
-    """The first gradient, of several passes, is that of one pass without; the model is saved as it is and loads again."""
+    """The first gradient, of several passes, is that of one pass without; the model is saved and loads again."""
     norms = {}
     for saving in (False, True):
         how = {"recompute": saving, "offload": saving and offload}

@@ -6,8 +6,7 @@ A step of reinforcement (`rl_step`):
               -> grade                                 0 to 1; a response cut off by the budget gets 0
               -> (hpt, rescue) `second_chance`         groups without a right row are replaced or sampled again
               -> advantages                            of each row's own tokens and of its prefix
-              -> old log-probs and entropies           one forward pass, before the first update; rows that its own
-                                                       pass can give them are left to it (`first_pass_gives`)
+              -> old log-probs and entropies           one forward pass, before the first update
               -> for each mini-batch: weight_mask, then micro-batches: token_stats, token_weights, loss, backward;
                  clip the gradient, AdamW
               -> (relift) one update on demonstrations of collected problems
@@ -32,11 +31,10 @@ from model import token_stats
 from reward import Reward, grade_all
 from sample import Rollouts, Row, generate, pack, plan_group, torch_generator
 from support.config import Config
-from support.distributed import clip_gradients, sum_over_ranks
+from support.distributed import clip_gradients, sum_over_ranks, world_size
 from support.micro_batches import rank_micro_batches
 from support.record import example_rows, group_record, step_metrics
 
-NO_GROUPS = torch.tensor([], dtype=torch.long)
 RESCUE_FRACTIONS = (0.25, 0.5, 0.75)  # of a demonstration, one after the other [GHPO: characters, here tokens]
 SKIPPED = {"skipped": 1, "weighted": 0, "loss": None, "grad_norm": None}  # what an update is that was not made
 
@@ -197,25 +195,13 @@ class Batch:
     rewards: Tensor  # [B]
     response_advantage: Tensor  # [B]
     prefix_advantage: Tensor  # [B]
-    old_log_probs: Tensor  # [B, R] of the sampling policy; 0 in a deferred row, up to the first update
-    entropy: Tensor  # [B, R] the same
-    deferred: Tensor  # [B] bool: rows that get both from the pass of the first update
+    old_log_probs: Tensor  # [B, R] of the sampling policy
+    entropy: Tensor  # [B, R] of the sampling policy
+    passed: Tensor  # [B] bool: rows whose old log-probs were taken before the update; the others get them in it
     fractions: Tensor  # [B] share of the demonstration a row was given
     sampled_tokens: int = 0
     drawn_log_probs: Tensor | None = None  # [n] of the own tokens, row after row, as the sampler had them
     first_try: Graded | None = None  # what was sampled before any second chance
-
-    def settle(self, rows: Tensor, log_probs: Tensor, entropy: Tensor) -> None:
-        """Give the deferred ones of `rows` what the pass before any update found; log_probs, entropy [b, r]."""
-        late, width = self.deferred[rows], log_probs.shape[1]
-        self.old_log_probs[rows[late], :width], self.entropy[rows[late], :width] = log_probs[late], entropy[late]
-
-    def share_settled(self) -> None:
-        """Every deferred row on every rank; then none is."""
-        if self.deferred.any():
-            for values in (self.old_log_probs, self.entropy):
-                values[self.deferred] = sum_over_ranks(values[self.deferred])
-            self.deferred[:] = False
 
 
 def forward(model: PreTrainedModel, rollouts: Rollouts, rows: Tensor, temperature: float) -> tuple[Tensor, Tensor]:
@@ -227,12 +213,12 @@ def forward(model: PreTrainedModel, rollouts: Rollouts, rows: Tensor, temperatur
 
 @torch.no_grad()
 def old_stats(
-    model: PreTrainedModel, rollouts: Rollouts, config: Config, deferred: Tensor | None = None
+    model: PreTrainedModel, rollouts: Rollouts, config: Config, wanted: Tensor | None = None
 ) -> tuple[Tensor, Tensor]:
-    """Log-probs and entropies of the sampling policy, [B, R]; 0 in rows that are `deferred` [B]."""
+    """Log-probs and entropies of the sampling policy, [B, R]; 0 in rows that are not `wanted` [B]."""
     log_probs = torch.zeros(rollouts.response_mask.shape)
     entropy = torch.zeros_like(log_probs)
-    wanted = torch.ones(len(rollouts.texts), dtype=torch.bool) if deferred is None else ~deferred
+    wanted = torch.ones(len(rollouts.texts), dtype=torch.bool) if wanted is None else wanted
     for rows, counts in rank_micro_batches(rollouts, wanted.nonzero().squeeze(1), config.micro_batch_tokens):
         found = forward(model, rollouts, rows, config.temperature)
         if counts:
@@ -241,20 +227,21 @@ def old_stats(
     return sum_over_ranks(log_probs), sum_over_ranks(entropy)
 
 
-def first_pass_gives(method: Method, rollouts: Rollouts, response_advantage: Tensor, groups: Tensor) -> Tensor:
-    """Rows [B] bool whose old log-probs the first update, that of `groups`, finds: pi is still what sampled.
+def passed_before(method: Method, config: Config, rollouts: Rollouts, response_advantage: Tensor) -> Tensor:
+    """Rows [B] bool whose old log-probs are taken before the first update.
 
-    These are its on-policy rows with an advantage. Not rows that an entropy clip ranks, which it does before the
-    update; nor rows without a weight, which no update passes; nor those of later updates.
+    All of them, but where a step has one update, on one process: there pi is still the policy that sampled, and the
+    pass of the update gives both. Not for rows that an entropy clip ranks before the update, nor for rows without
+    an advantage, which the update leaves out.
     """
-    if method.entropy_clip and method.rows == "on_policy":  # ranks every token
-        return torch.zeros_like(rollouts.hybrid)
-    return torch.isin(rollouts.group, groups) & (response_advantage != 0) & ~rollouts.prefix_mask.any(1)
+    everything = config.updates_per_step > 1 or world_size() > 1
+    if everything or (method.entropy_clip and method.rows == "on_policy"):
+        return torch.ones_like(rollouts.hybrid)
+    return rollouts.prefix_mask.any(1) | (response_advantage == 0)
 
 
-def rollout_batch(run: Run, picked: Sequence[int], step: int, first_groups: Tensor = NO_GROUPS) -> Batch:
-    """Sample, grade and compare: the batch of one step of reinforcement. `first_groups`: those of the first update,
-    where it follows at once and gives its rows their old log-probs."""
+def rollout_batch(run: Run, picked: Sequence[int], step: int) -> Batch:
+    """Sample, grade and compare: the batch of one step of reinforcement."""
     config, method = run.config, run.method
     rows = plan(run, picked, range(len(picked)), step, config.rollouts_per_prompt, rows=method.rows)
     first_try = sample_and_grade(run, picked, rows)
@@ -264,10 +251,10 @@ def rollout_batch(run: Run, picked: Sequence[int], step: int, first_groups: Tens
     scale_by_std = config.scale_by_std if method.scale_by_std is None else method.scale_by_std
     compared = advantages(rewards, rollouts.group, rollouts.hybrid, baseline, scale_by_std)
     fractions = torch.tensor([row.fraction for row in graded.rows])
-    deferred = first_pass_gives(method, rollouts, compared[0], first_groups)
-    old = old_stats(run.model, rollouts, config, deferred)
+    passed = passed_before(method, config, rollouts, compared[0])
+    old = old_stats(run.model, rollouts, config, passed)
     drawn = torch.tensor([value for log_probs in graded.log_probs for value in log_probs])
-    return Batch(rollouts, rewards, *compared, *old, deferred, fractions, graded.sampled_tokens, drawn, first_try)
+    return Batch(rollouts, rewards, *compared, *old, passed, fractions, graded.sampled_tokens, drawn, first_try)
 
 
 def demonstration_batch(run: Run, problems: Sequence[Encoded], step: int) -> Batch:
@@ -277,7 +264,7 @@ def demonstration_batch(run: Run, problems: Sequence[Encoded], step: int) -> Bat
     rows = [row for i, problem in enumerate(problems) for row in plan_group(problem, i, **settings)]
     rollouts = pack(rows, [row.prefix_ids for row in rows], run.model, run.tokenizer)
     none, zeros = torch.zeros(len(rows)), torch.zeros(rollouts.response_mask.shape)
-    return Batch(rollouts, none, none, none, zeros, zeros, none.bool(), torch.ones(len(rows)))
+    return Batch(rollouts, none, none, none, zeros, zeros.clone(), none.bool(), torch.ones(len(rows)))
 
 
 # ---- one update
@@ -324,7 +311,7 @@ def update(
 
     The gradient is that of the whole mini-batch whatever the micro-batches are. Rows without any weight are left out
     of the forward pass (Z stays); without any row there is no optimizer step. Where an old log-prob, the loss or the
-    gradient is not finite the update is SKIPPED, on every rank. Deferred rows get old log-probs and entropies here.
+    gradient is not finite the update is SKIPPED, on every rank.
     """
     config, method, model = run.config, run.method, run.model
     has_weight = token_weights(method, tokens) != 0
@@ -341,21 +328,21 @@ def update(
     if not batch.old_log_probs.isfinite().all():
         run.skipped += 1
         return sums | SKIPPED
-    active = (has_weight.any(1) | batch.deferred).nonzero().squeeze(1)
+    active = (has_weight.any(1) | (~batch.passed & tokens.weight_mask.any(1))).nonzero().squeeze(1)
     if len(active) == 0:
         return sums
     total = torch.zeros(3, dtype=torch.float64)  # loss, entropy, tokens with a weight
     for rows, counts in rank_micro_batches(batch.rollouts, active, config.micro_batch_tokens):
         log_probs, entropy = forward(model, batch.rollouts, rows, temperature)
-        if counts:
-            batch.settle(rows, log_probs.detach().cpu(), entropy.cpu())
-        part = tokens.at(rows, log_probs, entropy)  # its old_log_probs are the batch's: r = 1 in rows just settled
+        late, width = ~batch.passed[rows], log_probs.shape[1]  # pi is still the policy that sampled them: r = 1
+        batch.old_log_probs[rows[late], :width] = log_probs.detach().cpu()[late]
+        batch.entropy[rows[late], :width] = entropy.cpu()[late]
+        part = tokens.at(rows, log_probs, entropy)  # its old_log_probs are the batch's
         weights = token_weights(method, part)
         loss = weighted_loss(log_probs, weights, part.response_mask & counts, tokens.normalizer)
         loss.backward()
         if counts:
             total += torch.tensor([float(loss.detach()), float(entropy.sum()), float((weights != 0).sum())])
-    batch.share_settled()
     loss, entropy, unclipped = sum_over_ranks(total).tolist()
     norm = clip_gradients(model.parameters(), config.max_grad_norm)
     if not (math.isfinite(loss) and math.isfinite(norm)):
@@ -433,7 +420,7 @@ def rl_step(run: Run, step: int, record: bool = False) -> tuple[dict[str, Any], 
     start = time.perf_counter()
     picked = problems_of_step(len(run.data.train), config.prompts_per_step, step, config.seed, "order")
     parts = torch.arange(len(picked)).tensor_split(config.updates_per_step)
-    batch = rollout_batch(run, picked, step, first_groups=parts[0])
+    batch = rollout_batch(run, picked, step)
     sampled = time.perf_counter()
     updates, recorded = [], None
     for part, groups in enumerate(parts):

@@ -205,10 +205,9 @@ class Batch:
 
 
 def forward(model: PreTrainedModel, rollouts: Rollouts, rows: Tensor, temperature: float) -> tuple[Tensor, Tensor]:
-    """token_stats of some rows, cut to the columns they use -> log_probs, entropy [b, r]"""
-    columns, width = rollouts.columns(rows)
-    ids, mask = rollouts.input_ids[rows, columns], rollouts.attention_mask[rows, columns]
-    return token_stats(model, ids.to(model.device), mask.to(model.device), width, temperature)
+    """token_stats of some rows -> log_probs, entropy [b, R]"""
+    ids, mask = rollouts.input_ids[rows], rollouts.attention_mask[rows]
+    return token_stats(model, ids.to(model.device), mask.to(model.device), rollouts.response_mask.shape[1], temperature)
 
 
 @torch.no_grad()

@@ -19,7 +19,7 @@ import json
 import shlex
 import sys
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -28,20 +28,22 @@ from tqdm import tqdm
 from transformers import PreTrainedModel
 
 from data.loader import Encoded, Problem, encode_prompts, odd_rows
-from decode import DECODERS, whole_blocks
 from evaluation.benchmarks import FILES, Benchmark, all_draws, choose_benchmarks
 from evaluation.folder import choose_folder, count, cut_broken_line, describe, opened, regrade, stored_settings
 from evaluation.multiple_choice import grade_response
 from evaluation.report import write_report
 from evaluation.statistics import Answers, pass_at_k
-from model import check_window, load_model, pick_device, window_of
+from fast.check import check_model
+from fast.decode import loop_of, whole_blocks
+from model import load_model
 from reward import MATH, Reward, load_reward
-from sample import Row, generate, pack
+from sample import Row, generate
 from support import distributed
 from support.checkpoint import append_rows, trained_with
 from support.command import command
 from support.config import Parser, check_range, given_settings
 from support.errors import Broken, InputError, as_input
+from support.loading import check_window, pick_device, use_one_thread_if_small, window_of
 from support.memory import row_bytes
 
 __all__ = ["evaluate", "pass_at_k"]
@@ -69,20 +71,19 @@ def respond(
     max_response_tokens: int,
     seed: int,
     rows_per_call: int,
-    decode: str = "loop",
+    decode: Callable | None = None,
     progress: str | None = None,
 ) -> list[dict[str, Any]]:
     """A graded response to each draw: {"id", "sample", "reward", "read", "truncated", "tokens", "response"}."""
     rows = [Row(i, (seed, "eval", d.problem.id, d.sample), d.encoded.prompt_ids, []) for i, d in enumerate(draws)]
     settings = {"rows_per_call": rows_per_call, "decode": decode, "progress": progress}
-    responses = generate(model, rows, max_response_tokens, temperature, **settings)
-    rollouts = pack(rows, responses, model, tokenizer)
-    found = []
-    for draw, ids, text, cut in zip(draws, responses, rollouts.texts, rollouts.truncated.tolist()):
-        value, read = grade_response(reward, text, draw.problem, draw.options)
-        row = {"id": draw.problem.id, "sample": draw.sample, "reward": 0.0 if cut else value, "read": read}
-        found.append(row | {"truncated": cut, "tokens": len(ids), "response": text})
-    return found
+    answers = []
+    for draw, row in zip(draws, generate(model, tokenizer, rows, max_response_tokens, temperature, **settings)):
+        value, read = grade_response(reward, row.text, draw.problem, draw.options)
+        answer = {"id": draw.problem.id, "sample": draw.sample, "reward": 0.0 if row.truncated else value}
+        answer |= {"read": read, "truncated": row.truncated, "tokens": len(row.response), "response": row.text}
+        answers.append(answer)
+    return answers
 
 
 def evaluate(
@@ -97,7 +98,7 @@ def evaluate(
     max_response_tokens: int,
     seed: int = 0,
     rows_per_call: int = ROWS,
-    decode: str = "loop",
+    decode: Callable | None = None,
     progress: str | None = None,
 ) -> list[Answers]:
     """`samples` graded responses to each problem (temperature 0: greedy), counted. See `statistics.summarize`."""
@@ -162,7 +163,7 @@ def sample_missing(model, tokenizer, folder: Path, benchmarks: list[Benchmark], 
                 max_response_tokens=args.max_response_tokens,
                 seed=args.seed,
                 rows_per_call=args.rows_per_call,
-                decode=args.decode,
+                decode=loop_of(model),
             )
             append_rows(path, [{"benchmark": b.name} | row for (b, _, _), row in zip(batch, rows)])
             tokens += sum(row["tokens"] for row in rows)
@@ -211,7 +212,6 @@ def parse_args(argv: Sequence[str]) -> argparse.Namespace:
         "--regrade", type=Path, metavar="DIR", help="grade what is stored in DIR again; only --reward beside it"
     )
     parser.add_argument("--device", default="auto", choices=("auto", "cpu", "cuda", "mps"))
-    parser.add_argument("--decode", default="loop", choices=DECODERS, help="as in train.py (default loop)")
     parser.add_argument(
         "--rows_per_call", type=int, help=f"responses sampled together (default {ROWS}, or what fits)"
     )
@@ -257,7 +257,8 @@ def run(args: argparse.Namespace) -> None:
         raise InputError("temperature 0 is greedy, so all samples would be equal: give --samples 1 or a temperature")
     device = pick_device(args.device)
     distributed.start(device)
-    model, tokenizer = load_model(args.model, device)
+    model, tokenizer = load_model(args.model, device, check=check_model)
+    use_one_thread_if_small(model)
     longest = encode_benchmarks(model, tokenizer, benchmarks, args.max_response_tokens)
     args.rows_per_call = args.rows_per_call or distributed.from_rank_0(stored_settings(args.out)).get("rows_per_call")
     args.rows_per_call = args.rows_per_call or rows_that_fit(model, longest + args.max_response_tokens)

@@ -27,8 +27,8 @@ from transformers import AttentionInterface, AutoConfig, AutoModelForCausalLM
 from transformers.modeling_layers import GradientCheckpointingLayer
 
 import model as models
-from decode import PREFILL_TOKENS, whole_blocks
-from loss import METHODS
+from fast.decode import PREFILL_TOKENS, whole_blocks
+from methods import METHODS
 from support.command import command
 from support.config import Config, Parser, check_range, parse_config
 from support.errors import InputError

@@ -91,16 +91,6 @@ def grade(response: str | None, gold: str) -> float:
     return 1.0 if boxed is not None and is_equivalent(boxed, gold) else 0.0
 
 
-def grade_batch(responses: Sequence[str | None], golds: Sequence[str]) -> list[float]:
-    """`grade` for each pair; ValueError where the two differ in length. Large batches show a progress bar."""
-    if isinstance(responses, str) or isinstance(golds, str):
-        raise TypeError("responses and golds must be lists of strings, got one string; wrap it in a list")
-    if len(responses) != len(golds):
-        raise ValueError(f"{len(responses)} responses for {len(golds)} golds; give one gold per response")
-    pairs = tqdm(zip(responses, golds), "grading", len(golds), disable=len(golds) < BATCH_WITH_BAR, leave=False)
-    return [grade(response, gold) for response, gold in pairs]
-
-
 def check_gold(gold: str) -> None:
     """Raises ValueError where `gold` is not an answer that can be graded against; the loader calls it."""
     if not isinstance(gold, str):

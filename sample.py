@@ -1,43 +1,34 @@
 """Rollouts: which rows a group has, their prefixes, batched sampling, and the tensors the update reads.
 
-In reading order: random numbers -> `prefix_fraction` -> `plan_group` (ids of every row to sample) -> `generate`
-(HF generate with the processors and loops of decode.py) -> `Rollouts`.
+    plan_group(problem) -> [Row(prompt_ids, prefix_ids), …]    ids only: text is never decoded and encoded again
+    generate(model, rows) -> [Row(…, response), …]             prefix + continuation, by HuggingFace's generate
+    pack(rows) -> Rollouts                                     left-padded prompts | right-padded responses
 
-    plan_group(problem) -> [Row(prompt_ids, prefix_ids), …]         ids only: text is never decoded and re-encoded
-    generate(model, rows) -> [[token, …, eos], …]                   prefix + continuation, and log-probs as drawn
-    pack(rows, responses) -> Rollouts                               left-padded prompts | right-padded responses
-
-Every draw is a pure function of (seed, step, problem, rollout): one uniform number per row and position, turned
-into a token by inverting the CDF. So a row does not depend on its neighbours, its batch or the number of ranks.
-Left out: top-k, top-p, penalties (the sampler must be the policy that is trained), beams, speculative decoding.
-
-    python sample.py --model DIR "problem" …          try a model
+Every draw is a pure function of (seed, step, problem, rollout, attempt): one uniform number per row and position,
+turned into a token by inverting the CDF. So a row does not depend on its neighbours, its batch or other ranks.
+Left out: top-k, top-p, penalties (the sampler must be the policy that is trained), beams, speculative decoding. A
+faster loop than HuggingFace's own is in fast/decode.py; a command hands it in.
 """
 
+import dataclasses
+import functools
 import hashlib
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 
 import numpy as np
 import torch
 from torch import Tensor
+from torch.nn.utils.rnn import pad_sequence
 from tqdm import tqdm
-from transformers import GenerationConfig, LogitsProcessorList, PreTrainedModel
+from transformers import GenerationConfig, LogitsProcessor, LogitsProcessorList, PreTrainedModel
 
-from data.loader import Encoded, decode_responses, encode, render_prompt
-from decode import DECODERS, DrawTokenLogitsProcessor, PrefixForcingLogitsProcessor
-from model import check_window, load_model, pick_device, sampling, window_of
-from support.checkpoint import trained_with
-from support.command import command
-from support.config import Parser, check_range
+from data.loader import Encoded
+from model import response_text, sampling
 from support.distributed import gather_dict, rank, world_size
-from support.errors import InputError
 
 PREFIX_LOW, PREFIX_HIGH = 0.05, 0.95  # bounds of the prefix fraction [paper A.2]
-
-
-# ---- random numbers
 
 
 def seed_of(*key: object) -> int:
@@ -54,7 +45,7 @@ def uniforms(key: tuple, count: int) -> np.ndarray:
     return np.random.Generator(np.random.Philox(key=seed_of(*key))).random(count, dtype=np.float32)
 
 
-# ---- the plan of a group
+# ---- the share of a demonstration
 
 
 def cosine(progress: float) -> tuple[float, float]:
@@ -74,16 +65,17 @@ def constant(progress: float) -> tuple[float, float]:
 
 def uft(progress: float) -> tuple[float, float]:
     """Any of 0, 1/5, ... 1 for 60% of the run, then nothing. [UFT; how often which: prefix_fraction]"""
-    return 0.0, 1.0 if progress < 0.6 else 0.0
+    return 0.0, float(progress < 0.6)
 
 
-SCHEDULES = {schedule.__name__: schedule for schedule in (cosine, uniform, constant, uft)}  # progress -> low, high
+# progress of the run, 0 to 1 -> low, high
+SCHEDULES = {"cosine": cosine, "uniform": uniform, "constant": constant, "uft": uft}
 
 
 def prefix_range(step: int, total_steps: int, schedule: str) -> tuple[float, float]:
     """The smallest and the largest share of the demonstration that may be given at `step` (from 0)."""
     if schedule not in SCHEDULES:
-        raise InputError(f"schedule is {schedule!r}, expected one of {', '.join(SCHEDULES)}")
+        raise ValueError(f"schedule is {schedule!r}, expected one of {', '.join(SCHEDULES)}")
     return SCHEDULES[schedule](min(1.0, step / total_steps))
 
 
@@ -105,16 +97,23 @@ def prefix_length(fraction: float, demonstration_tokens: int, max_response_token
     return max(0, min(max(1, math.floor(fraction * demonstration_tokens)), longest))
 
 
+# ---- the plan of a group
+
+
 @dataclass(frozen=True)
 class Row:
-    """One rollout to be sampled. `prefix_ids` is forced; `complete`: it is all there is, end token included."""
+    """One rollout: what is planned, then what was sampled and what it earned."""
 
-    group: int
+    group: int  # which problem of the batch
     key: tuple  # of its random draws
     prompt_ids: list[int]
-    prefix_ids: list[int]
-    complete: bool = False
-    fraction: float = 0.0  # of the demonstration that is given
+    prefix_ids: list[int]  # tokens of the demonstration, forced
+    fraction: float = 0.0  # share of the demonstration that is given
+    response: Sequence[int] = ()  # prefix and continuation; of a whole demonstration from the beginning
+    log_probs: Sequence[float] = ()  # of the continuation's tokens, as drawn
+    truncated: bool = False  # cut off by the budget, without an end token
+    text: str = ""
+    reward: float = 0.0
 
 
 def plan_group(
@@ -122,193 +121,178 @@ def plan_group(
     group: int,
     *,
     rows: str,
-    schedule: str,
     rollouts: int,
     hybrid: int,
-    max_response_tokens: int,
-    seed: int,
-    step: int,
-    total_steps: int,
+    key: tuple,
     attempt: int = 0,
-    fraction: float | None = None,
+    share: Callable[[torch.Generator], float] | None = None,
+    max_response_tokens: int = 0,
 ) -> list[Row]:
     """The rows of one problem's group: on-policy rows first, then `hybrid` rows that see a demonstration.
 
     rows: "on_policy" | "hybrid" (a prefix each) | "demonstration" (all of it, nothing to sample) | "shared_prefix"
     (every row starts from the same prefix). A problem without demonstrations has on-policy rows only.
-    `fraction` takes the place of the schedule's draw; `attempt` counts how often the group was sampled before.
+    `key` is (seed, step); `attempt` counts how often the group was sampled before. `share` draws the fraction of a
+    demonstration that a prefix is, max_response_tokens is its budget; both are for prefixes only.
     """
-    prefixes: list[list[int]] = [[] for _ in range(rollouts)]
-    fractions = [0.0] * rollouts
-    if rows != "on_policy" and problem.demonstrations:
-        chosen = range(rollouts) if rows == "shared_prefix" else range(rollouts - hybrid, rollouts)
-        for i in chosen:
-            # a shared prefix is drawn once: its key names the first row for all of them
-            first = chosen[0] if rows == "shared_prefix" else i
-            generator = torch_generator(seed, step, problem.id, first, attempt)
-            which = int(torch.randint(len(problem.demonstrations), (), generator=generator))
-            demonstration = problem.demonstrations[which]
-            if rows == "demonstration":
-                prefixes[i], fractions[i] = [*demonstration, problem.end_id], 1.0
-            else:
-                given = prefix_fraction(step, total_steps, schedule, generator) if fraction is None else fraction
-                length = prefix_length(given, len(demonstration), max_response_tokens)
-                prefixes[i], fractions[i] = demonstration[:length], length / len(demonstration)
-    return [
-        Row(
-            group=group,
-            key=(seed, step, problem.id, i, attempt),
-            prompt_ids=problem.prompt_ids,
-            prefix_ids=prefix,
-            complete=rows == "demonstration" and bool(prefix),
-            fraction=fractions[i],
-        )
-        for i, prefix in enumerate(prefixes)
-    ]
+    planned = [Row(group, (*key, problem.id, i, attempt), problem.prompt_ids, []) for i in range(rollouts)]
+    if rows == "on_policy" or not problem.demonstrations:
+        return planned
+    shared = rows == "shared_prefix"
+    for i in range(rollouts)[0 if shared else -hybrid :]:
+        # a shared prefix is drawn once: its key names the first row for all of them
+        generator = torch_generator(*key, problem.id, 0 if shared else i, attempt)
+        which = int(torch.randint(len(problem.demonstrations), (), generator=generator))
+        demonstration = problem.demonstrations[which]
+        if rows == "demonstration":
+            whole = [*demonstration, problem.end_id]
+            planned[i] = dataclasses.replace(planned[i], prefix_ids=whole, fraction=1.0, response=whole)
+        else:
+            length = prefix_length(share(generator), len(demonstration), max_response_tokens)
+            prefix, fraction = demonstration[:length], length / len(demonstration)
+            planned[i] = dataclasses.replace(planned[i], prefix_ids=prefix, fraction=fraction)
+    return planned
+
+
+# ---- what turns scores into the next token
+
+
+class DrawTokenLogitsProcessor(LogitsProcessor):
+    """Samples: token = CDF^-1(u) of softmax(scores / temperature), one u per row and position: uniforms [B, R].
+
+    The drawn token gets score 0 and all others -inf: `generate` takes it by argmax. drawn [B, R]: its probability.
+    `rows`: which rows of `uniforms` are in the batch (a loop may let ended ones leave it).
+    """
+
+    def __init__(self, uniforms: Tensor, prompt_length: int, temperature: float):
+        self.uniforms, self.prompt_length, self.temperature = uniforms, prompt_length, temperature
+        self.rows, self.drawn = torch.arange(len(uniforms), device=uniforms.device), torch.zeros_like(uniforms)
+
+    def __call__(self, input_ids: Tensor, scores: Tensor) -> Tensor:
+        scores = scores if self.temperature == 1 else scores.float() / self.temperature
+        probabilities = scores.softmax(-1, dtype=torch.float32)  # [B, V]
+        cdf, place = probabilities.cumsum(-1), (self.rows, input_ids.shape[1] - self.prompt_length)
+        # u * total, not u: rounding may leave the total below u. right=True skips tokens of probability 0.
+        token = torch.searchsorted(cdf, self.uniforms[place][:, None] * cdf[:, -1:], right=True)
+        token = token.clamp(max=scores.shape[1] - 1)  # NaN, once a run has diverged: step.update says so
+        self.drawn[place] = probabilities.gather(1, token).squeeze(1)
+        return torch.full_like(scores, -torch.inf).scatter_(1, token, 0.0)
+
+
+class PrefixForcingLogitsProcessor(LogitsProcessor):
+    """Forces row i's first prefix_lengths[i] tokens to be prefix_ids[i]; later tokens are left to the policy.
+
+    prefix_ids [B, L] (padded with anything), prefix_lengths [B], prompt_length: columns before the response.
+    `rows`: as in DrawTokenLogitsProcessor.
+    """
+
+    def __init__(self, prefix_ids: Tensor, prefix_lengths: Tensor, prompt_length: int):
+        self.prefix_ids, self.prefix_lengths, self.prompt_length = prefix_ids, prefix_lengths, prompt_length
+        self.rows = torch.arange(len(prefix_ids), device=prefix_ids.device)
+
+    def __call__(self, input_ids: Tensor, scores: Tensor) -> Tensor:
+        position = input_ids.shape[1] - self.prompt_length
+        if position >= self.prefix_ids.shape[1]:
+            return scores
+        forced = torch.full_like(scores, -torch.inf).scatter(1, self.prefix_ids[self.rows, position, None], 0.0)
+        return torch.where((position < self.prefix_lengths[self.rows])[:, None], forced, scores)
 
 
 # ---- sampling
 
 
-def pad_left(sequences: Sequence[list[int]], pad_id: int) -> tuple[Tensor, Tensor]:
-    """-> ids, mask [B, longest]"""
-    width = max(map(len, sequences))
-    ids = torch.tensor([[pad_id] * (width - len(s)) + list(s) for s in sequences])
-    mask = torch.tensor([[0] * (width - len(s)) + [1] * len(s) for s in sequences])
-    return ids, mask
+def padded(sequences: Iterable[Sequence[int]], value: int, side: str) -> tuple[Tensor, Tensor]:
+    """-> ids [B, longest], with `value` on the left or right of the shorter ones, and which of them are real, bool"""
+    tensors = [torch.tensor(sequence, dtype=torch.long) for sequence in sequences]
+    pad = functools.partial(pad_sequence, batch_first=True, padding_side=side)
+    return pad(tensors, padding_value=value), pad([torch.ones_like(ids, dtype=torch.bool) for ids in tensors])
 
 
-def _processors(
-    rows: Sequence[Row],
-    in_prompt: Sequence[int],
-    prompt_length: int,
-    max_response_tokens: int,
-    temperature: float,
-    device: torch.device,
-) -> LogitsProcessorList:
-    """What turns scores into the next token: forced prefixes, and draws (none: greedy). `in_prompt`: how many prefix
-    tokens of each row stand in its prompt already; position 0 of a row's draws is the response's first token."""
-    processors = LogitsProcessorList()
-    if temperature > 0:
-        table = np.zeros((len(rows), max_response_tokens - min(in_prompt)), dtype=np.float32)
-        for i, (row, n) in enumerate(zip(rows, in_prompt)):
-            table[i, : max_response_tokens - n] = uniforms(row.key, max_response_tokens)[n:]
-        processors.append(DrawTokenLogitsProcessor(torch.from_numpy(table).to(device), prompt_length, temperature))
-    lengths = [len(row.prefix_ids) - n for row, n in zip(rows, in_prompt)]
-    if max(lengths):
-        prefixes = torch.zeros(len(rows), max(lengths), dtype=torch.long)
-        for i, row in enumerate(rows):
-            prefixes[i, : lengths[i]] = torch.tensor(row.prefix_ids)
-        lengths = torch.tensor(lengths, device=device)
-        processors.append(PrefixForcingLogitsProcessor(prefixes.to(device), lengths, prompt_length))
-    return processors
+def decoding_loop(model: PreTrainedModel, input_ids: Tensor, decode: Callable | None, **arguments) -> Tensor:
+    """What `generate` decodes with: `decode`, or its own loop. ValueError if a setting of the model folder has added
+    a processor beside ours: then the sampler would not be the policy that is trained."""
+    for processor in arguments["logits_processor"]:
+        if not isinstance(processor, DrawTokenLogitsProcessor | PrefixForcingLogitsProcessor):
+            raise ValueError(f"the sampler is not neutral: transformers has added {type(processor).__name__}")
+    loop = decode or type(model)._sample
+    return loop(model, input_ids, **arguments)
 
 
-def _response(row: Row, tokens: list[int], ends: set[int], max_response_tokens: int) -> list[int]:
-    """`tokens`, which begin with the row's prefix, up to the first end token after it or the end of the budget."""
-    tokens = tokens[:max_response_tokens]
-    stop = next((t + 1 for t in range(len(row.prefix_ids), len(tokens)) if tokens[t] in ends), len(tokens))
-    return tokens[:stop]
+def end_of_response(tokens: list[int], start: int, ends: set[int]) -> int:
+    """The place behind the first end token from `start` on, or behind the last token of the budget."""
+    for place in range(start, len(tokens)):
+        if tokens[place] in ends:
+            return place + 1
+    return len(tokens)
 
 
-def _generate_batch(
-    model: PreTrainedModel,
-    rows: Sequence[Row],
-    max_response_tokens: int,
-    temperature: float,
-    prefill: bool,
-    decode: str,
-) -> list[tuple[list[int], list[float]]]:
-    """One call of HF generate -> of each row its response and the log-probs of the tokens it drew (none: greedy).
-    The prefix is forced token by token, or (prefill) read at once with the prompt."""
+def generate_call(
+    model: PreTrainedModel, rows: Sequence[Row], max_response_tokens: int, temperature: float, decode: Callable | None
+) -> list[Row]:
+    """One call of HF generate -> `rows` with the response and the log-probs of the tokens drawn (greedy: none)."""
     config, device = model.generation_config, model.device
-    in_prompt = [len(row.prefix_ids) if prefill else 0 for row in rows]
-    prompts = [row.prompt_ids + row.prefix_ids[:n] for row, n in zip(rows, in_prompt)]
-    ids, mask = pad_left(prompts, config.pad_token_id)
-    prompt_length = ids.shape[1]
-    processors = _processors(rows, in_prompt, prompt_length, max_response_tokens, temperature, device)
+    ids, mask = padded((row.prompt_ids for row in rows), config.pad_token_id, "left")
+    prefixes, forced = padded((row.prefix_ids for row in rows), 0, "right")
+    table = torch.from_numpy(np.stack([uniforms(row.key, max_response_tokens) for row in rows]))  # [B, R]
+    draw = DrawTokenLogitsProcessor(table.to(device), ids.shape[1], temperature)
+    force = PrefixForcingLogitsProcessor(prefixes.to(device), forced.sum(1).to(device), ids.shape[1])
     output = model.generate(
         input_ids=ids.to(device),
-        attention_mask=mask.to(device),
+        attention_mask=mask.long().to(device),
         generation_config=GenerationConfig(
-            max_new_tokens=max_response_tokens - min(in_prompt),
+            max_new_tokens=max_response_tokens,
             do_sample=False,  # our processor draws, generate takes the argmax: no temperature, top_k or top_p here
             repetition_penalty=1.0,
             eos_token_id=config.eos_token_id,
             pad_token_id=config.pad_token_id,
-            cache_implementation="static" if decode == "static" else None,
         ),
-        logits_processor=processors,
-        custom_generate=DECODERS[decode],
+        logits_processor=LogitsProcessorList([draw, force] if temperature > 0 else [force]),
+        custom_generate=functools.partial(decoding_loop, decode=decode),
         synced_gpus=False,  # ranks sample on their own
-    )[:, prompt_length:].tolist()
-    ends = set(config.eos_token_id)
-    drawn = processors[0].drawn.log().tolist() if temperature > 0 else [[]] * len(rows)
-    found = []
-    for row, n, tokens, log_probs in zip(rows, in_prompt, output, drawn):
-        response = _response(row, row.prefix_ids[:n] + tokens, ends, max_response_tokens)
-        found.append((response, log_probs[len(row.prefix_ids) - n : len(response) - n]))
-    return found
-
-
-def _cut_into_calls(
-    rows: Sequence[Row], order: Sequence[int], rows_per_call: int, max_response_tokens: int, prefill: bool
-) -> list[list[int]]:
-    """Cut `order`, sorted by length, into calls of generate, none of which holds more tokens than `rows_per_call`
-    rows of the longest prompt and max_response_tokens would.
-
-    Without prefilling that means `rows_per_call` rows each. A prefilled prefix widens the prompt of all rows of its
-    call, and only as many tokens are saved as the shortest prefix of the call has.
-    """
-    longest_prompt = max((len(rows[i].prompt_ids) for i in order), default=0)
-    most_tokens = rows_per_call * (longest_prompt + max_response_tokens)
-    calls: list[list[int]] = []
-    shortest = 0  # prefix of the call
-    for i in order:
-        prefix = len(rows[i].prefix_ids) if prefill else 0
-        shortest = min(shortest, prefix)
-        columns = len(rows[i].prompt_ids) + prefix + max_response_tokens - shortest
-        if not calls or len(calls[-1]) == rows_per_call or (len(calls[-1]) + 1) * columns > most_tokens:
-            calls.append([])
-            shortest = prefix
-        calls[-1].append(i)
-    return calls
+    )[:, ids.shape[1] :].tolist()
+    ends, sampled = set(config.eos_token_id), []
+    for row, tokens, drawn in zip(rows, output, draw.drawn.log().tolist()):
+        start = len(row.prefix_ids)
+        stop = end_of_response(tokens, start, ends)
+        log_probs = drawn[start:stop] if temperature > 0 else []
+        truncated = tokens[stop - 1] not in ends
+        sampled.append(dataclasses.replace(row, response=tokens[:stop], log_probs=log_probs, truncated=truncated))
+    return sampled
 
 
 def generate(
     model: PreTrainedModel,
+    tokenizer,
     rows: Sequence[Row],
     max_response_tokens: int,
     temperature: float = 1.0,
     *,
     rows_per_call: int = 512,
-    prefill: bool = False,
-    decode: str = "loop",
+    decode: Callable | None = None,
     progress: str | None = None,
-    log_probs: list[list[float]] | None = None,
-) -> list[list[int]]:
-    """Responses of `rows`, in their order: prefix + continuation, the end token last unless cut off by the budget.
+) -> list[Row]:
+    """`rows` with their responses, prefix + continuation, the end token last unless cut off by the budget.
 
-    A list given as `log_probs` gets, row after row, those of the continuation's tokens as they were drawn.
-    temperature 0 is greedy. `decode`: one of DECODERS. `progress` names a tqdm bar. Rows of similar length share a
-    call, which holds no more than `rows_per_call` rows of the longest prompt and max_response_tokens would; which
-    rows share one changes no token (up to rounding of the logits). With several ranks each samples the groups
-    g = rank (mod ranks) and gets the others' responses; all must call.
+    temperature 0 is greedy. `decode`: a loop in place of HF's own (fast.decode.decode_rows), which gives the same
+    tokens. `progress` names a tqdm bar. Rows of similar length share a call; which rows share one changes no token
+    (up to rounding of the logits). With several ranks each samples the groups g = rank (mod ranks) and gets the
+    others' responses; all must call.
     """
-    found: dict[int, tuple[list[int], list[float]]] = {i: (list(row.prefix_ids), []) for i, row in enumerate(rows)}
-    sampled: dict[int, tuple[list[int], list[float]]] = {}
-    order = [i for i, row in enumerate(rows) if not row.complete and row.group % world_size() == rank()]
-    order.sort(key=lambda i: (len(rows[i].prompt_ids) + prefill * len(rows[i].prefix_ids), len(rows[i].prefix_ids)))
+    mine = [i for i, row in enumerate(rows) if not row.response and row.group % world_size() == rank()]
+    mine.sort(key=lambda i: (len(rows[i].prompt_ids), len(rows[i].prefix_ids)))
+    results: dict[int, Row] = {}
     quiet = not progress or rank() > 0
-    with sampling(model) as policy, tqdm(total=len(order), desc=progress, unit="row", disable=quiet) as bar:
-        for chosen in _cut_into_calls(rows, order, rows_per_call, max_response_tokens, prefill):
-            batch = [rows[i] for i in chosen]
-            sampled |= zip(chosen, _generate_batch(policy, batch, max_response_tokens, temperature, prefill, decode))
-            bar.update(len(chosen))
-    found |= gather_dict(sampled)
-    if log_probs is not None:
-        log_probs += [drawn for _, drawn in found.values()]
-    return [response for response, _ in found.values()]
+    with sampling(model) as policy, tqdm(total=len(mine), desc=progress, unit="row", disable=quiet) as bar:
+        for start in range(0, len(mine), rows_per_call):
+            call = mine[start : start + rows_per_call]
+            sampled = generate_call(policy, [rows[i] for i in call], max_response_tokens, temperature, decode)
+            results |= zip(call, sampled)
+            bar.update(len(call))
+    results = dict(enumerate(rows)) | gather_dict(results)
+    ends, answered = model.generation_config.eos_token_id, []
+    for row in results.values():
+        answered.append(dataclasses.replace(row, text=response_text(tokenizer, row.response, ends)))
+    return answered
 
 
 # ---- what the update reads
@@ -332,66 +316,25 @@ class Rollouts:
         """[B] tokens of each response."""
         return self.response_mask.sum(1)
 
-    def columns(self, rows: Tensor) -> tuple[slice, int]:
-        """The columns of input_ids that `rows` need, and how many of them are response columns."""
-        prompt = self.input_ids.shape[1] - self.response_mask.shape[1]
-        width = int(self.attention_mask[rows, :prompt].sum(1).max())
-        response = int(self.response_tokens[rows].max())
-        return slice(prompt - width, prompt + response), response
 
-
-def pack(rows: Sequence[Row], responses: Sequence[list[int]], model: PreTrainedModel, tokenizer) -> Rollouts:
-    """Rows and their responses as tensors on the CPU. Masks come from what was generated, never from ids == pad."""
-    config = model.generation_config
-    ids, mask = pad_left([row.prompt_ids for row in rows], config.pad_token_id)
-    width = max(map(len, responses))
-    lengths = torch.tensor([len(r) for r in responses])
-    prefix = torch.tensor([len(row.prefix_ids) for row in rows])
-    padded = torch.tensor([r + [config.pad_token_id] * (width - len(r)) for r in responses])
-    column = torch.arange(width)
-    response_mask = column < lengths[:, None]
-    ends = set(config.eos_token_id)
+def pack(rows: Sequence[Row], pad_id: int) -> Rollouts:
+    """Rows with their responses as tensors on the CPU. Masks come from what was generated, never from ids == pad."""
+    prompts, prompt_mask = padded((row.prompt_ids for row in rows), pad_id, "left")
+    responses, response_mask = padded((row.response for row in rows), pad_id, "right")
+    prefix_lengths = torch.tensor([len(row.prefix_ids) for row in rows])
     return Rollouts(
-        input_ids=torch.cat([ids, padded], dim=1),
-        attention_mask=torch.cat([mask, response_mask.long()], dim=1),
+        input_ids=torch.cat([prompts, responses], dim=1),
+        attention_mask=torch.cat([prompt_mask, response_mask], dim=1).long(),
         response_mask=response_mask,
-        prefix_mask=column < prefix[:, None],
+        prefix_mask=torch.arange(responses.shape[1]) < prefix_lengths[:, None],
         group=torch.tensor([row.group for row in rows]),
-        hybrid=prefix > 0,
-        truncated=torch.tensor([r[-1] not in ends for r in responses]),
-        texts=decode_responses(tokenizer, responses, config.eos_token_id),
+        hybrid=prefix_lengths > 0,
+        truncated=torch.tensor([row.truncated for row in rows]),
+        texts=[row.text for row in rows],
     )
 
 
-@command("sample.py")
-def main() -> None:
-    parser = Parser(description="Sample responses to a problem.", allow_abbrev=False)
-    parser.add_argument("problems", nargs="+", metavar="PROBLEM")
-    parser.add_argument("--model", required=True, help="a HuggingFace model folder, e.g. runs/prefix-rft-001/final")
-    parser.add_argument("--samples", type=int, default=4, help="responses per problem (default 4)")
-    parser.add_argument("--temperature", type=float, default=1.0, help="0 is greedy (default 1)")
-    parser.add_argument("--max_response_tokens", type=int, default=128)
-    parser.add_argument("--system", help="system message (default: the one the model was trained with)")
-    parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--device", default="auto", choices=("auto", "cpu", "cuda", "mps"))
-    args = parser.parse_args()
-    for name, least in {"samples": 1, "max_response_tokens": 1, "seed": 0}.items():
-        check_range(name, getattr(args, name), least)
-    check_range("temperature", args.temperature, 0, 10)
-    system = trained_with(args.model).get("system", "") if args.system is None else args.system
-    model, tokenizer = load_model(args.model, pick_device(args.device))
-    prompts = [render_prompt(tokenizer, problem, system) for problem in args.problems]
-    encoded = [encode(tokenizer, prompt, "problem") for prompt in prompts]
-    window, longest = window_of(model.config), max(map(len, encoded))
-    check_window(window, longest, args.max_response_tokens, "max_response_tokens")
-    samples = args.samples if args.temperature else 1  # greedy responses are all alike
-    for problem, prompt, ids in zip(args.problems, prompts, encoded):
-        rows = [Row(0, (args.seed, problem, i), ids, []) for i in range(samples)]
-        responses = generate(model, rows, args.max_response_tokens, args.temperature)
-        print(f"prompt  {prompt}")
-        for text in pack(rows, responses, model, tokenizer).texts:
-            print(f"  -> {text}")
-
-
 if __name__ == "__main__":
+    from evaluation.try_model import main
+
     main()

@@ -1,4 +1,4 @@
-"""Train a model by any method of loss.METHODS: python train.py [--config FILE] [--FIELD VALUE ...]
+"""Train a model by any method of methods.METHODS: python train.py [--config FILE] [--FIELD VALUE ...]
 
 In reading order: the data of a run, evaluation on its held-out problems, `train` (the loop over steps; what happens
 in a step stands in step.py). A run folder gets config.json, metrics.jsonl (a row per step), samples.jsonl,
@@ -20,19 +20,23 @@ from typing import Any, NamedTuple
 import torch
 from transformers import PreTrainedModel
 
-from data.loader import Encoded, encode_problems, encode_prompts, load_problems, odd_rows
+from data.loader import Data, Encoded, encode_problems, encode_prompts, load_problems, odd_rows
 from eval import evaluate
 from evaluation.statistics import summarize
-from loss import METHODS
-from model import check_window, load_config, load_model, load_tokenizer, pick_device, save_model, window_of
+from fast.check import check_model
+from fast.decode import loop_of
+from methods import METHODS, Collector, sft_learning_rate
+from model import load_model, load_tokenizer, save_model
 from reward import Reward, load_reward
 from sample import prefix_range, seed_of
-from step import Collector, Data, Run, problems_of_step, rl_step, sft_learning_rate, sft_step
+from step import Run, problems_of_step, rl_step, sft_step
 from support import checkpoint, console, distributed
 from support.command import command
 from support.config import TASK, Config, given_settings, parse_config, unread_settings
 from support.errors import Broken, Diverged, InputError, Unwritten, as_input
 from support.files import writing
+from support.loading import check_window, load_config, pick_device, use_one_thread_if_small, window_of
+from support.record import example_rows, record_group, rl_metrics, sft_metrics
 from support.watch import Watch
 
 TABLES = ("validation", "test", "test_sampled")  # of eval.json
@@ -155,7 +159,7 @@ def accuracy(run: Run, name: str, temperature: float, title: str) -> dict[str, d
         max_response_tokens=run.config.eval_response_tokens,
         seed=run.config.seed,
         rows_per_call=run.config.rows_per_call,
-        decode=run.config.decode,
+        decode=run.decode,
         progress=title if sys.stderr.isatty() else None,
     )
     return summarize(answers)
@@ -182,10 +186,18 @@ def prepare(config: Config) -> tuple[Run, Counts]:
         reward = load_reward(config.reward)
     ends = generation_config.eos_token_id
     data, counts = load_data(config, reward, tokenizer, ends, context)  # before the weights are read
-    model, _ = load_model(config.model, device, training=True, recompute=config.recompute, offload=config.offload)
+    model, _ = load_model(
+        config.model,
+        device,
+        training=True,
+        recompute=config.recompute,
+        offload=config.offload,
+        check=check_model,
+    )
+    use_one_thread_if_small(model)
     method = METHODS[config.method]
     prefix_range(0, 1, method.schedule)  # ValueError for a schedule that is not there
-    run = Run(config, method, model, tokenizer, reward, data, new_optimizer(model, config))
+    run = Run(config, method, model, tokenizer, reward, data, new_optimizer(model, config), loop_of(model))
     if method.unsolved == "collect":
         run.collector = Collector([], new_optimizer(model, config))
     return run, counts
@@ -209,7 +221,7 @@ def train(config: Config, given: Sequence[str] = ()) -> int:
         start = restore(run, folder, watch)
         checkpoint.write_config(folder, config, ingredients)
         try:
-            console.show_start(run, folder, counts, run.total_steps, start)
+            console.show_start(run, folder, counts, sum(stages(run)), start)
             for text in watch.said.values():
                 console.warn(text)
             return train_in(folder, run, start, watch)
@@ -219,9 +231,16 @@ def train(config: Config, given: Sequence[str] = ()) -> int:
             raise Broken(f"{error}; mend that, then: {console.command(config, folder)}") from error
 
 
+def stages(run: Run) -> tuple[int, int]:
+    """Steps of the supervised stage and of reinforcement."""
+    wanted = run.method.stages
+    return run.config.sft_steps * ("sft" in wanted), run.config.steps * ("rl" in wanted)
+
+
 def train_in(folder: Path, run: Run, start: int, watch: Watch) -> int:
     """The steps after `start`, and the result -> the exit code."""
-    config, sft_steps, total = run.config, run.sft_steps, run.total_steps
+    config, (sft_steps, rl_steps) = run.config, stages(run)
+    total = sft_steps + rl_steps
     scores_file = folder / "eval.json"
     scores = distributed.from_rank_0(read_scores(scores_file) if distributed.rank() == 0 else None)
     if "base" not in scores:
@@ -239,12 +258,15 @@ def train_in(folder: Path, run: Run, start: int, watch: Watch) -> int:
             if step < sft_steps:
                 picked = problems_of_step(len(run.data.supervised), config.sft_batch, step, config.seed, "sft order")
                 problems = [run.data.supervised[i] for i in picked]
-                metrics = sft_step(run, problems, step, run.optimizer, sft_learning_rate(step, config))
+                lr = sft_learning_rate(step, config)
+                metrics = sft_metrics(sft_step(run, problems, step, run.optimizer, lr), lr)
                 shown, group = [], None
             else:
                 if step == sft_steps:  # each stage starts with a fresh optimizer, as two runs would
                     run.optimizer = new_optimizer(run.model, config)
-                metrics, shown, group = rl_step(run, step - sft_steps, record=step == sft_steps or due(step + 1))
+                result = rl_step(run, step - sft_steps)
+                metrics, shown = rl_metrics(run, result), example_rows(run, result)
+                group = record_group(run, result) if step == sft_steps or due(step + 1) else None
             done, stop = step + 1, distributed.from_rank_0(stopped)
             if due(done):
                 table = accuracy(run, "validation", 0.0, f"step {done}: validation")

@@ -8,7 +8,6 @@ from there on only ids are used, so what is trained is what was sampled.
 import dataclasses
 import datetime
 import difflib
-import itertools
 import json
 import re
 import reprlib
@@ -20,6 +19,7 @@ from typing import Any
 
 from transformers import PreTrainedTokenizerBase as Tokenizer
 
+from model import decode
 from reward import MATH, Reward, extract_boxed, grade_one, raised
 from support.errors import InputError, as_input
 from support.files import reading
@@ -50,6 +50,16 @@ class Encoded:
     prompt_ids: list[int]
     demonstrations: list[list[int]]
     end_id: int  # the token that ends a demonstration
+
+
+@dataclass(frozen=True)
+class Data:
+    """The problems of a run, as text and as ids."""
+
+    train: list[Problem]
+    encoded: list[Encoded]
+    supervised: list[Encoded]  # problems with a demonstration, for the sft stage
+    held: dict[str, tuple[list[Problem], list[Encoded]]]  # "validation" and "test", where there are such problems
 
 
 def _check_text(text: str, where: str, field: str) -> None:
@@ -217,22 +227,6 @@ def encode(tokenizer: Tokenizer, text: str, what: str = "text") -> list[int]:
             good = max(n for n in range(len(part)) if unknown not in ids_of(part[:n]))
             raise InputError(f"{what}: the tokenizer cannot encode {part[good]!r}: remove it or use another model")
     return ids
-
-
-def decode(tokenizer: Tokenizer, ids: list[int]) -> str:
-    return tokenizer.decode(ids, skip_special_tokens=False, clean_up_tokenization_spaces=False)
-
-
-def decode_responses(tokenizer: Tokenizer, responses: list[list[int]], end_ids: list[int]) -> list[str]:
-    """Responses as the text that is graded and shown: without the end token, but with every other one, special or
-    not, and a \ufffd for ids the tokenizer does not know (an embedding often has more rows). Nothing vanishes:
-    "\\boxed{25", such an id, "1}" is not 251."""
-    known = set(tokenizer.get_vocab().values())
-    texts = []
-    for ids in responses:
-        runs = itertools.groupby(ids[:-1] if ids and ids[-1] in end_ids else ids, known.__contains__)
-        texts.append("".join(decode(tokenizer, list(run)) if readable else "\ufffd" for readable, run in runs))
-    return texts
 
 
 def _is_right(reward: Reward, demonstration: str, problem: Problem) -> bool:

@@ -34,7 +34,7 @@ RESPONSE |= {"tokens": COUNT, "response": TEXT}  # a line of generations.jsonl
 SETTINGS = {"rows_per_call": POSITIVE, "continued": LIST, "problems_per_level": POSITIVE, "system": TEXT}
 SETTINGS |= {"reward": TEXT, "benchmarks": OBJECT, "model": TEXT, "temperature": NUMBER}
 SETTINGS |= {"max_response_tokens": POSITIVE}  # what is read of a settings.json, where it is there and not null
-FREE = ("device", "ranks", "rows_per_call", "decode")  # may change when an evaluation is continued: rounding
+FREE = ("device", "ranks", "rows_per_call")  # may change when an evaluation is continued: rounding
 
 OURS = {"lock", "settings.json.partial"}  # all that an evaluation leaves that was killed before it had settings
 
@@ -88,7 +88,6 @@ def describe(args: argparse.Namespace, model, tokenizer, benchmarks: list[Benchm
         "device": str(model.device),
         "ranks": distributed.world_size(),
         "rows_per_call": args.rows_per_call,
-        "decode": args.decode,
         "date": now(),
     }
 

@@ -16,7 +16,7 @@ from matplotlib.ticker import MaxNLocator
 from evaluation.report import markdown_table, percent
 from evaluation.statistics import natural_order
 from figures.figure import COLOURS, MARKERS, STYLES, TYPE, in_percent, save, sheet
-from loss import METHODS
+from methods import METHODS
 from sample import prefix_range
 from support.checkpoint import read_json
 from support.config import TASK, Config

@@ -8,7 +8,7 @@ A line is {"step", "method", "id", "problem", "answer", "prompt": [token, …], 
     tokens, ids          at most the first 512 of its tokens_total response tokens, as text and as ids
     source               1 at demonstration tokens, 0 at the policy's own
     entropy              of the sampling policy at the token, in nats
-    kept                 0 where the method takes a token's weight away (loss.weight_mask)
+    kept                 0 where the method takes a token's weight away (loss.weighted_tokens)
     weight               w under the policy that sampled (loss.token_weights)
 
 train.py writes it; figures/group_figure.py draws it.
@@ -177,7 +177,7 @@ def lanes(group: Group) -> list[tuple[str, str]]:
     entropy_top, weight_top = scales(group)
     rows = [("entropy", f"how unsure the policy was; full bar: {entropy_top:.2f} nats")]
     if any(map(drops, group["rows"])):
-        rows.insert(0, ("kept", "■ keeps its weight, □ loses it, w = 0 (loss.weight_mask)"))
+        rows.insert(0, ("kept", "■ keeps its weight, □ loses it, w = 0 (loss.weighted_tokens)"))
     return [*rows, ("weight", f"w before any update; full bar: |w| = {weight_top:.3g}")]
 
 

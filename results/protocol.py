@@ -10,7 +10,7 @@ from itertools import product
 from typing import Any
 
 from data.make_recipes import TRAIN_PROBLEMS, make_splits
-from loss import METHODS
+from methods import METHODS
 from support.config import Config, suggest
 from support.errors import InputError
 

@@ -23,7 +23,7 @@ from data.loader import encode_problems, load_problems
 from data.make_recipes import write_jsonl
 from eval import evaluate
 from evaluation.statistics import Answers, mean, summarize
-from loss import METHODS
+from methods import METHODS
 from model import load_model
 from results.protocol import (
     EQUAL,

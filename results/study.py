@@ -246,7 +246,9 @@ def parse(argv: Sequence[str]) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description="The study: trials, runs, report.", allow_abbrev=False)
     parser.add_argument("command", choices=("tune", "run", "ceiling", "report"))
     parser.add_argument("--regime", default="", help=f"one of {', '.join(REGIMES)} (default: all)")
-    parser.add_argument("--methods", default="", help="keys of loss.METHODS, or sft-rft-equal; with commas between")
+    parser.add_argument(
+        "--methods", default="", help="keys of methods.METHODS, or sft-rft-equal; with commas between"
+    )
     parser.add_argument("--seeds", default="", help="with commas between (default: the protocol's)")
     parser.add_argument("--jobs", type=int, default=multiprocessing.cpu_count(), help="processes (default: cores)")
     parser.add_argument(

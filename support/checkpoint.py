@@ -35,7 +35,7 @@ from support.files import reading, replacing, writing
 REMEMBERED = "trained_with.json"
 
 FREE = {"resume", "out", "save_every", "device", "tensorboard"}  # settings that a run may change when it goes on
-FREE |= {"recompute", "offload", "rows_per_call", "micro_batch_tokens", "decode"}  # memory: rounding may change
+FREE |= {"recompute", "offload", "rows_per_call", "micro_batch_tokens"}  # memory: rounding may change
 OURS = {"lock", "config.json.partial"}  # all that a run leaves that was killed before its config.json was whole
 
 

@@ -15,7 +15,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from loss import METHODS, clipped, remaining_clipped
+from loss import clipped
+from methods import METHODS, remaining_clipped
 from support.errors import InputError
 
 TASK = "data/recipes"  # the embedded task
@@ -59,9 +60,11 @@ class Config:
     max_response_tokens: int = knob(96, "budget of prefix + continuation (paper: 8192)", 2)
     # the objective
     updates_per_step: int = knob(2, "mini-batches of a step (paper: 2)", 1)
-    coefficient: float | None = knob(None, "c in the method's weights (loss.METHODS); empty: the method's own", 0)
+    coefficient: float | None = knob(None, "c in the method's weights (methods.METHODS); empty: the method's own", 0)
     baseline: str = knob(
-        "on_policy", "of the advantage (loss.advantages; paper Eq. 3: group)", choices=("on_policy", "group")
+        "on_policy",
+        "whose rewards a reward is compared with (loss.advantages; paper, section 3: group)",
+        choices=("on_policy", "group"),
     )
     scale_by_std: bool = knob(False, "divide advantages by the group's standard deviation (paper: no)")
     entropy_keep: float = knob(0.2, "share of prefix tokens the entropy clip keeps (paper: 0.2)", 0, 1)
@@ -89,10 +92,6 @@ class Config:
     offload: bool = knob(False, "CUDA: keep weights and optimizer in host memory between uses (slower)")
     micro_batch_tokens: int = knob(2048, "tokens of one forward pass, padding included; a longer row goes alone", 1)
     rows_per_call: int = knob(512, "rows sampled together", 1)
-    decode: str = knob(
-        "loop", "loop: ended rows leave; static: HF's static cache, compiled on CUDA", choices=("loop", "static")
-    )
-    prefill: bool = knob(False, "read the prefix with the prompt instead of forcing it token by token")
 
 
 class Parser(argparse.ArgumentParser):
@@ -185,7 +184,6 @@ def unread_settings(config: Config) -> set[str]:
     """The settings that this run does not read, whatever their value: they belong to other methods or stages."""
     method = METHODS[config.method]
     rl, sft = "rl" in method.stages, "sft" in method.stages
-    prefixes = rl and (method.rows in ("hybrid", "shared_prefix") or method.unsolved == "rescue")
     weights = {method.policy_weight, method.demonstration_weight}
     reads = {
         "steps prompts_per_step rollouts_per_prompt temperature updates_per_step lr": rl,
@@ -193,7 +191,6 @@ def unread_settings(config: Config) -> set[str]:
         "sft_data sft_lr sft_steps sft_batch": sft,
         "hybrid_per_prompt": rl and method.rows in ("hybrid", "demonstration"),
         "demonstration_fraction": method.needs_demonstrations,
-        "prefill": prefixes,
         "coefficient": method.coefficient is not None,
         "baseline": rl and method.baseline is None and method.rows != "on_policy",
         "scale_by_std": rl and method.scale_by_std is None,
@@ -227,11 +224,11 @@ def usage() -> str:
         lines.append(f"        {field.metadata['help']}")
         if field.metadata["choices"]:
             lines.append(f"        one of: {', '.join(str(c) for c in field.metadata['choices'] if c)}")
-    return "\n".join([*lines, "", "the methods (formulas: loss.py)", "", methods_table()])
+    return "\n".join([*lines, "", "the methods (formulas: methods.py, loss.py)", "", methods_table()])
 
 
 def methods_table() -> str:
-    """loss.METHODS as a Markdown table, a row for each method."""
+    """methods.METHODS as a Markdown table, a row for each method."""
     given = {"collect": "; unsolved: SFT later", "replace": "; unsolved: a demonstration instead"}
     given |= {"rescue": "; unsolved: again behind a prefix", "": ""}
     lines = ["| method | source | rows of a group | baseline | w of own tokens | of the demonstration | c | clip |"]

@@ -15,9 +15,9 @@ from typing import Any
 
 from tqdm import tqdm
 
-from model import pick_device
 from support.config import Config
 from support.distributed import launcher, rank, world_size
+from support.loading import pick_device
 from support.watch import Watch
 
 LINE_EVERY = 10  # steps between lines when the output is piped

@@ -262,3 +262,35 @@ def shard_like(tensor: Tensor, like: Any) -> Tensor:
     if not isinstance(like, DTensor):
         return tensor
     return distribute_tensor(tensor, like.device_mesh, like.placements, src_data_rank=None)
+
+
+# ---- micro-batches
+
+
+def cut_by_length(rollouts: Any, rows: Tensor, budget: int) -> list[Tensor]:
+    """`rows` of sample.Rollouts sorted by length and cut so that rows x columns stay within `budget` tokens (or a row
+    is alone)."""
+    responses = rollouts.response_tokens
+    prompts, responses = (rollouts.attention_mask.sum(1) - responses).tolist(), responses.tolist()
+    chunks: list[list[int]] = []
+    prompt = response = 0
+    for i in sorted(rows.tolist(), key=lambda i: (responses[i], prompts[i])):
+        prompt, response = max(prompt, prompts[i]), max(response, responses[i])
+        if not chunks or (len(chunks[-1]) + 1) * (prompt + response) > budget:
+            chunks.append([])
+            prompt, response = prompts[i], responses[i]
+        chunks[-1].append(i)
+    return [torch.tensor(chunk) for chunk in chunks]
+
+
+def micro_batches(rollouts: Any, rows: Tensor, budget: int) -> list[Tensor]:
+    """This rank's part of `rows`, as micro-batches of `budget` tokens: which rows go through the model together.
+
+    Rows are dealt to the ranks by length. FSDP wants equally many passes on every rank, so a rank with fewer
+    micro-batches than another gets empty ones behind its own. The gradient does not depend on the cut (step.update);
+    time and memory do.
+    """
+    order = torch.cat([rows[:0], *cut_by_length(rollouts, rows, budget)])  # also without any row
+    of_ranks = [cut_by_length(rollouts, order[r :: world_size()], budget) for r in range(world_size())]
+    mine, most = of_ranks[rank()], max(map(len, of_ranks))
+    return mine + [rows[:0]] * (most - len(mine))

@@ -37,7 +37,7 @@ def cache_bytes(config: PreTrainedConfig, size: int = 2) -> int:
 
 def token_bytes(config: PreTrainedConfig, repeated: int = 0, size: int = 2) -> int:
     """Bytes the next token of a row takes for a moment: scores, their CDF and copies (measured: 16 bytes a word), or,
-    before that, a layer's keys and values of `repeated` columns for all heads: 0 with decode.one_token_attention."""
+    before that, a layer's keys and values of `repeated` columns for all heads (one_token_attention: 0)."""
     config = config.get_text_config()
     return max(2 * size * repeated * config.num_attention_heads * head_width(config), 16 * config.vocab_size)
 

@@ -1,22 +1,22 @@
 """What a step leaves behind: its metrics, two rows as text, and now and then one whole group, token by token.
 
-Left out: figures (plot.py) and the files (support/checkpoint.py).
+`run` is a step.Run, `step` a step.Step. Left out: figures (plot.py) and the files (support/checkpoint.py).
 """
 
 import math
-from collections.abc import Sequence
 from statistics import fmean
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from loss import Tokens, token_weights
+from loss import token_weights
+from methods import unsolved_groups
 
 RECORDED_TOKENS = 512  # of a row of a recorded group
 
 
-def step_metrics(run: Any, batch: Any, updates: list[dict]) -> dict[str, Any]:
+def rl_metrics(run: Any, step: Any) -> dict[str, Any]:
     """Of the whole batch, every mini-batch and micro-batch. None where there is nothing to average.
 
     `reward_on_policy`, `truncated` and `unread` are of the rows as they were sampled at first: of groups that were
@@ -25,120 +25,144 @@ def step_metrics(run: Any, batch: Any, updates: list[dict]) -> dict[str, Any]:
     to rounding. `surprise` is the mean of -log pi - H, log-prob and entropy both of the training pass: 0 up to noise
     if the sampler drew the tokens from pi, whatever it took their log-probs for.
     """
+    batch, first_rows = step.batch, step.batch.first_rows
     rollouts, rewards, hybrid = batch.rollouts, batch.rewards, batch.rollouts.hybrid
     policy = rollouts.response_mask & ~rollouts.prefix_mask
-    first, read = batch.first_try, run.reward.is_read
-    own = [i for i, row in enumerate(first.rows) if not row.prefix_ids]
-    sampled = [i for i, row in enumerate(first.rows) if not row.complete]
+    drawn = torch.tensor([value for row in batch.rows for value in row.log_probs])
+    sampled = [row for row in first_rows if row.log_probs]
 
     def average(values: Tensor | list) -> float | None:
         mean = float(torch.as_tensor(values).float().mean()) if len(values) else math.nan
         return mean if math.isfinite(mean) else None
 
     groups = [rewards[rollouts.group == g] for g in range(int(rollouts.group.max()) + 1)]
-    made = [u for u in updates if not u["skipped"]]  # a skipped one has neither loss nor gradient
+    made = [update for update in step.updates if not update["skipped"]]  # a skipped one has no loss and no gradient
+    weighted, with_weight = 0, 0  # tokens that had a weight before the update they were in, and in it
+    for tokens, update in zip(step.mini_batches, step.updates):
+        if not update["skipped"]:
+            weighted += int((token_weights(run.method, tokens) != 0).sum())
+            with_weight += update["with_weight"]
+    seconds_sample, seconds_update = step.seconds
     return {
-        "loss": fmean(u["loss"] for u in made) if made else None,
-        "grad_norm": fmean(u["grad_norm"] for u in made) if made else None,
+        "loss": fmean(update["loss"] for update in made) if made else None,
+        "grad_norm": fmean(update["grad_norm"] for update in made) if made else None,
         "lr": run.config.lr,
-        "skipped_updates": sum(u["skipped"] for u in updates),
+        "skipped_updates": len(step.updates) - len(made),
         "reward": average(rewards),
-        "reward_on_policy": average([first.rewards[i] for i in own]),
+        "reward_on_policy": average([row.reward for row in first_rows if not row.prefix_ids]),
         "reward_hybrid": average(rewards[hybrid]),
         "hybrid_rows": int(hybrid.sum()),
-        "prefix_fraction": average(batch.fractions[hybrid]),
-        "prefix_tokens": sum(u["demonstration_tokens"] for u in updates),
-        "prefix_tokens_kept": sum(u["demonstration_kept"] for u in updates),
+        "prefix_fraction": average([row.fraction for row in batch.rows if row.prefix_ids]),
+        "prefix_tokens": int(rollouts.prefix_mask.sum()),
+        "prefix_tokens_kept": sum(int((t.weight_mask & t.prefix_mask).sum()) for t in step.mini_batches),
         "entropy": average(batch.entropy[policy]),
-        "log_prob_gap": average((batch.old_log_probs[policy] - batch.drawn_log_probs).abs()),
+        "log_prob_gap": average((batch.old_log_probs[policy] - drawn).abs()),
         "surprise": average((-batch.old_log_probs - batch.entropy)[policy]),
-        "clip_fraction": sum(u["clipped"] for u in updates) / max(1, sum(u["weighted"] for u in updates)),
+        "clip_fraction": (weighted - with_weight) / max(1, weighted),
         "response_tokens": average(rollouts.response_tokens),
-        "truncated": average([first.truncated[i] for i in sampled]),
-        "unread": average([not (first.truncated[i] or read(first.texts[i])) for i in sampled]),
-        "unsolved": len(first.unsolved(run.config.gate if run.method.unsolved else 0)) / len(groups),
+        "truncated": average([row.truncated for row in sampled]),
+        "unread": average([not (row.truncated or run.reward.is_read(row.text)) for row in sampled]),
+        "unsolved": len(unsolved_groups(first_rows, run.config.gate if run.method.unsolved else 0)) / len(groups),
         "sampled_tokens": batch.sampled_tokens,
-        "trained_tokens": sum(u["weighted"] for u in updates),
+        "trained_tokens": weighted,
         "equal_reward_groups": fmean(float(r.min() == r.max()) for r in groups),
+        **step.collected,
+        "tokens_per_second": int(rollouts.response_mask.sum()) / (seconds_sample + seconds_update),
+        "seconds_sample": seconds_sample,
+        "seconds_update": seconds_update,
     }
 
 
-def example_rows(run: Any, batch: Any, picked: Sequence[int]) -> list[dict[str, Any]]:
+def sft_metrics(step: Any, lr: float) -> dict[str, Any]:
+    """Of a supervised step."""
+    sums, tokens, rows = step.updates[0], step.mini_batches[0].demonstration_tokens, len(step.batch.rows)
+    return {
+        "loss": sums["loss"],
+        "grad_norm": sums["grad_norm"],
+        "lr": lr,
+        "skipped_updates": sums["skipped"],
+        "entropy": None if sums["skipped"] else sums["entropy"] / tokens,
+        "response_tokens": tokens / rows,
+        "trained_tokens": sums["with_weight"],
+        "tokens_per_second": tokens / sum(step.seconds),
+        "seconds_update": sum(step.seconds),
+    }
+
+
+def example_rows(run: Any, step: Any) -> list[dict[str, Any]]:
     """The first on-policy row and the first hybrid one as text, with prefix and continuation told apart."""
-    rollouts, shown = batch.rollouts, []
-    for wanted in (False, True):
-        for i in (rollouts.hybrid == wanted).nonzero().flatten()[:1].tolist():
-            problem = run.data.train[picked[int(rollouts.group[i])]]
-            ids = rollouts.input_ids[i, -rollouts.response_mask.shape[1] :]
-            prefix = ids[rollouts.prefix_mask[i]]
-            rest = ids[rollouts.response_mask[i] & ~rollouts.prefix_mask[i]]
-            shown.append(
+    examples = []
+    for hybrid in (False, True):
+        for row in [row for row in step.batch.rows if bool(row.prefix_ids) == hybrid][:1]:
+            problem, cut = run.data.train[step.picked[row.group]], len(row.prefix_ids)
+            examples.append(
                 {
                     "id": problem.id,
                     "problem": problem.problem,
                     "answer": problem.answer,
-                    "hybrid": wanted,
-                    "prefix": run.tokenizer.decode(prefix),
-                    "continuation": run.tokenizer.decode(rest),
-                    "reward": float(batch.rewards[i]),
-                    "truncated": bool(rollouts.truncated[i]),
+                    "hybrid": hybrid,
+                    "prefix": run.tokenizer.decode(row.response[:cut]),
+                    "continuation": run.tokenizer.decode(row.response[cut:]),
+                    "reward": row.reward,
+                    "truncated": row.truncated,
                 }
             )
-    return shown
+    return examples
 
 
-def group_record(run: Any, batch: Any, tokens: Tokens, rows: Tensor, picked: Sequence[int]) -> dict[str, Any]:
-    """One group of the mini-batch `rows`, token by token: what `plot.py --group` draws.
+def record_group(run: Any, step: Any) -> dict[str, Any]:
+    """One group, token by token: what `plot.py --group` draws.
 
-    The first group that has demonstration tokens and unequal rewards of its on-policy rows, else one that has the
-    former, else the first of all. Of each row at most RECORDED_TOKENS tokens, with entropy in nats, whether the
-    entropy clip keeps the token, and its weight w. `tokens` is the policy that sampled, also after an update.
+    Of the first mini-batch with demonstration tokens, else of the last: the first group that has demonstration
+    tokens and unequal rewards of its on-policy rows, else one that has the former, else the first group. Of each row
+    at most RECORDED_TOKENS tokens, with entropy in nats, whether the entropy clip keeps the token, and its weight w
+    before the update.
     """
-    rollouts = batch.rollouts
+    batch, rollouts = step.batch, step.batch.rollouts
 
     def interest(group: int) -> tuple[bool, bool]:
-        members = rows[rollouts.group[rows] == group]
+        members = rollouts.group == group
         hybrid = rollouts.hybrid[members]
         return bool(hybrid.any()), len(batch.rewards[members][~hybrid].unique()) > 1
 
-    groups = rollouts.group[rows].unique().tolist()
-    group = max(groups, key=interest)
-    problem = run.data.train[picked[group]]
+    parts = torch.arange(len(step.picked)).tensor_split(len(step.mini_batches))
+    candidates = [max(groups.tolist(), key=interest) for groups in parts]
+    part = next((i for i, group in enumerate(candidates) if interest(group)[0]), len(parts) - 1)
+    group, tokens = candidates[part], step.mini_batches[part]
+    problem = run.data.train[step.picked[group]]
     weights = token_weights(run.method, tokens)
 
-    def texts(ids: Tensor) -> list[str]:
-        return [run.tokenizer.decode(i) for i in ids.tolist()]
+    def texts(ids: list[int]) -> list[str]:
+        return [run.tokenizer.decode(i) for i in ids]
 
     recorded = []
-    for i in rows[rollouts.group[rows] == group].tolist():
-        length = int(rollouts.response_tokens[i])
-        shown = slice(0, min(length, RECORDED_TOKENS))
-        ids = rollouts.input_ids[i, -rollouts.response_mask.shape[1] :][shown]
+    members = (rollouts.group == group).nonzero().flatten().tolist()
+    for i in members:
+        row = batch.rows[i]
+        ids = list(row.response[:RECORDED_TOKENS])
+        shown = slice(0, len(ids))
         recorded.append(
             {
-                "hybrid": bool(rollouts.hybrid[i]),
-                "complete": bool(rollouts.prefix_mask[i].sum() == length),
-                "reward": float(batch.rewards[i]),
-                "truncated": bool(rollouts.truncated[i]),
+                "hybrid": bool(row.prefix_ids),
+                "complete": len(row.prefix_ids) == len(row.response),
+                "reward": row.reward,
+                "truncated": row.truncated,
                 "advantage": float(batch.response_advantage[i]),
                 "prefix_advantage": float(batch.prefix_advantage[i]),
                 "tokens": texts(ids),
-                "ids": ids.tolist(),
+                "ids": ids,
                 "source": rollouts.prefix_mask[i, shown].long().tolist(),
                 "entropy": [round(value, 4) for value in batch.entropy[i, shown].tolist()],
                 "kept": tokens.weight_mask[i, shown].long().tolist(),
                 "weight": [round(value, 4) for value in weights[i, shown].tolist()],
-                "tokens_total": length,
+                "tokens_total": len(row.response),
             }
         )
-    prompt_columns = rollouts.attention_mask.shape[1] - rollouts.response_mask.shape[1]
-    member = int(rows[rollouts.group[rows] == group][0])
-    prompt = rollouts.input_ids[member, :prompt_columns][rollouts.attention_mask[member, :prompt_columns].bool()]
     return {
         "method": run.config.method,
         "id": problem.id,
         "problem": problem.problem,
         "answer": problem.answer,
-        "prompt": texts(prompt),
+        "prompt": texts(batch.rows[members[0]].prompt_ids),
         "rows": recorded,
     }

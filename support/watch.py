@@ -12,7 +12,7 @@ from typing import Any
 
 import torch
 
-from loss import Method
+from methods import Method
 
 LONG, SHORT, FIRST = 20, 10, 5  # steps: of a window, of a window, of the start that later steps are compared with
 COLLAPSED = 0.02  # of the entropy at the start
@@ -123,7 +123,7 @@ def of_step(row: dict[str, Any], largest_gap: float) -> dict[str, str]:
     if any(row.get(tokens) == 0 and not row[skipped] for tokens, skipped in supervised.items()):
         found["no_weight"] = (
             "an update on demonstrations changed nothing: before it, when p counts as 1, the method's "
-            "demonstration_weight (loss.METHODS) is 0 for all of their tokens"
+            "demonstration_weight (methods.METHODS) is 0 for all of their tokens"
         )
     if (gap := row.get("log_prob_gap") or 0.0) > largest_gap:
         found["log_prob_gap"] = (

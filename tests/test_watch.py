@@ -88,7 +88,7 @@ def test_updates_on_demonstrations_without_weight_are_told(tokenizer, method, we
         else:
             metrics = sft_step(run, run.data.supervised[:3], 0, run.optimizer, 0.1)
         told = watch.look({"step": 1, **metrics}).get("no_weight", "")
-        assert ("demonstration_weight (loss.METHODS) is 0" in told) is (given is not METHODS[method])
+        assert ("demonstration_weight (methods.METHODS) is 0" in told) is (given is not METHODS[method])
     skipped = {"trained_tokens": 0, "skipped_updates": 1}
     assert list(Watch(given, {}).look({"step": 1, "grad_norm": 0.0, "entropy": 0.0} | skipped)) == ["skipped"]
 

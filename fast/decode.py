@@ -1,15 +1,13 @@
-"""The hot path of sampling: two logits processors and the loops `generate` may decode with (DECODERS).
+"""A decoding loop for responses of different lengths, in place of the one in HuggingFace's `generate`.
 
-In reading order: draw a token by inverting the CDF, force a prefix's; the cache and the attention of one new token;
-`last_hidden`, how every pass of ours calls a model; `OneTokenPass`, recorded and replayed on CUDA; `decode_rows`, the
-loop for responses of different lengths; `decode_static`, HF's own loop over a static cache, compiled on CUDA;
-`choose_loop`, which asks a model at load what it can be decoded with.
-Left out: kernels of our own, continuous batching (it takes no processor of ours), speculative decoding.
+It gives the same tokens and log-probs. In reading order: the cache and the attention of one new token;
+`OneTokenPass`, recorded and replayed on CUDA; `decode_rows`, the loop; `choose_loop`, which asks a model at load
+which variant of it the model can be decoded with; `loop_of`, which a command hands to sample.generate.
+Left out: kernels of our own, continuous batching (it takes no processor of ours), static caches.
 """
 
 import contextlib
 import functools
-import inspect
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import Any
@@ -21,12 +19,14 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from transformers import (
     AttentionInterface,
     GenerationConfig,
-    LogitsProcessor,
     LogitsProcessorList,
     PreTrainedConfig,
     PreTrainedModel,
 )
 from transformers.cache_utils import Cache, DynamicLayer
+
+from model import last_hidden
+from sample import PrefixForcingLogitsProcessor
 
 PREFILL_TOKENS = 2**14  # tokens of a call's prompts read in one forward pass
 DROP_AT = 0.8  # ended rows leave the decoding batch once this share or less is alive: a copy costs about one step
@@ -34,53 +34,9 @@ DROP_AT_RECORDED = 0.5  # a new recording costs more than ten steps
 GRAPHS = True  # on CUDA: record a pass, replay it for the next token: to launch its kernels takes longer than they do
 GRAPH_COLUMNS = 256  # a recording reads so many columns of the cache at once: those filled, rounded up
 LOOK_EVERY = 16  # tokens, where passes are recorded: to see which rows have ended, Python waits for the GPU
-signature = functools.cache(inspect.signature)
-# How decode_rows runs, the fastest first: who makes what. Recordable: on CUDA, where all layers have a plain cache.
-LOOPS = ("masks of ours, recordable", "masks of ours", "masks of the model", "transformers")
-
-
-class DrawTokenLogitsProcessor(LogitsProcessor):
-    """Samples: token = CDF^-1(u) of softmax(scores / temperature), one u per row and position: uniforms [B, R].
-
-    The drawn token gets score 0 and all others -inf: `generate` takes it by argmax. drawn [B, R]: its probability.
-    """
-
-    def __init__(self, uniforms: Tensor, prompt_length: int, temperature: float):
-        self.uniforms, self.prompt_length, self.temperature = uniforms, prompt_length, temperature
-        self.rows, self.drawn = torch.arange(len(uniforms), device=uniforms.device), torch.zeros_like(uniforms)
-
-    def keep(self, rows: Tensor) -> None:
-        self.rows = self.rows[rows]
-
-    def __call__(self, input_ids: Tensor, scores: Tensor) -> Tensor:
-        scores = scores if self.temperature == 1 else scores.float() / self.temperature
-        probabilities = scores.softmax(-1, dtype=torch.float32)  # [B, V]
-        cdf, place = probabilities.cumsum(-1), (self.rows, input_ids.shape[1] - self.prompt_length)
-        # u * total, not u: rounding may leave the total below u. right=True skips tokens of probability 0.
-        token = torch.searchsorted(cdf, self.uniforms[place][:, None] * cdf[:, -1:], right=True)
-        token = token.clamp(max=scores.shape[1] - 1)  # NaN, once a run has diverged: step.update says so
-        self.drawn[place] = probabilities.gather(1, token).squeeze(1)
-        return torch.full_like(scores, -torch.inf).scatter_(1, token, 0.0)
-
-
-class PrefixForcingLogitsProcessor(LogitsProcessor):
-    """Forces row i's first prefix_lengths[i] tokens to be prefix_ids[i]; later tokens are left to the policy.
-
-    prefix_ids [B, L] (padded with anything), prefix_lengths [B], prompt_length: columns before the response.
-    """
-
-    def __init__(self, prefix_ids: Tensor, prefix_lengths: Tensor, prompt_length: int):
-        self.prefix_ids, self.prefix_lengths, self.prompt_length = prefix_ids, prefix_lengths, prompt_length
-
-    def keep(self, rows: Tensor) -> None:
-        self.prefix_ids, self.prefix_lengths = self.prefix_ids[rows], self.prefix_lengths[rows]
-
-    def __call__(self, input_ids: Tensor, scores: Tensor) -> Tensor:
-        position = input_ids.shape[1] - self.prompt_length
-        if position >= self.prefix_ids.shape[1]:
-            return scores
-        forced = torch.full_like(scores, -torch.inf).scatter(1, self.prefix_ids[:, position, None], 0.0)
-        return torch.where((position < self.prefix_lengths)[:, None], forced, scores)
+# Variants of decode_rows, the fastest first. "ours": the attention mask is made here, not by the model at every
+# token; "recordable": a pass of one token may be recorded on CUDA, where all layers have a plain cache.
+LOOPS = ("masks of ours, recordable", "masks of ours", "masks of the model")
 
 
 class RoomyLayer(DynamicLayer):
@@ -148,21 +104,6 @@ def attention(config: PreTrainedConfig, name: str) -> Iterator[None]:
         yield
     finally:
         config._attn_implementation = own
-
-
-def check_neutral(processors: LogitsProcessorList) -> None:
-    """Raises ValueError if a setting of the model's own generation config added a processor beside ours."""
-    if not all(isinstance(p, DrawTokenLogitsProcessor | PrefixForcingLogitsProcessor) for p in processors):
-        raise ValueError(f"the sampler is not neutral: it has {[type(p).__name__ for p in processors]}")
-
-
-def last_hidden(model: PreTrainedModel, **arguments: Any) -> Tensor:
-    """The states its head reads [B, T, H]. An argument the model has no name for is left out: some take no positions
-    and get them from the mask."""
-    body = model.base_model
-    body = next(model.children()) if body is model else body  # one that calls its body by another name
-    known = signature(type(body).forward).parameters
-    return body(**{name: value for name, value in arguments.items() if name in known}).last_hidden_state
 
 
 def read_prompts(model: PreTrainedModel, cache: Cache, ids: Tensor, mask: Tensor, block: int) -> Tensor:
@@ -261,18 +202,14 @@ class OneTokenPass:
 def decode_rows(model: PreTrainedModel, input_ids: Tensor, block: int | None = None, **given: Any) -> Tensor:
     """The decoding loop `generate` calls: as its own, but equal prompts are read once, rows that have ended leave
     the batch, and the cache and the attention mask are not made again at every token. -> [B, P+<=R]"""
-    loop = getattr(model, "loop", LOOPS[0])  # what choose_loop found
-    if loop == "transformers":
-        return decode_static(model, input_ids, **given)
     logits_processor, settings, cache = (
         given[k] for k in ("logits_processor", "generation_config", "past_key_values")
     )
-    check_neutral(logits_processor)
     prompt, end = input_ids.shape[1], settings.max_length
     plain = all(type(layer) is DynamicLayer for layer in cache.layers)  # other kinds keep their own layers
     config = model.config.get_text_config()
-    ours = plain and config._attn_implementation == "sdpa" and loop in LOOPS[:2]
-    recorded = ours and loop == LOOPS[0] and can_record(input_ids.device)
+    ours = plain and config._attn_implementation == "sdpa" and model.loop in LOOPS[:2]
+    recorded = ours and model.loop == LOOPS[0] and can_record(input_ids.device)
     width = whole_blocks(end) if recorded else end
     look_every, drop_at = (LOOK_EVERY, DROP_AT_RECORDED) if recorded else (1, DROP_AT)
     if plain:
@@ -307,18 +244,12 @@ def decode_rows(model: PreTrainedModel, input_ids: Tensor, block: int | None = N
                     live.keep(alive)
                     cache.reorder_cache(alive)
                     for processor in logits_processor:
-                        processor.keep(alive)
+                        processor.rows = processor.rows[alive]
                     one_token_pass.forget()
             live.position_ids += 1
             live.mask[..., column] = 0 if ours else 1
             scores = one_token_pass(column)
     return output[:, : column + 1]
-
-
-def decode_static(model: PreTrainedModel, input_ids: Tensor, **given: Any) -> Tensor:
-    """HF's own loop over its static cache, whose forward pass HF compiles on CUDA: fixed shapes, so no row leaves."""
-    check_neutral(given["logits_processor"])
-    return model._sample(input_ids, **given)
 
 
 class ReadsValues(TorchDispatchMode):
@@ -347,21 +278,22 @@ class RecordingLogitsProcessor(PrefixForcingLogitsProcessor):
     """Forces tokens, each of them once, and keeps the log-probs [V] they had."""
 
     def __call__(self, input_ids: Tensor, scores: Tensor) -> Tensor:
-        token = self.prefix_ids[:, input_ids.shape[1] - self.prompt_length, None]
+        token = self.prefix_ids[self.rows, input_ids.shape[1] - self.prompt_length, None]
         self.log_probs[token] = scores.float().log_softmax(-1).gather(1, token)
         return super().__call__(input_ids, scores)
 
 
 def choose_loop(model: PreTrainedModel, ids: Tensor, mask: Tensor, want: Tensor, close: float) -> bool:
     """Set model.loop to the first of LOOPS that gives the last R columns of `ids`, all different and forced, the
-    log-probs `want` [B, R], 0 behind the end of a row; False if none does."""
+    log-probs `want` [B, R], 0 behind the end of a row; to None if only HF's own loop does. False if none does."""
     lengths, prompt = (want != 0).sum(1), ids.shape[1] - want.shape[1]
     forced = ids[:, prompt:]
     ends = forced.gather(1, lengths[:, None] - 1).flatten().tolist()
     settings = {"max_new_tokens": forced.shape[1], "do_sample": False, "eos_token_id": ends, "pad_token_id": 0}
-    for model.loop in LOOPS:
+    for model.loop in (*LOOPS, None):
         recorder = RecordingLogitsProcessor(forced, lengths, prompt)
         recorder.log_probs = want.new_zeros(model.get_input_embeddings().num_embeddings)
+        own = functools.partial(decode_rows, block=3 * len(ids)) if model.loop else None
         with contextlib.suppress(Exception):  # a loop the model was not made for can raise anything
             if model.loop == LOOPS[0] and reads_values(model, ids[:, :1]):
                 continue
@@ -370,11 +302,14 @@ def choose_loop(model: PreTrainedModel, ids: Tensor, mask: Tensor, want: Tensor,
                 attention_mask=mask[:, :prompt],
                 generation_config=GenerationConfig(**settings),
                 logits_processor=LogitsProcessorList([recorder]),
-                custom_generate=functools.partial(decode_rows, block=3 * len(ids)),
+                custom_generate=own,
             )
             if torch.allclose(recorder.log_probs[forced] * (want != 0), want, rtol=0, atol=close):
                 return True
     return False
 
 
-DECODERS = {"loop": decode_rows, "static": decode_static}
+def loop_of(model: PreTrainedModel) -> Callable | None:
+    """What sample.generate decodes this model with: decode_rows, or None, HF's own loop, for a model that choose_loop
+    was not asked about or that no variant of LOOPS is right for."""
+    return decode_rows if getattr(model, "loop", None) else None

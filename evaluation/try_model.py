@@ -1,0 +1,42 @@
+"""python sample.py --model DIR "problem" …: try a model."""
+
+from data.loader import encode, render_prompt
+from fast.check import check_model
+from fast.decode import loop_of
+from model import load_model
+from sample import Row, generate
+from support.checkpoint import trained_with
+from support.command import command
+from support.config import Parser, check_range
+from support.loading import check_window, pick_device, use_one_thread_if_small, window_of
+
+
+@command("sample.py")
+def main() -> None:
+    parser = Parser(description="Sample responses to a problem.", allow_abbrev=False)
+    parser.add_argument("problems", nargs="+", metavar="PROBLEM")
+    parser.add_argument("--model", required=True, help="a HuggingFace model folder, e.g. runs/prefix-rft-001/final")
+    parser.add_argument("--samples", type=int, default=4, help="responses per problem (default 4)")
+    parser.add_argument("--temperature", type=float, default=1.0, help="0 is greedy (default 1)")
+    parser.add_argument("--max_response_tokens", type=int, default=128)
+    parser.add_argument("--system", help="system message (default: the one the model was trained with)")
+    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--device", default="auto", choices=("auto", "cpu", "cuda", "mps"))
+    args = parser.parse_args()
+    for name, least in {"samples": 1, "max_response_tokens": 1, "seed": 0}.items():
+        check_range(name, getattr(args, name), least)
+    check_range("temperature", args.temperature, 0, 10)
+    system = trained_with(args.model).get("system", "") if args.system is None else args.system
+    model, tokenizer = load_model(args.model, pick_device(args.device), check=check_model)
+    use_one_thread_if_small(model)
+    prompts = [render_prompt(tokenizer, problem, system) for problem in args.problems]
+    encoded = [encode(tokenizer, prompt, "problem") for prompt in prompts]
+    window, longest = window_of(model.config), max(map(len, encoded))
+    check_window(window, longest, args.max_response_tokens, "max_response_tokens")
+    samples = args.samples if args.temperature else 1  # greedy responses are all alike
+    for problem, prompt, ids in zip(args.problems, prompts, encoded):
+        rows = [Row(0, (args.seed, problem, i), ids, []) for i in range(samples)]
+        print(f"prompt  {prompt}")
+        budget, decode = args.max_response_tokens, loop_of(model)
+        for row in generate(model, tokenizer, rows, budget, args.temperature, decode=decode):
+            print(f"  -> {row.text}")

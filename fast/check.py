@@ -1,0 +1,55 @@
+"""What a model is asked once at load, on a few tokens, before sampling and log-probs rely on it.
+
+The commands hand `check_model` to model.load_model. It ends with choose_loop (fast/decode.py), which looks for the
+fastest decoding loop that gives this model's own log-probs; where none of ours does, HuggingFace's own is taken.
+"""
+
+import torch
+from torch import Tensor
+from transformers import PreTrainedModel
+from transformers.utils import logging
+
+from fast.decode import choose_loop
+from model import response_stats
+from support.errors import InputError
+from support.loading import one_line
+
+
+@torch.no_grad()
+def check_model(path: str, model: PreTrainedModel, training: bool) -> None:
+    """Ask the model, on a few tokens, for what sampling and log-probs take for granted, and choose its model.loop.
+
+    InputError, one line, unless: the logits are finite and its head's, to the bit; two training passes agree, but
+    for the last bits (a product of matrices need not repeat them); a row in a padded batch has the log-probs it has
+    alone in a plain pass, in training and in sampling, to half the digits of its dtype. Three rows, which end at
+    other times.
+    """
+    step, column = model.get_input_embeddings().num_embeddings // 19, torch.arange(13)
+    first, last = torch.tensor([[0], [4], [0]]), torch.tensor([[12], [8], [10]])  # of each row
+    mask = ((column >= first) & (column <= last)).long().to(model.device)
+    prompts, responses = torch.arange(1, 8).expand(3, 7), torch.arange(1, 19).view(3, 6)
+    ids = (step * torch.cat([prompts, responses], dim=1)).to(model.device)
+    want = torch.zeros(responses.shape, device=model.device)
+    made: list[Tensor] = []  # what the head gave
+    head = model.eval().get_output_embeddings()
+    with one_line(path), head.register_forward_hook(lambda *call: made.append(call[-1].clone())):
+        for i, real in enumerate(mask.bool()):
+            logits = model(input_ids=ids[i : i + 1, real], use_cache=False).logits
+            if not logits.isfinite().all():
+                raise InputError("its logits are not finite, so its weights are damaged: fetch or train it again")
+            if not torch.equal(made[-1].float(), logits.float()):
+                raise InputError("its logits are not those of its output head (scaled, capped?): use another model")
+            log_p = logits[0, -int(real[7:].sum()) - 1 : -1].float().log_softmax(-1)
+            want[i, real[7:]] = log_p.gather(1, ids[i, 7:][real[7:], None]).squeeze(1)
+        close = float(want.abs().max()) * torch.finfo(model.dtype).eps ** 0.5
+        found = [response_stats(model.train(), ids, mask, 6, 1.0)[0] for _ in range(1 + training)]
+        if not torch.allclose(found[0], found[-1], rtol=0, atol=close / 64):
+            raise InputError("two training passes differ: set the noise in its config.json to 0")
+        if not torch.allclose(found[0], want, rtol=0, atol=close):
+            raise InputError(
+                "log-probs of a training pass are not those of a plain one (scaled? not causal?): use another"
+            )
+        if not choose_loop(model.eval(), ids, mask, want, close):
+            raise InputError("rows sampled in a batch are not what they are alone (a recurrent state?): use another")
+        if model.loop is None:
+            logging.get_logger("transformers").warning(f"{path}: sampled by transformers' own loop, which is slower")

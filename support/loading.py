@@ -1,0 +1,135 @@
+"""Around the loading of a model: which device, what a folder or hub name must be, errors of libraries in one line."""
+
+import contextlib
+import copy
+import os
+import sys
+from collections.abc import Iterator
+from inspect import signature
+from pathlib import Path
+from types import MethodType
+
+import torch
+from huggingface_hub.utils import logging as hub_logging
+from torch import Tensor, nn
+from transformers import AutoConfig, GenerationConfig, PreTrainedConfig, PreTrainedModel
+from transformers.utils import logging
+
+from support.errors import InputError
+
+NOISE = ("drop", "jitter", "noise")  # what the config's fields for random changes in training have in their names
+SMALL = 10_000_000  # below so many parameters a second CPU thread gains little, and costs much if a core is busy
+
+
+def pick_device(name: str = "auto") -> torch.device:
+    """The device called `name`; "auto" takes CUDA, then MPS, then the CPU. On CUDA each rank has a GPU of its own."""
+    there = {"cuda": torch.cuda.is_available(), "mps": torch.backends.mps.is_available(), "cpu": True}
+    if name == "auto":
+        name = next(kind for kind in there if there[kind])
+    if not there[name]:
+        raise InputError(f"device is {name}, but PyTorch finds none here: give --device auto")
+    return torch.device(name, int(os.environ.get("LOCAL_RANK", 0))) if name == "cuda" else torch.device(name)
+
+
+@contextlib.contextmanager
+def one_line(path: str) -> Iterator[None]:
+    """Errors of transformers and the hub as a ValueError of one line, with the fix where there is one."""
+    try:
+        yield
+    except torch.OutOfMemoryError:
+        raise
+    except Exception as error:  # a damaged folder can raise anything
+        reasons = {
+            "trust_remote_code": "it needs code of its own, which is never run here: use another architecture",
+            "gated repo": f"it is gated: ask for access at https://huggingface.co/{path}, then run  hf auth login",
+            "couldn't connect": "the hub cannot be reached and its cache has not got it: give a model folder",
+            "ignore_mismatched_sizes": "its weights do not have the shapes of its config.json",
+        }
+        said = " ".join(str(error).split())[:200]
+        reason = next((text for words, text in reasons.items() if words in str(error)), said)
+        raise InputError(f"model {path!r} cannot be loaded: {reason}") from error
+
+
+def load_config(path: str) -> PreTrainedConfig:
+    """The model's config, from a folder or a hub name. InputError, one line, where there is none."""
+    if not sys.stderr.isatty():
+        logging.disable_progress_bar()
+    hub_logging.set_verbosity_error()  # without a network: our one line instead of every retry
+    if not Path(path).exists() and (path.count("/") != 1 or Path(path).parent.exists()):
+        raise InputError(f"model {path!r} is neither a folder that exists nor a hub name (ORGANISATION/NAME)")
+    final = Path(path) / "final"
+    if final.is_dir() and not any(Path(path).glob("*.safetensors")):
+        raise InputError(f"model {path!r} is a run's folder, its model is in {final}: give --model {final}")
+    with one_line(path):
+        return AutoConfig.from_pretrained(path, trust_remote_code=False)
+
+
+def window_of(config: PreTrainedConfig) -> int | None:
+    """The most tokens of a prompt and its response together; None where the config names no limit."""
+    return getattr(config.get_text_config(), "max_position_embeddings", None)
+
+
+def check_window(
+    window: int | None, prompt: int, response: int, name: str, whose: str = "the longest prompt"
+) -> None:
+    """ValueError if a prompt and a response, whose budget is the setting `name`, can be longer than the window."""
+    if window and prompt + response > window:
+        fix = f"lower {name} to {window - prompt}" if prompt + 1 < window else "give a shorter prompt"
+        raise InputError(
+            f"{whose} ({prompt} tokens) and {name} ({response}) exceed the model's {window} positions: {fix}"
+        )
+
+
+def fuse_norms(model: nn.Module) -> None:
+    """RMS norms as one kernel of PyTorch's instead of the six of their HF module, where both compute the same.
+
+    On CUDA the update of Qwen2.5-1.5B takes a twelfth less time, sampling a tenth [bench/results/gpu.md].
+    """
+    for module in model.modules():
+        plain = list(signature(type(module).forward).parameters)[1:] == ["hidden_states"]  # some take a gate, too
+        if plain and hasattr(module, "variance_epsilon") and module.weight is not None:
+            own = copy.deepcopy(module).to_empty(device="cpu").float()  # the model may have no weights yet
+            own.weight.data = torch.linspace(0.5, 1.5, own.weight.numel())
+            x = own.weight.data.cos()
+            if torch.allclose(own(x), fused_norm(own, x), rtol=1e-4, atol=1e-4):
+                module.forward = MethodType(fused_norm, module)
+
+
+def fused_norm(module: nn.Module, x: Tensor) -> Tensor:
+    return nn.functional.rms_norm(x, module.weight.shape, module.weight, module.variance_epsilon)
+
+
+def end_tokens(path: str, config: PreTrainedConfig) -> list[int]:
+    """The end tokens that the model folder's generation config names, or its config where it has none."""
+    try:
+        ends = GenerationConfig.from_pretrained(path).eos_token_id
+    except OSError:
+        if (Path(path) / "generation_config.json").exists():
+            raise
+        ends = GenerationConfig.from_model_config(config).eos_token_id
+    return [] if ends is None else [ends] if isinstance(ends, int) else list(ends)
+
+
+def switch_off_noise(config: PreTrainedConfig) -> PreTrainedConfig:
+    """`config` with every probability of dropout, jitter or noise 0."""
+    for part in (config, config.get_text_config()):
+        noise = {name for name, value in vars(part).items() if isinstance(value, float)}
+        vars(part).update({name: 0.0 for name in noise if any(word in name for word in NOISE)})
+    return config
+
+
+def prepare_layers(model: PreTrainedModel, device: torch.device, recompute: bool) -> None:
+    """Gradient checkpointing where asked for (transformers 5.23 has given the switch another name); on CUDA faster
+    norms."""
+    if recompute:
+        enable = getattr(model, "activation_checkpointing_enable", model.gradient_checkpointing_enable)
+        enable({"use_reentrant": False})
+    if device.type == "cuda":
+        fuse_norms(model)
+
+
+def use_one_thread_if_small(model: PreTrainedModel) -> None:
+    """Of the CPU, unless OMP_NUM_THREADS is set: for the whole process, so a command decides it."""
+    small = model.device.type == "cpu" and model.num_parameters() < SMALL
+    if small and "OMP_NUM_THREADS" not in os.environ:
+        torch.set_num_threads(1)

@@ -281,7 +281,7 @@ def second_chance(
     if method.unsolved == "replace":
         tries = [{"rows": "demonstration", "rollouts": 1}]
     elif method.unsolved == "rescue":
-        tries = [{"rows": "shared_prefix", "share": share} for share in RESCUE_SHARES]
+        tries = [{"rows": "shared_prefix", "share": lambda _, share=share: share} for share in RESCUE_SHARES]
     tokens = 0
     for attempt, settings in enumerate(tries, 1 if method.unsolved == "rescue" else 0):
         groups = [group for group in unsolved_groups(rows, gate) if demonstrated[group]]

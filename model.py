@@ -9,7 +9,6 @@ their logits after the head.
 
 import contextlib
 import functools
-import inspect
 import itertools
 import shutil
 from collections.abc import Callable, Iterator
@@ -24,10 +23,9 @@ from transformers import PreTrainedTokenizerBase as Tokenizer
 
 from support import distributed
 from support.errors import InputError
-from support.loading import end_tokens, load_config, one_line, prepare_layers, switch_off_noise
+from support.loading import end_tokens, load_config, one_line, prepare_layers, signature, switch_off_noise
 
 LOGITS_PER_CHUNK = 2**25  # elements of a [tokens, V] logits chunk: 128 MiB in fp32, whatever B, R and V are
-signature = functools.cache(inspect.signature)
 
 
 # ---- load and save

@@ -32,6 +32,7 @@ from methods import METHODS
 from support.command import command
 from support.config import Config, Parser, check_range, parse_config
 from support.errors import InputError
+from support.loading import check_window, fuse_norms, load_config, prepare_layers, window_of
 from support.memory import cache_bytes, head_width, inner_width, plain_caches, row_bytes, token_bytes
 
 SHIPPED = Path(__file__).parent / "configs" / "models"  # config.json of the models that configs/ name
@@ -123,12 +124,12 @@ class FusedNorm(torch.autograd.Function):
 
 
 def empty_model(shape: Any, dtype: torch.dtype, fused: bool = False) -> Any:
-    """The model without weights; `fused`: its norms are those of model.fuse_norms, as on CUDA."""
+    """The model without weights; `fused`: its norms are those of fuse_norms, as on CUDA."""
     shape._attn_implementation = "planned"
     with torch.device("meta"):
         model = AutoModelForCausalLM.from_config(shape, dtype=dtype, attn_implementation="planned").train()
     if fused:
-        models.fuse_norms(model)
+        fuse_norms(model)
         for module in model.modules():
             if "forward" in vars(module):
                 module.forward = lambda x, weight=module.weight: FusedNorm.apply(x, weight)
@@ -140,8 +141,7 @@ def update_bytes(
 ) -> int:
     """The most bytes one micro-batch's forward and backward pass holds beyond weights and gradients."""
     model = empty_model(shape, dtype, fused)
-    if recompute:
-        models.recompute_layers(model)
+    prepare_layers(model, torch.device("meta"), recompute)
     for parameter in model.parameters():  # a gradient is added to the one that stands there, and freed
         parameter.register_post_accumulate_grad_hook(lambda p: setattr(p, "grad", None))
     length = prompt + response
@@ -178,7 +178,7 @@ def shape_of(path: str) -> Any:
     shipped = SHIPPED / f"{path.replace('/', '--')}.json"
     if shipped.exists() and not Path(path).exists():
         return AutoConfig.from_pretrained(shipped)
-    return models.load_config(path)
+    return load_config(path)
 
 
 def experts_share(shape: Any) -> float:
@@ -381,11 +381,11 @@ def in_numbers(value: float) -> str:
 def show(config: Config, gpu: str, gpus: int, prompt: int | None, mean: float | None) -> None:
     """Print the plan. InputError, before the first line, for a model or settings that cannot be planned."""
     shape, budget = shape_of(config.model), config.max_response_tokens
-    window = models.window_of(shape)
+    window = window_of(shape)
     if prompt is None:
         prompt = 1024 if budget > 1024 else 256
         prompt = max(1, min(prompt, window - budget)) if window else prompt
-    models.check_window(window, prompt, budget, "max_response_tokens", "the longest prompt, --prompt")
+    check_window(window, prompt, budget, "max_response_tokens", "the longest prompt, --prompt")
     mean, length = MEAN_RESPONSE * budget if mean is None else mean, prompt + budget
     if not 0 < mean <= budget:
         raise InputError(f"mean_response is {mean:g}, expected above 0 and at most max_response_tokens ({budget})")

@@ -14,11 +14,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from tqdm import tqdm
-
 from answers import Unreadable, equal, read
 
-BATCH_WITH_BAR = 4000  # smaller batches are graded before a progress bar could be read
 _MARKS = re.compile(r"\\(?:boxed|fbox)(?![A-Za-z])\s*(?P<open>\{)?|(?:\\[\\{}])+|(?P<in>\{+)|(?P<out>\}+)")
 _BARE = re.compile(r"[-+]?[\w.,/:^]{0,99}\w|\\[A-Za-z]+[^$\n]{0,199}?(?=\$|\\\)|\\\]|\n|\Z)")
 
@@ -26,11 +23,11 @@ _BARE = re.compile(r"[-+]?[\w.,/:^]{0,99}\w|\\[A-Za-z]+[^$\n]{0,199}?(?=\$|\\\)|
 def extract_boxed(text: str) -> str | None:
     """Content of the last complete ``\\boxed{...}`` or ``\\fbox{...}`` of `text`, None where there is none.
 
-    One pass, so linear in the text. Braces are balanced, escaped ones are not counted; of boxes in a box the
+    A response that is no string is a model's fault and has none. One pass, so linear in the text. Braces are balanced, escaped ones are not counted; of boxes in a box the
     outer one counts. ``\\boxed 5`` without braces gives "5". A box that never closes (a truncated response)
     is no answer; the last complete box before it is.
     """
-    if "\\boxed" not in text and "\\fbox" not in text:
+    if not isinstance(text, str) or ("\\boxed" not in text and "\\fbox" not in text):
         return None
     best, depth = (-1, -1), 0
     boxes: list[tuple[int, int]] = []  # the open ones: where the content starts, how deep it is
@@ -53,7 +50,10 @@ def extract_boxed(text: str) -> str | None:
         if start > best[1] and (found := _BARE.match(text, start)):
             best = found.span()
             break
-    return None if best[1] < 0 else text[slice(*best)]
+    start, end = best
+    if end < 0:
+        return None
+    return text[start:end]
 
 
 def is_equivalent(prediction: str, gold: str) -> bool:
@@ -62,15 +62,13 @@ def is_equivalent(prediction: str, gold: str) -> bool:
         return False
     try:
         return equal(read(prediction), read(gold))
-    except Unreadable:
-        return False
-    except Exception:  # a bug of the reader must not end a training run; the tests call the reader directly
+    except Exception:  # Unreadable; or a bug of the reader, which must not end a run: tests call the reader directly
         return False
 
 
 def is_read(response: str | None) -> bool:
     """Whether `response` has a complete box whose content the reader can read."""
-    boxed = extract_boxed(response) if isinstance(response, str) else None
+    boxed = extract_boxed(response)
     if boxed is None:
         return False
     try:
@@ -87,8 +85,8 @@ def grade(response: str | None, gold: str) -> float:
     """
     if not isinstance(gold, str):
         raise TypeError(f"gold must be a string, got {type(gold).__name__}: {gold!r:.80}; pass the answer as text")
-    boxed = extract_boxed(response) if isinstance(response, str) else None
-    return 1.0 if boxed is not None and is_equivalent(boxed, gold) else 0.0
+    boxed = extract_boxed(response)
+    return float(boxed is not None and is_equivalent(boxed, gold))
 
 
 def check_gold(gold: str) -> None:
@@ -117,14 +115,30 @@ class Reward:
     fingerprint: str  # sha256 of the code
 
 
-def _check_text(problem: Any) -> None:
-    if not problem.answer.strip():
-        raise ValueError("answer is empty: write the text that the box must hold")
+def _math(response: str, problem: Any) -> float:
+    return grade(response, problem.answer)
+
+
+def _check_math(problem: Any) -> None:
+    check_gold(problem.answer)
 
 
 def _exact(response: str, problem: Any) -> float:
     boxed = extract_boxed(response)
     return float(boxed is not None and boxed.strip() == problem.answer.strip())
+
+
+def _check_exact(problem: Any) -> None:
+    if not problem.answer.strip():
+        raise ValueError("answer is empty: write the text that the box must hold")
+
+
+def _is_boxed(response: str) -> bool:
+    return extract_boxed(response) is not None
+
+
+def _anything(value: Any) -> bool:
+    return True
 
 
 def _sha256(*paths: Path) -> str:
@@ -133,8 +147,9 @@ def _sha256(*paths: Path) -> str:
 
 def raised(error: BaseException) -> str:
     """What a user's code raised, in one line; a ValueError speaks for itself."""
-    kind = "" if type(error) is ValueError else f"{type(error).__name__}: "
-    return " ".join(f"{kind}{error}".splitlines())
+    if type(error) is ValueError:
+        return " ".join(str(error).splitlines())
+    return " ".join(f"{type(error).__name__}: {error}".splitlines())
 
 
 def load_reward(name: str = "math") -> Reward:
@@ -146,13 +161,13 @@ def load_reward(name: str = "math") -> Reward:
     here = Path(__file__)
     if name == "math":
         code = _sha256(here, *sorted(here.with_name("answers").glob("*.py")))
-        return Reward(name, lambda text, p: grade(text, p.answer), lambda p: check_gold(p.answer), is_read, code)
+        return Reward(name, _math, _check_math, is_read, code)
     if name == "exact":
-        return Reward(name, _exact, _check_text, lambda text: extract_boxed(text) is not None, _sha256(here))
-    file, _, function = name.partition(".py:") if ".py:" in name else (name.removesuffix(".py"), "", "")
-    path, function = Path(file + ".py"), function or "reward"
-    if not name.endswith(".py") and ".py:" not in name:
+        return Reward(name, _exact, _check_exact, _is_boxed, _sha256(here))
+    file, colon, function = name.partition(".py:")
+    if not (colon or name.endswith(".py")):
         raise ValueError(f"reward is {name!r}, expected math, exact, or a Python file: FILE.py or FILE.py:function")
+    path, function = Path(file.removesuffix(".py") + ".py"), function or "reward"
     if not path.is_file():
         raise ValueError(f"reward {name!r}: the file {str(path)!r} does not exist")
     spec = importlib.util.spec_from_file_location(f"reward {path.resolve()}", path)
@@ -162,10 +177,10 @@ def load_reward(name: str = "math") -> Reward:
         spec.loader.exec_module(module)
     except (Exception, SystemExit) as error:
         raise ValueError(f"reward {name!r}: {path} cannot be run: {raised(error)}") from error
-    if not callable(found := getattr(module, function, None)):
+    own = getattr(module, function, None)
+    if not callable(own):
         raise ValueError(f"reward {name!r}: {path} has no function {function}(response, problem)")
-    check = getattr(module, "check", lambda problem: None)
-    return Reward(f"{path}:{function}", found, check, lambda text: True, _sha256(path))
+    return Reward(f"{path}:{function}", own, getattr(module, "check", _anything), _anything, _sha256(path))
 
 
 MATH = load_reward()
@@ -185,7 +200,5 @@ def grade_one(reward: Reward, response: str, problem: Any) -> float:
 
 
 def grade_all(reward: Reward, responses: Sequence[str], problems: Sequence[Any]) -> list[float]:
-    """`grade_one` for each response and its problem. Large batches show a progress bar."""
-    pairs = list(zip(responses, problems, strict=True))
-    bar = tqdm(pairs, "grading", disable=len(pairs) < BATCH_WITH_BAR, leave=False)
-    return [grade_one(reward, response, problem) for response, problem in bar]
+    """`grade_one` for each response and its problem."""
+    return [grade_one(reward, response, problem) for response, problem in zip(responses, problems, strict=True)]

@@ -53,23 +53,12 @@ def cosine(progress: float) -> tuple[float, float]:
     return PREFIX_LOW + (PREFIX_HIGH - PREFIX_LOW) * (1 + math.cos(math.pi * progress)) / 2, PREFIX_HIGH
 
 
-def uniform(progress: float) -> tuple[float, float]:
-    """The whole range throughout. [ablation, paper Fig. 6]"""
-    return PREFIX_LOW, PREFIX_HIGH
-
-
-def constant(progress: float) -> tuple[float, float]:
-    """0.5, the mean of uniform. [ablation]"""
-    return 0.5, 0.5
-
-
-def uft(progress: float) -> tuple[float, float]:
-    """Any of 0, 1/5, ... 1 for 60% of the run, then nothing. [UFT; how often which: prefix_fraction]"""
-    return 0.0, float(progress < 0.6)
-
-
-# progress of the run, 0 to 1 -> low, high
-SCHEDULES = {"cosine": cosine, "uniform": uniform, "constant": constant, "uft": uft}
+SCHEDULES = {  # progress of the run, 0 to 1 -> low, high
+    "cosine": cosine,
+    "uniform": lambda progress: (PREFIX_LOW, PREFIX_HIGH),  # ablation [paper Fig. 6]
+    "constant": lambda progress: (0.5, 0.5),  # ablation: the mean of uniform
+    "uft": lambda progress: (0.0, float(progress < 0.6)),  # for 60% of the run, then nothing; see prefix_fraction
+}
 
 
 def prefix_range(step: int, total_steps: int, schedule: str) -> tuple[float, float]:
@@ -95,9 +84,6 @@ def prefix_length(fraction: float, demonstration_tokens: int, max_response_token
         return 0
     longest = min(demonstration_tokens - 1, max_response_tokens - 1)
     return max(0, min(max(1, math.floor(fraction * demonstration_tokens)), longest))
-
-
-# ---- the plan of a group
 
 
 @dataclass(frozen=True)
@@ -154,9 +140,6 @@ def plan_group(
     return planned
 
 
-# ---- what turns scores into the next token
-
-
 class DrawTokenLogitsProcessor(LogitsProcessor):
     """Samples: token = CDF^-1(u) of softmax(scores / temperature), one u per row and position: uniforms [B, R].
 
@@ -209,13 +192,12 @@ def padded(sequences: Iterable[Sequence[int]], value: int, side: str) -> tuple[T
 
 
 def decoding_loop(model: PreTrainedModel, input_ids: Tensor, decode: Callable | None, **arguments) -> Tensor:
-    """What `generate` decodes with: `decode`, or its own loop. ValueError if a setting of the model folder has added
-    a processor beside ours: then the sampler would not be the policy that is trained."""
+    """What `generate` decodes with: `decode`, or its own loop. ValueError where a setting of the model folder has
+    added a processor to ours: the sampler would not be the policy that is trained."""
     for processor in arguments["logits_processor"]:
         if not isinstance(processor, DrawTokenLogitsProcessor | PrefixForcingLogitsProcessor):
             raise ValueError(f"the sampler is not neutral: transformers has added {type(processor).__name__}")
-    loop = decode or type(model)._sample
-    return loop(model, input_ids, **arguments)
+    return (decode or type(model)._sample)(model, input_ids, **arguments)
 
 
 def end_of_response(tokens: list[int], start: int, ends: set[int]) -> int:
@@ -273,10 +255,9 @@ def generate(
 ) -> list[Row]:
     """`rows` with their responses, prefix + continuation, the end token last unless cut off by the budget.
 
-    temperature 0 is greedy. `decode`: a loop in place of HF's own (fast.decode.decode_rows), which gives the same
-    tokens. `progress` names a tqdm bar. Rows of similar length share a call; which rows share one changes no token
-    (up to rounding of the logits). With several ranks each samples the groups g = rank (mod ranks) and gets the
-    others' responses; all must call.
+    temperature 0 is greedy. `decode`: a loop in place of HF's own, with the same tokens (fast.decode.decode_rows).
+    `progress` names a tqdm bar. Rows of similar length share a call, which changes no token (up to rounding of the
+    logits). With several ranks each samples the groups g = rank (mod ranks) and gets the others' rows; all must call.
     """
     mine = [i for i, row in enumerate(rows) if not row.response and row.group % world_size() == rank()]
     mine.sort(key=lambda i: (len(rows[i].prompt_ids), len(rows[i].prefix_ids)))
@@ -310,11 +291,6 @@ class Rollouts:
     hybrid: Tensor  # [B] bool: the row has demonstration tokens
     truncated: Tensor  # [B] bool: cut off by the budget without an end token
     texts: list[str]  # the responses as text, prefix included
-
-    @property
-    def response_tokens(self) -> Tensor:
-        """[B] tokens of each response."""
-        return self.response_mask.sum(1)
 
 
 def pack(rows: Sequence[Row], pad_id: int) -> Rollouts:

@@ -2,7 +2,7 @@
 
 A step of reinforcement (`rl_step`):
 
-    problems  -> plan_group, generate                  rollouts: on-policy rows and hybrid ones, in one batch
+    problems  -> plan_group, generate                  rollouts: on-policy rows and hybrid ones
               -> grade                                 0 to 1; a response cut off by the budget gets 0
               -> (hpt, rescue) second_chance           groups without a right row are replaced or sampled again
               -> advantages                            of each row's own tokens and of its prefix
@@ -12,8 +12,7 @@ A step of reinforcement (`rl_step`):
               -> (relift) one update on demonstrations of collected problems
 
 A supervised step (`sft_step`) is the same with whole demonstrations as rows and nothing to sample. Every method is an
-entry of methods.METHODS; nothing here asks which one it is. What a step leaves for metrics.jsonl and the other logs
-is put together in support/record.py.
+entry of methods.METHODS; nothing here asks which one it is. support/record.py makes metrics of what a step did.
 """
 
 import math
@@ -71,13 +70,14 @@ def sample_groups(
     groups: Sequence[int],
     *,
     rows: str,
-    rollouts: int,
-    share: float | None = None,
+    rollouts: int | None = None,
+    share: Callable[[torch.Generator], float] | None = None,
     attempt: int = 0,
 ) -> list[Row]:
-    """Graded rows of some groups; `picked` are the step's problems. `share` takes the place of the schedule's draw.
-    `rows`, `rollouts`, `attempt`: see plan_group."""
+    """Graded rows of some groups; `picked` are the step's problems. `share` takes the place of the schedule's draw,
+    `rollouts` of the setting; `rows`, `attempt`: see plan_group."""
     config = run.config
+    rollouts = rollouts or config.rollouts_per_prompt
     schedule = partial(prefix_fraction, step, config.steps, run.method.schedule)
     planned: list[Row] = []
     for group in groups:
@@ -85,7 +85,7 @@ def sample_groups(
             run.data.encoded[picked[group]],
             group,
             rows=rows,
-            share=schedule if share is None else lambda generator: share,
+            share=share or schedule,
             rollouts=rollouts,
             hybrid=min(rollouts, config.hybrid_per_prompt),
             max_response_tokens=config.max_response_tokens,
@@ -147,11 +147,10 @@ def old_stats(model: PreTrainedModel, rollouts: Rollouts, config: Config, rows: 
 
 
 def passed_before(method: Method, config: Config, rollouts: Rollouts, response_advantage: Tensor) -> Tensor:
-    """Rows [B] bool whose old log-probs are taken before the first update.
+    """Rows [B] bool whose old log-probs are taken before the first update: all, where a step has several updates.
 
-    All of them, but where a step has one update, on one process: there pi is still the policy that sampled, and the
-    pass of the update gives both. Not for rows that an entropy clip ranks before the update, nor for rows without
-    an advantage, which the update leaves out.
+    One update, on one process, finds them in its own pass, as pi is still the policy that sampled. But not those of
+    rows that an entropy clip ranks before it, nor of rows without an advantage, which do not pass in it.
     """
     several = config.updates_per_step > 1 or world_size() > 1
     if several or (method.entropy_clip and method.rows == "on_policy"):
@@ -163,25 +162,21 @@ def rollout_batch(run: Run, picked: Sequence[int], step: int) -> Batch:
     """Sample, grade and compare: the batch of one step of reinforcement."""
     config, method = run.config, run.method
     sample = partial(sample_groups, run, picked, step)
-    first_rows = sample(range(len(picked)), rows=method.rows, rollouts=config.rollouts_per_prompt)
+    first_rows = sample(range(len(picked)), rows=method.rows)
     demonstrated = [bool(run.data.encoded[i].demonstrations) for i in picked]
-    rows, more_tokens = second_chance(
-        method, first_rows, config.gate, demonstrated, partial(sample, rollouts=config.rollouts_per_prompt)
-    )
+    rows, more_tokens = second_chance(method, first_rows, config.gate, demonstrated, sample)
     rollouts = pack(rows, run.model.generation_config.pad_token_id)
     rewards = torch.tensor([row.reward for row in rows])
     baseline = method.baseline or config.baseline
     scale_by_std = config.scale_by_std if method.scale_by_std is None else method.scale_by_std
-    response_advantage, prefix_advantage = advantages(
-        rewards, rollouts.group, rollouts.hybrid, baseline, scale_by_std
-    )
-    passed = passed_before(method, config, rollouts, response_advantage)
+    own, prefix = advantages(rewards, rollouts.group, rollouts.hybrid, baseline, scale_by_std)
+    passed = passed_before(method, config, rollouts, own)
     old_log_probs, entropy = old_stats(run.model, rollouts, config, passed.nonzero().squeeze(1))
     return Batch(
         rollouts=rollouts,
         rewards=rewards,
-        response_advantage=response_advantage,
-        prefix_advantage=prefix_advantage,
+        response_advantage=own,
+        prefix_advantage=prefix,
         old_log_probs=old_log_probs,
         entropy=entropy,
         passed=passed,
@@ -193,10 +188,9 @@ def rollout_batch(run: Run, picked: Sequence[int], step: int) -> Batch:
 
 def demonstration_batch(run: Run, problems: Sequence[Encoded], step: int) -> Batch:
     """Whole demonstrations, one per problem: what an SFT update reads. Nothing is sampled or graded."""
-    key = (run.config.seed, step)
     rows: list[Row] = []
     for i, problem in enumerate(problems):
-        rows += plan_group(problem, i, rows="demonstration", rollouts=1, hybrid=1, key=key)
+        rows += plan_group(problem, i, rows="demonstration", rollouts=1, hybrid=1, key=(run.config.seed, step))
     rollouts = pack(rows, run.model.generation_config.pad_token_id)
     nothing, zeros = torch.zeros(len(rows)), torch.zeros(rollouts.response_mask.shape)
     return Batch(rollouts, nothing, nothing, nothing, zeros, zeros.clone(), nothing.bool(), rows, rows, 0)
@@ -245,12 +239,10 @@ def update(
 ) -> dict[str, Any]:
     """One optimizer step on a mini-batch -> sums over its tokens.
 
-    The gradient is that of the whole mini-batch whatever the micro-batches are. Rows without any weight are left out
-    of the forward pass (Z stays); without any row there is no optimizer step. Where an old log-prob, the loss or the
-    gradient is not finite the update is skipped, on every rank.
+    The gradient is that of the whole mini-batch whatever the micro-batches are. Rows without any weight do not pass
+    (Z stays). Where an old log-prob, the loss or the gradient is not finite the update is skipped, on every rank.
     """
-    has_weight = (token_weights(run.method, tokens) != 0).any(1)
-    active = has_weight | (~batch.passed & tokens.weight_mask.any(1))
+    active = (token_weights(run.method, tokens) != 0).any(1) | (~batch.passed & tokens.weight_mask.any(1))
     if not batch.old_log_probs.isfinite().all():
         return skipped_update(run)
     if not active.any():
@@ -282,9 +274,6 @@ def update(
 def skipped_update(run: Run) -> dict[str, Any]:
     run.skipped += 1
     return {"loss": None, "grad_norm": None, "entropy": None, "with_weight": 0, "skipped": 1}
-
-
-# ---- the two kinds of step
 
 
 @dataclass

@@ -26,10 +26,13 @@ from transformers import AutoTokenizer, GenerationConfig, LogitsProcessorList, Q
 
 import step as steps
 import train
-from model import fuse_norms, sampling, token_stats
+from fast.decode import LOOPS, decode_rows
+from model import sampling, token_stats
 from plan import plan
 from sample import DrawTokenLogitsProcessor, Row, generate
 from support.config import Config, from_dict
+from support.loading import fuse_norms
+from support.record import rl_metrics
 
 SHAPES = {
     "0.5b": {
@@ -80,7 +83,9 @@ def plain(model, ids: torch.Tensor, uniforms: torch.Tensor) -> None:
 def new_model(shape: str) -> Qwen2ForCausalLM:
     config = Qwen2Config(vocab_size=151936, max_position_embeddings=32768, tie_word_embeddings=True, **SHAPES[shape])
     with torch.device("cuda"):
-        return Qwen2ForCausalLM(config).to(torch.bfloat16)
+        model = Qwen2ForCausalLM(config).to(torch.bfloat16)
+    model.loop = LOOPS[0]
+    return model
 
 
 def unfuse_norms(model: Qwen2ForCausalLM) -> None:
@@ -118,11 +123,16 @@ def bench_limits(shape: str) -> None:
         }
         print(name, decoding[name], flush=True)
 
+    tokenizer = AutoTokenizer.from_pretrained(Config.model)
+
+    def ours(new: int) -> list[Row]:
+        return generate(model, tokenizer, rows, new, decode=decode_rows)
+
     fuse_norms(model)
-    time_decoding("ours, few tokens", lambda: generate(model, rows, FEW), FEW)
-    time_decoding("ours", lambda: generate(model, rows, NEW), NEW)
+    time_decoding("ours, few tokens", lambda: ours(FEW), FEW)
+    time_decoding("ours", lambda: ours(NEW), NEW)
     unfuse_norms(model)
-    time_decoding("ours, HF's norms", lambda: generate(model, rows, NEW), NEW)
+    time_decoding("ours, HF's norms", lambda: ours(NEW), NEW)
     time_decoding("plain generate, few tokens", lambda: plain(model, prompts.cuda(), uniforms), FEW)
 
     batch, length = 8, 2048
@@ -181,17 +191,17 @@ def bench_step(shape: str) -> None:
         new_model(shape).save_pretrained(folder)
         AutoTokenizer.from_pretrained(Config.model).save_pretrained(folder)
         run, _ = train.prepare(from_dict(settings | {"model": folder, "out": f"{folder}/run"}))
-    graded = steps.sample_and_grade
+    # random weights are never right, and no row of theirs ends
+    sample_groups = steps.sample_groups
 
-    def with_rewards(*args) -> steps.Graded:
-        found = graded(*args)
-        return replace(found, rewards=[float(i % 2) for i in range(len(found.rows))])
+    def with_rewards(*args, **settings) -> list[Row]:
+        return [replace(row, reward=float(i % 2)) for i, row in enumerate(sample_groups(*args, **settings))]
 
-    steps.sample_and_grade = with_rewards  # random weights are never right, and no row of theirs ends
+    steps.sample_groups = with_rewards
     peaks: dict[str, list[int]] = {}
     watch("generate", peaks)
     watch("update", peaks)
-    log = [steps.rl_step(run, step)[0] for step in range(2)]
+    log = [rl_metrics(run, steps.rl_step(run, step)) for step in range(2)]
     longest = max(len(problem.prompt_ids) for problem in run.data.encoded)
     planned = {phase: sum(parts.values()) for phase, parts in plan(run.config, run.model.config, 1, longest).items()}
     measured = {"sampling": max(peaks["generate"]), "update": max(peaks["update"])}

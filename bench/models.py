@@ -4,7 +4,7 @@
     OMP_NUM_THREADS=1 python bench/models.py gpt2 opt     some, printed only
 
 Every model is a folder as a user has it, its noise (dropout, router jitter) switched on and the embedded task's
-tokenizer beside it. `prove` then asks for what "works" means, with nothing of model.check_model: against plain
+tokenizer beside it. `prove` then asks for what "works" means, with nothing of fast.check: against plain
 forward passes of single rows. One step of Prefix-RFT follows on one process and on two.
 """
 
@@ -25,11 +25,15 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedConfig, 
 from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 
 import step as steps
-from model import NOISE, load_model, save_model, token_stats
+from fast.check import check_model
+from fast.decode import loop_of
+from model import load_model, save_model, token_stats
 from sample import Row, generate, pack
 from support import distributed
 from support.config import from_dict
 from support.errors import InputError
+from support.loading import NOISE
+from support.record import rl_metrics
 from train import prepare
 
 SMALL = {  # of what a config has of these
@@ -188,9 +192,9 @@ def plain_logits(model: PreTrainedModel, row: Row, response: list[int]) -> torch
     return model(input_ids=ids, use_cache=False).logits[0, len(row.prompt_ids) - 1 : -1]
 
 
-def prove(folder: Path) -> str:
+def prove(folder: Path) -> str | None:
     """Raises AssertionError, which says what does not hold -> the model's loop."""
-    model, tokenizer = load_model(str(folder), training=True)
+    model, tokenizer = load_model(str(folder), training=True, check=check_model)
     generator = torch.Generator().manual_seed(0)
 
     def some(n):
@@ -198,14 +202,19 @@ def prove(folder: Path) -> str:
 
     rows = [Row(i, (i,), some(2 + 3 * (i % 4)), some(2 * i) if i % 2 else []) for i in range(8)]
     rows += [Row(8, (8, i), rows[0].prompt_ids, []) for i in range(3)]  # a group shares its prompt
-    together = generate(model, rows, BUDGET)
+
+    def respond(rows: list[Row], temperature: float = 1.0) -> list[Row]:
+        return generate(model, tokenizer, rows, BUDGET, temperature, decode=loop_of(model))
+
+    sampled = respond(rows)
+    together = [row.response for row in sampled]
     assert len({len(r) for r in together}) > 1, "no row ended early"
-    assert [generate(model, [row], BUDGET)[0] for row in rows] == together, "a row depends on its batch"
-    model.eval()
-    for row, response in zip(rows, generate(model, rows, BUDGET, 0.0)):
-        logits, own = plain_logits(model.eval(), row, response), slice(len(row.prefix_ids), None)
-        assert logits.argmax(-1).tolist()[own] == response[own], "greedy tokens are not the argmax"
-    rollouts = pack(rows, together, model.train(), tokenizer)
+    assert [respond([row])[0].response for row in rows] == together, "a row depends on its batch"
+    for row in respond(rows, 0.0):
+        logits, own = plain_logits(model.eval(), row, row.response), slice(len(row.prefix_ids), None)
+        assert logits.argmax(-1).tolist()[own] == row.response[own], "greedy tokens are not the argmax"
+    model.train()
+    rollouts = pack(sampled, model.generation_config.pad_token_id)
     given = rollouts.input_ids, rollouts.attention_mask, rollouts.response_mask.shape[1], 1.0
     (found, _), (again, _) = token_stats(model, *given), token_stats(model, *given)
     assert torch.allclose(found, again, rtol=0, atol=1e-5), "two training passes differ"  # to the bit on most CPUs
@@ -233,7 +242,7 @@ def one_step(folder: Path) -> dict:
     steps.grade_all = by_length
     run, _ = prepare(from_dict(settings))
     run.optimizer = torch.optim.SGD(run.model.parameters(), lr=0.1)
-    metrics, *_ = steps.rl_step(run, 0)
+    metrics = rl_metrics(run, steps.rl_step(run, 0))
     times = ("seconds_sample", "seconds_update", "tokens_per_second")
     numbers = {key: value for key, value in metrics.items() if key not in times}
     return {"metrics": numbers, "weights": distributed.full_state(run.model.state_dict())}
@@ -278,7 +287,7 @@ def table(folders: dict[str, Path]) -> dict[str, tuple[str, str]]:
         start = time.perf_counter()
         try:
             make(name, folder)
-            found[name] = "trained", prove(folder)
+            found[name] = "trained", prove(folder) or "transformers"
             ones[name] = one_step(folder)
             assert ones[name]["metrics"]["grad_norm"] > 0, "no gradient"
         except Exception as error:
@@ -307,7 +316,7 @@ def write(found: dict[str, tuple[str, str]]) -> None:
         f"Written by bench/models.py with transformers {transformers.__version__} and torch {torch.__version__} on "
         f"{machine()['device']}, which says in its header what trained means. "
         + ", ".join(f"{count} {verdict}" for verdict, count in counts.items())
-        + ". Who makes what in the decoding loop: decode.LOOPS.",
+        + ". Who makes what in the decoding loop: LOOPS of fast/decode.py.",
         "",
         "| architecture | | decoding loop, or the line |",
         "|---|---|---|",

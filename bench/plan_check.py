@@ -8,11 +8,13 @@ from typing import Any
 
 import torch
 from common import RESULTS, machine, parts_of, peak_bytes
-from transformers import AutoModelForCausalLM, GenerationConfig, LlamaConfig, Qwen2Config
+from transformers import AutoModelForCausalLM, AutoTokenizer, GenerationConfig, LlamaConfig, Qwen2Config
 
 import model as models
+from fast.decode import LOOPS, decode_rows
 from plan import PREFILL_TOKENS, sampling_bytes, update_bytes
 from sample import Row, generate
+from support.loading import pick_device, prepare_layers
 
 SMALL = {"hidden_size": 256, "intermediate_size": 768, "num_attention_heads": 4, "num_key_value_heads": 2}
 CASES = {
@@ -27,10 +29,9 @@ def measured(shape: Any, rows: int, prompt: int, response: int, recompute: bool)
     """Measured peak of an update in fp32 on one unsplit device -> (with, without weights, gradients, optimizer)."""
     torch.manual_seed(0)
     shape._attn_implementation = "sdpa"
-    device = models.pick_device()
+    device = pick_device()
     model = AutoModelForCausalLM.from_config(shape, dtype=torch.float32).to(device).train()
-    if recompute:
-        models.recompute_layers(model)
+    prepare_layers(model, torch.device("cpu"), recompute)
     optimizer = torch.optim.AdamW(model.parameters(), fused=True)
     ids = torch.randint(0, shape.vocab_size, (rows, prompt + response), device=device)
     mask = torch.ones_like(ids)
@@ -56,12 +57,14 @@ SAMPLING = {  # rows, prompt, response
 def measured_sampling(shape: Any, rows: int, prompt: int, response: int) -> int:
     """Measured peak of a call of generate in fp32 in which no row ends, beyond the weights."""
     shape._attn_implementation = "sdpa"
-    model = AutoModelForCausalLM.from_config(shape, dtype=torch.float32).to(models.pick_device())
+    model = AutoModelForCausalLM.from_config(shape, dtype=torch.float32).to(pick_device())
     model.generation_config = GenerationConfig(eos_token_id=[shape.vocab_size], pad_token_id=0)
     prompts = torch.randint(0, shape.vocab_size, (rows, prompt)).tolist()
     plan = [Row(i, (i,), ids[i % 3 :], []) for i, ids in enumerate(prompts)]
-    generate(model, plan, 2)
-    return peak_bytes(lambda: generate(model, plan, response))
+    model.loop = LOOPS[0]
+    tokenizer = AutoTokenizer.from_pretrained("data/base")
+    generate(model, tokenizer, plan, 2, decode=decode_rows)
+    return peak_bytes(lambda: generate(model, tokenizer, plan, response, decode=decode_rows))
 
 
 def main() -> None:
@@ -76,7 +79,7 @@ def main() -> None:
         print(f"{name:<45}{found / 2**20:8.0f} MiB measured {planned / 2**20:8.0f} planned", results[name])
     for name, (shape, rows, prompt, response, recompute) in CASES.items():
         total, beyond = measured(shape, rows, prompt, response, recompute)
-        fused = models.pick_device().type == "cuda"
+        fused = pick_device().type == "cuda"
         counted = update_bytes(shape, rows, prompt, response, torch.float32, recompute, fused)
         planned = total - beyond + counted
         results[name] = {

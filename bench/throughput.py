@@ -30,10 +30,11 @@ from transformers import GenerationConfig, LogitsProcessor, LogitsProcessorList
 
 import model as models
 import step as steps
-from reward import grade_batch
-from sample import DrawTokenLogitsProcessor, Row, generate, pad_left, uniforms
+from reward import grade
+from sample import DrawTokenLogitsProcessor, Row, generate, padded, uniforms
 from support.command import command
 from support.config import parse_config
+from support.record import rl_metrics
 from train import prepare
 
 CUDA = torch.cuda.is_available()
@@ -94,17 +95,22 @@ def plain_generate(model, ids, mask, table, budget) -> list[list[int]]:
     return [row[: row.index(ends) + 1] if ends in row else row for row in rows]
 
 
+def responses(run: steps.Run, rows: list[Row]) -> list[list[int]]:
+    budget = run.config.max_response_tokens
+    return [row.response for row in generate(run.model, run.tokenizer, rows, budget, decode=run.decode)]
+
+
 def bench_sampling(words: list[str]) -> None:
     repeats = 4 if words else 15
     run, times, tokens, peaks = new_run(words), {}, [], {}
     budget = run.config.max_response_tokens
     for step in range(repeats + 2):  # the first warms up, the last is for memory
         rows = rows_at(run, step)
-        ids, mask = pad_left([row.prompt_ids for row in rows], run.model.generation_config.pad_token_id)
+        ids, mask = padded((row.prompt_ids for row in rows), run.model.generation_config.pad_token_id, "left")
         table = torch.stack([torch.from_numpy(uniforms(row.key, budget)) for row in rows])
         contenders = {
-            "ours": lambda: generate(run.model, rows, budget),  # noqa: B023
-            "plain generate": lambda: plain_generate(run.model, ids, mask, table, budget),  # noqa: B023
+            "ours": lambda: responses(run, rows),  # noqa: B023
+            "plain generate": lambda: plain_generate(run.model, ids, mask.long(), table, budget),  # noqa: B023
         }
         want = None
         for name, call in contenders.items():
@@ -202,28 +208,26 @@ def new_trainer(run: steps.Run, repeats: int, reward: Callable, rows_per_pass: i
 def compare_steps(words: list[str], repeats: int, mixed: bool, rows_per_pass: int) -> dict:
     """Ours and TRL's, step by step in turn. mixed: rewards 0 and 1 in every group, so that every row has weight."""
     run, times, ours, trl_phases, peaks = new_run(words), {"ours": [], "TRL": []}, {}, {}, {}
-    sampled, generated = steps.sample_and_grade, steps.generate
+    sample_groups = steps.sample_groups
 
     def flipped(rows: int) -> list[float]:
         return [float(i % 2) for i in range(rows)]
 
-    def graded(*args):
-        found = sampled(*args)
-        return replace(found, rewards=flipped(len(found.rows))) if mixed else found
+    def kept(*args, **settings) -> list[Row]:
+        rows = sample_groups(*args, **settings)
+        if mixed:
+            rows = [replace(row, reward=reward) for row, reward in zip(rows, flipped(len(rows)))]
+        ours["rows"] = rows
+        return rows
 
-    steps.sample_and_grade = graded
-
-    def kept(*args, **settings):
-        ours["rows"], ours["responses"] = args[1], generated(*args, **settings)
-        return ours["responses"]
-
-    steps.generate = kept
+    steps.sample_groups = kept
 
     def our_step(step: int) -> None:
         if step > repeats:
             peaks["ours"] = peak_bytes(lambda: steps.rl_step(run, step))
             return
-        (ours["metrics"], *_), cpu, wall = timed(lambda: steps.rl_step(run, step))
+        result, cpu, wall = timed(lambda: steps.rl_step(run, step))
+        ours["metrics"] = rl_metrics(run, result)
         times["ours"].append((cpu, wall))
 
     class InTurn(transformers.TrainerCallback):
@@ -246,7 +250,7 @@ def compare_steps(words: list[str], repeats: int, mixed: bool, rows_per_pass: in
             self.begun = clocks()
 
     def reward(completions, answer, **_):
-        return flipped(len(completions)) if mixed else grade_batch(completions, answer)
+        return flipped(len(completions)) if mixed else [grade(*pair) for pair in zip(completions, answer)]
 
     callback = InTurn()
     trainer = new_trainer(run, repeats, reward, rows_per_pass, callback)
@@ -258,21 +262,21 @@ def compare_steps(words: list[str], repeats: int, mixed: bool, rows_per_pass: in
     def replayed(*args, **settings):
         ids, mask = settings["input_ids"], settings["attention_mask"]
         assert [i[m.bool()].tolist() for i, m in zip(ids, mask)] == [row.prompt_ids for row in ours["rows"]]
+        drawn = [list(row.response) for row in ours["rows"]]
         settings["logits_processor"] = LogitsProcessorList(
-            [Replay(ours["responses"], run.model.generation_config.pad_token_id, ids.shape[1], ids.device)]
+            [Replay(drawn, run.model.generation_config.pad_token_id, ids.shape[1], ids.device)]
         )
         output, cpu, wall = timed(lambda: plain(*args, **settings))
         trl_phases.setdefault("generate", []).append(wall if CUDA else cpu)
         found = output[:, ids.shape[1] :].tolist()
-        assert all(row[: len(want)] == want for row, want in zip(found, ours["responses"]))
+        assert all(row[: len(want)] == want for row, want in zip(found, drawn))
         return output
 
     trainer.model.generate = replayed
     our_step(0)
     callback.start(0)
     trainer.train()
-    steps.generate = generated
-    steps.sample_and_grade = sampled
+    steps.sample_groups = sample_groups
     table = medians({name: pairs[1:] for name, pairs in times.items()}, "ours")  # the first pair warms up
     for name, row in table.items():
         row["peak_mib"] = round(peaks[name] / 2**20, 1)

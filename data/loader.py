@@ -52,7 +52,7 @@ class Encoded:
     end_id: int  # the token that ends a demonstration
 
 
-@dataclass(frozen=True)
+@dataclass
 class Data:
     """The problems of a run, as text and as ids."""
 

@@ -169,7 +169,7 @@ def show_base(base: dict[str, Any]) -> None:
 
 PHASES = {  # the functions in which memory can be full: what they do, the two settings to lower first
     "accuracy": ("evaluating", "rows_per_call", "eval_response_tokens"),
-    "sample_and_grade": ("sampling", "rows_per_call", "max_response_tokens"),
+    "sample_groups": ("sampling", "rows_per_call", "max_response_tokens"),
     "old_stats": ("the log-probs before an update", "micro_batch_tokens", "max_response_tokens"),
     "update": ("an update", "micro_batch_tokens", "max_response_tokens"),
 }

@@ -129,10 +129,10 @@ def follow_first(model: nn.Module | None) -> tuple[nn.Module, nn.Module]:
 
     The first rank read the file and decides: config.json alone may say otherwise (weights that are tied, noise).
     """
-    config, loop = from_rank_0((model.config, model.loop) if model else None)
+    config, loop = from_rank_0((model.config, getattr(model, "loop", None)) if model else None)
     with torch.device("meta"):
         one, two = (AutoModelForCausalLM.from_config(config, dtype=torch.float32) for _ in range(2))
-    two.loop = loop
+    one.loop = two.loop = loop
     return model or one, two
 
 
@@ -270,7 +270,7 @@ def shard_like(tensor: Tensor, like: Any) -> Tensor:
 def cut_by_length(rollouts: Any, rows: Tensor, budget: int) -> list[Tensor]:
     """`rows` of sample.Rollouts sorted by length and cut so that rows x columns stay within `budget` tokens (or a row
     is alone)."""
-    responses = rollouts.response_tokens
+    responses = rollouts.response_mask.sum(1)
     prompts, responses = (rollouts.attention_mask.sum(1) - responses).tolist(), responses.tolist()
     chunks: list[list[int]] = []
     prompt = response = 0

@@ -2,10 +2,11 @@
 
 import contextlib
 import copy
+import functools
+import inspect
 import os
 import sys
 from collections.abc import Iterator
-from inspect import signature
 from pathlib import Path
 from types import MethodType
 
@@ -18,6 +19,7 @@ from transformers.utils import logging
 from support.errors import InputError
 
 NOISE = ("drop", "jitter", "noise")  # what the config's fields for random changes in training have in their names
+signature = functools.cache(inspect.signature)
 SMALL = 10_000_000  # below so many parameters a second CPU thread gains little, and costs much if a core is busy
 
 

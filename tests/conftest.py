@@ -8,7 +8,7 @@ import pytest
 import torch
 from transformers import AutoTokenizer, GenerationConfig, LlamaConfig, LlamaForCausalLM
 
-from loss import METHODS, Method
+from methods import METHODS, Method
 from reward import Reward
 
 torch.set_num_threads(1)

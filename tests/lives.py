@@ -185,7 +185,7 @@ def evaluation_differences(one: Path, two: Path) -> list[str]:
 
 # ---- a small task
 
-SETTINGS = {"prompts_per_step": 4, "rollouts_per_prompt": 4, "device": "cpu", "eval_samples": 1, "decode": "loop"}
+SETTINGS = {"prompts_per_step": 4, "rollouts_per_prompt": 4, "device": "cpu", "eval_samples": 1}
 SETTINGS |= {"max_response_tokens": 80, "eval_response_tokens": 48}
 RELIFT = SETTINGS | {"method": "relift", "relift_buffer": 2, "steps": 3, "save_every": 1, "eval_every": 2}
 EVALUATION = "--model data/base --benchmarks embedded --problems 4 --samples 2 --temperature 1"

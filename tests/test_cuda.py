@@ -11,17 +11,21 @@ import numpy as np
 import pytest
 import torch
 from conftest import random_model
+from test_sample import TOKENIZER, sampled
 from test_step import make_run
 from torch import Tensor
 from transformers import AutoModelForCausalLM, GenerationConfig, PreTrainedModel, Qwen2Config, Qwen2ForCausalLM
 
-import decode
 import train
-from model import load_model, pick_device, save_model
+from fast import decode
+from fast.check import check_model
+from model import load_model, save_model
 from sample import Rollouts, Row, generate, pack, uniforms
-from step import forward, rl_step
+from step import Step, forward, rl_step
 from support import distributed
 from support.config import parse_config
+from support.loading import pick_device
+from support.record import rl_metrics
 from train import new_optimizer
 
 DEVICE = "cuda"
@@ -36,7 +40,7 @@ def llama() -> PreTrainedModel:
     """Two query heads share a key."""
     shape = {"hidden_size": 128, "intermediate_size": 256, "num_attention_heads": 4, "num_key_value_heads": 2}
     model = random_model(scale=0.15, **shape)
-    model.generation_config = GenerationConfig(eos_token_id=ENDS, pad_token_id=0)
+    model.generation_config, model.loop = GenerationConfig(eos_token_id=ENDS, pad_token_id=0), decode.LOOPS[0]
     return model
 
 
@@ -49,11 +53,13 @@ def qwen() -> PreTrainedModel:
     for name, parameter in model.named_parameters():
         if parameter.dim() > 1 or name.endswith("bias"):
             torch.nn.init.normal_(parameter, std=0.15)
-    model.generation_config = GenerationConfig(eos_token_id=ENDS, pad_token_id=0)
+    model.generation_config, model.loop = GenerationConfig(eos_token_id=ENDS, pad_token_id=0), decode.LOOPS[0]
     return model.train()
 
 
 MODELS = {"llama": llama, "qwen": qwen}
+ours = functools.partial(sampled, decode=decode.decode_rows)
+load_trained = functools.partial(load_model, training=True, check=check_model)
 
 
 @functools.cache
@@ -141,9 +147,9 @@ def test_compute_in_bf16_is_as_exact_as_that_of_a_plain_model(folder, one_gpu, n
     as exact, which they would not be with TF32 (2^3)."""
     rows = some_rows()
     responses = [[*row.prefix_ids, 7, 50, 11, 99 - i, 2] for i, row in enumerate(rows)]
-    model, tokenizer = load_model(str(folder / name), one_gpu, training=True)
+    model, _ = load_trained(str(folder / name), one_gpu)
     assert {parameter.dtype for parameter in model.parameters()} == {torch.float32}
-    rollouts = pack(rows, responses, model, tokenizer)
+    rollouts = pack([replace(row, response=ids) for row, ids in zip(rows, responses)], pad_id=0)
     mask, every = rollouts.response_mask, torch.arange(len(rows))
     sign = torch.randn(mask.shape, generator=torch.Generator().manual_seed(0))
 
@@ -183,7 +189,7 @@ def test_the_gradient_of_a_batch_that_is_mostly_padding_is_finite(tokenizer, one
     hundred of the runs on GSM8K were not: results/smollm2.)"""
     shape = {"hidden_size": 128, "num_attention_heads": 4, "num_key_value_heads": 2, "head_dim": head_width}
     save_model(random_model(scale=0.15, **shape), tokenizer, tmp_path / "model")
-    model, tokenizer = load_model(str(tmp_path / "model"), one_gpu, training=True)
+    model, _ = load_trained(str(tmp_path / "model"), one_gpu)
     generator = torch.Generator().manual_seed(0)
 
     def ids() -> list[int]:
@@ -191,8 +197,7 @@ def test_the_gradient_of_a_batch_that_is_mostly_padding_is_finite(tokenizer, one
         return torch.randint(3, 100, (count,), generator=generator).tolist()
 
     for _ in range(20):
-        rows = [Row(i, (0, i), ids(), []) for i in range(8)]
-        rollouts = pack(rows, [ids() for _ in rows], model, tokenizer)
+        rollouts = pack([Row(i, (0, i), ids(), [], response=ids()) for i in range(8)], pad_id=0)
         litter()
         log_probs, entropy = forward(model, rollouts, torch.arange(8), 1.0)
         log_probs.cpu()[rollouts.response_mask].sum().backward()
@@ -202,7 +207,7 @@ def test_the_gradient_of_a_batch_that_is_mostly_padding_is_finite(tokenizer, one
 
 def test_updates_that_bf16_weights_would_lose_are_kept(folder, one_gpu):
     """Two updates of AdamW, each of about lr at most."""
-    model, tokenizer = load_model(str(folder / "llama"), one_gpu, training=True)
+    model, tokenizer = load_trained(str(folder / "llama"), one_gpu)
     run = make_run(tokenizer, "prefix-rft", model, lr=1e-6, temperature=0.8)
     run.optimizer = new_optimizer(model, run.config)
 
@@ -210,7 +215,7 @@ def test_updates_that_bf16_weights_would_lose_are_kept(folder, one_gpu):
         state = distributed.full_state(dict(model.named_parameters()))
         return {name: weight.detach().clone() for name, weight in state.items()}
 
-    before, (metrics, *_), after = weights(), rl_step(run, 0), weights()
+    before, metrics, after = weights(), rl_metrics(run, rl_step(run, 0)), weights()
     assert metrics["grad_norm"] > 0 and metrics["skipped_updates"] == 0
     for name, old in before.items():
         moved = after[name] - old
@@ -225,11 +230,11 @@ def test_a_step_with_recompute_and_offload(folder, one_gpu, tmp_path, offload):
     norms = {}
     for saving in (False, True):
         how = {"recompute": saving, "offload": saving and offload}
-        model, tokenizer = load_model(str(folder / "qwen"), one_gpu, training=True, **how)
+        model, tokenizer = load_trained(str(folder / "qwen"), one_gpu, **how)
         several = {"micro_batch_tokens": 60} if saving else {}  # passes of an update, whose gradients add up
         run = make_run(tokenizer, "prefix-rft", model, lr=1e-6, **several)
         run.optimizer = new_optimizer(model, run.config)
-        norms[saving] = [rl_step(run, number)[0]["grad_norm"] for number in range(2)]
+        norms[saving] = [rl_metrics(run, rl_step(run, number))["grad_norm"] for number in range(2)]
     assert norms[True][0] == pytest.approx(norms[False][0], rel=0.01) and min(norms[True]) > 0
     if offload:
         assert {parameter.device.type for parameter in model.parameters()} == {"cpu"}
@@ -249,12 +254,12 @@ def test_a_step_with_recompute_and_offload(folder, one_gpu, tmp_path, offload):
 def test_tokens_follow_the_distribution_of_the_model(folder, request, name, compute):
     """The first two tokens of 4096 rows, ends included: chi square, of mean d and deviation sqrt(2 d)."""
     if compute == "bf16":
-        model, _ = load_model(str(folder / name), request.getfixturevalue("one_gpu"), training=True)
+        model, _ = load_trained(str(folder / name), request.getfixturevalue("one_gpu"))
     else:
         model = MODELS[name]().to(DEVICE)
     count, temperature, prompt = 4096, 0.7, [5, 9, 30]
     rows = [Row(0, (1, "p", i), prompt, []) for i in range(count)]
-    responses = generate(model, rows, 2, temperature, rows_per_call=count)
+    responses = ours(model, rows, 2, temperature, rows_per_call=count)
     pairs = torch.tensor([[*prompt, token] for token in range(103)])
     with torch.no_grad():
         p = (exact(name)(input_ids=pairs).logits[:, 2:] / temperature).softmax(-1)  # [103, 2, V]
@@ -272,31 +277,31 @@ def test_tokens_follow_the_distribution_of_the_model(folder, request, name, comp
     assert free > 50 and abs(chi_square - free) < 5 * math.sqrt(2 * free), (chi_square, free)
 
 
-@pytest.mark.parametrize("how", [{}, {"prefill": True}, {"rows_per_call": 5}, {"temperature": 0.0}], ids=str)
+@pytest.mark.parametrize("how", [{}, {"decode": None}, {"rows_per_call": 5}, {"temperature": 0.0}], ids=str)
 @pytest.mark.parametrize("name", MODELS)
 def test_a_response_is_what_the_cpu_draws(name, how):
-    """In fp32, with a prefix forced or read with the prompt, in one call or several, greedy."""
+    """In fp32, with our loop and HF's own, in one call or several, greedy."""
     rows, settings = some_rows(), {"temperature": 1.0} | how
-    responses = generate(MODELS[name]().to(DEVICE), rows, 24, **settings)
+    responses = ours(MODELS[name]().to(DEVICE), rows, 24, **settings)
     assert len({len(response) for response in responses}) > 3
     assert_drawn(name, rows, responses, 24, settings["temperature"])
-    assert_same(responses, generate(MODELS[name](), rows, 24, settings["temperature"]))
+    assert_same(responses, ours(MODELS[name](), rows, 24, settings["temperature"]))
 
 
 def test_a_row_does_not_depend_on_its_batch():
-    """Alone, in another order, in calls of 5 with the prefix prefilled; all prompts are equal, or none are."""
+    """Alone, in another order, in calls of 5; all prompts are equal, or none are."""
     model = llama().to(DEVICE)
     for rows in (some_rows(groups=1, size=12), some_rows(groups=12, size=1), some_rows()):
-        together = generate(model, rows, 24)
+        together = ours(model, rows, 24)
         assert_drawn("llama", rows, together, 24)
-        assert_same(generate(model, rows[::-1], 24)[::-1], together)
-        assert_same(generate(model, rows, 24, rows_per_call=5, prefill=True), together)
-        alone = [generate(model, [row], 24)[0] for row in rows[-4:]]
+        assert_same(ours(model, rows[::-1], 24)[::-1], together)
+        assert_same(ours(model, rows, 24, rows_per_call=5), together)
+        alone = [ours(model, [row], 24)[0] for row in rows[-4:]]
         assert_drawn("llama", rows[-4:], alone, 24)
 
 
-@pytest.mark.parametrize("name, prefill", [("llama", False), ("qwen", True)])
-def test_graphs_change_no_token(name, prefill, monkeypatch):
+@pytest.mark.parametrize("name", MODELS)
+def test_graphs_change_no_token(name, monkeypatch):
     """Rows of 1 to 300 tokens behind prompts of up to 40 and prefixes of up to 60, with graphs and without; twice,
     as a graph that is kept for the next call has to read that call's cache; then behind one prompt, one row alone."""
     model, budget = MODELS[name]().to(DEVICE), 300
@@ -307,10 +312,10 @@ def test_graphs_change_no_token(name, prefill, monkeypatch):
         monkeypatch.setattr(one, "generation_config", ends)
     found = {}
     for graphs in (False, True):
-        monkeypatch.setattr(decode, "GRAPHS", graphs, raising=False)
+        monkeypatch.setattr(decode, "GRAPHS", graphs)
         for i, rows in enumerate(batches):
             litter()
-            found[graphs, i] = generate(model, rows, budget, prefill=prefill)
+            found[graphs, i] = ours(model, rows, budget)
     for i, rows in enumerate(batches):
         assert_drawn(name, rows, found[True, i], budget)
         assert len(rows) == 1 or sum(a != b for a, b in zip(found[True, i], found[False, i])) <= len(rows) // 8
@@ -324,30 +329,29 @@ def test_log_probs_as_drawn_are_those_of_the_training_pass(folder, one_gpu, toke
     rows, single = some_rows(), MODELS[name]().to(one_gpu)
 
     @torch.no_grad()
-    def sampled(model: PreTrainedModel) -> tuple[Rollouts, Tensor, Tensor]:
+    def both(model: PreTrainedModel) -> tuple[Rollouts, Tensor, Tensor]:
         """The rollouts, log-probs of their own tokens as they were drawn, and as the training pass finds them."""
-        drawn: list[list[float]] = []
-        responses = generate(model, rows, 24, 0.7, log_probs=drawn)
-        assert [len(one) for one in drawn] == [len(r) - len(row.prefix_ids) for r, row in zip(responses, rows)]
-        rollouts = pack(rows, responses, model, tokenizer)
-        return rollouts, torch.tensor([value for one in drawn for value in one]), found(model, rollouts)
+        drawn = generate(model, TOKENIZER, rows, 24, 0.7, decode=decode.decode_rows)
+        assert all(len(row.log_probs) == len(row.response) - len(row.prefix_ids) for row in drawn)
+        rollouts = pack(drawn, pad_id=0)
+        return rollouts, torch.tensor([value for row in drawn for value in row.log_probs]), found(model, rollouts)
 
     @torch.no_grad()
     def found(model: PreTrainedModel, rollouts: Rollouts) -> Tensor:
         log_probs, _ = forward(model, rollouts, torch.arange(len(rows)), 0.7)
         return log_probs.cpu()[rollouts.response_mask & ~rollouts.prefix_mask]
 
-    first, drawn, trained = sampled(single)
+    first, drawn, trained = both(single)
     torch.testing.assert_close(drawn, trained, atol=1e-4, rtol=0)
     close = 4 * (found(MODELS[name]().bfloat16().to(one_gpu), first) - trained).abs().mean()
-    model, _ = load_model(str(folder / name), one_gpu, training=True)
+    model, _ = load_trained(str(folder / name), one_gpu)
     run = make_run(tokenizer, "prefix-rft", model, lr=0.01)
     run.optimizer = new_optimizer(model, run.config)
     for step in range(3):
         before = found(model, first)
-        _, drawn, trained = sampled(model)
+        _, drawn, trained = both(model)
         assert (drawn - trained).abs().mean() < close, step
-        metrics, *_ = rl_step(run, step)
+        metrics = rl_metrics(run, rl_step(run, step))
         assert metrics["grad_norm"] > 0 and (found(model, first) - before).abs().mean() > 4 * close  # seen, if old
 
 
@@ -374,10 +378,10 @@ def test_a_run_that_goes_on_is_one_that_was_not_stopped(one_gpu, tmp_path, monke
         words = [str(word) for item in (settings | {"out": out}).items() for word in (f"--{item[0]}", item[1])]
         return train.train(parse_config([*words, "--resume", "auto"]))
 
-    def step(run, number: int, record: bool) -> tuple:
+    def step(run, number: int) -> Step:
         if number == 1:
             caught.append(15)
-        return rl_step(run, number, record)
+        return rl_step(run, number)
 
     assert run(tmp_path / "whole") == 0
     monkeypatch.setattr(train, "rl_step", step)
@@ -406,12 +410,3 @@ def test_a_run_that_goes_on_is_one_that_was_not_stopped(one_gpu, tmp_path, monke
     apart = torch.cat([(one[name] - two[name]).abs().flatten() for name in one]).mean()
     moved = torch.cat([(one[name] - start[name]).abs().flatten() for name in one]).mean()
     assert moved > lr / 2 and apart < lr / 100, (moved / lr, apart / lr)
-
-
-# ---- last, as it is slow: the forward pass is compiled
-
-
-def test_the_static_cache_gives_the_same_tokens():
-    rows = some_rows()
-    responses = generate(llama().to(DEVICE), rows, 24, decode="static")
-    assert_drawn("llama", rows, responses, 24)

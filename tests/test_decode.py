@@ -1,4 +1,4 @@
-"""decode.py: what makes sampling fast changes no token."""
+"""fast/decode.py: what makes sampling fast changes no token."""
 
 import contextlib
 import copy
@@ -7,18 +7,28 @@ import functools
 import pytest
 import torch
 from conftest import random_model
-from test_sample import some_rows
-from transformers import GenerationConfig
+from test_sample import sampled, some_rows
 from transformers.models.llama.modeling_llama import LlamaMLP
 
-import decode
+from data.loader import encode_problems, load_problems
+from fast import decode
+from fast.check import check_model
+from methods import METHODS
 from model import load_model, save_model
-from sample import Row, generate
+from sample import Row, generate, plan_group
+
+ours = functools.partial(sampled, decode=decode.decode_rows)
 
 
 @pytest.fixture(scope="module")
 def model():
-    return random_model()
+    return ready_model()
+
+
+def ready_model():
+    model = random_model()
+    model.loop = decode.LOOPS[0]
+    return model
 
 
 def seen_batches(model, rows, budget=24, **settings) -> tuple[list[list[int]], list[tuple[int, int]]]:
@@ -26,36 +36,33 @@ def seen_batches(model, rows, budget=24, **settings) -> tuple[list[list[int]], l
     shapes = []
     hook_ids = model.model.embed_tokens.register_forward_pre_hook(lambda _, args: shapes.append(tuple(args[0].shape)))
     try:
-        return generate(model, rows, budget, **settings), shapes
+        return ours(model, rows, budget, **settings), shapes
     finally:
         hook_ids.remove()
 
 
-@pytest.mark.parametrize("prefill", [False, True])
-@pytest.mark.parametrize("temperature", [0.0, 1.0])
-def test_the_static_cache_gives_the_same_tokens(model, temperature, prefill):
-    rows = some_rows(24)
-    loop = generate(model, rows, 24, temperature, prefill=prefill)
-    assert generate(model, rows, 24, temperature, prefill=prefill, decode="static") == loop
-    assert len({len(r) for r in loop}) > 3
-
-
-def test_the_static_path_is_neutral_too(model):
-    saved = model.generation_config
-    try:
-        model.generation_config = GenerationConfig(eos_token_id=[2], pad_token_id=0, no_repeat_ngram_size=1)
-        with pytest.raises(ValueError, match="not neutral"):
-            generate(model, some_rows(4), 8, decode="static")
-    finally:
-        model.generation_config = saved
+@pytest.mark.parametrize("method", ["rft", "prefix-rft", "luffy"])
+def test_both_loops_give_equal_rows_on_the_base(method):
+    """Beside the loop of transformers: the same tokens and, in float64, the same log-probs to the bit of the float32
+    they are kept in. (In float32 sums in another order may differ in the last bits.)"""
+    model, tokenizer = load_model("data/base", check=check_model)
+    problems = [p for p in load_problems("data/recipes/train.jsonl") if p.demonstrations][:3]
+    encoded, *_ = encode_problems(tokenizer, problems, 96, model.generation_config.eos_token_id)
+    settings = {"rows": METHODS[method].rows, "rollouts": 3, "hybrid": 1, "share": lambda generator: 0.5}
+    settings |= {"key": (0, 0), "max_response_tokens": 96}
+    rows = [row for i, problem in enumerate(encoded) for row in plan_group(problem, i, **settings)]
+    loop = decode.loop_of(model)
+    assert loop is decode.decode_rows and sampled(model, rows, 20) == sampled(model, rows, 20, decode=loop)
+    want, found = (generate(model.double(), tokenizer, rows, 20, decode=one) for one in (None, loop))
+    assert found == want and sum(len(row.log_probs) for row in want) > 60
 
 
 @pytest.mark.parametrize("drop_at", [0.01, 0.5, 0.999])
 def test_when_ended_rows_leave_changes_nothing(model, monkeypatch, drop_at):
     rows = some_rows(24)
-    want = generate(model, rows, 24)
+    want = ours(model, rows, 24)
     monkeypatch.setattr(decode, "DROP_AT", drop_at)
-    assert generate(model, rows, 24) == want
+    assert ours(model, rows, 24) == want
 
 
 def frozen(forward):
@@ -66,17 +73,16 @@ def frozen(forward):
     return held.forward
 
 
-@pytest.mark.parametrize("prefill", [False, True])
-def test_passes_that_are_recorded_give_the_same_tokens(monkeypatch, prefill):
+def test_passes_that_are_recorded_give_the_same_tokens(monkeypatch):
     """As on CUDA: blocks of columns, tensors that a recording must find where they were, rows that leave seldom."""
-    rows, model, recordings = some_rows(24), random_model(), []
+    rows, model, recordings = some_rows(24), ready_model(), []
     model.generation_config.eos_token_id = [2, 11, 23, 40, 57, 80]
-    want = generate(model, rows, 40, prefill=prefill)
+    want = ours(model, rows, 40)
     monkeypatch.setattr(decode, "can_record", lambda device: True)
     monkeypatch.setattr(decode, "record", lambda forward: recordings.append(frozen(forward)) or recordings[-1])
     monkeypatch.setattr(decode, "GRAPH_COLUMNS", 8)
     monkeypatch.setattr(decode, "LOOK_EVERY", 3)
-    assert generate(model, rows, 40, prefill=prefill) == want
+    assert ours(model, rows, 40) == want
     assert 5 < len(recordings) < 10  # of six blocks or so of columns, and after each time that rows left
 
 
@@ -105,7 +111,7 @@ def test_a_pass_that_reads_values_is_not_recorded(tmp_path, tokenizer, monkeypat
         monkeypatch.setattr(LlamaMLP, "forward", lambda self, x, does=does: own(self, does(x)))
         assert decode.reads_values(random_model(), ids) == found, name
     monkeypatch.setattr(LlamaMLP, "forward", lambda self, x: own(self, x if x.sum() > 0 else x * 1))
-    assert load_model(str(tmp_path / "m"))[0].loop == "masks of ours"
+    assert load_model(str(tmp_path / "m"), check=check_model)[0].loop == "masks of ours"
 
 
 def test_equal_prompts_are_read_once_and_ended_rows_leave(model):
@@ -117,28 +123,37 @@ def test_equal_prompts_are_read_once_and_ended_rows_leave(model):
     assert counts == sorted(counts, reverse=True) and counts[0] <= 24 and len({len(r) for r in responses}) > 1
     for t, count in enumerate(counts, start=1):  # at most 1 / DROP_AT times the rows that go on
         assert count <= sum(len(r) > t for r in responses) / decode.DROP_AT
-    assert [generate(model, [row], 24)[0] for row in rows] == responses
+    assert [ours(model, [row], 24)[0] for row in rows] == responses
 
 
 def test_the_same_ids_behind_other_masks_are_other_prompts(model):
     """The padding id inside a prompt: [pad, 9] and a padded [9] have equal ids and unequal masks."""
     rows = [Row(0, (0, 0, "p", 0), [0, 9], []), Row(0, (0, 0, "p", 1), [9], [])]
-    assert generate(model, rows, 24) == [generate(model, [row], 24)[0] for row in rows]
+    assert ours(model, rows, 24) == [ours(model, [row], 24)[0] for row in rows]
 
 
 def test_a_loop_that_samples_something_else_is_not_used(tmp_path, tokenizer, monkeypatch):
     """A cache that mixes its rows up: our loops give other log-probs, which load_model notices, transformers' own the
     right ones; where that one does not work either, the model is refused."""
     save_model(random_model(vocab_size=103), tokenizer, tmp_path / "m")
-    load = functools.partial(load_model, str(tmp_path / "m"))
-    assert load()[0].loop == "masks of ours, recordable"
-    right = decode.RoomyLayer.reorder_cache
-    monkeypatch.setattr(decode.RoomyLayer, "reorder_cache", lambda self, rows: right(self, rows.flip(0)))
-    assert load()[0].loop == "transformers"
+    load = functools.partial(load_model, str(tmp_path / "m"), check=check_model)
+    right, _ = load()
+    assert right.loop == "masks of ours, recordable"
+    reorder = decode.RoomyLayer.reorder_cache
+    monkeypatch.setattr(decode.RoomyLayer, "reorder_cache", lambda self, rows: reorder(self, rows.flip(0)))
     model, _ = load()
-    monkeypatch.undo()
-    assert generate(model, some_rows(12), 12, 0.0) == generate(load()[0], some_rows(12), 12, 0.0)
-    monkeypatch.setattr(decode.RoomyLayer, "reorder_cache", lambda self, rows: right(self, rows.flip(0)))
-    monkeypatch.setattr(decode, "decode_static", lambda model, input_ids, **_: input_ids)
+    assert model.loop is None and decode.loop_of(model) is None
+    found = sampled(model, some_rows(12), 12, 0.0)
+    monkeypatch.setattr(type(model), "_sample", lambda model, input_ids, **_: input_ids)
     with pytest.raises(ValueError, match="rows sampled in a batch are not what they are alone"):
         load()
+    monkeypatch.undo()
+    assert found == ours(right, some_rows(12), 12, 0.0)
+
+
+@pytest.mark.parametrize("tokens", [1, 30, 100])
+def test_long_prompts_read_in_blocks_give_the_same_rows(model, monkeypatch, tokens):
+    rows = some_rows()
+    want = ours(model, rows, 24)
+    monkeypatch.setattr(decode, "PREFILL_TOKENS", tokens)
+    assert ours(model, rows, 24) == want

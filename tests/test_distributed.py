@@ -21,13 +21,13 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, GenerationConfig, 
 
 import step as steps
 import train
-from loss import METHODS
+from methods import METHODS
 from model import load_model, save_model, token_stats
 from reward import Reward
-from sample import generate
 from step import rl_step, sft_step
 from support import checkpoint, distributed
 from support.config import from_dict
+from support.record import example_rows, record_group, rl_metrics, sft_metrics
 from train import new_optimizer
 
 ROOT = Path(__file__).parents[1]
@@ -95,9 +95,9 @@ def one_step(run: steps.Run, number: int) -> tuple[dict, list]:
     """A step of the method's first stage."""
     if run.method.stages[0] == "sft":
         problems = [run.data.supervised[i] for i in (number, 3, 4)]
-        return sft_step(run, problems, number, run.optimizer, 0.1), []
-    metrics, shown, group = rl_step(run, number, record=True)
-    return metrics, [*shown, group["id"]]
+        return sft_metrics(sft_step(run, problems, number, run.optimizer, 0.1), 0.1), []
+    result = rl_step(run, number)
+    return rl_metrics(run, result), [*example_rows(run, result), record_group(run, result)["id"]]
 
 
 def whole_weights(run: steps.Run) -> dict | None:
@@ -129,7 +129,7 @@ def resumed(folder: Path, method: str, saved_by: int) -> dict:
 def equal_rewards(folder: Path) -> dict:
     """All wrong: no row has a weight, no rank makes a step, none waits."""
     run = started(folder, "prefix-rft", ALL_WRONG)
-    metrics, *_ = rl_step(run, 0)
+    metrics = rl_metrics(run, rl_step(run, 0))
     return {"grad_norm": metrics["grad_norm"], "weights": whole_weights(run)}
 
 
@@ -153,10 +153,10 @@ def a_rank_dies(folder: Path) -> dict:
     settings |= {"prompts_per_step": 2, "rollouts_per_prompt": 2, "max_response_tokens": 12, "eval_every": 0}
     sys.argv = ["train.py", *(str(word) for name, value in settings.items() for word in (f"--{name}", value))]
 
-    def step(run: steps.Run, number: int, record: bool) -> tuple:
+    def step(run: steps.Run, number: int) -> steps.Step:
         if (number, distributed.rank()) == (2, 1):
             os._exit(0)
-        return rl_step(run, number, record)
+        return rl_step(run, number)
 
     train.rl_step, said = step, io.StringIO()
     with contextlib.redirect_stdout(io.StringIO()), contextlib.redirect_stderr(said):
@@ -316,7 +316,7 @@ def test_bf16_compute_keeps_fp32_weights(results, alone, monkeypatch):
     run.optimizer = new_optimizer(run.model, run.config)
     before = {name: p.full_tensor().clone() for name, p in run.model.named_parameters()}
     assert {p.dtype for p in run.model.parameters()} == {torch.float32}
-    metrics, *_ = rl_step(run, 0)
+    metrics = rl_metrics(run, rl_step(run, 0))
     assert metrics["grad_norm"] > 0
     moved = [(p.full_tensor() - before[name]).abs().max().item() for name, p in run.model.named_parameters()]
     assert all(0 < m < 4e-6 for m in moved)  # two updates of AdamW, each of about lr at most
@@ -326,7 +326,6 @@ def test_bf16_compute_keeps_fp32_weights(results, alone, monkeypatch):
     log_probs, half, exact = (token_stats(m, ids, torch.ones_like(ids), 6, 1.0)[0] for m in models)
     off, plain_off = (log_probs - exact).abs().max(), (half - exact).abs().max()
     assert plain_off / 10 < off < 10 * plain_off  # as far from fp32, 2^16 times finer, as a plain model in bf16 is
-    plan = steps.plan(run, [0, 1], [0, 1], 0, 4, rows="hybrid")
-    assert all(generate(run.model, plan, 12))
+    assert all(row.response for row in steps.sample_groups(run, [0, 1], 0, [0, 1], rows="hybrid", rollouts=4))
     read = list(run.model.plain.parameters())  # by the model that samples: bf16, and no memory is held afterwards
     assert {p.dtype for p in read} == {torch.bfloat16} and not any(p.untyped_storage().size() for p in read)

@@ -18,7 +18,6 @@ from conftest import contents
 from transformers import LlamaConfig, MambaConfig
 
 import eval
-import sample
 from data.loader import Problem, encode_problems
 from eval import evaluate
 from evaluation import folder as folder_of_evaluation
@@ -26,6 +25,7 @@ from evaluation.benchmarks import PAPER, Benchmark, choose_benchmarks
 from evaluation.multiple_choice import chosen, grade_response, question
 from evaluation.statistics import summarize
 from reward import MATH
+from sample import Row
 
 # ---- a scripted model
 
@@ -47,12 +47,14 @@ def scripted(monkeypatch, tokenizer):
     ends = [tokenizer.eos_token_id]
     config = SimpleNamespace(eos_token_id=ends, pad_token_id=tokenizer.pad_token_id)
 
-    def ids(text: str) -> list[int]:
-        return tokenizer(text.removesuffix("cut"), add_special_tokens=False)["input_ids"]
+    def answered(row: Row) -> Row:
+        text = SCRIPT[row.key[2]][row.key[3]]
+        truncated, text = text.endswith("cut"), text.removesuffix("cut")
+        response = tokenizer(text, add_special_tokens=False)["input_ids"] + ([] if truncated else ends)
+        return dataclasses.replace(row, response=response, truncated=truncated, text=text)
 
-    def generate(model, rows, max_response_tokens, temperature, **_):
-        texts = [SCRIPT[row.key[2]][row.key[3]] for row in rows]
-        return [ids(text) + ([] if text.endswith("cut") else ends) for text in texts]
+    def generate(model, tokenizer, rows, max_response_tokens, temperature, **_):
+        return [answered(row) for row in rows]
 
     monkeypatch.setattr(eval, "generate", generate)
     return SimpleNamespace(generation_config=config), encode_problems(tokenizer, PROBLEMS, 99, ends)[0]
@@ -86,10 +88,10 @@ def test_draws_belong_to_seed_problem_and_sample(scripted, tokenizer, monkeypatc
     """Whatever the order and the company of the problems is."""
     (model, encoded), answer, keys = scripted, eval.generate, []
 
-    def noting(model, rows, *args, **settings):
+    def noting(model, tokenizer, rows, *args, **settings):
         assert args == (99, 0.7)  # budget and temperature
         keys.append({row.key for row in rows})
-        return answer(model, rows, *args, **settings)
+        return answer(model, tokenizer, rows, *args, **settings)
 
     monkeypatch.setattr(eval, "generate", noting)
     for seed, order in ((7, (0, 1, 2)), (7, (2, 1)), (8, (0, 1, 2))):
@@ -154,7 +156,7 @@ def test_options_and_settings_reach_the_sampler(tmp_path, monkeypatch):
 
     monkeypatch.setattr(eval, "respond", respond)
     how = {"reward": MATH, "temperature": 0.7, "max_response_tokens": 33, "seed": 5}
-    how |= {"rows_per_call": 3, "decode": "static"}
+    how |= {"rows_per_call": 3, "decode": None}
     problems = [Problem("p", "1+1?", "2"), Problem("q", "Which?", "A")]
     benchmark = Benchmark("mine", Path(), 2, problems, {"q": ["x", "y"]}, 0, ["p ids", "q ids"])
     draws = [(problems[i], "pq"[i] + " ids", [(), ["x", "y"]][i], k) for i in (0, 1) for k in (0, 1)]
@@ -310,15 +312,15 @@ def test_two_ranks_write_the_files_of_one_process(finished, tmp_path):
 
 @pytest.mark.usefixtures("no_figure")
 def test_an_evaluation_may_go_on_with_other_batches(finished, tmp_path, monkeypatch):
-    """On other ranks, another device or decoder: what was used is noted, and the tokens are the same."""
+    """On other ranks or another device: what was used is noted, and the tokens are the same."""
     folder = copy(finished, tmp_path / "begun")
     lines = (finished / "generations.jsonl").read_bytes().splitlines(keepends=True)
     (folder / "generations.jsonl").write_bytes(b"".join(lines[:25]))
     stored = json.loads((folder / "settings.json").read_text())
     (folder / "settings.json").write_text(json.dumps(stored | {"ranks": 8, "device": "cuda:0", "rows_per_call": 20}))
-    decoded, static = [], sample.DECODERS["static"]
-    monkeypatch.setitem(sample.DECODERS, "static", lambda *a, **k: decoded.append(len(a[1])) or static(*a, **k))
-    eval.run(arguments(out=folder, rows_per_call=None, decode="static"))
+    decoded, generate = [], eval.generate
+    monkeypatch.setattr(eval, "generate", lambda *a, **k: decoded.append(len(a[2])) or generate(*a, **k))
+    eval.run(arguments(out=folder, rows_per_call=None))
     assert decoded == [15, 8]  # the stored rows_per_call is the default: batches end at 20, 40, 48
     assert (folder / "generations.jsonl").read_bytes() == b"".join(lines)
     settings = json.loads((folder / "results.json").read_text())["settings"]
@@ -327,7 +329,6 @@ def test_an_evaluation_may_go_on_with_other_batches(finished, tmp_path, monkeypa
         "device": "cpu",
         "ranks": 1,
         "rows_per_call": 20,
-        "decode": "static",
         "date": "",
     }
     assert settings["ranks"] == 8
@@ -346,7 +347,7 @@ def test_each_rank_gets_full_calls(finished, tmp_path, monkeypatch):
     batches, append = [], eval.append_rows
     monkeypatch.setattr(eval.distributed, "world_size", lambda: 2)
     monkeypatch.setattr(eval.distributed, "from_rank_0", lambda value: value)
-    monkeypatch.setattr(sample, "gather_dict", lambda mine: mine)
+    monkeypatch.setattr("sample.gather_dict", lambda mine: mine)
     monkeypatch.setattr(eval, "append_rows", lambda path, rows: (batches.append(len(rows)), append(path, rows)))
     eval.run(arguments(out=tmp_path / "two"))
     assert batches == [20, 20, 8]

@@ -26,6 +26,7 @@ from step import rl_step, sft_step
 from support import checkpoint
 from support.config import from_dict
 from support.console import figures
+from support.record import rl_metrics, sft_metrics
 from train import new_optimizer
 
 ROOT = Path(__file__).parents[1]
@@ -296,14 +297,14 @@ def test_an_update_without_finite_gradient_is_skipped(tokenizer, value):
     before = {name: p.clone() for name, p in run.model.named_parameters()}
     break_gradients(run, 2, value)
     for number in (0, 1):
-        metrics, *_ = rl_step(run, number)
+        metrics = rl_metrics(run, rl_step(run, number))
         assert metrics["skipped_updates"] == 1 and run.skipped == number + 1
         assert metrics["loss"] is None and metrics["grad_norm"] is None
         assert figures(metrics)["length"]  # the progress line does without a loss
         json.dumps(metrics, allow_nan=False)
     assert all(torch.equal(p, before[name]) and p.grad is None for name, p in run.model.named_parameters())
     assert not run.optimizer.state
-    metrics, *_ = rl_step(run, 2)
+    metrics = rl_metrics(run, rl_step(run, 2))
     assert metrics["skipped_updates"] == 0 and run.skipped == 0 and metrics["grad_norm"] > 0
 
 
@@ -311,12 +312,12 @@ def test_a_model_that_gives_nan_is_never_updated(tokenizer):
     """Also where all rewards are equal, so that no row has a weight."""
     run = make_run(tokenizer, reward=dataclasses.replace(BY_LENGTH, function=lambda text, problem: 0.0))
     run.model.lm_head.weight.data[0] = torch.nan
-    metrics, *_ = rl_step(run, 0)
+    metrics = rl_metrics(run, rl_step(run, 0))
     assert metrics["skipped_updates"] == run.config.updates_per_step
     json.dumps(metrics, allow_nan=False)
     run = make_run(tokenizer, "sft")
     run.model.lm_head.weight.data[0] = torch.nan
-    metrics = sft_step(run, run.data.supervised, 0, run.optimizer, 0.1)
+    metrics = sft_metrics(sft_step(run, run.data.supervised, 0, run.optimizer, 0.1), 0.1)
     assert metrics["skipped_updates"] == 1 and metrics["loss"] is metrics["grad_norm"] is metrics["entropy"] is None
     assert "loss" not in figures(metrics)
 
@@ -334,7 +335,7 @@ def test_a_skipped_update_is_left_out_of_its_steps_mean_loss(tokenizer, monkeypa
         return sums[-1]
 
     monkeypatch.setattr(steps, "update", second_broken)
-    metrics, *_ = rl_step(run, 0)
+    metrics = rl_metrics(run, rl_step(run, 0))
     assert metrics["skipped_updates"] == 1 and sums[0]["grad_norm"] > 0
     assert (metrics["loss"], metrics["grad_norm"]) == (sums[0]["loss"], sums[0]["grad_norm"])
 

@@ -8,16 +8,16 @@ import pytest
 import torch
 
 from loss import (
-    METHODS,
     Tokens,
     advantages,
-    coefficient_at,
     entropy_clip,
+    ppo_surrogate,
     ppo_weight,
     token_weights,
-    weight_mask,
     weighted_loss,
+    weighted_tokens,
 )
+from methods import METHODS, coefficient_at
 
 # ---- advantages
 
@@ -140,8 +140,18 @@ def test_random_clip_draws_from_its_generator_only():
 # ---- weights: the gradient of every method is that of its own paper's objective
 
 
-def ppo_surrogate(ratio, advantage, low, high):
-    return torch.minimum(ratio * advantage, ratio.clamp(1 - low, 1 + high) * advantage)
+def test_the_surrogate_is_clipped_where_the_textbook_clips_it():
+    """A > 0: r A up to 1.2 A; A < 0: r A from 0.8 A on."""
+    ratio = torch.tensor([0.5, 1.0, 1.2, 2.0])
+    assert ppo_surrogate(ratio, torch.tensor(1.0), 0.2, 0.2).tolist() == pytest.approx([0.5, 1.0, 1.2, 1.2])
+    assert ppo_surrogate(ratio, torch.tensor(-1.0), 0.2, 0.2).tolist() == pytest.approx([-0.8, -1.0, -1.2, -2.0])
+
+
+def test_of_ten_entropies_the_two_highest_keep_their_weight():
+    """The example of the paper's 20%, on one row: tokens 3 and 7."""
+    entropy = torch.tensor([[0.1, 0.0, 0.3, 2.0, 0.2, 0.1, 0.4, 1.5, 0.0, 0.9]])
+    kept = entropy_clip(torch.ones(1, 10, dtype=torch.bool), entropy, keep=0.2)
+    assert kept.nonzero()[:, 1].tolist() == [3, 7]
 
 
 @pytest.mark.parametrize("moved", [False, True])
@@ -222,10 +232,9 @@ class Group:
             entropy=self.entropy,
             response_mask=self.mask,
             prefix_mask=self.prefix_mask,
-            weight_mask=weight_mask(self.method, self.mask, self.prefix_mask, self.entropy, 0.2, generator),
+            weight_mask=weighted_tokens(self.method, self.mask, self.prefix_mask, self.entropy, 0.2, generator),
+            advantages=torch.where(self.prefix_mask, self.advantage[1][:, None], self.advantage[0][:, None]),
             rewards=self.rewards,
-            response_advantage=self.advantage[0],
-            prefix_advantage=self.advantage[1],
             clip_low=0.2,
             clip_high=0.2,
             coefficient=coefficient_at(self.method, 0.0, coefficient),
@@ -371,7 +380,7 @@ def test_the_coefficient_setting_takes_the_place_of_the_methods_own(name):
 def test_the_shaped_weight_is_finite_where_a_probability_underflows(c):
     """Against f'(p) p in whole fractions; 0 where p is."""
     log_p = torch.tensor([[-200.0, -100.0, -87.0, -60.0, -3.0, 0.0]])
-    g = Tokens(*[log_p] * 3, *[log_p < 1] * 3, *[torch.ones(1)] * 3, 0.2, 0.2, c, 0, 6, 6.0, 6)
+    g = Tokens(*[log_p] * 3, *[log_p < 1] * 3, torch.ones(1, 6), torch.ones(1), 0.2, 0.2, c, 0, 6, 6.0, 6)
     p = [Fraction(value) for value in log_p.exp().flatten().tolist()]
     assert p[0] == 0 < p[1]  # the second is below the smallest normal number
     want = [float(Fraction(c) * x / (x + Fraction(c)) ** 2) if x else 0.0 for x in p]

@@ -12,8 +12,10 @@ from transformers import GPT2Config, GPT2LMHeadModel
 from transformers.models.llama.modeling_llama import LlamaRMSNorm
 
 import model as models
-from model import fuse_norms, load_config, load_model, pick_device, save_model, token_stats
-from support import distributed
+from fast.check import check_model
+from model import load_model, save_model, token_stats
+from support import distributed, loading
+from support.loading import fuse_norms, load_config, pick_device
 
 
 def rows(lengths: list[tuple[int, int]], vocab: int = 103, seed: int = 0):
@@ -93,10 +95,10 @@ def test_a_loaded_model_has_fp32_weights_no_dropout_and_a_neutral_generation_con
 def test_noise_that_stays_on_is_refused(tmp_path, tokenizer, monkeypatch):
     GPT2LMHeadModel(GPT2Config(vocab_size=103, n_embd=32, n_layer=2, n_head=2)).save_pretrained(tmp_path)
     tokenizer.save_pretrained(tmp_path)
-    load_model(str(tmp_path), training=True)
-    monkeypatch.setattr(models, "NOISE", ())
+    load_model(str(tmp_path), training=True, check=check_model)
+    monkeypatch.setattr(loading, "NOISE", ())
     with pytest.raises(ValueError, match="two training passes differ: set the noise"):
-        load_model(str(tmp_path), training=True)
+        load_model(str(tmp_path), training=True, check=check_model)
 
 
 def test_a_head_of_its_own_stays_one(tmp_path, tokenizer, monkeypatch):
@@ -104,11 +106,12 @@ def test_a_head_of_its_own_stays_one(tmp_path, tokenizer, monkeypatch):
     save_model(random_model(vocab_size=103), tokenizer, tmp_path / "m")
     config = json.loads((tmp_path / "m" / "config.json").read_text())
     (tmp_path / "m" / "config.json").write_text(json.dumps(config | {"tie_word_embeddings": True}))
-    model, _ = load_model(str(tmp_path / "m"), training=True)
+    model, _ = load_model(str(tmp_path / "m"), training=True, check=check_model)
     assert not torch.equal(model.lm_head.weight, model.model.embed_tokens.weight)
     monkeypatch.setattr(distributed, "from_rank_0", lambda _: pickle.loads(pickle.dumps((model.config, model.loop))))
     for other in distributed.follow_first(None):  # what another rank builds from what the first one sends
         assert [name for name, _ in other.named_parameters()] == [name for name, _ in model.named_parameters()]
+        assert other.loop == model.loop
     save_model(model, tokenizer, tmp_path / "final")
     again, _ = load_model(str(tmp_path / "final"))
     assert torch.equal(again.lm_head.weight, model.lm_head.weight)
@@ -165,7 +168,7 @@ def test_a_gated_model_says_how_to_get_it(monkeypatch):
     def gated(path, **_):
         raise OSError("You are trying to access a gated repo.\nMake sure to have access to it …")
 
-    monkeypatch.setattr(models.AutoConfig, "from_pretrained", gated)
+    monkeypatch.setattr(loading.AutoConfig, "from_pretrained", gated)
     with pytest.raises(ValueError, match=r"ask for access at https://huggingface.co/a/b, then run {2}hf auth login"):
         load_config("a/b")
 
@@ -230,7 +233,7 @@ def test_weights_that_are_not_finite_or_far_too_large_are_called_damaged(tmp_pat
     model.lm_head.weight.data[5] = value
     save_model(model, tokenizer, tmp_path / "m")
     with pytest.raises(ValueError, match="its logits are not finite, so its weights are damaged"):
-        load_model(str(tmp_path / "m"))
+        load_model(str(tmp_path / "m"), check=check_model)
 
 
 class AddsItsInput(LlamaRMSNorm):

@@ -14,7 +14,6 @@ from reward import (
     extract_boxed,
     grade,
     grade_all,
-    grade_batch,
     is_equivalent,
     is_read,
     load_reward,
@@ -129,27 +128,14 @@ def test_a_response_that_is_no_string_is_graded_zero(response):
 def test_a_gold_that_is_no_string_is_the_callers_mistake(gold):
     with pytest.raises(TypeError, match="gold must be a string"):
         grade("\\boxed{5}", gold)
-    with pytest.raises(TypeError, match="gold must be a string"):
-        grade_batch(["\\boxed{5}"], [gold])
     with pytest.raises(ValueError, match="must be a string"):
         check_gold(gold)
 
 
-def test_grade_batch(capsys):
-    assert grade_batch(["\\boxed{1}", None, "\\boxed{2}"], ["1", "1", "1"]) == [1.0, 0.0, 0.0]
-    assert grade_batch([], []) == []
-    with pytest.raises(ValueError, match="2 responses for 1 golds"):
-        grade_batch(["\\boxed{1}", "\\boxed{2}"], ["1"])
-    with pytest.raises(TypeError, match="lists of strings"):
-        grade_batch("\\boxed{1}", "1")
-    assert capsys.readouterr() == ("", "")
-
-
 def test_only_a_large_batch_shows_a_bar(capsys):
-    grade_batch(["\\boxed{1}"] * (BATCH_WITH_BAR - 1), ["1"] * (BATCH_WITH_BAR - 1))
-    assert capsys.readouterr().err == ""
-    grade_batch(["\\boxed{1}"] * BATCH_WITH_BAR, ["1"] * BATCH_WITH_BAR)
-    assert "grading" in capsys.readouterr().err
+    for count, bar in ((BATCH_WITH_BAR - 1, False), (BATCH_WITH_BAR, True)):
+        assert grade_all(reward.MATH, ["\\boxed{1}"] * count, [Problem("p", "", "1")] * count) == [1.0] * count
+        assert ("grading" in capsys.readouterr().err) is bar
 
 
 @pytest.mark.parametrize(

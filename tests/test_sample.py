@@ -1,18 +1,19 @@
 """sample.py: the prefix schedule, forcing by ids, neutral sampling, draws that depend on their row only."""
 
 import dataclasses
+import functools
 import json
 import math
-import random
 
 import pytest
 import torch
 from conftest import random_model
-from transformers import GenerationConfig
+from transformers import AutoTokenizer, GenerationConfig
 
-import decode
 import sample
 from data.loader import Encoded
+from fast.check import check_model
+from fast.decode import LOOPS, decode_rows
 from model import load_model
 from sample import (
     DrawTokenLogitsProcessor,
@@ -92,15 +93,8 @@ def test_prefix_length(fraction, demonstration, budget, length):
 
 
 PROBLEM = Encoded("p1", [1, 20, 21, 22], [list(range(30, 50)), list(range(50, 60))], 2)
-PLAN = {
-    "schedule": "uniform",
-    "rollouts": 8,
-    "hybrid": 1,
-    "max_response_tokens": 40,
-    "seed": 0,
-    "step": 3,
-    "total_steps": 10,
-}
+SHARE = functools.partial(prefix_fraction, 3, 10, "uniform")
+PLAN = {"rollouts": 8, "hybrid": 1, "max_response_tokens": 40, "key": (0, 3), "share": SHARE}
 
 
 def test_plans_of_a_group():
@@ -113,7 +107,7 @@ def test_plans_of_a_group():
     assert source[: len(prefix)] == prefix and len(prefix) < len(source) and hybrid[7].group == 4
     assert hybrid[7].fraction == len(prefix) / len(source)
     whole = plan_group(PROBLEM, 0, rows="demonstration", **PLAN)[7]
-    assert whole.complete and whole.prefix_ids in [[*d, 2] for d in PROBLEM.demonstrations]
+    assert whole.response == whole.prefix_ids and whole.prefix_ids in [[*d, 2] for d in PROBLEM.demonstrations]
     shared = plan_group(PROBLEM, 0, rows="shared_prefix", **PLAN)
     assert len({tuple(row.prefix_ids) for row in shared}) == 1 and len({row.key for row in shared}) == 8
     two = plan_group(PROBLEM, 0, rows="hybrid", **(PLAN | {"hybrid": 2}))
@@ -125,8 +119,8 @@ def test_plans_of_a_group():
 def test_several_demonstrations_are_all_used_and_the_plan_is_a_pure_function():
     used, plans = set(), []
     for step in range(20):
-        plan = plan_group(PROBLEM, 0, rows="hybrid", **(PLAN | {"step": step}))
-        assert plan == plan_group(PROBLEM, 0, rows="hybrid", **(PLAN | {"step": step}))
+        plan = plan_group(PROBLEM, 0, rows="hybrid", **(PLAN | {"key": (0, step)}))
+        assert plan == plan_group(PROBLEM, 0, rows="hybrid", **(PLAN | {"key": (0, step)}))
         used.add(plan[7].prefix_ids[0])
         plans.append(tuple(plan[7].prefix_ids))
     assert used == {30, 50} and len(set(plans)) > 6
@@ -136,9 +130,9 @@ def test_several_demonstrations_are_all_used_and_the_plan_is_a_pure_function():
 def test_draws_are_keyed_by_the_problem_not_by_its_place(rows):
     """At another place of the batch the same prefixes and draws; of another problem, seed or attempt others."""
 
-    def plans(problem=PROBLEM, group=0, **changed):
+    def plans(problem=PROBLEM, group=0, seed=0, **changed):
         settings = PLAN | {"rows": rows, "hybrid": 3} | changed
-        return [row for step in range(20) for row in plan_group(problem, group, **(settings | {"step": step}))]
+        return [row for step in range(20) for row in plan_group(problem, group, **settings | {"key": (seed, step)})]
 
     here = plans()
     assert [dataclasses.replace(row, group=0) for row in plans(group=4)] == here
@@ -183,6 +177,14 @@ def test_streams_are_independent_and_stable():
 
 # ---- generate
 
+TOKENIZER = AutoTokenizer.from_pretrained("data/base")
+LOOPS_OF_BOTH = [None, decode_rows]  # HF's own, ours
+
+
+def sampled(model, rows, budget, temperature=1.0, **settings) -> list[list[int]]:
+    """The tokens of every response."""
+    return [row.response for row in generate(model, TOKENIZER, rows, budget, temperature, **settings)]
+
 
 def some_rows(count=12, prefixes=True, seed=0):
     generator = torch.Generator().manual_seed(seed)
@@ -199,96 +201,58 @@ def some_rows(count=12, prefixes=True, seed=0):
 
 @pytest.fixture(scope="module")
 def model():
-    return random_model()
+    model = random_model()
+    model.loop = LOOPS[0]
+    return model
 
 
-@pytest.mark.parametrize("prefill", [False, True])
-def test_a_prefix_is_kept_at_every_cut(model, prefill):
+@pytest.mark.parametrize("decode", LOOPS_OF_BOTH)
+def test_a_prefix_is_kept_at_every_cut(model, decode):
     """With a demonstration whose text another tokenization would merge: ids in, the same ids out."""
     demonstration = [40, 40, 41, 5, 5, 5, 6, 7, 40, 41]
     rows = [Row(0, (0, 0, "p", cut), [1, 9], demonstration[:cut]) for cut in range(len(demonstration))]
-    for row, response in zip(rows, generate(model, rows, 14, prefill=prefill)):
+    for row, response in zip(rows, sampled(model, rows, 14, decode=decode)):
         assert response[: len(row.prefix_ids)] == row.prefix_ids and len(row.prefix_ids) < len(response) <= 14
 
 
-def test_a_response_ends_at_the_first_end_token_after_its_prefix(model):
+def test_a_response_ends_at_the_first_end_token_after_its_prefix():
     """An end token inside a prefix, or as its last token, was given, not sampled."""
-    row = Row(0, (0,), [1, 9], [5, 2, 7, 2])
-    for tokens, length in (([9, 2, 0, 0], 6), ([2, 9, 2, 0], 5), ([9, 8, 7, 6], 8), ([9, 8, 7, 6, 2], 8)):
-        assert sample._response(row, row.prefix_ids + tokens, {2}, 8) == (row.prefix_ids + tokens)[:length]
-    (response,) = generate(model, [row], 20, prefill=True)
-    assert response[:4] == row.prefix_ids and len(response) > 5
+    prefix = [5, 2, 7, 2]
+    for tokens, length in (([9, 2, 0, 0], 6), ([2, 9, 2, 0], 5), ([9, 8, 7, 6], 8)):
+        assert sample.end_of_response(prefix + tokens, len(prefix), {2}) == length
 
 
-def test_calls_are_as_few_as_their_memory_allows():
-    """Against the best of all ways to cut the sorted rows, by dynamic programming."""
-    generator = random.Random(0)
-    for trial in range(300):
-        size, budget, share = generator.randint(1, 14), 20, generator.choice((0, 0.3, 1))
-        lengths = [
-            (generator.randint(1, 6), generator.randint(0, 19) * (generator.random() < share)) for _ in range(size)
-        ]
-        rows = [Row(i, (i,), [3] * p, [7] * n) for i, (p, n) in enumerate(sorted(lengths, key=sum))]
-        most = generator.randint(1, 6)
-        room = most * (max(len(row.prompt_ids) for row in rows) + budget)
-
-        def fits(call, most=most, room=room, budget=budget):
-            width = max(len(row.prompt_ids) + len(row.prefix_ids) for row in call)
-            return len(call) <= most and len(call) * (width + budget - min(len(r.prefix_ids) for r in call)) <= room
-
-        best = [0]
-        for end in range(1, size + 1):
-            best.append(1 + min(best[start] for start in range(end) if fits(rows[start:end])))
-        calls = sample._cut_into_calls(rows, range(size), most, budget, True)
-        assert [i for call in calls for i in call] == list(range(size)), trial
-        assert all(fits([rows[i] for i in call]) for call in calls) and len(calls) == best[-1], trial
-
-
-def test_a_prefilled_prefix_changes_no_token_however_rows_share_calls(model):
-    generator = random.Random(0)
-    rows = [
-        Row(i, (i,), [3] * generator.randint(1, 9), [7] * (generator.randint(0, 29) if i % 3 == 0 else 0))
-        for i in range(30)
-    ]
-    want = generate(model, rows, 30)
-    for rows_per_call in (3, 10):
-        assert generate(model, rows, 30, prefill=True, rows_per_call=rows_per_call) == want
-
-
+@pytest.mark.parametrize("decode", LOOPS_OF_BOTH)
 @pytest.mark.parametrize("temperature", [0.0, 1.0])
-def test_a_row_does_not_depend_on_its_batch(model, temperature):
-    """Alone, together, in another order, in calls of 5, with the prefix prefilled."""
-    rows = some_rows()
-    together = generate(model, rows, 24, temperature)
+def test_a_row_does_not_depend_on_its_batch(model, temperature, decode):
+    """Alone, together, in another order, in calls of 5."""
+    rows, sample_rows = some_rows(), functools.partial(sampled, decode=decode)
+    together = sample_rows(model, rows, 24, temperature)
     assert temperature == 0 or len({len(r) for r in together}) > 2
-    assert [generate(model, [row], 24, temperature)[0] for row in rows] == together
-    assert generate(model, rows[::-1], 24, temperature)[::-1] == together
-    assert generate(model, rows, 24, temperature, rows_per_call=5) == together
-    assert generate(model, rows, 24, temperature, prefill=True) == together
+    assert [sample_rows(model, [row], 24, temperature)[0] for row in rows] == together
+    assert sample_rows(model, rows[::-1], 24, temperature)[::-1] == together
+    assert sample_rows(model, rows, 24, temperature, rows_per_call=5) == together
 
 
-@pytest.mark.parametrize("how", [{}, {"prefill": True}, {"decode": "static"}, {"rows_per_call": 5}])
+@pytest.mark.parametrize("how", [{}, {"decode": decode_rows}, {"rows_per_call": 5}])
 def test_log_probs_are_those_of_the_drawn_tokens(model, how):
     """Against the plain model on each row alone, at the temperature; none for a prefix, none without draws."""
-    rows = some_rows()
-    rows.append(Row(12, (0,), [1, 9], [5, 6, 2], complete=True))
-    log_probs: list[list[float]] = []
-    responses = generate(model, rows, 24, 0.7, log_probs=log_probs, **how)
-    assert responses == generate(model, rows, 24, 0.7) and len({len(r) for r in responses}) > 3
-    for row, response, drawn in zip(rows, responses, log_probs, strict=True):
-        ids, own = torch.tensor(row.prompt_ids + response), len(response) - len(row.prefix_ids)
+    whole = Row(12, (0,), [1, 9], [5, 6, 2], response=[5, 6, 2])
+    rows = generate(model, TOKENIZER, [*some_rows(), whole], 24, 0.7, **how)
+    assert len({len(row.response) for row in rows}) > 3
+    for row in rows:
+        ids, own = torch.tensor([*row.prompt_ids, *row.response]), len(row.response) - len(row.prefix_ids)
         with torch.no_grad():
             log_p = (model(input_ids=ids[None]).logits[0, :-1] / 0.7).log_softmax(-1)
         want = log_p.gather(1, ids[1:, None])[len(log_p) - own :, 0]
-        torch.testing.assert_close(torch.tensor(drawn), want, atol=1e-4, rtol=0)
-    assert log_probs[-1] == [] and any(log_probs)
-    greedy: list[list[float]] = []
-    assert generate(model, rows, 24, 0.0, log_probs=greedy, **how) and not any(greedy)
+        torch.testing.assert_close(torch.tensor(row.log_probs), want, atol=1e-4, rtol=0)
+    assert rows[-1] == dataclasses.replace(whole, text=rows[-1].text) and rows[-1].text
+    assert not any(row.log_probs for row in generate(model, TOKENIZER, some_rows(), 24, 0.0, **how))
 
 
 def test_generate_equals_hugging_face_greedy_search(model):
     rows = some_rows(prefixes=False)
-    for row, response in zip(rows, generate(model, rows, 24, 0.0)):
+    for row, response in zip(rows, sampled(model, rows, 24, 0.0)):
         ids = torch.tensor([row.prompt_ids])
         config = GenerationConfig(max_new_tokens=24, do_sample=False, eos_token_id=[2], pad_token_id=0)
         with torch.no_grad():
@@ -299,7 +263,7 @@ def test_generate_equals_hugging_face_greedy_search(model):
 def test_samples_follow_the_model(model):
     """4,000 rows of one prompt: the share of each first token is its probability (rules 2 and 3)."""
     rows = [Row(0, (1, 0, "p", i), [1, 9, 30], []) for i in range(4000)]
-    first = torch.tensor([r[0] for r in generate(model, rows, 1, 1.3, rows_per_call=4000)])
+    first = torch.tensor([r[0] for r in sampled(model, rows, 1, 1.3, rows_per_call=4000)])
     with torch.no_grad():
         p = (model(input_ids=torch.tensor([[1, 9, 30]])).logits[0, -1] / 1.3).softmax(-1)
     share = torch.bincount(first, minlength=103) / 4000
@@ -308,7 +272,7 @@ def test_samples_follow_the_model(model):
 
 def test_a_hostile_generation_config_changes_nothing(model, tmp_path, tokenizer):
     rows = some_rows()
-    want = generate(model, rows, 24)
+    want = sampled(model, rows, 24)
     model.save_pretrained(tmp_path)
     tokenizer.save_pretrained(tmp_path)
     hostile = {
@@ -320,25 +284,22 @@ def test_a_hostile_generation_config_changes_nothing(model, tmp_path, tokenizer)
         "pad_token_id": 0,
     }
     (tmp_path / "generation_config.json").write_text(json.dumps(hostile | {"no_repeat_ngram_size": 1}))
-    loaded, _ = load_model(str(tmp_path))
-    assert generate(loaded, rows, 24) == want
+    loaded, _ = load_model(str(tmp_path), check=check_model)
+    assert sampled(loaded, rows, 24) == want
     loaded.generation_config = GenerationConfig(**(hostile | {"do_sample": False, "eos_token_id": [2]}))
-    assert generate(loaded, rows, 24) == want  # also if it was not loaded by us
+    assert sampled(loaded, rows, 24) == want  # also if it was not loaded by us
     loaded.generation_config.no_repeat_ngram_size = 1
-    with pytest.raises(ValueError, match="not neutral"):
-        generate(loaded, rows, 24)
+    for decode in LOOPS_OF_BOTH:
+        with pytest.raises(ValueError, match="not neutral"):
+            sampled(loaded, rows, 24, decode=decode)
 
 
-def test_several_end_tokens_and_pad_equal_to_end(model, tokenizer):
+def test_several_end_tokens_and_pad_equal_to_end(model, monkeypatch):
     """The response ends at the first end token, which is trained; padding is not."""
     rows = some_rows(40, prefixes=False)
-    saved = model.generation_config
-    try:
-        model.generation_config = GenerationConfig(eos_token_id=[2, 50, 51, 60], pad_token_id=2)
-        responses = generate(model, rows, 24)
-        rollouts = pack(rows, responses, model, tokenizer)
-    finally:
-        model.generation_config = saved
+    monkeypatch.setattr(model, "generation_config", GenerationConfig(eos_token_id=[2, 50, 51, 60], pad_token_id=2))
+    rows = generate(model, TOKENIZER, rows, 24)
+    rollouts, responses = pack(rows, pad_id=2), [row.response for row in rows]
     ended = [r[-1] in (2, 50, 51, 60) for r in responses]
     assert {r[-1] for r in responses} & {50, 51, 60} and any(ended)
     for i, response in enumerate(responses):
@@ -351,37 +312,31 @@ def test_several_end_tokens_and_pad_equal_to_end(model, tokenizer):
 # ---- Rollouts
 
 
-def test_pack_places_every_token(model, tokenizer):
-    rows = [Row(0, (0,), [9, 8, 7], [5]), Row(1, (1,), [6], []), Row(1, (2,), [6], [4, 3, 2], complete=True)]
-    r = pack(rows, [[5, 11, 2], [12], [4, 3, 2]], model, tokenizer)
+def test_pack_places_every_token():
+    rows = [
+        Row(0, (0,), [9, 8, 7], [5], response=[5, 11, 2]),
+        Row(1, (1,), [6], [], response=[12], truncated=True),
+        Row(1, (2,), [6], [4, 3, 2], response=[4, 3, 2]),
+    ]
+    r = pack(rows, pad_id=0)
     assert r.input_ids.tolist() == [[9, 8, 7, 5, 11, 2], [0, 0, 6, 12, 0, 0], [0, 0, 6, 4, 3, 2]]
     assert r.attention_mask.tolist() == [[1] * 6, [0, 0, 1, 1, 0, 0], [0, 0, 1, 1, 1, 1]]
     assert r.response_mask.int().tolist() == [[1, 1, 1], [1, 0, 0], [1, 1, 1]]
     assert r.prefix_mask.int().tolist() == [[1, 0, 0], [0, 0, 0], [1, 1, 1]]
     assert r.group.tolist() == [0, 1, 1] and r.hybrid.tolist() == [True, False, True]
     assert r.truncated.tolist() == [False, True, False]
-    columns, width = r.columns(torch.tensor([1]))
-    assert r.input_ids[1, columns].tolist() == [6, 12] and width == 1
 
 
 def test_the_end_token_may_be_the_last_of_the_budget(model):
     """Prefix + continuation fit the budget; an end token in the last place is an end, not a cut."""
     rows = some_rows(60)
     for budget in (17, 18):
-        for row, response in zip(rows, generate(model, rows, budget)):
+        for row, response in zip(rows, sampled(model, rows, budget)):
             assert len(response) <= budget and len(response) > len(row.prefix_ids) - (len(row.prefix_ids) >= budget)
-    long = generate(model, rows, 60)
+    long = sampled(model, rows, 60)
     for row, response in zip(rows, long):
         if response[-1] == 2 and len(response) > len(row.prefix_ids) + 1:
-            again = generate(model, [row], len(response))[0]
+            again = sampled(model, [row], len(response))[0]
             assert again == response  # the same row with a budget it fills exactly
             return
     pytest.fail("no row ended: the test model is wrong")
-
-
-def test_long_prompts_read_in_blocks_give_the_same_rows(model, monkeypatch):
-    rows = some_rows()
-    want = generate(model, rows, 24, prefill=True)
-    for tokens in (1, 30, 100):
-        monkeypatch.setattr(decode, "PREFILL_TOKENS", tokens)
-        assert generate(model, rows, 24, prefill=True) == want

@@ -20,7 +20,7 @@ from data import make_recipes, make_sums, smollm2
 from data.loader import load_problems, render_prompt
 from model import load_model
 from reward import grade
-from sample import Row, generate, pack
+from sample import Row, generate
 
 ROOT = Path(__file__).parents[1]
 
@@ -140,8 +140,8 @@ def test_the_weights_are_those_of_the_file_and_it_answers(folder):
         assert ours.shape == theirs.shape and (ours.detach().numpy() == theirs).all(), name
     prompt = render_prompt(tokenizer, "What is the capital of France?", "You are a helpful AI assistant.")
     row = Row(0, (0, "France", 0), tokenizer(prompt)["input_ids"], [])
-    (text,) = pack([row], generate(model, [row], 12, 0.0), model, tokenizer).texts
-    assert "Paris" in text
+    (row,) = generate(model, tokenizer, [row], 12, 0.0)
+    assert "Paris" in row.text
 
 
 def test_the_tokenizer_splits_digits_renders_chats_and_ends_turns(folder):

@@ -11,22 +11,14 @@ import torch
 from conftest import ALL_WRONG, BY_LENGTH, random_model, rounding
 
 import step as steps
-from data.loader import Encoded, Problem
-from loss import METHODS, Tokens, clipped, unclipped, zero
-from step import (
-    Collector,
-    Data,
-    Run,
-    mini_batch,
-    problems_of_step,
-    rl_step,
-    rollout_batch,
-    sft_learning_rate,
-    sft_step,
-    update,
-)
+from data.loader import Data, Encoded, Problem
+from loss import Tokens, clipped
+from methods import METHODS, Collector, sft_learning_rate, unclipped, unsolved_groups, zero
+from sample import Row
+from step import Run, mini_batch_tokens, problems_of_step, rl_step, rollout_batch, sft_step, update
 from support.config import Config, from_dict
-from support.micro_batches import micro_batches
+from support.distributed import micro_batches
+from support.record import record_group, rl_metrics
 
 TEMPERATURE = 0.8
 
@@ -72,7 +64,7 @@ def whole_batch(run: Run, moved: bool) -> tuple[steps.Batch, Tokens]:
     if moved:
         noise = torch.randn(batch.old_log_probs.shape, generator=torch.Generator().manual_seed(0))
         batch = dataclasses.replace(batch, old_log_probs=batch.old_log_probs + 0.3 * noise)
-    return batch, mini_batch(run, batch, torch.arange(len(batch.rewards)), z, 0.3, (0, 0))
+    return batch, mini_batch_tokens(run, batch, torch.arange(len(batch.rewards)), z, 0.3, (0, 0))
 
 
 def gradients(run: Run, batch: steps.Batch, tokens: Tokens, budget: int) -> list[torch.Tensor]:
@@ -125,65 +117,44 @@ def test_gradient_is_the_same_for_any_micro_batches(tokenizer, method, moved):
             torch.testing.assert_close(found.double(), exact, rtol=0, atol=close * float(exact.abs().max()))
 
 
-@pytest.mark.parametrize("budget", [1, 120, 10**6])
-@pytest.mark.parametrize("method", [name for name, method in METHODS.items() if "rl" in method.stages])
-def test_rows_without_a_pass_of_their_own_before_the_update_change_nothing(tokenizer, method, budget):
-    """The gradient in float64 of a batch whose old log-probs were all taken before, and these log-probs."""
-    run = make_run(tokenizer, method, temperature=TEMPERATURE)
-    every, want = torch.arange(16), rollout_batch(run, [0, 1, 2, 5], 4)
-    batch = rollout_batch(run, [0, 1, 2, 5], 4, first_groups=torch.arange(4))
-    late = batch.deferred.clone()
-    assert not want.deferred.any() and (batch.old_log_probs[late] == 0).all() and not late[want.rollouts.hybrid].any()
-    assert late.any() == (method != "rft-entropy-clip" and bool(want.response_advantage[~want.rollouts.hybrid].any()))
-    key = (16.0 * run.config.max_response_tokens, 0.3, (0, 0))
-    exact = exact_gradients(run, want, mini_batch(run, want, every[: len(late)], *key))
-    tokens = mini_batch(run, batch, every[: len(late)], *key)
-    close = rounding(run.model, batch.rollouts.input_ids.numel())
-    for found, gradient in zip(gradients(run, batch, tokens, budget), exact, strict=True):
-        torch.testing.assert_close(found.double(), gradient, rtol=0, atol=close * float(gradient.abs().max()))
-    assert not batch.deferred.any()
-    for name in ("old_log_probs", "entropy"):
-        torch.testing.assert_close(getattr(batch, name), getattr(want, name), rtol=close, atol=close)
-
-
-def test_deferred_rows_get_their_old_log_probs_also_where_the_method_gives_them_no_weight(tokenizer):
-    run = make_run(tokenizer)
-    run.method = dataclasses.replace(run.method, policy_weight=zero)
-    want = rollout_batch(run, [0, 1, 2, 5], 4)
-    batch = rollout_batch(run, [0, 1, 2, 5], 4, first_groups=torch.arange(4))
-    assert batch.deferred.any()
-    update(run, batch, mini_batch(run, batch, torch.arange(16), 320.0, 0.3, (0, 0)), 1.0, run.optimizer, 0.1)
-    torch.testing.assert_close(batch.entropy, want.entropy, rtol=1e-4, atol=1e-4)
-
-
-def test_no_row_passes_before_the_update_where_it_does_for_all(tokenizer, monkeypatch):
-    run, plain = make_run(tokenizer, "rft", updates_per_step=1), steps.sample_and_grade
-    alternating = {"rewards": [0.0, 1.0] * 8}
-    monkeypatch.setattr(steps, "sample_and_grade", lambda *a: dataclasses.replace(plain(*a), **alternating))
-    batch = rollout_batch(run, [0, 1, 2, 5], 0, first_groups=torch.arange(4))
-    assert batch.deferred.all()
-    metrics, *_ = rl_step(run, 0)
-    assert metrics["entropy"] > 0 and metrics["grad_norm"] > 0
-
-
-def test_a_row_passes_before_the_update_only_if_the_update_does_not_do(tokenizer, monkeypatch):
-    """Of the first of two mini-batches, on-policy rows with an advantage do not; all other rows do, once."""
-    run = make_run(tokenizer)
-    picked = problems_of_step(6, 4, 2, 0, "order")
-    batch = rollout_batch(run, picked, 2)
-    passed: list[int] = []
-    plain = steps.forward
+def passes(monkeypatch) -> list[tuple[bool, list[int]]]:
+    """Of every forward pass from now on: whether it had a gradient, and its rows."""
+    made, plain = [], steps.forward
 
     def note(model, rollouts, rows, temperature):
-        passed.extend([] if torch.is_grad_enabled() else rows.tolist())
+        made.append((torch.is_grad_enabled(), rows.tolist()))
         return plain(model, rollouts, rows, temperature)
 
     monkeypatch.setattr(steps, "forward", note)
-    rl_step(run, 2)
-    r = batch.rollouts
-    without = (r.group < 2) & ~r.prefix_mask.any(1) & (batch.response_advantage != 0)
-    assert 0 < without.sum() < (r.group < 2).sum()
-    assert sorted(passed) == (~without).nonzero().flatten().tolist()
+    return made
+
+
+def test_every_row_passes_once_before_the_first_of_two_updates(tokenizer, monkeypatch):
+    made = passes(monkeypatch)
+    batch = rl_step(make_run(tokenizer), 2).batch
+    assert sorted(i for gradient, rows in made if not gradient for i in rows) == list(range(len(batch.rewards)))
+
+
+@pytest.mark.parametrize("budget", [1, 120, 10**6])
+@pytest.mark.parametrize("method", [name for name, method in METHODS.items() if "rl" in method.stages])
+def test_with_one_update_a_step_the_update_gives_the_old_log_probs(tokenizer, method, budget):
+    """The gradient in float64 of a batch whose old log-probs were all taken before, and these log-probs."""
+    run = make_run(tokenizer, method, temperature=TEMPERATURE)
+    want, z = rollout_batch(run, [0, 1, 2, 5], 4), 16.0 * run.config.max_response_tokens
+    assert want.passed.all()
+    run.config = dataclasses.replace(run.config, updates_per_step=1)
+    batch = rollout_batch(run, [0, 1, 2, 5], 4)
+    late = ~batch.passed
+    assert (batch.old_log_probs[late] == 0).all() and not late[want.rollouts.prefix_mask.any(1)].any()
+    assert late.any() == (method != "rft-entropy-clip" and bool(want.response_advantage[late].any()))
+    rows = torch.arange(len(late))
+    exact = exact_gradients(run, want, mini_batch_tokens(run, want, rows, z, 0.3, (0, 0)))
+    tokens = mini_batch_tokens(run, batch, rows, z, 0.3, (0, 0))
+    close = rounding(run.model, batch.rollouts.input_ids.numel())
+    for gradient, wanted in zip(gradients(run, batch, tokens, budget), exact, strict=True):
+        torch.testing.assert_close(gradient.double(), wanted, rtol=0, atol=close * float(wanted.abs().max()))
+    for name in ("old_log_probs", "entropy"):
+        torch.testing.assert_close(getattr(batch, name), getattr(want, name), rtol=close, atol=close)
 
 
 def test_a_problems_rows_depend_neither_on_its_place_nor_on_its_company(tokenizer):
@@ -191,12 +162,10 @@ def test_a_problems_rows_depend_neither_on_its_place_nor_on_its_company(tokenize
     run = make_run(tokenizer)
 
     def sampled(picked):
-        rows = steps.plan(run, picked, range(len(picked)), 3, 4, rows="hybrid")
-        graded = steps.sample_and_grade(run, picked, rows)
-        found = {i: [] for i in picked}
-        for row, response, reward, *_ in graded.entries():
-            found[picked[row.group]].append((row.prefix_ids, response, reward))
-        return found
+        of_problem = {i: [] for i in picked}
+        for row in steps.sample_groups(run, picked, 3, range(len(picked)), rows="hybrid", rollouts=4):
+            of_problem[picked[row.group]].append((row.prefix_ids, row.response, row.reward))
+        return of_problem
 
     want = sampled([0, 1, 2, 3])
     assert sampled([3, 1, 2, 0]) == want and sampled([2]) == {2: want[2]}
@@ -209,8 +178,9 @@ def test_micro_batches_hold_every_row_once_within_the_budget(tokenizer):
         chunks = micro_batches(batch.rollouts, rows, budget)
         assert sorted(i for c in chunks for i in c.tolist()) == rows.tolist()
         for chunk in chunks:
-            columns, _ = batch.rollouts.columns(chunk)
-            assert len(chunk) == 1 or len(chunk) * (columns.stop - columns.start) <= budget
+            total, response = batch.rollouts.attention_mask[chunk].sum(1), batch.rollouts.response_mask.sum(1)[chunk]
+            columns = int(response.max() + (total - response).max())
+            assert len(chunk) == 1 or len(chunk) * columns <= budget
     assert len(micro_batches(batch.rollouts, rows, 1)) == len(rows)
     assert len(micro_batches(batch.rollouts, rows, 10**6)) == 1
 
@@ -221,7 +191,7 @@ def test_the_ratio_is_one_to_the_bit_before_the_first_update(tokenizer):
     batch = rollout_batch(run, [0, 1, 2, 3], 0)
     for rows in micro_batches(batch.rollouts, torch.arange(len(batch.rewards)), run.config.micro_batch_tokens):
         log_probs, _ = steps.forward(run.model, batch.rollouts, rows, 1.0)
-        assert (log_probs.detach() == batch.old_log_probs[rows, : log_probs.shape[1]]).all()
+        assert (log_probs.detach() == batch.old_log_probs[rows]).all()
 
 
 def test_sampled_tokens_had_the_log_probs_the_update_sees(tokenizer):
@@ -231,7 +201,7 @@ def test_sampled_tokens_had_the_log_probs_the_update_sees(tokenizer):
     r = batch.rollouts
     for i in range(0, len(batch.rewards), 5):
         ids = r.input_ids[i][r.attention_mask[i].bool()]
-        n = int(r.response_tokens[i])
+        n = int(r.response_mask.sum(1)[i])
         with torch.no_grad():
             p = (run.model(input_ids=ids[None]).logits[0, -n - 1 : -1] / 0.7).log_softmax(-1)
         torch.testing.assert_close(
@@ -242,7 +212,8 @@ def test_sampled_tokens_had_the_log_probs_the_update_sees(tokenizer):
 def test_the_kept_prefix_tokens_do_not_depend_on_micro_batches(tokenizer):
     counts = set()
     for budget in (1, 100, 10**6):
-        metrics, *_ = rl_step(make_run(tokenizer, micro_batch_tokens=budget), 0)
+        run = make_run(tokenizer, micro_batch_tokens=budget)
+        metrics = rl_metrics(run, rl_step(run, 0))
         counts.add((metrics["prefix_tokens"], metrics["prefix_tokens_kept"]))
         assert metrics["prefix_tokens_kept"] < metrics["prefix_tokens"]
     assert len(counts) == 1
@@ -262,7 +233,7 @@ def test_nothing_is_nan_in_the_corner_cases(tokenizer, method, case):
         settings["rollouts_per_prompt"] = 2
     run = make_run(tokenizer, method, demonstrated=demonstrated, reward=reward, **settings)
     before = [p.clone() for p in run.model.parameters()]
-    metrics, *_ = rl_step(run, 3)
+    metrics = rl_metrics(run, rl_step(run, 3))
     for value in metrics.values():
         assert value is None or math.isfinite(value)
     assert all(p.isfinite().all() for p in run.model.parameters())
@@ -276,7 +247,7 @@ def test_metrics_describe_the_whole_batch(tokenizer):
     """Against counts over the rollouts themselves, with many micro-batches."""
     run = make_run(tokenizer, micro_batch_tokens=40)
     batch = rollout_batch(run, problems_of_step(6, 4, 2, 0, "order"), 2)
-    metrics, *_ = rl_step(run, 2)
+    metrics = rl_metrics(run, rl_step(run, 2))
     r = batch.rollouts
     assert metrics["reward"] == pytest.approx(batch.rewards.mean().item())
     assert metrics["reward_on_policy"] == pytest.approx(batch.rewards[~r.hybrid].mean().item())
@@ -293,18 +264,17 @@ def test_metrics_describe_the_whole_batch(tokenizer):
 @pytest.mark.parametrize("method", ["prefix-rft", "luffy", "hpt", "rescue"])
 def test_the_log_probs_of_the_sampler_stand_beside_those_of_the_training_pass(tokenizer, method):
     """Token by token, also where groups were replaced or sampled again; the gap is the mean of their distances."""
-    run = make_run(tokenizer, method, temperature=0.7, prefill=method == "rescue")
-    batch, metrics = rollout_batch(run, [0, 1, 2, 5], 4), rl_step(run, 4)[0]
+    run = make_run(tokenizer, method, temperature=0.7)
+    result = rl_step(run, 4)
+    batch = result.batch
     own = batch.rollouts.response_mask & ~batch.rollouts.prefix_mask
-    torch.testing.assert_close(batch.drawn_log_probs, batch.old_log_probs[own], atol=1e-4, rtol=0)
-    assert 0 < metrics["log_prob_gap"] < 1e-4
-    update = {"loss": 0.0, "grad_norm": 0.0, "skipped": 0, "demonstration_tokens": 0, "demonstration_kept": 0}
-    update |= {"clipped": 0, "weighted": 0}
-    moved = dataclasses.replace(
-        batch, drawn_log_probs=batch.old_log_probs[own] + torch.tensor([-0.1, 0.3])[own.nonzero()[:, 1] % 2]
-    )
-    odd = (own.nonzero()[:, 1] % 2).float().mean().item()
-    assert steps.step_metrics(run, moved, [update])["log_prob_gap"] == pytest.approx(0.1 + 0.2 * odd, abs=1e-5)
+    drawn = torch.tensor([value for row in batch.rows for value in row.log_probs])
+    torch.testing.assert_close(drawn, batch.old_log_probs[own], atol=1e-4, rtol=0)
+    assert 0 < rl_metrics(run, result)["log_prob_gap"] < 1e-4
+    odd = own.nonzero()[:, 1] % 2
+    batch.old_log_probs[own] = drawn + torch.tensor([-0.1, 0.3])[odd]
+    want = 0.1 + 0.2 * odd.float().mean().item()
+    assert rl_metrics(run, result)["log_prob_gap"] == pytest.approx(want, abs=1e-5)
 
 
 @pytest.mark.parametrize("method", ["hpt", "rescue"])
@@ -316,16 +286,17 @@ def test_groups_that_are_replaced_do_not_hide_their_failures(tokenizer, method):
         is_read=lambda t: len(t) % 3 > 0,
     )
     settings = {"reward": reward, "max_response_tokens": 40}
-    found = rl_step(make_run(tokenizer, method, gate=1, **settings), 5)[0]
+    run = make_run(tokenizer, method, gate=1, **settings)
+    metrics = rl_metrics(run, rl_step(run, 5))
     batch = rollout_batch(make_run(tokenizer, "rft", **settings), problems_of_step(6, 4, 5, 0, "order"), 5)
     r = batch.rollouts
     right = [int(batch.rewards[r.group == g].sum()) for g in range(4)]
     unread = [len(text) % 3 == 0 and not cut for text, cut in zip(r.texts, r.truncated.tolist())]
-    assert found["hybrid_rows"] > 0 and sorted(right) == [0, 1, 2, 2]
+    assert metrics["hybrid_rows"] > 0 and sorted(right) == [0, 1, 2, 2]
     want = {"reward_on_policy": batch.rewards.mean().item(), "truncated": r.truncated.float().mean().item()}
     want |= {"unread": sum(unread) / 16, "unsolved": sum(n <= 1 for n in right) / 4}
     for name, value in want.items():
-        assert found[name] == pytest.approx(value) and 0 < value < 1, name
+        assert metrics[name] == pytest.approx(value) and 0 < value < 1, name
 
 
 STEP = {
@@ -356,7 +327,7 @@ def test_a_step_is_two_unequal_updates_one_after_the_other(tokenizer, method, ma
     losses, norms, planned, left = [], [], 0, 0
     for part, (groups, z) in enumerate((((0, 1), 2 * 4 * 60), ((2,), 1 * 4 * 60))):
         rows = torch.isin(batch.rollouts.group, torch.tensor(groups)).nonzero().flatten()
-        tokens = mini_batch(run, batch, rows, z, 0.1, (step, part))
+        tokens = mini_batch_tokens(run, batch, rows, z, 0.1, (step, part))
         loss, weights, gradients = exact(hand, batch, tokens)
         losses.append(float(loss))
         norms.append(math.sqrt(sum(float(g.square().sum()) for g in gradients)))
@@ -366,7 +337,7 @@ def test_a_step_is_two_unequal_updates_one_after_the_other(tokenizer, method, ma
             for parameter, gradient in zip(hand.model.parameters(), gradients):
                 parameter -= 0.5 * min(1, max_grad_norm / norms[-1]) * gradient
     start = [p.detach().clone() for p in run.model.parameters()]
-    metrics, *_ = rl_step(run, step)
+    metrics = rl_metrics(run, rl_step(run, step))
     assert metrics["loss"] == pytest.approx(sum(losses) / 2, rel=1e-3)
     assert metrics["grad_norm"] == pytest.approx(sum(norms) / 2, rel=1e-3)
     assert metrics["clip_fraction"] == pytest.approx(1 - left / planned) and metrics["trained_tokens"] == planned
@@ -383,16 +354,15 @@ def test_the_counts_of_a_mini_batch_are_those_of_its_rows(tokenizer):
     """Not those of the whole batch; counted over the plan and the responses."""
     run = make_run(tokenizer)
     batch, parts = rollout_batch(run, [0, 1, 2, 3], 4), ((0, 1, 2), (3,))
-    every = list(zip(batch.first_try.rows, batch.first_try.responses))
     counts = []
     for groups in parts:
-        chosen = [(row, response) for row, response in every if row.group in groups]
-        given = sum(len(row.prefix_ids) for row, _ in chosen)
-        counts.append((given, sum(len(response) for _, response in chosen) - given))
+        members = [row for row in batch.rows if row.group in groups]
+        prefix = sum(len(row.prefix_ids) for row in members)
+        counts.append((prefix, sum(len(row.response) for row in members) - prefix))
         rows = torch.isin(batch.rollouts.group, torch.tensor(groups)).nonzero().flatten()
-        tokens = mini_batch(run, batch, rows, 160.0, 0.4, (4, 0))
+        tokens = mini_batch_tokens(run, batch, rows, 160.0, 0.4, (4, 0))
         assert (tokens.demonstration_tokens, tokens.policy_tokens) == counts[-1]
-    assert all(given > 0 and own > 0 for given, own in counts) and counts[0] != counts[1]
+    assert all(prefix > 0 and own > 0 for prefix, own in counts) and counts[0] != counts[1]
 
 
 def test_the_random_entropy_clip_draws_by_seed_step_and_update(tokenizer):
@@ -401,8 +371,8 @@ def test_the_random_entropy_clip_draws_by_seed_step_and_update(tokenizer):
 
     def kept(seed: int, *key: int) -> tuple:
         own = dataclasses.replace(run, config=dataclasses.replace(run.config, seed=seed))
-        mask = mini_batch(own, batch, torch.arange(16), 320.0, 0.4, key).weight_mask & batch.rollouts.prefix_mask
-        return tuple(mask.flatten().tolist())
+        tokens = mini_batch_tokens(own, batch, torch.arange(16), 320.0, 0.4, key)
+        return tuple((tokens.weight_mask & tokens.prefix_mask).flatten().tolist())
 
     keys = [(0, 0, 0), (0, 0, 1), (0, 1, 0), (1, 0, 0)]
     masks = [kept(*key) for key in keys]
@@ -413,16 +383,16 @@ def test_the_random_entropy_clip_draws_by_seed_step_and_update(tokenizer):
 @pytest.mark.parametrize("method", ["rft", "hpt", "rescue"])
 def test_sampled_tokens_are_those_of_every_try(tokenizer, monkeypatch, method):
     """Also of groups that were replaced or sampled again: without prefixes and whole demonstrations."""
-    tries, plain = [], steps.sample_and_grade
+    tries, plain = [], steps.sample_groups
 
-    def count(run, picked, rows):
-        graded = plain(run, picked, rows)
-        pairs = zip(graded.rows, graded.responses)
-        tries.append(sum(len(response) - len(row.prefix_ids) for row, response in pairs))
-        return graded
+    def count(*arguments, **settings):
+        rows = plain(*arguments, **settings)
+        tries.append(sum(len(row.response) - len(row.prefix_ids) for row in rows))
+        return rows
 
-    monkeypatch.setattr(steps, "sample_and_grade", count)
-    metrics, *_ = rl_step(make_run(tokenizer, method, reward=ALL_WRONG), 0)
+    monkeypatch.setattr(steps, "sample_groups", count)
+    run = make_run(tokenizer, method, reward=ALL_WRONG)
+    metrics = rl_metrics(run, rl_step(run, 0))
     assert len(tries) == {"rft": 1, "hpt": 2, "rescue": 4}[method] and tries[0] > 0
     assert metrics["sampled_tokens"] == sum(tries) and (method != "rescue" or min(tries) > 0)
 
@@ -450,7 +420,7 @@ def test_truncated_responses_get_no_reward(tokenizer):
 def test_an_sft_step_descends_the_token_mean(tokenizer):
     run = make_run(tokenizer, "sft")
     ids = run.data.supervised[:3]
-    losses = [sft_step(run, ids, 0, run.optimizer, 0.05)["loss"] for _ in range(5)]
+    losses = [sft_step(run, ids, 0, run.optimizer, 0.05).updates[0]["loss"] for _ in range(5)]
     fresh, total, tokens = random_model(), 0.0, 0
     for problem in ids:  # the first loss against plain cross-entropy, row by row
         response = [*problem.demonstrations[0], 2]
@@ -469,7 +439,7 @@ def test_relift_collects_unsolved_problems_newest_first_and_spends_a_full_buffer
     def spend(run, problems, step, optimizer, lr):
         spent.append([problem.id for problem in problems])
         assert optimizer is run.collector.optimizer and lr == 0.25
-        return {"loss": 0.5, "grad_norm": 2.0, "trained_tokens": 9, "skipped_updates": 0}
+        return steps.Step(None, [], [{"loss": 0.5, "grad_norm": 2.0, "with_weight": 9, "skipped": 0}], (0, 0), [], {})
 
     monkeypatch.setattr(steps, "sft_step", spend)
     run = make_run(
@@ -482,7 +452,7 @@ def test_relift_collects_unsolved_problems_newest_first_and_spends_a_full_buffer
         expected, updates = waiting, 0
         if len(waiting) >= 4:
             expected, updates, chosen = waiting[4:], 1, waiting[:4]
-        metrics, *_ = rl_step(run, step)
+        metrics = rl_metrics(run, rl_step(run, step))
         if updates:
             assert spent[-1] == [f"p{i}" for i in chosen] and metrics["relift_loss"] == 0.5
         assert (metrics["relift_updates"], metrics["relift_buffer"]) == (updates, len(expected))
@@ -494,7 +464,7 @@ def test_relift_collects_unsolved_problems_newest_first_and_spends_a_full_buffer
 def test_hpt_puts_a_demonstration_in_the_place_of_an_unsolved_group(tokenizer):
     run = make_run(tokenizer, "hpt", reward=ALL_WRONG)
     batch = rollout_batch(run, [0, 3, 5, 1], 0)
-    assert batch.first_try.unsolved(0) == [0, 1, 2, 3]
+    assert unsolved_groups(batch.first_rows, 0) == [0, 1, 2, 3]
     rows = batch.rollouts.group.tolist()
     assert rows == [0, 1, 2, 2, 2, 2, 3]  # problem 5 has no demonstration and stays on-policy
     for i in (0, 1, 6):
@@ -502,33 +472,34 @@ def test_hpt_puts_a_demonstration_in_the_place_of_an_unsolved_group(tokenizer):
     solved = dataclasses.replace(BY_LENGTH, function=lambda text, problem: float(problem.id == "p3"))
     batch = rollout_batch(dataclasses.replace(run, reward=solved), [0, 3, 5, 1], 0)
     truncated_group = batch.rollouts.truncated[batch.rollouts.group == 1].all()
-    assert not truncated_group and batch.first_try.unsolved(0) == [0, 2, 3]
+    assert not truncated_group and unsolved_groups(batch.first_rows, 0) == [0, 2, 3]
     assert batch.rollouts.group.tolist() == [0, 1, 1, 1, 1, 2, 2, 2, 2, 3]
     assert not batch.rollouts.hybrid[1:5].any()
 
 
 def test_the_gate_decides_what_is_unsolved(tokenizer):
-    rows, rewards = [steps.Row(g, (), [], []) for g in (0, 0, 1, 1, 2, 2)], [1.0, 1.0, 1.0, 0.5, 0.0, 0.5]
-    graded = steps.Graded(rows, [[]] * 6, rewards, [[]] * 6, [False] * 6, [""] * 6, 0)
-    assert [graded.unsolved(gate) for gate in (0, 1, 2)] == [[2], [1, 2], [0, 1, 2]]  # right is a reward of 1
+    rewards = ((0, 1.0), (0, 1.0), (1, 1.0), (1, 0.5), (2, 0.0), (2, 0.5))
+    rows = [Row(group, (), [], [], reward=reward) for group, reward in rewards]
+    assert [unsolved_groups(rows, gate) for gate in (0, 1, 2)] == [[2], [1, 2], [0, 1, 2]]  # right is a reward of 1
 
 
 def test_rescue_samples_unsolved_groups_again_behind_longer_prefixes(tokenizer, monkeypatch):
     """Until a row is right: p0 is right behind 50%, p1 never; p3 was right at once; p5 has no demonstration."""
     run = make_run(tokenizer, "rescue")
-    calls: list[list[steps.Row]] = []
+    calls: list[list[Row]] = []
 
-    def graded(run, picked, rows):
-        calls.append(rows)
-        names = [run.data.encoded[picked[row.group]].id for row in rows]
-        right = [name == "p3" or (name == "p0" and row.fraction > 0.4) for name, row in zip(names, rows)]
-        responses = [[*row.prefix_ids, 2] for row in rows]
-        several = [[[0.0]] * len(rows), [False] * len(rows), [""] * len(rows)]
-        return steps.Graded(rows, responses, [float(r) for r in right], *several, 1)
+    def sampled(model, tokenizer, rows, *_, **__):
+        return [dataclasses.replace(row, response=[*row.prefix_ids, 2], log_probs=[0.0]) for row in rows]
 
-    monkeypatch.setattr(steps, "sample_and_grade", graded)
+    def grade(reward, texts, problems):
+        rows = calls[-1]
+        names = [problem.id for problem in problems]
+        return [float(name == "p3" or (name == "p0" and row.fraction > 0.4)) for name, row in zip(names, rows)]
+
+    monkeypatch.setattr(steps, "generate", lambda *a, **k: calls.append(sampled(*a, **k)) or calls[-1])
+    monkeypatch.setattr(steps, "grade_all", grade)
     batch = rollout_batch(run, [0, 1, 3, 5], 7)
-    assert batch.first_try.unsolved(0) == [0, 1, 3]
+    assert unsolved_groups(batch.first_rows, 0) == [0, 1, 3]
     assert [sorted({row.group for row in rows}) for rows in calls] == [[0, 1, 2, 3], [0, 1], [0, 1], [1]]
     for attempt, rows in enumerate(calls):
         assert {row.key[-1] for row in rows} == {attempt} and len({row.key for row in rows}) == len(rows)
@@ -562,9 +533,7 @@ def test_a_step_makes_as_many_updates_as_asked(tokenizer, monkeypatch, parts):
 
     def note(run, batch, tokens, *rest):
         sizes.append(len(batch.rollouts.group[tokens.weight_mask.any(1)].unique()))
-        return dict.fromkeys(
-            ("loss", "grad_norm", "demonstration_tokens", "demonstration_kept", "clipped", "weighted", "skipped"), 0
-        )
+        return dict.fromkeys(("loss", "grad_norm", "entropy", "with_weight", "skipped"), 0)
 
     monkeypatch.setattr(steps, "update", note)
     rl_step(run, 0)
@@ -573,16 +542,16 @@ def test_a_step_makes_as_many_updates_as_asked(tokenizer, monkeypatch, parts):
 
 def test_a_recorded_group_is_what_the_update_reads(tokenizer):
     run = make_run(tokenizer, updates_per_step=1)
-    _, _, group = rl_step(run, 5, record=True)
+    group = record_group(run, rl_step(run, 5))
     run = make_run(tokenizer, updates_per_step=1)
     picked = problems_of_step(6, 4, 5, 0, "order")
     batch = rollout_batch(run, picked, 5)
-    tokens = mini_batch(run, batch, torch.arange(16), 16 * 20, 0.5, (5, 0))
+    tokens = mini_batch_tokens(run, batch, torch.arange(16), 16 * 20, 0.5, (5, 0))
     weights = steps.token_weights(run.method, tokens)
     place = next(g for g, i in enumerate(picked) if f"p{i}" == group["id"])
     assert [row["hybrid"] for row in group["rows"]] == [False, False, False, True]
     for i, row in zip((batch.rollouts.group == place).nonzero().flatten().tolist(), group["rows"]):
-        n = int(batch.rollouts.response_tokens[i])
+        n = int(batch.rollouts.response_mask.sum(1)[i])
         assert row["tokens_total"] == n == len(row["ids"]) == len(row["tokens"])
         assert row["weight"] == pytest.approx(weights[i, :n].tolist(), abs=1e-4)
         assert row["source"] == batch.rollouts.prefix_mask[i, :n].long().tolist()
@@ -596,7 +565,7 @@ def test_a_group_with_a_demonstration_is_recorded_wherever_the_step_has_one(toke
     places = []
     for step in range(5):
         picked = problems_of_step(6, 4, step, 1, "order")
-        group = rl_step(run, step, record=True)[2]
+        group = record_group(run, rl_step(run, step))
         assert any(row["hybrid"] for row in group["rows"]) == (0 in picked) == (group["id"] == "p0")
         places += [picked.index(0)] if 0 in picked else []
     assert {0, 3} <= set(places)
@@ -645,5 +614,5 @@ def test_an_update_of_weights_that_are_not_finite_is_skipped_and_counted(tokeniz
     """Also where no row has a weight, so that there would be no gradient; train.py ends after three in a row."""
     run = make_run(tokenizer, "rft", reward=ALL_WRONG)
     torch.nn.init.constant_(run.model.lm_head.weight, torch.nan)
-    metrics, *_ = rl_step(run, 0)
+    metrics = rl_metrics(run, rl_step(run, 0))
     assert metrics["skipped_updates"] == 2 == run.skipped

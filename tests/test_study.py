@@ -12,7 +12,7 @@ import pytest
 
 import train
 from data.make_recipes import make_splits
-from loss import METHODS
+from methods import METHODS
 from results import protocol, runs, stored, study
 from results.protocol import EQUAL, MAIN, OTHERS, REGIMES, best_of, common, equal_steps, next_trials
 from results.runs import Spec

@@ -11,9 +11,10 @@ from test_step import make_run
 
 import step as steps
 import train
-from loss import METHODS, uncertain_means, variant, zero
+from methods import METHODS, uncertain_means, variant, zero
 from step import rl_step, sft_step
 from support.config import Config, from_dict, given_settings, unread_settings
+from support.record import rl_metrics, sft_metrics
 from support.watch import FIRST, LONG, SHORT, Watch
 
 
@@ -83,10 +84,10 @@ def test_updates_on_demonstrations_without_weight_are_told(tokenizer, method, we
         run, watch = make_run(tokenizer, method, reward=ALL_WRONG, relift_buffer=2, lr=0.0), Watch(given, {})
         run.method = given
         if run.collector:
-            metrics, *_ = rl_step(run, 0)
+            metrics = rl_metrics(run, rl_step(run, 0))
             assert metrics["relift_updates"] == 1
         else:
-            metrics = sft_step(run, run.data.supervised[:3], 0, run.optimizer, 0.1)
+            metrics = sft_metrics(sft_step(run, run.data.supervised[:3], 0, run.optimizer, 0.1), 0.1)
         told = watch.look({"step": 1, **metrics}).get("no_weight", "")
         assert ("demonstration_weight (methods.METHODS) is 0" in told) is (given is not METHODS[method])
     skipped = {"trained_tokens": 0, "skipped_updates": 1}
@@ -107,13 +108,13 @@ def test_a_sampler_of_another_temperature_is_noticed(tokenizer, monkeypatch, sam
     """At once by the sampler's own log-probs; later also by those and entropies of the training pass alone."""
     honest, watch = steps.generate, Watch(METHODS["rft"], {})
 
-    def generate(model, rows, budget, temperature, **how):
-        return honest(model, rows, budget, sampled_at, **how)
+    def generate(model, tokenizer, rows, budget, temperature, **settings):
+        return honest(model, tokenizer, rows, budget, sampled_at, **settings)
 
     monkeypatch.setattr(steps, "generate", generate)
     run = make_run(tokenizer, "rft", prompts_per_step=2, updates_per_step=1, lr=0.0)
     for number in range(LONG):
-        watch.look({"step": number + 1, **rl_step(run, number)[0]})
+        watch.look({"step": number + 1, **rl_metrics(run, rl_step(run, number))})
         assert ("log_prob_gap" in watch.said) is warned
     assert ("surprise" in watch.said) is warned
     assert not warned or "less surprising than the training pass expects" in watch.said["surprise"]
@@ -160,11 +161,9 @@ OTHER = {  # another value of each setting that only some methods read
     "sft_batch": 2,
     "relift_lr": 0.5,
     "relift_buffer": 1,
-    "prefill": True,
     "demonstration_fraction": 0.0,
     "sft_data": "other.jsonl",
 }
-ONLY_FASTER = {"prefill"}
 NOT_IN_A_STEP = {
     "steps",
     "sft_data",
@@ -181,9 +180,10 @@ def two_steps(tokenizer, method: str, **settings):
     if run.config.demonstration_fraction == 0:
         run.data.encoded = [dataclasses.replace(problem, demonstrations=[]) for problem in run.data.encoded]
     if run.method.stages == ("sft",):
-        log = [sft_step(run, run.data.supervised[:3], number, run.optimizer, 0.1) for number in (0, 5)]
+        steps_of_run = [sft_step(run, run.data.supervised[:3], number, run.optimizer, 0.1) for number in (0, 5)]
+        log = [sft_metrics(result, 0.1) for result in steps_of_run]
     else:
-        log = [rl_step(run, number)[0] for number in (0, 5)]
+        log = [rl_metrics(run, rl_step(run, number)) for number in (0, 5)]
     log = [
         {k: v for k, v in m.items() if not k.startswith(("seconds", "tokens_per", "lr", "relift_lr"))} for m in log
     ]
@@ -199,7 +199,7 @@ def test_a_setting_counts_as_read_exactly_if_it_changes_something(tokenizer, met
     changed = {name: value for name, value in OTHER.items() if name in unread and name != "coefficient"}
     assert lives.equal(two_steps(tokenizer, method, **changed), usual)
     if method in ("prefix-rft", "rft-entropy-clip", "chord-phi", "relift"):
-        for name in OTHER.keys() - unread - ONLY_FASTER - NOT_IN_A_STEP:
+        for name in OTHER.keys() - unread - NOT_IN_A_STEP:
             assert not lives.equal(two_steps(tokenizer, method, **{name: OTHER[name]}), usual), name
 
 

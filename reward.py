@@ -23,9 +23,9 @@ _BARE = re.compile(r"[-+]?[\w.,/:^]{0,99}\w|\\[A-Za-z]+[^$\n]{0,199}?(?=\$|\\\)|
 def extract_boxed(text: str) -> str | None:
     """Content of the last complete ``\\boxed{...}`` or ``\\fbox{...}`` of `text`, None where there is none.
 
-    A response that is no string is a model's fault and has none. One pass, so linear in the text. Braces are balanced, escaped ones are not counted; of boxes in a box the
-    outer one counts. ``\\boxed 5`` without braces gives "5". A box that never closes (a truncated response)
-    is no answer; the last complete box before it is.
+    A response that is no string is a model's fault and has none. One pass, so linear in the text. Braces are
+    balanced, escaped ones are not counted; of boxes in a box the outer one counts. ``\\boxed 5`` without braces gives
+    "5". A box that never closes (a truncated response) is no answer; the last complete box before it is.
     """
     if not isinstance(text, str) or ("\\boxed" not in text and "\\fbox" not in text):
         return None

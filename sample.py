@@ -14,6 +14,7 @@ import dataclasses
 import functools
 import hashlib
 import math
+import runpy
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 
@@ -310,7 +311,5 @@ def pack(rows: Sequence[Row], pad_id: int) -> Rollouts:
     )
 
 
-if __name__ == "__main__":
-    from evaluation.try_model import main
-
-    main()
+if __name__ == "__main__":  # python sample.py --model DIR "problem": try a model
+    runpy.run_module("evaluation.try_model", run_name="__main__")

@@ -31,7 +31,7 @@ from transformers import GenerationConfig, LogitsProcessor, LogitsProcessorList
 import model as models
 import step as steps
 from reward import grade
-from sample import DrawTokenLogitsProcessor, Row, generate, padded, uniforms
+from sample import DrawTokenLogitsProcessor, Row, generate, padded, plan_group, uniforms
 from support.command import command
 from support.config import parse_config
 from support.record import rl_metrics
@@ -55,8 +55,12 @@ def picked_at(run: steps.Run, step: int) -> list[int]:
 
 
 def rows_at(run: steps.Run, step: int) -> list[Row]:
-    picked = picked_at(run, step)
-    return steps.plan(run, picked, range(len(picked)), step, run.config.rollouts_per_prompt, rows=run.method.rows)
+    """The on-policy rows of a step, not yet sampled."""
+    rows: list[Row] = []
+    for group, i in enumerate(picked_at(run, step)):
+        key, rollouts = (run.config.seed, step), run.config.rollouts_per_prompt
+        rows += plan_group(run.data.encoded[i], group, rows="on_policy", rollouts=rollouts, hybrid=0, key=key)
+    return rows
 
 
 def medians(times: dict[str, list[tuple[float, float]]], first: str) -> dict:

@@ -40,3 +40,7 @@ def main() -> None:
         budget, decode = args.max_response_tokens, loop_of(model)
         for row in generate(model, tokenizer, rows, budget, args.temperature, decode=decode):
             print(f"  -> {row.text}")
+
+
+if __name__ == "__main__":
+    main()

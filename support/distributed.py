@@ -2,7 +2,7 @@
 
 A plain `python train.py` on a CPU uses none of this: rank() is 0, world_size() is 1, and every function hands back
 what it was given. `torchrun --nproc_per_node N train.py …` starts N ranks. All of them plan, grade and weigh the
-same rows; each samples and differentiates its share (generate, support/micro_batches.py), and rank 0 writes and
+same rows; each samples and differentiates its share (generate, micro_batches below), and rank 0 writes and
 prints. Training on CUDA shards in a single process too, over a mesh of one: the simplest way to fp32 weights with
 bf16 compute. eval.py shares the rows in the same way; every rank has a whole model there.
 

@@ -3,6 +3,7 @@
 import importlib
 import sys
 from pathlib import Path
+from types import ModuleType
 
 import pytest
 import torch
@@ -59,6 +60,11 @@ def contents(folder: Path) -> dict[str, bytes]:
     return {str(p.relative_to(folder)): p.read_bytes() if p.is_file() else b"" for p in folder.rglob("*")}
 
 
+def command_module(name: str) -> ModuleType:
+    """The module with the main() of a command."""
+    return importlib.import_module({"sample": "evaluation.try_model"}.get(name, name))
+
+
 @pytest.fixture
 def refused(tmp_path, monkeypatch, capsys):
     """refused("train.py", word, …): what the command says to words that it must refuse, with exit code 2, in one
@@ -73,7 +79,7 @@ def refused(tmp_path, monkeypatch, capsys):
         before = contents(tmp_path), listed()
         monkeypatch.setattr(sys, "argv", [command, *map(str, words)])
         with pytest.raises(SystemExit) as stop:
-            importlib.import_module(command.removesuffix(".py")).main()
+            command_module(command.removesuffix(".py")).main()
         said = capsys.readouterr().err
         assert stop.value.code == 2 and said.count("\n") == 1 and len(said) < 1000, said
         assert said.startswith(f"{command}: ") and "Traceback" not in said, said

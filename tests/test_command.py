@@ -1,12 +1,12 @@
 """How commands end: an output that is closed, Ctrl-C, a terminal that has few characters, a full disk."""
 
-import importlib
 import io
 import os
 import subprocess
 import sys
 
 import pytest
+from conftest import command_module
 
 from data.make_recipes import write_jsonl
 from support.errors import Unwritten
@@ -47,7 +47,7 @@ def test_help_is_shown_where_there_are_few_characters(name, monkeypatch):
     monkeypatch.setattr(sys, "stdout", out)
     monkeypatch.setattr(sys, "argv", [f"{name}.py", "--help"])
     with pytest.raises(SystemExit) as stop:
-        importlib.import_module(name).main()
+        command_module(name).main()
     assert stop.value.code == 0 and b"usage" in out.buffer.getvalue()
 
 
@@ -63,10 +63,10 @@ def test_ctrl_c_is_one_line(name, function, words, monkeypatch, capsys):
     def stopped(*_, **__):
         raise KeyboardInterrupt
 
-    monkeypatch.setattr(importlib.import_module(name), function, stopped)
+    monkeypatch.setattr(command_module(name), function, stopped)
     monkeypatch.setattr(sys, "argv", [name, *words.split()])
     with pytest.raises(SystemExit) as stop:
-        importlib.import_module(name).main()
+        command_module(name).main()
     assert stop.value.code == 130 and capsys.readouterr().err == f"\n{name.removeprefix('data.')}.py: stopped\n"
 
 

@@ -23,9 +23,8 @@ def test_the_table_of_methods_is_generated():
     assert len(rows) > 20 and set(rows) <= set(methods_table().splitlines())
 
 
-def test_readme_can_be_read_to_its_end():
-    assert len(README.split()) <= 1300
-    assert "@" not in re.sub(r"@[0-9k]", "", README)  # no gap left to fill in, but avg@k
+def test_readme_has_no_gap_left_to_fill_in():
+    assert "@" not in re.sub(r"@[0-9k]", "", README)  # but avg@k
 
 
 @pytest.mark.parametrize(
@@ -69,8 +68,9 @@ def test_every_setting_on_a_command_line_exists():
 
 
 def test_imports_point_one_way():
-    """Details never import a command, loss and answers nothing of ours, reward no data; no circle anywhere."""
-    ours = {path.stem for path in ROOT.glob("*.py")} | {"answers", "data", "evaluation", "figures", "support"}
+    """Details never import a command, loss and answers nothing of ours, reward no data, the path nothing of fast/; no
+    circle anywhere."""
+    ours = {path.stem for path in ROOT.glob("*.py")} | {"answers", "data", "evaluation", "fast", "figures", "support"}
     graph: dict[str, set[str]] = {}
     for path in [*ROOT.glob("*.py"), *(p for folder in ours for p in (ROOT / folder).glob("*.py"))]:
         name = ".".join(path.relative_to(ROOT).with_suffix("").parts).removesuffix(".__init__")
@@ -89,6 +89,8 @@ def test_imports_point_one_way():
             assert not targets & {"train", "eval", "plot", "plan"}, name
         if name == "loss" or folder == "answers":
             assert all(target.split(".")[0] == folder for target in targets), name
+        if name in ("step", "sample", "model"):
+            assert not any(target.split(".")[0] == "fast" for target in targets), name
         if name == "reward":
             assert all(target.split(".")[0] == "answers" for target in targets)
     order: list[str] = []

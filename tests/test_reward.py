@@ -9,7 +9,6 @@ import pytest
 import reward
 from data.loader import Problem, load_problems
 from reward import (
-    BATCH_WITH_BAR,
     check_gold,
     extract_boxed,
     grade,
@@ -130,12 +129,6 @@ def test_a_gold_that_is_no_string_is_the_callers_mistake(gold):
         grade("\\boxed{5}", gold)
     with pytest.raises(ValueError, match="must be a string"):
         check_gold(gold)
-
-
-def test_only_a_large_batch_shows_a_bar(capsys):
-    for count, bar in ((BATCH_WITH_BAR - 1, False), (BATCH_WITH_BAR, True)):
-        assert grade_all(reward.MATH, ["\\boxed{1}"] * count, [Problem("p", "", "1")] * count) == [1.0] * count
-        assert ("grading" in capsys.readouterr().err) is bar
 
 
 @pytest.mark.parametrize(

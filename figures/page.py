@@ -21,15 +21,19 @@ from typing import Any
 
 import torch
 
-from data.loader import Problem, encode_problems, load_problems
+from data.loader import Data, Problem, encode_problems, load_problems
+from fast.check import check_model
+from fast.decode import loop_of
 from figures.group_log import read_groups
-from loss import METHODS, Method, advantages, coefficient_at, token_weights, variant
-from model import check_window, load_model, pick_device, window_of
-from reward import Reward, load_reward
-from sample import pack
-from step import Batch, Data, Run, mini_batch, old_stats, plan, sample_and_grade
+from loss import advantages, token_weights
+from methods import METHODS, Method, coefficient_at, variant
+from model import load_model
+from reward import Reward, grade_all, load_reward
+from sample import Row, generate, pack, plan_group
+from step import Batch, Run, mini_batch_tokens, old_stats
 from support.config import Config, formula, parse_config, suggest
 from support.errors import InputError
+from support.loading import check_window, pick_device, window_of
 
 CUTS = range(0, 100, 5)  # per cent of the demonstration
 TEMPLATE = Path(__file__).with_name("page.html")
@@ -120,7 +124,7 @@ def describe(name: str, method: Method) -> dict[str, Any]:
         "own": formula(method.policy_weight),
         "given": formula(method.demonstration_weight),
         "clip": method.entropy_clip,
-        "clips_all": method.rows == "on_policy",  # as loss.weight_mask
+        "clips_all": method.rows == "on_policy",  # as loss.weighted_tokens
         "c": coefficient_at(method, 0.0, None),
     }
 
@@ -130,7 +134,8 @@ def describe(name: str, method: Method) -> dict[str, Any]:
 
 def model_content(folder: Path, problem: Problem, reward: Reward, config: Config) -> dict[str, Any]:
     """What one model sampled, and the weights of each method."""
-    model, tokenizer = load_model(str(folder / "final" if is_run(folder) else folder), pick_device(config.device))
+    path = str(folder / "final" if is_run(folder) else folder)
+    model, tokenizer = load_model(path, pick_device(config.device), check=check_model)
     ends, budget = model.generation_config.eos_token_id, config.max_response_tokens
     encoded = encode_problems(tokenizer, [problem], budget, ends, reward)[0][0]
     if problem.demonstrations and not encoded.demonstrations:
@@ -140,32 +145,42 @@ def model_content(folder: Path, problem: Problem, reward: Reward, config: Config
     check_window(window_of(model.config), len(encoded.prompt_ids), budget, "max_response_tokens", "the prompt")
     run = Run(config, METHODS[config.method], model, tokenizer, reward, Data([problem], [encoded], [], {}), None)
 
-    def group(rows: str, cut: int = 0) -> list:
-        return plan(run, [0], [0], 0, config.rollouts_per_prompt, rows=rows, fraction=cut / 100)
+    def group(rows: str, cut: int = 0) -> list[Row]:
+        return plan_group(
+            encoded,
+            0,
+            rows=rows,
+            rollouts=config.rollouts_per_prompt,
+            hybrid=1,
+            key=(config.seed, 0),
+            share=lambda generator: cut / 100,
+            max_response_tokens=budget,
+        )
 
     rows = group("on_policy")
     if encoded.demonstrations:
         rows += [group("demonstration")[-1], *(group("hybrid", cut)[-1] for cut in CUTS[1:])]
-    graded = sample_and_grade(run, [0], rows)
-    rollouts, rewards = pack(rows, graded.responses, model, tokenizer), torch.tensor(graded.rewards)
-    none = torch.zeros(len(rows))
-    batch = Batch(rollouts, rewards, none, none, *old_stats(model, rollouts, config), none.bool(), none)
+    rows = generate(model, tokenizer, rows, budget, config.temperature, decode=loop_of(model))
+    rollouts, none = pack(rows, model.generation_config.pad_token_id), torch.zeros(len(rows))
+    rewards = torch.tensor(grade_all(reward, rollouts.texts, [problem] * len(rows))) * ~rollouts.truncated
+    old_log_probs, entropy = old_stats(model, rollouts, config, torch.arange(len(rows)))
+    batch = Batch(rollouts, rewards, none, none, old_log_probs, entropy, none == 0, rows, rows, 0)
     probability = batch.old_log_probs.exp()
     return {
         "name": folder.name,
         "prompt": encoded.prompt_ids,
-        "texts": {i: tokenizer.decode(i) for i in {*encoded.prompt_ids}.union(*graded.responses)},
+        "texts": {i: tokenizer.decode(i) for i in {*encoded.prompt_ids}.union(*(row.response for row in rows))},
         "rows": [
             {
-                "ids": response,
+                "ids": row.response,
                 "given": len(row.prefix_ids),
-                "whole": row.complete,
-                "p": shortened(probability[i, : len(response)]),
-                "entropy": shortened(batch.entropy[i, : len(response)], 9),  # all of a float32: the page ranks by it
-                "reward": graded.rewards[i],
-                "truncated": graded.truncated[i],
+                "whole": row.fraction == 1,
+                "p": shortened(probability[i, : len(row.response)]),
+                "entropy": shortened(batch.entropy[i, : len(row.response)], 9),  # a float32: the page ranks by it
+                "reward": float(rewards[i]),
+                "truncated": row.truncated,
             }
-            for i, (row, response) in enumerate(zip(rows, graded.responses))
+            for i, row in enumerate(rows)
         ],
         "groups": {
             name: [
@@ -200,7 +215,7 @@ def weigh(run: Run, batch: Batch, rows: torch.Tensor) -> dict[str, Any]:
     rl = "rl" in method.stages
     normalizer = len(rows) * config.max_response_tokens if rl else int(rollouts.prefix_mask[rows].sum())
     unclipped = dataclasses.replace(run, method=variant(method, entropy_clip=""))
-    tokens = mini_batch(unclipped, batch, rows, normalizer, 0.0, ())
+    tokens = mini_batch_tokens(unclipped, batch, rows, normalizer, 0.0, ())
     weights = token_weights(method, tokens)
     each = [shortened(weights[row, rollouts.response_mask[row]]) for row in rows]
     return {

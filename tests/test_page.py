@@ -10,12 +10,13 @@ from pathlib import Path
 import pytest
 import torch
 
-from data.loader import encode_problems, load_problems
+from data.loader import Data, encode_problems, load_problems
 from figures.page import CUTS, page_content, page_html
-from loss import METHODS, Method, entropy_clip, token_weights, variant
+from loss import entropy_clip, token_weights
+from methods import METHODS, Method, variant
 from model import load_model
 from reward import MATH
-from step import Batch, Data, Run, mini_batch, rollout_batch
+from step import Batch, Run, mini_batch_tokens, rollout_batch
 from support.config import Config
 
 BASE, ID = Path("data/base"), "train-0304"  # of its 8 rows the base has 3 right
@@ -95,7 +96,7 @@ def trained():
         rows = torch.arange(8) if "rl" in run.method.stages else torch.tensor([7])  # the demonstration
         demonstration_tokens = int(batch.rollouts.prefix_mask[rows].sum())
         normalizer = 8 * run.config.max_response_tokens if len(rows) == 8 else demonstration_tokens
-        w = token_weights(run.method, mini_batch(run, batch, rows, normalizer, 0.0, ()))
+        w = token_weights(run.method, mini_batch_tokens(run, batch, rows, normalizer, 0.0, ()))
         return [w[i, batch.rollouts.response_mask[i]].tolist() for i in rows]
 
     return weights

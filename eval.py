@@ -222,7 +222,8 @@ def parse_args(argv: Sequence[str]) -> argparse.Namespace:
     for name, least in {"samples": 1, "max_response_tokens": 1, "problems": 1, "rows_per_call": 1, "seed": 0}.items():
         if (value := getattr(args, name)) is not None:
             check_range(name, value, least)
-    check_range("temperature", args.temperature, 0, 10)
+    if args.temperature:  # 0 is greedy
+        check_range("temperature", args.temperature, 0.01, 10)
     if not args.model and not args.regrade:
         raise InputError("give --model, a HuggingFace model folder or hub name (see python eval.py --help)")
     return args

@@ -27,6 +27,13 @@ from support.files import reading
 TODAY = re.compile(r"""strftime_now\(\s*(['"])(.*?)\1\s*\)""")  # how a chat template asks for the date
 FIELDS = ("id", "problem", "answer", "demonstrations", "level", "system", "options")
 LAST_TAG = re.compile(r"<[^<>\s]+>\s*\Z")  # <think> and a line end, <|assistant|>, …
+CONVERTED = {  # the first bytes of a file -> its format, and the line that makes JSONL of it
+    b"\x1f\x8b": ("gzip", "gunzip --keep {0}"),
+    b"PAR1": (
+        "Parquet",
+        "python -c \"import pandas; pandas.read_parquet('{0}').to_json('{1}', orient='records', lines=True)\"",
+    ),
+}
 DATE = datetime.datetime(2024, 7, 26)  # what it gets: the day that Llama 3's writes where it cannot ask
 
 
@@ -107,9 +114,14 @@ def _read_row(row: object, where: str, default_id: str, reward: Reward) -> Probl
     return problem
 
 
+def without_nulls(row: dict[str, Any]) -> dict[str, Any]:
+    """The fields of a row that are there: where one is absent, `datasets` writes null and pandas null or NaN."""
+    return {name: value for name, value in row.items() if value is not None and value == value}
+
+
 def _parse(line: str, where: str) -> Any:
     try:
-        return json.loads(line)
+        return json.loads(line, object_hook=without_nulls)
     except json.JSONDecodeError as error:
         raise InputError(f"{where}: not valid JSON: {error.msg} at column {error.colno}") from error
     except RecursionError:
@@ -137,6 +149,10 @@ def read_rows(path: str | Path) -> dict[int, Any]:
         with reading(path):
             text = path.read_text(encoding="utf-8-sig")  # Windows editors begin a file with a byte order mark
     except UnicodeDecodeError as error:
+        for begin, (form, fix) in CONVERTED.items():
+            if error.object.startswith(begin):
+                line = fix.format(path, path.with_suffix(".jsonl"))
+                raise InputError(f"{path} is a {form} file, expected JSONL: convert it with  {line}") from error
         raise InputError(f"{path}: not UTF-8 text ({error.reason} at byte {error.start})") from error
     lines = enumerate(text.split("\n"), 1)  # splitlines() also splits at U+2028, which JSON allows
     return {number: _parse(line, f"{path}:{number}") for number, line in lines if line.strip()}
@@ -190,7 +206,8 @@ def render_prompt(tokenizer: Tokenizer, problem: str, system: str = "") -> str:
     token that begins a text if the tokenizer puts one (Llama was trained with it).
 
     A template that writes today's date writes DATE, so that a run and its evaluation have the same prompts on any
-    day. InputError, one line, for a template that refuses the messages (some take no system message).
+    day. InputError, one line, for a template that refuses a message or leaves it out (some take no system message,
+    or want the content as a list of parts).
     """
     if not tokenizer.chat_template:
         begin = tokenizer.bos_token if tokenizer("x")["input_ids"][0] == tokenizer.bos_token_id else ""
@@ -201,13 +218,18 @@ def render_prompt(tokenizer: Tokenizer, problem: str, system: str = "") -> str:
         template = TODAY.sub(lambda call: repr(DATE.strftime(call[2])), tokenizer.get_chat_template())
         if "strftime_now(" in template:
             raise InputError("it asks for today's date in a way that cannot be answered with a fixed one")
-        return tokenizer.apply_chat_template(
+        prompt = tokenizer.apply_chat_template(
             messages, chat_template=template, add_generation_prompt=True, tokenize=False
         )
     except Exception as error:  # a template can raise anything
         roles = "a system and a user message: remove the field system" if system else "a user message"
         said = " ".join(str(error).split())[:200]
         raise InputError(f"the model's chat template refuses {roles} (it says: {said})") from error
+    for message in messages:
+        if "".join(message["content"].split()) not in "".join(prompt.split()):
+            role, fix = message["role"], "remove the field system" if system else "give it one that takes text"
+            raise InputError(f"the model's chat template leaves the {role} message out of the prompt: {fix}")
+    return prompt
 
 
 def encode(tokenizer: Tokenizer, text: str, what: str = "text") -> list[int]:

@@ -127,7 +127,7 @@ def natural_order(levels: Iterable[str]) -> list[str]:
     found = list(dict.fromkeys(levels))
     if all(re.search(r"\d", level) for level in found):
         return sorted(
-            found, key=lambda level: [int(part) if part.isdigit() else part for part in re.split(r"(\d+)", level)]
+            found, key=lambda level: [int(part) if part.isdecimal() else part for part in re.split(r"(\d+)", level)]
         )
     known = ("easy", "medium", "hard")
     return sorted(found, key=lambda level: known.index(level.lower()) if level.lower() in known else len(known))

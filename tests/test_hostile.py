@@ -52,14 +52,14 @@ LINES = {  # a second line -> what the message must hold
     "same id": (changed(), "the id 'a' stands at line 1 too"),
     "level all": (changed(id="b", level="all"), "level is 'all'"),
     "demonstrations a string": (changed(id="b", demonstrations="x"), "demonstrations must be a list"),
-    "demonstrations null": (changed(id="b", demonstrations=None), "demonstrations must be a list"),
+    "problem null": (changed(id="b", problem=None), "the field 'problem' is missing"),
     "demonstrations of numbers": (changed(id="b", demonstrations=[1]), "demonstrations must be a list"),
     "demonstrations empty text": (changed(id="b", demonstrations=[""]), "demonstrations must be a list"),
     "demonstrations nested": (changed(id="b", demonstrations=[["x"]]), "demonstrations must be a list"),
     "demonstrations an object": (changed(id="b", demonstrations={"a": "b"}), "demonstrations must be a list"),
 }
 for field in ("id", "problem", "answer", "level", "system"):
-    for value in (1, 1.5, None, True, ["x"], {"x": 1}):
+    for value in (1, 1.5, True, ["x"], {"x": 1}):
         LINES[f"{field} {value!r}"] = (changed(**({"id": "b"} | {field: value})), f"{field} is ")
     LINES[f"{field} half a pair"] = (changed(**({"id": "b"} | {field: "a\ud800"})), "half of a pair")
 for field in ("id", "problem", "answer"):
@@ -85,7 +85,8 @@ FILES = {
     "binary": (bytes(range(256)), "not UTF-8 text"),
     "UTF-16": (json.dumps(GOOD).encode("utf-16"), "not UTF-8 text"),
     "Latin-1": (b'{"problem": "caf\xe9?", "answer": "1"}', "not UTF-8 text"),
-    "gzip": (b"\x1f\x8b\x08\x00", "not UTF-8 text"),
+    "gzip": (b"\x1f\x8b\x08\x00", "is a gzip file, expected JSONL: convert it with  gunzip --keep"),
+    "Parquet": (b"PAR1\x15\x04\x15\x80", "is a Parquet file, expected JSONL: convert it with  python -c"),
     "an array": (json.dumps([GOOD], indent=1).encode(), ":1: not valid JSON"),
     "csv": (b"problem,answer\n1+1,2\n", ":1: not valid JSON"),
     "a folder": ("folder", "is a folder: give a JSONL file"),

@@ -2,6 +2,9 @@
 
 import json
 import re
+import shlex
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -75,7 +78,6 @@ def test_no_name_of_a_file_is_not_called_a_folder():
         (["x"], "A", "options is ['x'], expected a list"),
         (["x", " "], "A", "options is ['x', ' '], expected a list"),
         ([], "A", "options is [], expected a list"),
-        (None, "A", "options is None, expected a list"),
         (["x"] * 27, "A", "options is [" + "'x', " * 6 + "...], expected a list of 2 to 26"),
         (["x", "y"], "C", "answer is 'C', expected the letter of one of the options, A, B"),
         (["x", "y"], "b", "answer is 'b', expected the letter"),
@@ -139,6 +141,30 @@ def test_any_end_token_inside_a_demonstration_counts(tokenizer, end):
     ends[end] = tokenizer("=", add_special_tokens=False)["input_ids"][0]
     (encoded,), left_out, _ = encode_problems(tokenizer, [Problem("p", "1+1", "2", (text,))], 99, ends)
     assert left_out == {"end token inside": 1} and not encoded.demonstrations
+
+
+@pytest.mark.parametrize("absent", ["null", "NaN"])
+def test_null_is_an_absent_field(tmp_path, absent):
+    """As `datasets` writes rows of which some have a field, and pandas."""
+    fields = "".join(f', "{name}": {absent}' for name in ("id", "system", "level", "demonstrations"))
+    path = tmp_path / "rows.jsonl"
+    path.write_text(f'{{"problem": "1+1", "answer": "2"{fields}}}\n')
+    assert load_problems(path) == [Problem("rows-1", "1+1", "2")]
+    assert odd_rows(path) == []
+
+
+def test_the_line_that_converts_parquet_makes_rows_that_load(tmp_path):
+    pandas = pytest.importorskip("pandas")
+    pytest.importorskip("pyarrow")
+    path = tmp_path / "it is.parquet"
+    rows = [{"problem": "1+1", "answer": "2", "demonstrations": ["\\boxed{2}"]}, {"problem": "2+2", "answer": "4"}]
+    pandas.DataFrame(rows).to_parquet(path)
+    with pytest.raises(ValueError, match="is a Parquet file") as error:
+        load_problems(path)
+    line = str(error.value).split("convert it with  ")[1]
+    subprocess.run(shlex.split(line.replace("python", sys.executable, 1)), check=True)
+    first, second = load_problems(path.with_suffix(".jsonl"))
+    assert first.demonstrations == ("\\boxed{2}",) and second.demonstrations == ()
 
 
 def test_text_after_the_box_is_looked_for_behind_the_last_place_of_the_answer():

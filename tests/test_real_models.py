@@ -146,10 +146,23 @@ def test_a_template_that_refuses_a_system_message_is_one_line(tokenizer):
         render_prompt(tokenizer, "1+1", "Think.")
 
 
+def test_a_template_that_leaves_a_message_out_is_one_line(tokenizer):
+    tokenizer = copy.deepcopy(tokenizer)
+    parts = "{% for part in messages[-1]['content'] %}{{ part['text'] }}{% endfor %}"  # of a text: nothing
+    tokenizer.chat_template = "user:" + parts
+    with pytest.raises(ValueError, match=r"leaves the user message out of the prompt: give it one that takes text$"):
+        render_prompt(tokenizer, "1+1")
+    tokenizer.chat_template = "{{ messages[-1]['content'] | trim }}"
+    assert render_prompt(tokenizer, " 1+1\n") == "1+1"
+    with pytest.raises(ValueError, match=r"leaves the system message out of the prompt: remove the field system$"):
+        render_prompt(tokenizer, "1+1", "Think.")
+
+
 def test_a_template_that_writes_the_date_writes_the_same_on_any_day(tokenizer):
     tokenizer = copy.deepcopy(tokenizer)
-    tokenizer.chat_template = "{{ strftime_now('%d %b %Y') }}{% if strftime_now is defined %}!{% endif %}"
-    assert render_prompt(tokenizer, "1+1") == "26 Jul 2024!"
+    tokenizer.chat_template = "{{ strftime_now('%d %b %Y') }}{% if strftime_now is defined %}! {% endif %}"
+    tokenizer.chat_template += "{{ messages[0]['content'] }}"
+    assert render_prompt(tokenizer, "1+1") == "26 Jul 2024! 1+1"
     tokenizer.chat_template = "{% set day = '%d' %}{{ strftime_now(day) }}"
     with pytest.raises(ValueError, match="asks for today's date in a way that cannot be answered"):
         render_prompt(tokenizer, "1+1")

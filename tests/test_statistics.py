@@ -188,4 +188,5 @@ def test_a_difference_that_is_only_rounding_has_the_interval_of_none():
 def test_levels_stand_as_a_reader_counts_them():
     assert natural_order(["other", "hard", "Easy", "medium", "hard"]) == ["Easy", "medium", "hard", "other"]
     assert natural_order(["10 terms", "2 terms", "3 terms"]) == ["2 terms", "3 terms", "10 terms"]
+    assert natural_order(["10²", "2²"]) == ["2²", "10²"]
     assert natural_order(["b", "a"]) == ["b", "a"]

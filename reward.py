@@ -47,8 +47,9 @@ def extract_boxed(text: str) -> str | None:
         elif mark.group()[1] in "bf":
             bare.append(mark.end())
     for start in reversed(bare):
-        if start > best[1] and (found := _BARE.match(text, start)):
-            best = found.span()
+        match = _BARE.match(text, start)
+        if start > best[1] and match:
+            best = match.span()
             break
     start, end = best
     if end < 0:

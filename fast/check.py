@@ -42,10 +42,10 @@ def check_model(path: str, model: PreTrainedModel, training: bool) -> None:
             log_p = logits[0, -int(real[7:].sum()) - 1 : -1].float().log_softmax(-1)
             want[i, real[7:]] = log_p.gather(1, ids[i, 7:][real[7:], None]).squeeze(1)
         close = float(want.abs().max()) * torch.finfo(model.dtype).eps ** 0.5
-        found = [response_stats(model.train(), ids, mask, 6, 1.0)[0] for _ in range(1 + training)]
-        if not torch.allclose(found[0], found[-1], rtol=0, atol=close / 64):
+        passes = [response_stats(model.train(), ids, mask, 6, 1.0)[0] for _ in range(1 + training)]
+        if not torch.allclose(passes[0], passes[-1], rtol=0, atol=close / 64):
             raise InputError("two training passes differ: set the noise in its config.json to 0")
-        if not torch.allclose(found[0], want, rtol=0, atol=close):
+        if not torch.allclose(passes[0], want, rtol=0, atol=close):
             raise InputError(
                 "log-probs of a training pass are not those of a plain one (scaled? not causal?): use another"
             )

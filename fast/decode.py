@@ -89,8 +89,8 @@ def one_token_attention(
     where HF's function first copies it for all heads, at every token.
     """
     shared = query.reshape(*key.shape[:2], -1, query.shape[3])  # [B, H, heads / H, D]
-    found = scaled_dot_product_attention(shared, key, value, attn_mask=attention_mask, scale=scaling)
-    return found.reshape(len(query), 1, query.shape[1], -1), None
+    output = scaled_dot_product_attention(shared, key, value, attn_mask=attention_mask, scale=scaling)
+    return output.reshape(len(query), 1, query.shape[1], -1), None
 
 
 AttentionInterface.register("one_token", one_token_attention)
@@ -115,8 +115,12 @@ def read_prompts(model: PreTrainedModel, cache: Cache, ids: Tensor, mask: Tensor
     width = max(1, block // len(ids))
     for start in range(0, ids.shape[1], width):
         new = slice(start, start + width)
-        given = {"input_ids": ids[:, new], "attention_mask": mask[:, : new.stop], "position_ids": positions[:, new]}
-        hidden = last_hidden(model, **given, past_key_values=cache, use_cache=True)
+        block_of_prompts = {
+            "input_ids": ids[:, new],
+            "attention_mask": mask[:, : new.stop],
+            "position_ids": positions[:, new],
+        }
+        hidden = last_hidden(model, **block_of_prompts, past_key_values=cache, use_cache=True)
     cache.reorder_cache(which)
     return model.get_output_embeddings()(hidden[:, -1])[which]
 
@@ -138,8 +142,10 @@ def record(forward: Callable[[], Tensor]) -> Callable[[], Tensor]:
         with torch.cuda.graph(graph):
             result = forward()
     except RuntimeError as error:
-        said = str(error).strip().splitlines()[0]
-        raise ValueError(f"this model's pass cannot be recorded ({said}): set GRAPHS = False in decode.py") from error
+        reason = str(error).strip().splitlines()[0]
+        raise ValueError(
+            f"this model's pass cannot be recorded ({reason}): set GRAPHS = False in fast/decode.py"
+        ) from error
 
     def replay() -> Tensor:
         graph.replay()
@@ -199,11 +205,11 @@ class OneTokenPass:
 
 
 @torch.inference_mode()  # less bookkeeping per call than no_grad: felt where layers are small
-def decode_rows(model: PreTrainedModel, input_ids: Tensor, block: int | None = None, **given: Any) -> Tensor:
+def decode_rows(model: PreTrainedModel, input_ids: Tensor, block: int | None = None, **arguments: Any) -> Tensor:
     """The decoding loop `generate` calls: as its own, but equal prompts are read once, rows that have ended leave
     the batch, and the cache and the attention mask are not made again at every token. -> [B, P+<=R]"""
     logits_processor, settings, cache = (
-        given[k] for k in ("logits_processor", "generation_config", "past_key_values")
+        arguments[k] for k in ("logits_processor", "generation_config", "past_key_values")
     )
     prompt, end = input_ids.shape[1], settings.max_length
     plain = all(type(layer) is DynamicLayer for layer in cache.layers)  # other kinds keep their own layers
@@ -214,7 +220,7 @@ def decode_rows(model: PreTrainedModel, input_ids: Tensor, block: int | None = N
     look_every, drop_at = (LOOK_EVERY, DROP_AT_RECORDED) if recorded else (1, DROP_AT)
     if plain:
         cache.layers = [RoomyLayer(width) for _ in cache.layers]
-    mask = given["attention_mask"]  # generate drops a mask of ones
+    mask = arguments["attention_mask"]  # generate drops a mask of ones
     mask = torch.ones_like(input_ids) if mask is None else mask
     scores = read_prompts(model, cache, input_ids, mask, block or PREFILL_TOKENS)
 
@@ -253,16 +259,16 @@ def decode_rows(model: PreTrainedModel, input_ids: Tensor, block: int | None = N
 
 
 class ReadsValues(TorchDispatchMode):
-    """`found`: a shape or a branch of Python inside depends on a tensor's values (routers of experts do so). A
+    """`seen`: a shape or a branch of Python inside depends on a tensor's values (routers of experts do so). A
     recording would keep them as they were."""
 
-    found = False
+    seen = False
 
     def __torch_dispatch__(self, func, types, args=(), kwargs=None):
         if func is torch.ops.aten.index.Tensor:  # its tag is for masks
-            self.found |= any(index is not None and index.dtype == torch.bool for index in args[1])
+            self.seen |= any(index is not None and index.dtype == torch.bool for index in args[1])
         else:
-            self.found |= bool({torch.Tag.data_dependent_output, torch.Tag.dynamic_output_shape} & {*func.tags})
+            self.seen |= bool({torch.Tag.data_dependent_output, torch.Tag.dynamic_output_shape} & {*func.tags})
         return func(*args, **(kwargs or {}))
 
 
@@ -271,7 +277,7 @@ def reads_values(model: PreTrainedModel, ids: Tensor) -> bool:
     mask = torch.zeros(len(ids), 1, 1, 1, dtype=model.dtype, device=ids.device)
     with ReadsValues() as mode:
         last_hidden(model, input_ids=ids, attention_mask=mask, position_ids=torch.zeros_like(ids), use_cache=False)
-    return mode.found
+    return mode.seen
 
 
 class RecordingLogitsProcessor(PrefixForcingLogitsProcessor):

@@ -47,8 +47,8 @@ def one_line(path: str) -> Iterator[None]:
             "couldn't connect": "the hub cannot be reached and its cache has not got it: give a model folder",
             "ignore_mismatched_sizes": "its weights do not have the shapes of its config.json",
         }
-        said = " ".join(str(error).split())[:200]
-        reason = next((text for words, text in reasons.items() if words in str(error)), said)
+        message = " ".join(str(error).split())[:200]
+        reason = next((text for words, text in reasons.items() if words in str(error)), message)
         raise InputError(f"model {path!r} cannot be loaded: {reason}") from error
 
 

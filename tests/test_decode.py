@@ -92,7 +92,9 @@ def test_a_pass_that_cannot_be_recorded_is_one_line(monkeypatch):
 
     monkeypatch.setattr(torch.cuda, "CUDAGraph", object)
     monkeypatch.setattr(torch.cuda, "graph", contextlib.nullcontext)
-    with pytest.raises(ValueError, match=r"recorded \(operation not permitted\): set GRAPHS = False in decode.py$"):
+    with pytest.raises(
+        ValueError, match=r"recorded \(operation not permitted\): set GRAPHS = False in fast/decode.py$"
+    ):
         decode.record(forward)
 
 

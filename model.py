@@ -24,6 +24,7 @@ from transformers import PreTrainedTokenizerBase as Tokenizer
 from support import distributed
 from support.errors import InputError
 from support.loading import end_tokens, load_config, one_line, prepare_layers, signature, switch_off_noise
+from support.model_folder import make_readable
 
 LOGITS_PER_CHUNK = 2**25  # elements of a [tokens, V] logits chunk: 128 MiB in fp32, whatever B, R and V are
 
@@ -116,6 +117,7 @@ def save_model(model: PreTrainedModel, tokenizer: Tokenizer, folder: str | Path)
     shutil.rmtree(partial, ignore_errors=True)
     model.save_pretrained(partial, state_dict=state)
     tokenizer.save_pretrained(partial)
+    make_readable(partial, model.name_or_path)
     shutil.rmtree(folder, ignore_errors=True)
     partial.rename(folder)
 

@@ -39,6 +39,8 @@ def make_readable(folder: Path, base: str = "") -> None:
     original = PreTrainedConfig.get_config_dict(base)[0] if base else {}
     rewrite(folder / "config.json", lambda config: with_old_fields(config, original))
     rewrite(folder / "tokenizer_config.json", as_old_tokenizer)
+    for weights in folder.glob("*.safetensors"):  # written for the user alone
+        weights.chmod((folder / "config.json").stat().st_mode)
 
 
 def rewrite(file: Path, change: Callable[[dict], dict]) -> None:

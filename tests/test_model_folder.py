@@ -1,0 +1,102 @@
+"""A folder that transformers 4 reads too. What it must find there was written by transformers 4.57.6 for the same
+models; bench/other_transformers.py compares log-probs in an environment with it."""
+
+import copy
+import json
+
+import pytest
+from conftest import random_model
+from transformers import AutoConfig, AutoModelForCausalLM, Gemma3TextConfig, LlamaConfig, StableLmConfig
+
+from model import load_model, save_model
+from support.model_folder import make_readable, old_rope, with_old_fields
+
+LLAMA3 = {"rope_type": "llama3", "factor": 8.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0}
+LLAMA3 |= {"original_max_position_embeddings": 16}
+GEMMA3 = {"rope_theta": 2e6, "rope_local_base_freq": 2e4, "rope_scaling": {"rope_type": "linear", "factor": 8.0}}
+
+
+def read(path):
+    return json.loads(path.read_text())
+
+
+@pytest.fixture
+def old_base(tmp_path, tokenizer):
+    """A model as most stand on the hub: old fields, files that transformers 5 does not write, weights in bf16."""
+    folder = tmp_path / "old"
+    save_model(random_model(vocab_size=103, rope_theta=5e5, rope_scaling=dict(LLAMA3)).bfloat16(), tokenizer, folder)
+    config = read(folder / "config.json")
+    config = {name: value for name, value in config.items() if name not in ("rope_parameters", "dtype")}
+    config |= {"rope_theta": 5e5, "rope_scaling": LLAMA3, "torch_dtype": "bfloat16", "num_experts": 4}
+    (folder / "config.json").write_text(json.dumps(config))
+    words = {"tokenizer_class": "PreTrainedTokenizerFast", "eos_token": "<eos>", "added": 1}
+    (folder / "tokenizer_config.json").write_text(json.dumps(words))
+    for name in ("vocab.json", "merges.txt", "special_tokens_map.json", "README.md"):
+        (folder / name).write_text(f'{{"file": "{name}"}}')
+    return folder
+
+
+def test_the_bases_fields_and_tokenizer_files_are_kept(tmp_path, old_base):
+    save_model(*load_model(str(old_base), training=True), tmp_path / "final")
+    config = read(tmp_path / "final" / "config.json")
+    assert config["rope_theta"] == 5e5 and config["rope_scaling"] == LLAMA3 and config["num_experts"] == 4
+    assert config["dtype"] == config["torch_dtype"] == "float32"
+    assert config["rope_parameters"] == LLAMA3 | {"rope_theta": 5e5}  # what transformers 5 reads
+    for name in ("tokenizer.json", "vocab.json", "merges.txt", "special_tokens_map.json", "chat_template.jinja"):
+        assert (tmp_path / "final" / name).read_bytes() == (old_base / name).read_bytes(), name
+    assert read(tmp_path / "final" / "tokenizer_config.json") == read(old_base / "tokenizer_config.json")
+    assert not (tmp_path / "final" / "README.md").exists()
+    modes = {file.stat().st_mode for file in (tmp_path / "final").iterdir()}
+    assert len(modes) == 1  # safetensors files are written for their owner only
+    again = AutoConfig.from_pretrained(tmp_path / "final")
+    assert again.rope_parameters == AutoConfig.from_pretrained(old_base).rope_parameters
+
+
+@pytest.mark.parametrize(
+    "config, old",
+    [
+        (LlamaConfig(rope_theta=5e5), {"rope_theta": 5e5}),
+        (LlamaConfig(rope_theta=5e5, rope_scaling=dict(LLAMA3)), {"rope_theta": 5e5, "rope_scaling": LLAMA3}),
+        (
+            StableLmConfig(rope_theta=2e4, partial_rotary_factor=0.5),
+            {"rope_theta": 2e4, "partial_rotary_factor": 0.5},
+        ),
+        (Gemma3TextConfig(**copy.deepcopy(GEMMA3)), GEMMA3),
+    ],
+    ids=["plain", "llama3", "partial", "two kinds of layer"],
+)
+def test_old_fields_are_made_where_the_base_has_none(tmp_path, config, old):
+    config.save_pretrained(tmp_path)
+    new = read(tmp_path / "config.json")
+    assert old_rope(new) == old
+    (tmp_path / "config.json").write_text(json.dumps(with_old_fields(new, {})))
+    assert AutoConfig.from_pretrained(tmp_path).rope_parameters == config.rope_parameters  # 5 reads what it read
+
+
+def test_of_a_model_with_vision_the_text_parts_own_fields_are_taken():
+    original = {"model_type": "x", "image_token": 7, "text_config": {"model_type": "x_text", "rope_theta": 3.0}}
+    assert with_old_fields({"model_type": "x_text"}, original) == {"model_type": "x_text", "rope_theta": 3.0}
+    whole = with_old_fields({"model_type": "x", "text_config": {"model_type": "x_text"}}, original)
+    assert whole == original
+
+
+def test_a_tokenizer_of_transformers_5_gets_names_that_4_knows(tmp_path, tokenizer):
+    random_model().save_pretrained(tmp_path)
+    tokenizer.save_pretrained(tmp_path)
+    file = tmp_path / "tokenizer_config.json"
+    words = read(file) | {"tokenizer_class": "TokenizersBackend", "extra_special_tokens": ["<a>"]}
+    file.write_text(json.dumps(words))
+    make_readable(tmp_path)
+    assert read(file)["tokenizer_class"] == "PreTrainedTokenizerFast"
+    assert read(file)["additional_special_tokens"] == ["<a>"] and "extra_special_tokens" not in read(file)
+
+
+def test_the_shipped_base_is_read_by_both():
+    assert read_base("config.json")["rope_theta"] == 1e6
+    assert read_base("tokenizer_config.json")["tokenizer_class"] == "PreTrainedTokenizerFast"
+    assert AutoModelForCausalLM.from_pretrained("data/base").config.rope_parameters["rope_theta"] == 1e6
+
+
+def read_base(name):
+    with open(f"data/base/{name}") as file:
+        return json.load(file)

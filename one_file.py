@@ -35,7 +35,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from reward import grade
 
-# ---- settings; behind each the paper's
+# ---- settings; behind each the paper's, of clip and gradient norm the release's
 
 MODEL = "data/base"  # Qwen2.5-Math-7B
 DATA = "data/recipes"  # OpenR1-Math-46k

@@ -26,8 +26,8 @@ from support.fields import COUNT, NUMBER, OBJECT, POSITIVE, SHARE, check_fields
 Results = dict[str, Any]  # a results.json
 
 SIX = ("aime24", "aime25", "amc23", "math500", "minerva", "olympiad")  # the paper's "avg" is over these
-COLUMNS = (*SIX, "gpqa_diamond", "mmlu_pro")
-PUBLISHED = {  # Qwen2.5-Math-7B: accuracies in % in the order of COLUMNS, the average of six [paper, tables 1 and 2]
+COLUMNS = (*SIX, "arc_c", "gpqa_diamond", "mmlu_pro")
+PUBLISHED = {  # Qwen2.5-Math-7B: accuracies in % in the order of COLUMNS, the average of six [paper, Table 1]
     "base": ([11.5, 4.9, 31.3, 43.6, 7.4, 15.6], 19.0),
     "SFT": ([22.2, 22.3, 52.8, 82.6, 40.8, 43.7], 44.1),
     "RFT": ([25.1, 15.3, 62.0, 84.4, 39.3, 46.8], 45.5),
@@ -36,7 +36,7 @@ PUBLISHED = {  # Qwen2.5-Math-7B: accuracies in % in the order of COLUMNS, the a
     "UFT": ([], 44.2),
     "ReLIFT": ([28.2, 20.1, 64.9, 87.4, 33.8, 52.5], 47.8),
     "LUFFY": ([29.4, 23.1, 65.6, 87.6, 37.5, 57.2], 50.1),
-    "Prefix-RFT": ([31.8, 26.4, 68.2, 88.4, 40.3, 55.7, 39.1, 52.1], 51.8),
+    "Prefix-RFT": ([31.8, 26.4, 68.2, 88.4, 40.3, 55.7, 84.0, 39.1, 52.1], 51.8),
 }
 ROW = {"problems": POSITIVE, "samples": POSITIVE, "accuracy": SHARE, "low": SHARE, "high": SHARE}  # of "results"
 

@@ -32,7 +32,8 @@ def knob(
 
 @dataclass(frozen=True)
 class Config:
-    """Defaults are those of the embedded task on a CPU; the paper's values [A.2] stand in the help texts."""
+    """Defaults are those of the embedded task on a CPU; the paper's values stand in the help texts (their sources:
+    configs/README.md), the release's where the paper names none."""
 
     # what
     method: str = knob("prefix-rft", "which method to train by", choices=METHODS)
@@ -68,8 +69,8 @@ class Config:
     )
     scale_by_std: bool = knob(False, "divide advantages by the group's standard deviation (paper: no)")
     entropy_keep: float = knob(0.2, "share of prefix tokens the entropy clip keeps (paper: 0.2)", 0, 1)
-    clip_low: float = knob(0.2, "PPO clips the ratio below 1 - clip_low (paper: 0.2)", 1e-3, 1)
-    clip_high: float = knob(0.2, "PPO clips the ratio above 1 + clip_high (paper: 0.2)", 1e-3)
+    clip_low: float = knob(0.2, "PPO clips the ratio below 1 - clip_low (release: 0.2)", 1e-3, 1)
+    clip_high: float = knob(0.2, "PPO clips the ratio above 1 + clip_high (release: 0.2)", 1e-3)
     gate: int = knob(0, "hpt, rescue, relift: a group with at most so many right rows is unsolved (HPT: 0)", 0)
     # the optimizer
     lr: float = knob(1e-4, "of reinforcement, constant (paper: 1e-6)", 0)
@@ -80,8 +81,8 @@ class Config:
     relift_lr: float = knob(1e-4, "of ReLIFT's supervised updates, constant (source: 1e-6)", 0)
     relift_buffer: int = knob(4, "demonstrations that wait for a ReLIFT update: those of a step (source: 128)", 1)
     weight_decay: float = knob(0.0, "of AdamW (paper: 0.01)", 0)
-    adam_beta2: float = knob(0.99, "of AdamW (paper: 0.999)", 0, 0.999999)
-    max_grad_norm: float = knob(1.0, "gradients are scaled down to this norm (paper: 1)", 0)
+    adam_beta2: float = knob(0.99, "of AdamW (release: 0.999)", 0, 0.999999)
+    max_grad_norm: float = knob(1.0, "gradients are scaled down to this norm (release: 1)", 0)
     # evaluation
     eval_response_tokens: int = knob(120, "budget of a response in evaluation (paper: 8192)", 2)
     eval_samples: int = knob(4, "samples per test problem at temperature 1, beside greedy", 1)

@@ -39,8 +39,8 @@ CUTS = range(0, 100, 5)  # per cent of the demonstration
 TEMPLATE = Path(__file__).with_name("page.html")
 ROWS = {
     "on_policy": "All rows are on-policy; the cut plays no part.",
-    "hybrid": "All rows are on-policy but the last: it begins with the demonstration, up to the cut.",
-    "demonstration": "All rows are on-policy but the last: it is the whole demonstration. The cut plays no part.",
+    "hybrid": "All rows are on-policy but one, which begins with the demonstration, up to the cut.",
+    "demonstration": "All rows are on-policy but one, which is the whole demonstration. The cut plays no part.",
 }
 
 

@@ -9,6 +9,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from test_group import a_row
 
 from data.loader import Data, encode_problems, load_problems
 from figures.page import CUTS, page_content, page_html
@@ -22,6 +23,8 @@ from support.config import Config
 BASE, ID = Path("data/base"), "train-0304"  # of its 8 rows the base has 3 right
 HOSTILE = ["</script><script>window.hacked = 1</script>", "<img src=x onerror=window.hacked=1>", "'\"`${1}&lt;"]
 HOSTILE += ["a\nb", "\u2028", "😀", "\x00", "DATA"]
+WEIGHTS = """controls.method.value = arguments[0]; controls.cut.value = arguments[1];
+return rowsOfGroup().map((row) => [row.label, row.tokens.map((token) => token.weight)])"""
 FLAGS = "--headless --no-sandbox --disable-gpu --disable-quic --no-first-run --disable-background-networking "
 FLAGS += "--disable-component-update --disable-sync"
 
@@ -64,13 +67,6 @@ def shown(browser, tmp_path):
     return show
 
 
-def choose(page, **values: object) -> None:
-    """Give controls their values, as a hand would."""
-    for name, value in values.items():
-        change = "controls[arguments[0]].value = arguments[1]; byId('controls').dispatchEvent(new Event('input'))"
-        page.execute_script(change, name, value)
-
-
 def text(page, selector: str) -> str:
     return page.find_element("css selector", selector).text
 
@@ -108,8 +104,7 @@ def test_every_weight_is_that_of_a_training_step(content, trained, shown):
     names = [method["name"] for method in content["methods"]]
     assert sorted(names + content["missing"]) == sorted(METHODS) and len(names) >= 22
     for name in names:
-        choose(page, method=name, cut=CUTS.index(50), keep=20)
-        rows = page.execute_script("return rowsOfGroup().map((row) => [row.label, row.tokens.map((t) => t.weight)])")
+        rows = page.execute_script(WEIGHTS, name, CUTS.index(50))
         found = [weights for _, weights in sorted(rows)]
         for row, expected in zip(found, trained(name), strict=True):
             assert row == pytest.approx(expected, rel=1e-4, abs=1e-9), name
@@ -131,36 +126,35 @@ def test_the_clip_ranks_as_the_loss_does(content, shown):
 
 
 def test_a_hand_moves_everything(content, shown):
+    """Numbers of a hybrid row, computed by hand from its group's rewards."""
     from selenium.webdriver import ActionChains, Keys
     from selenium.webdriver.support.select import Select
 
-    page = shown(content)
+    page, rows = shown(content), content["models"][0]["rows"]
     page.find_element("id", "cut").send_keys(Keys.HOME, *[Keys.ARROW_RIGHT] * CUTS.index(80))
     page.find_element("id", "keep").send_keys(Keys.HOME, *[Keys.ARROW_RIGHT] * 33)
     page.find_element("id", "model").send_keys(Keys.ARROW_RIGHT)
     Select(page.find_element("id", "method")).select_by_visible_text("prefix-rft")
-    group = content["models"][0]["groups"]["prefix-rft"][CUTS.index(80)]
-    hybrid = content["models"][0]["rows"][group["rows"][-1]]
-    n = hybrid["given"]
-    kept = n - int(0.67 * n + 1e-9)
+    hybrid = rows[8 + CUTS.index(80)]
+    advantage = hybrid["reward"] - sum(row["reward"] for row in rows[:7]) / 7
+    n, kept = hybrid["given"], hybrid["given"] - int(0.67 * hybrid["given"] + 1e-9)
+    assert n == int(0.8 * (len(rows[8]["ids"]) - 1)) and hybrid["reward"] == 1 > advantage > 0
     assert text(page, "output[for=cut]") == f"80%: {n} tokens given"
     assert text(page, "output[for=keep]") == f"keeps 33%: {kept} of {n} tokens"
     assert text(page, "output[for=model]") == "again (2 of 2)"
-    own, prefix = group["advantages"][-1]
-    first = page.find_element("css selector", ".t.kept")
-    ActionChains(page).move_to_element(first).perform()
-    place = int(first.get_attribute("data-place"))
+    assert text(page, "#sums").splitlines()[:2] == ["prefix", f"{kept * advantage:.4g}"]
+    place = max(range(n), key=lambda t: hybrid["entropy"][t])
+    ActionChains(page).move_to_element(page.find_element("css selector", f"[data-place='{place}']")).perform()
     token = text(page, "#token")
-    assert f"token {place + 1} of row 8 hybrid" in token and f"{hybrid['entropy'][place]:.4g} nats" in token
-    assert f"w = I·A·r = 1·{prefix:.4g}·1 = +{prefix:.4g}" in token
-    assert text(page, "#sums").splitlines()[:2] == ["prefix", f"{kept * prefix:.4g}"]
+    assert f"prefix, token {place + 1} of row 8 hybrid" in token and f"{hybrid['entropy'][place]:.4g} nats" in token
+    assert f"w = I·A·r = 1·{advantage:.4g}·1 = +{advantage:.4g}" in token and "kept" in token
     page.find_element("css selector", "[tabindex='0']").send_keys(*[Keys.ARROW_RIGHT] * (n - place))
     assert f"continuation, token {n + 1} of row 8 hybrid" in text(page, "#token")
-    assert f"= +{own:.4g}" in text(page, "#token code")
+    assert "w = I·A·r = 1·1·1 = +1" in text(page, "#token")
     page.switch_to.active_element.send_keys(Keys.ARROW_DOWN)
-    assert "of row 1 on-policy" in text(page, "#token h2")
+    assert "of row 1 on-policy" in text(page, "#token")
     Select(page.find_element("id", "method")).select_by_visible_text("luffy")
-    assert not page.find_element("id", "cut").is_enabled()
+    assert not page.find_element("id", "cut").is_enabled() and text(page, "#sums").startswith("demonstration")
 
 
 def test_texts_of_others_are_shown_and_nothing_runs(content, shown):
@@ -174,7 +168,7 @@ def test_texts_of_others_are_shown_and_nothing_runs(content, shown):
     model |= {"name": HOSTILE[1], "prompt": ids[:1]}
     page = shown(content | {"answer": HOSTILE[0]})
     cells = page.execute_script("return shown[1].cells.map((cell) => cell.textContent)")
-    seen = [*[hostile.replace(" ", "·") for hostile in HOSTILE[:3]], "a↵b", "↵", "😀", "\x00", "DATA"]
+    seen = [hostile.replace(" ", "·").replace("\n", "↵").replace("\u2028", "↵") for hostile in HOSTILE]
     assert cells == [seen[ids[t % len(ids)] % len(HOSTILE)] for t in range(tokens)]
     assert text(page, "#answer") == HOSTILE[0] and HOSTILE[1] in text(page, "output[for=model]")
     assert page.execute_script("return window.hacked === undefined && document.querySelector('img') === null")
@@ -191,59 +185,48 @@ def test_it_can_be_read_on_a_phone_and_in_the_dark(content, shown):
         ".fontSize))), document.scrollingElement.scrollWidth, getComputedStyle(document.body).backgroundColor]"
     )
     assert smallest >= 12 and width <= 360 and paper == "rgb(22, 22, 22)"
-    page.execute_cdp_cmd("Emulation.clearDeviceMetricsOverride", {})
 
 
-# ---- without a browser
+# ---- what it is made from
 
 
-def a_run(folder: Path, rows: list[dict], groups: list[str]) -> Path:
-    """A run folder whose data are `rows`, with a recorded group of each of the problems `groups`."""
-    folder.mkdir()
-    (folder / "data.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
-    (folder / "config.json").write_text(json.dumps({"method": "rft", "data": str(folder / "data.jsonl")}))
-    (folder / "metrics.jsonl").write_text("")
-    shutil.copytree(BASE, folder / "final")
-    fields = {"method": "rft", "problem": "", "answer": "", "prompt": []}
-    row = {"hybrid": False, "complete": False, "reward": 0, "truncated": False, "advantage": 0, "tokens_total": 0}
-    row |= {"prefix_advantage": 0, "tokens": [], "ids": [], "source": [], "entropy": [], "kept": [], "weight": []}
-    lines = [json.dumps({"step": i, "id": name, "rows": [row], **fields}) for i, name in enumerate(groups, 1)]
-    if groups:
-        (folder / "groups.jsonl").write_text("\n".join(lines) + "\n")
-    return folder
+@pytest.fixture
+def folder(tmp_path) -> Path:
+    """A run folder whose data have no demonstrations, with a recorded group of the second problem."""
+    problems = [{"id": name, "problem": "329;Cr;B-7;A+4?", "answer": name} for name in "12"]
+    group = {"step": 1, "method": "rft", "id": "2", "problem": "", "answer": "", "prompt": [], "rows": [a_row("ab")]}
+    data = tmp_path / "data.jsonl"
+    data.write_text("\n".join(map(json.dumps, problems)))
+    (tmp_path / "config.json").write_text(json.dumps({"method": "rft", "data": str(data)}))
+    (tmp_path / "metrics.jsonl").touch()
+    (tmp_path / "groups.jsonl").write_text(json.dumps(group) + "\n")
+    shutil.copytree(BASE, tmp_path / "final")
+    return tmp_path
 
 
-PROBLEM = {"id": "p", "problem": "329;Cr;B-7;A+4?", "answer": "1"}
-
-
-def test_a_run_without_demonstrations_is_shown(tmp_path, shown):
-    content = page_content([a_run(tmp_path / "run", [PROBLEM, PROBLEM | {"id": "q"}], ["p", "q"])])
-    shown_methods = {method["name"] for method in content["methods"]}
-    assert shown_methods == {name for name, method in METHODS.items() if not method.needs_demonstrations}
+def test_a_run_without_demonstrations_is_shown(folder, shown):
+    content = page_content([folder])
+    methods = {method["name"] for method in content["methods"]}
+    assert methods == {name for name, method in METHODS.items() if not method.needs_demonstrations}
     page = shown(content)
-    assert "plays no part" in text(page, "output[for=cut]") and "8 on-policy" in text(page, "#rows")
+    assert text(page, "#answer") == "2" and "8 on-policy" in text(page, "#rows")
+    assert text(page, "output[for=cut]") == "plays no part here"
 
 
-def test_what_cannot_be_shown_is_one_line(tmp_path, refused):
-    run = a_run(tmp_path / "run", [PROBLEM], [])
-    assert "has no groups.jsonl" in refused("plot.py", "--page", run)
-    assert "no demonstration" in refused("plot.py", "--page", run, "--problem", "p")
-    assert "did you mean p?" in refused("plot.py", "--page", run, "--problem", "pp")
-    (run / "config.json").write_text(json.dumps({"reward": "own.py", "data": str(run / "data.jsonl")}))
-    assert "was graded by own.py" in refused("plot.py", "--page", run)
-    assert "neither a folder that exists nor a hub name" in refused("plot.py", "--page", tmp_path / "none")
-    assert "holds no *.safetensors" in refused("plot.py", "--page", without_weights(tmp_path / "model"))
-    assert "--problem needs --page" in refused("plot.py", "--problem", "p", run)
-    assert "as .png" in refused("plot.py", "--page", BASE, "--out", tmp_path / "page.png")
+def test_a_new_method_appears_by_itself(folder, monkeypatch):
+    monkeypatch.setitem(METHODS, "mine", variant(METHODS["rft"], baseline="group"))
+    assert len(page_content([folder])["models"][0]["groups"]["mine"]) == 1
 
 
-def without_weights(folder: Path) -> Path:
-    return shutil.copytree(BASE, folder, ignore=shutil.ignore_patterns("*.safetensors"))
+def test_what_cannot_be_shown_is_one_line(folder, refused):
+    def said(*words: object) -> str:
+        return refused("plot.py", "--page", folder, *words)
 
-
-def test_a_new_method_appears_by_itself(tmp_path, monkeypatch):
-    monkeypatch.setitem(METHODS, "mine", variant(METHODS["prefix-rft"], baseline="group"))
-    run = a_run(tmp_path / "run", [PROBLEM | {"answer": "7", "demonstrations": ["\\boxed{7}"]}], ["p"])
-    content = page_content([run])
-    assert "mine" in {method["name"] for method in content["methods"]}
-    assert len(content["models"][0]["groups"]["mine"]) == len(CUTS)
+    assert "'1' has no demonstration" in said("--problem", "1")
+    assert "'11' is not in the data: did you mean 1?" in said("--problem", "11")
+    next((folder / "final").glob("*.safetensors")).unlink()
+    assert "holds no *.safetensors" in said()
+    (folder / "groups.jsonl").unlink()
+    assert "has no groups.jsonl" in said()
+    (folder / "config.json").write_text('{"reward": "own.py"}')
+    assert "was graded by own.py" in said()

@@ -21,7 +21,7 @@ from typing import Any
 
 import torch
 
-from data.loader import Data, Problem, encode_problems, load_problems
+from data.loader import Data, Encoded, Problem, encode_problems, load_problems
 from fast.check import check_model
 from fast.decode import loop_of
 from figures.group_log import read_groups
@@ -139,56 +139,52 @@ def model_content(folder: Path, problem: Problem, reward: Reward, config: Config
     ends, budget = model.generation_config.eos_token_id, config.max_response_tokens
     encoded = encode_problems(tokenizer, [problem], budget, ends, reward)[0][0]
     if problem.demonstrations and not encoded.demonstrations:
-        raise InputError(
-            f"no demonstration of {problem.id!r} is right and fits {budget} tokens: give another --problem"
-        )
+        fix = "give another --problem"
+        raise InputError(f"no demonstration of {problem.id!r} is right and fits {budget} tokens: {fix}")
     check_window(window_of(model.config), len(encoded.prompt_ids), budget, "max_response_tokens", "the prompt")
-    run = Run(config, METHODS[config.method], model, tokenizer, reward, Data([problem], [encoded], [], {}), None)
-
-    def group(rows: str, cut: int = 0) -> list[Row]:
-        return plan_group(
-            encoded,
-            0,
-            rows=rows,
-            rollouts=config.rollouts_per_prompt,
-            hybrid=1,
-            key=(config.seed, 0),
-            share=lambda generator: cut / 100,
-            max_response_tokens=budget,
-        )
-
-    rows = group("on_policy")
-    if encoded.demonstrations:
-        rows += [group("demonstration")[-1], *(group("hybrid", cut)[-1] for cut in CUTS[1:])]
+    rows = plan_rows(encoded, config)
     rows = generate(model, tokenizer, rows, budget, config.temperature, decode=loop_of(model))
     rollouts, none = pack(rows, model.generation_config.pad_token_id), torch.zeros(len(rows))
     rewards = torch.tensor(grade_all(reward, rollouts.texts, [problem] * len(rows))) * ~rollouts.truncated
-    old_log_probs, entropy = old_stats(model, rollouts, config, torch.arange(len(rows)))
-    batch = Batch(rollouts, rewards, none, none, old_log_probs, entropy, none == 0, rows, rows, 0)
-    probability = batch.old_log_probs.exp()
+    stats = old_stats(model, rollouts, config, torch.arange(len(rows)))
+    batch = Batch(rollouts, rewards, none, none, *stats, none == 0, rows, rows, 0)
+    run = Run(config, METHODS[config.method], model, tokenizer, reward, Data([problem], [encoded], [], {}), None)
+    groups = {
+        name: [weigh(run, method, batch, group) for group in groups_of(method, config.rollouts_per_prompt)]
+        for name, method in methods_shown(problem).items()
+    }
     return {
         "name": folder.name,
-        "prompt": encoded.prompt_ids,
-        "texts": {i: tokenizer.decode(i) for i in {*encoded.prompt_ids}.union(*(row.response for row in rows))},
-        "rows": [
-            {
-                "ids": row.response,
-                "given": len(row.prefix_ids),
-                "whole": row.fraction == 1,
-                "p": shortened(probability[i, : len(row.response)]),
-                "entropy": shortened(batch.entropy[i, : len(row.response)], 9),  # a float32: the page ranks by it
-                "reward": float(rewards[i]),
-                "truncated": row.truncated,
-            }
-            for i, row in enumerate(rows)
-        ],
-        "groups": {
-            name: [
-                weigh(dataclasses.replace(run, method=method), batch, torch.tensor(group))
-                for group in groups_of(method, config.rollouts_per_prompt)
-            ]
-            for name, method in methods_shown(problem).items()
-        },
+        "prompt": tokenizer.decode(encoded.prompt_ids),
+        "texts": {i: tokenizer.decode(i) for i in set().union(*(row.response for row in rows))},
+        "rows": [row_content(batch, i) for i in range(len(rows))],
+        "groups": groups,
+    }
+
+
+def plan_rows(encoded: Encoded, config: Config) -> list[Row]:
+    """N on-policy rows and, of a problem with a demonstration, all of it and a hybrid row for each cut above 0."""
+
+    def group(rows: str, cut: int = 0) -> list[Row]:
+        settings = {"rollouts": config.rollouts_per_prompt, "max_response_tokens": config.max_response_tokens}
+        settings |= {"hybrid": 1, "key": (config.seed, 0), "share": lambda generator: cut / 100}
+        return plan_group(encoded, 0, rows=rows, **settings)
+
+    if not encoded.demonstrations:
+        return group("on_policy")
+    return [*group("on_policy"), group("demonstration")[-1], *(group("hybrid", cut)[-1] for cut in CUTS[1:])]
+
+
+def row_content(batch: Batch, i: int) -> dict[str, Any]:
+    row, mask = batch.rows[i], batch.rollouts.response_mask[i]
+    return {
+        "ids": row.response,
+        "given": len(row.prefix_ids),
+        "whole": row.fraction == 1,
+        "p": shortened(batch.old_log_probs[i, mask].exp()),
+        "entropy": shortened(batch.entropy[i, mask], 9),  # all of a float32: the page ranks by it
+        "reward": float(batch.rewards[i]),
+        "truncated": row.truncated,
     }
 
 
@@ -203,23 +199,24 @@ def groups_of(method: Method, rollouts: int) -> list[list[int]]:
     return [[*others, last] for last in (rollouts - 1, *hybrid)]
 
 
-def weigh(run: Run, batch: Batch, rows: torch.Tensor) -> dict[str, Any]:
+def weigh(run: Run, method: Method, batch: Batch, group: list[int]) -> dict[str, Any]:
     """A group: its rows; of each its advantages, of own tokens and of a prefix, and its weights as [weight, how many
     tokens in a row have it]; the numbers of the mini-batch that it is here."""
-    method, config, rollouts = run.method, run.config, batch.rollouts
+    config, rollouts, rows = run.config, batch.rollouts, torch.tensor(group)
     baseline = method.baseline or config.baseline
     scale_by_std = config.scale_by_std if method.scale_by_std is None else method.scale_by_std
     compared = advantages(batch.rewards[rows], rollouts.group[rows], rollouts.hybrid[rows], baseline, scale_by_std)
     own, prefix = (torch.zeros_like(batch.rewards).scatter(0, rows, values) for values in compared)
     batch = dataclasses.replace(batch, response_advantage=own, prefix_advantage=prefix)
-    rl = "rl" in method.stages
-    normalizer = len(rows) * config.max_response_tokens if rl else int(rollouts.prefix_mask[rows].sum())
+    normalizer = len(rows) * config.max_response_tokens
+    if "rl" not in method.stages:
+        normalizer = int(rollouts.prefix_mask[rows].sum())
     unclipped = dataclasses.replace(run, method=variant(method, entropy_clip=""))
     tokens = mini_batch_tokens(unclipped, batch, rows, normalizer, 0.0, ())
     weights = token_weights(method, tokens)
     each = [shortened(weights[row, rollouts.response_mask[row]]) for row in rows]
     return {
-        "rows": rows.tolist(),
+        "rows": group,
         "advantages": [shortened(torch.stack(pair)) for pair in zip(*compared)],
         "weights": [[[w, len(list(same))] for w, same in itertools.groupby(row)] for row in each],
         "T_own": tokens.policy_tokens,

@@ -146,7 +146,7 @@ def test_a_hand_moves_everything(content, shown):
     place = max(range(n), key=lambda t: hybrid["entropy"][t])
     ActionChains(page).move_to_element(page.find_element("css selector", f"[data-place='{place}']")).perform()
     token = text(page, "#token")
-    assert f"prefix, token {place + 1} of row 8 hybrid" in token and f"{hybrid['entropy'][place]:.4g} nats" in token
+    assert f"prefix, token {place + 1} of row 8 hybrid" in token and f"{hybrid['entropy'][place]:.4g}" in token
     assert f"w = I·A·r = 1·{advantage:.4g}·1 = +{advantage:.4g}" in token and "kept" in token
     page.find_element("css selector", "[tabindex='0']").send_keys(*[Keys.ARROW_RIGHT] * (n - place))
     assert f"continuation, token {n + 1} of row 8 hybrid" in text(page, "#token")
@@ -165,12 +165,14 @@ def test_texts_of_others_are_shown_and_nothing_runs(content, shown):
     model["rows"][0] |= {"ids": (ids * tokens)[:tokens], "p": [0.5] * tokens, "entropy": [0.5] * tokens}
     for group in itertools.chain.from_iterable(model["groups"].values()):
         group["weights"][0] = [[0.5, tokens]] if group["rows"][0] == 0 else group["weights"][0]
-    model |= {"name": HOSTILE[1], "prompt": ids[:1]}
+    model |= {"name": HOSTILE[1], "prompt": HOSTILE[0]}
     page = shown(content | {"answer": HOSTILE[0]})
     cells = page.execute_script("return shown[1].cells.map((cell) => cell.textContent)")
     seen = [hostile.replace(" ", "·").replace("\n", "↵").replace("\u2028", "↵") for hostile in HOSTILE]
     assert cells == [seen[ids[t % len(ids)] % len(HOSTILE)] for t in range(tokens)]
-    assert text(page, "#answer") == HOSTILE[0] and HOSTILE[1] in text(page, "output[for=model]")
+    assert text(page, "#problem") == text(page, "#answer") == HOSTILE[0] and HOSTILE[1] in text(
+        page, "output[for=model]"
+    )
     assert page.execute_script("return window.hacked === undefined && document.querySelector('img') === null")
 
 

@@ -150,7 +150,7 @@ def sample_missing(model, tokenizer, folder: Path, benchmarks: list[Benchmark], 
     size = args.rows_per_call * distributed.world_size()
     first = done = distributed.from_rank_0(cut_broken_line(path, benchmarks) if distributed.rank() == 0 else None)
     draws = itertools.islice(all_draws(benchmarks), done, None)
-    start, said, tokens = time.perf_counter(), 0.0, 0
+    start, last_line, tokens = time.perf_counter(), 0.0, 0
     quiet = distributed.rank() > 0
     with tqdm(total=total, initial=done, unit="response", disable=quiet or not sys.stderr.isatty()) as bar:
         while batch := list(itertools.islice(draws, size - done % size)):  # whole batches, as without a stop
@@ -171,8 +171,8 @@ def sample_missing(model, tokenizer, folder: Path, benchmarks: list[Benchmark], 
             done += len(batch)
             seconds = time.perf_counter() - start
             bar.set_postfix_str(f"{tokens / seconds:.0f} tokens/s")
-            if bar.disable and not quiet and (seconds - said > LINE_SECONDS or done == total):
-                said = seconds
+            if bar.disable and not quiet and (seconds - last_line > LINE_SECONDS or done == total):
+                last_line = seconds
                 left = seconds * (total - done) / (done - first)
                 print(f"{done}/{total} responses  {tokens / seconds:.0f} tokens/s  {left:.0f} s left", flush=True)
 
@@ -296,11 +296,8 @@ def main() -> None:
         print(f"eval.py: {distributed.name()}{error}; to go on: {go_on(args)}", file=sys.stderr)
         sys.exit(1)
     except RuntimeError as error:
-        said = " ".join(str(error).split())[:160]
-        where = f"sampling {args.rows_per_call} rows" if args.rows_per_call else "loading the model"
-        lower = (
-            f"{where} ({said}): give a smaller --rows_per_call or --max_response_tokens ({args.max_response_tokens})"
-        )
+        message = " ".join(str(error).split())[:160]
+        lower = f"{message}: give a smaller --rows_per_call or --max_response_tokens ({args.max_response_tokens})"
         if not (reason := distributed.explain(error, lower)):
             raise
         print(f"eval.py: {distributed.name()}{reason}; to go on: {go_on(args)}", file=sys.stderr)

@@ -32,7 +32,7 @@ from sample import prefix_range, seed_of
 from step import Run, problems_of_step, rl_step, sft_step
 from support import checkpoint, console, distributed
 from support.command import command
-from support.config import TASK, Config, given_settings, parse_config, unread_settings
+from support.config import TASK, Config, parse_config
 from support.errors import Broken, Diverged, InputError, Unwritten, as_input
 from support.files import writing
 from support.loading import check_window, load_config, pick_device, use_one_thread_if_small, window_of
@@ -203,15 +203,13 @@ def prepare(config: Config) -> tuple[Run, Counts]:
     return run, counts
 
 
-def train(config: Config, given: Sequence[str] = ()) -> int:
-    """A whole run -> the exit code: 0, or 128 + the number of the signal that stopped it. `given`: the settings of
-    the command line, of which those that the method does not read are told.
+def train(config: Config) -> int:
+    """A whole run -> the exit code: 0, or 128 + the number of the signal that stopped it.
 
     InputError: wrong input, nothing was written. Broken: a fault of a run that had begun.
     """
     run, counts = prepare(config)
-    warnings = {name: f"{config.method} does not read {name}" for name in given if name in unread_settings(config)}
-    warnings |= {text: text for path in data_files(config).values() for text in odd_rows(path)}
+    warnings = {text: text for path in data_files(config).values() for text in odd_rows(path)}
     if wrong := counts.left_out.get("not right"):
         warnings["demonstrations"] = f"{wrong} demonstrations are left out: their own reward says they are not right"
     ingredients = checkpoint.made_of(run, data_files(config))
@@ -322,8 +320,6 @@ def restore(run: Run, folder: Path, watch: Watch) -> int:
         except (KeyError, TypeError) as error:
             where = f"{folder / 'metrics.jsonl'}:{row['step']}"
             raise InputError(f"{where}: a metric is missing or of a wrong type ({error}): restore the row") from error
-    if damaged := checkpoint.set_aside_damaged(folder, done):
-        watch.said["damaged"] = damaged
     return done
 
 
@@ -370,7 +366,7 @@ def main() -> None:
         config = parse_config(sys.argv[1:])
         if config.out and not config.resume:
             again += " with --resume auto"
-        code = train(config, given_settings(sys.argv[1:]))
+        code = train(config)
         distributed.stop()
         sys.exit(code)
     except Broken as error:

@@ -1,38 +1,30 @@
-"""Qwen2.5 shapes with random weights on one GPU: speed against its limits, whole steps against the plan.
+"""Qwen2.5 shapes with random weights on one GPU: decoding and updates against the limits of the device.
 
-    python bench/gpu.py limits step --shape 1.5b
+    python bench/gpu.py --shape 1.5b
 
-Writes bench/results/throughput-cuda-PART-SHAPE.json.
-`limits`, in bf16. Decoding, no row ends: 256 rows x 1024 new tokens; and 128 new tokens beside plain `generate`. A
-decode pass cannot be faster than reading the weights and the filled part of the cache once: bytes / measured copy
-bandwidth. Update: forward and backward of token_stats; model FLOPs 6 N per token and 12 layers x width x length for
-attention (half of it causal), recomputation not counted, over the peak of a large bf16 product, measured too. Both
-also with HF's norms in place of the fused ones.
-`step`: two steps of prefix-rft as train.py makes them (fp32 weights, bf16 compute, 16 problems x 8 rollouts x 512
-tokens), their seconds by phase and their peak memory beside that of plan.py. Rewards are made up, so that every
-group has a gradient.
+Writes bench/results/throughput-cuda-limits-SHAPE.json. All in bf16.
+
+Decoding, no row ends: 256 rows x 1024 new tokens; and 128 new tokens beside plain `generate`. A decode pass cannot be
+faster than reading the weights and the filled part of the cache once: bytes / measured copy bandwidth.
+Update: forward and backward of token_stats; model FLOPs 6 N per token and 12 layers x width x length for attention
+(half of it causal), recomputation not counted, over the peak of a large bf16 product, measured too.
+Both also with HF's norms in place of the fused ones.
 """
 
 import argparse
 import sys
-import tempfile
 from collections.abc import Callable
-from dataclasses import replace
 
 import torch
-from common import peak_memory, write
+from common import write
 from torch.utils.benchmark import Timer
 from transformers import AutoTokenizer, GenerationConfig, LogitsProcessorList, Qwen2Config, Qwen2ForCausalLM
 
-import step as steps
-import train
 from fast.decode import LOOPS, decode_rows
 from model import sampling, token_stats
-from plan import plan
 from sample import DrawTokenLogitsProcessor, Row, generate
-from support.config import Config, from_dict
+from support.config import Config
 from support.loading import fuse_norms
-from support.record import rl_metrics
 
 SHAPES = {
     "0.5b": {
@@ -170,64 +162,10 @@ def bench_limits(shape: str) -> None:
     )
 
 
-def watch(name: str, peaks: dict[str, list[int]]) -> None:
-    """Keep the peak memory of each call of step.NAME, what stood before it included."""
-    inner = getattr(steps, name)
-
-    def watched(*args, **settings):
-        before = torch.cuda.memory_allocated()
-        with peak_memory() as found:
-            result = inner(*args, **settings)
-        peaks.setdefault(name, []).append(before + found[0])
-        return result
-
-    setattr(steps, name, watched)
-
-
-def bench_step(shape: str) -> None:
-    settings = {"data": Config.data, "eval_every": 0, "max_response_tokens": NEW // 2, "lr": 1e-6}
-    settings |= {"recompute": True, "micro_batch_tokens": 49152, "rows_per_call": 128}
-    with tempfile.TemporaryDirectory() as folder:
-        new_model(shape).save_pretrained(folder)
-        AutoTokenizer.from_pretrained(Config.model).save_pretrained(folder)
-        run, _ = train.prepare(from_dict(settings | {"model": folder, "out": f"{folder}/run"}))
-    # random weights are never right, and no row of theirs ends
-    sample_groups = steps.sample_groups
-
-    def with_rewards(*args, **settings) -> list[Row]:
-        return [replace(row, reward=float(i % 2)) for i, row in enumerate(sample_groups(*args, **settings))]
-
-    steps.sample_groups = with_rewards
-    peaks: dict[str, list[int]] = {}
-    watch("generate", peaks)
-    watch("update", peaks)
-    log = [rl_metrics(run, steps.rl_step(run, step)) for step in range(2)]
-    longest = max(len(problem.prompt_ids) for problem in run.data.encoded)
-    planned = {phase: sum(parts.values()) for phase, parts in plan(run.config, run.model.config, 1, longest).items()}
-    measured = {"sampling": max(peaks["generate"]), "update": max(peaks["update"])}
-    memory = {
-        phase: {
-            "measured_gib": round(measured[phase] / 2**30, 2),
-            "planned_gib": round(planned[phase] / 2**30, 2),
-            "error": round(planned[phase] / measured[phase] - 1, 3),
-        }
-        for phase in measured
-    }
-    keys = ("loss", "grad_norm", "response_tokens", "tokens_per_second", "seconds_sample", "seconds_update")
-    write(
-        f"cuda-step-{shape}",
-        {"settings": settings, "memory": memory, "steps": [{key: row[key] for key in keys} for row in log]},
-    )
-
-
-PARTS = {"limits": bench_limits, "step": bench_step}
-
 if __name__ == "__main__":
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0], allow_abbrev=False)
-    parser.add_argument("parts", nargs="+", choices=PARTS)
     parser.add_argument("--shape", default="1.5b", choices=SHAPES)
     args = parser.parse_args()
     if not torch.cuda.is_available():
         sys.exit("gpu.py: no CUDA device found; on the CPU run bench/throughput.py")
-    for part in args.parts:
-        PARTS[part](args.shape)
+    bench_limits(args.shape)

@@ -7,7 +7,6 @@ from there on only ids are used, so what is trained is what was sampled.
 
 import dataclasses
 import datetime
-import difflib
 import json
 import re
 import reprlib
@@ -25,7 +24,6 @@ from support.errors import InputError, as_input
 from support.files import reading
 
 TODAY = re.compile(r"""strftime_now\(\s*(['"])(.*?)\1\s*\)""")  # how a chat template asks for the date
-FIELDS = ("id", "problem", "answer", "demonstrations", "level", "system", "options")
 LAST_TAG = re.compile(r"<[^<>\s]+>\s*\Z")  # <think> and a line end, <|assistant|>, …
 CONVERTED = {  # the first bytes of a file -> its format, and the line that makes JSONL of it
     b"\x1f\x8b": ("gzip", "gunzip --keep {0}"),
@@ -179,20 +177,16 @@ def check_rows(path: str | Path, rows: dict[int, Any], reward: Reward = MATH) ->
 
 
 def odd_rows(path: str | Path) -> list[str]:
-    """What a data file has that was hardly meant, a line each with a count and the first line number: a field whose
-    name is nearly one of ours, a problem that stands there twice."""
-    found: dict[str, list[int]] = {}
+    """A line for a file in which problems stand twice, which was hardly meant."""
     seen: set[tuple[str, str]] = set()
+    twice = []
     for number, row in read_rows(path).items():
-        for field in sorted(row.keys() - set(FIELDS)):
-            if close := difflib.get_close_matches(field, FIELDS, n=1, cutoff=0.8):
-                what = f"have a field {field!r}, which is not read: is {close[0]!r} meant?"
-                found.setdefault(what, []).append(number)
         text = row.get("problem", ""), row.get("system", "")
-        if text in seen:
-            found.setdefault("repeat a problem that stands above them", []).append(number)
+        twice += [number] * (text in seen)
         seen.add(text)
-    return [f"{path}: {len(lines)} rows {what} (first at line {lines[0]})" for what, lines in found.items()]
+    first = min(twice, default=0)
+    said = f"{path}: {len(twice)} rows repeat a problem that stands above them (first at line {first})"
+    return [said] if twice else []
 
 
 def load_problems(path: str | Path, reward: Reward = MATH) -> list[Problem]:

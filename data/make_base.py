@@ -32,6 +32,9 @@ from transformers import GenerationConfig, PreTrainedTokenizerFast, Qwen3Config,
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # run as a script, it finds the rest
 
 from data.make_recipes import LABELS, Recipe, instruction, make_recipe, make_splits, write_out
+from support.command import command
+from support.errors import InputError
+from support.files import make_folder
 from support.model_folder import make_readable
 
 SPECIAL_TOKENS = ("<pad>", "<bos>", "<eos>", "<unk>")
@@ -249,19 +252,16 @@ def is_model(folder: Path) -> bool:
         return False
 
 
-def check_out(parser: argparse.ArgumentParser, out: Path) -> None:
+def check_out(out: Path) -> None:
     """Refuses, before the work, a place where the model must not or cannot be put."""
     if out.exists() and not out.is_dir():
-        parser.error(f"--out {out} is a file; name a new folder or one that holds a model")
+        raise InputError(f"--out {out} is a file: name a new folder or one that holds a model")
     if out.is_dir() and any(out.iterdir()) and not is_model(out):
-        parser.error(f"--out {out} is a folder with other files and no model's config.json; name a new folder")
-    try:
-        out.parent.mkdir(parents=True, exist_ok=True)
-        tempfile.TemporaryDirectory(dir=out.parent).cleanup()
-    except OSError as error:
-        parser.error(f"--out {out}: cannot write in {out.parent}: {error.strerror}; give another --out")
+        raise InputError(f"--out {out} is a folder with other files and no model's config.json: name a new folder")
+    make_folder(out.parent)
 
 
+@command("make_base.py")
 def main() -> None:
     parser = argparse.ArgumentParser(description="Pretrains the tiny base model of the embedded task.")
     default = Path(__file__).parent / "base"
@@ -269,9 +269,9 @@ def main() -> None:
     parser.add_argument("--seed", type=int, default=0, help="of the weights and the corpus (%(default)s)")
     arguments = parser.parse_args()
     if not 0 <= arguments.seed < 2**32:
-        parser.error(f"--seed {arguments.seed}: expected a number from 0 to 2^32 - 1")
+        raise InputError(f"--seed is {arguments.seed}, expected a number from 0 to 2^32 - 1")
     out = arguments.out.resolve()
-    check_out(parser, out)
+    check_out(out)
 
     torch.set_num_threads(1)  # two gain little at this size, and the sums depend on their number
     torch.use_deterministic_algorithms(True)

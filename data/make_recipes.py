@@ -18,13 +18,17 @@ Left out: what the base model read before (that is make_base.py), and the readin
 """
 
 import argparse
-import json
-import os
 import random
 import sys
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # run as a script, it finds the rest
+
+from support.command import command
+from support.errors import InputError
+from support.files import make_folder, write_jsonl
 
 LABELS = "ABCDEFGH"
 LEVELS = {"easy": (1, 2), "medium": (3, 4), "hard": (5, 6), "ood": (7, 8)}  # numbers of instructions
@@ -195,29 +199,15 @@ def row(identifier: str, recipe: Recipe, texts: list[str] | None = None) -> dict
     return fields | {"level": level_of(len(recipe.steps))}
 
 
-def write_jsonl(path: Path, rows: list[dict]) -> None:
-    """Writes one JSON object per line, to a temporary name first."""
-    temporary = path.with_suffix(".jsonl.part")
-    try:
-        temporary.write_text("".join(json.dumps(r) + "\n" for r in rows), encoding="utf-8", newline="\n")
-        os.replace(temporary, path)
-    except OSError:
-        temporary.unlink(missing_ok=True)
-        raise
+def write_splits(out: Path, splits: dict[str, list[dict]]) -> None:
+    """Writes the files into the folder `out`."""
+    make_folder(out)
+    for split, rows in splits.items():
+        write_jsonl(out / f"{split}.jsonl", rows)
+        print(f"{out / split}.jsonl: {len(rows)} problems")
 
 
-def write_splits(command: str, out: Path, splits: dict[str, list[dict]]) -> None:
-    """Writes the files of `command` into the folder `out`; ends with one line and exit code 2 where it cannot."""
-    try:
-        out.mkdir(parents=True, exist_ok=True)
-        for split, rows in splits.items():
-            write_jsonl(out / f"{split}.jsonl", rows)
-            print(f"{out / split}.jsonl: {len(rows)} problems")
-    except OSError as error:
-        print(f"{command}: {out} cannot be written to ({error.strerror}): give another --out", file=sys.stderr)
-        sys.exit(2)
-
-
+@command("make_recipes.py")
 def main() -> None:
     parser = argparse.ArgumentParser(description="Writes the problems of the embedded task.")
     default = Path(__file__).parent / "recipes"
@@ -227,8 +217,8 @@ def main() -> None:
     args = parser.parse_args()
     out = args.out
     if args.demonstrations != "expert" and out.resolve() == default.resolve():
-        parser.error("weaker demonstrations need a folder of their own: give --out")
-    write_splits("make_recipes.py", out, make_splits(args.demonstrations))
+        raise InputError("weaker demonstrations need a folder of their own: give --out")
+    write_splits(out, make_splits(args.demonstrations))
 
 
 if __name__ == "__main__":

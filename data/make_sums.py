@@ -24,6 +24,7 @@ from pathlib import Path
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # run as a script, it finds its neighbours
 
 from data.make_recipes import write_splits
+from support.command import command
 
 SYSTEM = "Work step by step, one operation per line. Put the final answer within \\boxed{}."
 TERMS = (2, 3, 4)
@@ -65,11 +66,12 @@ def make_splits() -> dict[str, list[dict]]:
     return splits
 
 
+@command("make_sums.py")
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.split("\n", 1)[0], allow_abbrev=False)
     parser.add_argument("--out", type=Path, default=Path("data/sums"), help="folder to write to (%(default)s)")
     out = parser.parse_args().out
-    write_splits("make_sums.py", out, make_splits())
+    write_splits(out, make_splits())
 
 
 if __name__ == "__main__":

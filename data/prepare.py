@@ -15,7 +15,6 @@ token budget. OlympiadBench has 674 problems on the hub where the paper's copy h
 """
 
 import argparse
-import json
 import random
 import re
 import sys
@@ -33,7 +32,7 @@ from evaluation.multiple_choice import LETTERS, check_options, question
 from reward import check_gold
 from support.command import command
 from support.errors import Broken, InputError
-from support.files import replacing, writing
+from support.files import make_folder, write_jsonl
 
 Row = dict[str, Any]
 FOLDER = Path("data")
@@ -221,17 +220,6 @@ def show_sets() -> None:
     print("Each set's licence is on its page, https://huggingface.co/datasets/… and its place on the hub.")
 
 
-def write_rows(path: Path, rows: list[Row]) -> None:
-    """Write a JSONL file whole or not at all; none for no rows."""
-    if not rows:
-        path.unlink(missing_ok=True)
-        return
-    with writing(path):
-        path.parent.mkdir(parents=True, exist_ok=True)
-    with replacing(path) as partial, partial.open("w", encoding="utf-8") as file:
-        file.writelines(json.dumps(row) + "\n" for row in rows)  # ASCII: U+2028 is a line's end to some readers
-
-
 def prepare(name: str, force: bool = False) -> Path:
     """Make sure the JSONL file of `name` is there -> its path. InputError, one line, if it cannot be made."""
     source = SOURCES[name]
@@ -240,10 +228,14 @@ def prepare(name: str, force: bool = False) -> Path:
         print(f"{name}: {path} is there already (--force fetches it again)")
         return path
     rows, left_out = convert(name, source, download(name, source))
-    write_rows(path.with_suffix(".left_out.jsonl"), left_out)
-    write_rows(path, rows)
-    aside = ", ".join(f"{row['id']} {row['answer'][:40]!r}" for row in left_out[:5])
-    told = f"; {len(left_out)} left out, they cannot be graded: {aside}" if left_out else ""
+    make_folder(path.parent)
+    aside = path.with_suffix(".left_out.jsonl")
+    aside.unlink(missing_ok=True)
+    if left_out:
+        write_jsonl(aside, left_out)
+    write_jsonl(path, rows)
+    examples = ", ".join(f"{row['id']} {row['answer'][:40]!r}" for row in left_out[:5])
+    told = f"; {len(left_out)} left out, they cannot be graded: {examples}" if left_out else ""
     print(f"{name}: {len(rows)} rows of {source.path} -> {path}{told}")
     return path
 

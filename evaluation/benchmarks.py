@@ -94,11 +94,11 @@ def choose_benchmarks(
             raise InputError(f"unknown benchmark {name!r}: choose from {', '.join(FILES)}, or paper (the first nine)")
     if data and (known := FILES.get(data.stem, data)).resolve() != data.resolve():
         raise InputError(f"data file {data} has the name of the benchmark {data.stem} ({known}): rename your file")
-    chosen = {name: FILES[name] for name in listed} | ({data.stem: data} if data else {})
-    if not chosen:
+    files = {name: FILES[name] for name in listed} | ({data.stem: data} if data else {})
+    if not files:
         raise InputError("nothing to evaluate on: give --benchmarks or --data")
     how = (per_level, system, reward)
-    return [load_benchmark(n, path, samples or PAPER.get(n, 1), *how) for n, path in chosen.items()]
+    return [load_benchmark(n, path, samples or PAPER.get(n, 1), *how) for n, path in files.items()]
 
 
 def all_draws(benchmarks: Iterable[Benchmark]) -> Iterator[tuple[Benchmark, int, int]]:

@@ -24,16 +24,11 @@ from evaluation.multiple_choice import grade_response
 from evaluation.statistics import Answers
 from reward import Reward, load_reward
 from support import distributed
-from support.checkpoint import locked, make_folder, read_json, sha256, weights_fingerprint, write_text
+from support.checkpoint import json_line, locked, sha256, weights_fingerprint, write_text
 from support.errors import Broken, InputError, as_input
-from support.fields import BOOL, COUNT, LIST, NUMBER, OBJECT, POSITIVE, SHARE, TEXT, check_fields, read_row
-from support.files import reading, replacing, writing
+from support.files import make_folder, parse_object, read_json, reading, replacing, writing
 
-RESPONSE = {"benchmark": TEXT, "id": TEXT, "sample": COUNT, "reward": SHARE, "read": BOOL, "truncated": BOOL}
-RESPONSE |= {"tokens": COUNT, "response": TEXT}  # a line of generations.jsonl
-SETTINGS = {"rows_per_call": POSITIVE, "continued": LIST, "problems_per_level": POSITIVE, "system": TEXT}
-SETTINGS |= {"reward": TEXT, "benchmarks": OBJECT, "model": TEXT, "temperature": NUMBER}
-SETTINGS |= {"max_response_tokens": POSITIVE}  # what is read of a settings.json, where it is there and not null
+RESPONSE = ("benchmark", "id", "sample", "reward", "read", "truncated", "tokens", "response")  # a stored line
 FREE = ("device", "ranks", "rows_per_call")  # may change when an evaluation is continued: rounding
 
 OURS = {"lock", "settings.json.partial"}  # all that an evaluation leaves that was killed before it had settings
@@ -98,16 +93,7 @@ def describe(args: argparse.Namespace, model, tokenizer, benchmarks: list[Benchm
 def stored_settings(folder: Path | None) -> dict[str, Any]:
     """The settings.json of an evaluation; {} where there is none. InputError, one line, where it is damaged."""
     file = folder / "settings.json" if folder else None
-    stored = read_json(file) if file and file.exists() else {}
-    try:
-        check_fields(stored, {}, "settings", SETTINGS)
-        for name, benchmark in (stored.get("benchmarks") or {}).items():
-            check_fields(benchmark, {"file": TEXT, "samples": POSITIVE}, f"benchmarks: {name}")
-        for number, values in enumerate(stored.get("continued") or []):
-            check_fields(values, {}, f"continued[{number}]")
-    except ValueError as error:
-        raise InputError(f"{file}: {error}: restore the file, or choose another folder") from error
-    return stored
+    return read_json(file) if file and file.exists() else {}
 
 
 def write_settings(file: Path, settings: dict[str, Any] | None) -> None:
@@ -162,10 +148,6 @@ def written(folder: Path) -> Iterator[None]:
             raise Broken("its output was closed") from error
 
 
-def check_response(row: Any) -> None:
-    check_fields(row, RESPONSE, "response")
-
-
 def stored_rows(path: Path, benchmarks: list[Benchmark]) -> Iterator[tuple[Benchmark, int, dict[str, Any], int]]:
     """(benchmark, index of the problem, row, bytes of its line) of the responses in generations.jsonl.
 
@@ -173,17 +155,16 @@ def stored_rows(path: Path, benchmarks: list[Benchmark]) -> Iterator[tuple[Bench
     """
     if not path.exists():
         return
-    fix = "restore the line, or delete it and those after it to sample them again"
     number = 0
     with reading(path), path.open("rb") as file:
         for number, (benchmark, i, k) in enumerate(all_draws(benchmarks), 1):
             line = file.readline()
             if not line.endswith(b"\n"):
                 return
-            row = read_row(line, check_response, f"{path}:{number}", fix)
-            found, due = [row[name] for name in RESPONSE][:3], [benchmark.name, benchmark.problems[i].id, k]
-            if found != due:
-                raise InputError(f"{path}:{number}: found response {found}, expected {due}: another evaluation's?")
+            row = parse_object(line, f"{path}:{number}", RESPONSE)
+            stored, due = [row[name] for name in RESPONSE[:3]], [benchmark.name, benchmark.problems[i].id, k]
+            if stored != due:
+                raise InputError(f"{path}:{number}: found response {stored}, expected {due}: another evaluation's?")
             yield benchmark, i, row, len(line)
         if file.readline():
             raise InputError(
@@ -217,10 +198,7 @@ def regrade(folder: Path, name: str | None = None) -> tuple[dict[str, Any], dict
     file, path = folder / "settings.json", folder / "generations.jsonl"
     if not file.exists() or not path.exists():
         raise InputError(f"{folder} holds no evaluation to grade again (no settings.json or generations.jsonl)")
-    settings = stored_settings(folder)
-    missing = [name for name in ("model", "problems_per_level", "system") if name not in settings]
-    if missing := missing + ["benchmarks"] * (not settings.get("benchmarks")):
-        raise InputError(f"{file} does not say which benchmarks were drawn and how (no {missing[0]}): restore it")
+    settings = read_json(file, "model", "benchmarks", "problems_per_level", "system")
     graded_by = settings.get("reward") or "math"
     if name is None and graded_by not in ("math", "exact"):
         raise InputError(f"{folder} was graded by {graded_by}, which is not run unasked: give --reward {graded_by}")
@@ -240,7 +218,7 @@ def regrade(folder: Path, name: str | None = None) -> tuple[dict[str, Any], dict
                     options = benchmark.options.get(problem.id, ())
                     value, read = grade_response(reward, row["response"], problem, options)
                     new = row | {"reward": 0.0 if row["truncated"] else value, "read": read}
-                    out.write(json.dumps(new, ensure_ascii=False) + "\n")
+                    out.write(json_line(new))
                     changed += new["reward"] != row["reward"]
             # a process that ends from here on leaves an evaluation that has to be graded again, and says so
             write_settings(file, settings | {"grader": "unknown: it was being graded again"})

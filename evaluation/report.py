@@ -19,9 +19,9 @@ from evaluation.statistics import (
     powers_of_two,
     summarize,
 )
-from support.checkpoint import read_json, write_text
+from support.checkpoint import write_text
 from support.errors import InputError
-from support.fields import COUNT, NUMBER, OBJECT, POSITIVE, SHARE, check_fields
+from support.files import read_json
 
 Results = dict[str, Any]  # a results.json
 
@@ -38,7 +38,6 @@ PUBLISHED = {  # Qwen2.5-Math-7B: accuracies in % in the order of COLUMNS, the a
     "LUFFY": ([29.4, 23.1, 65.6, 87.6, 37.5, 57.2], 50.1),
     "Prefix-RFT": ([31.8, 26.4, 68.2, 88.4, 40.3, 55.7, 84.0, 39.1, 52.1], 51.8),
 }
-ROW = {"problems": POSITIVE, "samples": POSITIVE, "accuracy": SHARE, "low": SHARE, "high": SHARE}  # of "results"
 
 
 # ---- tables
@@ -124,9 +123,9 @@ def write_report(folder: Path, settings: dict[str, Any], answers: dict[str, list
 def by_problem(answers: dict[str, list[Answers]], count: str) -> dict[str, dict[str, dict[str, float]]]:
     """{benchmark: {level: {problem id: its Answers.`count`}}}"""
     table: dict[str, dict[str, dict[str, float]]] = {}
-    for name, found in answers.items():
-        levels = dict.fromkeys(a.level for a in found)
-        table[name] = {level: {a.id: getattr(a, count) for a in found if a.level == level} for level in levels}
+    for name, counted in answers.items():
+        levels = dict.fromkeys(a.level for a in counted)
+        table[name] = {level: {a.id: getattr(a, count) for a in counted if a.level == level} for level in levels}
     return table
 
 
@@ -134,48 +133,19 @@ def by_problem(answers: dict[str, list[Answers]], count: str) -> dict[str, dict[
 
 
 def read_results(folder: Path) -> Results:
-    """results.json and "name", the folder's. InputError where it is missing, damaged or something else."""
+    """results.json and "name", the folder's. InputError where it is missing or damaged."""
     file = folder / "results.json"
     if not file.exists():
         raise InputError(f"{folder} is not a finished evaluation: no results.json (eval.py writes it at its end)")
-    results = read_json(file)
-    try:
-        check_results(results)
-    except ValueError as error:
-        raise InputError(f"{file}: {error}: write it again with eval.py --regrade {folder}") from error
-    return results | {"name": folder.name}
-
-
-def check_results(results: Results) -> None:
-    """InputError where a field that tables and figures read is missing, of another type, not finite or no share."""
-    check_fields(results, dict.fromkeys(("results", "right", "settings"), OBJECT), "results", {"rewards": OBJECT})
-    for name, table in results["results"].items():
-        check_fields(table, {"all": OBJECT}, name)
-        for level, row in table.items():
-            check_fields(row, ROW, f"{name}: {level}")
-        for key, kind in (("right", COUNT), ("rewards", NUMBER)):
-            if results.get(key) is not None:
-                check_counts(results[key].get(name), kind, table["all"], f"{key}: {name}")
-
-
-def check_counts(levels: Any, kind: str, total: dict[str, Any], where: str) -> None:
-    """The right samples, or sums of rewards, of every problem of a benchmark, whose row "all" is `total`."""
-    check_fields(levels, {}, where)
-    for level, counts in levels.items():
-        check_fields(counts, {}, f"{where}: {level}")
-        check_fields(counts, dict.fromkeys(counts, kind), f"{where}: {level}")
-    found = [count for counts in levels.values() for count in counts.values()]
-    if len(found) != total["problems"] or max(found) > total["samples"]:
-        has = f"{len(found)} problems, at most {max(found, default=0)} right"
-        raise InputError(f"{where} has {has}, expected {total['problems']} and at most {total['samples']}")
+    return read_json(file, "results", "right", "settings") | {"name": folder.name}
 
 
 def problem_scores(results: Results, name: str, level: str, k: int | None = None) -> dict[str, float]:
     """{problem id: mean reward, or with k its pass@k} of a benchmark's level or "all" ("all" joins the levels)."""
     samples = results["results"][name]["all"]["samples"]
     table = results["right"] if k else results.get("rewards", results["right"])
-    chosen = [counts for own, counts in table[name].items() if level in (own, "all")]
-    return {i: pass_at_k(samples, c, k) if k else c / samples for counts in chosen for i, c in counts.items()}
+    levels = [counts for own, counts in table[name].items() if level in (own, "all")]
+    return {i: pass_at_k(samples, c, k) if k else c / samples for counts in levels for i, c in counts.items()}
 
 
 def shared_cells(evaluations: Sequence[Results]) -> list[tuple[str, str]]:
@@ -199,9 +169,9 @@ def compare_tables(evaluations: Sequence[Results], beside_paper: bool) -> str:
     rows = [[*header, *(f"{e['name']} − {first['name']}" for e in evaluations[1:])]]
     shared = shared_cells(evaluations)
     for key in shared:
-        found = [cells(e)[key] for e in evaluations]
-        line = [label(*key), str(found[0]["problems"])]
-        line += [f"{percent(row['accuracy'])} {percent(row['low'], row['high'])}" for row in found]
+        cell_rows = [cells(e)[key] for e in evaluations]
+        line = [label(*key), str(cell_rows[0]["problems"])]
+        line += [f"{percent(row['accuracy'])} {percent(row['low'], row['high'])}" for row in cell_rows]
         base = problem_scores(first, *key)
         for other in evaluations[1:]:
             scores = problem_scores(other, *key)
@@ -215,8 +185,8 @@ def compare_tables(evaluations: Sequence[Results], beside_paper: bool) -> str:
         told_of[f"samples of {benchmark}"] = [e["results"][benchmark]["all"]["samples"] for e in evaluations]
     for name, values in told_of.items():
         if any(value != values[0] for value in values):
-            told = ", ".join(f"{e['name']} {str(value)[:40]}" for e, value in zip(evaluations, values))
-            text += f"Not alike: {name} ({told})\n"
+            values_text = ", ".join(f"{e['name']} {str(value)[:40]}" for e, value in zip(evaluations, values))
+            text += f"Not alike: {name} ({values_text})\n"
     return text + (paper_table(evaluations) if beside_paper else "")
 
 
@@ -224,11 +194,11 @@ def paper_table(evaluations: Sequence[Results]) -> str:
     """Our accuracies over the paper's rows, in %, on the paper's benchmarks; its average is that of the first six."""
     rows = [["accuracy in %", *COLUMNS, "average of six"]]
     for e in evaluations:
-        found = {n: 100 * e["results"][n]["all"]["accuracy"] for n in COLUMNS if n in e["results"]}
-        average = f"{mean([found[n] for n in SIX]):.1f}" if set(SIX) <= found.keys() else ""
-        rows.append([e["name"], *(f"{found[n]:.1f}" if n in found else "" for n in COLUMNS), average])
-    for method, (found, average) in PUBLISHED.items():
-        missing = [""] * (len(COLUMNS) - len(found))
-        rows.append([f"published, not ours: {method}", *map(str, found), *missing, str(average)])
+        accuracies = {n: 100 * e["results"][n]["all"]["accuracy"] for n in COLUMNS if n in e["results"]}
+        average = f"{mean([accuracies[n] for n in SIX]):.1f}" if set(SIX) <= accuracies.keys() else ""
+        rows.append([e["name"], *(f"{accuracies[n]:.1f}" if n in accuracies else "" for n in COLUMNS), average])
+    for method, (accuracies, average) in PUBLISHED.items():
+        missing = [""] * (len(COLUMNS) - len(accuracies))
+        rows.append([f"published, not ours: {method}", *map(str, accuracies), *missing, str(average)])
     source = "Published rows: Qwen2.5-Math-7B, arXiv 2507.01679. Their prompts, grader and sampler are not ours.\n"
     return f"\n{markdown_table(rows)}\n{source}"

@@ -89,11 +89,11 @@ def mean_and_variance(scores: Sequence[float]) -> tuple[float, float]:
 
 def limits(benchmarks: Sequence[Sequence[float]], extra: float, side: int) -> list[float]:
     """The average + side · 1.96 standard errors where one benchmark, each in turn, has `extra` as one more score."""
-    parts, found = [mean_and_variance(scores) for scores in benchmarks], []
+    parts, ends = [mean_and_variance(scores) for scores in benchmarks], []
     for i, scores in enumerate(benchmarks):
         means, variances = zip(*parts[:i], mean_and_variance(np.append(scores, extra)), *parts[i + 1 :])
-        found.append(mean(means) + side * 1.96 * math.sqrt(sum(variances)) / len(parts))
-    return found
+        ends.append(mean(means) + side * 1.96 * math.sqrt(sum(variances)) / len(parts))
+    return ends
 
 
 def average_interval(benchmarks: Sequence[Sequence[float]]) -> tuple[float, float]:
@@ -124,13 +124,14 @@ def paired_difference(first: Sequence[float], second: Sequence[float]) -> tuple[
 def natural_order(levels: Iterable[str]) -> list[str]:
     """The different levels as a reader counts them: numbered ones by their numbers (2 terms, 3 terms, 10 terms), easy
     before medium before hard, others as they come."""
-    found = list(dict.fromkeys(levels))
-    if all(re.search(r"\d", level) for level in found):
+    different = list(dict.fromkeys(levels))
+    if all(re.search(r"\d", level) for level in different):
         return sorted(
-            found, key=lambda level: [int(part) if part.isdecimal() else part for part in re.split(r"(\d+)", level)]
+            different,
+            key=lambda level: [int(part) if part.isdecimal() else part for part in re.split(r"(\d+)", level)],
         )
     known = ("easy", "medium", "hard")
-    return sorted(found, key=lambda level: known.index(level.lower()) if level.lower() in known else len(known))
+    return sorted(different, key=lambda level: known.index(level.lower()) if level.lower() in known else len(known))
 
 
 def summarize(answers: Sequence[Answers]) -> dict[str, dict[str, float]]:
@@ -139,20 +140,20 @@ def summarize(answers: Sequence[Answers]) -> dict[str, dict[str, float]]:
     levels = natural_order(a.level for a in answers if a.level)
     table = {}
     for level in [*levels, "all"]:
-        chosen = [a for a in answers if level in (a.level, "all")]
-        samples = chosen[0].samples
-        scores = [a.accuracy for a in chosen]
+        members = [a for a in answers if level in (a.level, "all")]
+        samples = members[0].samples
+        scores = [a.accuracy for a in members]
         low, high = interval(scores)
         table[level] = {
-            "problems": len(chosen),
+            "problems": len(members),
             "samples": samples,
             "accuracy": mean(scores),
             "low": low,
             "high": high,
-            "response_tokens": mean([a.tokens / a.samples for a in chosen]),
-            "truncated": mean([a.truncated / a.samples for a in chosen]),
-            "unread": mean([a.unread / a.samples for a in chosen]),
+            "response_tokens": mean([a.tokens / a.samples for a in members]),
+            "truncated": mean([a.truncated / a.samples for a in members]),
+            "unread": mean([a.unread / a.samples for a in members]),
         }
         for k in powers_of_two(samples):
-            table[level][f"pass@{k}"] = mean([pass_at_k(samples, a.right, k) for a in chosen])
+            table[level][f"pass@{k}"] = mean([pass_at_k(samples, a.right, k) for a in members])
     return table

@@ -18,10 +18,8 @@ from evaluation.statistics import natural_order
 from figures.figure import COLOURS, MARKERS, STYLES, TYPE, in_percent, save, sheet
 from methods import METHODS
 from sample import prefix_range
-from support.checkpoint import read_json
-from support.config import TASK, Config
 from support.errors import InputError
-from support.fields import COUNT, NUMBER, OBJECT, POSITIVE, SHARE, TEXT, check_fields, read_steps
+from support.files import read_json, read_log
 
 Run = dict[str, Any]  # "name", "metrics" (rows), "scores" (eval.json), "config" (config.json)
 
@@ -62,8 +60,6 @@ COMPACT = (  # of several runs
     ENTROPY,
     LENGTH,
 )
-METRICS = {name: NUMBER for panel in PANELS for name, _ in panel.metrics}  # that are drawn or counted
-METRICS |= {"reward": SHARE, "reward_on_policy": SHARE, "reward_hybrid": SHARE, "hybrid_rows": COUNT}
 
 
 # ---- reading
@@ -74,36 +70,10 @@ def read_run(folder: Path) -> Run:
     log = folder / "metrics.jsonl"
     if not log.exists() or not log.stat().st_size:
         raise InputError(f"{folder} is not a run folder with steps in it: no metrics.jsonl")
-    run: Run = {"name": folder.name, "metrics": read_steps(log, check_metrics)}
-    for name, file, check in (("scores", "eval.json", check_scores), ("config", "config.json", check_config)):
+    run: Run = {"name": folder.name, "metrics": read_log(log, "step")}
+    for name, file in (("scores", "eval.json"), ("config", "config.json")):
         run[name] = read_json(folder / file) if (folder / file).exists() else {}
-        try:
-            check(run[name])
-        except ValueError as error:
-            raise InputError(
-                f"{folder / file}: {error}: restore the file, or delete it to draw without it"
-            ) from error
     return run
-
-
-def check_metrics(row: Any) -> None:
-    """Which metrics there are depends on the method; null: there was nothing to average."""
-    check_fields(row, {"step": POSITIVE}, "row", METRICS)
-    check_fields(row, {}, "row", {name: SHARE for name in row if name.startswith("eval_")})
-
-
-def check_scores(scores: dict[str, Any]) -> None:
-    """What is read of eval.json: the base model's validation."""
-    check_fields(scores, {}, "scores", {"base": OBJECT})
-    check_fields(scores.get("base") or {}, {}, "base", {"validation": OBJECT})
-    for level, row in base_scores({"scores": scores}).items():
-        fields = {"accuracy": SHARE, "problems": POSITIVE}
-        check_fields(row, fields, f"base: validation: {level}", {"low": SHARE, "high": SHARE})
-
-
-def check_config(config: dict[str, Any]) -> None:
-    fields = {"steps": POSITIVE, "prompts_per_step": POSITIVE, "rollouts_per_prompt": POSITIVE}
-    check_fields(config, {}, "config", {"method": TEXT} | fields)
 
 
 def base_scores(run: Run) -> dict[str, dict[str, float]]:
@@ -125,12 +95,12 @@ def levels(runs: list[Run]) -> list[str]:
 def evaluations(run: Run, level: str) -> list[tuple[int, float, float | None, float | None]]:
     """(step, accuracy, low, high) of the validation of a level; the base stands at step 0. None: not logged."""
     base = base_scores(run).get(level)
-    found = [(0, base["accuracy"], base.get("low"), base.get("high"))] if base else []
+    points = [(0, base["accuracy"], base.get("low"), base.get("high"))] if base else []
     name = f"eval_{level}"
     for row in run["metrics"]:
         if row.get(name) is not None:
-            found.append((row["step"], row[name], row.get(f"{name}_low"), row.get(f"{name}_high")))
-    return found
+            points.append((row["step"], row[name], row.get(f"{name}_low"), row.get(f"{name}_high")))
+    return points
 
 
 def steps_to(run: Run, share: float) -> int | None:
@@ -139,8 +109,8 @@ def steps_to(run: Run, share: float) -> int | None:
 
 
 def gives_whole_demonstrations(run: Run) -> bool:
-    given = [row["prefix_fraction"] for row in run["metrics"] if row.get("prefix_fraction") is not None]
-    return bool(given) and min(given) == 1
+    fractions = [row["prefix_fraction"] for row in run["metrics"] if row.get("prefix_fraction") is not None]
+    return bool(fractions) and min(fractions) == 1
 
 
 def points(run: Run, metric: str) -> tuple[list[int], list[float]]:
@@ -152,19 +122,6 @@ def points(run: Run, metric: str) -> tuple[list[int], list[float]]:
         if same or gives_whole_demonstrations(run) or (metric != "reward_hybrid" and not any(v for _, v in pairs)):
             return [], []
     return [step for step, _ in pairs], [value for _, value in pairs]
-
-
-def rows_per_point(run: Run, metric: str) -> float | None:
-    """Over how many rows a step's value is a mean, on average over the steps; None where it is not known."""
-    hybrid = [row["hybrid_rows"] for row in run["metrics"] if row.get("hybrid_rows") is not None]
-    guided = sum(hybrid) / len(hybrid) if hybrid else None if points(run, "reward_hybrid")[0] else 0
-    rows = [run["config"].get(name) for name in ("prompts_per_step", "rollouts_per_prompt")]
-    if guided is None or None in rows:
-        return None
-    method = METHODS.get(run["config"].get("method"))
-    replaced = method is not None and method.rows == "on_policy"  # its guided rows came after, in the place of others
-    own = rows[0] * rows[1] - (0 if replaced else guided)
-    return {"reward_on_policy": own, "reward_hybrid": guided, "prefix_fraction": guided}.get(metric)
 
 
 def sft_end(run: Run) -> int | None:
@@ -197,19 +154,16 @@ def check_alike(runs: list[Run]) -> list[str]:
     for name, problems in known.items():
         first = next(iter(known))
         if problems != known[first]:
-            told = f"{first}: {known[first]}; {name}: {problems}".replace("{", "").replace("}", "").replace("'", "")
-            raise InputError(f"{first} and {name} were evaluated on different problems ({told}): draw them apart")
-    found = {"data": [run["config"].get("data") for run in runs]}
-    found["eval_data"] = [
-        run["config"].get("eval_data") or (f"{TASK}/validation.jsonl" if data == Config.data else None)
-        for run, data in zip(runs, found["data"])
-    ]
-    found |= {name: [run["config"].get(name) for run in runs] for name in ("model", "reward", "eval_response_tokens")}
+            numbers = (
+                f"{first}: {known[first]}; {name}: {problems}".replace("{", "").replace("}", "").replace("'", "")
+            )
+            raise InputError(f"{first} and {name} were evaluated on different problems ({numbers}): draw them apart")
     lines = []
-    for name, values in found.items():
-        if len({str(value) for value in values}) > 1:
-            told = ", ".join(f"{run['name']} {value}" for run, value in zip(runs, values))
-            lines.append(f"Not alike: {name} ({told})")
+    for name in ("data", "eval_data", "model", "reward", "eval_response_tokens"):
+        values = [str(run["config"].get(name)) for run in runs]
+        if len(set(values)) > 1:
+            pairs = ", ".join(f"{run['name']} {value}" for run, value in zip(runs, values))
+            lines.append(f"Not alike: {name} ({pairs})")
     return lines
 
 
@@ -220,12 +174,12 @@ def compare_runs(folders: list[Path]) -> str:
         ["validation, greedy, all levels", "base %", "last %", "95% interval", "at step", f"steps to {REACHED:.0%}"]
     ]
     for run in runs:
-        found = evaluations(run, "all")
-        if not found:
+        points = evaluations(run, "all")
+        if not points:
             rows.append([run["name"], *["–"] * 5])
             continue
-        step, accuracy, low, high = found[-1]
-        base = percent(found[0][1]) if found[0][0] == 0 else "–"
+        step, accuracy, low, high = points[-1]
+        base = percent(points[0][1]) if points[0][0] == 0 else "–"
         reached = steps_to(run, REACHED)
         bounds = "–" if low is None or high is None else percent(low, high)
         rows.append(
@@ -338,12 +292,12 @@ def draw_panel(axis: Axes, runs: list[Run], panel: Panel) -> None:
 
 def draw_accuracy(axis: Axes, run: Run, level: str, colour: str, style: str, name: str) -> list[float]:
     """Points of evaluations, with the band of their intervals -> what was drawn."""
-    found = evaluations(run, level)
+    points = evaluations(run, level)
     problems = base_scores(run).get(level, {}).get("problems")
     label = f"{name}, {problems} problems" if name and problems else name
-    steps, values = [step for step, *_ in found], [accuracy for _, accuracy, *_ in found]
+    steps, values = [step for step, *_ in points], [accuracy for _, accuracy, *_ in points]
     axis.plot(steps, values, style, color=colour, label=label, clip_on=False, markersize=3.5, linewidth=1.2)
-    band = [(step, low, high) for step, _, low, high in found if low is not None and high is not None]
+    band = [(step, low, high) for step, _, low, high in points if low is not None and high is not None]
     if len(band) > 1:
         axis.fill_between(*zip(*band), color=colour, alpha=0.12, linewidth=0)
     return values
@@ -354,13 +308,11 @@ def draw_metric(axis: Axes, run: Run, metric: str, colour: str, style: str, name
     steps, values = points(run, metric)
     if not steps:
         return []
-    rows = rows_per_point(run, metric)
-    label = f"{name}, {rows:.0f} rows" if name and rows else name
     if metric == "prefix_fraction":
         steps_of_band, low, high = schedule_band(run)
         axis.fill_between(steps_of_band, low, high, color=colour, alpha=0.12, linewidth=0)
     axis.plot(steps, values, style, color=colour, alpha=0.3, linewidth=0.7)
-    axis.plot(steps, smooth(values, SMOOTH), style, color=colour, label=label, clip_on=False, linewidth=1.4)
+    axis.plot(steps, smooth(values, SMOOTH), style, color=colour, label=name, clip_on=False, linewidth=1.4)
     return values
 
 

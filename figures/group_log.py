@@ -19,15 +19,12 @@ from typing import Any
 
 from figures.figure import BLUE, VERMILLION
 from support.errors import InputError
-from support.fields import BOOL, INT, LIST, NUMBER, TEXT, check_fields, check_value, read_steps
+from support.files import read_log
 
 Group = dict[str, Any]
 Row = dict[str, Any]
 
-FIELDS = {"step": INT, "method": TEXT, "id": TEXT, "problem": TEXT, "answer": TEXT, "prompt": LIST, "rows": LIST}
-ROW_FIELDS = {"hybrid": BOOL, "complete": BOOL, "reward": NUMBER, "truncated": BOOL}
-ROW_FIELDS |= {"advantage": NUMBER, "prefix_advantage": NUMBER, "tokens_total": INT}
-LISTS = {"tokens": TEXT, "ids": INT, "source": INT, "entropy": NUMBER, "kept": INT, "weight": NUMBER}
+FIELDS = ("step", "method", "id", "problem", "answer", "prompt", "rows")
 SOURCES = {  # whose token: the colour of its cell, and what it is
     "prompt": ("#DADADA", "the problem, the same for all"),
     "prefix": ("#F8C65C", "beginning of a demonstration: given"),
@@ -42,11 +39,11 @@ SIGN_INK = {-1: LESS, 0: FAINT, 1: MORE}  # of an advantage's text
 
 
 def read_groups(folder: Path) -> list[Group]:
-    """All recorded groups, in the order of their steps. InputError names the line and field that is wrong."""
+    """All recorded groups, in the order of their steps. InputError names a damaged line."""
     log = folder / "groups.jsonl"
     if not log.exists():
         raise InputError(f"{folder} has no groups.jsonl: a run of train.py that samples rollouts records one")
-    groups = read_steps(log, check_group)
+    groups = read_log(log, *FIELDS)
     if not groups:
         raise InputError(f"{log} is empty: its first group is recorded after the first step")
     return groups
@@ -60,22 +57,6 @@ def read_group(folder: Path, step: int | None = None) -> Group:
     if step not in groups:
         raise InputError(f"{folder} has no group of step {step}: choose from {', '.join(map(str, groups))}")
     return groups[step]
-
-
-def check_group(group: Any) -> None:
-    """InputError if the group has not every field that is drawn."""
-    check_fields(group, FIELDS, "group")
-    if not group["rows"]:
-        raise InputError("group: rows is empty, expected the rollouts of a problem")
-    for t, token in enumerate(group["prompt"]):
-        check_value(token, TEXT, f"group: prompt[{t}]")
-    for number, row in enumerate(group["rows"], 1):
-        check_fields(row, ROW_FIELDS | dict.fromkeys(LISTS, LIST), f"row {number}")
-        for name, expected in LISTS.items():
-            if len(row[name]) != len(row["tokens"]):
-                raise InputError(f"row {number}: {len(row[name])} {name} of {len(row['tokens'])} tokens")
-            for t, value in enumerate(row[name]):
-                check_value(value, expected, f"row {number}: {name}[{t}]")
 
 
 # ---- words
@@ -94,8 +75,8 @@ def source(row: Row, place: int) -> str:
 
 def sources(group: Group) -> list[str]:
     """The keys of SOURCES that the group has, in their order."""
-    found = {source(row, t) for row in group["rows"] for t in range(len(row["tokens"]))}
-    return [name for name in SOURCES if name == "prompt" or name in found]
+    present = {source(row, t) for row in group["rows"] for t in range(len(row["tokens"]))}
+    return [name for name in SOURCES if name == "prompt" or name in present]
 
 
 def drops(row: Row) -> bool:
@@ -119,10 +100,10 @@ def parts(row: Row) -> list[tuple[str, str, float]]:
     if row["complete"]:
         return [("demonstration", "the expert's whole demonstration", row["prefix_advantage"])]
     prefix = f"prefix: the expert's first {sum(row['source'])} tokens"
-    found = [("prefix", prefix, row["prefix_advantage"])]
+    parts = [("prefix", prefix, row["prefix_advantage"])]
     if 0 in row["source"]:
-        found.append(("continuation", "continuation: the policy goes on", row["advantage"]))
-    return found
+        parts.append(("continuation", "continuation: the policy goes on", row["advantage"]))
+    return parts
 
 
 def signed(value: float) -> str:

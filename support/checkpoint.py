@@ -13,24 +13,22 @@ run may go on with another number of ranks.
 
 import contextlib
 import dataclasses
-import errno
 import hashlib
 import itertools
 import json
 import os
-import tempfile
 import zipfile
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import torch
+from filelock import FileLock, Timeout
 
 from support.config import Config
 from support.distributed import from_rank_0, full_state, rank, shard_like, state_of
 from support.errors import InputError
-from support.fields import TEXT, check_fields
-from support.files import reading, replacing, writing
+from support.files import make_folder, read_json, read_log, reading, replacing, writing
 
 REMEMBERED = "trained_with.json"
 
@@ -63,59 +61,33 @@ def append_rows(path: Path, rows: list[dict[str, Any]]) -> None:
     if rank() > 0:
         return
     with writing(path):
-        _write(path, "a", "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows))
+        _write(path, "a", "".join(map(json_line, rows)))
 
 
-def read_json(path: Path) -> dict[str, Any]:
-    """An object that this project wrote. InputError, one line, where it is damaged."""
-    with reading(path):
-        content = path.read_bytes()
-    try:
-        value = json.loads(content)
-    except (ValueError, RecursionError) as error:
-        raise InputError(f"{path}: not valid JSON ({error}): restore the file, or choose another folder") from error
-    if not isinstance(value, dict):
-        raise InputError(f"{path}: found {type(value).__name__}, expected a JSON object: choose another folder")
-    return value
+def json_line(row: dict[str, Any]) -> str:
+    return json.dumps(row, ensure_ascii=False) + "\n"
 
 
 @contextlib.contextmanager
 def locked(folder: Path) -> Iterator[None]:
-    """Keep other processes of this project out of `folder`; the first rank does.
+    """Keep other processes of this project out of `folder`; the first rank does. InputError if another has it.
 
     The lock is the system's, on an open file: it ends with the process, also with a killed one, and cannot be stale.
-    InputError if another process has it.
     """
     if rank() > 0:
         yield
         return
+    lock = FileLock(folder / "lock", blocking=False)
     with reading(folder / "lock"):
-        file = (folder / "lock").open("a")
-    with file:
         try:
-            if os.name == "nt":
-                import msvcrt
-
-                msvcrt.locking(file.fileno(), msvcrt.LK_NBLCK, 1)
-            else:
-                import fcntl
-
-                fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except OSError as error:
-            if error.errno not in (errno.ENOSYS, errno.ENOTSUP, errno.ENOLCK):  # a file system without locks
-                other = "another process is at work in it: wait for it, end it, or choose another folder"
-                raise InputError(f"{folder}: {other}") from error
-        yield
-
-
-def make_folder(folder: Path, exist_ok: bool = True) -> Path:
-    """The folder, made if it is not there. InputError, one line, if nothing can be written to it."""
+            lock.acquire()
+        except Timeout as error:
+            other = "another process is at work in it: wait for it, end it, or choose another folder"
+            raise InputError(f"{folder}: {other}") from error
     try:
-        folder.mkdir(parents=True, exist_ok=exist_ok)
-        tempfile.TemporaryFile(dir=folder).close()
-    except OSError as error:
-        raise InputError(f"{folder} cannot be written to ({error.strerror}): give another --out") from error
-    return folder
+        yield
+    finally:
+        lock.release()
 
 
 def sha256(*paths: Path) -> str:
@@ -142,10 +114,10 @@ def made_of(run: Any, files: dict[str, str]) -> dict[str, str]:
         return {}
     texts = [(p.prompt_ids, p.demonstrations) for p in (*run.data.encoded, *run.data.supervised)]
     texts += [p.prompt_ids for _, encoded in run.data.held.values() for p in encoded]
-    found = {name: sha256(Path(path)) for name, path in files.items()}
-    found["model"] = weights_fingerprint(run.config.model, run.model)
-    found["prompts and demonstrations as token ids"] = hashlib.sha256(repr(texts).encode()).hexdigest()
-    return found | {"reward": run.reward.fingerprint}
+    fingerprints = {name: sha256(Path(path)) for name, path in files.items()}
+    fingerprints["model"] = weights_fingerprint(run.config.model, run.model)
+    fingerprints["prompts and demonstrations as token ids"] = hashlib.sha256(repr(texts).encode()).hexdigest()
+    return fingerprints | {"reward": run.reward.fingerprint}
 
 
 def remember(model_folder: Path, system: str | None, reward: str) -> None:
@@ -157,12 +129,8 @@ def remember(model_folder: Path, system: str | None, reward: str) -> None:
 def trained_with(model: str) -> dict[str, str]:
     """What `remember` noted in this model folder, without what is None; {} for any other model."""
     file = Path(model) / REMEMBERED
-    found = read_json(file) if file.exists() else {}
-    try:
-        check_fields(found, {}, "trained with", {"system": TEXT, "reward": TEXT})
-    except ValueError as error:
-        raise InputError(f"{file}: {error}: restore the file, or delete it") from error
-    return {name: found[name] for name in ("system", "reward") if found.get(name) is not None}
+    noted = read_json(file, "system", "reward") if file.exists() else {}
+    return {name: value for name, value in noted.items() if value is not None}
 
 
 # ---- the checkpoint
@@ -204,8 +172,9 @@ def save(folder: Path, step: int, run: Any) -> None:
     path = checkpoint_file(folder, step)
     with writing(path):
         path.parent.mkdir(exist_ok=True)
-        for older in (*checkpoints(folder)[1:], *path.parent.glob("*.partial")):
-            older.unlink()
+        older = [file for file in checkpoints(folder) if file < path]
+        for file in {*checkpoints(folder), *path.parent.glob("*.partial")} - {*older[:1]}:
+            file.unlink()  # later ones are damaged: the run has gone on from an older one
     with replacing(path) as partial, partial.open("wb") as file:
         try:
             torch.save(state, file)
@@ -224,9 +193,7 @@ def read_checkpoint(path: Path) -> dict[str, Any] | None:
             with zipfile.ZipFile(path) as parts:
                 if parts.testzip():
                     return None
-        state = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
-        whole = all(isinstance(state[name], dict) for name in ("model", "optimizer", "settings"))
-        return state if whole and path.name == checkpoint_file(path, state["step"]).name else None
+        return torch.load(path, map_location="cpu", weights_only=True, mmap=True)
     except Exception:  # a damaged file can raise anything
         return None
 
@@ -234,21 +201,11 @@ def read_checkpoint(path: Path) -> dict[str, Any] | None:
 def newest_whole(folder: Path) -> Path | None:
     """The newest checkpoint that is not damaged, None if there is none at all. InputError if all are."""
     files = checkpoints(folder)
-    found = next((file for file in files if read_checkpoint(file)), None)
-    if files and not found:
+    newest = next((file for file in files if read_checkpoint(file)), None)
+    if files and not newest:
         start_again = f"restore it, or delete {files[0].parent} to start the run again from step 0"
         raise InputError(f"{files[0]} is damaged, and no older checkpoint is whole: {start_again}")
-    return found
-
-
-def set_aside_damaged(folder: Path, step: int) -> str:
-    """Rename the checkpoints after `step`, which the run goes on from: they are damaged, and no later one may take
-    their place unseen -> what to say about them, "" if there are none."""
-    if rank() > 0:
-        return ""
-    used = checkpoint_file(folder, step)
-    names = [file.rename(file.with_suffix(".damaged")) for file in checkpoints(folder) if file > used]
-    return f"damaged: {', '.join(map(str, names))} (renamed); the run goes on from {used}" if names else ""
+    return newest
 
 
 def load(folder: Path, run: Any) -> int:
@@ -295,19 +252,6 @@ def load_optimizer(optimizer: torch.optim.Optimizer, state: dict[str, Any]) -> N
 # ---- the logs
 
 
-def read_log(path: Path) -> list[tuple[int, str]]:
-    """(step, line) of each row of a JSONL log, without a last line that was cut short by a kill. InputError, naming
-    the line, where one is no step's row."""
-    with reading(path):
-        rows, lines = [], path.read_bytes().split(b"\n") if path.exists() else []
-    for number, line in enumerate(lines[:-1], 1):  # what stands after the last line's end was cut short
-        try:
-            rows.append((json.loads(line)["step"] + 0, line.decode() + "\n"))
-        except (ValueError, KeyError, TypeError, RecursionError) as error:
-            raise InputError(f"{path}:{number}: found {line[:40]!r}, expected a step's row: delete it") from error
-    return rows
-
-
 def cut_logs(folder: Path, step: int) -> list[dict[str, Any]]:
     """Cut the run's logs back to `step` -> the rows of metrics.jsonl that stay; [] on other ranks than the first.
 
@@ -315,16 +259,15 @@ def cut_logs(folder: Path, step: int) -> list[dict[str, Any]]:
     """
     if rank() > 0:
         return []
-    logs = {folder / name: read_log(folder / name) for name in ("metrics.jsonl", "samples.jsonl", "groups.jsonl")}
-    kept = {path: [line for number, line in rows if number <= step] for path, rows in logs.items()}
-    metrics = [json.loads(line) for line in kept[folder / "metrics.jsonl"]]
+    logs = [folder / name for name in ("metrics.jsonl", "samples.jsonl", "groups.jsonl")]
+    kept = {log: [row for row in read_log(log, "step") if row["step"] <= step] for log in logs if log.exists()}
+    metrics = kept.get(folder / "metrics.jsonl", [])
     if [row["step"] for row in metrics] != list(range(1, step + 1)):
-        found = f"{len(metrics)} rows up to step {step}, the checkpoint's, expected steps 1 to {step} once each"
+        expected = f"expected the checkpoint's steps 1 to {step} once each"
         again = f"restore it, or delete {folder / 'checkpoint'} to start the run again from step 0"
-        raise InputError(f"{folder / 'metrics.jsonl'}: found {found}: {again}")
-    for path, lines in kept.items():
-        if path.exists() and path.read_bytes() != "".join(lines).encode():
-            write_text(path, "".join(lines))
+        raise InputError(f"{folder / 'metrics.jsonl'}: found {len(metrics)} rows, {expected}: {again}")
+    for log, rows in kept.items():
+        write_text(log, "".join(map(json_line, rows)))
     return metrics
 
 
@@ -356,8 +299,7 @@ def changed_ingredients(config: Config, ingredients: dict[str, str]) -> list[str
     saved = Path(config.out) / "config.json"
     if not config.out or not saved.exists():
         return []
-    known = read_json(saved).get("made_of")
-    known = known if isinstance(known, dict) else {}
+    known = read_json(saved).get("made_of", {})
     changed = [name for name in ingredients if known.get(name) != ingredients[name]]
     return [f"{name} ({value})" if (value := getattr(config, name, "")) else name for name in changed]
 

@@ -15,7 +15,6 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from loss import clipped
 from methods import METHODS, remaining_clipped
 from support.errors import InputError
 
@@ -181,27 +180,6 @@ def check_together(config: Config) -> Config:
     return config
 
 
-def unread_settings(config: Config) -> set[str]:
-    """The settings that this run does not read, whatever their value: they belong to other methods or stages."""
-    method = METHODS[config.method]
-    rl, sft = "rl" in method.stages, "sft" in method.stages
-    weights = {method.policy_weight, method.demonstration_weight}
-    reads = {
-        "steps prompts_per_step rollouts_per_prompt temperature updates_per_step lr": rl,
-        "gate": bool(method.unsolved),
-        "sft_data sft_lr sft_steps sft_batch": sft,
-        "hybrid_per_prompt": rl and method.rows in ("hybrid", "demonstration"),
-        "demonstration_fraction": method.needs_demonstrations,
-        "coefficient": method.coefficient is not None,
-        "baseline": rl and method.baseline is None and method.rows != "on_policy",
-        "scale_by_std": rl and method.scale_by_std is None,
-        "entropy_keep": rl and bool(method.entropy_clip),
-        "clip_low clip_high": rl and bool(weights & {clipped, remaining_clipped}),
-        "relift_lr relift_buffer": method.unsolved == "collect",
-    }
-    return {name for names, read in reads.items() if not read for name in names.split()}
-
-
 def given_settings(argv: list[str]) -> list[str]:
     """The names of the settings that stand on a command line which `parse_config` has read."""
     return [word[2:].partition("=")[0] for word in argv if word.startswith("--")]
@@ -230,13 +208,13 @@ def usage() -> str:
 
 def methods_table() -> str:
     """methods.METHODS as a Markdown table, a row for each method."""
-    given = {"collect": "; unsolved: SFT later", "replace": "; unsolved: a demonstration instead"}
-    given |= {"rescue": "; unsolved: again behind a prefix", "": ""}
+    unsolved = {"collect": "; unsolved: SFT later", "replace": "; unsolved: a demonstration instead"}
+    unsolved |= {"rescue": "; unsolved: again behind a prefix", "": ""}
     lines = ["| method | source | rows of a group | baseline | w of own tokens | of the demonstration | c | clip |"]
     lines.append("|---" * 8 + "|")
     for name, m in METHODS.items():
         rl, dash = "rl" in m.stages, "–"
-        rows = m.rows + (f" ({m.schedule})" if m.rows in ("hybrid", "shared_prefix") else "") + given[m.unsolved]
+        rows = m.rows + (f" ({m.schedule})" if m.rows in ("hybrid", "shared_prefix") else "") + unsolved[m.unsolved]
         baseline = (m.baseline or "as set") + (", over std" if m.scale_by_std else "")
         c = dash if m.coefficient is None else f"{m.coefficient:g}"
         c += "" if m.coefficient_end is None else f" to {m.coefficient_end:g}"
@@ -255,7 +233,7 @@ def formula(weight: Callable) -> str:
 def parse_config(argv: list[str]) -> Config:
     """Config from --config FILE and --FIELD VALUE (or --FIELD=VALUE), the command line winning. --help exits."""
     values: dict[str, Any] = {}
-    given: dict[str, str] = {}
+    options: dict[str, str] = {}
     words = list(argv)
     while words:
         word = words.pop(0)
@@ -269,11 +247,11 @@ def parse_config(argv: list[str]) -> Config:
             if not words:
                 raise InputError(f"--{name} has no value: write --{name} VALUE")
             value = words.pop(0)
-        if name in given:
+        if name in options:
             raise InputError(f"--{name} is given twice")
-        given[name] = value
-    if "config" in given:
-        path = Path(given.pop("config"))
+        options[name] = value
+    if "config" in options:
+        path = Path(options.pop("config"))
         try:
             values = json.loads(path.read_text(encoding="utf-8-sig"))
         except OSError as error:
@@ -285,4 +263,4 @@ def parse_config(argv: list[str]) -> Config:
         if not isinstance(values, dict):
             raise InputError(f"{path}: found {type(values).__name__}, expected a JSON object of settings")
         values.pop("made_of", None)  # a run's config.json
-    return from_dict({**values, **given})
+    return from_dict({**values, **options})

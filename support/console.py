@@ -1,15 +1,13 @@
 """What a run shows: a block at the start, one progress line, samples, a table at the end.
 
-On a terminal one line updates in place and coloured samples appear above it. Piped, there is one line of key=value
-pairs every LINE_EVERY steps, no colour and no samples (they stand in samples.jsonl).
+On a terminal one line updates in place and samples appear above it. Piped, there is one line of key=value pairs every
+LINE_EVERY steps and no samples (they stand in samples.jsonl).
 """
 
 import dataclasses
-import json
 import shlex
 import sys
 import time
-import traceback
 from pathlib import Path
 from typing import Any
 
@@ -33,11 +31,6 @@ SHOWN = {  # metrics of the progress line and their short names, for either kind
     "loss": "loss",
     "tokens_per_second": "tokens/s",
 }
-BARS = "▁▂▃▄▅▆▇█"
-
-
-def colour(text: str, code: int) -> str:
-    return f"\033[{code}m{text}\033[0m" if sys.stdout.isatty() else text
 
 
 def show(text: str = "") -> None:
@@ -48,21 +41,16 @@ def show(text: str = "") -> None:
     sys.stdout.flush()
 
 
-def sparkline(values: list[float]) -> str:
-    """A curve of values between 0 and 1 in one line."""
-    return "".join(BARS[min(len(BARS) - 1, int(value * len(BARS)))] for value in values)
-
-
 def figures(metrics: dict[str, Any]) -> dict[str, str]:
     """Short names and values of a step's metrics, without those it has not."""
-    chosen = {name: metrics[key] for key, name in SHOWN.items() if metrics.get(key) is not None}
-    if "reward" in chosen:
-        chosen.pop("loss", None)  # of reinforcement: its value means little (loss.py)
-    return {name: f"{value:.0f}" if value >= 10 else f"{value:.2f}" for name, value in chosen.items()}
+    shown = {name: metrics[key] for key, name in SHOWN.items() if metrics.get(key) is not None}
+    if "reward" in shown:
+        shown.pop("loss", None)  # of reinforcement: its value means little (loss.py)
+    return {name: f"{value:.0f}" if value >= 10 else f"{value:.2f}" for name, value in shown.items()}
 
 
 def warn(text: str) -> None:
-    show(colour(f"warning: {text}", 33))
+    show(f"warning: {text}")
 
 
 class Progress:
@@ -116,18 +104,18 @@ def show_sample(sample: dict[str, Any]) -> None:
     """Problem, prefix, continuation and verdict of a row; the prefix ends at the bar."""
     right = sample["reward"] == 1
     verdict = "right" if right else "cut off" if sample["truncated"] else f"wrong, the answer is {sample['answer']}"
-    prefix = colour(sample["prefix"], 34) + "|" if sample["hybrid"] else ""
-    show(colour(f"  {'hybrid   ' if sample['hybrid'] else 'on-policy'}  {sample['problem']}", 2))
-    show(f"    {prefix}{sample['continuation']}  {colour(verdict, 32 if right else 31)}")
+    prefix = sample["prefix"] + "|" if sample["hybrid"] else ""
+    show(f"  {'hybrid   ' if sample['hybrid'] else 'on-policy'}  {sample['problem']}")
+    show(f"    {prefix}{sample['continuation']}  {verdict}")
 
 
 def command(config: Config, folder: Path) -> str:
     """The command line that continues the run in `folder`."""
-    given = dataclasses.asdict(config) | {"out": str(folder), "resume": "auto"}
+    settings = dataclasses.asdict(config) | {"out": str(folder), "resume": "auto"}
     words = [
-        f"--{field.name} {shlex.quote(str(given[field.name]))}"
+        f"--{field.name} {shlex.quote(str(settings[field.name]))}"
         for field in dataclasses.fields(Config)
-        if given[field.name] != field.default
+        if settings[field.name] != field.default
     ]
     return " ".join([launcher(), "train.py", *words])
 
@@ -167,38 +155,15 @@ def show_base(base: dict[str, Any]) -> None:
     show(f"  base       {levels}   (% right, test, greedy)")
 
 
-PHASES = {  # the functions in which memory can be full: what they do, the two settings to lower first
-    "accuracy": ("evaluating", "rows_per_call", "eval_response_tokens"),
-    "sample_groups": ("sampling", "rows_per_call", "max_response_tokens"),
-    "old_stats": ("the log-probs before an update", "micro_batch_tokens", "max_response_tokens"),
-    "update": ("an update", "micro_batch_tokens", "max_response_tokens"),
-}
-
-
 def memory_advice(error: BaseException, config: Config) -> str:
-    """In which part of a run the error was raised, the sizes, and what to do if it says that memory is full."""
-    said = " ".join(str(error).split())[:160]
-    called = [frame.name for frame in traceback.extract_tb(error.__traceback__)]
-    if not (found := next((PHASES[name] for name in called if name in PHASES), None)):
-        return f"loading the model ({said}): set offload to true, or start more ranks (python plan.py)"
-    phase, *names = found
-    lower = " or ".join(f"{name} ({getattr(config, name)})" for name in names)
-    return f"{phase} ({said}): lower {lower}; python plan.py shows what they take"
+    """What to do about an error that says that memory is full."""
+    names = ("rows_per_call", "micro_batch_tokens", "max_response_tokens")
+    lower = ", ".join(f"{name} ({getattr(config, name)})" for name in names)
+    message = " ".join(str(error).split())[:160]
+    return f"{message}: lower {lower}, or set offload to true; python plan.py shows what they take"
 
 
-def curve(folder: Path) -> str:
-    """The reward of on-policy rows (or, without any, the validation accuracy) over the run, in one line."""
-    rows = [json.loads(line) for line in (folder / "metrics.jsonl").read_bytes().splitlines()]  # not at U+2028
-    for name, title in (("reward_on_policy", "reward of on-policy rows"), ("eval_all", "validation accuracy")):
-        values = [row[name] for row in rows if row.get(name) is not None]
-        if values:
-            width = -(-len(values) // 60)
-            means = [sum(part) / len(part) for part in (values[i : i + width] for i in range(0, len(values), width))]
-            return f"{title}  {means[0]:.2f} {sparkline(means)} {means[-1]:.2f}"
-    return ""
-
-
-def show_end(folder: Path, scores: dict[str, Any], figure: str, problem: str, said: dict[str, str]) -> None:
+def show_end(folder: Path, scores: dict[str, Any], figure: str, problem: str, warnings: dict[str, str]) -> None:
     """Accuracy before and after by level, the run's warnings again, what was written, what to try next."""
     base, trained = scores["base"], scores["trained"]
     for name, title in (("test", "test, greedy"), ("test_sampled", "test, temperature 1")):
@@ -212,8 +177,8 @@ def show_end(folder: Path, scores: dict[str, Any], figure: str, problem: str, sa
                 for row in (base[name][level], trained[name][level])
             )
             show(f"  {level:<10}" + "".join(f"{cell:>22}" for cell in cells))
-    show(f"\n{curve(folder)}")
-    for text in said.values():
+    show()
+    for text in warnings.values():
         warn(text)
     groups = (folder / "groups.jsonl").exists()
     files = [figure, "metrics.jsonl", "samples.jsonl", *["groups.jsonl"] * groups, "eval.json", "checkpoint/"]

@@ -1,9 +1,12 @@
-"""Files that are written whole or not at all; what goes wrong with a file, as an error of one line."""
+"""Files that are written whole or not at all, and JSON that this project wrote; what goes wrong is one line."""
 
 import contextlib
+import json
 import os
-from collections.abc import Iterator
+import tempfile
+from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
+from typing import Any
 
 from support.errors import InputError, Unwritten
 
@@ -37,3 +40,44 @@ def replacing(path: Path) -> Iterator[Path]:
         except OSError:
             partial.unlink(missing_ok=True)
             raise
+
+
+def write_jsonl(path: Path, rows: Iterable[dict[str, Any]]) -> None:
+    """Write a data file, in ASCII: U+2028 is a line's end to some readers."""
+    with replacing(path) as partial, partial.open("w", encoding="utf-8", newline="\n") as file:
+        file.writelines(json.dumps(row) + "\n" for row in rows)
+
+
+def make_folder(folder: Path, exist_ok: bool = True) -> Path:
+    """The folder, made if it is not there. InputError, one line, if nothing can be written to it."""
+    try:
+        folder.mkdir(parents=True, exist_ok=exist_ok)
+        tempfile.TemporaryFile(dir=folder).close()
+    except OSError as error:
+        raise InputError(f"{folder} cannot be written to ({error.strerror}): give another --out") from error
+    return folder
+
+
+def parse_object(text: bytes, place: str, fields: Sequence[str] = ()) -> dict[str, Any]:
+    """The JSON object that we wrote at a `place`, with these `fields`. InputError where it is something else."""
+    try:
+        value = json.loads(text)
+    except (ValueError, RecursionError) as error:
+        raise InputError(f"{place}: not valid JSON ({error}): restore it, or delete it") from error
+    if not isinstance(value, dict) or not value.keys() >= set(fields):
+        found = f"found {text[:40]!r}, expected a JSON object" + f" with {', '.join(fields)}" * bool(fields)
+        raise InputError(f"{place}: {found}: restore it, or delete it")
+    return value
+
+
+def read_json(path: Path, *fields: str) -> dict[str, Any]:
+    """The JSON object in a file that this project wrote, with these `fields`."""
+    with reading(path):
+        return parse_object(path.read_bytes(), str(path), fields)
+
+
+def read_log(path: Path, *fields: str) -> list[dict[str, Any]]:
+    """The rows of a JSONL log, with these `fields`. A last line that was cut short by a kill is passed over."""
+    with reading(path):
+        lines = path.read_bytes().split(b"\n")[:-1]  # splitlines() also splits at U+2028
+    return [parse_object(line, f"{path}:{number}", fields) for number, line in enumerate(lines, 1)]

@@ -57,28 +57,28 @@ class Watch:
     def of_window(self) -> dict[str, str]:
         long = list(self.rows)
         short = long[-SHORT:]
-        found = {}
+        warnings = {}
         if len(short) == SHORT and not any(row["grad_norm"] or row["skipped_updates"] for row in short):
-            found["no_gradient"] = (
-                f"no row had a gradient for {SHORT} steps: in every group all rewards are equal (equal_reward_groups). "
-                "If all are 0, begin with demonstrations (--method sft-rft), an easier task or another model"
+            warnings["no_gradient"] = (
+                f"no row had a gradient for {SHORT} steps: in every group all rewards are equal "
+                "(equal_reward_groups). If all are 0, begin with demonstrations (--method sft-rft), an easier task or another model"
             )
         start, entropies = fmean(self.first_entropies or [0.0]), [row["entropy"] for row in short]
         if len(short) == SHORT and all(e is not None and e < COLLAPSED * start for e in entropies):
-            found["entropy_collapse"] = (
+            warnings["entropy_collapse"] = (
                 f"the entropy is below {100 * COLLAPSED:.0f}% of its start for {SHORT} steps: responses of a group "
                 "are nearly equal; lower lr"
             )
         if len(long) == LONG:
             if self.method.rows in ("hybrid", "demonstration") and not any(row["hybrid_rows"] for row in long):
-                found["no_hybrid"] = (
+                warnings["no_hybrid"] = (
                     f"no row saw a demonstration for {LONG} steps: few problems have one (see problems, above), and "
                     "this is plain reinforcement meanwhile"
                 )
-            found["surprise"] = self.of_surprise([row["surprise"] for row in long])
+            warnings["surprise"] = self.of_surprise([row["surprise"] for row in long])
         if len(long) >= FIRST + SHORT:
-            found["reward_lost"] = self.of_rewards([row["reward_on_policy"] for row in long])
-        return found
+            warnings["reward_lost"] = self.of_rewards([row["reward_on_policy"] for row in long])
+        return warnings
 
     def of_rewards(self, rewards: list[float | None]) -> str:
         """Of the last 2 SHORT steps, FIRST more than SHORT at the start: the earlier ones may be the best up to now,
@@ -116,24 +116,24 @@ def mean_and_error(values: list[float]) -> tuple[float, float]:
 
 def of_step(row: dict[str, Any], largest_gap: float) -> dict[str, str]:
     """The warnings that one step is enough for."""
-    found = {}
+    warnings = {}
     if row["skipped_updates"] or row.get("relift_skipped_updates"):
-        found["skipped"] = "an update was skipped, its loss or gradient was not finite (skipped_updates): lower lr"
+        warnings["skipped"] = "an update was skipped, its loss or gradient was not finite (skipped_updates): lower lr"
     supervised = {"trained_tokens": "skipped_updates"} if row.get("reward") is None else {}
     supervised |= {"relift_tokens": "relift_skipped_updates"}
     if any(row.get(tokens) == 0 and not row[skipped] for tokens, skipped in supervised.items()):
-        found["no_weight"] = (
+        warnings["no_weight"] = (
             "an update on demonstrations changed nothing: before it, when p counts as 1, the method's "
             "demonstration_weight (methods.METHODS) is 0 for all of their tokens"
         )
     if (gap := row.get("log_prob_gap") or 0.0) > largest_gap:
-        found["log_prob_gap"] = (
+        warnings["log_prob_gap"] = (
             f"the log-probs of sampled tokens are {gap:.2g} nats from those of the training pass on average, "
             f"rounding explains {largest_gap:.2g}: the sampler is not the policy that is trained"
         )
     share, least = CLIPPED
     if (clipped := row.get("clip_fraction") or 0.0) > share and row["trained_tokens"] >= least:
-        found["clipped"] = (
+        warnings["clipped"] = (
             f"{100 * clipped:.0f}% of the trained tokens lost their weight within the step (clip_fraction): its "
             "first update changed the policy too much; lower lr"
         )
@@ -141,5 +141,5 @@ def of_step(row: dict[str, Any], largest_gap: float) -> dict[str, str]:
     shares["unread"] = "hold no readable boxed answer: look at samples.jsonl"
     for name, what in shares.items():
         if (row.get(name) or 0) > 0.5:
-            found[name] = f"{100 * row[name]:.0f}% of the responses {what}"
-    return found
+            warnings[name] = f"{100 * row[name]:.0f}% of the responses {what}"
+    return warnings

@@ -8,7 +8,6 @@ import sys
 import pytest
 from conftest import command_module
 
-from data.make_recipes import write_jsonl
 from support.errors import Unwritten
 from support.files import replacing
 
@@ -79,13 +78,3 @@ def test_a_file_is_written_whole_or_not_at_all(tmp_path):
         partial.write_text("2")
         raise OSError(28, "No space left")
     assert path.read_text() == "1" and list(tmp_path.iterdir()) == [path]
-
-
-def test_a_full_disk_leaves_no_part_of_the_recipes(tmp_path, monkeypatch):
-    def full(*_):
-        raise OSError(28, "No space left")
-
-    monkeypatch.setattr("data.make_recipes.os.replace", full)
-    with pytest.raises(OSError):
-        write_jsonl(tmp_path / "test.jsonl", [{}])
-    assert not list(tmp_path.iterdir())

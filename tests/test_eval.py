@@ -3,7 +3,6 @@
 import argparse
 import dataclasses
 import json
-import math
 import os
 import random
 import re
@@ -387,9 +386,7 @@ def test_a_full_gpu_is_one_line(monkeypatch, capsys):
         eval.main()
     error = capsys.readouterr().err
     assert stop.value.code == 1 and error.count("\n") == 1
-    assert error.startswith(
-        "eval.py: the GPU's memory is full: loading the model (CUDA out of memory. Tried to allocate 2.00 GiB)"
-    )
+    assert error.startswith("eval.py: the GPU's memory is full: CUDA out of memory. Tried to allocate 2.00 GiB")
     assert "--rows_per_call" in error and "--max_response_tokens" in error and "to go on: python eval.py" in error
 
 
@@ -422,28 +419,19 @@ def test_more_responses_than_problems_are_refused(finished, tmp_path, regrade):
 @pytest.mark.parametrize(
     "bad, said",
     [
-        (b"garbage", "found b'garbage"),
-        (b"", "found b'"),
-        (b"[1, 2]", "response is list, expected an object"),
-        (b'{"benchmark": "embedded", "id": "x", "sample": 0}', "response: reward is None, expected a number from 0"),
-        ({"reward": math.nan}, "response: reward is nan, expected a number from 0 to 1"),
-        ({"reward": 1.5}, "response: reward is 1.5, expected a number from 0 to 1"),
-        ({"reward": True}, "response: reward is True, expected a number from 0 to 1"),
-        ({"tokens": "a"}, "response: tokens is 'a', expected a whole number of at least 0"),
-        ({"tokens": -1}, "response: tokens is -1, expected a whole number of at least 0"),
-        ({"truncated": "yes"}, "response: truncated is 'yes', expected true or false"),
-        ({"read": 1}, "response: read is 1, expected true or false"),
-        ({"response": 7}, "response: response is 7, expected a text"),
+        (b"garbage", "not valid JSON"),
+        (b"", "not valid JSON"),
+        (b"[1, 2]", "found b'[1, 2]', expected a JSON object with benchmark, id,"),
+        (b'{"benchmark": "embedded", "id": "x", "sample": 0}', "expected a JSON object with benchmark, id,"),
     ],
 )
 @pytest.mark.parametrize("regrade", [False, True])
 def test_a_damaged_line_is_named_and_nothing_is_lost(finished, tmp_path, bad, said, regrade):
     folder = copy(finished, tmp_path / "damaged")
     lines = (folder / "generations.jsonl").read_bytes().splitlines(keepends=True)
-    bad = bad if isinstance(bad, bytes) else json.dumps(json.loads(lines[2]) | bad).encode()
     damaged = b"".join([*lines[:2], bad + b"\n", *lines[3:]])
     (folder / "generations.jsonl").write_bytes(damaged)
-    with pytest.raises(ValueError, match=f"generations.jsonl:3: {re.escape(said)}.*: restore the line"):
+    with pytest.raises(ValueError, match=f"generations.jsonl:3: .*{re.escape(said)}.*: restore it"):
         eval.regrade(folder) if regrade else eval.run(arguments(out=folder))
     assert (folder / "generations.jsonl").read_bytes() == damaged
     assert sorted(path.name for path in folder.iterdir() if path.name != "lock") == [
@@ -455,22 +443,13 @@ def test_a_damaged_line_is_named_and_nothing_is_lost(finished, tmp_path, bad, sa
         eval.regrade(folder) if regrade else eval.run(arguments(out=folder))
 
 
-@pytest.mark.parametrize(
-    "bad, said",
-    [
-        ({"model": 3}, "settings: model is 3, expected a text"),
-        ({"temperature": "hot"}, "settings: temperature is 'hot', expected a number"),
-        ({"max_response_tokens": [1]}, "settings: max_response_tokens is [1], expected a whole number"),
-        ({"benchmarks": {}}, "does not say which benchmarks were drawn and how (no benchmarks)"),
-        ({"benchmarks": None}, "does not say which benchmarks were drawn and how (no benchmarks)"),
-    ],
-)
-def test_damaged_settings_are_named_before_anything_is_graded(finished, tmp_path, bad, said):
+def test_settings_without_a_field_are_refused_before_anything_is_graded(finished, tmp_path):
     folder = copy(finished, tmp_path / "damaged")
-    settings = json.loads((folder / "settings.json").read_text()) | bad
+    settings = json.loads((folder / "settings.json").read_text())
+    del settings["benchmarks"]
     (folder / "settings.json").write_text(json.dumps(settings))
     before = contents(folder)
-    with pytest.raises(ValueError, match=rf"settings.json.*{re.escape(said)}.*restore"):
+    with pytest.raises(ValueError, match=r"settings.json.*expected a JSON object with model, benchmarks.*restore"):
         eval.regrade(folder)
     assert contents(folder) == before
 

@@ -1,8 +1,6 @@
 """A group of rollouts: the log is checked; the picture shows each token's source, entropy, fate and weight."""
 
-import copy
 import json
-import math
 from pathlib import Path
 
 import pytest
@@ -65,23 +63,13 @@ def test_a_group_is_found_by_its_step_and_the_last_is_the_default(folder, group)
         group_log.read_group(folder, 7)
 
 
-def test_a_damaged_log_is_told_by_line_and_field(folder, group, monkeypatch, capsys):
-    def broken(change) -> str:
-        other = copy.deepcopy(group)
-        change(other)
-        return json.dumps(other)
-
+def test_a_damaged_log_is_told_by_its_line(folder, group, monkeypatch, capsys):
+    without = {name: value for name, value in group.items() if name != "method"}
     for text, said in (
-        ('{"step": 1,', "found b'{\"step\": 1,', expected a JSON object"),
-        ("[" * 100_000, "expected a JSON object"),
-        ("3", "group is int, expected an object"),
-        (broken(lambda g: g.pop("method")), "group: method is None, expected a text"),
-        (broken(lambda g: g["rows"][1].pop("entropy")), "row 2: entropy is None, expected a list"),
-        (broken(lambda g: g["rows"][2]["kept"].pop()), "row 3: 3 kept of 4 tokens"),
-        (broken(lambda g: g["rows"][0]["weight"].__setitem__(1, "x")), "row 1: weight[1] is 'x', expected a number"),
-        (broken(lambda g: g["rows"][0]["entropy"].__setitem__(2, math.nan)), "row 1: entropy[2] is nan, expected"),
-        (broken(lambda g: g.update(step=19)), "step 19 stands after step 20"),
-        (broken(lambda g: g["rows"].clear()), "rows is empty"),
+        ('{"step": 1,', "not valid JSON"),
+        ("[" * 100_000, "not valid JSON"),
+        ("3", "found b'3', expected a JSON object with step, method"),
+        (json.dumps(without), "expected a JSON object with step, method"),
     ):
         (folder / "groups.jsonl").write_text(json.dumps(group) + "\n" + text + "\n")
         capsys.readouterr()

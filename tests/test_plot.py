@@ -161,62 +161,15 @@ def test_damaged_files_are_named_in_one_line(tmp_path, monkeypatch, capsys):
     log = run_folder(tmp_path / "x", [{"step": 1, "entropy": 1.0}]) / "metrics.jsonl"
     results, scores = tmp_path / "a" / "results.json", tmp_path / "x" / "eval.json"
     config = tmp_path / "x" / "config.json"
-    row = '{"problems": 1, "samples": 1, "accuracy": %s, "low": 0, "high": 1}'
-    tables = '{"settings": {}, "results": {"m": {"all": ' + row + '}}, "right": {"m": {"easy": {"x": %s}}}}'
-    base = '{"base": {"validation": {"all": {"accuracy": %s, "problems": 2}}}}'
     results.parent.mkdir()
     for file, text, said in (
         (results, '{"settings": {', f"{results}: not valid JSON"),
-        (results, "{}", f"{results}: results: results is None, expected an object"),
-        (results, tables % ("NaN", "1"), f"{results}: m: all: accuracy is nan, expected a number from 0 to 1"),
-        (results, tables % ('"half"', "1"), f"{results}: m: all: accuracy is 'half', expected a number from 0 to 1"),
-        (
-            results,
-            tables % ("0.5", "-1"),
-            f"{results}: right: m: easy: x is -1, expected a whole number of at least 0",
-        ),
-        (
-            results,
-            tables % ("0.5", "2"),
-            f"{results}: right: m has 1 problems, at most 2 right, expected 1 and at most 1",
-        ),
-        (
-            results,
-            (tables % ("0.5", "1")).replace('{"x": 1}', "{}"),
-            f"{results}: right: m has 0 problems, at most 0 right, expected 1",
-        ),
-        (results, tables % ("0.5", "[1]"), f"{results}: right: m: easy: x is [1], expected a whole number"),
+        (results, "{}", f"{results}: found b'{{}}', expected a JSON object with results, right, settings"),
         (scores, '{"base": {', f"{scores}: not valid JSON"),
-        (scores, '{"base": 3}', f"{scores}: scores: base is 3, expected an object"),
-        (scores, '{"base": {"validation": [1]}}', f"{scores}: base: validation is [1], expected an object"),
-        (
-            scores,
-            '{"base": {"validation": {"easy": 1}}}',
-            f"{scores}: base: validation: easy is int, expected an object",
-        ),
-        (scores, base % "NaN", f"{scores}: base: validation: all: accuracy is nan, expected a number from 0 to 1"),
-        (scores, base % "1.5", f"{scores}: base: validation: all: accuracy is 1.5, expected a number from 0 to 1"),
-        (scores, base % "true", f"{scores}: base: validation: all: accuracy is True, expected a number from 0 to 1"),
-        (config, '{"method": ["rft"]}', f"{config}: config: method is ['rft'], expected a text"),
-        (config, '{"steps": 0}', f"{config}: config: steps is 0, expected a whole number of at least 1"),
-        (
-            config,
-            '{"prompts_per_step": "16"}',
-            f"{config}: config: prompts_per_step is '16', expected a whole number",
-        ),
-        (log, log.read_text() + '{"step": 2, "ent', f"{log}:2: found b"),
-        (log, '{"entropy": 1.0}\n', f"{log}:1: row: step is None, expected a whole number of at least 1"),
-        (log, "3\n", f"{log}:1: row is int, expected an object"),
-        (log, '{"step": 1, "entropy": "low"}\n', f"{log}:1: row: entropy is 'low', expected a number"),
-        (log, '{"step": 1, "grad_norm": Infinity}\n', f"{log}:1: row: grad_norm is inf, expected a number"),
-        (
-            log,
-            '{"step": 1, "loss": 1}\n{"step": 2, "reward": [1]}\n',
-            f"{log}:2: row: reward is [1], expected a number",
-        ),
-        (log, '{"step": 1, "eval_all": NaN}\n', f"{log}:1: row: eval_all is nan, expected a number from 0 to 1"),
-        (log, '{"step": 2}\n{"step": 2}\n', f"{log}:2: step 2 stands after step 2, expected a later one"),
-        (log, '{"step": 2}\n{"step": 1}\n', f"{log}:2: step 1 stands after step 2, expected a later one"),
+        (config, "[1]", f"{config}: found b'[1]', expected a JSON object"),
+        (log, '{"entropy": 1.0}\n', f"{log}:1: found b'{{\"entropy\": 1.0}}', expected a JSON object with step"),
+        (log, log.read_text() + '{"step": 2, "ent\n', f"{log}:2: not valid JSON"),
+        (log, "3\n", f"{log}:1: found b'3', expected a JSON object"),
     ):
         for other in (scores, config):
             other.unlink(missing_ok=True)
@@ -377,11 +330,8 @@ def test_the_share_given_is_drawn_before_the_range_of_its_schedule(tmp_path, mon
     panels = panels_of(monkeypatch, folder)
     low = 0.05 + 0.9 * (1 + math.cos(math.pi / 10)) / 2  # of step 2, the second: half a cosine of 10 steps
     assert bands_of(panels["demonstration given"]) == [{(1, 0.95), (2, 0.95), (2, round(low, 6))}]
-    assert panels["reward"].get_legend_handles_labels()[1] == ["hybrid, 3 rows"]
+    assert panels["reward"].get_legend_handles_labels()[1] == ["hybrid"]
     assert panels["demonstration given"].get_ylim() == (0, 1)
-    assert curves.rows_per_point(curves.read_run(folder), "reward_on_policy") == 2 * 4 - 3
-    (folder / "config.json").write_text(json.dumps(settings | {"method": "hpt"}))  # their place was taken after it
-    assert curves.rows_per_point(curves.read_run(folder), "reward_on_policy") == 2 * 4
 
 
 def test_noise_does_not_fill_a_panel(tmp_path, monkeypatch):
@@ -464,7 +414,6 @@ def test_runs_on_different_problems_are_refused_or_told_apart(tmp_path, monkeypa
     told = [line for line in capsys.readouterr().out.splitlines() if line.startswith("Not alike")]
     assert told == [
         f"Not alike: data (x {Config.data}, y mine.jsonl)",
-        "Not alike: eval_data (x data/recipes/validation.jsonl, y None)",
     ]
 
 

@@ -167,8 +167,8 @@ def test_base_folder(tokenizer):
         (["--out", "FILE"], "is a file"),
         (["--out", "FULL"], "no model's config.json"),
         (["--out", "RUN"], "no model's config.json"),
-        (["--out", "FILE/base"], "cannot write in"),
-        (["--out", "/proc/x"], "cannot write in /proc"),
+        (["--out", "FILE/base"], "cannot be written to"),
+        (["--out", "/proc/x"], "/proc cannot be written to"),
     ],
 )
 def test_make_base_refuses_wrong_arguments(arguments, message, tmp_path, monkeypatch, capsys):

@@ -1,6 +1,5 @@
-"""What a run warns of, once each, and which settings a method reads."""
+"""What a run warns of, once each."""
 
-import dataclasses
 import json
 
 import lives
@@ -13,7 +12,6 @@ import step as steps
 import train
 from methods import METHODS, uncertain_means, variant, zero
 from step import rl_step, sft_step
-from support.config import Config, from_dict, given_settings, unread_settings
 from support.record import rl_metrics, sft_metrics
 from support.watch import FIRST, LONG, SHORT, Watch
 
@@ -120,92 +118,16 @@ def test_a_sampler_of_another_temperature_is_noticed(tokenizer, monkeypatch, sam
     assert not warned or "less surprising than the training pass expects" in watch.said["surprise"]
 
 
-def test_settings_not_read_and_rejected_demonstrations_are_told(tmp_path, monkeypatch, capsys):
-    """At the start and at the end; only those of the command line."""
+def test_rejected_demonstrations_are_told_at_the_start_and_at_the_end(tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(lives.ROOT)
     monkeypatch.setattr(train, "draw_curves", lambda folder: "")
-    config = tmp_path / "c.json"
-    config.write_text(json.dumps({"clip_high": 0.3, "relift_lr": 1e-5}))
     files = lives.task(tmp_path)
     rows = [json.loads(line) for line in files["data"].read_text().splitlines()]
     rows[0]["demonstrations"] = ["\\boxed{no}"]
     files["data"].write_text("".join(json.dumps(row) + "\n" for row in rows))
-    given = lives.SETTINGS | {"method": "rft", "config": config, "entropy_keep": 0.5, "steps": 1}
+    given = lives.SETTINGS | {"method": "rft", "steps": 1}
     with pytest.raises(SystemExit) as stop:
         lives.training(tmp_path / "run", **files, **given)()
     said = [line for line in capsys.readouterr().out.splitlines() if line.startswith("warning")]
     assert stop.value.code == 0
-    assert said.count("warning: rft does not read entropy_keep") == 2 and not any(
-        "clip_high" in line for line in said
-    )
     assert said.count("warning: 1 demonstrations are left out: their own reward says they are not right") == 2
-
-
-OTHER = {  # another value of each setting that only some methods read
-    "steps": 12,
-    "prompts_per_step": 3,
-    "rollouts_per_prompt": 5,
-    "hybrid_per_prompt": 2,
-    "temperature": 1.3,
-    "updates_per_step": 1,
-    "coefficient": 0.5,
-    "baseline": "group",
-    "scale_by_std": True,
-    "entropy_keep": 0.7,
-    "clip_low": 0.001,
-    "clip_high": 0.001,
-    "gate": 2,
-    "lr": 0.5,
-    "sft_lr": 0.5,
-    "sft_steps": 9,
-    "sft_batch": 2,
-    "relift_lr": 0.5,
-    "relift_buffer": 1,
-    "demonstration_fraction": 0.0,
-    "sft_data": "other.jsonl",
-}
-NOT_IN_A_STEP = {
-    "steps",
-    "sft_data",
-    "sft_steps",
-    "sft_batch",
-    "sft_lr",
-    "demonstration_fraction",
-}  # read by train.py
-
-
-def two_steps(tokenizer, method: str, **settings):
-    """Metrics and weights after two steps at a rate at which the second update clips."""
-    run = make_run(tokenizer, method, **({"lr": 0.3, "relift_lr": 0.3, "relift_buffer": 2} | settings))
-    if run.config.demonstration_fraction == 0:
-        run.data.encoded = [dataclasses.replace(problem, demonstrations=[]) for problem in run.data.encoded]
-    if run.method.stages == ("sft",):
-        steps_of_run = [sft_step(run, run.data.supervised[:3], number, run.optimizer, 0.1) for number in (0, 5)]
-        log = [sft_metrics(result, 0.1) for result in steps_of_run]
-    else:
-        log = [rl_metrics(run, rl_step(run, number)) for number in (0, 5)]
-    log = [
-        {k: v for k, v in m.items() if not k.startswith(("seconds", "tokens_per", "lr", "relift_lr"))} for m in log
-    ]
-    return log, [p.detach().clone() for p in run.model.parameters()]
-
-
-@pytest.mark.parametrize("method", METHODS)
-def test_a_setting_counts_as_read_exactly_if_it_changes_something(tokenizer, method):
-    """All that a method does not read, changed together: the same to the bit. Same seed, same metrics, too."""
-    unread = unread_settings(from_dict({"method": method}))
-    assert unread <= OTHER.keys() <= {field.name for field in dataclasses.fields(Config)}
-    usual = two_steps(tokenizer, method)
-    changed = {name: value for name, value in OTHER.items() if name in unread and name != "coefficient"}
-    assert lives.equal(two_steps(tokenizer, method, **changed), usual)
-    if method in ("prefix-rft", "rft-entropy-clip", "chord-phi", "relift"):
-        for name in OTHER.keys() - unread - NOT_IN_A_STEP:
-            assert not lives.equal(two_steps(tokenizer, method, **{name: OTHER[name]}), usual), name
-
-
-def test_names_of_a_command_line():
-    assert given_settings(["--lr", "1", "--entropy_keep=0.5", "--config", "x.json"]) == [
-        "lr",
-        "entropy_keep",
-        "config",
-    ]

@@ -7,8 +7,7 @@ Each part prints a table and writes bench/results/throughput-PART.json; with set
 16 problems x 8 rollouts, at most 96 tokens, 2 updates, the embedded task and model. The learning rate is 0, so every
 repeat starts from the same weights; all contenders of a repeat see the same prompts and give the same tokens
 (asserted), in turn, so that a busy machine hits all alike. Times are process CPU seconds, beside wall seconds; ratios
-are medians over the repeats. Peak memory, of tensors beyond those that stood before, is that of one more repeat, not
-timed.
+are medians over the repeats. Rewards are made up in `step`: 0 and 1 in every group.
 
 On CUDA `step` runs too, ours and TRL's in bf16 on fp32 weights (throughput-cuda-step….json): there wall seconds are
 what counts, and TRL passes as many rows at once as its update has, at most 64. Limits of decoding: bench/gpu.py.
@@ -25,16 +24,13 @@ from pathlib import Path
 
 import torch
 import transformers
-from common import clocks, peak_bytes, peak_memory, timed, write
-from transformers import GenerationConfig, LogitsProcessor, LogitsProcessorList
+from common import clocks, timed, write
+from transformers import LogitsProcessor, LogitsProcessorList
 
-import model as models
 import step as steps
-from reward import grade
-from sample import DrawTokenLogitsProcessor, Row, generate, padded, plan_group, uniforms
+from sample import Row, generate, plan_group
 from support.command import command
 from support.config import parse_config
-from support.record import rl_metrics
 from train import prepare
 
 CUDA = torch.cuda.is_available()
@@ -63,18 +59,19 @@ def rows_at(run: steps.Run, step: int) -> list[Row]:
     return rows
 
 
-def medians(times: dict[str, list[tuple[float, float]]], first: str) -> dict:
-    """Per contender: median CPU and wall seconds, and the median over the repeats of its ratio to `first`."""
+def medians(times: dict[str, list[list[float]]]) -> dict:
+    """Of each contender's [CPU, wall] seconds without those of the first repeat, which warms up: the medians, and the
+    median over the repeats of the ratio to ours."""
     table = {}
     for name, pairs in times.items():
-        cpu, wall = zip(*pairs)
-        ratios = [a / b for (a, _), (b, _) in zip(pairs, times[first])]
-        walls = [a / b for (_, a), (_, b) in zip(pairs, times[first])]
+        cpu, wall = zip(*pairs[1:])
+        our_cpu, our_wall = zip(*times["ours"][1:])
+        ratios = [a / b for a, b in zip(cpu, our_cpu)]
         table[name] = {
             "cpu_s": round(statistics.median(cpu), 3),
             "wall_s": round(statistics.median(wall), 3),
-            f"cpu_ratio_to_{first}": round(statistics.median(ratios), 2),
-            f"wall_ratio_to_{first}": round(statistics.median(walls), 2),
+            "cpu_ratio_to_ours": round(statistics.median(ratios), 2),
+            "wall_ratio_to_ours": round(statistics.median(a / b for a, b in zip(wall, our_wall)), 2),
             "cpu_ratio_range": [round(min(ratios), 2), round(max(ratios), 2)],
         }
     return table
@@ -83,58 +80,28 @@ def medians(times: dict[str, list[tuple[float, float]]], first: str) -> dict:
 # ---- sampling
 
 
-def plain_generate(model, ids, mask, table, budget) -> list[list[int]]:
-    """model.generate as it is: dynamic cache, ended rows stay. Our processor draws, so the tokens are ours."""
-    config, prompt = model.generation_config, ids.shape[1]
-    settings = GenerationConfig(
-        max_new_tokens=budget, do_sample=False, eos_token_id=config.eos_token_id, pad_token_id=config.pad_token_id
-    )
-    processors = LogitsProcessorList([DrawTokenLogitsProcessor(table, prompt, 1.0)])
-    with models.sampling(model):
-        output = model.generate(
-            input_ids=ids, attention_mask=mask, generation_config=settings, logits_processor=processors
-        )
-    ends = config.eos_token_id[0]
-    rows = output[:, prompt:].tolist()
-    return [row[: row.index(ends) + 1] if ends in row else row for row in rows]
-
-
-def responses(run: steps.Run, rows: list[Row]) -> list[list[int]]:
-    budget = run.config.max_response_tokens
-    return [row.response for row in generate(run.model, run.tokenizer, rows, budget, decode=run.decode)]
+def responses(run: steps.Run, rows: list[Row], decode: Callable | None) -> list[list[int]]:
+    sampled = generate(run.model, run.tokenizer, rows, run.config.max_response_tokens, decode=decode)
+    return [row.response for row in sampled]
 
 
 def bench_sampling(words: list[str]) -> None:
     repeats = 4 if words else 15
-    run, times, tokens, peaks = new_run(words), {}, [], {}
-    budget = run.config.max_response_tokens
-    for step in range(repeats + 2):  # the first warms up, the last is for memory
+    run, times, tokens = new_run(words), {"ours": [], "plain generate": []}, []
+    for step in range(repeats + 1):  # the first warms up
         rows = rows_at(run, step)
-        ids, mask = padded((row.prompt_ids for row in rows), run.model.generation_config.pad_token_id, "left")
-        table = torch.stack([torch.from_numpy(uniforms(row.key, budget)) for row in rows])
-        contenders = {
-            "ours": lambda: responses(run, rows),  # noqa: B023
-            "plain generate": lambda: plain_generate(run.model, ids, mask.long(), table, budget),  # noqa: B023
-        }
-        want = None
-        for name, call in contenders.items():
-            if step > repeats:
-                peaks[name] = peak_bytes(call)
-                continue
-            found, cpu, wall = timed(call)
-            want = want or found
-            same = sum(a == b for a, b in zip(found, want))
-            assert same >= len(want) - 1, f"{name}: {same} of {len(want)} rows are the same"
-            if step:
-                times.setdefault(name, []).append((cpu, wall))
-        tokens += [sum(map(len, want))] if want else []
-    table = medians(times, "ours")
-    for name, row in table.items():
+        ours, *our_times = timed(lambda: responses(run, rows, run.decode))  # noqa: B023
+        theirs, *plain_times = timed(lambda: responses(run, rows, None))  # noqa: B023
+        same = sum(a == b for a, b in zip(ours, theirs))
+        assert same >= len(ours) - 1, f"{same} of {len(ours)} rows are the same"
+        times["ours"].append(our_times)
+        times["plain generate"].append(plain_times)
+        tokens.append(sum(map(len, ours)))
+    table = medians(times)
+    for row in table.values():
         row["tokens_per_cpu_s"] = round(statistics.mean(tokens) / row["cpu_s"])
-        row["peak_mib"] = round(peaks[name] / 2**20, 1)
-    found = {"rows": len(rows), "prompts": len({tuple(row.prompt_ids) for row in rows}), "repeats": repeats}
-    found |= {"mean_tokens": statistics.mean(tokens), "table": table}
-    write(part_name("sampling", words), found)
+    work = {"rows": len(rows), "prompts": len({tuple(row.prompt_ids) for row in rows}), "repeats": repeats}
+    write(part_name("sampling", words), work | {"mean_tokens": statistics.mean(tokens), "table": table})
 
 
 def part_name(part: str, words: list[str]) -> str:
@@ -172,7 +139,7 @@ def new_trainer(run: steps.Run, repeats: int, reward: Callable, rows_per_pass: i
     from data.loader import render_prompt
 
     config = run.config
-    problems = [run.data.train[i] for step in range(repeats + 2) for i in picked_at(run, step)]
+    problems = [run.data.train[i] for step in range(repeats + 1) for i in picked_at(run, step)]
     data = [{"prompt": render_prompt(run.tokenizer, p.problem, p.system), "answer": p.answer} for p in problems]
     rows = config.prompts_per_step * config.rollouts_per_prompt
     settings = GRPOConfig(
@@ -194,7 +161,7 @@ def new_trainer(run: steps.Run, repeats: int, reward: Callable, rows_per_pass: i
         report_to="none",
         save_strategy="no",
         logging_steps=config.updates_per_step,
-        max_steps=(repeats + 2) * config.updates_per_step,
+        max_steps=(repeats + 1) * config.updates_per_step,
         disable_tqdm=True,
         dataloader_pin_memory=False,
     )
@@ -209,55 +176,36 @@ def new_trainer(run: steps.Run, repeats: int, reward: Callable, rows_per_pass: i
     )
 
 
-def compare_steps(words: list[str], repeats: int, mixed: bool, rows_per_pass: int) -> dict:
-    """Ours and TRL's, step by step in turn. mixed: rewards 0 and 1 in every group, so that every row has weight."""
-    run, times, ours, trl_phases, peaks = new_run(words), {"ours": [], "TRL": []}, {}, {}, {}
+def compare_steps(words: list[str], repeats: int, rows_per_pass: int) -> dict:
+    """Ours and TRL's, step by step in turn. Rewards are 0 and 1 in every group, so that every row has a weight."""
+    run, times, generate_seconds, ours = new_run(words), {"ours": [], "TRL": []}, [], {}
     sample_groups = steps.sample_groups
 
-    def flipped(rows: int) -> list[float]:
-        return [float(i % 2) for i in range(rows)]
+    def rewards(rows: list) -> list[float]:
+        return [float(i % 2) for i in range(len(rows))]
 
-    def kept(*args, **settings) -> list[Row]:
+    def with_rewards(*args, **settings) -> list[Row]:
         rows = sample_groups(*args, **settings)
-        if mixed:
-            rows = [replace(row, reward=reward) for row, reward in zip(rows, flipped(len(rows)))]
-        ours["rows"] = rows
-        return rows
+        ours["rows"] = [replace(row, reward=reward) for row, reward in zip(rows, rewards(rows))]
+        return ours["rows"]
 
-    steps.sample_groups = kept
+    steps.sample_groups = with_rewards
 
     def our_step(step: int) -> None:
-        if step > repeats:
-            peaks["ours"] = peak_bytes(lambda: steps.rl_step(run, step))
-            return
-        result, cpu, wall = timed(lambda: steps.rl_step(run, step))
-        ours["metrics"] = rl_metrics(run, result)
-        times["ours"].append((cpu, wall))
+        _, *seconds = timed(lambda: steps.rl_step(run, step))
+        times["ours"].append(seconds)
 
     class InTurn(transformers.TrainerCallback):
         def on_step_end(self, args, state, control, **_):
             done, rest = divmod(state.global_step, run.config.updates_per_step)
-            if rest:
-                return
-            if done > repeats + 1:
-                self.memory.__exit__(None, None, None)
-                peaks["TRL"] = self.peak[0]
-                return
-            times["TRL"].append(tuple(now - then for now, then in zip(clocks(), self.begun)))
-            our_step(done)
-            self.start(done)
-
-        def start(self, step):
-            if step > repeats:
-                self.memory = peak_memory()
-                self.peak = self.memory.__enter__()
-            self.begun = clocks()
-
-    def reward(completions, answer, **_):
-        return flipped(len(completions)) if mixed else [grade(*pair) for pair in zip(completions, answer)]
+            if not rest:
+                times["TRL"].append([now - then for now, then in zip(clocks(), self.begun)])
+                if done <= repeats:
+                    our_step(done)
+                self.begun = clocks()
 
     callback = InTurn()
-    trainer = new_trainer(run, repeats, reward, rows_per_pass, callback)
+    trainer = new_trainer(run, repeats, lambda completions, **_: rewards(completions), rows_per_pass, callback)
     precision = "bf16" if CUDA else "no"
     assert trainer.accelerator.mixed_precision == precision, "TRL would not compute in the dtype that ours does"
     plain = trainer.model.generate
@@ -271,43 +219,34 @@ def compare_steps(words: list[str], repeats: int, mixed: bool, rows_per_pass: in
             [Replay(drawn, run.model.generation_config.pad_token_id, ids.shape[1], ids.device)]
         )
         output, cpu, wall = timed(lambda: plain(*args, **settings))
-        trl_phases.setdefault("generate", []).append(wall if CUDA else cpu)
-        found = output[:, ids.shape[1] :].tolist()
-        assert all(row[: len(want)] == want for row, want in zip(found, drawn))
+        generate_seconds.append(wall if CUDA else cpu)
+        rows = output[:, ids.shape[1] :].tolist()
+        assert all(row[: len(want)] == want for row, want in zip(rows, drawn))
         return output
 
     trainer.model.generate = replayed
     our_step(0)
-    callback.start(0)
+    callback.begun = clocks()
     trainer.train()
     steps.sample_groups = sample_groups
-    table = medians({name: pairs[1:] for name, pairs in times.items()}, "ours")  # the first pair warms up
-    for name, row in table.items():
-        row["peak_mib"] = round(peaks[name] / 2**20, 1)
-    log = ours["metrics"]
     return {
         "repeats": repeats,
         "TRL rows per pass": rows_per_pass,
-        f"TRL generate {'wall' if CUDA else 'cpu'}_s": round(statistics.median(trl_phases["generate"][1:-1]), 3),
-        "ours, share of groups with equal rewards": log["equal_reward_groups"],
-        "ours, response tokens": log["response_tokens"],
-        "table": table,
+        f"TRL generate {'wall' if CUDA else 'cpu'}_s": round(statistics.median(generate_seconds[1:]), 3),
+        "response tokens": statistics.mean(len(row.response) for row in ours["rows"]),
+        "table": medians(times),
     }
 
 
 def bench_step(words: list[str]) -> None:
     import trl
 
-    table, cases = {"trl": trl.__version__}, (("mixed rewards", True, 16),)
+    config, rows_per_pass = parse_config(words), 16
     if CUDA:
-        config = parse_config(words)
         rows = config.prompts_per_step * config.rollouts_per_prompt // config.updates_per_step
-        cases = (("mixed rewards", True, math.gcd(rows, 64)),)
-    if not words:
-        cases = (("graded rewards", False, 64), ("graded rewards", False, 16), *cases)
-    for name, mixed, rows in cases:
-        table[f"{name}, TRL passes of {rows} rows"] = compare_steps(words, 3 if words else 5, mixed, rows)
-    write(part_name("cuda-step" if CUDA else "step", words), table)
+        rows_per_pass = math.gcd(rows, 64)
+    steps_of_both = compare_steps(words, 3 if words else 5, rows_per_pass)
+    write(part_name("cuda-step" if CUDA else "step", words), {"trl": trl.__version__} | steps_of_both)
 
 
 PARTS = {"sampling": bench_sampling, "step": bench_step}

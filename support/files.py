@@ -65,7 +65,7 @@ def parse_object(text: bytes, place: str, fields: Sequence[str] = ()) -> dict[st
     except (ValueError, RecursionError) as error:
         raise InputError(f"{place}: not valid JSON ({error}): restore it, or delete it") from error
     if not isinstance(value, dict) or not value.keys() >= set(fields):
-        found = f"found {text[:40]!r}, expected a JSON object" + f" with {', '.join(fields)}" * bool(fields)
+        found = f"found {text.strip()[:40]!r}, expected a JSON object" + f" with {', '.join(fields)}" * bool(fields)
         raise InputError(f"{place}: {found}: restore it, or delete it")
     return value
 

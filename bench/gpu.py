@@ -18,11 +18,11 @@ from collections.abc import Callable
 import torch
 from common import write
 from torch.utils.benchmark import Timer
-from transformers import AutoTokenizer, GenerationConfig, LogitsProcessorList, Qwen2Config, Qwen2ForCausalLM
+from transformers import AutoTokenizer, GenerationConfig, Qwen2Config, Qwen2ForCausalLM
 
 from fast.decode import LOOPS, decode_rows
-from model import sampling, token_stats
-from sample import DrawTokenLogitsProcessor, Row, generate
+from model import token_stats
+from sample import Row, generate
 from support.config import Config
 from support.loading import fuse_norms
 
@@ -58,20 +58,6 @@ def limits() -> tuple[float, float]:
     return 2 * a.numel() / seconds(lambda: b.copy_(a)), 2 * 8192**3 / seconds(lambda: x @ x)
 
 
-def plain(model, ids: torch.Tensor, uniforms: torch.Tensor) -> None:
-    settings = GenerationConfig(
-        max_new_tokens=FEW, do_sample=False, eos_token_id=model.generation_config.eos_token_id, pad_token_id=0
-    )
-    processors = LogitsProcessorList([DrawTokenLogitsProcessor(uniforms, PROMPT, 1.0)])
-    with sampling(model):
-        model.generate(
-            input_ids=ids,
-            attention_mask=torch.ones_like(ids),
-            generation_config=settings,
-            logits_processor=processors,
-        )
-
-
 def new_model(shape: str) -> Qwen2ForCausalLM:
     config = Qwen2Config(vocab_size=151936, max_position_embeddings=32768, tie_word_embeddings=True, **SHAPES[shape])
     with torch.device("cuda"):
@@ -99,7 +85,6 @@ def bench_limits(shape: str) -> None:
 
     prompts = torch.randint(0, 151936, (ROWS, PROMPT))
     rows = [Row(i, (0, i), ids.tolist(), []) for i, ids in enumerate(prompts)]
-    uniforms = torch.rand(ROWS, FEW, device="cuda")
     decoding = {}
 
     def time_decoding(name: str, call: Callable, new: int) -> None:
@@ -117,15 +102,15 @@ def bench_limits(shape: str) -> None:
 
     tokenizer = AutoTokenizer.from_pretrained(Config.model)
 
-    def ours(new: int) -> list[Row]:
-        return generate(model, tokenizer, rows, new, decode=decode_rows)
+    def sampled(new: int, decode: Callable | None = decode_rows) -> list[Row]:
+        return generate(model, tokenizer, rows, new, decode=decode)
 
     fuse_norms(model)
-    time_decoding("ours, few tokens", lambda: ours(FEW), FEW)
-    time_decoding("ours", lambda: ours(NEW), NEW)
+    time_decoding("ours, few tokens", lambda: sampled(FEW), FEW)
+    time_decoding("ours", lambda: sampled(NEW), NEW)
     unfuse_norms(model)
-    time_decoding("ours, HF's norms", lambda: ours(NEW), NEW)
-    time_decoding("plain generate, few tokens", lambda: plain(model, prompts.cuda(), uniforms), FEW)
+    time_decoding("ours, HF's norms", lambda: sampled(NEW), NEW)
+    time_decoding("plain generate, few tokens", lambda: sampled(FEW, None), FEW)
 
     batch, length = 8, 2048
     ids = torch.randint(0, 151936, (batch, length), device="cuda")

@@ -61,8 +61,8 @@ class Watch:
         if len(short) == SHORT and not any(row["grad_norm"] or row["skipped_updates"] for row in short):
             warnings["no_gradient"] = (
                 f"no row had a gradient for {SHORT} steps: in every group all rewards are equal "
-                "(equal_reward_groups). If all are 0, begin with demonstrations (--method sft-rft), an easier task or "
-                "another model"
+                "(equal_reward_groups). If all are 0, begin with demonstrations (--method sft-rft), an easier task "
+                "or another model"
             )
         start, entropies = fmean(self.first_entropies or [0.0]), [row["entropy"] for row in short]
         if len(short) == SHORT and all(e is not None and e < COLLAPSED * start for e in entropies):

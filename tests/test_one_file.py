@@ -1,20 +1,24 @@
 """one_file.py is the method of loss.py, sample.py and step.py: the same prefixes, responses and gradient."""
 
+import copy
 import json
 import random
 from pathlib import Path
 
 import pytest
 import torch
-from conftest import rounding
+from conftest import BY_LENGTH, rounding
 
 import one_file
-from loss import advantages, entropy_clip, ppo_weight, weighted_loss
-from model import load_model, token_stats
+from data.loader import Data, Problem, encode_problems
+from methods import METHODS
+from model import load_model
 from one_file import Row
 from reward import grade
 from sample import Row as SampledRow
-from sample import generate, pack, prefix_length, prefix_range
+from sample import generate, prefix_length, prefix_range
+from step import Run, rl_step
+from support.config import Config
 
 TRAIN = [json.loads(line) for line in Path("data/recipes/train.jsonl").read_text().splitlines()]
 DEMONSTRATED = [problem for problem in TRAIN if "demonstrations" in problem]
@@ -25,62 +29,37 @@ def model():
     return load_model("data/base", training=True)[0]
 
 
-def written_rows(tokenizer) -> list[Row]:
-    """Two mini-batches of two groups: with a hybrid row and without, mixed rewards and equal ones; responses that
-    end where nothing follows, too early, or not at all."""
-    rows = []
-    for group, problem in enumerate(DEMONSTRATED[:4]):
-        solution = tokenizer.encode(problem["demonstrations"][0], add_special_tokens=False)
-        for i in range(one_file.ROWS):
-            row = one_file.new_row(problem, tokenizer)
-            row.response = solution[: len(solution) - 6 * i]
-            if i != 2:
-                row.response = [*row.response, tokenizer.eos_token_id]
-            if i == one_file.ROWS - 1 and group != 1:
-                row.prefix = solution[: 3 + 4 * group]
-            row.reward = 1.0 if group == 3 else float((i + group) % 3 == 0)
-            rows.append(row)
-    return rows
-
-
-def gradient(loss: torch.Tensor, model: torch.nn.Module) -> torch.Tensor:
-    model.zero_grad()
-    loss.backward()
+def gradient(model: torch.nn.Module) -> torch.Tensor:
     return torch.cat([parameter.grad.flatten() for parameter in model.parameters()])
 
 
-def test_both_updates_of_a_step_have_the_gradient_of_the_path(model, tokenizer):
-    rows = written_rows(tokenizer)
-    batch = one_file.new_batch(model, tokenizer, rows)
-    sampled = []
-    for i, row in enumerate(rows):
-        sampled.append(SampledRow(i // one_file.ROWS, (), row.prompt, row.prefix, response=row.response))
-    rollouts = pack(sampled, tokenizer.pad_token_id)
-    rewards = torch.tensor([row.reward for row in rows])
-    own, prefix = advantages(rewards, rollouts.group, rollouts.hybrid)
-    advantage = torch.where(rollouts.prefix_mask, prefix[:, None], own[:, None])
-    width = rollouts.response_mask.shape[1]
-    with torch.no_grad():
-        old_log_probs, entropy = token_stats(model, rollouts.input_ids, rollouts.attention_mask, width, 1.0)
-    clipped = []
-    for part in torch.arange(len(rows)).chunk(one_file.UPDATES):
-        loss = one_file.objective(model, {name: values[part] for name, values in batch.items()})
-        found = gradient(loss, model)
+def test_both_updates_of_a_step_have_the_gradient_of_step_py(model, tokenizer):
+    """step.rl_step samples, grades and updates; one_file.py gets its rows. The first update is so long that PPO
+    clips in the second."""
+    start = copy.deepcopy(model)
+    config = Config(prompts_per_step=4, lr=0.5, max_grad_norm=1e9)
+    problems = [Problem(p["id"], p["problem"], p["answer"], p.get("demonstrations", ())) for p in DEMONSTRATED[:3]]
+    problems.append(next(Problem(p["id"], p["problem"], p["answer"]) for p in TRAIN if "demonstrations" not in p))
+    encoded, *_ = encode_problems(tokenizer, problems, config.max_response_tokens, [tokenizer.eos_token_id])
+    optimizer = torch.optim.SGD(model.parameters(), config.lr)
+    gradients: list[torch.Tensor] = []
+    optimizer.register_step_pre_hook(lambda *_: gradients.append(gradient(model)))
+    run = Run(config, METHODS["prefix-rft"], model, tokenizer, BY_LENGTH, Data(problems, encoded, [], {}), optimizer)
+    rows = rl_step(run, 30).batch.rows
 
-        log_probs, _ = token_stats(
-            model, rollouts.input_ids[part], rollouts.attention_mask[part], width, temperature=1.0
-        )
-        weights = ppo_weight(log_probs, old_log_probs[part], advantage[part], one_file.CLIP, one_file.CLIP)
-        kept = entropy_clip(rollouts.prefix_mask[part], entropy[part], one_file.ENTROPY_KEEP)
-        mask = rollouts.response_mask[part] & (kept | ~rollouts.prefix_mask[part])
-        expected = gradient(weighted_loss(log_probs, weights, mask, len(part) * one_file.MAX_TOKENS), model)
-        assert expected.norm() > 0
-        assert (found - expected).norm() <= rounding(model, mask.numel()) * expected.norm()
-        clipped.append(int((mask & (advantage[part] != 0) & (weights == 0)).sum()))
-        with torch.no_grad():  # far enough that the ratios of the second update leave the clip's range
-            for parameter in model.parameters():
-                parameter -= 0.3 * parameter.grad / expected.norm()
-    assert clipped[0] == 0 < clipped[1]
+    rows = [Row(row.prompt_ids, "", row.prefix_ids, row.response, row.reward) for row in rows]
+    batch = one_file.new_batch(start, tokenizer, rows)
+    optimizer = torch.optim.SGD(start.parameters(), config.lr)
+    for part, expected in zip(torch.arange(len(rows)).chunk(one_file.UPDATES), gradients, strict=True):
+        mini_batch = {name: values[part] for name, values in batch.items()}
+        log_probs, _ = one_file.token_stats(start, mini_batch["input_ids"])
+        ratio = (log_probs - mini_batch["old_log_probs"]).exp()
+        one_file.objective(start, mini_batch).backward()
+        error = (gradient(start) - expected).norm()
+        assert error <= rounding(model, batch["input_ids"].numel()) * expected.norm() > 0
+        optimizer.step()
+        optimizer.zero_grad()
+    assert ratio.max() > 1 + one_file.CLIP and ratio.min() < 1 - one_file.CLIP
 
 
 def test_prefixes_have_the_lengths_of_the_schedule(tokenizer):

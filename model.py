@@ -23,7 +23,7 @@ from transformers import PreTrainedTokenizerBase as Tokenizer
 
 from support import distributed
 from support.errors import InputError
-from support.loading import end_tokens, load_config, one_line, prepare_layers, signature, switch_off_noise
+from support.loading import end_tokens, limit_ids, load_config, one_line, prepare_layers, signature, switch_off_noise
 from support.model_folder import make_readable
 
 LOGITS_PER_CHUNK = 2**25  # elements of a [tokens, V] logits chunk: 128 MiB in fp32, whatever B, R and V are
@@ -46,6 +46,7 @@ def load_tokenizer(path: str) -> tuple[Tokenizer, GenerationConfig]:
         if tokenizer.eos_token_id is None:
             raise InputError("its tokenizer has no eos_token, so no response could end: set one")
         ends = [tokenizer.eos_token_id, *end_tokens(path, config)]
+        limit_ids(tokenizer, config)
     pad = tokenizer.eos_token_id if tokenizer.pad_token_id is None else tokenizer.pad_token_id
     return tokenizer, GenerationConfig(eos_token_id=list(dict.fromkeys(ends)), pad_token_id=pad)
 
@@ -74,9 +75,6 @@ def load_model(
     model = None
     if distributed.rank() == 0 or not training:
         model = read_model(path, torch.float32 if training or device.type != "cuda" else torch.bfloat16)
-        rows = model.get_input_embeddings().num_embeddings
-        if len(tokenizer) > rows:
-            raise InputError(f"model {path!r}: its tokenizer has {len(tokenizer)} tokens, its embedding {rows} rows")
         model.generation_config = generation_config
         if check:
             check(path, model if training else model.to(device), training)

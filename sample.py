@@ -34,7 +34,8 @@ PREFIX_LOW, PREFIX_HIGH = 0.05, 0.95  # bounds of the prefix fraction [paper A.2
 
 def seed_of(*key: object) -> int:
     """A 128-bit seed that depends on `key` only (the same on every machine, unlike hash())."""
-    return int.from_bytes(hashlib.blake2b(repr(key).encode(), digest_size=16).digest(), "big")
+    plain = tuple(part.item() if isinstance(part, np.generic) else part for part in key)  # NumPy's 3 is 3
+    return int.from_bytes(hashlib.blake2b(repr(plain).encode(), digest_size=16).digest(), "big")
 
 
 def torch_generator(*key: object) -> torch.Generator:

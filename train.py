@@ -40,6 +40,7 @@ from support.record import example_rows, record_group, rl_metrics, sft_metrics
 from support.watch import Watch
 
 TABLES = ("validation", "test", "test_sampled")  # of eval.json
+ENDING = ("SIGINT", "SIGTERM", "SIGUSR1", "SIGUSR2", "SIGXCPU", "SIGHUP")  # signals that a run stops at, saved
 MOST_SKIPPED = 3  # updates in a row whose numbers are not finite, before the run ends
 
 # ---- data
@@ -346,7 +347,8 @@ def draw_curves(folder: Path) -> str:
 
 
 def catch_signals() -> list[int]:
-    """SIGINT and SIGTERM fill the returned list, so that the loop ends after its step; a second one ends at once."""
+    """SIGINT, SIGTERM and what clusters announce the end with fill the returned list, so that the loop ends after its
+    step; a second one ends at once."""
     caught: list[int] = []
 
     def note(number: int, _: object) -> None:
@@ -354,8 +356,10 @@ def catch_signals() -> list[int]:
             sys.exit(128 + number)
         caught.append(number)
 
-    for number in (signal.SIGINT, signal.SIGTERM):
-        signal.signal(number, note)
+    for name in ENDING:
+        number = getattr(signal, name, None)  # Windows has two of them
+        if number and not (name == "SIGHUP" and signal.getsignal(number) == signal.SIG_IGN):  # nohup
+            signal.signal(number, note)
     return caught
 
 

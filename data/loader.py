@@ -8,6 +8,7 @@ from there on only ids are used, so what is trained is what was sampled.
 import dataclasses
 import datetime
 import json
+import math
 import re
 import reprlib
 import sys
@@ -234,6 +235,10 @@ def encode(tokenizer: Tokenizer, text: str, what: str = "text") -> list[int]:
 
     _check_text(text, what, "it")
     unknown, ids = tokenizer.unk_token_id, ids_of(text)
+    rows = getattr(tokenizer, "embedding_rows", math.inf)  # of the model, where one was loaded
+    if beyond := [token for token in ids if token >= rows]:
+        found = f"{tokenizer.convert_ids_to_tokens(beyond[0])!r} has the id {beyond[0]}"
+        raise InputError(f"{what}: {found}, the model's embedding {rows} rows: remove it or use another model")
     if unknown is None or unknown not in ids:
         return ids
     for part in text.split(

@@ -25,7 +25,8 @@ def main() -> None:
     args = parser.parse_args()
     for name, least in {"samples": 1, "max_response_tokens": 1, "seed": 0}.items():
         check_range(name, getattr(args, name), least)
-    check_range("temperature", args.temperature, 0, 10)
+    if args.temperature:  # 0 is greedy
+        check_range("temperature", args.temperature, 0.01, 10)
     system = trained_with(args.model).get("system", "") if args.system is None else args.system
     model, tokenizer = load_model(args.model, pick_device(args.device), check=check_model)
     use_one_thread_if_small(model)

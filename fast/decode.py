@@ -300,7 +300,7 @@ def choose_loop(model: PreTrainedModel, ids: Tensor, mask: Tensor, want: Tensor,
         recorder = RecordingLogitsProcessor(forced, lengths, prompt)
         recorder.log_probs = want.new_zeros(model.get_input_embeddings().num_embeddings)
         own = functools.partial(decode_rows, block=3 * len(ids)) if model.loop else None
-        with contextlib.suppress(Exception):  # a loop the model was not made for can raise anything
+        try:
             if model.loop == LOOPS[0] and reads_values(model, ids[:, :1]):
                 continue
             model.generate(
@@ -312,6 +312,10 @@ def choose_loop(model: PreTrainedModel, ids: Tensor, mask: Tensor, want: Tensor,
             )
             if torch.allclose(recorder.log_probs[forced] * (want != 0), want, rtol=0, atol=close):
                 return True
+        except (MemoryError, torch.OutOfMemoryError):
+            raise
+        except Exception:  # a loop the model was not made for can raise anything
+            continue
     return False
 
 

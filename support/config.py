@@ -9,6 +9,7 @@ import dataclasses
 import difflib
 import json
 import math
+import re
 import sys
 from collections.abc import Callable, Collection
 from dataclasses import dataclass
@@ -18,7 +19,15 @@ from typing import Any
 from methods import METHODS, remaining_clipped
 from support.errors import InputError
 
-TASK = "data/recipes"  # the embedded task
+PROJECT = Path(__file__).parents[1]
+
+
+def in_project(path: str) -> str:
+    """The path of a file of the project, from where the command was started."""
+    return path if Path(path).exists() else str(PROJECT / path)
+
+
+TASK = in_project("data/recipes")  # the embedded task
 MOST = 10**9  # of a whole number that has no limit of its own: beyond it there are no steps, rows or tokens
 
 
@@ -36,7 +45,7 @@ class Config:
 
     # what
     method: str = knob("prefix-rft", "which method to train by", choices=METHODS)
-    model: str = knob("data/base", "HuggingFace model folder or hub name (paper: Qwen2.5-Math-7B)")
+    model: str = knob(in_project("data/base"), "HuggingFace model folder or hub name (paper: Qwen2.5-Math-7B)")
     data: str = knob(f"{TASK}/train.jsonl", "training problems, JSONL (format: data/README.md; paper: OpenR1-46k)")
     eval_data: str = knob("", "problems for the curve during the run (embedded task: its validation set)")
     test_data: str = knob("", "problems for the result at the end (embedded task: its test set)")
@@ -81,7 +90,7 @@ class Config:
     relift_buffer: int = knob(4, "demonstrations that wait for a ReLIFT update: those of a step (source: 128)", 1)
     weight_decay: float = knob(0.0, "of AdamW (paper: 0.01)", 0)
     adam_beta2: float = knob(0.99, "of AdamW (release: 0.999)", 0, 0.999999)
-    max_grad_norm: float = knob(1.0, "gradients are scaled down to this norm (release: 1)", 0)
+    max_grad_norm: float = knob(1.0, "gradients are scaled down to this norm; 0: they are not (release: 1)", 0)
     # evaluation
     eval_response_tokens: int = knob(120, "budget of a response in evaluation (paper: 8192)", 2)
     eval_samples: int = knob(4, "samples per test problem at temperature 1, beside greedy", 1)
@@ -95,7 +104,11 @@ class Config:
 
 
 class Parser(argparse.ArgumentParser):
-    """Of a command: what is wrong is a InputError, one line as any other."""
+    """Of a command: what is wrong is an InputError, one line as any other. Options begin with two dashes."""
+
+    def __init__(self, **settings: Any):
+        super().__init__(**settings)
+        self._negative_number_matcher = re.compile("-[^-]")  # of argparse: "-612;B*2?" is a problem
 
     def error(self, message: str) -> None:
         raise InputError(f"{message} (see python {self.prog} --help)")

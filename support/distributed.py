@@ -231,10 +231,11 @@ def total_norm(tensors: list[Tensor]) -> Tensor:
 
 
 def clip_gradients(parameters: Iterable[nn.Parameter], max_norm: float) -> float:
-    """Scale the gradient down to `max_norm` -> its norm over all ranks, before."""
+    """Scale the gradient down to `max_norm` (0: leave it) -> its norm over all ranks, before."""
     parameters = list(parameters)
     norm = total_norm([p.grad for p in parameters if p.grad is not None])
-    nn.utils.clip_grads_with_norm_(parameters, max_norm, norm)
+    if max_norm:
+        nn.utils.clip_grads_with_norm_(parameters, max_norm, norm)
     return float(norm)
 
 

@@ -13,7 +13,7 @@ from types import MethodType
 import torch
 from huggingface_hub.utils import logging as hub_logging
 from torch import Tensor, nn
-from transformers import AutoConfig, GenerationConfig, PreTrainedConfig, PreTrainedModel
+from transformers import AutoConfig, GenerationConfig, PreTrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
 from transformers.utils import logging
 
 from support.errors import InputError
@@ -38,12 +38,13 @@ def one_line(path: str) -> Iterator[None]:
     """Errors of transformers and the hub as a ValueError of one line, with the fix where there is one."""
     try:
         yield
-    except torch.OutOfMemoryError:
+    except (MemoryError, torch.OutOfMemoryError):
         raise
     except Exception as error:  # a damaged folder can raise anything
         reasons = {
             "trust_remote_code": "it needs code of its own, which is never run here: use another architecture",
             "gated repo": f"it is gated: ask for access at https://huggingface.co/{path}, then run  hf auth login",
+            "not a local folder": "it is neither a folder that exists nor a model of the hub",
             "couldn't connect": "the hub cannot be reached and its cache has not got it: give a model folder",
             "ignore_mismatched_sizes": "its weights do not have the shapes of its config.json",
         }
@@ -57,13 +58,21 @@ def load_config(path: str) -> PreTrainedConfig:
     if not sys.stderr.isatty():
         logging.disable_progress_bar()
     hub_logging.set_verbosity_error()  # without a network: our one line instead of every retry
-    if not Path(path).exists() and (path.count("/") != 1 or Path(path).parent.exists()):
+    if not Path(path).exists() and path.count("/") != 1:
         raise InputError(f"model {path!r} is neither a folder that exists nor a hub name (ORGANISATION/NAME)")
     final = Path(path) / "final"
     if final.is_dir() and not any(Path(path).glob("*.safetensors")):
         raise InputError(f"model {path!r} is a run's folder, its model is in {final}: give --model {final}")
+    if (Path(path) / "adapter_config.json").exists() and not (Path(path) / "config.json").exists():
+        raise InputError(f"model {path!r} is an adapter (LoRA): merge it into its model, and give that folder")
     with one_line(path):
-        return AutoConfig.from_pretrained(path, trust_remote_code=False)
+        config = AutoConfig.from_pretrained(path, trust_remote_code=False)
+        if quantised := getattr(config, "quantization_config", None):
+            kind = dict(quantised).get("quant_method", "its quantization_config")
+            raise InputError(f"its weights are quantised ({kind}): give the model that it was made from")
+        if config.is_encoder_decoder:
+            raise InputError("it is an encoder-decoder model: give a causal one")
+        return config
 
 
 def window_of(config: PreTrainedConfig) -> int | None:
@@ -110,6 +119,16 @@ def end_tokens(path: str, config: PreTrainedConfig) -> list[int]:
             raise
         ends = GenerationConfig.from_model_config(config).eos_token_id
     return [] if ends is None else [ends] if isinstance(ends, int) else list(ends)
+
+
+def limit_ids(tokenizer: PreTrainedTokenizerBase, config: PreTrainedConfig) -> None:
+    """Note how many rows the embedding has: some tokenizers have more tokens, and loader.encode refuses those only
+    that are used."""
+    tokenizer.embedding_rows = config.get_text_config().vocab_size
+    used = max(tokenizer.eos_token_id, tokenizer.pad_token_id or 0)
+    if used >= tokenizer.embedding_rows:
+        rows = f"its embedding {tokenizer.embedding_rows} rows"
+        raise InputError(f"its end or padding token has the id {used}, {rows}: set another one")
 
 
 def switch_off_noise(config: PreTrainedConfig) -> PreTrainedConfig:

@@ -69,6 +69,19 @@ def test_ctrl_c_is_one_line(name, function, words, monkeypatch, capsys):
     assert stop.value.code == 130 and capsys.readouterr().err == f"\n{name.removeprefix('data.')}.py: stopped\n"
 
 
+def test_a_problem_may_begin_with_a_minus_sign(capsys, monkeypatch):
+    monkeypatch.setattr(sys, "argv", ["sample.py", "-612;B*2?", "--model", "data/base", "--temperature", "0"])
+    command_module("sample").main()
+    assert capsys.readouterr().out.startswith("prompt  <bos>-612;B*2?\n  -> ")
+
+
+def test_defaults_are_those_of_the_project_wherever_it_is_started(tmp_path):
+    code = "import train, support.config; c = support.config.Config(); f = train.data_files(c)"
+    code += "\nimport os, sys; sys.exit(not all(map(os.path.exists, [c.model, *f.values()])) or len(f) != 3)"
+    env = os.environ | {"PYTHONPATH": os.getcwd()}
+    assert subprocess.run([sys.executable, "-c", code], cwd=tmp_path, env=env).returncode == 0
+
+
 def test_a_file_is_written_whole_or_not_at_all(tmp_path):
     path = tmp_path / "a.json"
     with replacing(path) as partial:

@@ -116,6 +116,18 @@ def test_a_pass_that_reads_values_is_not_recorded(tmp_path, tokenizer, monkeypat
     assert load_model(str(tmp_path / "m"), check=check_model)[0].loop == "masks of ours"
 
 
+@pytest.mark.parametrize("error", [torch.OutOfMemoryError("full"), MemoryError()])
+def test_full_memory_is_no_reason_for_another_loop(tmp_path, tokenizer, monkeypatch, error):
+    save_model(random_model(vocab_size=103), tokenizer, tmp_path / "m")
+
+    def full(*_, **__):
+        raise error
+
+    monkeypatch.setattr(decode, "reads_values", full)
+    with pytest.raises((torch.OutOfMemoryError, MemoryError)):
+        load_model(str(tmp_path / "m"), check=check_model)
+
+
 def test_equal_prompts_are_read_once_and_ended_rows_leave(model):
     prompts = {"p": [1, 9, 30], "q": [1, 9], "r": [9, 1, 30]}
     rows = [Row(0, (0, 0, name, i), ids, []) for name, ids in prompts.items() for i in range(8)]

@@ -334,6 +334,7 @@ def test_a_folder_that_cannot_be_made_is_one_line_with_the_fix(refused, command,
         ("--samples 10000000000000000000", "samples is 10000000000000000000, expected 1 to 1000000000"),
         ("--max_response_tokens 0", "max_response_tokens is 0, expected at least"),
         ("--temperature nan", "temperature is nan, expected"),
+        ("--temperature 1e-9", "temperature is 1e-09, expected 0.01 to 10"),
         ("--max_response_tokens 512", "(512) exceed the model's 512 positions: lower max_response_tokens to "),
     ],
 )

@@ -8,10 +8,11 @@ import pytest
 import torch
 from conftest import random_model
 from safetensors.torch import load_file, save_file
-from transformers import GPT2Config, GPT2LMHeadModel
+from transformers import AutoTokenizer, GPT2Config, GPT2LMHeadModel
 from transformers.models.llama.modeling_llama import LlamaRMSNorm
 
 import model as models
+from data.loader import encode
 from fast.check import check_model
 from model import load_model, save_model, token_stats
 from support import distributed, loading
@@ -234,6 +235,47 @@ def test_weights_that_are_not_finite_or_far_too_large_are_called_damaged(tmp_pat
     save_model(model, tokenizer, tmp_path / "m")
     with pytest.raises(ValueError, match="its logits are not finite, so its weights are damaged"):
         load_model(str(tmp_path / "m"), check=check_model)
+
+
+def test_a_token_without_a_row_is_refused_only_where_it_is_used(tmp_path, tokenizer):
+    """As Gemma 3's tokenizer has one more token than its embedding rows."""
+    save_model(random_model(vocab_size=len(tokenizer)), tokenizer, tmp_path / "m")
+    longer = AutoTokenizer.from_pretrained(tmp_path / "m")
+    longer.add_tokens(["<image>"])
+    longer.save_pretrained(tmp_path / "m")
+    _, longer = load_model(str(tmp_path / "m"), check=check_model)
+    assert encode(longer, "1+1") == encode(tokenizer, "1+1")
+    with pytest.raises(ValueError, match=r"^problem 'p': '<image>' has the id 101, the model's embedding 101 rows"):
+        encode(longer, "1<image>", "problem 'p'")
+    longer.pad_token = "<image>"
+    longer.save_pretrained(tmp_path / "m")
+    with pytest.raises(ValueError, match="its end or padding token has the id 101, its embedding 101 rows"):
+        load_model(str(tmp_path / "m"))
+
+
+@pytest.mark.parametrize(
+    "fields, message",
+    [
+        (
+            {"quantization_config": {"quant_method": "bitsandbytes", "load_in_4bit": True}},
+            r"its weights are quantised \(bitsandbytes\): give the model that it was made from$",
+        ),
+        ({"quantization_config": {"quant_method": "gptq", "bits": 4}}, r"quantised \(gptq\)"),
+        ({"model_type": "t5"}, "it is an encoder-decoder model: give a causal one$"),
+    ],
+)
+def test_what_is_out_of_scope_is_said_from_the_config(tmp_path, tokenizer, fields, message):
+    save_model(random_model(vocab_size=len(tokenizer)), tokenizer, tmp_path / "m")
+    config = json.loads((tmp_path / "m" / "config.json").read_text())
+    (tmp_path / "m" / "config.json").write_text(json.dumps(config | fields))
+    with pytest.raises(ValueError, match=message):
+        load_model(str(tmp_path / "m"))
+
+
+def test_an_adapter_is_called_one(tmp_path):
+    (tmp_path / "adapter_config.json").write_text('{"base_model_name_or_path": "data/base"}')
+    with pytest.raises(ValueError, match=r"is an adapter \(LoRA\): merge it into its model, and give that folder$"):
+        load_model(str(tmp_path))
 
 
 class AddsItsInput(LlamaRMSNorm):

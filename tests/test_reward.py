@@ -257,6 +257,29 @@ def test_a_reward_of_ones_own_gives_partial_credit(tmp_path):
     assert load_reward(f"{path}:reward").fingerprint != before
 
 
+@pytest.mark.parametrize(
+    "value, want",
+    [
+        ("0.7 + 0.2 + 0.1", 1.0),
+        ("0.1 + 0.2 + 0.7 + 1e-16", 1.0),
+        ("1.1 - 0.1 + 2e-16", 1.0),
+        ("0.1 + 0.2", 0.3),
+        ("1e-17", 0.0),
+        ("True", 1.0),
+        ("np.float32(0.7) + np.float32(0.3)", 1.0),
+        ("np.bool_(True)", 1.0),
+        ("np.array(0.5)", 0.5),
+        ("torch.tensor(0.3)", 0.3),
+        ("torch.tensor(True)", 1.0),
+    ],
+)
+def test_a_reward_is_a_number_whatever_made_it(tmp_path, value, want):
+    path = own(tmp_path, value)
+    path.write_text(path.read_text() + "\nimport numpy as np\nimport torch\n")
+    rewards = grade_all(load_reward(f"{path}:wrong"), ["x"], [PROBLEM])
+    assert rewards == [want] and type(rewards[0]) is float
+
+
 def test_the_fingerprint_of_math_is_that_of_all_its_code(tmp_path, monkeypatch):
     """Of reward.py and of every file of answers/."""
     here = Path(reward.__file__)
@@ -307,6 +330,8 @@ def test_a_reward_that_cannot_be_had_is_one_line(tmp_path, spec, said):
         ("wrong", "float('nan')", "gave nan"),
         ("wrong", "'1'", "gave '1'"),
         ("wrong", "None", "gave None"),
+        ("wrong", "1.001", "gave 1.001"),
+        ("wrong", "[1.0]", r"gave \[1.0\]"),
     ],
 )
 def test_what_a_reward_gives_is_checked(tmp_path, name, value, said):

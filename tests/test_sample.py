@@ -5,6 +5,7 @@ import functools
 import json
 import math
 
+import numpy as np
 import pytest
 import torch
 from conftest import random_model
@@ -24,6 +25,7 @@ from sample import (
     plan_group,
     prefix_fraction,
     prefix_length,
+    seed_of,
     torch_generator,
     uniforms,
 )
@@ -34,6 +36,10 @@ from sample import (
 def fractions(step, schedule, total=500, draws=2000):
     generator = torch.Generator().manual_seed(0)
     return torch.tensor([prefix_fraction(step, total, schedule, generator) for _ in range(draws)])
+
+
+def test_a_seed_depends_on_the_number_not_on_who_made_it():
+    assert seed_of(np.int64(3), "a", np.str_("b")) == seed_of(3, "a", "b") != seed_of("3", "a", "b")
 
 
 @pytest.mark.parametrize("step", [0, 100, 250, 400, 500])

@@ -168,7 +168,8 @@ def test_kill_9_and_resume_give_the_same_bits(task, whole, tmp_path, monkeypatch
     assert_same_run(out, whole[0])
 
 
-def test_sigterm_ends_after_the_step_and_says_how_to_go_on(task, whole, tmp_path, monkeypatch, capsys):
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGUSR1], ids=lambda number: number.name)
+def test_a_signal_ends_after_the_step_and_says_how_to_go_on(number, task, whole, tmp_path, monkeypatch, capsys):
     out = tmp_path / "run"
     argv = arguments(task, out, save_every=0)
     process = subprocess.Popen([sys.executable, "train.py", *argv], cwd=ROOT, stdout=subprocess.PIPE, text=True)
@@ -177,9 +178,9 @@ def test_sigterm_ends_after_the_step_and_says_how_to_go_on(task, whole, tmp_path
         (out / "metrics.jsonl").exists() and (out / "metrics.jsonl").stat().st_size
     ):
         time.sleep(0.005)
-    process.send_signal(signal.SIGTERM)
+    process.send_signal(number)
     text, _ = process.communicate(timeout=120)
-    assert process.returncode == 143
+    assert process.returncode == 128 + number
     line = text.splitlines()[-1]
     assert line.startswith("stopped after step") and "--resume auto" in line
     monkeypatch.chdir(ROOT)
@@ -188,6 +189,23 @@ def test_sigterm_ends_after_the_step_and_says_how_to_go_on(task, whole, tmp_path
     assert_same_run(out, whole[0])
     assert train.train(config) == 0  # a finished run: nothing changes
     assert_same_run(out, whole[0])
+
+
+def test_signals_that_announce_an_end_are_caught_but_not_what_nohup_ignores(monkeypatch):
+    numbers = [signal.SIGINT, signal.SIGTERM, signal.SIGUSR1, signal.SIGUSR2, signal.SIGXCPU, signal.SIGHUP]
+    before = {number: signal.getsignal(number) for number in numbers}
+    try:
+        signal.signal(signal.SIGHUP, signal.SIG_IGN)
+        caught = train.catch_signals()
+        assert signal.getsignal(signal.SIGHUP) == signal.SIG_IGN
+        signal.signal(signal.SIGHUP, signal.SIG_DFL)
+        for number in numbers:
+            caught = train.catch_signals()
+            signal.raise_signal(number)
+            assert caught == [number]
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
 
 
 def test_resume_refuses_other_settings_and_an_existing_folder(task, whole, monkeypatch, capsys):

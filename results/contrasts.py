@@ -1,0 +1,137 @@
+"""The contrasts of the second study: Prefix-RFT minus each other method, by cell, budget and temperature, over bases.
+
+PROTOCOL.md has the rules; horizon.py makes the runs, report.py writes horizon/report.md with what stands here.
+"""
+
+import pandas as pd
+from scipy.stats import ttest_1samp
+
+from evaluation.report import markdown_table, percent
+from results.horizon import BUDGETS, CELLS, METHODS, MOST, TEMPERATURES, Stored, plan, trial_score
+
+OURS, RIVALS = METHODS[0], METHODS[1:]
+PRIMARY = ("habit-512", MOST, "T = 0.6", "sft-rft")  # cell, budget, temperature, rival
+KEYS = ["cell", "budget", "temperature"]
+
+
+def run_frame(stored: Stored) -> pd.DataFrame:
+    """A row for each run, budget and temperature: accuracy (0 where it diverged) and what it cost up to there."""
+    rows = [
+        [
+            line["cell"],
+            int(budget),
+            temperature,
+            line["base"],
+            line["method"],
+            scores.get(temperature, {"all": 0.0})["all"],
+        ]
+        + [scores.get(name) for name in ("sampled", "trained", "supervised", "seconds")]
+        for line in stored.values()
+        if line["method"] != "base" and not line["trial"]
+        for budget, scores in line["budgets"].items()
+        for temperature in TEMPERATURES
+    ]
+    columns = [*KEYS, "base", "method", "accuracy", "sampled", "trained", "supervised", "seconds"]
+    return pd.DataFrame(rows, columns=columns)
+
+
+def difference_frame(runs: pd.DataFrame) -> pd.DataFrame:
+    """A row for each rival and base: the accuracy of OURS minus that of the rival."""
+    wide = runs.pivot(index=[*KEYS, "base"], columns="method", values="accuracy").reindex(columns=list(METHODS))
+    differences = wide[list(RIVALS)].rsub(wide[OURS], axis=0)
+    return differences.melt(ignore_index=False, var_name="rival", value_name="difference").dropna().reset_index()
+
+
+def contrast_frame(runs: pd.DataFrame) -> pd.DataFrame:
+    """Mean difference over bases, 95% interval and p of Student's t (one base: none), and which of the secondary ones
+    are significant at 5% by Holm."""
+
+    def contrast(values: pd.Series) -> pd.Series:
+        found = {"bases": len(values), "mean": values.mean(), "low": None, "high": None, "p": None}
+        if len(values) > 1:
+            test = ttest_1samp(values, 0)
+            found |= {
+                "low": test.confidence_interval().low,
+                "high": test.confidence_interval().high,
+                "p": test.pvalue,
+            }
+        return pd.Series(found)
+
+    groups = difference_frame(runs).groupby([*KEYS, "rival"])["difference"]
+    table = groups.apply(contrast).unstack().reindex(columns=["bases", "mean", "low", "high", "p"])
+    table["holm"] = holm(table["p"].drop(PRIMARY, errors="ignore").dropna().astype(float))
+    return table
+
+
+def holm(p: pd.Series) -> pd.Series:
+    """Whether each is significant at 5%, corrected: from the smallest on, until one is above 0.05 / those left."""
+    ordered = p.sort_values()
+    return (ordered <= 0.05 / (len(p) - pd.Series(range(len(p)), index=ordered.index))).cummin()
+
+
+def cell_of(row: pd.Series) -> str:
+    """A contrast as text, in points; bold where Holm's correction leaves it significant."""
+    if pd.isna(row["low"]):
+        return f"{100 * row['mean']:+.1f}"
+    told = f"{100 * row['mean']:+.1f} {percent(row['low'], row['high'])}"
+    return f"**{told}**" if row["holm"] == 1 else told
+
+
+def contrast_table(contrasts: pd.DataFrame, cell: str) -> str:
+    rows = [[f"{OURS} minus", "", "bases", *(f"{budget} steps" for budget in BUDGETS)]]
+    for rival in RIVALS:
+        for temperature in TEMPERATURES:
+            keys = [(cell, budget, temperature, rival) for budget in BUDGETS]
+            told = [cell_of(contrasts.loc[key]) if key in contrasts.index else "–" for key in keys]
+            counts = {f"{contrasts.loc[key]['bases']:.0f}" for key in keys if key in contrasts.index}
+            if counts:
+                rows.append([rival, temperature, " to ".join(sorted(counts)), *told])
+    return markdown_table(rows) if len(rows) > 1 else "No contrast yet.\n"
+
+
+def run_table(runs: pd.DataFrame, cell: str) -> str:
+    """Accuracy of each base, and what a run costs: means over bases."""
+    rows = [
+        ["method", "steps", *TEMPERATURES, "thousands of tokens: sampled", "trained", "supervised", "CPU seconds"]
+    ]
+    for (method, budget), group in runs[runs["cell"] == cell].groupby(["method", "budget"]):
+        by_temperature = group.sort_values("base").groupby("temperature")["accuracy"]
+        told = [", ".join(map(percent, by_temperature.get_group(name))) for name in TEMPERATURES]
+        tokens = [f"{group[name].mean() / 1000:.0f}" for name in ("sampled", "trained", "supervised")]
+        rows.append([method, str(budget), *told, *tokens, f"{group['seconds'].mean():.0f}"])
+    return markdown_table(rows)
+
+
+def trial_rows(stored: Stored, cell: str) -> list[list[str]]:
+    rows = []
+    for name, line in stored.items():
+        if line["trial"] and line["cell"] == cell:
+            (scores,) = line["budgets"].values()
+            told = ", ".join(f"{key} {value:g}" for key, value in line["settings"].items())
+            each = [percent(scores[name]["all"]) if name in scores else "diverged" for name in TEMPERATURES]
+            rows.append([name.removeprefix(f"{cell}-"), told, percent(trial_score(line)), *each])
+    return rows
+
+
+def report_text(stored: Stored) -> str:
+    """horizon/report.md."""
+    runs = run_frame(stored)
+    contrasts = contrast_frame(runs) if len(difference_frame(runs)) else pd.DataFrame()
+    primary = contrasts.loc[PRIMARY] if PRIMARY in contrasts.index else None
+    told = "no base yet" if primary is None else f"{cell_of(primary)}, {primary['bases']:.0f} of 6 bases"
+    jobs = plan()
+    parts = [
+        "# Horizon × demonstrations, over base models\n\nWritten by `python results/report.py`. So far "
+        f"{sum(job.name in stored for job in jobs)} of {len(jobs)} jobs are done (trials, runs, base models).\n",
+        f"**Primary contrast** (Prefix-RFT − SFT→RFT, {PRIMARY[0]}, {PRIMARY[1]} steps, {PRIMARY[2]}): {told}\n",
+        "Differences in points with 95% intervals over bases; bold: significant after Holm's correction.\n",
+    ]
+    for cell in CELLS:
+        trials = trial_rows(stored, cell)
+        if (runs["cell"] == cell).any():
+            parts += [f"## {cell}\n", contrast_table(contrasts, cell)]
+            parts += ["Accuracy in %, a number a base\n", run_table(runs, cell)]
+        if trials:
+            header = ["trial", "settings", "validation: mean", *TEMPERATURES]
+            parts += [f"## {cell}: trials, on validation problems\n", markdown_table([header, *trials])]
+    return "\n".join(parts)

@@ -1,0 +1,101 @@
+"""The stored runs of the first study: what its files hold, and groups of runs by name.
+
+A line of study/REGIME.jsonl is a trial or run: regime, method, seed, trial, settings; `made_of`, fingerprints of base
+and data; `scores`, accuracies: validation, and test by level, greedy and "sampled" (at temperature 1); `right`, a
+digit for each test problem: how many samples are right (of 1, of 4); `tokens`; `curve`, over the steps. The base has
+method "base". Trials stand after the runs; runs in the protocol's order, which tables follow.
+
+A line of study/ceiling.jsonl is 256 samples of each of 100 hard and 100 ood problems from a model of habit: `right`
+is a list, `scores` are pass@k.
+
+Left out: what made them, results/study.py up to commit 52a8b38 (PROTOCOL.md says how to run it again).
+"""
+
+import json
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from data.make_recipes import LEVELS, PROBLEMS_PER_LEVEL
+from evaluation.statistics import pass_at_k
+
+Line = dict[str, Any]
+Stored = dict[str, list[Line]]  # by regime
+
+STUDY = Path("results/study")
+REGIMES = {
+    "habit": "128 of 512 problems demonstrated",
+    "silent": "128 problems with k = 6, 32 demonstrated",
+    "scarce": "few demonstrations for 512 problems",
+    "weak": "habit with weaker experts",
+    "twin": "habit on a base of another pretraining seed",
+}
+CEILING = "ceiling"
+SAMPLES = {"greedy": 1, "sampled": 4}  # of each test problem, by kind of measure
+KINDS = {"greedy": "greedy", "sampled": "T = 1"}
+CEILING_LEVELS, CEILING_SAMPLES = ("hard", "ood"), 256
+EQUAL = "sft-rft-equal"  # sft-rft, stopped when it has as many tokens as rft and prefix-rft
+
+
+def read_store(store: Path = STUDY) -> Stored:
+    paths = {name: store / f"{name}.jsonl" for name in (*REGIMES, CEILING)}
+    return {name: [json.loads(text) for text in path.read_bytes().splitlines()] for name, path in paths.items()}
+
+
+def variant_of(line: Line) -> str:
+    """What a run is told apart by in scarce (the number of demonstrations) and in weak (the expert)."""
+    settings = line["settings"]
+    variants = {"scarce": settings.get("demonstrations"), "weak": settings.get("expert")}
+    return str(variants.get(line["regime"]) or "")
+
+
+def name_of(line: Line) -> str:
+    """`method`, or `method@variant`."""
+    return "@".join(filter(None, (line["method"], variant_of(line))))
+
+
+def runs_of(lines: Sequence[Line], name: str) -> list[Line]:
+    """The runs of a method, or of `method@variant`."""
+    return [line for line in lines if not line["trial"] and name in (line["method"], name_of(line))]
+
+
+def names_of(lines: Sequence[Line]) -> list[str]:
+    """The groups of runs, in the protocol's order."""
+    return list(dict.fromkeys(name_of(line) for line in lines if not line["trial"]))
+
+
+def trials_of(lines: Sequence[Line], method: str) -> list[Line]:
+    return [line for line in lines if line["trial"] and line["method"] == method]
+
+
+def trial_score(line: Line) -> float:
+    """What a choice of settings looked at; 0 for a trial that diverged."""
+    scores = line["scores"].get("validation", {})
+    return (scores["greedy"] + scores["sampled"]) / 2 if scores else 0.0
+
+
+def scores(lines: Sequence[Line], kind: str, level: str = "all") -> np.ndarray:
+    """[runs, test problems] share of right samples, on the problems of a level."""
+    levels = np.repeat(list(LEVELS), PROBLEMS_PER_LEVEL["test"])
+    right = np.array([list(line["right"][kind]) for line in lines], dtype=float)
+    return right[:, (levels == level) | (level == "all")] / SAMPLES[kind]
+
+
+def accuracies(lines: Sequence[Line], kind: str, level: str = "all") -> np.ndarray:
+    """[runs] of each run."""
+    return scores(lines, kind, level).mean(1)
+
+
+def solved(lines: Sequence[Line], tries: int, level: str = "all") -> np.ndarray:
+    """[models, problems] pass@`tries` of the lines of ceiling, by the unbiased estimator."""
+    levels = np.repeat(CEILING_LEVELS, 100)
+    places = np.flatnonzero((levels == level) | (level == "all"))
+    return np.array([[pass_at_k(CEILING_SAMPLES, line["right"][i], tries) for i in places] for line in lines])
+
+
+def prefix_lead(line: Line) -> list[float]:
+    """Mean reward of hybrid rows minus that of on-policy ones, over the parts of a run."""
+    pairs = zip(line["curve"]["hybrid"], line["curve"]["on_policy"])
+    return [hybrid - own for hybrid, own in pairs if hybrid is not None and own is not None]

@@ -8,7 +8,7 @@ method "base". Trials stand after the runs; runs in the protocol's order, which 
 A line of study/ceiling.jsonl is 256 samples of each of 100 hard and 100 ood problems from a model of habit: `right`
 is a list, `scores` are pass@k.
 
-Left out: what made them, results/study.py up to commit 52a8b38 (PROTOCOL.md says how to run it again).
+Left out: what made them; it stands in the history (PROTOCOL.md says where).
 """
 
 import json

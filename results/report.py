@@ -20,6 +20,7 @@ from results.claims import difference, mean_interval, question_rows, verdict_row
 from results.drawing import draw_all
 from results.records import KINDS, STUDY, Line, Stored, accuracies, names_of, runs_of, scores, solved
 from support.checkpoint import write_text
+from support.errors import InputError
 
 README = Path("results/README.md")
 BEGIN, END = "<!-- questions: written by results/report.py -->", "<!-- end of questions -->"
@@ -149,7 +150,7 @@ def report_text(stored: Stored) -> str:
 def with_questions(readme: str, stored: Stored) -> str:
     """README.md with its table renewed; ValueError where its place is gone."""
     if readme.count(BEGIN) != 1 or readme.count(END) != 1:
-        raise ValueError(f"{README}: found no single pair of lines {BEGIN!r} and {END!r}: restore them")
+        raise InputError(f"{README}: found no single pair of lines {BEGIN!r} and {END!r}: restore them")
     before, _, rest = readme.partition(BEGIN)
     return f"{before}{BEGIN}\n{plain_table(question_rows(stored))}{END}{rest.partition(END)[2]}"
 

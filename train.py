@@ -29,7 +29,7 @@ from methods import METHODS, Collector, sft_learning_rate
 from model import load_model, load_tokenizer, save_model
 from reward import Reward, load_reward
 from sample import prefix_range, seed_of
-from step import Run, problems_of_step, rl_step, sft_step
+from step import Run, Step, problems_of_step, rl_step, sft_step
 from support import checkpoint, console, distributed
 from support.command import command
 from support.config import TASK, Config, parse_config
@@ -236,6 +236,19 @@ def stages(run: Run) -> tuple[int, int]:
     return run.config.sft_steps * ("sft" in wanted), run.config.steps * ("rl" in wanted)
 
 
+def one_step(run: Run, step: int) -> tuple[dict[str, Any], Step | None]:
+    """Step `step` of both stages together -> its metrics and, of reinforcement, what was done."""
+    config, (sft_steps, _) = run.config, stages(run)
+    if step < sft_steps:
+        picked = problems_of_step(len(run.data.supervised), config.sft_batch, step, config.seed, "sft order")
+        problems, lr = [run.data.supervised[i] for i in picked], sft_learning_rate(step, config)
+        return sft_metrics(sft_step(run, problems, step, run.optimizer, lr), lr), None
+    if step == sft_steps:  # each stage starts with a fresh optimizer, as two runs would
+        run.optimizer = new_optimizer(run.model, config)
+    result = rl_step(run, step - sft_steps)
+    return rl_metrics(run, result), result
+
+
 def train_in(folder: Path, run: Run, start: int, watch: Watch) -> int:
     """The steps after `start`, and the result -> the exit code."""
     config, (sft_steps, rl_steps) = run.config, stages(run)
@@ -254,18 +267,9 @@ def train_in(folder: Path, run: Run, start: int, watch: Watch) -> int:
     stopped = catch_signals()
     with console.Progress(folder, total, start, config.tensorboard, watch) as progress:
         for step in range(start, total):
-            if step < sft_steps:
-                picked = problems_of_step(len(run.data.supervised), config.sft_batch, step, config.seed, "sft order")
-                problems = [run.data.supervised[i] for i in picked]
-                lr = sft_learning_rate(step, config)
-                metrics = sft_metrics(sft_step(run, problems, step, run.optimizer, lr), lr)
-                shown, group = [], None
-            else:
-                if step == sft_steps:  # each stage starts with a fresh optimizer, as two runs would
-                    run.optimizer = new_optimizer(run.model, config)
-                result = rl_step(run, step - sft_steps)
-                metrics, shown = rl_metrics(run, result), example_rows(run, result)
-                group = record_group(run, result) if step == sft_steps or due(step + 1) else None
+            metrics, result = one_step(run, step)
+            shown = example_rows(run, result) if result else []
+            group = record_group(run, result) if result and (step == sft_steps or due(step + 1)) else None
             done, stop = step + 1, distributed.from_rank_0(stopped)
             if due(done):
                 table = accuracy(run, "validation", 0.0, f"step {done}: validation")

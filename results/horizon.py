@@ -30,10 +30,10 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 import torch
 
 from data.make_recipes import TRAIN_PROBLEMS, make_splits, write_jsonl
-from step import Run, problems_of_step, rl_step, sft_learning_rate, sft_step
+from step import Run
 from support.checkpoint import sha256, write_text
 from support.config import Config, from_dict
-from train import accuracy, new_optimizer, prepare
+from train import accuracy, one_step, prepare, stages
 
 STORE, WORK = Path("results/horizon"), Path("runs/horizon")
 BUDGETS = (60, 120, 240, 480)  # steps at which a run is evaluated
@@ -172,25 +172,14 @@ def measure(run: Run, which: str) -> dict[str, Any]:
     return scores
 
 
-def train_step(run: Run, step: int) -> dict[str, Any]:
-    """Step `step` of all, as train.py makes it -> its metrics."""
-    config = run.config
-    if step < run.sft_steps:
-        picked = problems_of_step(len(run.data.supervised), config.sft_batch, step, config.seed, "sft order")
-        problems = [run.data.supervised[i] for i in picked]
-        return sft_step(run, problems, step, run.optimizer, sft_learning_rate(step, config))
-    if step == run.sft_steps:
-        run.optimizer = new_optimizer(run.model, config)
-    return rl_step(run, step - run.sft_steps)[0]
-
-
 def budgets(run: Run, job: Job) -> Iterator[tuple[str, dict[str, Any]]]:
     """Train, and at each budget that this run has give its scores and what it cost up to there."""
-    counted, cost = job.steps - run.total_steps, Counter(seconds=0.0, sampled=0, trained=0, supervised=0)
+    total, cost = sum(stages(run)), Counter(seconds=0.0, sampled=0, trained=0, supervised=0)
+    counted = job.steps - total  # less than 0: the supervised updates are more than the steps they count as
     due = BUDGETS if job.method != "prefix-rft" and not job.trial else (job.steps,)
-    for step in range(run.total_steps):
+    for step in range(total):
         start = time.process_time()
-        metrics = train_step(run, step)
+        metrics, _ = one_step(run, step)
         cost["seconds"] += time.process_time() - start
         cost["sampled"] += metrics.get("sampled_tokens", 0)
         cost["trained" if "reward" in metrics else "supervised"] += metrics["trained_tokens"]

@@ -70,8 +70,9 @@ def advantages(
     | group [paper, section 3 text] | r - mean(all N)     | r_h - mean(all N)      | r_h - mean(all N) |
 
     A prefix starts where the on-policy rows start, at the prompt, so it is compared with them. A continuation starts
-    at the end of its own prefix, where no on-policy row starts, so it is compared with nothing and keeps r_h. A
-    single on-policy row gets r - r = 0 (the release: r). prefix_advantage means something for hybrid rows only.
+    at the end of its own prefix, where no on-policy row starts, so it is compared with nothing and keeps r_h; not
+    with a second hybrid row either (hybrid_per_prompt 2), also where both got the same prefix, as in the first steps.
+    A single on-policy row gets r - r = 0 (the release: r). prefix_advantage means something for hybrid rows only.
     scale_by_std divides what has a baseline by the unbiased standard deviation of the baseline's rows + 1e-6 (GRPO;
     Dr.GRPO and the paper do not); where these rows have equal rewards nothing is divided.
     """

@@ -58,7 +58,7 @@ def rl_metrics(run: Any, step: Any) -> dict[str, Any]:
         "entropy": average(batch.entropy[policy]),
         "log_prob_gap": average((batch.old_log_probs[policy] - drawn).abs()),
         "surprise": average((-batch.old_log_probs - batch.entropy)[policy]),
-        "clip_fraction": (weighted - with_weight) / max(1, weighted),
+        "clip_fraction": max(0, weighted - with_weight) / max(1, weighted),
         "response_tokens": average(rollouts.response_mask.sum(1)),
         "truncated": average([row.truncated for row in sampled]),
         "unread": average([not (row.truncated or run.reward.is_read(row.text)) for row in sampled]),

@@ -124,8 +124,8 @@ def of_step(row: dict[str, Any], largest_gap: float) -> dict[str, str]:
     supervised |= {"relift_tokens": "relift_skipped_updates"}
     if any(row.get(tokens) == 0 and not row[skipped] for tokens, skipped in supervised.items()):
         warnings["no_weight"] = (
-            "an update on demonstrations changed nothing: before it, when p counts as 1, the method's "
-            "demonstration_weight (methods.METHODS) is 0 for all of their tokens"
+            "an update on demonstrations changed nothing: the method's demonstration_weight (methods.METHODS) is 0 "
+            "for all of their tokens"
         )
     if (gap := row.get("log_prob_gap") or 0.0) > largest_gap:
         warnings["log_prob_gap"] = (

@@ -174,7 +174,7 @@ def work(number: int, folder: Path, port: int) -> None:
     found = {method: some_steps(folder, method) for method in CASES}
     found["resumed"] = {method: resumed(folder, method, saved_by=1) for method in RESUMED}
     found["equal"] = equal_rewards(folder)
-    found["scaled down"] = {max_norm: scaled_down(folder, max_norm) for max_norm in (0.5, 1e6)}
+    found["scaled down"] = {max_norm: scaled_down(folder, max_norm) for max_norm in (0.5, 1e6, 0)}
     found["split"] = all(isinstance(p, DTensor) for p in started(folder, "sft").model.parameters())
     try:
         train.check_ranks(from_dict({"prompts_per_step": 1, "updates_per_step": 1}))
@@ -237,7 +237,7 @@ def test_a_checkpoint_resumes_on_any_number_of_ranks(results, method):
         assert_same(method, one[method], found)
 
 
-@pytest.mark.parametrize("max_norm", [0.5, 1e6])
+@pytest.mark.parametrize("max_norm", [0.5, 1e6, 0])  # 0: not scaled
 def test_a_gradient_is_scaled_down_by_its_norm_over_all_ranks(results, max_norm):
     folder, _, two = results
     weights = dict(AutoModelForCausalLM.from_pretrained(folder / "model").named_parameters())
@@ -246,7 +246,7 @@ def test_a_gradient_is_scaled_down_by_its_norm_over_all_ranks(results, max_norm)
     close = sum(weight.numel() for weight in weights.values()) * 2**-24  # terms of the sum
     assert found["norm"] == pytest.approx(norm, rel=close)
     for name, weight in weights.items():
-        wanted = weight.detach() * min(1.0, max_norm / norm)
+        wanted = weight.detach() * min(1.0, (max_norm or norm) / norm)
         torch.testing.assert_close(found["gradient"][name], wanted, rtol=close, atol=0)
 
 

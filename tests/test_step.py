@@ -13,7 +13,7 @@ from conftest import ALL_WRONG, BY_LENGTH, random_model, rounding
 import step as steps
 from data.loader import Data, Encoded, Problem
 from loss import Tokens, clipped
-from methods import METHODS, Collector, sft_learning_rate, unclipped, unsolved_groups, zero
+from methods import METHODS, Collector, Method, sft_learning_rate, unclipped, unsolved_groups, zero
 from sample import Row
 from step import Run, mini_batch_tokens, problems_of_step, rl_step, rollout_batch, sft_step, update
 from support.config import Config, from_dict
@@ -241,6 +241,56 @@ def test_nothing_is_nan_in_the_corner_cases(tokenizer, method, case):
     weights = (METHODS[method].policy_weight, METHODS[method].demonstration_weight)
     if case == "all wrong" and all(weight in compared for weight in weights):
         assert all((a == b).all() for a, b in zip(before, run.model.parameters()))  # no signal, no step
+
+
+@pytest.mark.parametrize("baseline", ["on_policy", "group"])
+def test_two_hybrid_rows_with_one_prefix_are_not_each_others_baseline(tokenizer, baseline):
+    """At the first step both get 95% of the demonstration. Under `on_policy` a continuation keeps its reward."""
+    run = make_run(tokenizer, hybrid_per_prompt=2, baseline=baseline)
+    batch = rollout_batch(run, [0, 1, 2, 3], 0)
+    for group in range(4):
+        rows = [row for row in batch.rows if row.group == group]
+        members = batch.rollouts.group == group
+        hybrid = members & batch.rollouts.hybrid
+        assert len(rows) == 4 and hybrid.sum() == 2 and rows[2].prefix_ids == rows[3].prefix_ids != []
+        compared = members if baseline == "group" else members & ~hybrid
+        above = batch.rewards[hybrid] - batch.rewards[compared].mean()
+        torch.testing.assert_close(batch.prefix_advantage[hybrid], above)
+        kept = batch.rewards[hybrid] if baseline == "on_policy" else above
+        torch.testing.assert_close(batch.response_advantage[hybrid], kept)
+
+
+def far_from_known(t: Tokens) -> torch.Tensor:
+    """(1 − p)·Z/T_d: nothing where p = 1."""
+    return (1 - t.log_probs.exp()) * t.normalizer / max(1, t.demonstration_tokens)
+
+
+def moved_apart(t: Tokens) -> torch.Tensor:
+    """1 − r: nothing before the first update."""
+    return 1 - (t.log_probs - t.old_log_probs).exp()
+
+
+@pytest.mark.parametrize("updates", [1, 2])
+@pytest.mark.parametrize("rows", ["hybrid", "demonstration", "shared_prefix"])
+def test_a_weight_that_vanishes_at_p_1_trains_and_is_counted(tokenizer, rows, updates):
+    """Old log-probs that are not known yet must not stand for p = 1."""
+    run = make_run(tokenizer, lr=0.5, updates_per_step=updates)
+    run.method = Method("own", rows, zero, far_from_known, baseline="group")
+    metrics = rl_metrics(run, rl_step(run, 0))
+    demonstration_tokens = metrics["prefix_tokens"]
+    assert metrics["grad_norm"] > 0 and metrics["trained_tokens"] == demonstration_tokens > 0
+    assert metrics["clip_fraction"] == 0
+    run.method = Method("own", "demonstration", demonstration_weight=far_from_known, stages=("sft",))
+    step = sft_step(run, run.data.supervised[:3], 0, run.optimizer, 0.5)
+    count = sum(len(problem.demonstrations[0]) + 1 for problem in run.data.supervised[:3])
+    assert step.updates[0]["grad_norm"] > 0 and step.updates[0]["with_weight"] == count
+
+
+def test_no_share_of_tokens_is_negative(tokenizer):
+    """Of a weight that is 0 before the first update the second has more than there were before."""
+    run = make_run(tokenizer, lr=0.5, updates_per_step=2)
+    run.method = Method("own", "hybrid", moved_apart, clipped)
+    assert 0 <= rl_metrics(run, rl_step(run, 0))["clip_fraction"] <= 1
 
 
 def test_metrics_describe_the_whole_batch(tokenizer):

@@ -75,7 +75,7 @@ def test_a_run_that_goes_on_elsewhere_recalls_what_was_said_and_nothing_else():
 
 
 @pytest.mark.parametrize("method", ["sft-rft", "relift"])
-@pytest.mark.parametrize("weight", [zero, uncertain_means], ids=["zero", "zero at p = 1, which the batch has"])
+@pytest.mark.parametrize("weight", [zero, uncertain_means], ids=["zero", "zero without own tokens, as here"])
 def test_updates_on_demonstrations_without_weight_are_told(tokenizer, method, weight):
     """Of the sft stage and of ReLIFT; an update that was skipped is not one of them."""
     for given in (METHODS[method], variant(METHODS[method], demonstration_weight=weight)):

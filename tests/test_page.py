@@ -38,42 +38,35 @@ def content() -> dict:
 
 
 @pytest.fixture(scope="module")
-def browser(tmp_path_factory):
-    selenium = pytest.importorskip("selenium.webdriver")
-    paths = [shutil.which(name) for name in ("chromium", "chromedriver")]
-    if not all(paths):
+def shown(tmp_path_factory):
+    """shown(content): a browser with the page in it."""
+    selenium, folder = pytest.importorskip("selenium.webdriver"), tmp_path_factory.mktemp("chromium")
+    chromium, driver = shutil.which("chromium"), shutil.which("chromedriver")
+    if not (chromium and driver):
         pytest.skip("needs chromium and chromedriver")
     options = selenium.ChromeOptions()
-    options.binary_location = paths[0]
-    for flag in [*FLAGS.split(), f"--user-data-dir={tmp_path_factory.mktemp('chromium')}"]:
+    options.binary_location = chromium
+    for flag in [*FLAGS.split(), f"--user-data-dir={folder}"]:
         options.add_argument(flag)
     options.set_capability("goog:loggingPrefs", {"browser": "ALL"})
-    driver = selenium.Chrome(options=options, service=selenium.ChromeService(paths[1]))
-    yield driver
-    driver.quit()
-
-
-@pytest.fixture
-def shown(browser, tmp_path):
-    """shown(content): the browser, with the page in it."""
+    browser = selenium.Chrome(options=options, service=selenium.ChromeService(driver))
 
     def show(content: dict):
-        file = tmp_path / "page.html"
-        file.write_text(page_html(content), encoding="utf-8")
-        browser.get(file.as_uri())
+        (folder / "page.html").write_text(page_html(content), encoding="utf-8")
+        browser.get((folder / "page.html").as_uri())
         assert not browser.get_log("browser")  # no error
         return browser
 
-    return show
+    yield show
+    browser.quit()
 
 
 def text(page, selector: str) -> str:
     return page.find_element("css selector", selector).text
 
 
-@pytest.fixture(scope="module")
-def trained():
-    """trained(name): the weights of a training step, row after row, whose cut is one half, as step.py has them."""
+def test_every_weight_is_that_of_a_training_step(content, shown):
+    """Of each method, with the demonstration cut in half: sampled, graded, compared, ranked and weighed alike."""
     problem = next(problem for problem in load_problems(Config.data) if problem.id == ID)
     model, tokenizer = load_model(str(BASE))
     encoded, *_ = encode_problems(tokenizer, [problem], Config.max_response_tokens, [tokenizer.eos_token_id], MATH)
@@ -86,33 +79,24 @@ def trained():
         method = Method("", rows, schedule="constant", baseline=baseline, scale_by_std=scale_by_std)
         return rollout_batch(a_run(method), [0], 0)
 
-    def weights(name: str) -> list[list[float]]:
-        run = a_run(METHODS[name])
-        batch = sampled(run.method.rows, run.method.baseline, run.method.scale_by_std)
-        rows = torch.arange(8) if "rl" in run.method.stages else torch.tensor([7])  # the demonstration
-        demonstration_tokens = int(batch.rollouts.prefix_mask[rows].sum())
-        normalizer = 8 * run.config.max_response_tokens if len(rows) == 8 else demonstration_tokens
-        w = token_weights(run.method, mini_batch_tokens(run, batch, rows, normalizer, 0.0, ()))
-        return [w[i, batch.rollouts.response_mask[i]].tolist() for i in rows]
-
-    return weights
-
-
-def test_every_weight_is_that_of_a_training_step(content, trained, shown):
-    """Of each method, with the demonstration cut in half: sampled, graded, compared, ranked and weighed alike."""
-    page = shown(content)
-    names = [method["name"] for method in content["methods"]]
+    page, names = shown(content), [method["name"] for method in content["methods"]]
     assert sorted(names + content["missing"]) == sorted(METHODS) and len(names) >= 22
     for name in names:
-        rows = page.execute_script(WEIGHTS, name, CUTS.index(50))
-        found = [weights for _, weights in sorted(rows)]
-        for row, expected in zip(found, trained(name), strict=True):
+        method = METHODS[name]
+        batch = sampled(method.rows, method.baseline, method.scale_by_std)
+        rows = torch.arange(8) if "rl" in method.stages else torch.tensor([7])  # the demonstration
+        demonstration_tokens = int(batch.rollouts.prefix_mask[rows].sum())
+        normalizer = 8 * Config.max_response_tokens if len(rows) == 8 else demonstration_tokens
+        weights = token_weights(method, mini_batch_tokens(a_run(method), batch, rows, normalizer, 0.0, ()))
+        on_page = sorted(page.execute_script(WEIGHTS, name, CUTS.index(50)))  # rows by their numbers
+        for i, (_, row) in zip(rows, on_page, strict=True):
+            expected = weights[i, batch.rollouts.response_mask[i]].tolist()
             assert row == pytest.approx(expected, rel=1e-4, abs=1e-9), name
 
 
 def test_the_clip_ranks_as_the_loss_does(content, shown):
     page, generator = shown(content), torch.Generator().manual_seed(0)
-    for n in (0, 1, 10, 37):
+    for n in (0, 1, 7, 37):  # n + n // 2 tokens are ranked: 10 of them, (1 - 0.9) * 10 is below 1
         entropy = (torch.rand(3, 60, generator=generator) * 8).round() / 8  # many ties
         mask = torch.zeros(3, 60, dtype=torch.bool)
         mask[2, :n] = mask[0, : n // 2] = True
@@ -170,18 +154,17 @@ def test_texts_of_others_are_shown_and_nothing_runs(content, shown):
     cells = page.execute_script("return shown[1].cells.map((cell) => cell.textContent)")
     seen = [hostile.replace(" ", "·").replace("\n", "↵").replace("\u2028", "↵") for hostile in HOSTILE]
     assert cells == [seen[ids[t % len(ids)] % len(HOSTILE)] for t in range(tokens)]
-    assert text(page, "#problem") == text(page, "#answer") == HOSTILE[0] and HOSTILE[1] in text(
-        page, "output[for=model]"
-    )
+    assert text(page, "#problem") == text(page, "#answer") == HOSTILE[0]
+    assert HOSTILE[1] in text(page, "output[for=model]")
     assert page.execute_script("return window.hacked === undefined && document.querySelector('img') === null")
 
 
 def test_it_can_be_read_on_a_phone_and_in_the_dark(content, shown):
     page = shown(content)
-    size = {"width": 360, "height": 740, "deviceScaleFactor": 1, "mobile": True}
-    page.execute_cdp_cmd("Emulation.setDeviceMetricsOverride", size)
-    dark = {"features": [{"name": "prefers-color-scheme", "value": "dark"}]}
-    page.execute_cdp_cmd("Emulation.setEmulatedMedia", dark)
+    phone = {"width": 360, "height": 740, "deviceScaleFactor": 1, "mobile": True}
+    page.execute_cdp_cmd("Emulation.setDeviceMetricsOverride", phone)
+    dark = [{"name": "prefers-color-scheme", "value": "dark"}]
+    page.execute_cdp_cmd("Emulation.setEmulatedMedia", {"features": dark})
     smallest, width, paper = page.execute_script(
         "return [Math.min(...[...document.body.querySelectorAll('*')].map((e) => parseFloat(getComputedStyle(e)"
         ".fontSize))), document.scrollingElement.scrollWidth, getComputedStyle(document.body).backgroundColor]"
@@ -206,18 +189,14 @@ def folder(tmp_path) -> Path:
     return tmp_path
 
 
-def test_a_run_without_demonstrations_is_shown(folder, shown):
+def test_a_run_without_demonstrations_and_a_new_method_are_shown(folder, monkeypatch, shown):
+    monkeypatch.setitem(METHODS, "mine", variant(METHODS["rft"], baseline="group"))
     content = page_content([folder])
     methods = {method["name"] for method in content["methods"]}
     assert methods == {name for name, method in METHODS.items() if not method.needs_demonstrations}
     page = shown(content)
     assert text(page, "#answer") == "2" and "8 on-policy" in text(page, "#rows")
     assert text(page, "output[for=cut]") == "plays no part here"
-
-
-def test_a_new_method_appears_by_itself(folder, monkeypatch):
-    monkeypatch.setitem(METHODS, "mine", variant(METHODS["rft"], baseline="group"))
-    assert len(page_content([folder])["models"][0]["groups"]["mine"]) == 1
 
 
 def test_what_cannot_be_shown_is_one_line(folder, refused):

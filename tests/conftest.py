@@ -1,6 +1,8 @@
-"""Tiny models made in the test; one thread, so that sums have one order; what a command refuses."""
+"""How tests are shared among processes; tiny models made in the test; one thread, so that sums have one order; what a
+command refuses."""
 
 import importlib
+import os
 import sys
 from pathlib import Path
 from types import ModuleType
@@ -13,6 +15,41 @@ from methods import METHODS, Method
 from reward import Reward
 
 torch.set_num_threads(1)
+os.environ.setdefault("OMP_NUM_THREADS", "1")  # of processes that a test starts
+
+# ---- which process runs which tests
+
+LONGEST = (  # started first, so that no process waits for another at the end
+    *("6_change_it", "9_to_real_models", "8_grading_and_evaluation", "2_every_method_is_a_weight"),
+    *("test_distributed", "test_faults", "test_train", "5_one_step_with_shapes", "test_eval", "4_a_run"),
+    *("test_hostile_folders", "test_hostile", "test_step", "test_real_models", "test_answers", "test_study"),
+)
+QUICK = ("test_loss", "test_methods", "test_sample", "test_step", "test_model", "test_reward", "test_one_file")
+
+
+def pytest_xdist_auto_num_workers(config: pytest.Config) -> int:
+    """Files that are named run in this process, where a debugger works; all of them in up to four."""
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    return 0 if config.option.file_or_dir else min(4, cores)
+
+
+@pytest.hookimpl(tryfirst=True)
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """A file stays in one process, for what its tests share; of the notebooks' file each notebook."""
+    for item in items:
+        called = getattr(item, "callspec", None)
+        path = called.params.get("path") if called and item.path.stem == "test_notebooks" else None
+        item.add_marker(pytest.mark.xdist_group(path.stem if path else item.path.stem))
+        if item.path.stem in QUICK:
+            item.add_marker("quick")
+    place = {name: number for number, name in enumerate(LONGEST)}
+    items.sort(key=lambda item: place.get(item.get_closest_marker("xdist_group").args[0], len(place)))
+
+
+# how a test starts a process that needs PyTorch: as a copy of its own where that is safe, which spares the imports
+START = "fork" if sys.platform == "linux" else "spawn"
+
+# ---- what tests share
 
 BY_LENGTH = Reward(
     "by length", lambda text, problem: float(len(text) % 2), lambda problem: None, lambda text: True, "none"

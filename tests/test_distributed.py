@@ -11,14 +11,16 @@ import sys
 from pathlib import Path
 
 import pytest
+import test_eval
 import torch
 import torch.multiprocessing as processes
-from conftest import ALL_WRONG, BY_LENGTH, rounding
+from conftest import ALL_WRONG, BY_LENGTH, START, rounding
 from test_step import make_run
 from torch.distributed.fsdp import CPUOffloadPolicy, FSDPModule
 from torch.distributed.tensor import DTensor
 from transformers import AutoModelForCausalLM, AutoTokenizer, GenerationConfig, LlamaConfig, LlamaForCausalLM
 
+import eval as evaluation
 import step as steps
 import train
 from methods import METHODS
@@ -166,9 +168,18 @@ def a_rank_dies(folder: Path) -> dict:
             return {"code": stop.code, "said": said.getvalue()}
 
 
+def evaluated(folder: Path) -> dict[int, str]:
+    """An evaluation, into `folder`/eval-RANKS -> what each rank printed."""
+    words = [*test_eval.WORDS.split(), "--device", "cpu", "--out", str(folder / f"eval-{distributed.world_size()}")]
+    with contextlib.redirect_stdout(io.StringIO()) as printed:
+        evaluation.run(evaluation.parse_args(words))
+    return distributed.gather_dict({distributed.rank(): printed.getvalue()})
+
+
 def work(number: int, folder: Path, port: int) -> None:
     """What each of two ranks does."""
     torch.set_num_threads(1)
+    loaded.cache_clear()  # a model that a rank inherits is not split
     os.environ |= {"RANK": str(number), "WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
     distributed.start(torch.device("cpu"))
     found = {method: some_steps(folder, method) for method in CASES}
@@ -180,6 +191,7 @@ def work(number: int, folder: Path, port: int) -> None:
         train.check_ranks(from_dict({"prompts_per_step": 1, "updates_per_step": 1}))
     except ValueError as error:
         found["refused"] = str(error)
+    found["evaluated"] = evaluated(folder)
     found["died"] = a_rank_dies(folder)
     torch.save(found, folder / "found.pt")  # by the first rank, the other is gone
 
@@ -189,11 +201,11 @@ def results(tmp_path_factory):
     """folder, what one process finds, what two ranks find."""
     folder = tmp_path_factory.mktemp("ranks")
     save_model(small_llama(), AutoTokenizer.from_pretrained("data/base"), folder / "model")
-    one = {method: some_steps(folder, method) for method in CASES}
+    one = {method: some_steps(folder, method) for method in CASES} | {"evaluated": evaluated(folder)}
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
-    processes.spawn(work, (folder, port), nprocs=2)
+    processes.start_processes(work, (folder, port), nprocs=2, start_method=START)
     one["resumed"] = {method: resumed(folder, method, saved_by=2) for method in RESUMED}
     return folder, one, torch.load(folder / "found.pt", weights_only=True)
 
@@ -276,6 +288,17 @@ def test_a_rank_that_dies_ends_the_others_with_a_message(results):
     )
     log = (folder / "run" / "metrics.jsonl").read_text().splitlines()
     assert [json.loads(line)["step"] for line in log] == [1, 2]
+
+
+def test_two_ranks_write_the_evaluation_of_one_process(results):
+    folder, one, two = results
+    assert two["evaluated"][0].count("evaluation ->") == 1 and two["evaluated"][1] == ""
+    assert one["evaluated"][0].count("written to") == two["evaluated"][0].count("written to") == 1
+    both = [(folder / f"eval-{ranks}" / "generations.jsonl").read_bytes() for ranks in (1, 2)]
+    assert both[0] == both[1]
+    results_of_one, results_of_two = (test_eval.without_date(folder / f"eval-{ranks}") for ranks in (1, 2))
+    assert (results_of_one["settings"].pop("ranks"), results_of_two["settings"].pop("ranks")) == (1, 2)
+    assert results_of_one == results_of_two
 
 
 def test_more_ranks_than_problems_are_refused(results):

@@ -3,10 +3,8 @@
 import argparse
 import dataclasses
 import json
-import os
 import random
 import re
-import subprocess
 import sys
 from pathlib import Path
 from types import SimpleNamespace
@@ -293,20 +291,6 @@ def test_a_stopped_evaluation_continues_to_the_same_files(
     assert batches == [10 - whole] + [10] * (3 - stop_after) + [8]  # what stands there stays
     assert log.read_bytes() == (finished / "generations.jsonl").read_bytes()
     assert without_date(folder) == without_date(finished)
-
-
-def test_two_ranks_write_the_files_of_one_process(finished, tmp_path):
-    """As a user starts them."""
-    words = ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2", "eval.py", "--device", "cpu"]
-    words += [*WORDS.split(), "--out", str(tmp_path / "two")]
-    env = os.environ | {"OMP_NUM_THREADS": "1"}
-    done = subprocess.run([sys.executable, *words], env=env, capture_output=True, text=True)
-    assert done.returncode == 0, done.stderr
-    assert done.stdout.count("evaluation ->") == 1 and done.stdout.count("written to") == 1
-    assert (tmp_path / "two" / "generations.jsonl").read_bytes() == (finished / "generations.jsonl").read_bytes()
-    two, one = without_date(tmp_path / "two"), without_date(finished)
-    assert (two["settings"].pop("ranks"), one["settings"].pop("ranks")) == (2, 1)
-    assert two == one
 
 
 @pytest.mark.usefixtures("no_figure")

@@ -1,25 +1,28 @@
-"""Every notebook runs from a fresh kernel, shows figures, and its exercises can be solved.
+"""Every notebook runs in an interpreter of its own, shows figures, and its exercises can be solved.
 
 A notebook's exercises are found by the tags of its cells, in this order for each: "answer" (the cell a student edits;
 its metadata "wrong" holds two or more wrong answers), "check" (prints "not yet", "right" or "not right: …") and
 "solution" (Markdown with one folded Python block). After the whole notebook has run as it is, every exercise is tried
-in the same kernel: unanswered, with each wrong answer, with the solution.
-NOTEBOOK_STEPS=4 shortens the runs of those notebooks that train.
+in the same interpreter: unanswered, with each wrong answer, with the solution.
+NOTEBOOK_SIZE=2 shortens runs and takes fewer problems. The interpreter is IPython's shell without a kernel around it,
+in a process that starts, where it can, as a copy of this one: nine kernels that import PyTorch cost a minute.
 """
 
 import ast
-import copy
+import json
 import os
 import re
+from concurrent.futures import ProcessPoolExecutor
 from functools import cache
+from multiprocessing import get_context
 from pathlib import Path
 
 import pytest
+from conftest import START
 
 from notebooks.exercise import check
 
-nbformat = pytest.importorskip("nbformat", reason="pip install -r requirements-dev.txt")
-nbclient = pytest.importorskip("nbclient", reason="pip install -r requirements-dev.txt")
+pytest.importorskip("IPython", reason="pip install -r requirements-dev.txt")
 
 FOLDER = Path("notebooks")
 NOTEBOOKS = sorted(FOLDER.glob("*.ipynb"))
@@ -27,57 +30,88 @@ LARGEST = 1_000_000  # bytes of a notebook with its outputs
 every_notebook = pytest.mark.parametrize("path", NOTEBOOKS, ids=[path.stem for path in NOTEBOOKS])
 
 
-def tagged(notebook, tag: str) -> list:
-    return [cell for cell in notebook.cells if tag in cell.metadata.get("tags", ())]
+def read(path: Path) -> list[dict]:
+    """The cells of a notebook."""
+    return json.loads(path.read_text(encoding="utf-8"))["cells"]
 
 
-def text_of(cell) -> str:
-    """What the cell printed."""
-    return "".join(output.text for output in cell.outputs if output.output_type == "stream")
+def source(cell: dict) -> str:
+    return "".join(cell["source"])
 
 
-def figures_in(notebook) -> int:
-    outputs = [output for cell in notebook.cells for output in cell.get("outputs", ())]
-    return sum("image/png" in output.get("data", {}) for output in outputs)
+def tagged(cells: list[dict], tag: str) -> list[dict]:
+    return [cell for cell in cells if tag in cell["metadata"].get("tags", ())]
 
 
-def solution_of(cell) -> str:
-    (block,) = re.findall(r"```python\n(.*?)```", cell.source, re.DOTALL)
-    assert "<details>" in cell.source, "a solution is folded"
+def exercises(cells: list[dict]) -> list[tuple]:
+    """(answer, check, solution) of each exercise."""
+    return list(zip(*(tagged(cells, tag) for tag in ("answer", "check", "solution")), strict=True))
+
+
+def text_of(cell: dict) -> str:
+    """What a kept cell printed."""
+    return "".join("".join(output["text"]) for output in cell["outputs"] if output["output_type"] == "stream")
+
+
+def figures_in(displayed: list[dict]) -> int:
+    return sum("image/png" in output.get("data", {}) and not output.get("update") for output in displayed)
+
+
+def solution_of(cell: dict) -> str:
+    (block,) = re.findall(r"```python\n(.*?)```", source(cell), re.DOTALL)
+    assert "<details>" in source(cell), "a solution is folded"
     return block
 
 
+def run_sources(folder: Path, sources: list[str]) -> list[tuple[str, str, list[dict]]]:
+    """Run cells one after the other in `folder` -> of each, what it printed, its stderr, what it displayed."""
+    from IPython.core.interactiveshell import InteractiveShell
+    from IPython.utils.capture import capture_output
+
+    class Shell(InteractiveShell):
+        def enable_gui(self, gui: str | None = None) -> None:
+            """There is no window; the figures of `%matplotlib inline` need none."""
+
+    os.environ["NOTEBOOK_SIZE"] = "2"
+    os.chdir(folder)
+    shell, told = Shell.instance(colors="nocolor"), []
+    for text in sources:
+        with capture_output() as captured:
+            done = shell.run_cell(text)
+        assert done.success, f"{text}\n{captured.stdout}"
+        shown = [] if done.result is None else [{"data": shell.display_formatter.format(done.result)[0]}]
+        told.append((captured.stdout, captured.stderr, [*captured._outputs, *shown]))
+    return told
+
+
 @cache
-def executed(path: Path):
-    """The notebook run as it is, then its exercises tried -> (notebook, tries); a try is (what, its check's cell)."""
-    notebook = nbformat.read(path, as_version=4)
-    for cell in notebook.cells:
-        if cell.cell_type == "code":
-            cell.outputs, cell.execution_count = [], None
-    as_it_is, tries = len(notebook.cells), []
-    answers, checks, solutions = (tagged(notebook, tag) for tag in ("answer", "check", "solution"))
-    for answer, asked, solution in zip(answers, checks, solutions):
-        candidates = [("unanswered", answer.source)]
-        candidates += [("wrong", wrong) for wrong in answer.metadata["wrong"]]
+def executed(path: Path) -> tuple[list, list]:
+    """The notebook run as it is, then its exercises tried -> (told of its code cells, tries); a try is (what, its
+    answer, what the check printed)."""
+    cells = read(path)
+    sources, tries = [source(cell) for cell in cells if cell["cell_type"] == "code"], []
+    code = len(sources)
+    for answer, asked, solution in exercises(cells):
+        candidates = [("unanswered", source(answer))]
+        candidates += [("wrong", wrong) for wrong in answer["metadata"]["wrong"]]
         candidates += [("solved", solution_of(solution))]
-        for what, source in candidates:
-            again = copy.deepcopy(asked)
-            notebook.cells += [nbformat.v4.new_code_cell(source), again]
-            tries.append((what, again))
-    environment = {"NOTEBOOK_STEPS": "4", "OMP_NUM_THREADS": "1"} | dict(os.environ)
-    client = nbclient.NotebookClient(notebook, timeout=600, resources={"metadata": {"path": str(path.parent)}})
-    client.execute(env=environment)
-    notebook.cells = notebook.cells[:as_it_is]
-    return notebook, tries
+        for what, text in candidates:
+            sources += [text, source(asked)]
+            tries.append((what, text))
+    context = get_context(START)
+    with ProcessPoolExecutor(1, context) as pool:
+        told = pool.submit(run_sources, path.parent, sources).result()
+    checks = [printed for printed, *_ in told[code + 1 :: 2]]
+    return told[:code], [(*one, printed) for one, printed in zip(tries, checks, strict=True)]
 
 
 @every_notebook
 def test_runs_and_shows_figures(path):
-    """nbclient raises where a cell fails; as many figures come out as the kept notebook has."""
-    notebook, _ = executed(path)
-    assert figures_in(notebook) == figures_in(nbformat.read(path, as_version=4)) > 0
-    noise = [o for c in notebook.cells for o in c.get("outputs", ()) if o.get("name") == "stderr"]
-    assert not noise
+    """As many figures come out as the kept notebook has, and no warning."""
+    told, _ = executed(path)
+    kept = [output for cell in read(path) for output in cell.get("outputs", ())]
+    assert figures_in([output for *_, displayed in told for output in displayed]) == figures_in(kept) > 0
+    assert not "".join(noise for _, noise, _ in told)
 
 
 @every_notebook
@@ -85,26 +119,25 @@ def test_exercises(path):
     _, tries = executed(path)
     expected = {"unanswered": "not yet", "wrong": "not right: ", "solved": "right\n"}
     assert tries
-    for what, cell in tries:
-        assert text_of(cell).startswith(expected[what]), (what, cell.source, text_of(cell))
+    for what, answer, printed in tries:
+        assert printed.startswith(expected[what]), (what, answer, printed)
 
 
 @every_notebook
 def test_kept_state(path):
     """What is committed: run top to bottom without an error, unanswered, small."""
-    notebook = nbformat.read(path, as_version=4)
-    code = [cell for cell in notebook.cells if cell.cell_type == "code"]
-    assert [cell.execution_count for cell in code] == list(range(1, len(code) + 1))
-    assert all(output.output_type != "error" for cell in code for output in cell.outputs)
-    assert all(text_of(cell) == "not yet\n" for cell in tagged(notebook, "check"))
+    cells = read(path)
+    code = [cell for cell in cells if cell["cell_type"] == "code"]
+    assert [cell["execution_count"] for cell in code] == list(range(1, len(code) + 1))
+    assert all(output["output_type"] != "error" for cell in code for output in cell["outputs"])
     assert path.stat().st_size < LARGEST
-    answers, checks, solutions = (tagged(notebook, tag) for tag in ("answer", "check", "solution"))
-    assert 2 <= len(answers) == len(checks) == len(solutions) <= 4
-    assert all(len(answer.metadata["wrong"]) >= 2 for answer in answers)
+    asked = exercises(cells)
+    assert 2 <= len(asked) <= 4
+    assert all(len(answer["metadata"]["wrong"]) >= 2 and text_of(ask) == "not yet\n" for answer, ask, _ in asked)
 
 
 def test_first_cells_are_alike():
-    first = {next(c.source for c in nbformat.read(p, as_version=4).cells if c.cell_type == "code") for p in NOTEBOOKS}
+    first = {next(source(cell) for cell in read(path) if cell["cell_type"] == "code") for path in NOTEBOOKS}
     assert len(first) == 1
 
 
@@ -120,8 +153,7 @@ def names_in(file: Path) -> set[str]:
 @every_notebook
 def test_links(path):
     """Files that are linked to exist, and [`module.name`](../module.py) names something the module defines."""
-    cells = nbformat.read(path, as_version=4).cells
-    markdown = "\n".join(cell.source for cell in cells if cell.cell_type == "markdown")
+    markdown = "\n".join(source(cell) for cell in read(path) if cell["cell_type"] == "markdown")
     links = re.findall(r"\[([^\]]*)\]\(([^)\s#]+)\)", markdown)
     assert links
     for words, target in links:

@@ -1,16 +1,17 @@
 """train.py end to end, as a user runs it: files, resume, signals, wrong input."""
 
+import contextlib
+import io
 import json
 import math
 import os
 import shutil
 import signal
-import subprocess
 import sys
-import time
 from pathlib import Path
 from types import SimpleNamespace
 
+import lives
 import pytest
 import torch
 from conftest import ONE_OF_EACH, random_model
@@ -22,6 +23,7 @@ from evaluation import try_model
 from evaluation.statistics import Answers
 from methods import METHODS
 from model import load_model, save_model
+from step import rl_step
 from support import checkpoint
 from support.config import from_dict, parse_config
 from support.errors import Broken
@@ -69,13 +71,6 @@ def arguments(task: Path, out: Path, **settings) -> list[str]:
     return [word for name, value in settings.items() for word in (f"--{name}", str(value))]
 
 
-def run(argv: list[str], **kwargs) -> subprocess.CompletedProcess:
-    env = os.environ | {"OMP_NUM_THREADS": "1"}
-    return subprocess.run(
-        [sys.executable, "train.py", *argv], cwd=ROOT, capture_output=True, text=True, env=env, timeout=300, **kwargs
-    )
-
-
 def read_log(folder: Path, name: str = "metrics.jsonl") -> list[dict]:
     return [json.loads(line) for line in (folder / name).read_text().splitlines()]
 
@@ -92,11 +87,15 @@ def weights(folder: Path) -> dict[str, torch.Tensor]:
 
 @pytest.fixture(scope="module")
 def whole(task, tmp_path_factory):
-    """An uninterrupted ReLIFT-like run is the reference of the resume tests: prefix-rft, 4 steps."""
-    out = tmp_path_factory.mktemp("whole") / "run"
-    result = run(arguments(task, out))
-    assert result.returncode == 0, result.stderr
-    return out, result
+    """An uninterrupted run, the reference of the resume tests: 4 steps -> (its folder, what it printed)."""
+    out, printed, said = tmp_path_factory.mktemp("whole") / "run", io.StringIO(), io.StringIO()
+    with pytest.MonkeyPatch.context() as patch, pytest.raises(SystemExit) as stop:
+        patch.chdir(ROOT)
+        patch.setattr(sys, "argv", ["train.py", *arguments(task, out)])
+        with contextlib.redirect_stdout(printed), contextlib.redirect_stderr(said):
+            train.main()
+    assert (stop.value.code, said.getvalue()) == (0, "")
+    return out, printed.getvalue()
 
 
 def test_a_run_writes_what_the_readme_says(whole):
@@ -134,10 +133,10 @@ def test_a_run_writes_what_the_readme_says(whole):
 
 
 def test_piped_output_is_plain(whole):
-    _, result = whole
-    assert "\033" not in result.stdout and result.stderr == ""
-    assert any(line.startswith("step=4/4 reward=") for line in result.stdout.splitlines())
-    assert "accuracy in %" in result.stdout and "python sample.py --model" in result.stdout
+    _, printed = whole
+    assert "\033" not in printed
+    assert any(line.startswith("step=4/4 reward=") for line in printed.splitlines())
+    assert "accuracy in %" in printed and "python sample.py --model" in printed
 
 
 def assert_same_run(a: Path, b: Path) -> None:
@@ -148,42 +147,69 @@ def assert_same_run(a: Path, b: Path) -> None:
     assert json.loads((a / "eval.json").read_text()) == json.loads((b / "eval.json").read_text())
 
 
-@pytest.mark.parametrize("wait_for", ["a checkpoint", "the middle of a step"])
-def test_kill_9_and_resume_give_the_same_bits(task, whole, tmp_path, monkeypatch, wait_for):
-    """Killed after step 2's checkpoint, or between a step's log lines and its checkpoint."""
-    out = tmp_path / "run"
-    argv = arguments(task, out, resume="auto")
-    process = subprocess.Popen([sys.executable, "train.py", *argv], cwd=ROOT, stdout=subprocess.DEVNULL)
-    watched = out / ("checkpoint/step-00000002.pt" if wait_for == "a checkpoint" else "samples.jsonl")
-    deadline = time.time() + 120
-    while time.time() < deadline and not (watched.exists() and watched.stat().st_size):
-        time.sleep(0.005)
-    process.send_signal(signal.SIGKILL)
-    process.wait()
-    assert not (out / "final").exists()
-    with (out / "metrics.jsonl").open("a") as log:
+@pytest.mark.skipif(not hasattr(os, "fork"), reason="copies this process")
+def test_kill_9_and_resume_give_the_same_bits(task, whole, tmp_path, monkeypatch):
+    """Killed from outside, in its third step; test_faults.py kills before every operation on a file."""
+    monkeypatch.chdir(ROOT)
+    argv, (reader, writer) = arguments(task, tmp_path / "run", resume="auto"), os.pipe()
+
+    def work():
+        monkeypatch.setattr(sys, "argv", ["train.py", *argv])
+        train.main()
+
+    def step(run, number):
+        if number == 2:
+            os.write(writer, b".")
+            signal.pause()
+        return rl_step(run, number)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(train, "rl_step", step)
+        process = lives.start(work, tmp_path / "run", tmp_path / "said", None, {})
+    os.close(writer)  # now the end of a process that says nothing is read, too
+    assert os.read(reader, 1) == b".", (tmp_path / "said").read_text(encoding="utf-8")
+    os.kill(process, signal.SIGKILL)
+    assert os.waitstatus_to_exitcode(os.waitpid(process, 0)[1]) == -signal.SIGKILL
+    with (tmp_path / "run" / "metrics.jsonl").open("a", encoding="utf-8") as log:
         log.write('{"step": 9, "lo')  # a line cut short
-    monkeypatch.chdir(ROOT)
     assert train.train(parse_config(argv)) == 0
-    assert_same_run(out, whole[0])
+    assert_same_run(tmp_path / "run", whole[0])
 
 
-@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGUSR1], ids=lambda number: number.name)
-def test_a_signal_ends_after_the_step_and_says_how_to_go_on(number, task, whole, tmp_path, monkeypatch, capsys):
-    out = tmp_path / "run"
-    argv = arguments(task, out, save_every=0)
-    process = subprocess.Popen([sys.executable, "train.py", *argv], cwd=ROOT, stdout=subprocess.PIPE, text=True)
-    deadline = time.time() + 120
-    while time.time() < deadline and not (
-        (out / "metrics.jsonl").exists() and (out / "metrics.jsonl").stat().st_size
-    ):
-        time.sleep(0.005)
-    process.send_signal(number)
-    text, _ = process.communicate(timeout=120)
-    assert process.returncode == 128 + number
-    line = text.splitlines()[-1]
-    assert line.startswith("stopped after step") and "--resume auto" in line
+@pytest.fixture
+def signals(monkeypatch):
+    """signals(number, …): they come in this order during the second step."""
+    known = [getattr(signal, name) for name in train.ENDING if hasattr(signal, name)]
+    before = {number: signal.getsignal(number) for number in known}
+
+    def send(*numbers):
+        def step(run, done):
+            for number in numbers if done == 1 else ():
+                signal.raise_signal(number)
+            return rl_step(run, done)
+
+        monkeypatch.setattr(train, "rl_step", step)
+
+    yield send
+    for number, handler in before.items():
+        signal.signal(number, handler)
+
+
+@pytest.mark.parametrize("name", ["SIGTERM", "SIGUSR1"])
+def test_a_signal_ends_after_the_step_and_says_how_to_go_on(
+    task, whole, tmp_path, monkeypatch, capsys, signals, name
+):
+    number = getattr(signal, name, signal.SIGINT)  # Windows has few
     monkeypatch.chdir(ROOT)
+    out = tmp_path / "run"
+    monkeypatch.setattr(sys, "argv", ["train.py", *arguments(task, out, save_every=0)])
+    signals(number)
+    with pytest.raises(SystemExit) as stop:
+        train.main()
+    assert stop.value.code == 128 + number and len(read_log(out)) == 2
+    line = capsys.readouterr().out.splitlines()[-1]
+    assert line.startswith("stopped after step 2") and "--resume auto" in line
+    signals()
     config = parse_config(line.split("python train.py ")[1].split())
     assert train.train(config) == 0 and "continued after step" in capsys.readouterr().out
     assert_same_run(out, whole[0])
@@ -191,21 +217,24 @@ def test_a_signal_ends_after_the_step_and_says_how_to_go_on(number, task, whole,
     assert_same_run(out, whole[0])
 
 
-def test_signals_that_announce_an_end_are_caught_but_not_what_nohup_ignores(monkeypatch):
-    numbers = [signal.SIGINT, signal.SIGTERM, signal.SIGUSR1, signal.SIGUSR2, signal.SIGXCPU, signal.SIGHUP]
-    before = {number: signal.getsignal(number) for number in numbers}
-    try:
-        signal.signal(signal.SIGHUP, signal.SIG_IGN)
+def test_a_second_signal_ends_at_once(task, tmp_path, monkeypatch, signals):
+    monkeypatch.chdir(ROOT)
+    signals(signal.SIGINT, signal.SIGTERM)
+    with pytest.raises(SystemExit) as stop:
+        train.train(parse_config(arguments(task, tmp_path / "run")))
+    assert stop.value.code == 128 + signal.SIGTERM and len(read_log(tmp_path / "run")) == 1
+
+
+@pytest.mark.skipif(not hasattr(signal, "SIGHUP"), reason="POSIX")
+def test_signals_that_announce_an_end_are_caught_but_not_what_nohup_ignores(signals):
+    signal.signal(signal.SIGHUP, signal.SIG_IGN)
+    train.catch_signals()
+    assert signal.getsignal(signal.SIGHUP) == signal.SIG_IGN
+    signal.signal(signal.SIGHUP, signal.SIG_DFL)
+    for number in (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1, signal.SIGUSR2, signal.SIGXCPU, signal.SIGHUP):
         caught = train.catch_signals()
-        assert signal.getsignal(signal.SIGHUP) == signal.SIG_IGN
-        signal.signal(signal.SIGHUP, signal.SIG_DFL)
-        for number in numbers:
-            caught = train.catch_signals()
-            signal.raise_signal(number)
-            assert caught == [number]
-    finally:
-        for number, handler in before.items():
-            signal.signal(number, handler)
+        signal.raise_signal(number)
+        assert caught == [number]
 
 
 def test_resume_refuses_other_settings_and_an_existing_folder(task, whole, monkeypatch, capsys):

@@ -4,12 +4,14 @@ What a mathematical answer means and when two are equal is in answers/; `Reward`
 format rewards, answers outside a box (a policy would learn to shower numbers), time limits (the reader is bounded).
 """
 
+import contextlib
 import hashlib
 import importlib.util
+import os
 import re
 import sys
 from collections import deque
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -153,6 +155,16 @@ def raised(error: BaseException) -> str:
     return " ".join(f"{type(error).__name__}: {error}".splitlines())
 
 
+@contextlib.contextmanager
+def same_folder() -> Iterator[None]:
+    """ValueError if a user's code changes the working directory, which is put back: paths are relative to it."""
+    before = os.getcwd()
+    yield
+    if os.getcwd() != before:
+        os.chdir(before)
+        raise ValueError("it changes the working directory: name files by Path(__file__).parent instead")
+
+
 def load_reward(name: str = "math") -> Reward:
     """A built-in reward, or FILE.py[:function]: the file is run, and `function` (default: reward) taken from it.
 
@@ -175,7 +187,8 @@ def load_reward(name: str = "math") -> Reward:
     module = importlib.util.module_from_spec(spec)
     sys.modules[spec.name] = module  # dataclasses look their module up
     try:
-        spec.loader.exec_module(module)
+        with same_folder():
+            spec.loader.exec_module(module)
     except (Exception, SystemExit) as error:
         raise ValueError(f"reward {name!r}: {path} cannot be run: {raised(error)}") from error
     own = getattr(module, function, None)
@@ -193,7 +206,8 @@ def grade_one(reward: Reward, response: str, problem: Any) -> float:
     Rounded to six digits: 0.7 + 0.2 + 0.1 is 1 and right, and equal sums are equal in every order.
     """
     try:
-        value = reward.function(response, problem)
+        with same_folder():
+            value = reward.function(response, problem)
     except (Exception, SystemExit) as error:
         raise ValueError(f"reward {reward.name} failed on problem {problem.id!r}: {raised(error)}") from error
     if getattr(value, "ndim", None) == 0:  # a number of NumPy or torch

@@ -185,6 +185,7 @@ def prepare(config: Config) -> tuple[Run, Counts]:
     context = window_of(load_config(config.model))
     with as_input():
         reward = load_reward(config.reward)
+    checkpoint.check_ingredients(config, {"reward": reward.fingerprint})  # before it grades demonstrations
     ends = generation_config.eos_token_id
     data, counts = load_data(config, reward, tokenizer, ends, context)  # before the weights are read
     model, _ = load_model(
@@ -226,6 +227,9 @@ def train(config: Config) -> int:
             return train_in(folder, run, start, watch)
         except BrokenPipeError as error:
             raise Broken(f"its output was closed; to go on: {console.command(config, folder)}") from error
+        except InputError as error:  # from the user's reward
+            again = console.command(dataclasses.replace(config, accept_changed="reward"), folder)
+            raise Broken(f"{error}; mend that, then: {again}") from error
         except Unwritten as error:
             raise Broken(f"{error}; mend that, then: {console.command(config, folder)}") from error
 
@@ -267,7 +271,12 @@ def train_in(folder: Path, run: Run, start: int, watch: Watch) -> int:
     stopped = catch_signals()
     with console.Progress(folder, total, start, config.tensorboard, watch) as progress:
         for step in range(start, total):
-            metrics, result = one_step(run, step)
+            try:
+                metrics, result = one_step(run, step)
+            except InputError:  # from the user's reward, before any update: no step is lost
+                if step > start:
+                    checkpoint.save(folder, step, run)
+                raise
             shown = example_rows(run, result) if result else []
             group = record_group(run, result) if result and (step == sft_steps or due(step + 1)) else None
             done, stop = step + 1, distributed.from_rank_0(stopped)

@@ -32,7 +32,14 @@ from support.files import make_folder, read_json, read_log, reading, replacing, 
 
 REMEMBERED = "trained_with.json"
 
-FREE = {"resume", "out", "save_every", "device", "tensorboard"}  # settings that a run may change when it goes on
+FREE = {
+    "resume",
+    "accept_changed",
+    "out",
+    "save_every",
+    "device",
+    "tensorboard",
+}  # settings that a run may change when it goes on
 FREE |= {"recompute", "offload", "rows_per_call", "micro_batch_tokens"}  # memory: rounding may change
 OURS = {"lock", "config.json.partial"}  # all that a run leaves that was killed before its config.json was whole
 
@@ -112,11 +119,13 @@ def made_of(run: Any, files: dict[str, str]) -> dict[str, str]:
     demonstrations as rendered and encoded, the reward. {} on other ranks than the first."""
     if rank() > 0:
         return {}
-    texts = [(p.prompt_ids, p.demonstrations) for p in (*run.data.encoded, *run.data.supervised)]
-    texts += [p.prompt_ids for _, encoded in run.data.held.values() for p in encoded]
+    trained = [*run.data.encoded, *run.data.supervised]
+    prompts = [p.prompt_ids for encoded in (trained, *(held for _, held in run.data.held.values())) for p in encoded]
+    demonstrations = [p.demonstrations for p in trained]
     fingerprints = {name: sha256(Path(path)) for name, path in files.items()}
     fingerprints["model"] = weights_fingerprint(run.config.model, run.model)
-    fingerprints["prompts and demonstrations as token ids"] = hashlib.sha256(repr(texts).encode()).hexdigest()
+    for name, ids in {"prompts": prompts, "demonstrations": demonstrations}.items():
+        fingerprints[f"{name} as token ids"] = hashlib.sha256(repr(ids).encode()).hexdigest()
     return fingerprints | {"reward": run.reward.fingerprint}
 
 
@@ -294,14 +303,27 @@ def check_folder(config: Config) -> None:
         raise InputError(f"out {config.out!r} holds a run with other settings ({was}): repeat them to resume it")
 
 
-def changed_ingredients(config: Config, ingredients: dict[str, str]) -> list[str]:
-    """Which of them are not those of the run in --out, if there is one."""
-    saved = Path(config.out) / "config.json"
-    if not config.out or not saved.exists():
-        return []
-    known = read_json(saved).get("made_of", {})
-    changed = [name for name in ingredients if known.get(name) != ingredients[name]]
-    return [f"{name} ({value})" if (value := getattr(config, name, "")) else name for name in changed]
+def earlier_ingredients(folder: Path) -> dict[str, str]:
+    """Of the run in `folder`; {} where there is none."""
+    saved = folder / "config.json"
+    return read_json(saved).get("made_of", {}) if saved.exists() else {}
+
+
+def check_ingredients(config: Config, ingredients: dict[str, str]) -> None:
+    """InputError if the run in --out was made of others, but for a reward (and what it has left of the
+    demonstrations) whose change is accepted."""
+    known = earlier_ingredients(Path(config.out)) if config.out and rank() == 0 else {}
+    changed = [name for name in ingredients if known and known.get(name) != ingredients[name]]
+    if config.accept_changed == "reward":
+        changed = [name for name in changed if name not in ("reward", "demonstrations as token ids")]
+    if changed := from_rank_0(changed):
+        names = [f"{name} ({value})" if (value := getattr(config, name, "")) else name for name in changed]
+        fix = "restore what it was to go on, or choose another folder"
+        if changed == ["reward"]:
+            fix += ". With  --accept_changed reward  it goes on by the new one, and config.json says so"
+        raise InputError(
+            f"out {config.out!r} holds a run that was made of something else: {', '.join(names)} changed since; {fix}"
+        )
 
 
 @contextlib.contextmanager
@@ -311,11 +333,7 @@ def opened(config: Config, ingredients: dict[str, str]) -> Iterator[Path]:
     InputError if the run that is to go on was made of other `ingredients`, or another process is at work in the
     folder. Of a run that is to go on nothing is written here.
     """
-    if changed := from_rank_0(changed_ingredients(config, ingredients) if rank() == 0 else None):
-        raise InputError(
-            f"out {config.out!r} holds a run that was made of something else: {', '.join(changed)} changed since; "
-            "restore what it was to go on, or choose another folder"
-        )
+    check_ingredients(config, ingredients)
     folder = from_rank_0(new_folder(config) if rank() == 0 else None)
     with locked(folder):
         if rank() == 0:
@@ -326,7 +344,14 @@ def opened(config: Config, ingredients: dict[str, str]) -> Iterator[Path]:
 
 
 def write_config(folder: Path, config: Config, ingredients: dict[str, str]) -> None:
-    """config.json: the settings and, under "made_of", the fingerprints of the run's ingredients."""
+    """config.json: the settings and, under "made_of", the fingerprints of the run's ingredients, and of the rewards
+    that it went on without."""
+    earlier = earlier_ingredients(folder)
+    replaced = earlier.get("replaced rewards", [])
+    if earlier and earlier["reward"] != ingredients.get("reward"):
+        replaced = [*replaced, earlier["reward"]]
+    if replaced:
+        ingredients = ingredients | {"replaced rewards": replaced}
     content = dataclasses.asdict(config) | {"made_of": ingredients}
     write_text(folder / "config.json", json.dumps(content, indent=1) + "\n")
 

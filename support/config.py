@@ -59,6 +59,9 @@ class Config:
     resume: str = knob(
         "", "auto: continue the run in --out from its last checkpoint, or start it", choices=("", "auto")
     )
+    accept_changed: str = knob(
+        "", "reward: go on although the reward's code has changed since the run began", choices=("", "reward")
+    )
     save_every: int = knob(20, "steps between checkpoints; 0: only at the end", 0)
     eval_every: int = knob(10, "steps between evaluations; 0: only at the end", 0)
     # rollouts

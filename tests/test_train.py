@@ -5,6 +5,7 @@ import io
 import json
 import math
 import os
+import shlex
 import shutil
 import signal
 import sys
@@ -26,7 +27,7 @@ from model import load_model, save_model
 from step import rl_step
 from support import checkpoint
 from support.config import from_dict, parse_config
-from support.errors import Broken
+from support.errors import Broken, InputError
 
 ROOT = Path(__file__).parents[1]
 SMALL = {
@@ -271,9 +272,35 @@ def test_resume_refuses_a_run_made_of_something_else(task, tmp_path, monkeypatch
         reward.write_text(reward.read_text() + "# another\n")
     before = {p: p.stat().st_mtime_ns for p in (tmp_path / "run").rglob("*")}
     said = {"data": rf"data \({data}\)", "model": rf"model \({model}\) ", "reward": rf"reward \({reward}\) "}
-    with pytest.raises(ValueError, match=said.get(what, "prompts and demonstrations as token ids changed since")):
+    with pytest.raises(ValueError, match=said.get(what, "prompts as token ids changed since")):
         train.train(parse_config(argv))
     assert before == {p: p.stat().st_mtime_ns for p in (tmp_path / "run").rglob("*")}
+
+
+def test_a_reward_that_raises_loses_no_step_and_goes_on_mended(task, tmp_path, monkeypatch, capsys):
+    """Exit code 1 and the line that goes on; without its flag a changed reward is named before it grades anything."""
+    monkeypatch.chdir(ROOT)
+    reward, out = tmp_path / "own.py", tmp_path / "run"
+    mended = "from reward import grade\n\ndef reward(text, problem):\n    return grade(text, problem.answer)\n"
+    log = out / "metrics.jsonl"
+    raises = f"    1 / (not os.path.exists({str(log)!r}) or open({str(log)!r}).read().count('\\n') < 2)\n"
+    argv = arguments(task, out, reward=reward, eval_data="", test_data="", method="rft", steps=4, save_every=0)
+    whole = arguments(task, tmp_path / "whole", reward=reward, eval_data="", test_data="", method="rft", steps=4)
+    reward.write_text(mended)
+    assert train.train(parse_config(whole)) == 0
+    reward.write_text("import os\n" + mended.replace("    return", raises + "    return"))
+    with pytest.raises(Broken, match=r"ZeroDivisionError: .*; mend that, then: .*--accept_changed reward") as error:
+        train.train(parse_config(argv))
+    assert (out / "checkpoint" / "step-00000002.pt").exists()
+    reward.write_text(mended.replace("return grade", "return 0 * grade"))
+    with pytest.raises(InputError, match=r"reward \(.*\) changed since; .* --accept_changed reward  it goes on"):
+        train.train(parse_config([*argv, "--resume", "auto"]))
+    reward.write_text(mended)
+    line = str(error.value).split("python train.py ")[1]
+    assert train.train(parse_config(shlex.split(line))) == 0
+    config = json.loads((out / "config.json").read_text())
+    assert config["accept_changed"] == "reward" and len(config["made_of"]["replaced rewards"]) == 1
+    assert_same_run(out, tmp_path / "whole")
 
 
 def test_a_reward_of_ones_own_is_used_everywhere(task, tmp_path, monkeypatch, capsys):

@@ -22,8 +22,18 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, GenerationConfig, 
 from transformers import PreTrainedTokenizerBase as Tokenizer
 
 from support import distributed
+from support.adapters import Adapters, merged
 from support.errors import InputError
-from support.loading import end_tokens, limit_ids, load_config, one_line, prepare_layers, signature, switch_off_noise
+from support.loading import (
+    end_tokens,
+    limit_ids,
+    load_config,
+    one_line,
+    prepare_layers,
+    signature,
+    switch_off_noise,
+    weights_dtype,
+)
 from support.model_folder import make_readable
 
 LOGITS_PER_CHUNK = 2**25  # elements of a [tokens, V] logits chunk: 128 MiB in fp32, whatever B, R and V are
@@ -58,6 +68,7 @@ def load_model(
     training: bool = False,
     recompute: bool = False,
     offload: bool = False,
+    adapters: Adapters | None = None,
     check: Callable[[str, PreTrainedModel, bool], None] | None = None,
 ) -> tuple[PreTrainedModel, Tokenizer]:
     """A causal LM and its tokenizer, from a folder or a hub name (safetensors only; remote code is never run).
@@ -66,25 +77,25 @@ def load_model(
     distributed.start() they are sharded over the ranks, and rank 0 alone reads them. Otherwise every process has all
     of them, on CUDA in bf16, which is what training computes in. All noise is off, so that the training forward pass
     gives the log-probs the sampler had. `recompute`: a layer's activations are made again in the backward pass
-    instead of kept. `offload`: see distributed.shard. `check`: asks the model what is taken for granted here
-    (fast.check.check_model). Raises InputError, one line, as load_tokenizer, for a folder without weights, and as
-    `check`.
+    instead of kept. `offload`: see distributed.shard. `adapters`: they alone are trained (support/adapters.py).
+    `check`: asks the model what is taken for granted here (fast.check.check_model). Raises InputError, one line, as
+    load_tokenizer, for a folder without weights, as `adapters`, and as `check`.
     """
     device, sharded = torch.device(device), training and torch.distributed.is_initialized()
     tokenizer, generation_config = load_tokenizer(path)
     model = None
     if distributed.rank() == 0 or not training:
-        model = read_model(path, torch.float32 if training or device.type != "cuda" else torch.bfloat16)
+        model = read_model(path, weights_dtype(device, training, adapters))
         model.generation_config = generation_config
         if check:
             check(path, model if training else model.to(device), training)
     if not sharded:
-        prepare_layers(model, device, recompute)
+        prepare_layers(model, device, recompute, adapters)
         return model.to(device).train(), tokenizer
     model, plain = distributed.follow_first(model)
     model.generation_config = generation_config
     for part in (model, plain):
-        prepare_layers(part, device, recompute and part is model)
+        prepare_layers(part, device, recompute and part is model, adapters)
     distributed.shard(model, plain, device, offload)
     return model.train(), tokenizer
 
@@ -111,6 +122,7 @@ def save_model(model: PreTrainedModel, tokenizer: Tokenizer, folder: str | Path)
     state = distributed.full_state(distributed.state_of(model))
     if distributed.rank():
         return
+    model, state = merged(model, state)
     folder, partial = Path(folder), Path(f"{folder}.partial")
     shutil.rmtree(partial, ignore_errors=True)
     model.save_pretrained(partial, state_dict=state)

@@ -266,7 +266,7 @@ def update(
         optimizer.zero_grad()
         return skipped_update(run)
     for group in optimizer.param_groups:
-        group["lr"] = lr
+        group["lr"] = lr * group.get("lr_times", 1.0)
     optimizer.step()
     optimizer.zero_grad()
     run.skipped = 0

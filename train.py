@@ -30,7 +30,7 @@ from model import load_model, load_tokenizer, save_model
 from reward import Reward, load_reward
 from sample import prefix_range, seed_of
 from step import Run, Step, problems_of_step, rl_step, sft_step
-from support import checkpoint, console, distributed
+from support import adapters, checkpoint, console, distributed
 from support.command import command
 from support.config import TASK, Config, parse_config
 from support.errors import Broken, Diverged, InputError, Unwritten, as_input
@@ -138,10 +138,10 @@ def check_ranks(config: Config) -> None:
 
 
 def new_optimizer(model: PreTrainedModel, config: Config) -> torch.optim.Optimizer:
+    """Over what is trained: all weights, or the adapters at a rate of their own."""
     betas = (0.9, config.adam_beta2)
-    return torch.optim.AdamW(
-        model.parameters(), lr=config.lr, betas=betas, weight_decay=config.weight_decay, fused=True
-    )
+    group = {"params": list(distributed.trained(model).values()), "lr_times": adapters.lr_times(config)}
+    return torch.optim.AdamW([group], config.lr, betas, weight_decay=config.weight_decay, fused=True)
 
 
 def accuracy(run: Run, name: str, temperature: float, title: str) -> dict[str, dict[str, float]]:
@@ -194,6 +194,7 @@ def prepare(config: Config) -> tuple[Run, Counts]:
         training=True,
         recompute=config.recompute,
         offload=config.offload,
+        adapters=adapters.of(config),
         check=check_model,
     )
     use_one_thread_if_small(model)
@@ -292,7 +293,7 @@ def train_in(folder: Path, run: Run, start: int, watch: Watch) -> int:
             checkpoint.append_rows(folder / "metrics.jsonl", [{"step": done, **metrics}])
             progress.step(done, metrics, shown)
             save = (config.save_every and done % config.save_every == 0 and not run.skipped) or done == total or stop
-            lost = save and not distributed.total_norm(list(run.model.parameters())).isfinite()
+            lost = save and not distributed.total_norm(list(distributed.trained(run.model).values())).isfinite()
             if run.skipped >= MOST_SKIPPED or lost:
                 raise Diverged(diverged(run, folder))
             if save:
@@ -304,6 +305,7 @@ def train_in(folder: Path, run: Run, start: int, watch: Watch) -> int:
     systems = {problem.system for problem in run.data.train}
     with writing(folder / "final"):
         save_model(run.model, run.tokenizer, folder / "final")
+    adapters.save(run.model, folder / "adapter")
     checkpoint.remember(folder / "final", systems.pop() if len(systems) == 1 else None, run.reward.name)
     if "trained" not in scores:
         scores["trained"] = score(run, "trained")

@@ -1,12 +1,13 @@
 """The run folder: make it, keep others out, save to it, resume from it, exactly: k steps + resume + k steps = 2k
 steps, bit for bit.
 
-A checkpoint is one file: weights, optimizer state, the number of finished steps; ReLIFT's buffer and optimizer. There
-is no random state and no data position in it: every draw is a pure function of (seed, step, problem, rollout), and
-the order of problems of (seed, epoch). It is written beside the older ones and renamed when whole, so that at any
-moment, also under SIGKILL or with a full disk, one whole checkpoint exists; the last two are kept. PyTorch writes a
-zip file with a CRC-32 of every part: on resume the newest file that agrees with its own is taken, and logs are cut
-back to its step. A lock, which the system releases however its process ends, keeps a second process out.
+A checkpoint is one file: the weights that are trained, optimizer state, the number of finished steps; ReLIFT's
+buffer and optimizer. There is no random state and no data position in it: every draw is a pure function of (seed,
+step, problem, rollout), and the order of problems of (seed, epoch). It is written beside the older ones and renamed
+when whole, so that at any moment, also under SIGKILL or with a full disk, one whole checkpoint exists; the last two
+are kept. PyTorch writes a zip file with a CRC-32 of every part: on resume the newest file that agrees with its own
+is taken, and logs are cut back to its step. A lock, which the system releases however its process ends, keeps a
+second process out.
 With several ranks only the first writes; weights and optimizer are put together before and split again after, so a
 run may go on with another number of ranks.
 """
@@ -26,7 +27,7 @@ import torch
 from filelock import FileLock, Timeout
 
 from support.config import Config
-from support.distributed import from_rank_0, full_state, rank, shard_like, state_of
+from support.distributed import from_rank_0, full_state, rank, shard_like, trained
 from support.errors import InputError
 from support.files import make_folder, read_json, read_log, reading, replacing, writing
 
@@ -168,7 +169,7 @@ def save(folder: Path, step: int, run: Any) -> None:
         "step": step,
         "settings": settings_of(run.config),
         "skipped": run.skipped,
-        "model": full_state(state_of(run.model)),
+        "model": full_state(trained(run.model)),
         "optimizer": full_state(run.optimizer.state_dict()),
     }
     if run.collector:
@@ -226,7 +227,7 @@ def load(folder: Path, run: Any) -> int:
     if path is None:
         return 0
     state = read_checkpoint(path)
-    own, saved = state_of(run.model), state["model"]
+    own, saved = trained(run.model), state["model"]
     other = [name for name in own.keys() | saved.keys() if name not in own or name not in saved]
     other += [name for name in own.keys() & saved.keys() if own[name].shape != saved[name].shape]
     if other:

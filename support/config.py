@@ -94,6 +94,16 @@ class Config:
     weight_decay: float = knob(0.0, "of AdamW (paper: 0.01)", 0)
     adam_beta2: float = knob(0.99, "of AdamW (release: 0.999)", 0, 0.999999)
     max_grad_norm: float = knob(1.0, "gradients are scaled down to this norm; 0: they are not (release: 1)", 0)
+    # adapters (support/adapters.py)
+    lora_rank: int = knob(0, "train adapters of this rank, by peft; 0: all weights (paper: all)", 0)
+    lora_alpha: float = knob(32.0, "an adapter's product is scaled by lora_alpha / lora_rank", 1e-3)
+    lora_targets: str = knob(
+        "", "names of the linear layers that get one, as q_proj,v_proj; empty: all of the blocks"
+    )
+    lora_lr_times: float = knob(10.0, "adapters are trained at so many times lr, sft_lr and relift_lr", 0)
+    base_dtype: str = knob(
+        "float32", "of the frozen weights on a CPU; on CUDA they are bfloat16", choices=("float32", "bfloat16")
+    )
     # evaluation
     eval_response_tokens: int = knob(120, "budget of a response in evaluation (paper: 8192)", 2)
     eval_samples: int = knob(4, "samples per test problem at temperature 1, beside greedy", 1)

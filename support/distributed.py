@@ -129,9 +129,9 @@ def follow_first(model: nn.Module | None) -> tuple[nn.Module, nn.Module]:
 
     The first rank read the file and decides: config.json alone may say otherwise (weights that are tied, noise).
     """
-    config, loop = from_rank_0((model.config, getattr(model, "loop", None)) if model else None)
+    config, dtype, loop = from_rank_0((model.config, model.dtype, getattr(model, "loop", None)) if model else None)
     with torch.device("meta"):
-        one, two = (AutoModelForCausalLM.from_config(config, dtype=torch.float32) for _ in range(2))
+        one, two = (AutoModelForCausalLM.from_config(config, dtype=dtype) for _ in range(2))
     one.loop = two.loop = loop
     return model or one, two
 
@@ -143,7 +143,7 @@ def shard(model: nn.Module, plain: nn.Module, device: torch.device, offload: boo
     optimizer on the CPU. Rank 0 brings the weights on the CPU, the others a model on the meta device: only one
     copy stands in host memory (4 bytes a parameter), and it is sent tensor by tensor.
     Gradients are summed over ranks, not averaged: the loss has one global denominator. `plain`, the same model on the
-    meta device, is what `gathered` hands out.
+    meta device, is what `gathered` hands out. Frozen weights, beside adapters, are not split: each rank has them.
     Raises InputError where layers share weights: FSDP would make them two.
     """
     bf16 = MixedPrecisionPolicy(param_dtype=torch.bfloat16, reduce_dtype=torch.float32)
@@ -154,6 +154,9 @@ def shard(model: nn.Module, plain: nn.Module, device: torch.device, offload: boo
     }
     weights = {name: parameter.data for name, parameter in model.named_parameters()}
     buffers = dict(model.named_buffers())
+    settings["ignored_params"] = {parameter for parameter in model.parameters() if not parameter.requires_grad}
+    for parameter in settings["ignored_params"] if rank() == 0 else ():
+        parameter.data = parameter.data.to(device)
     layers = [module for module in model.modules() if isinstance(module, GradientCheckpointingLayer)]
     for module in (*reversed(layers), model):  # a layer inside another one first
         fully_shard(module, **settings)
@@ -194,8 +197,14 @@ def _send_weights(
         dist.broadcast(tensor, 0)
         return tensor
 
-    for name, parameter in model.named_parameters():
-        parameter.data.copy_(shard_like(sent(weights[name]), parameter))
+    for name, weight in weights.items():
+        parameter, whole = model.get_parameter(name), sent(weight)
+        if parameter.requires_grad:
+            parameter.data.copy_(shard_like(whole, parameter))
+        else:
+            parameter.data = whole
+    if len(trained(model)) < len(weights):
+        model.tie_weights()  # to_empty has made two of a frozen embedding that is the head too
     for name, buffer in buffers.items():
         owner, _, last = name.rpartition(".")
         model.get_submodule(owner)._buffers[last] = sent(buffer)
@@ -237,6 +246,11 @@ def clip_gradients(parameters: Iterable[nn.Parameter], max_norm: float) -> float
     if max_norm:
         nn.utils.clip_grads_with_norm_(parameters, max_norm, norm)
     return float(norm)
+
+
+def trained(model: nn.Module) -> dict[str, nn.Parameter]:
+    """The parameters that are not frozen, tied ones once."""
+    return {name: parameter for name, parameter in model.named_parameters() if parameter.requires_grad}
 
 
 def state_of(model: nn.Module) -> dict[str, Tensor]:

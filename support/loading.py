@@ -16,6 +16,7 @@ from torch import Tensor, nn
 from transformers import AutoConfig, GenerationConfig, PreTrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
 from transformers.utils import logging
 
+from support.adapters import Adapters, add
 from support.errors import InputError
 
 NOISE = ("drop", "jitter", "noise")  # what the config's fields for random changes in training have in their names
@@ -139,9 +140,22 @@ def switch_off_noise(config: PreTrainedConfig) -> PreTrainedConfig:
     return config
 
 
-def prepare_layers(model: PreTrainedModel, device: torch.device, recompute: bool) -> None:
-    """Gradient checkpointing where asked for (transformers 5.23 has given the switch another name); on CUDA faster
-    norms."""
+def weights_dtype(device: torch.device, training: bool, adapters: Adapters | None) -> torch.dtype:
+    """What weights are read as: fp32 to be trained, bf16 to be used or frozen on CUDA."""
+    if training and not adapters:
+        return torch.float32
+    if device.type == "cuda":
+        return torch.bfloat16
+    return adapters.base_dtype if adapters else torch.float32
+
+
+def prepare_layers(
+    model: PreTrainedModel, device: torch.device, recompute: bool, adapters: Adapters | None = None
+) -> None:
+    """Adapters and gradient checkpointing where asked for (transformers 5.23 has given the switch another name); on
+    CUDA faster norms."""
+    if adapters:
+        add(model, adapters)
     if recompute:
         enable = getattr(model, "activation_checkpointing_enable", model.gradient_checkpointing_enable)
         enable({"use_reentrant": False})

@@ -13,6 +13,9 @@ from transformers import AutoTokenizer, GenerationConfig, LlamaConfig, LlamaForC
 
 from methods import METHODS, Method
 from reward import Reward
+from support import adapters
+from support.config import Config
+from support.distributed import trained
 
 torch.set_num_threads(1)
 os.environ.setdefault("OMP_NUM_THREADS", "1")  # of processes that a test starts
@@ -82,6 +85,15 @@ def random_model(vocab_size: int = 103, scale: float = 0.3, seed: int = 0, **con
         if parameter.dim() > 1:
             torch.nn.init.normal_(parameter, std=scale)
     model.generation_config = GenerationConfig(eos_token_id=[2], pad_token_id=0)
+    return model.train()
+
+
+def with_adapters(model: LlamaForCausalLM, config: Config) -> LlamaForCausalLM:
+    """`model` with adapters that are not at their start, where they make no difference."""
+    adapters.add(model, adapters.of(config))
+    for name, parameter in trained(model).items():
+        if "lora_B" in name:
+            torch.nn.init.normal_(parameter, std=0.01)
     return model.train()
 
 

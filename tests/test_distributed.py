@@ -27,7 +27,7 @@ from methods import METHODS
 from model import load_model, save_model, token_stats
 from reward import Reward
 from step import rl_step, sft_step
-from support import checkpoint, distributed
+from support import adapters, checkpoint, distributed
 from support.config import from_dict
 from support.record import example_rows, record_group, rl_metrics, sft_metrics
 from train import new_optimizer
@@ -45,8 +45,9 @@ CASES = {name: {} for name in METHODS} | {
     "hpt": {"gate": 1},
     "rescue": {"gate": 2},
     "uft": {"max_grad_norm": 0.02},  # the gradient is scaled down
+    "prefix-rft with adapters": {"lora_rank": 3, "lora_lr_times": 1.0, "micro_batch_tokens": 60},
 }
-RESUMED = ("prefix-rft", "relift")  # by AdamW, the others by plain descent
+RESUMED = ("prefix-rft", "relift", "prefix-rft with adapters")  # by AdamW, the others by plain descent
 # far above the rounding of a gradient, which AdamW's own eps of 1e-8 would make a whole step of
 ADAM_EPS = 1e-3
 
@@ -70,9 +71,11 @@ def small_llama() -> LlamaForCausalLM:
 
 
 @functools.cache
-def loaded(folder: Path, recompute: bool = False) -> tuple:
+def loaded(folder: Path, case: str = "") -> tuple:
     """The model, its tokenizer, and its weights before any step."""
-    model, tokenizer = load_model(str(folder / "model"), training=True, recompute=recompute)
+    recompute, rank = (CASES.get(case, {}).get(name) for name in ("recompute", "lora_rank"))
+    low_rank = adapters.of(from_dict({"lora_rank": rank or 0}))
+    model, tokenizer = load_model(str(folder / "model"), training=True, recompute=bool(recompute), adapters=low_rank)
     return model, tokenizer, {name: tensor.clone() for name, tensor in model.state_dict().items()}
 
 
@@ -80,11 +83,11 @@ def started(folder: Path, method: str, reward: Reward = BY_LENGTH) -> steps.Run:
     adam = method in RESUMED
     lr = 1e-3 if adam else 0.1
     settings = {"lr": lr, "relift_lr": lr, "updates_per_step": 2} | CASES[method]
-    model, tokenizer, weights = loaded(folder, settings.get("recompute", False))
+    model, tokenizer, weights = loaded(folder, method)
     model.load_state_dict(weights)
-    run = make_run(tokenizer, method, model, reward=reward, **settings)
+    run = make_run(tokenizer, method.split()[0], model, reward=reward, **settings)
     assert not {i for problem in run.data.encoded for ids in problem.demonstrations for i in ids} & {*ENDS}
-    run.optimizer = new_optimizer(model, run.config) if adam else torch.optim.SGD(model.parameters())
+    run.optimizer = new_optimizer(model, run.config) if adam else torch.optim.SGD(distributed.trained(model).values())
     if run.collector:
         run.collector.optimizer = new_optimizer(model, run.config)
     for optimizer in (run.optimizer, *([run.collector.optimizer] if run.collector else [])):
@@ -234,7 +237,7 @@ def test_two_ranks_equal_one(results, method):
     folder, one, two = results
     assert_same(method, one[method], two[method])
     assert any(metrics["grad_norm"] > 0 for metrics, _ in one[method]["log"])
-    start = AutoModelForCausalLM.from_pretrained(folder / "model").state_dict()
+    start = loaded(folder, method)[2]
     moved = max((one[method]["weights"][name] - start[name]).abs().max() for name in start)
     assert moved > 1e-4 and two["split"]
 
@@ -326,7 +329,7 @@ def test_gradients_of_micro_batches_add_up_in_host_memory(results, alone, monkey
     passes, forward = [], steps.forward
     monkeypatch.setattr(steps, "forward", lambda *words: passes.append(words[2]) or forward(*words))
     assert_same(method, one[method], some_steps(folder, method))
-    assert isinstance(loaded(folder, method == "luffy")[0], FSDPModule) and len(passes) > 4  # updates: 2 and 4
+    assert isinstance(loaded(folder, method)[0], FSDPModule) and len(passes) > 4  # updates: 2 and 4
 
 
 def test_bf16_compute_keeps_fp32_weights(results, alone, monkeypatch):

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from conftest import ALL_WRONG, BY_LENGTH, random_model, rounding
+from conftest import ALL_WRONG, BY_LENGTH, random_model, rounding, with_adapters
 
 import step as steps
 from data.loader import Data, Encoded, Problem
@@ -17,7 +17,7 @@ from methods import METHODS, Collector, Method, sft_learning_rate, unclipped, un
 from sample import Row
 from step import Run, mini_batch_tokens, problems_of_step, rl_step, rollout_batch, sft_step, update
 from support.config import Config, from_dict
-from support.distributed import micro_batches
+from support.distributed import micro_batches, trained
 from support.record import record_group, rl_metrics
 
 TEMPERATURE = 0.8
@@ -44,12 +44,12 @@ def make_run(
         Encoded(f"p{i}", ids(2 + 3 * i), [ids(6 + 2 * i)] if i < demonstrated else [], 2) for i in range(problems)
     ]
     train = [Problem(f"p{i}", f"problem {i}", "1") for i in range(problems)]
-    model = model or random_model()
-    optimizer = torch.optim.SGD(model.parameters(), lr=config.lr)
+    model = model or (with_adapters(random_model(), config) if config.lora_rank else random_model())
+    optimizer = torch.optim.SGD(trained(model).values(), lr=config.lr)
     data = Data(train, encoded, encoded[:demonstrated], {})
     run = Run(config, METHODS[method], model, tokenizer, reward, data, optimizer)
     if run.method.unsolved == "collect":
-        run.collector = Collector([], torch.optim.SGD(model.parameters(), lr=config.relift_lr))
+        run.collector = Collector([], torch.optim.SGD(trained(model).values(), lr=config.relift_lr))
     return run
 
 
@@ -76,7 +76,7 @@ def gradients(run: Run, batch: steps.Batch, tokens: Tokens, budget: int) -> list
         param_groups = ()
 
         def step(self):
-            found.extend(p.grad.clone() for p in run.model.parameters())
+            found.extend(p.grad.clone() for p in trained(run.model).values())
 
         def zero_grad(self):
             run.model.zero_grad()
@@ -96,7 +96,7 @@ def exact(run: Run, batch: steps.Batch, tokens: Tokens) -> tuple[torch.Tensor, t
     log_probs = log_p.gather(-1, r.input_ids[:, -width:, None]).squeeze(-1)
     weights = steps.token_weights(run.method, tokens.at(torch.arange(len(log_p)), log_probs, entropy))
     loss = -(weights * log_probs * r.response_mask).sum() / tokens.normalizer
-    return loss.detach(), weights, list(torch.autograd.grad(loss, list(model.parameters())))
+    return loss.detach(), weights, list(torch.autograd.grad(loss, list(trained(model).values())))
 
 
 def exact_gradients(run: Run, batch: steps.Batch, tokens: Tokens) -> list[torch.Tensor]:
@@ -104,10 +104,11 @@ def exact_gradients(run: Run, batch: steps.Batch, tokens: Tokens) -> list[torch.
 
 
 @pytest.mark.parametrize("moved", [False, True], ids=["first update", "later update"])
+@pytest.mark.parametrize("rank", [0, 3], ids=["all weights", "adapters"])
 @pytest.mark.parametrize("method", METHODS)
-def test_gradient_is_the_same_for_any_micro_batches(tokenizer, method, moved):
+def test_gradient_is_the_same_for_any_micro_batches(tokenizer, method, rank, moved):
     """Rows one by one, a few at a time, all at once; lengths differ."""
-    run = make_run(tokenizer, method, temperature=TEMPERATURE)
+    run = make_run(tokenizer, method, temperature=TEMPERATURE, lora_rank=rank)
     batch, tokens = whole_batch(run, moved)
     want = exact_gradients(run, batch, tokens)
     close = rounding(run.model, batch.rollouts.input_ids.numel())
@@ -311,10 +312,11 @@ def test_metrics_describe_the_whole_batch(tokenizer):
     assert metrics["equal_reward_groups"] == sum(len(g) == 1 for g in groups) / 4
 
 
+@pytest.mark.parametrize("rank", [0, 3], ids=["all weights", "adapters"])
 @pytest.mark.parametrize("method", ["prefix-rft", "luffy", "hpt", "rescue"])
-def test_the_log_probs_of_the_sampler_stand_beside_those_of_the_training_pass(tokenizer, method):
+def test_the_log_probs_of_the_sampler_stand_beside_those_of_the_training_pass(tokenizer, method, rank):
     """Token by token, also where groups were replaced or sampled again; the gap is the mean of their distances."""
-    run = make_run(tokenizer, method, temperature=0.7)
+    run = make_run(tokenizer, method, temperature=0.7, lora_rank=rank)
     result = rl_step(run, 4)
     batch = result.batch
     own = batch.rollouts.response_mask & ~batch.rollouts.prefix_mask

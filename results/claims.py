@@ -15,9 +15,8 @@ from typing import Any
 
 import numpy as np
 import pandas as pd
-from scipy.stats import mannwhitneyu, t
+from scipy.stats import mannwhitneyu, t, ttest_1samp, ttest_ind
 
-from evaluation.statistics import interval
 from results.records import KINDS, Line, Stored, accuracies, prefix_lead, runs_of, scores, solved
 
 Interval = tuple[float, float, float]  # estimate, low, high
@@ -53,22 +52,11 @@ def difference(first: np.ndarray, second: np.ndarray, trained: tuple[bool, bool]
     return combine(float(by_problem.mean()), [spread(by_problem), *map(spread, groups)])
 
 
-def difference_of_runs(first: Sequence[float], second: Sequence[float] | None = None) -> Interval | None:
-    """The same of one number a run; without `second` the mean itself."""
-    groups = [np.array(values) for values in (first, second) if values is not None]
-    if min(map(len, groups)) < 2:
-        return None
-    less = 0.0 if second is None else float(groups[1].mean())
-    return combine(float(groups[0].mean()) - less, [*map(spread, groups)])
-
-
-def mean_interval(values: np.ndarray) -> Interval:
-    """The mean of [runs, problems] with its interval over problems (evaluation/statistics.py: never of width 0),
-    which the spread of several runs widens, in quadrature."""
-    mid, (low, high) = float(values.mean()), interval(values.mean(0))
-    variance, free = spread(values.mean(1)) if len(values) > 1 else (0.0, 1)
-    reach = float(t.ppf(0.975, free)) * math.sqrt(variance)
-    return mid, max(mid - math.hypot(mid - low, reach), 0.0), min(mid + math.hypot(high - mid, reach), 1.0)
+def difference_of_runs(first: Sequence[float], second: Sequence[float] | None = None) -> Interval:
+    """The same of one number a run, of several runs each; without `second` the mean itself."""
+    test = ttest_1samp(first, 0) if second is None else ttest_ind(first, second, equal_var=False)
+    low, high = map(float, test.confidence_interval(0.95))
+    return (low + high) / 2, low, high
 
 
 # ---- the verdicts

@@ -16,23 +16,13 @@ KEYS = ["cell", "budget", "temperature"]
 
 def run_frame(stored: Stored) -> pd.DataFrame:
     """A row for each run, budget and temperature: accuracy (0 where it diverged) and what it cost up to there."""
-    rows = [
-        [
-            line["cell"],
-            int(budget),
-            temperature,
-            line["base"],
-            line["method"],
-            scores.get(temperature, {"all": 0.0})["all"],
-        ]
-        + [scores.get(name) for name in ("sampled", "trained", "supervised", "seconds")]
-        for line in stored.values()
-        if line["method"] != "base" and not line["trial"]
-        for budget, scores in line["budgets"].items()
-        for temperature in TEMPERATURES
-    ]
-    columns = [*KEYS, "base", "method", "accuracy", "sampled", "trained", "supervised", "seconds"]
-    return pd.DataFrame(rows, columns=columns)
+    costs, rows = ["sampled", "trained", "supervised", "seconds"], []
+    for line in (line for line in stored.values() if line["method"] != "base" and not line["trial"]):
+        for budget, scores in line["budgets"].items():
+            for name in TEMPERATURES:
+                told = [line["cell"], int(budget), name, line["base"], line["method"]]
+                rows.append([*told, scores.get(name, {"all": 0.0})["all"], *map(scores.get, costs)])
+    return pd.DataFrame(rows, columns=[*KEYS, "base", "method", "accuracy", *costs])
 
 
 def difference_frame(runs: pd.DataFrame) -> pd.DataFrame:
@@ -50,11 +40,7 @@ def contrast_frame(runs: pd.DataFrame) -> pd.DataFrame:
         found = {"bases": len(values), "mean": values.mean(), "low": None, "high": None, "p": None}
         if len(values) > 1:
             test = ttest_1samp(values, 0)
-            found |= {
-                "low": test.confidence_interval().low,
-                "high": test.confidence_interval().high,
-                "p": test.pvalue,
-            }
+            found |= dict(zip(("low", "high"), test.confidence_interval())) | {"p": test.pvalue}
         return pd.Series(found)
 
     groups = difference_frame(runs).groupby([*KEYS, "rival"])["difference"]
@@ -91,9 +77,7 @@ def contrast_table(contrasts: pd.DataFrame, cell: str) -> str:
 
 def run_table(runs: pd.DataFrame, cell: str) -> str:
     """Accuracy of each base, and what a run costs: means over bases."""
-    rows = [
-        ["method", "steps", *TEMPERATURES, "thousands of tokens: sampled", "trained", "supervised", "CPU seconds"]
-    ]
+    rows = [["method", "steps", *TEMPERATURES, "sampled", "trained", "supervised, in 1000 tokens", "CPU seconds"]]
     for (method, budget), group in runs[runs["cell"] == cell].groupby(["method", "budget"]):
         by_temperature = group.sort_values("base").groupby("temperature")["accuracy"]
         told = [", ".join(map(percent, by_temperature.get_group(name))) for name in TEMPERATURES]

@@ -15,7 +15,7 @@ from scipy.stats import t
 
 from figures.figure import COLOURS, COLUMNS, STYLES, TYPE, in_percent, save, sheet
 from results import contrasts, records
-from results.claims import difference, mean_interval
+from results.claims import difference, group_of
 from results.horizon import BUDGETS, CELLS
 from results.records import KINDS, Line, Stored, accuracies, runs_of, scores
 
@@ -65,11 +65,6 @@ def draw_points(axis: Axes, x: Sequence[float], groups: Sequence[np.ndarray], na
     axis.errorbar(x, means, yerr=reaches, capsize=2, marker="o", markersize=3, label=name, **style_of(name))
 
 
-def beside(count: int) -> np.ndarray:
-    """Shifts that keep the intervals of `count` methods at one place apart."""
-    return 0.12 * (np.arange(count) - (count - 1) / 2)
-
-
 # ---- the second study
 
 
@@ -90,17 +85,16 @@ def draw_contrast(axis: Axes, runs: pd.DataFrame, cell: str) -> None:
 # ---- the first study
 
 
-def draw_forest(axis: Axes, stored: Stored, kind: str) -> None:
-    """Prefix-RFT minus each other method, by regime, with the protocol's interval."""
-    pairs = [(regime, name) for regime in ("habit", "silent", "twin") for name in ("rft", "sft-rft", "sft", "luffy")]
-    pairs = [pair for pair in pairs if runs_of(stored[pair[0]], pair[1])]
+def draw_forest(axis: Axes, stored: Stored, kind: str, pairs: Sequence[tuple[str, str]], title: str) -> None:
+    """Prefix-RFT minus another method in a regime, for each pair of them, with the protocol's interval."""
     for place, (regime, name) in enumerate(pairs):
         mid, low, high = difference(*(scores(runs_of(stored[regime], method), kind) for method in (OURS, name)))
         error, colour = [[mid - low], [high - mid]], style_of(name)["color"]
         axis.errorbar(mid, -place, xerr=error, fmt="o", color=colour, markersize=4.5, capsize=2)
-    axis.set_yticks(-np.arange(len(pairs)), [f"{regime}: − {name}" for regime, name in pairs])
+    labels = [f"{regime}: − {name}".removeprefix("habit: − prefix-rft-") for regime, name in pairs]
+    axis.set_yticks(-np.arange(len(pairs)), labels)
     axis.axvline(0, color="black", linewidth=0.8)
-    finish(axis, f"Prefix-RFT minus another, {KINDS[kind]}", "difference, points", columns=0, grid="x")
+    finish(axis, f"{title}, {KINDS[kind]}", "difference, points", columns=0, grid="x")
 
 
 def draw_curves(
@@ -115,50 +109,22 @@ def draw_curves(
     finish(axis, title, "thousands of tokens, sampled and trained", label)
 
 
-def draw_demonstrations(axis: Axes, lines: Sequence[Line], kind: str) -> None:
-    """Accuracy against the number of demonstrations."""
-    methods = list(dict.fromkeys(line["method"] for line in lines if line["method"] != "base"))
-    numbers = (512, 128, 32, 8, 2)
-    for name, shift in zip(methods, beside(len(methods))):
-        groups = [accuracies(runs_of(lines, f"{name}@{number}"), kind) for number in numbers]
-        draw_points(axis, np.array(numbers) * 2**shift, groups, name)
-    axis.set_xscale("log", base=2)
-    axis.set_xticks(numbers, map(str, numbers))
-    axis.margins(y=0.35)  # for the legend
-    finish(axis, f"few demonstrations, {KINDS[kind]}", "demonstrations, of 512 problems", "% right, test", columns=2)
-
-
-def draw_experts(axis: Axes, stored: Stored, kind: str) -> None:
-    """Accuracy by kind of expert; the first is habit's. RFT, which sees no demonstration, is a line."""
-    experts, methods = ("short", "slips", "several"), ("sft", "sft-rft", OURS, "luffy")
-    for name, shift in zip(methods, beside(len(methods))):
-        runs = [runs_of(stored["habit"], name), *(runs_of(stored["weak"], f"{name}@{e}") for e in experts)]
-        draw_points(axis, np.arange(4) + shift, [accuracies(group, kind) for group in runs], name)
-    axis.axhline(accuracies(runs_of(stored["habit"], "rft"), kind).mean(), label="rft", **style_of("rft"))
-    axis.set_xticks(range(4), ["expert", *experts])
-    axis.margins(y=0.45)  # for the legend
+def draw_groups(axis: Axes, labels: Sequence[str], groups: dict[str, list[np.ndarray]], title: str, x: str) -> None:
+    """Accuracies of several methods beside each other at each label."""
+    for place, (name, values) in enumerate(groups.items()):
+        draw_points(axis, np.arange(len(labels)) + 0.12 * (place - (len(groups) - 1) / 2), values, name)
+    axis.set_xticks(range(len(labels)), labels)
+    axis.margins(y=0.4)  # for the legend
     axis.set_ylim(max(0, axis.get_ylim()[0]), None)
-    finish(axis, f"weaker experts, {KINDS[kind]}", "demonstrations by", "% right, test", columns=3)
-
-
-def draw_ablations(axis: Axes, lines: Sequence[Line], kind: str) -> None:
-    """Each ablation minus prefix-rft, with the protocol's interval."""
-    names = [name for name in records.names_of(lines) if name.startswith(f"{OURS}-") and name != "prefix-rft-trust"]
-    for place, name in enumerate(names):
-        mid, low, high = difference(*(scores(runs_of(lines, method), kind) for method in (name, OURS)))
-        axis.bar(place, mid, yerr=[[mid - low], [high - mid]], capsize=2, color=COLOURS[-1], alpha=0.5)
-    axis.axhline(0, **style_of(OURS), linewidth=1.2)
-    axis.set_xticks(range(len(names)), [name.removeprefix("prefix-rft-") for name in names], rotation=30, ha="right")
-    finish(axis, f"ablation minus Prefix-RFT, {KINDS[kind]}", "", "difference, points", columns=0, grid="y")
+    finish(axis, title, x, "% right, test", columns=3)
 
 
 def draw_ceiling(axis: Axes, lines: Sequence[Line], level: str) -> None:
-    """pass@k over k; bands: 95% over problems and seeds."""
+    """pass@k over k, means over seeds."""
     tries = [2**i for i in range(9)]
     for name in records.names_of(lines):
-        mid, low, high = np.array([mean_interval(records.solved(runs_of(lines, name), k, level)) for k in tries]).T
-        axis.plot(tries, mid, label=name, marker="o", markersize=2, linewidth=1.2, **style_of(name))
-        axis.fill_between(tries, low, high, color=style_of(name)["color"], alpha=0.1, linewidth=0)
+        shares = [records.solved(runs_of(lines, name), k, level).mean() for k in tries]
+        axis.plot(tries, shares, label=name, marker="o", markersize=2, **style_of(name))
     axis.set_xscale("log", base=2)
     axis.set_xticks(tries[::2], map(str, tries[::2]))
     axis.set_ylim(0, 1)
@@ -166,13 +132,27 @@ def draw_ceiling(axis: Axes, lines: Sequence[Line], level: str) -> None:
 
 
 def question_panels(stored: Stored) -> list[Panel]:
-    """Few and weaker demonstrations; the parts of Prefix-RFT; many samples. Two panels each."""
-    panels = [partial(draw_demonstrations, lines=stored["scarce"], kind=kind) for kind in KINDS]
-    panels += [partial(draw_experts, stored=stored, kind=kind) for kind in KINDS]
-    panels += [partial(draw_ablations, lines=stored["habit"], kind=kind) for kind in KINDS]
-    return panels + [
-        partial(draw_ceiling, lines=stored[records.CEILING], level=level) for level in records.CEILING_LEVELS
-    ]
+    """Few and weaker demonstrations (RFT sees none); the parts of Prefix-RFT; many samples. Two panels each."""
+
+    def groups(names: dict[str, list[str]], kind: str) -> dict[str, Any]:
+        runs = {method: [group_of(stored, "weak", name) for name in found] for method, found in names.items()}
+        return {"groups": {method: [accuracies(lines, kind) for lines in found] for method, found in runs.items()}}
+
+    numbers, experts = ("2", "8", "32", "128", "512"), ("short", "slips", "several")
+    few = {m: [f"scarce:{m}@{number}" for number in numbers] for m in ("sft-rft", OURS, "luffy", "uft")}
+    weak = {m: [f"habit:{m}", *(f"{m}@{expert}" for expert in experts)] for m in ("sft", "sft-rft", OURS, "luffy")}
+    few, weak = ({"rft": ["habit:rft"] * count} | names for count, names in ((5, few), (4, weak)))
+    variants = [name for name in records.names_of(stored["habit"]) if name.startswith("prefix-rft-")]
+    told = {"pairs": [("habit", name) for name in variants], "title": "Prefix-RFT minus a variant"}
+    panels = []
+    for kind, title in KINDS.items():
+        x = {"labels": numbers, "title": f"few demonstrations, {title}", "x": "demonstrations, of 512 problems"}
+        panels.append(partial(draw_groups, **x, **groups(few, kind)))
+    for kind, title in KINDS.items():
+        x = {"labels": ("expert", *experts), "title": f"weaker experts, {title}", "x": "demonstrations by"}
+        panels.append(partial(draw_groups, **x, **groups(weak, kind)))
+    panels += [partial(draw_forest, stored=stored, kind=kind, **told) for kind in KINDS]
+    return panels + [partial(draw_ceiling, lines=stored["ceiling"], level=level) for level in records.CEILING_LEVELS]
 
 
 def draw_panels(panels: Sequence[Panel], panel_height: float = 2.9, most: int = COLUMNS) -> Figure:
@@ -185,17 +165,14 @@ def draw_panels(panels: Sequence[Panel], panel_height: float = 2.9, most: int = 
 
 def draw_all(stored: Stored, runs: pd.DataFrame, folder: Path) -> list[Path]:
     """Write the figures of both studies, and that of the first hour."""
-    questions, greedy = question_panels(stored), {"curve": "validation", "label": "% right, validation, greedy"}
+    questions = question_panels(stored)
     figures = {"study/demonstrations": questions[:4], "study/parts": questions[4:6], "study/ceiling": questions[6:]}
-    figures["study/forest"] = [partial(draw_forest, stored=stored, kind=kind) for kind in KINDS]
-    titles = {"habit": "habit: reward from the start", "silent": "silent: hardly any reward at first"}
-    figures["study/curves"] = [
-        partial(draw_curves, lines=stored[name], title=title, methods=SHOWN, **greedy)
-        for name, title in titles.items()
-    ]
+    pairs = [(regime, name) for regime in ("habit", "silent", "twin") for name in ("rft", "sft-rft", "sft", "luffy")]
+    rivals = {"pairs": pairs[:-1], "title": "Prefix-RFT minus another"}  # no LUFFY in twin
+    figures["study/forest"] = [partial(draw_forest, stored=stored, kind=kind, **rivals) for kind in KINDS]
     told = {"lines": stored["habit"], "methods": ("rft", OURS)}
     figures["first-hour"] = [
-        partial(draw_curves, title="accuracy, ten seeds of each", **greedy, **told),
+        partial(draw_curves, title="validation accuracy", curve="validation", label="% right, greedy", **told),
         partial(draw_curves, title="reward of own rows", curve="on_policy", label="mean reward", **told),
     ]
     cells = set(contrasts.difference_frame(runs)["cell"])

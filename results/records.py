@@ -36,7 +36,6 @@ CEILING = "ceiling"
 SAMPLES = {"greedy": 1, "sampled": 4}  # of each test problem, by kind of measure
 KINDS = {"greedy": "greedy", "sampled": "T = 1"}
 CEILING_LEVELS, CEILING_SAMPLES = ("hard", "ood"), 256
-EQUAL = "sft-rft-equal"  # sft-rft, stopped when it has as many tokens as rft and prefix-rft
 
 
 def read_store(store: Path = STUDY) -> Stored:
@@ -44,16 +43,10 @@ def read_store(store: Path = STUDY) -> Stored:
     return {name: [json.loads(text) for text in path.read_bytes().splitlines()] for name, path in paths.items()}
 
 
-def variant_of(line: Line) -> str:
-    """What a run is told apart by in scarce (the number of demonstrations) and in weak (the expert)."""
-    settings = line["settings"]
-    variants = {"scarce": settings.get("demonstrations"), "weak": settings.get("expert")}
-    return str(variants.get(line["regime"]) or "")
-
-
 def name_of(line: Line) -> str:
-    """`method`, or `method@variant`."""
-    return "@".join(filter(None, (line["method"], variant_of(line))))
+    """`method`; in scarce `method@demonstrations`, in weak `method@expert`."""
+    variant = {"scarce": "demonstrations", "weak": "expert"}.get(line["regime"])
+    return f"{line['method']}@{line['settings'][variant]}" if variant in line["settings"] else line["method"]
 
 
 def runs_of(lines: Sequence[Line], name: str) -> list[Line]:

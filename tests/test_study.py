@@ -72,17 +72,6 @@ def test_the_interval_covers_the_true_difference():
     assert hits / draws >= 0.95 - 2.5 * (0.95 * 0.05 / draws) ** 0.5
 
 
-def test_intervals_of_a_mean_hold_problems_and_seeds():
-    problems = (np.random.default_rng(0).random(200) < 0.4).astype(float)
-    one = claims.mean_interval(problems[None])
-    assert one == pytest.approx((problems.mean(), *claims.interval(problems)))
-    assert claims.mean_interval(np.stack([problems] * 3)) == pytest.approx(one)  # seeds all alike add nothing
-    runs = np.stack([problems, problems, np.minimum(problems + 0.3, 1)])
-    mid, _, high = claims.mean_interval(runs)
-    seeds, far = 4.303 * statistics.stdev(runs.mean(1)) / 3**0.5, claims.interval(runs.mean(0))[1]
-    assert high - mid == pytest.approx(((far - mid) ** 2 + seeds**2) ** 0.5, rel=1e-3)
-
-
 # ---- verdicts
 
 

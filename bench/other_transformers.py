@@ -113,7 +113,8 @@ def main() -> None:
             save_as_a_run(made, final)
             subprocess.run([*by_4, "read", final], check=True)
             for name in sorted(folder.name for folder in made.iterdir()):
-                (before, ids), (after, other_ids) = (torch.load(d / name / "read.pt") for d in (made, final))
+                files = made / name / "read.pt", final / name / "read.pt"
+                (before, ids), (after, other_ids) = (torch.load(file, weights_only=True) for file in files)
                 nats, tokens = float((before - after).abs().max()), "equal" if ids == other_ids else "DIFFER"
                 failed |= nats > 1e-5 or ids != other_ids
                 print(f"made by {version}  {name:<20} {nats:.1e} nats, tokens {tokens}")

@@ -597,7 +597,7 @@ def test_the_sft_stage_has_a_file_of_its_own(task, tmp_path, monkeypatch):
     def rl_step(run, step):
         note("rl", step, run)
         seen["rl"] |= {problem.id for problem in run.data.encoded}
-        return step
+        return [step]
 
     recorded: list[int] = []
     monkeypatch.setattr(train, "sft_step", sft_step)
@@ -606,7 +606,7 @@ def test_the_sft_stage_has_a_file_of_its_own(task, tmp_path, monkeypatch):
     metrics = {"loss": 0.0, "reward": 0.0, "reward_on_policy": 0.0, **WATCHED}
     monkeypatch.setattr(train, "rl_metrics", lambda run, result: metrics)
     monkeypatch.setattr(train, "example_rows", lambda run, result: [])
-    monkeypatch.setattr(train, "record_group", lambda run, result: recorded.append(result))
+    monkeypatch.setattr(train, "record_group", lambda run, result: recorded.extend(result))
     monkeypatch.setattr(train, "accuracy", lambda run, name, temperature, title: titles.append(title) or {})
     settings = {"method": "sft-rft", "data": data, "sft_data": sft, "sft_batch": 4, "sft_steps": 4, "steps": 4}
     settings |= {"save_every": 0, "eval_every": 3}

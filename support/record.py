@@ -4,6 +4,7 @@
 """
 
 import math
+import re
 from statistics import fmean
 from typing import Any
 
@@ -12,15 +13,26 @@ from torch import Tensor
 
 from loss import token_weights
 from methods import unsolved_groups
+from reward import extract_boxed
 
 RECORDED_TOKENS = 512  # of a row of a recorded group
+
+
+def is_copied(text: str, problem: Any) -> bool:
+    """Whether the boxed answer is a piece of the problem, word for word, and not the gold answer: 69 - 13 for 56."""
+    boxed = extract_boxed(text) or problem.answer
+    if re.findall(r"\w+", boxed) == re.findall(r"\w+", problem.answer):
+        return False
+    inner, outer = (" ".join(re.findall(r"\w+|\S", part)) for part in (boxed, problem.problem))
+    return f" {inner} " in f" {outer} "
 
 
 def rl_metrics(run: Any, step: Any) -> dict[str, Any]:
     """Of the whole batch, every mini-batch and micro-batch. None where there is nothing to average.
 
     `reward_on_policy`, `truncated` and `unread` are of the rows as they were sampled at first: of groups that were
-    replaced or sampled again (hpt, rescue) only the batch without their failures is left.
+    replaced or sampled again (hpt, rescue) only the batch without their failures is left. So is `copied`, the share
+    of responses that are right with a piece of the problem (is_copied).
     Over own tokens, `log_prob_gap` is the mean distance of their log-probs in sampling and in the training pass: 0 up
     to rounding. `surprise` is the mean of -log pi - H, log-prob and entropy both of the training pass: 0 up to noise
     if the sampler drew the tokens from pi, whatever it took their log-probs for.
@@ -34,6 +46,9 @@ def rl_metrics(run: Any, step: Any) -> dict[str, Any]:
     def average(values: Tensor | list) -> float | None:
         mean = float(torch.as_tensor(values).float().mean()) if len(values) else math.nan
         return mean if math.isfinite(mean) else None
+
+    def problem_of(row: Any) -> Any:
+        return run.data.train[step.picked[row.group]]
 
     groups = [rewards[rollouts.group == g] for g in range(int(rollouts.group.max()) + 1)]
     made = [update for update in step.updates if not update["skipped"]]  # a skipped one has no loss and no gradient
@@ -62,6 +77,7 @@ def rl_metrics(run: Any, step: Any) -> dict[str, Any]:
         "response_tokens": average(rollouts.response_mask.sum(1)),
         "truncated": average([row.truncated for row in sampled]),
         "unread": average([not (row.truncated or run.reward.is_read(row.text)) for row in sampled]),
+        "copied": average([row.reward == 1 and is_copied(row.text, problem_of(row)) for row in sampled]),
         "unsolved": len(unsolved_groups(first_rows, run.config.gate if run.method.unsolved else 0)) / len(groups),
         "sampled_tokens": batch.sampled_tokens,
         "trained_tokens": weighted,

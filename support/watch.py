@@ -23,6 +23,7 @@ SURPRISE = 0.02, 6.0  # nats per token, and standard errors, that sampling and t
 # Share of a step's trained tokens, and how many there must be. 45 runs that learned the embedded task or its like had
 # at most 0.1 (the default: 0.004); runs whose policy was gone after the first step had 0.16 (lr 5e-3) to 0.56 (1e3).
 CLIPPED = 0.15, 100
+COPIED = 0.03  # share of a step's responses
 # Of the best reward over SHORT steps, and standard errors. The same runs kept 0.3 of it; lr 1e-3 of rft left 0.09.
 LOST = 0.2, 6.0
 
@@ -137,6 +138,11 @@ def of_step(row: dict[str, Any], largest_gap: float) -> dict[str, str]:
         warnings["clipped"] = (
             f"{100 * clipped:.0f}% of the trained tokens lost their weight within the step (clip_fraction): its "
             "first update changed the policy too much; lower lr"
+        )
+    if (copied := row.get("copied") or 0.0) > COPIED:
+        warnings["copied"] = (
+            f"{100 * copied:.0f}% of the responses are right with a piece of the problem as their answer (69 - 13 "
+            "for 56), which math accepts: --reward exact does not"
         )
     shares = {"truncated": "are cut off by the budget: raise max_response_tokens"}
     shares["unread"] = "hold no readable boxed answer: look at samples.jsonl"

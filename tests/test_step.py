@@ -18,7 +18,7 @@ from sample import Row
 from step import Run, mini_batch_tokens, problems_of_step, rl_step, rollout_batch, sft_step, update
 from support.config import Config, from_dict
 from support.distributed import micro_batches, trained
-from support.record import record_group, rl_metrics
+from support.record import is_copied, record_group, rl_metrics
 
 TEMPERATURE = 0.8
 
@@ -310,6 +310,34 @@ def test_metrics_describe_the_whole_batch(tokenizer):
     assert metrics["entropy"] == pytest.approx(batch.entropy[own].mean().item(), rel=1e-5)
     groups = [set(batch.rewards[r.group == g].tolist()) for g in range(4)]
     assert metrics["equal_reward_groups"] == sum(len(g) == 1 for g in groups) / 4
+
+
+@pytest.mark.parametrize(
+    "boxed, problem, answer, copied",
+    [
+        ("69 - 13", "What is 69-13?", "56", True),
+        ("69-13", "Find $69 - 13$.", "56", True),
+        ("x^2 - 1", "Expand (x-1)(x+1) and compare with x^2-1.", "(x-1)(x+1)", True),
+        ("56", "What is 69-13?", "56", False),
+        ("9 - 13", "What is 69-13?", "56", False),
+        ("56", "Is 56 more than 69-13?", "56", False),
+        ("(B)", "Which? (A) 1 (B) 2", "B", False),
+        ("$56$", "69-13, $56$ or 57?", "56", False),
+        (None, "What is 69-13?", "56", False),
+    ],
+)
+def test_an_answer_that_is_a_piece_of_the_problem_is_copied(boxed, problem, answer, copied):
+    text = "69 - 13" if boxed is None else f"so \\boxed{{{boxed}}}"
+    assert is_copied(text, Problem("p", problem, answer)) is copied
+
+
+def test_the_share_of_copied_answers_is_of_right_responses_in_all(tokenizer):
+    """Every response repeats its problem in a box; about half are right."""
+    run = make_run(tokenizer, "rft", reward=BY_LENGTH)
+    step = rl_step(run, 0)
+    rows = [dataclasses.replace(row, text=f"\\boxed{{problem {step.picked[row.group]}}}") for row in step.batch.rows]
+    step.batch.first_rows = rows
+    assert 0 < rl_metrics(run, step)["copied"] == sum(row.reward == 1 for row in rows) / len(rows) < 1
 
 
 @pytest.mark.parametrize("rank", [0, 3], ids=["all weights", "adapters"])

@@ -45,6 +45,7 @@ def row(step: int, **changes) -> dict:
         ("reward_lost", {"reward_on_policy": 0.01}, SHORT),
         ("truncated", {"truncated": 0.6}, 1),
         ("unread", {"unread": 0.51}, 1),
+        ("copied", {"copied": 0.04}, 1),
     ],
 )
 def test_each_warning_is_said_once_when_it_is_due(name, changes, at):

@@ -91,8 +91,11 @@ def _read_row(row: object, where: str, default_id: str, reward: Reward) -> Probl
         if field in ("id", "problem", "answer") and not value.strip():
             raise InputError(f"{where}: {field} is empty")
         _check_text(value, where, field)
-    if row.get("level") == "all":
+    level = row.get("level", "")
+    if level == "all":
         raise InputError(f"{where}: level is 'all', which reports call the total: give it another name")
+    if "|" in level or not level.isprintable():  # it stands in a table, on the terminal and in results.md
+        raise InputError(f"{where}: level is {level!r:.80}, expected printable characters without |")
     demonstrations = row.get("demonstrations", [])
     if not isinstance(demonstrations, list) or not all(isinstance(d, str) and d for d in demonstrations):
         raise InputError(f"{where}: demonstrations must be a list of non-empty strings (or be absent)")
@@ -103,7 +106,7 @@ def _read_row(row: object, where: str, default_id: str, reward: Reward) -> Probl
         problem=row["problem"],
         answer=row["answer"],
         demonstrations=tuple(demonstrations),
-        level=row.get("level", ""),
+        level=level,
         system=row.get("system", ""),
     )
     try:
@@ -113,16 +116,21 @@ def _read_row(row: object, where: str, default_id: str, reward: Reward) -> Probl
     return problem
 
 
-def without_nulls(row: dict[str, Any]) -> dict[str, Any]:
+def without_nulls(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
     """The fields of a row that are there: where one is absent, `datasets` writes null and pandas null or NaN."""
+    if len(row := dict(pairs)) < len(pairs):
+        name, _ = Counter(name for name, _ in pairs).most_common(1)[0]
+        raise InputError(f"the field {name!r:.80} stands there twice: leave one")
     return {name: value for name, value in row.items() if value is not None and value == value}
 
 
 def _parse(line: str, where: str) -> Any:
     try:
-        return json.loads(line, object_hook=without_nulls)
+        return json.loads(line, object_pairs_hook=without_nulls)
     except json.JSONDecodeError as error:
         raise InputError(f"{where}: not valid JSON: {error.msg} at column {error.colno}") from error
+    except InputError as error:
+        raise InputError(f"{where}: {error}") from error
     except RecursionError:
         raise InputError(f"{where}: nested too deeply, expected a flat JSON object with problem and answer") from None
     except ValueError as error:  # Python's limit on the digits of a whole number

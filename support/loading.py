@@ -119,7 +119,11 @@ def end_tokens(path: str, config: PreTrainedConfig) -> list[int]:
         if (Path(path) / "generation_config.json").exists():
             raise
         ends = GenerationConfig.from_model_config(config).eos_token_id
-    return [] if ends is None else [ends] if isinstance(ends, int) else list(ends)
+    listed = [] if ends is None else ends if isinstance(ends, list) else [ends]
+    size = config.get_text_config().vocab_size
+    if ends == [] or any(type(end) is not int or not 0 <= end < size for end in listed):
+        raise InputError(f"its eos_token_id is {ends!r:.80}, expected a token from 0 to {size - 1} or a list of them")
+    return listed
 
 
 def limit_ids(tokenizer: PreTrainedTokenizerBase, config: PreTrainedConfig) -> None:

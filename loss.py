@@ -12,20 +12,21 @@ A group, the N = 8 rollouts of one problem (Prefix-RFT, paper section 3):
              response_mask = 1 over prefix, continuation and <eos>
 
 **Every method is a weight per token.**  grad L = -(1/Z) sum_{i,t} w_{i,t} grad log pi(y_{i,t}), w detached, where
-Z = rows of the mini-batch x max_response_tokens (in a batch of demonstrations only: its tokens).
+Z = planned rows of the mini-batch x max_response_tokens (in a batch of demonstrations only: its tokens).
 
-In reading order: `advantages`, `entropy_clip`, the textbook surrogate and its weight, `Tokens` (what a weight may
-depend on), `token_weights`, `weighted_loss`. The other methods' weights and the table of methods are in methods.py.
+In reading order: `mean_of_members`, `advantages`; `entropy_clip`, `weighted_tokens`; the textbook surrogate and its
+weight; `Tokens` (what a weight may depend on), `token_weights`, `weighted_loss`. The other methods' weights and the
+table of methods are in methods.py.
 
 Questions readers ask:
 - *Which rows are in the baseline?*  `on_policy` (default, as released): the mean reward of the group's on-policy
   rows, for those rows and for prefix tokens; the continuation keeps r_h. `group` (the text of the paper's section 3):
   the mean over all N rows, for every token. See `advantages`.
-- *Why is the ratio r always 1?*  Before the first update of a step pi is the sampling policy, so r = exp(0) = 1
-  and nothing is clipped. The gradient is not zero: w = A. From the second update of the step on, r moves; at the
+- *Why is r = 1 in the first update of a step?*  Before it pi is the sampling policy, so r = exp(0) = 1 and nothing is
+  clipped. The gradient is not zero: w = A. From the second update of the step on, r moves; at the
   small learning rates of this field PPO's clip still acts on few tokens (metric clip_fraction).
 - *What is the old log-prob of a prefix token, which the policy did not sample?*  The sampling policy's own
-  log-prob of the forced token, from the same forward pass as all others; so r = 1 there too.
+  log-prob of the forced token, taken before anything is updated, as for every other token; so r = 1 there too.
 - *p or log p?*  The ratio is exp(log_probs - old_log_probs); LUFFY's shaping uses p = exp(log_probs) itself.
 - *Where are the KL and the entropy bonus?*  The paper has neither (A.2). The released code also has a dual clip
   at 3 and, in its yaml, an entropy bonus of 0.001; both are left out, here and in every other method.
@@ -70,11 +71,11 @@ def advantages(
     | group [paper, section 3 text] | r - mean(all N)     | r_h - mean(all N)      | r_h - mean(all N) |
 
     A prefix starts where the on-policy rows start, at the prompt, so it is compared with them. A continuation starts
-    at the end of its own prefix, where no on-policy row starts, so it is compared with nothing and keeps r_h; not
-    with a second hybrid row either (hybrid_per_prompt 2), also where both got the same prefix, as in the first steps.
-    A single on-policy row gets r - r = 0 (the release: r). prefix_advantage means something for hybrid rows only.
-    scale_by_std divides what has a baseline by the unbiased standard deviation of the baseline's rows + 1e-6 (GRPO;
-    Dr.GRPO and the paper do not); where these rows have equal rewards nothing is divided.
+    at the end of its own prefix, where no on-policy row starts, so it is compared with nothing and keeps r_h. A
+    second hybrid row (hybrid_per_prompt 2) is no baseline either, even if its prefix is the same. A single on-policy
+    row gets r - r = 0 (the release: r). prefix_advantage means something for hybrid rows only.
+    scale_by_std divides centred advantages by the unbiased standard deviation of the baseline's rewards + 1e-6, where
+    these are not equal. A continuation that keeps r_h is not divided. (GRPO divides; Dr.GRPO and the paper do not.)
     """
     if baseline not in ("on_policy", "group"):
         raise ValueError(f"baseline is {baseline!r}, expected 'on_policy' or 'group'")
@@ -149,7 +150,7 @@ def weighted_tokens(
 def ppo_surrogate(ratio: Tensor, advantages: Tensor, clip_low: float, clip_high: float) -> Tensor:
     """min(r A, clip(r, 1 - low, 1 + high) A), the surrogate as the textbook and the paper's Eq. 2 write it; [B, R].
 
-    Nothing is trained with it: `ppo_weight` is its gradient, and the tests compare the two.
+    Nothing is trained with it: `ppo_weight` is its derivative with respect to log pi, and the tests compare the two.
     """
     return torch.minimum(ratio * advantages, ratio.clamp(1 - clip_low, 1 + clip_high) * advantages)
 
@@ -173,11 +174,14 @@ def ppo_weight(
 
 @dataclass(frozen=True)
 class Tokens:
-    """The tokens of some rows of a mini-batch, and the numbers of the whole mini-batch. No gradient flows here."""
+    """Tokens of some rows, and the numbers of their whole mini-batch. No gradient flows here.
 
-    log_probs: Tensor  # [B, R] of the policy as it is now
+    Before an update the present policy is the sampling policy, and the rows are those of the whole batch.
+    """
+
+    log_probs: Tensor  # [B, R] of the present policy
     old_log_probs: Tensor  # [B, R] of the sampling policy
-    entropy: Tensor  # [B, R] of the policy as it is now, nats
+    entropy: Tensor  # [B, R] of the present policy, nats
     response_mask: Tensor  # [B, R] bool
     prefix_mask: Tensor  # [B, R] bool: tokens of the demonstration
     weight_mask: Tensor  # [B, R] bool: `weighted_tokens`

@@ -59,8 +59,8 @@ def constant(t: Tokens) -> Tensor:
 def token_mean(t: Tokens) -> Tensor:
     """c·Z/T_d
 
-    c times the mean of -log p over the demonstration's tokens, beside a sum over Z. In a batch of demonstrations
-    alone Z = T_d and w = c = 1: SFT.
+    c times the mean of -log p over the demonstration's tokens, beside a sum over Z. In a batch of nothing but
+    demonstrations Z = T_d and c = 1, so w = 1: plain SFT.
     RFT + SFT loss [LUFFY, train_rl_sft_loss.sh]: RL is a sum over tokens / L per micro-batch, not divided by rows;
     SFT a token mean per micro-batch, coefficient 1; so c = K/B over our denominators, where K of the step's
     micro-batches hold a demonstration and B = 512 rows: at most 0.125, about 0.07 at 8 GPUs x 32768 tokens. Ours 0.1;

@@ -78,8 +78,8 @@ def load_model(
     of them, on CUDA in bf16, which is what training computes in. All noise is off, so that the training forward pass
     gives the log-probs the sampler had. `recompute`: a layer's activations are made again in the backward pass
     instead of kept. `offload`: see distributed.shard. `adapters`: they alone are trained (support/adapters.py).
-    `check`: asks the model what is taken for granted here (fast.check.check_model). Raises InputError, one line, as
-    load_tokenizer, for a folder without weights, as `adapters`, and as `check`.
+    `check`: asks the model what is taken for granted here (fast.check.check_model). Raises InputError (one line) like
+    load_tokenizer, `adapters` and `check`, and for a folder without weights.
     """
     device, sharded = torch.device(device), training and torch.distributed.is_initialized()
     tokenizer, generation_config = load_tokenizer(path)
@@ -101,8 +101,8 @@ def load_model(
 
 
 def read_model(path: str, dtype: torch.dtype) -> PreTrainedModel:
-    """The model with its weights. Its config says what it is, also where the file's says otherwise: without noise,
-    and an embedding and a head that are both in the file are not tied."""
+    """The model with its weights. Its config is corrected where the file's is wrong: no noise, and embedding and head
+    count as tied only if they are one tensor."""
     folder, config = Path(path), switch_off_noise(load_config(path))
     if folder.exists() and not any(folder.glob("*.safetensors")):
         raise InputError(f"model {path!r} holds no *.safetensors weights: give a HuggingFace model folder")
@@ -183,7 +183,7 @@ def token_stats(
 def response_stats(
     model: PreTrainedModel, input_ids: Tensor, attention_mask: Tensor, response_length: int, temperature: float
 ) -> tuple[Tensor, Tensor]:
-    """token_stats of a model that is not sharded.
+    """What token_stats computes, once the weights are whole (distributed.run_forward).
 
     Every row is moved to the first column: padding then stands behind what it could disturb, shifts no position, a
     causal pass needs no mask, and columns that no row uses are left out.

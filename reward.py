@@ -22,10 +22,10 @@ _MARKS = re.compile(r"\\(?:boxed|fbox)(?![A-Za-z])\s*(?P<open>\{)?|(?:\\[\\{}])+
 _BARE = re.compile(r"[-+]?[\w.,/:^]{0,99}\w|\\[A-Za-z]+[^$\n]{0,199}?(?=\$|\\\)|\\\]|\n|\Z)")
 
 
-def extract_boxed(text: str) -> str | None:
+def extract_boxed(text: str | None) -> str | None:
     """Content of the last complete ``\\boxed{...}`` or ``\\fbox{...}`` of `text`, None where there is none.
 
-    A response that is no string is a model's fault and has none. One pass, so linear in the text. Braces are
+    None also for anything that is not a string. One pass, so linear in the text. Braces are
     balanced, escaped ones are not counted; of boxes in a box the outer one counts. ``\\boxed 5`` without braces gives
     "5". A box that never closes (a truncated response) is no answer; the last complete box before it is.
     """
@@ -76,7 +76,7 @@ def is_read(response: str | None) -> bool:
         return False
     try:
         read(boxed)
-    except Unreadable:
+    except Exception:  # as in is_equivalent
         return False
     return True
 

@@ -1,7 +1,7 @@
 """Rollouts: which rows a group has, their prefixes, batched sampling, and the tensors the update reads.
 
     plan_group(problem) -> [Row(prompt_ids, prefix_ids), …]    ids only: text is never decoded and encoded again
-    generate(model, rows) -> [Row(…, response), …]             prefix + continuation, by HuggingFace's generate
+    generate(model, rows) -> [Row(…, response), …]             prefix + continuation, by model.generate
     pack(rows) -> Rollouts                                     left-padded prompts | right-padded responses
 
 Every draw is a pure function of (seed, step, problem, rollout, attempt): one uniform number per row and position,
@@ -51,7 +51,7 @@ def uniforms(key: tuple, count: int) -> np.ndarray:
 
 
 def cosine(progress: float) -> tuple[float, float]:
-    """Low falls from 0.95 to 0.05 along half a cosine. [paper 3.3, A.2]"""
+    """-> low, high. Low falls from 0.95 to 0.05 along half a cosine; high stays 0.95. [paper 3.3, A.2]"""
     return PREFIX_LOW + (PREFIX_HIGH - PREFIX_LOW) * (1 + math.cos(math.pi * progress)) / 2, PREFIX_HIGH
 
 
@@ -98,7 +98,7 @@ class Row:
     prefix_ids: list[int]  # tokens of the demonstration, forced
     fraction: float = 0.0  # share of the demonstration that is given
     response: Sequence[int] = ()  # prefix and continuation; of a whole demonstration from the beginning
-    log_probs: Sequence[float] = ()  # of the continuation's tokens, as drawn
+    log_probs: Sequence[float] = ()  # of the continuation's tokens, as drawn: for metrics; updates use Batch's
     truncated: bool = False  # cut off by the budget, without an end token
     text: str = ""
     reward: float = 0.0
@@ -120,14 +120,14 @@ def plan_group(
 
     rows: "on_policy" | "hybrid" (a prefix each) | "demonstration" (all of it, nothing to sample) | "shared_prefix"
     (every row starts from the same prefix). A problem without demonstrations has on-policy rows only.
-    `key` is (seed, step); `attempt` counts how often the group was sampled before. `share` draws the fraction of a
-    demonstration that a prefix is, max_response_tokens is its budget; both are for prefixes only.
+    `key` is (seed, step); `attempt` counts how often the group was sampled before. `share` draws the fraction l;
+    max_response_tokens caps the prefix. Both are needed for prefixes only.
     """
     planned = [Row(group, (*key, problem.id, i, attempt), problem.prompt_ids, []) for i in range(rollouts)]
     if rows == "on_policy" or not problem.demonstrations:
         return planned
     shared = rows == "shared_prefix"
-    for i in range(rollouts)[0 if shared else -hybrid :]:
+    for i in range(0 if shared else rollouts - hybrid, rollouts):
         # a shared prefix is drawn once: its key names the first row for all of them
         generator = torch_generator(*key, problem.id, 0 if shared else i, attempt)
         which = int(torch.randint(len(problem.demonstrations), (), generator=generator))
@@ -146,7 +146,7 @@ class DrawTokenLogitsProcessor(LogitsProcessor):
     """Samples: token = CDF^-1(u) of softmax(scores / temperature), one u per row and position: uniforms [B, R].
 
     The drawn token gets score 0 and all others -inf: `generate` takes it by argmax. drawn [B, R]: its probability.
-    `rows`: which rows of `uniforms` are in the batch (a loop may let ended ones leave it).
+    `rows`: indices of the rows still in the batch; a loop may drop rows that have ended.
     """
 
     def __init__(self, uniforms: Tensor, prompt_length: int, temperature: float):
@@ -179,8 +179,9 @@ class PrefixForcingLogitsProcessor(LogitsProcessor):
         position = input_ids.shape[1] - self.prompt_length
         if position >= self.prefix_ids.shape[1]:
             return scores
-        forced = torch.full_like(scores, -torch.inf).scatter(1, self.prefix_ids[self.rows, position, None], 0.0)
-        return torch.where((position < self.prefix_lengths[self.rows])[:, None], forced, scores)
+        forced_scores = torch.full_like(scores, -torch.inf)
+        forced_scores.scatter_(1, self.prefix_ids[self.rows, position, None], 0.0)
+        return torch.where((position < self.prefix_lengths[self.rows])[:, None], forced_scores, scores)
 
 
 # ---- sampling
@@ -216,10 +217,10 @@ def generate_call(
     """One call of HF generate -> `rows` with the response and the log-probs of the tokens drawn (greedy: none)."""
     config, device = model.generation_config, model.device
     ids, mask = padded((row.prompt_ids for row in rows), config.pad_token_id, "left")
-    prefixes, forced = padded((row.prefix_ids for row in rows), 0, "right")
+    prefixes, is_prefix = padded((row.prefix_ids for row in rows), 0, "right")
     table = torch.from_numpy(np.stack([uniforms(row.key, max_response_tokens) for row in rows]))  # [B, R]
     draw = DrawTokenLogitsProcessor(table.to(device), ids.shape[1], temperature)
-    force = PrefixForcingLogitsProcessor(prefixes.to(device), forced.sum(1).to(device), ids.shape[1])
+    force = PrefixForcingLogitsProcessor(prefixes.to(device), is_prefix.sum(1).to(device), ids.shape[1])
     output = model.generate(
         input_ids=ids.to(device),
         attention_mask=mask.long().to(device),

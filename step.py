@@ -6,7 +6,8 @@ A step of reinforcement (`rl_step`):
               -> grade                                 0 to 1; a response cut off by the budget gets 0
               -> (hpt, rescue) second_chance           groups without a right row are replaced or sampled again
               -> advantages                            of each row's own tokens and of its prefix
-              -> old log-probs and entropies           one forward pass, before the first update
+              -> old log-probs and entropies           one forward pass before the first update (or, with one
+                                                       update a step, in that update: known_before)
               -> for each mini-batch: entropy clip, then micro-batches: token_stats, token_weights, loss, backward;
                  clip the gradient, AdamW
               -> (relift) one update on demonstrations of collected problems
@@ -121,17 +122,15 @@ class Batch:
     prefix_advantage: Tensor  # [B]
     old_log_probs: Tensor  # [B, R] of the sampling policy
     entropy: Tensor  # [B, R] of the sampling policy
-    passed: Tensor  # [B] bool: rows whose old log-probs were taken before the update; the others get them in it
+    old_known: Tensor  # [B] bool: old log-probs were taken before the update; the others' are filled in during it
     rows: list[Row]
     first_rows: list[Row]  # as they were sampled at first, before any second chance
     sampled_tokens: int  # of all rows, also of those that a second chance has replaced
 
 
 def forward(model: PreTrainedModel, rollouts: Rollouts, rows: Tensor, temperature: float) -> tuple[Tensor, Tensor]:
-    """token_stats of some rows -> log_probs, entropy [b, R]
-
-    Without any row one passes all the same, and nothing of it is given: FSDP wants as many passes on every rank.
-    """
+    """token_stats of some rows -> log_probs, entropy [b, R]. If `rows` is empty, row 0 passes through the model and
+    its result is dropped: FSDP needs equally many passes on every rank."""
     passing = rows if len(rows) else torch.tensor([0])
     ids, mask = rollouts.input_ids[passing].to(model.device), rollouts.attention_mask[passing].to(model.device)
     log_probs, entropy = token_stats(model, ids, mask, rollouts.response_mask.shape[1], temperature)
@@ -148,11 +147,11 @@ def old_stats(model: PreTrainedModel, rollouts: Rollouts, config: Config, rows: 
     return sum_over_ranks(log_probs), sum_over_ranks(entropy)
 
 
-def passed_before(method: Method, config: Config, rollouts: Rollouts, response_advantage: Tensor) -> Tensor:
+def known_before(method: Method, config: Config, rollouts: Rollouts, response_advantage: Tensor) -> Tensor:
     """Rows [B] bool whose old log-probs are taken before the first update: all, where a step has several updates.
 
-    One update, on one process, finds them in its own pass, as pi is still the policy that sampled. But not those of
-    rows that an entropy clip ranks before it, nor of rows without an advantage, which do not pass in it.
+    With one update, on one process, the update's own pass gives them, as pi has not moved yet. Exceptions: rows that
+    an entropy clip ranks before it, and rows with advantage 0, which the update leaves out.
     """
     several = config.updates_per_step > 1 or world_size() > 1
     if several or (method.entropy_clip and method.rows == "on_policy"):
@@ -172,8 +171,8 @@ def rollout_batch(run: Run, picked: Sequence[int], step: int) -> Batch:
     baseline = method.baseline or config.baseline
     scale_by_std = config.scale_by_std if method.scale_by_std is None else method.scale_by_std
     own, prefix = advantages(rewards, rollouts.group, rollouts.hybrid, baseline, scale_by_std)
-    passed = passed_before(method, config, rollouts, own)
-    old_log_probs, entropy = old_stats(run.model, rollouts, config, passed.nonzero().squeeze(1))
+    old_known = known_before(method, config, rollouts, own)
+    old_log_probs, entropy = old_stats(run.model, rollouts, config, old_known.nonzero().squeeze(1))
     return Batch(
         rollouts=rollouts,
         rewards=rewards,
@@ -181,7 +180,7 @@ def rollout_batch(run: Run, picked: Sequence[int], step: int) -> Batch:
         prefix_advantage=prefix,
         old_log_probs=old_log_probs,
         entropy=entropy,
-        passed=passed,
+        old_known=old_known,
         rows=rows,
         first_rows=first_rows,
         sampled_tokens=more_tokens + sum(len(row.log_probs) for row in first_rows),
@@ -202,8 +201,8 @@ def demonstration_batch(run: Run, problems: Sequence[Encoded], step: int) -> Bat
 
 
 def mini_batch_tokens(run: Run, batch: Batch, rows: Tensor, normalizer: float, progress: float, key: tuple) -> Tokens:
-    """What the weights of the mini-batch `rows` depend on, before its update: taken before it is cut into
-    micro-batches or dealt to ranks. Its tensors have all rows of the batch; outside `rows` no token has a weight."""
+    """Everything that the weights of the mini-batch `rows` depend on, from all of it, so that micro-batches and ranks
+    cannot change it. The tensors have all rows of the batch; outside `rows` no token weighs anything."""
     config, rollouts = run.config, batch.rollouts
     demonstration_tokens = int(rollouts.prefix_mask[rows].sum())
     weight_mask = torch.zeros_like(rollouts.response_mask)
@@ -239,23 +238,24 @@ def mini_batch_tokens(run: Run, batch: Batch, rows: Tensor, normalizer: float, p
 def update(
     run: Run, batch: Batch, tokens: Tokens, temperature: float, optimizer: torch.optim.Optimizer, lr: float
 ) -> dict[str, Any]:
-    """One optimizer step on a mini-batch -> sums over its tokens.
+    """One optimizer step on a mini-batch -> loss, gradient norm, sum of entropies, tokens with a weight, skipped.
 
     The gradient is that of the whole mini-batch whatever the micro-batches are. Rows without any weight do not pass
     (Z stays). Where an old log-prob, the loss or the gradient is not finite the update is skipped, on every rank.
     """
-    active = (token_weights(run.method, tokens) != 0).any(1) | (~batch.passed & tokens.weight_mask.any(1))
+    active = (token_weights(run.method, tokens) != 0).any(1) | (~batch.old_known & tokens.weight_mask.any(1))
     if not batch.old_log_probs.isfinite().all():
         return skipped_update(run)
     if not active.any():
+        run.skipped = 0
         return {"loss": 0.0, "grad_norm": 0.0, "entropy": 0.0, "with_weight": 0, "skipped": 0}
     totals = torch.zeros(3, dtype=torch.float64)  # loss, entropy, tokens with a weight
     for rows in micro_batches(batch.rollouts, active.nonzero().squeeze(1), run.config.micro_batch_tokens):
         log_probs, entropy = forward(run.model, batch.rollouts, rows, temperature)
-        late = ~batch.passed[rows]  # pi is still the policy that sampled these rows: r = 1
+        late = ~batch.old_known[rows]  # pi is still the policy that sampled these rows: r = 1
         batch.old_log_probs[rows[late]] = log_probs.detach().cpu()[late]
         batch.entropy[rows[late]] = entropy.cpu()[late]
-        part = tokens.at(rows, log_probs, entropy)  # its old_log_probs are the batch's
+        part = tokens.at(rows, log_probs, entropy)  # tokens.old_log_probs is the batch's tensor, just filled in
         weights = token_weights(run.method, part)
         loss = weighted_loss(log_probs, weights, part.response_mask, tokens.normalizer)
         loss.backward()
@@ -284,9 +284,9 @@ class Step:
 
     batch: Batch
     mini_batches: list[Tokens]
-    updates: list[dict[str, Any]]  # sums of each update
-    seconds: tuple[float, float]  # until the batch stood there, then for the updates
-    picked: list[int]  # indices of its problems; of a step of reinforcement
+    updates: list[dict[str, Any]]  # what `update` returned
+    seconds: tuple[float, float]  # for the batch, for the updates
+    picked: list[int]  # indices of its problems; [] in a supervised step
     collected: dict[str, Any]  # ReLIFT's metrics
 
 

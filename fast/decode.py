@@ -135,7 +135,7 @@ def can_record(device: torch.device) -> bool:
 
 
 def record(forward: Callable[[], Tensor]) -> Callable[[], Tensor]:
-    """`forward` as a CUDA graph: to call what is returned runs its kernels again, on what its tensors hold then.
+    """Records `forward` as a CUDA graph. Calling the result runs its kernels again, on what its tensors hold then.
     Raises ValueError for a model that does on CUDA what it did not do when it was loaded (`reads_values`)."""
     graph = torch.cuda.CUDAGraph()
     try:

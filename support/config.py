@@ -54,7 +54,7 @@ class Config:
     reward: str = knob("math", "math (paper), exact (the boxed text), or FILE.py[:name], a function of your own")
     # how long, where to
     steps: int = knob(120, "steps of reinforcement (paper: 500)", 1)
-    seed: int = knob(0, "of every random draw", 0)
+    seed: int = knob(0, "seed of every random draw", 0)
     out: str = knob("", "run folder; empty: a fresh runs/METHOD-NNN")
     resume: str = knob(
         "", "auto: continue the run in --out from its last checkpoint, or start it", choices=("", "auto")
@@ -68,7 +68,7 @@ class Config:
     prompts_per_step: int = knob(16, "problems per step (paper: 128)", 1)
     rollouts_per_prompt: int = knob(8, "N, rows of a group (paper: 8)", 1)
     hybrid_per_prompt: int = knob(1, "rows of a group that see a demonstration (paper: 1)", 1)
-    temperature: float = knob(1.0, "of sampling and of log-probs (paper: 1)", 0.01, 10)
+    temperature: float = knob(1.0, "temperature of sampling and of log-probs (paper: 1)", 0.01, 10)
     max_response_tokens: int = knob(96, "budget of prefix + continuation (paper: 8192)", 2)
     # the objective
     updates_per_step: int = knob(2, "mini-batches of a step (paper: 2)", 1)
@@ -84,14 +84,14 @@ class Config:
     clip_high: float = knob(0.2, "PPO clips the ratio above 1 + clip_high (release: 0.2)", 1e-3)
     gate: int = knob(0, "hpt, rescue, relift: a group with at most so many right rows is unsolved (HPT: 0)", 0)
     # the optimizer
-    lr: float = knob(1e-4, "of reinforcement, constant (paper: 1e-6)", 0)
-    sft_lr: float = knob(2.5e-4, "peak of supervised fine-tuning: 10% warm-up, then a cosine (paper: 5e-5)", 0)
+    lr: float = knob(1e-4, "rate of reinforcement, constant (paper: 1e-6)", 0)
+    sft_lr: float = knob(2.5e-4, "peak rate of supervised fine-tuning: 10% warm-up, then a cosine (paper: 5e-5)", 0)
     sft_lr_end: float = knob(0.0, "where that cosine ends, as a share of the peak (LUFFY, 2604.23747: 0.1)", 0, 1)
     sft_steps: int = knob(64, "updates of the sft stage (paper: 3 epochs)", 1)
     sft_batch: int = knob(32, "demonstrations per sft update (paper: 64)", 1)
-    relift_lr: float = knob(1e-4, "of ReLIFT's supervised updates, constant (source: 1e-6)", 0)
-    relift_buffer: int = knob(4, "demonstrations that wait for a ReLIFT update: those of a step (source: 128)", 1)
-    weight_decay: float = knob(0.0, "of AdamW (paper: 0.01)", 0)
+    relift_lr: float = knob(1e-4, "rate of ReLIFT's supervised updates, constant (source: 1e-6)", 0)
+    relift_buffer: int = knob(4, "ReLIFT makes an update once so many demonstrations wait (source: 128)", 1)
+    weight_decay: float = knob(0.0, "weight decay of AdamW (paper: 0.01)", 0)
     adam_beta2: float = knob(0.99, "of AdamW (release: 0.999)", 0, 0.999999)
     max_grad_norm: float = knob(1.0, "gradients are scaled down to this norm; 0: they are not (release: 1)", 0)
     # adapters (support/adapters.py)

@@ -142,10 +142,10 @@ def test_with_one_update_a_step_the_update_gives_the_old_log_probs(tokenizer, me
     """The gradient in float64 of a batch whose old log-probs were all taken before, and these log-probs."""
     run = make_run(tokenizer, method, temperature=TEMPERATURE)
     want, z = rollout_batch(run, [0, 1, 2, 5], 4), 16.0 * run.config.max_response_tokens
-    assert want.passed.all()
+    assert want.old_known.all()
     run.config = dataclasses.replace(run.config, updates_per_step=1)
     batch = rollout_batch(run, [0, 1, 2, 5], 4)
-    late = ~batch.passed
+    late = ~batch.old_known
     assert (batch.old_log_probs[late] == 0).all() and not late[want.rollouts.prefix_mask.any(1)].any()
     assert late.any() == (method != "rft-entropy-clip" and bool(want.response_advantage[late].any()))
     rows = torch.arange(len(late))

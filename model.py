@@ -116,7 +116,9 @@ def read_model(path: str, dtype: torch.dtype) -> PreTrainedModel:
     return model
 
 
-def save_model(model: PreTrainedModel, tokenizer: Tokenizer, folder: str | Path) -> None:
+def save_model(
+    model: PreTrainedModel, tokenizer: Tokenizer, folder: str | Path, dtype: torch.dtype = torch.float32
+) -> None:
     """Write a HF model folder: to a temporary name first, then renamed, so a half-written one is never seen.
     Called on every rank; rank 0 writes."""
     state = distributed.full_state(distributed.state_of(model))
@@ -125,9 +127,10 @@ def save_model(model: PreTrainedModel, tokenizer: Tokenizer, folder: str | Path)
     model, state = merged(model, state)
     folder, partial = Path(folder), Path(f"{folder}.partial")
     shutil.rmtree(partial, ignore_errors=True)
+    state = {name: weight.to(dtype) for name, weight in state.items()}
     model.save_pretrained(partial, state_dict=state)
     tokenizer.save_pretrained(partial)
-    make_readable(partial, model.name_or_path)
+    make_readable(partial, model.name_or_path, dtype)
     shutil.rmtree(folder, ignore_errors=True)
     partial.rename(folder)
 

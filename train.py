@@ -36,6 +36,7 @@ from support.config import TASK, Config, parse_config
 from support.errors import Broken, Diverged, InputError, Unwritten, as_input
 from support.files import writing
 from support.loading import check_window, load_config, pick_device, use_one_thread_if_small, window_of
+from support.model_folder import share_changed
 from support.record import example_rows, record_group, rl_metrics, sft_metrics
 from support.watch import Watch
 
@@ -304,13 +305,16 @@ def train_in(folder: Path, run: Run, start: int, watch: Watch) -> int:
                 return 128 + stop[0]
     systems = {problem.system for problem in run.data.train}
     with writing(folder / "final"):
-        save_model(run.model, run.tokenizer, folder / "final")
+        save_model(run.model, run.tokenizer, folder / "final", getattr(torch, config.save_dtype))
     adapters.save(run.model, folder / "adapter")
     checkpoint.remember(folder / "final", systems.pop() if len(systems) == 1 else None, run.reward.name)
     if "trained" not in scores:
         scores["trained"] = score(run, "trained")
         checkpoint.write_text(scores_file, json.dumps(scores, indent=1) + "\n")
-    console.show_end(folder, scores, draw_curves(folder), run.data.train[0].problem, watch.said)
+    final = f"the model in {config.save_dtype}"
+    if config.save_dtype != "float32" and distributed.rank() == 0:
+        final += f", {share_changed(folder / 'final', config.model):.1%} of its weights changed"
+    console.show_end(folder, scores, draw_curves(folder), run.data.train[0].problem, watch.said, final)
     return 0
 
 

@@ -38,10 +38,10 @@ FREE = {
     "accept_changed",
     "out",
     "save_every",
+    "save_dtype",
     "device",
-    "tensorboard",
-}  # settings that a run may change when it goes on
-FREE |= {"recompute", "offload", "rows_per_call", "micro_batch_tokens"}  # memory: rounding may change
+}  # a run may change them as it goes on
+FREE |= {"tensorboard", "recompute", "offload", "rows_per_call", "micro_batch_tokens"}  # memory: rounding may change
 OURS = {"lock", "config.json.partial"}  # all that a run leaves that was killed before its config.json was whole
 
 

@@ -62,6 +62,11 @@ class Config:
     accept_changed: str = knob(
         "", "reward: go on although the reward's code has changed since the run began", choices=("", "reward")
     )
+    save_dtype: str = knob(
+        "float32",
+        "of the weights in final/; bfloat16: half the size, and small updates are rounded away",
+        choices=("float32", "bfloat16"),
+    )
     save_every: int = knob(20, "steps between checkpoints; 0: only at the end", 0)
     eval_every: int = knob(10, "steps between evaluations; 0: only at the end", 0)
     # rollouts

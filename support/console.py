@@ -163,8 +163,11 @@ def memory_advice(error: BaseException, config: Config) -> str:
     return f"{message}: lower {lower}, or set offload to true; python plan.py shows what they take"
 
 
-def show_end(folder: Path, scores: dict[str, Any], figure: str, problem: str, warnings: dict[str, str]) -> None:
-    """Accuracy before and after by level, the run's warnings again, what was written, what to try next."""
+def show_end(
+    folder: Path, scores: dict[str, Any], figure: str, problem: str, warnings: dict[str, str], final: str
+) -> None:
+    """Accuracy before and after by level, the run's warnings again, what was written (`final`: what the model folder
+    is), what to try next."""
     base, trained = scores["base"], scores["trained"]
     for name, title in (("test", "test, greedy"), ("test_sampled", "test, temperature 1")):
         if not trained[name]:
@@ -182,7 +185,7 @@ def show_end(folder: Path, scores: dict[str, Any], figure: str, problem: str, wa
         warn(text)
     groups = (folder / "groups.jsonl").exists()
     files = [figure, "metrics.jsonl", "samples.jsonl", *["groups.jsonl"] * groups, "eval.json", "checkpoint/"]
-    show(f"\nwritten to {folder}/: {', '.join(files)}, final/ (the model)")
+    show(f"\nwritten to {folder}/: {', '.join(files)}, final/ ({final})")
     show(f"try it       python sample.py --model {folder}/final {shlex.quote(problem)}")
     if groups:
         show(f"one group    python plot.py --group {folder}")

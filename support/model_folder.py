@@ -13,6 +13,8 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import torch
+from safetensors.torch import load_file
 from transformers import PreTrainedConfig
 from transformers.utils import cached_file
 
@@ -28,19 +30,36 @@ TOKENIZER_FILES = (
 )
 
 
-def make_readable(folder: Path, base: str = "") -> None:
+def make_readable(folder: Path, base: str = "", dtype: torch.dtype = torch.float32) -> None:
     """Complete a folder that save_pretrained has written. `base`: the folder or hub name its model and tokenizer were
-    loaded from; empty: neither was."""
-    if base:
-        source = Path(base) if Path(base).is_dir() else Path(cached_file(base, "config.json")).parent
-        for pattern in TOKENIZER_FILES:
-            for file in source.glob(pattern):
-                shutil.copyfile(file, folder / file.name)
+    loaded from; empty: neither was. `dtype`: of its weights."""
     original = PreTrainedConfig.get_config_dict(base)[0] if base else {}
-    rewrite(folder / "config.json", lambda config: with_old_fields(config, original))
+    for pattern in TOKENIZER_FILES if base else ():
+        for file in folder_of(base).glob(pattern):
+            shutil.copyfile(file, folder / file.name)
+    stored = {"dtype": str(dtype).removeprefix("torch.")}
+    rewrite(folder / "config.json", lambda config: with_old_fields(config | stored, original))
     rewrite(folder / "tokenizer_config.json", as_old_tokenizer)
     for weights in folder.glob("*.safetensors"):  # written for the user alone
         weights.chmod((folder / "config.json").stat().st_mode)
+
+
+def folder_of(model: str) -> Path:
+    """Of a folder itself, of a hub name where its files are cached."""
+    return Path(model) if Path(model).is_dir() else Path(cached_file(model, "config.json")).parent
+
+
+def share_changed(folder: Path, base: str) -> float:
+    """Share of the weights in `folder` that are not those of the base model, rounded to their dtype."""
+    original, changed, total = {}, 0, 0
+    for file in folder_of(base).glob("*.safetensors"):
+        original |= load_file(file)
+    for file in folder.glob("*.safetensors"):
+        for name, weight in load_file(file).items():
+            if name in original:
+                changed += int((weight != original[name].to(weight.dtype)).sum())
+                total += weight.numel()
+    return changed / max(1, total)
 
 
 def rewrite(file: Path, change: Callable[[dict], dict]) -> None:

@@ -5,11 +5,13 @@ import copy
 import json
 
 import pytest
+import torch
 from conftest import random_model
+from safetensors.torch import load_file
 from transformers import AutoConfig, AutoModelForCausalLM, Gemma3TextConfig, LlamaConfig, StableLmConfig
 
 from model import load_model, save_model
-from support.model_folder import make_readable, old_rope, with_old_fields
+from support.model_folder import make_readable, old_rope, share_changed, with_old_fields
 
 LLAMA3 = {"rope_type": "llama3", "factor": 8.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0}
 LLAMA3 |= {"original_max_position_embeddings": 16}
@@ -50,6 +52,26 @@ def test_the_bases_fields_and_tokenizer_files_are_kept(tmp_path, old_base):
     assert len(modes) == 1  # safetensors files are written for their owner only
     again = AutoConfig.from_pretrained(tmp_path / "final")
     assert again.rope_parameters == AutoConfig.from_pretrained(old_base).rope_parameters
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_weights_are_saved_in_the_dtype_that_the_config_names(tmp_path, tokenizer, dtype):
+    """An update of 1e-6 of a weight is seen in fp32 and rounded away in bf16."""
+    base = random_model(vocab_size=len(tokenizer), scale=0.0).bfloat16()  # matrices are 0, norms 1
+    save_model(base, tokenizer, tmp_path / "base")
+    model, _ = load_model(str(tmp_path / "base"), training=True)
+    norms = [parameter for parameter in model.parameters() if parameter.dim() == 1]
+    for norm in norms[:2]:
+        norm.data += 1e-6
+    norms[2].data += 0.5
+    save_model(model, tokenizer, tmp_path / "final", getattr(torch, dtype))
+    config = read(tmp_path / "final" / "config.json")
+    stored = load_file(tmp_path / "final" / "model.safetensors")
+    assert {str(weight.dtype) for weight in stored.values()} == {f"torch.{dtype}"}
+    assert config["dtype"] == config["torch_dtype"] == dtype
+    changed = sum(norm.numel() for norm in (norms[:3] if dtype == "float32" else norms[2:3]))
+    count = sum(weight.numel() for weight in stored.values())
+    assert share_changed(tmp_path / "final", str(tmp_path / "base")) == pytest.approx(changed / count)
 
 
 @pytest.mark.parametrize(

@@ -109,7 +109,8 @@ def test_a_head_of_its_own_stays_one(tmp_path, tokenizer, monkeypatch):
     (tmp_path / "m" / "config.json").write_text(json.dumps(config | {"tie_word_embeddings": True}))
     model, _ = load_model(str(tmp_path / "m"), training=True, check=check_model)
     assert not torch.equal(model.lm_head.weight, model.model.embed_tokens.weight)
-    monkeypatch.setattr(distributed, "from_rank_0", lambda _: pickle.loads(pickle.dumps((model.config, model.loop))))
+    sent = model.config, model.dtype, model.loop
+    monkeypatch.setattr(distributed, "from_rank_0", lambda _: pickle.loads(pickle.dumps(sent)))
     for other in distributed.follow_first(None):  # what another rank builds from what the first one sends
         assert [name for name, _ in other.named_parameters()] == [name for name, _ in model.named_parameters()]
         assert other.loop == model.loop

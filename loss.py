@@ -194,13 +194,13 @@ class Tokens:
     demonstration_tokens: int  # T_d: its demonstration tokens
     normalizer: float  # Z
     max_response_tokens: int  # L
+    hinted_log_probs: Tensor | None = None  # [B, R] with a demonstration in the prompt; NaN: none [SDFT]
 
     def at(self, rows: Tensor, log_probs: Tensor, entropy: Tensor) -> "Tokens":
         """The tokens of `rows`, on the device of their log_probs and entropy [b, R]."""
-        changed = {"log_probs": log_probs.detach(), "entropy": entropy}
-        for name in ("old_log_probs", "response_mask", "prefix_mask", "weight_mask", "advantages", "rewards"):
-            changed[name] = getattr(self, name)[rows].to(log_probs.device)
-        return dataclasses.replace(self, **changed)
+        tensors = {name: value for name, value in vars(self).items() if isinstance(value, Tensor)}
+        changed = {name: value[rows].to(log_probs.device) for name, value in tensors.items()}
+        return dataclasses.replace(self, **changed | {"log_probs": log_probs.detach(), "entropy": entropy})
 
 
 def clipped(t: Tokens) -> Tensor:

@@ -3,8 +3,8 @@
 A new method is one entry of METHODS and, where no function here or in loss.py has its formula, one function.
 
 In reading order: the weights, each formula beside its source; `Method` and METHODS; what some methods do besides:
-`coefficient_at` (CHORD's mu falls), `second_chance` (HPT, rescue), `Collector` and `collect` (ReLIFT), and the rate
-of the supervised stage.
+`coefficient_at` (CHORD's mu falls), `second_chance` (HPT, rescue), `hint` and `hinted_log_probs` (SDFT), `Collector`
+and `collect` (ReLIFT), and the rate of the supervised stage.
 
 p = pi(y), r = p / pi_old(y), A = advantage. The first line of a weight's docstring is its formula. A coefficient
 means something only with the denominators of the two terms it mixes. Here all tokens are summed and divided by Z.
@@ -162,6 +162,20 @@ def trust(t: Tokens) -> Tensor:
     return (10 * t.log_probs.exp()).clamp(max=1.0)
 
 
+def toward_hinted(t: Tokens) -> Tensor:
+    """r·(log q − log p)
+
+    SDFT: q = π(y | x, y*), with a demonstration y* in the prompt x. In the mean over sampled tokens this is the
+    gradient of KL(p ‖ q), r corrects for the updates since; 0 without a demonstration. There the
+    divergence is summed over the vocabulary, here the sampled token stands for it; there the mean over rows of each
+    row's token mean, without its first 3 tokens; here a sum over Z, so a row weighs len(y)/L of that. By the
+    repository's README of April 2026 the paper's results are those of the forward KL, the default of its code.
+    [2601.19897; idanshen/Self-Distillation, distil_trainer.py `_compute_loss`, as a fork has it]
+    """
+    gain = t.hinted_log_probs - t.log_probs
+    return torch.where(gain.isnan(), 0.0, (t.log_probs - t.old_log_probs).exp() * gain)
+
+
 # ---- the methods
 
 
@@ -183,10 +197,11 @@ class Method:
     scale_by_std: bool | None = None  # likewise
     stages: tuple[str, ...] = ("rl",)  # "sft": updates on demonstrations; "rl": steps on graded rollouts
     unsolved: str = ""  # a group without right rows: replace (by a demonstration) | rescue (sample again) | collect
+    hinted: bool = False  # its weights read hinted_log_probs
 
     @property
     def needs_demonstrations(self) -> bool:
-        return self.rows != "on_policy" or "sft" in self.stages or bool(self.unsolved)
+        return self.rows != "on_policy" or "sft" in self.stages or bool(self.unsolved) or self.hinted
 
 
 def variant(method: Method, **changes: object) -> Method:
@@ -204,6 +219,7 @@ METHODS: dict[str, Method] = {
     "dft": variant(SFT, source="2508.05629", demonstration_weight=probability_mean),
     "rft": RFT,
     "sft-rft": SFT_THEN_RFT,
+    # no source has this sequence: DFT's stage in the place of SFT's
     "dft-rft": variant(SFT_THEN_RFT, source="2508.05629", demonstration_weight=probability_mean),
     # ---- Prefix-RFT and its ablations [paper Table 8 and Figure 6]
     "prefix-rft": PREFIX_RFT,
@@ -238,6 +254,7 @@ METHODS: dict[str, Method] = {
     "srft": Method("2506.19767", "demonstration", srft_policy, srft_demonstration, coefficient=0.1, baseline="group"),
     "prefix-rft-trust": Method("2512.17636", "hybrid", unclipped, trust, baseline="group"),
     "rescue": Method("2507.10628, 2506.17211", baseline="group", unsolved="rescue"),
+    "sdft": Method("2601.19897", policy_weight=toward_hinted, scale_by_std=False, hinted=True),  # no reward
 }
 
 
@@ -292,6 +309,35 @@ def second_chance(
         others = [row for row in rows if row.group not in groups]
         rows = sorted([*others, *again], key=lambda row: row.group)
     return rows, tokens
+
+
+def hint(problem: Any, step: int) -> list[int]:
+    """The ids of a prompt that shows a demonstration: the problem (data.loader.Encoded), a demonstration as its
+    answer, the problem again. Several demonstrations take turns. [SDFT has both in one user message and asks there
+    for a response of one's own.]"""
+    demonstration = problem.demonstrations[step % len(problem.demonstrations)]
+    return [*problem.prompt_ids, *demonstration, problem.end_id, *problem.prompt_ids]
+
+
+def hinted_log_probs(
+    run: Any, picked: list[int], rows: list[Any], step: int, pack: Callable[..., Any], old_stats: Callable[..., Any]
+) -> Tensor | None:
+    """SDFT's teacher: log-probs [B, R] of the tokens of `rows` by the policy that sampled them, once its prompt shows
+    a demonstration; NaN where the problem has none. For methods that are not `hinted` None.
+
+    In the source the teacher is a running mean of the policy's weights (0.01 of them a step), here the policy itself.
+    `picked`: the step's problems; sample.pack, step.old_stats.
+    """
+    if not run.method.hinted:
+        return None
+    problems = [run.data.encoded[picked[row.group]] for row in rows]
+    shown = torch.tensor([bool(problem.demonstrations) for problem in problems])
+    hinted = list(rows)
+    for i in shown.nonzero().flatten().tolist():
+        hinted[i] = dataclasses.replace(rows[i], prompt_ids=hint(problems[i], step))
+    rollouts = pack(hinted, run.model.generation_config.pad_token_id)
+    log_probs, _ = old_stats(run.model, rollouts, run.config, shown.nonzero().squeeze(1))
+    return log_probs.where(shown[:, None], math.nan)
 
 
 @dataclass

@@ -8,6 +8,7 @@ A step of reinforcement (`rl_step`):
               -> advantages                            of each row's own tokens and of its prefix
               -> old log-probs and entropies           one forward pass before the first update (or, with one
                                                        update a step, in that update: known_before)
+              -> (sdft) hinted_log_probs               another one, with a demonstration in the prompt
               -> for each mini-batch: entropy clip, then micro-batches: token_stats, token_weights, loss, backward;
                  clip the gradient, AdamW
               -> (relift) one update on demonstrations of collected problems
@@ -29,7 +30,7 @@ from transformers import PreTrainedModel
 
 from data.loader import Data, Encoded
 from loss import Tokens, advantages, token_weights, weighted_loss, weighted_tokens
-from methods import Collector, Method, coefficient_at, collect, second_chance
+from methods import Collector, Method, coefficient_at, collect, hinted_log_probs, second_chance
 from model import token_stats
 from reward import Reward, grade_all
 from sample import Rollouts, Row, generate, pack, plan_group, prefix_fraction, torch_generator
@@ -126,6 +127,7 @@ class Batch:
     rows: list[Row]
     first_rows: list[Row]  # as they were sampled at first, before any second chance
     sampled_tokens: int  # of all rows, also of those that a second chance has replaced
+    hinted_log_probs: Tensor | None = None  # [B, R] loss.Tokens; SDFT
 
 
 def forward(model: PreTrainedModel, rollouts: Rollouts, rows: Tensor, temperature: float) -> tuple[Tensor, Tensor]:
@@ -184,6 +186,7 @@ def rollout_batch(run: Run, picked: Sequence[int], step: int) -> Batch:
         rows=rows,
         first_rows=first_rows,
         sampled_tokens=more_tokens + sum(len(row.log_probs) for row in first_rows),
+        hinted_log_probs=hinted_log_probs(run, picked, rows, step, pack, old_stats),
     )
 
 
@@ -232,6 +235,7 @@ def mini_batch_tokens(run: Run, batch: Batch, rows: Tensor, normalizer: float, p
         demonstration_tokens=demonstration_tokens,
         normalizer=normalizer,
         max_response_tokens=config.max_response_tokens,
+        hinted_log_probs=batch.hinted_log_probs,
     )
 
 

@@ -25,7 +25,7 @@ from eval import evaluate
 from evaluation.statistics import summarize
 from fast.check import check_model
 from fast.decode import loop_of
-from methods import METHODS, Collector, sft_learning_rate
+from methods import METHODS, Collector, hint, sft_learning_rate
 from model import load_model, load_tokenizer, save_model
 from reward import Reward, load_reward
 from sample import prefix_range, seed_of
@@ -106,7 +106,12 @@ def load_data(
         raise InputError(
             f"prompts_per_step is {config.prompts_per_step}, but {config.data} has only {len(train)} problems"
         )
-    check_context(config, [*encoded, *supervised], held, context)
+    hinted = [
+        dataclasses.replace(p, id=f"{p.id} after its demonstration", prompt_ids=hint(p, i))
+        for p in used * method.hinted
+        for i in range(len(p.demonstrations))
+    ]
+    check_context(config, [*encoded, *supervised, *hinted], held, context)
     return Data(train, encoded, supervised, held), Counts(left_out, noted)
 
 

@@ -104,7 +104,8 @@ def methods_shown(problem: Problem) -> dict[str, Method]:
 
     def is_shown(method: Method) -> bool:
         possible = problem.demonstrations or not method.needs_demonstrations
-        return bool(possible) and method.rows in ROWS and method.entropy_clip != "random"
+        recorded = method.entropy_clip != "random" and not method.hinted
+        return bool(possible) and method.rows in ROWS and recorded
 
     return {name: method for name, method in METHODS.items() if is_shown(method)}
 

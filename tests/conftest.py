@@ -141,7 +141,7 @@ def refused(tmp_path, monkeypatch, capsys):
 def mechanism(method: Method) -> tuple:
     """What a run or several ranks have to do for a method beside its weights, which are functions of a batch's
     tensors: test_loss and test_step try those of every method."""
-    return method.rows, method.stages, method.unsolved, method.entropy_clip == "random"
+    return method.rows, method.stages, method.unsolved, method.entropy_clip == "random", method.hinted
 
 
 # the first method of each

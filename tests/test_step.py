@@ -210,6 +210,23 @@ def test_sampled_tokens_had_the_log_probs_the_update_sees(tokenizer):
         )
 
 
+def test_sdfts_teacher_has_seen_the_demonstration(tokenizer):
+    """Against the model run on each row alone, behind the problem and its demonstration; [5] has none."""
+    run = make_run(tokenizer, "sdft", temperature=TEMPERATURE)
+    picked = [0, 1, 2, 5]
+    batch = rollout_batch(run, picked, 3)
+    for row, found in zip(batch.rows, batch.hinted_log_probs):
+        problem = run.data.encoded[picked[row.group]]
+        assert found.isnan().all() == (row.group == 3)
+        if problem.demonstrations:
+            shown = [*problem.prompt_ids, *problem.demonstrations[0], 2, *problem.prompt_ids, *row.response]
+            n = len(row.response)
+            with torch.no_grad():
+                p = (run.model(torch.tensor([shown])).logits[0, -n - 1 : -1] / TEMPERATURE).log_softmax(-1)
+            want = p[range(n), row.response]
+            torch.testing.assert_close(found[:n], want, atol=1e-4, rtol=1e-4)
+
+
 def test_the_kept_prefix_tokens_do_not_depend_on_micro_batches(tokenizer):
     counts = set()
     for budget in (1, 100, 10**6):

@@ -1,1 +1,1 @@
-"""What a run needs beside the method: settings (config), checkpoints, what is shown (console), several processes."""
+"""Everything that a run needs beside the method: settings, checkpoints, output, and several processes."""

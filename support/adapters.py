@@ -1,10 +1,10 @@
-"""Low-rank adapters (LoRA, 2106.09685) on a frozen model, by the package peft, which is imported only here.
+"""Low-rank adapters (LoRA, 2106.09685) on a frozen model. The package peft makes them and is imported only here.
 
 `add` gives every linear layer of the blocks a product of two small matrices, alpha / rank · B·A, that starts at 0.
-The model keeps its class, so the loop does not know of them: sampling and log-probs read the same matrices, unmerged.
-Only they have gradients, an optimizer, a place in the checkpoint; ranks exchange nothing else.
-`merged` puts the products into the weights, for final/; `save` writes the matrices alone, in peft's own format.
-Left out: dropout, biases, embeddings, the head, quantised bases, a run that begins with another run's adapters.
+The model keeps its class, so the loop does not know of adapters: sampling and log-probs read the same, unmerged
+matrices. Only the adapters have gradients, optimizer state and a place in the checkpoint; ranks exchange nothing
+else. `merged` adds the products to the weights, for final/. `save` writes the matrices alone, in peft's own format.
+Left out: dropout, biases, embeddings, the head, quantised bases, and runs that begin with another run's adapters.
 """
 
 import importlib.util
@@ -24,8 +24,11 @@ from support.errors import InputError
 
 @dataclass(frozen=True)
 class Adapters:
-    """`targets`: names of linear layers, with commas between; empty: all of the blocks. `base_dtype`: of the frozen
-    weights; the adapters are fp32. `seed`: of A, as B starts at 0."""
+    """The adapters' settings.
+
+    `targets` are names of linear layers with commas between; the empty string means all linear layers of the blocks.
+    `base_dtype` is the dtype of the frozen weights; the adapters are fp32. `seed` draws the initial A; B starts at 0.
+    """
 
     rank: int
     alpha: float
@@ -35,7 +38,7 @@ class Adapters:
 
 
 def of(config: Config) -> Adapters | None:
-    """Those that the settings ask for."""
+    """Returns the adapters that the settings ask for, or None."""
     if not config.lora_rank:
         return None
     dtype = getattr(torch, config.base_dtype)
@@ -47,7 +50,7 @@ def lr_times(config: Config) -> float:
 
 
 def smallest_sides(model: nn.Module) -> dict[str, int]:
-    """The linear layers of the model's blocks by name, with the smaller side of their smallest matrix."""
+    """Returns the linear layers of the model's blocks by name, each with the smaller side of its smallest matrix."""
     sides: dict[str, int] = {}
     for block in model.modules():
         if isinstance(block, GradientCheckpointingLayer):
@@ -59,7 +62,10 @@ def smallest_sides(model: nn.Module) -> dict[str, int]:
 
 
 def add(model: PreTrainedModel, adapters: Adapters) -> None:
-    """Freeze the model and add adapters, in place. InputError for a rank or targets that cannot be."""
+    """Freeze the model and add adapters to it, in place.
+
+    Raises InputError for a layer name that the model does not have, and for a rank that a layer is too small for.
+    """
     sides = smallest_sides(model)
     names = adapters.targets.replace(",", " ").split() or sorted(sides)
     for name in names or ["(any)"]:
@@ -91,8 +97,10 @@ def add(model: PreTrainedModel, adapters: Adapters) -> None:
 
 
 def merged(model: PreTrainedModel, state: dict[str, Tensor]) -> tuple[PreTrainedModel, dict[str, Tensor]]:
-    """The base's model, without data, and its weights in fp32 with the adapters' products in them; both as they are
-    where the model has no adapters. `state`: all of the model."""
+    """Returns a plain model without data, and its fp32 weights with the adapters' products added.
+
+    `state` is the state dict of the whole model. A model without adapters comes back unchanged, with its `state`.
+    """
     if not hasattr(model, "peft_config"):
         return model, state
     config = model.peft_config["default"]
@@ -110,7 +118,7 @@ def merged(model: PreTrainedModel, state: dict[str, Tensor]) -> tuple[PreTrained
 
 
 def save(model: PreTrainedModel, folder: Path) -> None:
-    """Write what peft.PeftModel.from_pretrained reads, if the model has adapters. Called on every rank."""
+    """If the model has adapters, write them as peft.PeftModel.from_pretrained reads them. Every rank calls this."""
     if not hasattr(model, "peft_config"):
         return
     state = full_state(trained(model))

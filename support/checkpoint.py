@@ -1,15 +1,14 @@
-"""The run folder: make it, keep others out, save to it, resume from it, exactly: k steps + resume + k steps = 2k
-steps, bit for bit.
+"""The run folder: made, locked, saved to and resumed from. k steps + resume + k steps = 2k steps, bit for bit.
 
-A checkpoint is one file: the weights that are trained, optimizer state, the number of finished steps; ReLIFT's
-buffer and optimizer. There is no random state and no data position in it: every draw is a pure function of (seed,
-step, problem, rollout), and the order of problems of (seed, epoch). It is written beside the older ones and renamed
-when whole, so that at any moment, also under SIGKILL or with a full disk, one whole checkpoint exists; the last two
-are kept. PyTorch writes a zip file with a CRC-32 of every part: on resume the newest file that agrees with its own
-is taken, and logs are cut back to its step. A lock, which the system releases however its process ends, keeps a
-second process out.
-With several ranks only the first writes; weights and optimizer are put together before and split again after, so a
-run may go on with another number of ranks.
+A checkpoint is one file. It holds the trained weights, the optimizer's state and the number of finished steps, and
+for ReLIFT its buffer and second optimizer. It needs no random state and no position in the data: every draw is a pure
+function of (seed, step, problem, rollout), and the order of problems is one of (seed, epoch). A checkpoint is written
+beside the older ones and renamed when it is whole; the last two are kept. So one whole checkpoint exists at any
+moment, also under SIGKILL or with a full disk. PyTorch writes a zip file with a CRC-32 of every part. On resume the
+newest file whose parts agree with their CRC is taken, and the logs are cut back to its step. A lock keeps a second
+process out; the system releases it however the process ends. With several ranks only the first one writes. Weights
+and optimizer state are put together before saving and split again after loading, so a run may continue with another
+number of ranks.
 """
 
 import contextlib
@@ -49,7 +48,7 @@ OURS = {"lock", "config.json.partial"}  # all that a run leaves that was killed 
 
 
 def _write(path: Path, mode: str, text: str) -> None:
-    """On disk when this returns."""
+    """Write `text`; when this returns, it is on the disk."""
     with path.open(mode, encoding="utf-8") as file:
         file.write(text)
         file.flush()
@@ -65,7 +64,7 @@ def write_text(path: Path, text: str) -> None:
 
 
 def append_rows(path: Path, rows: list[dict[str, Any]]) -> None:
-    """Add rows to a JSONL log, on disk when this returns."""
+    """Add rows to a JSONL log; when this returns, they are on the disk."""
     if rank() > 0:
         return
     with writing(path):
@@ -78,9 +77,10 @@ def json_line(row: dict[str, Any]) -> str:
 
 @contextlib.contextmanager
 def locked(folder: Path) -> Iterator[None]:
-    """Keep other processes of this project out of `folder`; the first rank does. InputError if another has it.
+    """Keep other processes of this project out of `folder`. Raises InputError if another process is at work in it.
 
-    The lock is the system's, on an open file: it ends with the process, also with a killed one, and cannot be stale.
+    The first rank takes the lock. The system holds it on an open file, so it ends with the process, also with a
+    killed one, and is never stale.
     """
     if rank() > 0:
         yield
@@ -99,8 +99,10 @@ def locked(folder: Path) -> Iterator[None]:
 
 
 def sha256(*paths: Path) -> str:
-    """Of the files' contents, one after the other. (reward.py, which imports nothing of ours but answers/, has a
-    small one for source files.)"""
+    """Returns the SHA-256 of the files' contents, one file after the other.
+
+    reward.py, which imports nothing of ours but answers/, has a small function of its own for source files.
+    """
     digest = hashlib.sha256()
     for path in paths:
         with reading(path), path.open("rb") as file:
@@ -110,14 +112,17 @@ def sha256(*paths: Path) -> str:
 
 
 def weights_fingerprint(path: str, model: Any) -> str:
-    """What identifies a model's weights: sha256 of a folder's files, or the hub's revision."""
+    """Returns what identifies a model's weights: the sha256 of a folder's files, or the hub's revision."""
     folder = Path(path)
     return sha256(*sorted(folder.glob("*.safetensors"))) if folder.is_dir() else model.config._commit_hash
 
 
 def made_of(run: Any, files: dict[str, str]) -> dict[str, str]:
-    """Fingerprints of all that a run (a step.Run) takes by name: its data `files`, the base model, the prompts and
-    demonstrations as rendered and encoded, the reward. {} on other ranks than the first."""
+    """Returns a fingerprint of everything that a run (a step.Run) takes by name.
+
+    These are its data `files`, the base model, the prompts and demonstrations as token ids, and the reward. Ranks
+    other than the first return {}.
+    """
     if rank() > 0:
         return {}
     trained = [*run.data.encoded, *run.data.supervised]
@@ -131,13 +136,15 @@ def made_of(run: Any, files: dict[str, str]) -> dict[str, str]:
 
 
 def remember(model_folder: Path, system: str | None, reward: str) -> None:
-    """Note in a model folder what it was trained with: the system message its rows share (None: they have several),
-    the reward."""
+    """Note in a model folder the system message and the reward that it was trained with.
+
+    `system` is None if the training rows have several system messages.
+    """
     write_text(model_folder / REMEMBERED, json.dumps({"system": system, "reward": reward}, indent=1) + "\n")
 
 
 def trained_with(model: str) -> dict[str, str]:
-    """What `remember` noted in this model folder, without what is None; {} for any other model."""
+    """Returns what `remember` noted in this model folder, without values of None; {} for any other model."""
     file = Path(model) / REMEMBERED
     noted = read_json(file, "system", "reward") if file.exists() else {}
     return {name: value for name, value in noted.items() if value is not None}
@@ -151,19 +158,20 @@ def checkpoint_file(folder: Path, step: int) -> Path:
 
 
 def checkpoints(folder: Path) -> list[Path]:
-    """The run's checkpoint files, the newest first. A copy that somebody made by another name is not the run's."""
+    """Returns the run's checkpoint files, the newest first. Copies under other names are not the run's."""
     return sorted((folder / "checkpoint").glob(f"step-{'[0-9]' * 8}.pt"), reverse=True)
 
 
 def settings_of(config: Config) -> dict[str, Any]:
-    """The settings that must stay when a run goes on."""
+    """Returns the settings that must stay the same when a run is resumed."""
     return {name: value for name, value in dataclasses.asdict(config).items() if name not in FREE}
 
 
 def save(folder: Path, step: int, run: Any) -> None:
-    """Make this the newest checkpoint of the run (a step.Run) in `folder`. Called on every rank.
+    """Save step `step` of the run (a step.Run) as the newest checkpoint in `folder`. Every rank calls this.
 
-    Of the older ones the last is kept: two files at most, also while this one is written. Unwritten if it cannot be.
+    The newest of the older checkpoints is kept, so there are never more than two files, also during the writing.
+    Raises Unwritten if the file cannot be written.
     """
     state = {
         "step": step,
@@ -184,7 +192,7 @@ def save(folder: Path, step: int, run: Any) -> None:
         path.parent.mkdir(exist_ok=True)
         older = [file for file in checkpoints(folder) if file < path]
         for file in {*checkpoints(folder), *path.parent.glob("*.partial")} - {*older[:1]}:
-            file.unlink()  # later ones are damaged: the run has gone on from an older one
+            file.unlink()  # checkpoints after this step are damaged: the run was resumed from an older one
     with replacing(path) as partial, partial.open("wb") as file:
         try:
             torch.save(state, file)
@@ -195,9 +203,12 @@ def save(folder: Path, step: int, run: Any) -> None:
 
 
 def read_checkpoint(path: Path) -> dict[str, Any] | None:
-    """Its content, mapped, not read: each rank takes its part. None for a file that is not as it was written."""
+    """Returns a checkpoint's content, or None for a damaged file.
+
+    The tensors are mapped, not read into memory: each rank reads only its part.
+    """
     with reading(path), path.open("rb"):
-        pass  # a file that may not be read is not a damaged one
+        pass  # a file without permission to read is not a damaged file: this raises InputError
     try:
         if rank() == 0:
             with zipfile.ZipFile(path) as parts:
@@ -209,7 +220,7 @@ def read_checkpoint(path: Path) -> dict[str, Any] | None:
 
 
 def newest_whole(folder: Path) -> Path | None:
-    """The newest checkpoint that is not damaged, None if there is none at all. InputError if all are."""
+    """Returns the newest checkpoint that is not damaged, or None if there are none. InputError if all are damaged."""
     files = checkpoints(folder)
     newest = next((file for file in files if read_checkpoint(file)), None)
     if files and not newest:
@@ -219,9 +230,10 @@ def newest_whole(folder: Path) -> Path | None:
 
 
 def load(folder: Path, run: Any) -> int:
-    """Put the newest whole checkpoint into the run (a step.Run) -> its step; 0 if there is none.
+    """Put the newest whole checkpoint into the run (a step.Run) and return its step; 0 if there is no checkpoint.
 
-    InputError if all are damaged, or the one found is of another model or run. Nothing is written.
+    Writes nothing. Raises InputError if all checkpoints are damaged, or if the newest whole one belongs to another
+    model or run.
     """
     path = from_rank_0(newest_whole(folder) if rank() == 0 else None)
     if path is None:
@@ -250,7 +262,7 @@ def load(folder: Path, run: Any) -> int:
 
 
 def load_optimizer(optimizer: torch.optim.Optimizer, state: dict[str, Any]) -> None:
-    """Put a saved state, whole tensors, into an optimizer whose parameters may be split over ranks."""
+    """Load a saved state of whole tensors into an optimizer whose parameters may be split over ranks."""
     parameters = [p for group in optimizer.param_groups for p in group["params"]]
     for i, values in state["state"].items():
         for name, value in values.items():
@@ -263,9 +275,9 @@ def load_optimizer(optimizer: torch.optim.Optimizer, state: dict[str, Any]) -> N
 
 
 def cut_logs(folder: Path, step: int) -> list[dict[str, Any]]:
-    """Cut the run's logs back to `step` -> the rows of metrics.jsonl that stay; [] on other ranks than the first.
+    """Cut the run's logs back to `step` and return the rows of metrics.jsonl that stay. Later ranks return [].
 
-    InputError, and nothing is written, if these are not steps 1 to `step`, or a log is damaged.
+    Raises InputError, and writes nothing, if those rows are not steps 1 to `step`, or if a log is damaged.
     """
     if rank() > 0:
         return []
@@ -305,14 +317,16 @@ def check_folder(config: Config) -> None:
 
 
 def earlier_ingredients(folder: Path) -> dict[str, str]:
-    """Of the run in `folder`; {} where there is none."""
+    """Returns the ingredients' fingerprints that the run in `folder` recorded; {} if there is no run."""
     saved = folder / "config.json"
     return read_json(saved).get("made_of", {}) if saved.exists() else {}
 
 
 def check_ingredients(config: Config, ingredients: dict[str, str]) -> None:
-    """InputError if the run in --out was made of others, but for a reward (and what it has left of the
-    demonstrations) whose change is accepted."""
+    """Raises InputError if the run in --out was made of other ingredients.
+
+    A changed reward is allowed if the settings accept it; a new reward may also leave out other demonstrations.
+    """
     known = earlier_ingredients(Path(config.out)) if config.out and rank() == 0 else {}
     changed = [name for name in ingredients if known and known.get(name) != ingredients[name]]
     if config.accept_changed == "reward":
@@ -329,10 +343,10 @@ def check_ingredients(config: Config, ingredients: dict[str, str]) -> None:
 
 @contextlib.contextmanager
 def opened(config: Config, ingredients: dict[str, str]) -> Iterator[Path]:
-    """The run's folder, locked: --out, or the first free runs/METHOD-NNN. The first rank makes it.
+    """Opens and locks the run's folder: --out, or the first free runs/METHOD-NNN. The first rank makes the folder.
 
-    InputError if the run that is to go on was made of other `ingredients`, or another process is at work in the
-    folder. Of a run that is to go on nothing is written here.
+    Raises InputError if the run to be resumed was made of other `ingredients`, or if another process is at work in
+    the folder. When a run is resumed, this writes nothing.
     """
     check_ingredients(config, ingredients)
     folder = from_rank_0(new_folder(config) if rank() == 0 else None)
@@ -340,13 +354,15 @@ def opened(config: Config, ingredients: dict[str, str]) -> Iterator[Path]:
         if rank() == 0:
             check_folder(
                 dataclasses.replace(config, out=str(folder), resume="auto")
-            )  # another was quicker, and ended
+            )  # another process may have made and finished a run here meanwhile
         yield folder
 
 
 def write_config(folder: Path, config: Config, ingredients: dict[str, str]) -> None:
-    """config.json: the settings and, under "made_of", the fingerprints of the run's ingredients, and of the rewards
-    that it went on without."""
+    """Write config.json: the settings and, under "made_of", the fingerprints of the run's ingredients.
+
+    "made_of" also lists the fingerprints of earlier rewards that a resumed run has replaced.
+    """
     earlier = earlier_ingredients(folder)
     replaced = earlier.get("replaced rewards", [])
     if earlier and earlier["reward"] != ingredients.get("reward"):
@@ -358,7 +374,7 @@ def write_config(folder: Path, config: Config, ingredients: dict[str, str]) -> N
 
 
 def new_folder(config: Config) -> Path:
-    """The run's folder, made if it is not there."""
+    """Returns the run's folder; makes it if it is not there."""
     folder = Path(config.out)
     if config.out:
         return make_folder(folder, exist_ok=bool(config.resume))

@@ -1,4 +1,4 @@
-"""How every command ends: in one line, also where its output is closed or Ctrl-C is pressed."""
+"""How every command ends: with one line, also if its output is closed or Ctrl-C is pressed."""
 
 import contextlib
 import io
@@ -11,13 +11,13 @@ from support.errors import Broken, InputError
 
 @contextlib.contextmanager
 def command(name: str, who: Callable[[], str] = str) -> Iterator[None]:
-    """Around the main of the command `name`; `who` says which process speaks, where there are several.
+    """Wraps the main function of the command `name`. `who` returns the process's name if there are several.
 
-    An InputError or Broken is one line, with exit code 2 or 1; any other exception shows its traceback. What standard
-    output's encoding has no character for is shown as "?". An output that was closed (| head) ends the command
-    quietly, as a signal would.
+    An InputError or Broken is shown as one line, with exit code 2 or 1; any other exception shows its traceback.
+    Characters that the standard output's encoding lacks are shown as "?". If the output is closed (as by | head),
+    the command ends quietly, as a signal would end it.
     """
-    if isinstance(sys.stdout, io.TextIOWrapper):  # not in a notebook
+    if isinstance(sys.stdout, io.TextIOWrapper):  # in a notebook it is another class
         sys.stdout.reconfigure(errors="replace")
     try:
         try:
@@ -25,7 +25,7 @@ def command(name: str, who: Callable[[], str] = str) -> Iterator[None]:
         finally:
             sys.stdout.flush()
     except BrokenPipeError:
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # Python writes what is left when it exits
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # Python writes the rest of its buffer at exit
         sys.exit(141)
     except (InputError, Broken) as error:
         print(f"{name}: {who()}{error}", file=sys.stderr)

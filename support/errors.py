@@ -1,19 +1,22 @@
-"""What a command shows as one line. Every other exception is a bug, ours or a student's, and shows its traceback."""
+"""The exceptions that a command shows as one line. Any other exception is a bug, ours or a student's, and shows its
+traceback."""
 
 import contextlib
 from collections.abc import Iterator
 
 
 class InputError(ValueError):
-    """What a user wrote is wrong. One line: field or file, what was found and expected, the fix. Exit code 2."""
+    """A user's input is wrong. The message is one line: field or file, what was found and expected, the fix. Exit
+    code 2."""
 
 
 class Broken(Exception):
-    """A fault, no bug, has ended a run that had begun: a full disk, numbers that are not finite. Exit code 1."""
+    """A fault that is no bug ended a run after its start: a full disk, or numbers that are not finite. Exit code
+    1."""
 
 
 class Diverged(Broken):
-    """The numbers of a run's last updates were not finite."""
+    """The last updates of a run gave numbers that are not finite."""
 
 
 class Unwritten(Broken):
@@ -22,7 +25,7 @@ class Unwritten(Broken):
 
 @contextlib.contextmanager
 def as_input() -> Iterator[None]:
-    """Turns a ValueError into an InputError: around calls of reward.py, which imports nothing of ours."""
+    """Turns a ValueError into an InputError. It wraps calls of reward.py, which does not import InputError."""
     try:
         yield
     except ValueError as error:

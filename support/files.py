@@ -1,4 +1,4 @@
-"""Files that are written whole or not at all, and JSON that this project wrote; what goes wrong is one line."""
+"""Files that are written whole or not at all, and JSON that this project wrote. Errors are one line each."""
 
 import contextlib
 import json
@@ -13,7 +13,7 @@ from support.errors import InputError, Unwritten
 
 @contextlib.contextmanager
 def reading(path: Path) -> Iterator[None]:
-    """Around reading a file that a user names or that stands in a folder: an OSError becomes an InputError."""
+    """Wraps the reading of a file: an OSError becomes an InputError, as the user named the file or its folder."""
     try:
         yield
     except OSError as error:
@@ -22,7 +22,7 @@ def reading(path: Path) -> Iterator[None]:
 
 @contextlib.contextmanager
 def writing(path: Path) -> Iterator[None]:
-    """Around writing a file or folder: an OSError becomes an Unwritten."""
+    """Wraps the writing of a file or folder: an OSError becomes an Unwritten."""
     try:
         yield
     except OSError as error:
@@ -31,7 +31,7 @@ def writing(path: Path) -> Iterator[None]:
 
 @contextlib.contextmanager
 def replacing(path: Path) -> Iterator[Path]:
-    """Another name to write to: at the end it takes the place of `path`. Where that fails it is removed."""
+    """Gives a second path to write to, which is renamed to `path` at the end. If writing fails, it is removed."""
     partial = path.with_name(path.name + ".partial")
     with writing(path):
         try:
@@ -43,13 +43,13 @@ def replacing(path: Path) -> Iterator[Path]:
 
 
 def write_jsonl(path: Path, rows: Iterable[dict[str, Any]]) -> None:
-    """Write a data file, in ASCII: U+2028 is a line's end to some readers."""
+    """Write a data file in ASCII, because some readers take U+2028 for the end of a line."""
     with replacing(path) as partial, partial.open("w", encoding="utf-8", newline="\n") as file:
         file.writelines(json.dumps(row) + "\n" for row in rows)
 
 
 def make_folder(folder: Path, exist_ok: bool = True) -> Path:
-    """The folder, made if it is not there. InputError, one line, if nothing can be written to it."""
+    """Returns the folder, and makes it if it is not there. Raises InputError if nothing can be written to it."""
     try:
         folder.mkdir(parents=True, exist_ok=exist_ok)
         tempfile.TemporaryFile(dir=folder).close()
@@ -59,7 +59,10 @@ def make_folder(folder: Path, exist_ok: bool = True) -> Path:
 
 
 def parse_object(text: bytes, place: str, fields: Sequence[str] = ()) -> dict[str, Any]:
-    """The JSON object that we wrote at a `place`, with these `fields`. InputError where it is something else."""
+    """Parse a JSON object that this project wrote. Raises InputError if it is no object or lacks one of `fields`.
+
+    `place` is the file, or file:line, that the error names.
+    """
     try:
         value = json.loads(text)
     except (ValueError, RecursionError) as error:
@@ -71,13 +74,14 @@ def parse_object(text: bytes, place: str, fields: Sequence[str] = ()) -> dict[st
 
 
 def read_json(path: Path, *fields: str) -> dict[str, Any]:
-    """The JSON object in a file that this project wrote, with these `fields`."""
+    """Read the JSON object in a file that this project wrote; it must have these `fields`."""
     with reading(path):
         return parse_object(path.read_bytes(), str(path), fields)
 
 
 def read_log(path: Path, *fields: str) -> list[dict[str, Any]]:
-    """The rows of a JSONL log, with these `fields`. A last line that was cut short by a kill is passed over."""
+    """Read the rows of a JSONL log; each must have these `fields`. A last line without its end is ignored: the
+    process was killed while it wrote it."""
     with reading(path):
-        lines = path.read_bytes().split(b"\n")[:-1]  # splitlines() also splits at U+2028
+        lines = path.read_bytes().split(b"\n")[:-1]  # splitlines() would split at U+2028 too
     return [parse_object(line, f"{path}:{number}", fields) for number, line in enumerate(lines, 1)]

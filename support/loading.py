@@ -1,4 +1,5 @@
-"""Around the loading of a model: which device, what a folder or hub name must be, errors of libraries in one line."""
+"""What surrounds the loading of a model: the device, checks of its folder or hub name, and libraries' errors as one
+line."""
 
 import contextlib
 import copy
@@ -19,13 +20,14 @@ from transformers.utils import logging
 from support.adapters import Adapters, add
 from support.errors import InputError
 
-NOISE = ("drop", "jitter", "noise")  # what the config's fields for random changes in training have in their names
+NOISE = ("drop", "jitter", "noise")  # a config field with one of these in its name changes training at random
 signature = functools.cache(inspect.signature)
-SMALL = 10_000_000  # below so many parameters a second CPU thread gains little, and costs much if a core is busy
+SMALL = 10_000_000  # parameters; below this a second CPU thread gains little, and costs much if a core is busy
 
 
 def pick_device(name: str = "auto") -> torch.device:
-    """The device called `name`; "auto" takes CUDA, then MPS, then the CPU. On CUDA each rank has a GPU of its own."""
+    """Returns the device called `name`; "auto" takes CUDA, else MPS, else the CPU. On CUDA each rank has its own
+    GPU."""
     there = {"cuda": torch.cuda.is_available(), "mps": torch.backends.mps.is_available(), "cpu": True}
     if name == "auto":
         name = next(kind for kind in there if there[kind])
@@ -36,7 +38,8 @@ def pick_device(name: str = "auto") -> torch.device:
 
 @contextlib.contextmanager
 def one_line(path: str) -> Iterator[None]:
-    """Errors of transformers and the hub as a ValueError of one line, with the fix where there is one."""
+    """Turns errors of transformers and the hub into an InputError of one line, which names the fix if one is
+    known."""
     try:
         yield
     except (MemoryError, torch.OutOfMemoryError):
@@ -55,10 +58,10 @@ def one_line(path: str) -> Iterator[None]:
 
 
 def load_config(path: str) -> PreTrainedConfig:
-    """The model's config, from a folder or a hub name. InputError, one line, where there is none."""
+    """Returns the config of the model at `path`, a folder or a hub name. Raises InputError if there is none."""
     if not sys.stderr.isatty():
         logging.disable_progress_bar()
-    hub_logging.set_verbosity_error()  # without a network: our one line instead of every retry
+    hub_logging.set_verbosity_error()  # without a network the hub would log every retry before our one line
     if not Path(path).exists() and path.count("/") != 1:
         raise InputError(f"model {path!r} is neither a folder that exists nor a hub name (ORGANISATION/NAME)")
     final = Path(path) / "final"
@@ -77,14 +80,17 @@ def load_config(path: str) -> PreTrainedConfig:
 
 
 def window_of(config: PreTrainedConfig) -> int | None:
-    """The most tokens of a prompt and its response together; None where the config names no limit."""
+    """Returns how many tokens a prompt and its response may have together; None if the config names no limit."""
     return getattr(config.get_text_config(), "max_position_embeddings", None)
 
 
 def check_window(
     window: int | None, prompt: int, response: int, name: str, whose: str = "the longest prompt"
 ) -> None:
-    """ValueError if a prompt and a response, whose budget is the setting `name`, can be longer than the window."""
+    """Raises InputError if a prompt and its response can be longer than the window.
+
+    The setting called `name` is the response's budget.
+    """
     if window and prompt + response > window:
         fix = f"lower {name} to {window - prompt}" if prompt + 1 < window else "give a shorter prompt"
         raise InputError(
@@ -93,14 +99,16 @@ def check_window(
 
 
 def fuse_norms(model: nn.Module) -> None:
-    """RMS norms as one kernel of PyTorch's instead of the six of their HF module, where both compute the same.
+    """Replace RMS norms by one kernel of PyTorch, where it computes the same as the six kernels of HF's module.
 
     On CUDA the update of Qwen2.5-1.5B takes a twelfth less time, sampling a tenth [bench/results/gpu.md].
     """
     for module in model.modules():
-        plain = list(signature(type(module).forward).parameters)[1:] == ["hidden_states"]  # some take a gate, too
+        # a norm with a gate has more arguments
+        plain = list(signature(type(module).forward).parameters)[1:] == ["hidden_states"]
         if plain and hasattr(module, "variance_epsilon") and module.weight is not None:
-            own = copy.deepcopy(module).to_empty(device="cpu").float()  # the model may have no weights yet
+            # a copy with values, as the model may have no weights yet
+            own = copy.deepcopy(module).to_empty(device="cpu").float()
             own.weight.data = torch.linspace(0.5, 1.5, own.weight.numel())
             x = own.weight.data.cos()
             if torch.allclose(own(x), fused_norm(own, x), rtol=1e-4, atol=1e-4):
@@ -112,7 +120,7 @@ def fused_norm(module: nn.Module, x: Tensor) -> Tensor:
 
 
 def end_tokens(path: str, config: PreTrainedConfig) -> list[int]:
-    """The end tokens that the model folder's generation config names, or its config where it has none."""
+    """Returns the end tokens of the folder's generation config or, if there is none, of the model's config."""
     try:
         ends = GenerationConfig.from_pretrained(path).eos_token_id
     except OSError:
@@ -127,8 +135,10 @@ def end_tokens(path: str, config: PreTrainedConfig) -> list[int]:
 
 
 def limit_ids(tokenizer: PreTrainedTokenizerBase, config: PreTrainedConfig) -> None:
-    """Note how many rows the embedding has: some tokenizers have more tokens, and loader.encode refuses those only
-    that are used."""
+    """Note on the tokenizer how many rows the embedding has.
+
+    Some tokenizers have more tokens than that; loader.encode refuses such a token only where it is used.
+    """
     tokenizer.embedding_rows = config.get_text_config().vocab_size
     used = max(tokenizer.eos_token_id, tokenizer.pad_token_id or 0)
     if used >= tokenizer.embedding_rows:
@@ -137,7 +147,7 @@ def limit_ids(tokenizer: PreTrainedTokenizerBase, config: PreTrainedConfig) -> N
 
 
 def switch_off_noise(config: PreTrainedConfig) -> PreTrainedConfig:
-    """`config` with every probability of dropout, jitter or noise 0."""
+    """Set every probability of dropout, jitter or noise in `config` to 0, and return it."""
     for part in (config, config.get_text_config()):
         noise = {name for name, value in vars(part).items() if isinstance(value, float)}
         vars(part).update({name: 0.0 for name in noise if any(word in name for word in NOISE)})
@@ -145,7 +155,7 @@ def switch_off_noise(config: PreTrainedConfig) -> PreTrainedConfig:
 
 
 def weights_dtype(device: torch.device, training: bool, adapters: Adapters | None) -> torch.dtype:
-    """What weights are read as: fp32 to be trained, bf16 to be used or frozen on CUDA."""
+    """Returns the dtype that weights are read as: fp32 for training; on CUDA bf16 for sampling and frozen weights."""
     if training and not adapters:
         return torch.float32
     if device.type == "cuda":
@@ -156,8 +166,10 @@ def weights_dtype(device: torch.device, training: bool, adapters: Adapters | Non
 def prepare_layers(
     model: PreTrainedModel, device: torch.device, recompute: bool, adapters: Adapters | None = None
 ) -> None:
-    """Adapters and gradient checkpointing where asked for (transformers 5.23 has given the switch another name); on
-    CUDA faster norms."""
+    """Add adapters and gradient checkpointing if they are asked for; on CUDA replace norms by faster ones.
+
+    transformers 5.23 has given the switch of gradient checkpointing another name.
+    """
     if adapters:
         add(model, adapters)
     if recompute:
@@ -168,7 +180,10 @@ def prepare_layers(
 
 
 def use_one_thread_if_small(model: PreTrainedModel) -> None:
-    """Of the CPU, unless OMP_NUM_THREADS is set: for the whole process, so a command decides it."""
+    """Let the CPU use one thread for a small model, unless OMP_NUM_THREADS is set.
+
+    The number of threads holds for the whole process, so only a command calls this.
+    """
     small = model.device.type == "cpu" and model.num_parameters() < SMALL
     if small and "OMP_NUM_THREADS" not in os.environ:
         torch.set_num_threads(1)

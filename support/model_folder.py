@@ -1,10 +1,10 @@
-"""A model folder that others read too: transformers 4, and what is built on it.
+"""Makes a saved model folder readable for transformers 4 and for programs that are built on it.
 
-transformers 5 has moved fields of config.json (`rope_theta` into `rope_parameters`), and 4 takes its default for a
-field that is not there: RoPE's base 1e6 becomes 1e4 without a word. Training changes neither config nor tokenizer.
-So the base model's own fields are written beside the new ones, and its tokenizer files are copied.
-A base that 5 has written has none of the old fields: those of RoPE are then made from the new ones.
-Left out: other fields that such a base may lack (`num_experts`), RoPE of two kinds but for Gemma 3's.
+transformers 5 has moved fields of config.json (`rope_theta` into `rope_parameters`). Version 4 takes its default for
+a missing field, without a warning: RoPE's base 1e6 becomes 1e4. Training changes neither config nor tokenizer, so
+the base model's own fields are written beside the new ones, and its tokenizer files are copied.
+A base model that version 5 has written has no old fields. Its old RoPE fields are then made from the new ones.
+Left out: other fields that such a base may lack (`num_experts`), and RoPE of two kinds except Gemma 3's.
 """
 
 import json
@@ -40,7 +40,8 @@ def make_readable(folder: Path, base: str = "", dtype: torch.dtype = torch.float
     stored = {"dtype": str(dtype).removeprefix("torch.")}
     rewrite(folder / "config.json", lambda config: with_old_fields(config | stored, original))
     rewrite(folder / "tokenizer_config.json", as_old_tokenizer)
-    for weights in folder.glob("*.safetensors"):  # written for the user alone
+    # safetensors files can be read by their owner alone; give them config.json's permissions
+    for weights in folder.glob("*.safetensors"):
         weights.chmod((folder / "config.json").stat().st_mode)
 
 
@@ -68,12 +69,13 @@ def rewrite(file: Path, change: Callable[[dict], dict]) -> None:
 
 
 def with_old_fields(config: dict[str, Any], original: dict[str, Any]) -> dict[str, Any]:
-    """`config` and what only transformers 4 reads: the fields of `original`, the config of the base model."""
-    if original.get("model_type") != config.get("model_type"):  # only its text part was loaded
+    """Returns `config` with the fields that only transformers 4 reads, taken from the base model's `original`
+    config."""
+    if original.get("model_type") != config.get("model_type"):  # only the text part of the base was loaded
         original = original.get("text_config", {})
     complete = old_rope(config) | original | config
     for name, part in config.items():
-        if isinstance(part, dict) and "model_type" in part:  # text_config, vision_config
+        if isinstance(part, dict) and "model_type" in part:  # for example text_config or vision_config
             complete[name] = with_old_fields(part, original.get(name, {}))
     if "dtype" in config:
         complete["torch_dtype"] = config["dtype"]
@@ -81,10 +83,10 @@ def with_old_fields(config: dict[str, Any], original: dict[str, Any]) -> dict[st
 
 
 def old_rope(config: dict[str, Any]) -> dict[str, Any]:
-    """What `rope_parameters` says, in the fields it had before."""
+    """Returns the content of `rope_parameters` as the fields that transformers 4 reads."""
     new = config.get("rope_parameters") or {}
     old = {}
-    if new and "gemma3" in config["model_type"]:  # one for each kind of layer
+    if new and "gemma3" in config["model_type"]:  # it has one RoPE for each kind of layer
         old["rope_local_base_freq"] = new["sliding_attention"]["rope_theta"]
         new = new["full_attention"]
     scaling = dict(new)
@@ -97,7 +99,7 @@ def old_rope(config: dict[str, Any]) -> dict[str, Any]:
 
 
 def as_old_tokenizer(config: dict[str, Any]) -> dict[str, Any]:
-    """A tokenizer's config in the words that both know."""
+    """Change a tokenizer's config to the names that transformers 4 and 5 both know, and return it."""
     if config.get("tokenizer_class") == "TokenizersBackend":
         config["tokenizer_class"] = "PreTrainedTokenizerFast"
     if isinstance(config.get("extra_special_tokens"), list):

@@ -1,6 +1,6 @@
-"""What a step leaves behind: its metrics, two rows as text, and now and then one whole group, token by token.
+"""What is recorded of a step: its metrics, two rows as text, and sometimes one whole group, token by token.
 
-`run` is a step.Run, `step` a step.Step. Left out: figures (plot.py) and the files (support/checkpoint.py).
+`run` is a step.Run, `step` a step.Step. Figures are in plot.py, the files in support/checkpoint.py.
 """
 
 import math
@@ -15,11 +15,14 @@ from loss import token_weights
 from methods import unsolved_groups
 from reward import extract_boxed
 
-RECORDED_TOKENS = 512  # of a row of a recorded group
+RECORDED_TOKENS = 512  # at most so many tokens of each row of a recorded group
 
 
 def is_copied(text: str, problem: Any) -> bool:
-    """Whether the boxed answer is a piece of the problem, word for word, and not the gold answer: 69 - 13 for 56."""
+    """Returns whether the boxed answer is copied from the problem word for word: `69 - 13` where the answer is 56.
+
+    An answer with the same words as the gold answer does not count as copied.
+    """
     boxed = extract_boxed(text) or problem.answer
     if re.findall(r"\w+", boxed) == re.findall(r"\w+", problem.answer):
         return False
@@ -28,14 +31,14 @@ def is_copied(text: str, problem: Any) -> bool:
 
 
 def rl_metrics(run: Any, step: Any) -> dict[str, Any]:
-    """Of the whole batch, every mini-batch and micro-batch. None where there is nothing to average.
+    """Returns the metrics of the whole batch, over all mini-batches and micro-batches. A mean of nothing is None.
 
-    `reward_on_policy`, `truncated` and `unread` are of the rows as they were sampled at first: of groups that were
-    replaced or sampled again (hpt, rescue) only the batch without their failures is left. So is `copied`, the share
-    of responses that are right with a piece of the problem (is_copied).
-    Over own tokens, `log_prob_gap` is the mean distance of their log-probs in sampling and in the training pass: 0 up
-    to rounding. `surprise` is the mean of -log pi - H, log-prob and entropy both of the training pass: 0 up to noise
-    if the sampler drew the tokens from pi, whatever it took their log-probs for.
+    `reward_on_policy`, `truncated`, `unread` and `copied` count the rows as they were first sampled. (hpt and rescue
+    replace rows of failed groups or sample them again; the final batch would hide those failures.) `copied` is the
+    share of responses that are right with a piece of the problem as their answer (is_copied).
+    `log_prob_gap` is the mean distance between a sampled token's log-prob in sampling and in the training pass. It is
+    0 up to rounding. `surprise` is the mean of -log pi - H over sampled tokens, both taken from the training pass. It
+    is 0 up to noise if the sampler drew the tokens from pi, also if the log-probs it recorded were wrong.
     """
     batch, first_rows = step.batch, step.batch.first_rows
     rollouts, rewards, hybrid = batch.rollouts, batch.rewards, batch.rollouts.hybrid
@@ -51,8 +54,9 @@ def rl_metrics(run: Any, step: Any) -> dict[str, Any]:
         return run.data.train[step.picked[row.group]]
 
     groups = [rewards[rollouts.group == g] for g in range(int(rollouts.group.max()) + 1)]
-    made = [update for update in step.updates if not update["skipped"]]  # a skipped one has no loss and no gradient
-    weighted, with_weight = 0, 0  # tokens that had a weight before the update they were in, and in it
+    # a skipped update has no loss and no gradient
+    made = [update for update in step.updates if not update["skipped"]]
+    weighted, with_weight = 0, 0  # tokens with a weight before the update they were in, and during it
     for tokens, update in zip(step.mini_batches, step.updates):
         if not update["skipped"]:
             weighted += int((token_weights(run.method, tokens) != 0).sum())
@@ -90,7 +94,7 @@ def rl_metrics(run: Any, step: Any) -> dict[str, Any]:
 
 
 def sft_metrics(step: Any, lr: float) -> dict[str, Any]:
-    """Of a supervised step."""
+    """Returns the metrics of a supervised step."""
     sums, tokens, rows = step.updates[0], step.mini_batches[0].demonstration_tokens, len(step.batch.rows)
     return {
         "loss": sums["loss"],
@@ -106,7 +110,7 @@ def sft_metrics(step: Any, lr: float) -> dict[str, Any]:
 
 
 def example_rows(run: Any, step: Any) -> list[dict[str, Any]]:
-    """The first on-policy row and the first hybrid one as text, with prefix and continuation told apart."""
+    """Returns the first on-policy row and the first hybrid row as text, with prefix and continuation apart."""
     examples = []
     for hybrid in (False, True):
         for row in [row for row in step.batch.rows if bool(row.prefix_ids) == hybrid][:1]:
@@ -127,12 +131,12 @@ def example_rows(run: Any, step: Any) -> list[dict[str, Any]]:
 
 
 def record_group(run: Any, step: Any) -> dict[str, Any]:
-    """One group, token by token: what `plot.py --group` draws.
+    """Returns one group, token by token, for `plot.py --group`.
 
-    Of the first mini-batch with demonstration tokens, else of the last: the first group that has demonstration
-    tokens and unequal rewards of its on-policy rows, else one that has the former, else the first group. Of each row
-    at most RECORDED_TOKENS tokens, with entropy in nats, whether the entropy clip keeps the token, and its weight w
-    before the update.
+    The group comes from the first mini-batch that has demonstration tokens, or from the last mini-batch if none has.
+    There the first group is taken that has demonstration tokens and unequal rewards among its on-policy rows; else
+    the first with demonstration tokens; else the first group. At most RECORDED_TOKENS tokens of each row are kept,
+    each with its entropy in nats, whether the entropy clip keeps it, and its weight w before the update.
     """
     batch, rollouts = step.batch, step.batch.rollouts
 

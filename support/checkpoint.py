@@ -39,9 +39,9 @@ FREE = {
     "save_every",
     "save_dtype",
     "device",
-}  # a run may change them as it goes on
-FREE |= {"tensorboard", "recompute", "offload", "rows_per_call", "micro_batch_tokens"}  # memory: rounding may change
-OURS = {"lock", "config.json.partial"}  # all that a run leaves that was killed before its config.json was whole
+}  # settings that may change when a run is resumed
+FREE |= {"tensorboard", "recompute", "offload", "rows_per_call", "micro_batch_tokens"}  # at most rounding changes
+OURS = {"lock", "config.json.partial"}  # all that a run leaves behind if it is killed before its config.json is whole
 
 
 # ---- files

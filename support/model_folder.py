@@ -31,8 +31,10 @@ TOKENIZER_FILES = (
 
 
 def make_readable(folder: Path, base: str = "", dtype: torch.dtype = torch.float32) -> None:
-    """Complete a folder that save_pretrained has written. `base`: the folder or hub name its model and tokenizer were
-    loaded from; empty: neither was. `dtype`: of its weights."""
+    """Complete a folder that save_pretrained has written, with weights of dtype `dtype`.
+
+    `base` is the folder or hub name that model and tokenizer were loaded from; it is empty if neither was loaded.
+    """
     original = PreTrainedConfig.get_config_dict(base)[0] if base else {}
     for pattern in TOKENIZER_FILES if base else ():
         for file in folder_of(base).glob(pattern):

@@ -40,8 +40,8 @@ from reward import MATH, Reward, load_reward
 from sample import Row, generate
 from support import distributed
 from support.checkpoint import append_rows, trained_with
-from support.command import command
-from support.config import Parser, check_range, given_settings
+from support.command import Parser, command
+from support.config import check_range, given_settings
 from support.errors import Broken, InputError, as_input
 from support.loading import check_window, pick_device, use_one_thread_if_small, window_of
 from support.memory import row_bytes
@@ -196,7 +196,7 @@ def figure(folder: Path) -> str:
 
 
 def parse_args(argv: Sequence[str]) -> argparse.Namespace:
-    parser = Parser(description="Evaluate a model on benchmarks.", allow_abbrev=False)
+    parser = Parser(description="Evaluate a model on benchmarks.")
     parser.add_argument("--model", help="a HuggingFace model folder or hub name")
     parser.add_argument("--benchmarks", default="", help=f"{', '.join(FILES)}, or paper: the first nine")
     parser.add_argument("--data", type=Path, help="problems of your own, JSONL (format: data/README.md)")

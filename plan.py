@@ -29,8 +29,8 @@ from transformers.modeling_layers import GradientCheckpointingLayer
 import model as models
 from fast.decode import PREFILL_TOKENS, whole_blocks
 from methods import METHODS
-from support.command import command
-from support.config import Config, Parser, check_range, parse_config
+from support.command import Parser, command
+from support.config import Config, check_range, parse_config
 from support.errors import InputError
 from support.loading import check_window, fuse_norms, load_config, prepare_layers, window_of
 from support.memory import cache_bytes, head_width, inner_width, plain_caches, row_bytes, token_bytes
@@ -438,7 +438,6 @@ def main() -> None:
     parser = Parser(
         description=__doc__.splitlines()[0],
         epilog="--config FILE and every --FIELD VALUE of train.py are taken too: --model, --method, …",
-        allow_abbrev=False,
     )
     parser.add_argument("--gpu", default="H100", choices=GPUS)
     parser.add_argument("--gpus", type=int, default=1)

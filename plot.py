@@ -9,7 +9,6 @@
 The details stand in figures/curves.py, figures/comparison.py, figures/group_*.py and figures/page.py.
 """
 
-import argparse
 from pathlib import Path
 
 from evaluation.report import compare_tables, read_results
@@ -20,7 +19,7 @@ from figures.group_figure import draw_group
 from figures.group_log import read_group
 from figures.page import is_run, page_content, page_html
 from support.checkpoint import write_text
-from support.command import command
+from support.command import Parser, command
 from support.errors import InputError
 
 
@@ -57,9 +56,8 @@ def plot_evaluations(folders: list[Path], out: Path | None, beside_paper: bool) 
 
 @command("plot.py")
 def main() -> None:
-    parser = argparse.ArgumentParser(
+    parser = Parser(
         description="Draw the curves of runs, a group of rollouts, a page for the browser, or compare evaluations.",
-        allow_abbrev=False,
     )
     parser.add_argument("folders", nargs="*", type=Path, metavar="FOLDER", help="run folders; evaluation folders")
     parser.add_argument(

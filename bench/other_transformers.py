@@ -32,6 +32,7 @@ SMALL = {
     "max_position_embeddings": 64,
     "sliding_window": 6,
     "pad_token_id": 0,
+    "eos_token_id": 2,
 }
 LLAMA3 = {"rope_type": "llama3", "factor": 8.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0}
 PRETRAINED = {"original_max_position_embeddings": 16}

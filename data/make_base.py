@@ -13,7 +13,6 @@ Left out: a validation loss (what the base can do is measured with eval.py, see 
 GPUs (a run on the CPU gives the same weights again).
 """
 
-import argparse
 import json
 import math
 import random
@@ -32,7 +31,7 @@ from transformers import GenerationConfig, PreTrainedTokenizerFast, Qwen3Config,
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # run as a script, it finds the rest
 
 from data.make_recipes import LABELS, Recipe, instruction, make_recipe, make_splits, write_out
-from support.command import command
+from support.command import Parser, command
 from support.errors import InputError
 from support.files import make_folder
 from support.model_folder import make_readable
@@ -263,7 +262,7 @@ def check_out(out: Path) -> None:
 
 @command("make_base.py")
 def main() -> None:
-    parser = argparse.ArgumentParser(description="Pretrains the tiny base model of the embedded task.")
+    parser = Parser(description="Pretrains the tiny base model of the embedded task.")
     default = Path(__file__).parent / "base"
     parser.add_argument("--out", type=Path, default=default, help="folder to write (%(default)s)")
     parser.add_argument("--seed", type=int, default=0, help="of the weights and the corpus (%(default)s)")

@@ -17,7 +17,6 @@ label, to copy its instruction, to calculate), and k is one dial from trivial to
 Left out: what the base model read before (that is make_base.py), and the reading of rows (the loader).
 """
 
-import argparse
 import random
 import sys
 from collections.abc import Callable
@@ -26,7 +25,7 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # run as a script, it finds the rest
 
-from support.command import command
+from support.command import Parser, command
 from support.errors import InputError
 from support.files import make_folder, write_jsonl
 
@@ -209,7 +208,7 @@ def write_splits(out: Path, splits: dict[str, list[dict]]) -> None:
 
 @command("make_recipes.py")
 def main() -> None:
-    parser = argparse.ArgumentParser(description="Writes the problems of the embedded task.")
+    parser = Parser(description="Writes the problems of the embedded task.")
     default = Path(__file__).parent / "recipes"
     parser.add_argument("--out", type=Path, default=default, help="folder to write to (%(default)s)")
     kinds = "; ".join(f"{kind}: {what}" for kind, what in DEMONSTRATIONS.items())

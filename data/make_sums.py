@@ -16,7 +16,6 @@ Why such a task, beside the recipes: a model that has read much text knows small
 operation per line or box its answer when told so. RFT then has no reward to start from; a demonstration's prefix has.
 """
 
-import argparse
 import random
 import sys
 from pathlib import Path
@@ -24,7 +23,7 @@ from pathlib import Path
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # run as a script, it finds its neighbours
 
 from data.make_recipes import write_splits
-from support.command import command
+from support.command import Parser, command
 
 SYSTEM = "Work step by step, one operation per line. Put the final answer within \\boxed{}."
 TERMS = (2, 3, 4)
@@ -68,7 +67,7 @@ def make_splits() -> dict[str, list[dict]]:
 
 @command("make_sums.py")
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__.split("\n", 1)[0], allow_abbrev=False)
+    parser = Parser(description=__doc__.split("\n", 1)[0])
     parser.add_argument("--out", type=Path, default=Path("data/sums"), help="folder to write to (%(default)s)")
     out = parser.parse_args().out
     write_splits(out, make_splits())

@@ -14,7 +14,6 @@ Left out: the demonstrations of openr1-46k are not cut or graded here: data/load
 token budget. OlympiadBench has 674 problems on the hub where the paper's copy has 675.
 """
 
-import argparse
 import random
 import re
 import sys
@@ -30,7 +29,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # run as a script,
 from evaluation.benchmarks import PAPER
 from evaluation.multiple_choice import LETTERS, check_options, question
 from reward import check_gold
-from support.command import command
+from support.command import Parser, command
 from support.errors import Broken, InputError
 from support.files import make_folder, write_jsonl
 
@@ -242,7 +241,7 @@ def prepare(name: str, force: bool = False) -> Path:
 
 @command("prepare.py")
 def main() -> None:
-    parser = argparse.ArgumentParser(description="Public sets -> JSONL.", allow_abbrev=False)
+    parser = Parser(description="Public sets -> JSONL.")
     parser.add_argument("names", nargs="*", metavar="NAME", help=f"{', '.join(SOURCES)}, or paper; none: list them")
     parser.add_argument("--force", action="store_true", help="fetch what is there already again")
     args = parser.parse_args()

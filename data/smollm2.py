@@ -12,7 +12,6 @@ there with the weights as they were before they were rounded to 4 bits. So figur
 Left out: other models and other GGUF files.
 """
 
-import argparse
 import importlib.util
 import os
 import shutil
@@ -22,7 +21,7 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # run as a script, it finds the rest
 
-from support.command import command
+from support.command import Parser, command
 from support.errors import InputError
 from support.files import writing
 from support.model_folder import make_readable
@@ -89,7 +88,7 @@ def convert(source: Path, out: Path) -> None:
 
 @command("smollm2.py")
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__.split("\n", 1)[0], allow_abbrev=False)
+    parser = Parser(description=__doc__.split("\n", 1)[0])
     default = Path("data/smollm2-135m")
     parser.add_argument("--out", type=Path, default=default, help="folder to write (%(default)s)")
     out = parser.parse_args().out

@@ -6,14 +6,14 @@ from fast.decode import loop_of
 from model import load_model
 from sample import Row, generate
 from support.checkpoint import trained_with
-from support.command import command
-from support.config import Parser, check_range
+from support.command import Parser, command
+from support.config import check_range
 from support.loading import check_window, pick_device, use_one_thread_if_small, window_of
 
 
 @command("sample.py")
 def main() -> None:
-    parser = Parser(description="Sample responses to a problem.", allow_abbrev=False)
+    parser = Parser(description="Sample responses to a problem.")
     parser.add_argument("problems", nargs="+", metavar="PROBLEM")
     parser.add_argument("--model", required=True, help="a HuggingFace model folder, e.g. runs/prefix-rft-001/final")
     parser.add_argument("--samples", type=int, default=4, help="responses per problem (default 4)")

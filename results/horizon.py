@@ -10,7 +10,6 @@ again; only the jobs that it was at are begun anew. Models and data stand in run
 Left out: checkpoints within a job (it takes about ten minutes); the report, which is report.py's.
 """
 
-import argparse
 import hashlib
 import json
 import os
@@ -32,6 +31,7 @@ import torch
 from data.make_recipes import TRAIN_PROBLEMS, make_splits, write_jsonl
 from step import Run
 from support.checkpoint import sha256, write_text
+from support.command import Parser, command
 from support.config import Config, from_dict
 from train import accuracy, one_step, prepare, stages
 
@@ -261,8 +261,9 @@ def again(store: Path, name: str) -> bool:
     return lines[0] == lines[1]
 
 
+@command("horizon.py")
 def main() -> None:
-    parser = argparse.ArgumentParser(description="The runs of the study of the horizon.", allow_abbrev=False)
+    parser = Parser(description="The runs of the study of the horizon.")
     parser.add_argument("command", choices=("run", "again"))
     parser.add_argument("name", nargs="?", help="again: which stored run, as habit-512-prefix-rft-base0-480")
     parser.add_argument("--jobs", type=int, default=1, help="processes, one core each (%(default)s)")

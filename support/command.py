@@ -1,12 +1,26 @@
-"""How every command ends: with one line, also if its output is closed or Ctrl-C is pressed."""
+"""How every command reads its options and ends: with one line, also if its output is closed or Ctrl-C is pressed."""
 
+import argparse
 import contextlib
 import io
 import os
+import re
 import sys
 from collections.abc import Callable, Iterator
+from typing import Any
 
 from support.errors import Broken, InputError
+
+
+class Parser(argparse.ArgumentParser):
+    """Of a command: what is wrong is an InputError, one line as any other. Options begin with two dashes."""
+
+    def __init__(self, **settings: Any):
+        super().__init__(allow_abbrev=False, **settings)
+        self._negative_number_matcher = re.compile("-[^-]")  # of argparse: "-612;B*2?" is a problem
+
+    def error(self, message: str) -> None:
+        raise InputError(f"{message} (see python {self.prog} --help)")
 
 
 @contextlib.contextmanager

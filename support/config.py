@@ -4,12 +4,10 @@ A field that is wrong gives a InputError of one line: the field, what was found,
 groups, defaults that depend on the model, environment variables.
 """
 
-import argparse
 import dataclasses
 import difflib
 import json
 import math
-import re
 import sys
 from collections.abc import Callable, Collection
 from dataclasses import dataclass
@@ -119,17 +117,6 @@ class Config:
     offload: bool = knob(False, "CUDA: keep weights and optimizer in host memory between uses (slower)")
     micro_batch_tokens: int = knob(2048, "tokens of one forward pass, padding included; a longer row goes alone", 1)
     rows_per_call: int = knob(512, "rows sampled together", 1)
-
-
-class Parser(argparse.ArgumentParser):
-    """Of a command: what is wrong is an InputError, one line as any other. Options begin with two dashes."""
-
-    def __init__(self, **settings: Any):
-        super().__init__(**settings)
-        self._negative_number_matcher = re.compile("-[^-]")  # of argparse: "-612;B*2?" is a problem
-
-    def error(self, message: str) -> None:
-        raise InputError(f"{message} (see python {self.prog} --help)")
 
 
 def suggest(word: str, known: list[str]) -> str:

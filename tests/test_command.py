@@ -69,6 +69,18 @@ def test_ctrl_c_is_one_line(name, function, words, monkeypatch, capsys):
     assert stop.value.code == 130 and capsys.readouterr().err == f"\n{name.removeprefix('data.')}.py: stopped\n"
 
 
+@pytest.mark.parametrize(
+    "name", [*COMMANDS[1:], "results.horizon", "data.make_base", "data.make_sums", "data.smollm2"]
+)
+def test_an_option_that_is_none_is_one_line(name, monkeypatch, capsys):
+    monkeypatch.setattr(sys, "argv", [f"{name}.py", "--nonsense", "1"])
+    with pytest.raises(SystemExit) as stop:
+        command_module(name).main()
+    said = capsys.readouterr().err
+    assert stop.value.code == 2 and said.count("\n") == 1 and "usage" not in said, said
+    assert "--nonsense" in said or "required" in said or "invalid" in said
+
+
 def test_a_problem_may_begin_with_a_minus_sign(capsys, monkeypatch):
     monkeypatch.setattr(sys, "argv", ["sample.py", "-612;B*2?", "--model", "data/base", "--temperature", "0"])
     command_module("sample").main()

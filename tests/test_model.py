@@ -94,7 +94,8 @@ def test_a_loaded_model_has_fp32_weights_no_dropout_and_a_neutral_generation_con
 
 
 def test_noise_that_stays_on_is_refused(tmp_path, tokenizer, monkeypatch):
-    GPT2LMHeadModel(GPT2Config(vocab_size=103, n_embd=32, n_layer=2, n_head=2)).save_pretrained(tmp_path)
+    config = GPT2Config(vocab_size=103, n_embd=32, n_layer=2, n_head=2, eos_token_id=2)
+    GPT2LMHeadModel(config).save_pretrained(tmp_path)
     tokenizer.save_pretrained(tmp_path)
     load_model(str(tmp_path), training=True, check=check_model)
     monkeypatch.setattr(loading, "NOISE", ())

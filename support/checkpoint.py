@@ -191,7 +191,7 @@ def save(folder: Path, step: int, run: Any) -> None:
     with writing(path):
         path.parent.mkdir(exist_ok=True)
         older = [file for file in checkpoints(folder) if file < path]
-        for file in {*checkpoints(folder), *path.parent.glob("*.partial")} - {*older[:1]}:
+        for file in {*checkpoints(folder), *path.parent.glob("*.partial")} - {*older[:1], path}:
             file.unlink()  # checkpoints after this step are damaged: the run was resumed from an older one
     with replacing(path) as partial, partial.open("wb") as file:
         try:

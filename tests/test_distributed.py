@@ -309,6 +309,12 @@ def test_more_ranks_than_problems_are_refused(results):
     assert results[2]["refused"] == want
 
 
+def test_a_tied_weight_stands_once_in_the_state():
+    """Under its first name: a checkpoint or final/ that held both would be larger, and could contradict itself."""
+    names = set(distributed.state_of(small_llama()))
+    assert "model.embed_tokens.weight" in names and "lm_head.weight" not in names
+
+
 @pytest.fixture
 def alone():
     """A group of one, as on a single GPU."""

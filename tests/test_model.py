@@ -6,7 +6,7 @@ import pickle
 
 import pytest
 import torch
-from conftest import random_model
+from conftest import contents, random_model
 from safetensors.torch import load_file, save_file
 from transformers import AutoTokenizer, GPT2Config, GPT2LMHeadModel
 from transformers.models.llama.modeling_llama import LlamaRMSNorm
@@ -128,6 +128,43 @@ def test_save_then_load_gives_the_same_weights(tmp_path, tokenizer):
     for (name, a), b in zip(model.state_dict().items(), again.state_dict().values()):
         assert (a == b).all(), name
     assert sorted(p.name for p in tmp_path.iterdir()) == ["final"]
+
+
+@pytest.mark.parametrize("what", ["weights", "tokenizer"])
+def test_a_save_that_fails_leaves_the_old_folder(tmp_path, tokenizer, monkeypatch, what):
+    """The old one is removed only when the new one is whole."""
+    model = random_model(vocab_size=len(tokenizer))
+    save_model(model, tokenizer, tmp_path / "final")
+    before = contents(tmp_path / "final")
+
+    def full(*_, **__):
+        raise OSError(28, "No space left")
+
+    monkeypatch.setattr(type(model if what == "weights" else tokenizer), "save_pretrained", full)
+    with pytest.raises(OSError, match="No space left"):
+        save_model(model, tokenizer, tmp_path / "final")
+    assert contents(tmp_path / "final") == before
+
+
+def test_logits_of_a_chunk_of_tokens_only_exist_at_once(monkeypatch):
+    """In the forward pass, and again in the backward pass."""
+    model, sizes = random_model(), []
+    model.lm_head.register_forward_hook(lambda module, inputs, output: sizes.append(len(output)))
+    monkeypatch.setattr(models, "LOGITS_PER_CHUNK", 103 * 4)
+    ids, mask, R = rows([(5, 9), (2, 3)])
+    token_stats(model, ids, mask, R, 1.0)[0].sum().backward()
+    assert max(sizes) == 4 and sum(sizes) == 2 * (9 + 3)
+
+
+def test_a_token_that_cannot_come_adds_no_entropy():
+    """Its logit is -inf: 0 · -inf is 0, not NaN."""
+    model, ids = random_model(), torch.tensor([[5, 6, 7]])
+    model.lm_head.bias = torch.nn.Parameter(torch.zeros(103))
+    model.lm_head.bias.data[50:] = -torch.inf
+    log_probs, entropy = token_stats(model, ids, torch.ones_like(ids), 2, 1.0)
+    logits = random_model()(ids).logits[0, :2, :50].detach()  # the same model, without those tokens
+    torch.testing.assert_close(entropy[0], torch.distributions.Categorical(logits=logits).entropy())
+    assert log_probs.isfinite().all()
 
 
 def test_uniform_logits_have_the_entropy_of_the_vocabulary():

@@ -507,6 +507,22 @@ def test_a_bug_in_a_step_shows_its_traceback(task, tmp_path, monkeypatch, error)
     assert raised.value is error
 
 
+def test_a_step_with_a_skipped_update_is_not_saved(task, tmp_path, monkeypatch):
+    """The run goes on; what it comes back to is a step whose updates were made."""
+    monkeypatch.setattr(train, "score", lambda run, who: {"validation": {}, "test": {}, "test_sampled": {}})
+    saved, save = [], checkpoint.save
+
+    def step(run, number):
+        result = rl_step(run, number)
+        run.skipped = int(number == 1)
+        return result
+
+    monkeypatch.setattr(train, "rl_step", step)
+    monkeypatch.setattr(checkpoint, "save", lambda folder, done, run: (saved.append(done), save(folder, done, run)))
+    assert train.train(parse_config(arguments(task, tmp_path / "run"))) == 0
+    assert saved == [1, 3, 4]
+
+
 def test_logs_are_cut_to_the_checkpoint_and_nothing_else_is_lost(tmp_path):
     log = tmp_path / "samples.jsonl"
     rows = [{"step": step, "problem": "a\u2028b\u0085c"} for step in (1, 1, 2, 3)]

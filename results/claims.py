@@ -27,29 +27,19 @@ UNITS = {"length": (1, " tokens", 1), "lead": (1, "", 2), "narrowing": (1, "", 2
 # ---- intervals
 
 
-def combine(estimate: float, parts: Sequence[tuple[float, int]]) -> Interval:
-    """95% interval from variances and their degrees of freedom, by Welch and Satterthwaite."""
-    total = sum(variance for variance, _ in parts)
-    if total == 0:
-        return estimate, estimate, estimate
-    freedom = total**2 / sum(variance**2 / free for variance, free in parts)
-    reach = float(t.ppf(0.975, freedom)) * math.sqrt(total)
-    return estimate, estimate - reach, estimate + reach
-
-
-def spread(values: np.ndarray) -> tuple[float, int]:
-    """Variance of the mean of `values`, and its degrees of freedom."""
-    return float(values.var(ddof=1)) / len(values), len(values) - 1
-
-
 def difference(first: np.ndarray, second: np.ndarray, trained: tuple[bool, bool] = (True, True)) -> Interval | None:
-    """Mean of `first` minus that of `second`, each [runs, the same problems]; None with a single run of either. The
-    base is not `trained`: it has no spread over seeds."""
+    """Mean of `first` minus that of `second`, each [runs, the same problems], by Welch and Satterthwaite; None with a
+    single run of either. The base is not `trained`: it has no spread over seeds."""
     groups = [runs.mean(1) for runs, has_seeds in zip((first, second), trained) if has_seeds]
     if min(map(len, groups)) < 2:
         return None
     by_problem = first.mean(0) - second.mean(0)
-    return combine(float(by_problem.mean()), [spread(by_problem), *map(spread, groups)])
+    variances = np.array([values.var(ddof=1) / len(values) for values in (by_problem, *groups)])
+    freedoms = np.array([len(values) - 1 for values in (by_problem, *groups)])
+    middle, total = float(by_problem.mean()), float(variances.sum())
+    freedom = total**2 / max((variances**2 / freedoms).sum(), 1e-300)  # where nothing varies the interval is a point
+    reach = float(t.ppf(0.975, max(freedom, 1))) * math.sqrt(total)
+    return middle, middle - reach, middle + reach
 
 
 def difference_of_runs(first: Sequence[float], second: Sequence[float] | None = None) -> Interval:

@@ -4,7 +4,7 @@ PROTOCOL.md has the rules; horizon.py makes the runs, report.py writes horizon/r
 """
 
 import pandas as pd
-from scipy.stats import ttest_1samp
+from scipy.stats import t
 
 from evaluation.report import markdown_table, percent
 from results.horizon import BUDGETS, CELLS, METHODS, MOST, TEMPERATURES, Stored, plan, trial_score
@@ -35,17 +35,12 @@ def difference_frame(runs: pd.DataFrame) -> pd.DataFrame:
 def contrast_frame(runs: pd.DataFrame) -> pd.DataFrame:
     """Mean difference over bases, 95% interval and p of Student's t (one base: none), and which of the secondary ones
     are significant at 5% by Holm."""
-
-    def contrast(values: pd.Series) -> pd.Series:
-        found = {"bases": len(values), "mean": values.mean(), "low": None, "high": None, "p": None}
-        if len(values) > 1:
-            test = ttest_1samp(values, 0)
-            found |= dict(zip(("low", "high"), test.confidence_interval())) | {"p": test.pvalue}
-        return pd.Series(found)
-
-    groups = difference_frame(runs).groupby([*KEYS, "rival"])["difference"]
-    table = groups.apply(contrast).unstack().reindex(columns=["bases", "mean", "low", "high", "p"])
-    table["holm"] = holm(table["p"].drop(PRIMARY, errors="ignore").dropna().astype(float))
+    table = difference_frame(runs).groupby([*KEYS, "rival"])["difference"].agg(bases="count", mean="mean", std="std")
+    error, freedom = table["std"] / table["bases"] ** 0.5, table["bases"] - 1
+    reach = t.ppf(0.975, freedom) * error
+    table["low"], table["high"] = table["mean"] - reach, table["mean"] + reach
+    table["p"] = 2 * t.sf((table["mean"] / error).abs(), freedom)
+    table["holm"] = holm(table["p"].drop(PRIMARY, errors="ignore").dropna())
     return table
 
 
@@ -100,7 +95,7 @@ def trial_rows(stored: Stored, cell: str) -> list[list[str]]:
 def report_text(stored: Stored) -> str:
     """horizon/report.md."""
     runs = run_frame(stored)
-    contrasts = contrast_frame(runs) if len(difference_frame(runs)) else pd.DataFrame()
+    contrasts = contrast_frame(runs)
     primary = contrasts.loc[PRIMARY] if PRIMARY in contrasts.index else None
     told = "no base yet" if primary is None else f"{cell_of(primary)}, {primary['bases']:.0f} of 6 bases"
     jobs = plan()

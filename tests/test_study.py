@@ -8,6 +8,7 @@ import numpy as np
 import pandas as pd
 import pytest
 from matplotlib.figure import Figure
+from scipy.stats import ttest_1samp
 
 from results import claims, contrasts, drawing, horizon, records, report
 from results.claims import by_ranks, difference, measured, verdict
@@ -142,6 +143,7 @@ def test_contrasts_are_those_of_students_t_over_bases():
     reach = 2.5706 * statistics.stdev(each) / 6**0.5
     told = [statistics.mean(each), statistics.mean(each) - reach, statistics.mean(each) + reach]
     assert found["bases"] == 6 and [found[name] for name in ("mean", "low", "high")] == pytest.approx(told, abs=1e-5)
+    assert found["p"] == pytest.approx(ttest_1samp(each, 0).pvalue)
     assert pd.isna(found["holm"])  # the primary contrast is not corrected
     one = contrasts.contrast_frame(contrasts.run_frame(second_study(1))).loc[contrasts.PRIMARY]
     assert pd.isna(one["low"]) and contrasts.cell_of(one) == f"{100 * one['mean']:+.1f}"

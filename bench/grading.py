@@ -6,25 +6,22 @@ The labels are ours (tests/grading_pairs.py): agreement says how far a grader sh
 Each pair is graded once, from a cold cache, in one process; Math-Verify with its own time limits, as shipped.
 """
 
+import argparse
 import importlib.util
-import json
 import logging
-import os
 import sys
 import time
 from collections.abc import Callable
 from importlib.metadata import version
 from pathlib import Path
 
-from common import RESULTS, machine, parts_of
+from common import write
 
 from reward import is_equivalent
 
 sys.path.append(str(Path(__file__).parents[1] / "tests"))
 
 from grading_pairs import ALL_PAIRS
-
-OUT = RESULTS / "grading.json"
 
 
 def math_verify(prediction: str, gold: str) -> bool:
@@ -54,24 +51,14 @@ def measure(grader: Callable[[str, str], bool]) -> dict:
 
 
 def main() -> None:
-    parts_of(__doc__)
+    argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter).parse_args()
     if importlib.util.find_spec("math_verify") is None:
         sys.exit("grading.py: the package math-verify is missing: pip install -r requirements-dev.txt")
     logging.disable(logging.CRITICAL)
-    results = {
-        "pairs": len(ALL_PAIRS),
-        "equal": sum(equal for *_, equal in ALL_PAIRS),
-        "machine": machine(),
-        "versions": {name: version(name) for name in ("math-verify", "sympy", "mpmath")},
-        "ours": measure(is_equivalent),
-        "math_verify": measure(math_verify),
-    }
-    OUT.parent.mkdir(parents=True, exist_ok=True)
-    temporary = OUT.with_suffix(".tmp")
-    temporary.write_text(json.dumps(results, indent=1, ensure_ascii=False) + "\n", encoding="utf8")
-    os.replace(temporary, OUT)
-    for name in ("ours", "math_verify"):
-        print(name, {key: value for key, value in results[name].items() if key != "wrong"})
+    pairs = {"pairs": len(ALL_PAIRS), "equal": sum(equal for *_, equal in ALL_PAIRS)}
+    versions = {name: version(name) for name in ("math-verify", "sympy", "mpmath")}
+    graders = {"ours": measure(is_equivalent), "math_verify": measure(math_verify)}
+    write("grading", pairs | {"versions": versions} | graders)
 
 
 if __name__ == "__main__":

@@ -5,22 +5,19 @@
 
 Every model is a folder as a user has it, its noise (dropout, router jitter) switched on and the embedded task's
 tokenizer beside it. `prove` then asks for what "works" means, with nothing of fast.check: against plain
-forward passes of single rows. One step of Prefix-RFT follows on one process and on two.
+forward passes of single rows. One step of Prefix-RFT follows. Left out: two ranks (tests/test_distributed.py).
 """
 
-import os
-import socket
+import argparse
 import sys
 import tempfile
-import time
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
 
 import torch
-import torch.multiprocessing as processes
 import transformers
-from common import RESULTS, machine, parts_of
+from common import RESULTS, machine
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedConfig, PreTrainedModel
 from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 
@@ -29,131 +26,72 @@ from fast.check import check_model
 from fast.decode import loop_of
 from model import load_model, save_model, token_stats
 from sample import Row, generate, pack
-from support import distributed
 from support.config import from_dict
 from support.errors import InputError
 from support.loading import NOISE
 from support.record import rl_metrics
 from train import prepare
 
-SMALL = {  # of what a config has of these
-    "vocab_size": 104,
-    "hidden_size": 32,
-    "intermediate_size": 48,
-    "num_hidden_layers": 2,
-    "num_attention_heads": 4,
-    "num_key_value_heads": 2,
-    "head_dim": 8,
-    "max_position_embeddings": 256,
-    "sliding_window": 12,
-    "num_experts": 4,
-    "num_local_experts": 4,
-    "n_routed_experts": 8,
-    "num_experts_per_tok": 2,
-    "moe_intermediate_size": 24,
-    "shared_expert_intermediate_size": 24,
-    "pad_token_id": 0,
-    "bos_token_id": 1,
-    "eos_token_id": 2,
-}
+SIZES = {"vocab_size": 104, "hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2, "head_dim": 8}
+SIZES |= {"num_attention_heads": 4, "num_key_value_heads": 2, "max_position_embeddings": 256, "sliding_window": 12}
+SIZES |= {"pad_token_id": 0, "bos_token_id": 1, "eos_token_id": 2}
+MIXTURE = {"num_experts": 4, "num_local_experts": 4, "n_routed_experts": 8, "num_experts_per_tok": 2}
+MIXTURE |= {"moe_intermediate_size": 24, "shared_expert_intermediate_size": 24, "shared_intermediate_size": 24}
 LATENT = {"kv_lora_rank": 16, "q_lora_rank": 24, "qk_rope_head_dim": 8, "qk_nope_head_dim": 8, "v_head_dim": 8}
-LATENT |= {"num_key_value_heads": 4}
-LINEAR = {
-    "linear_num_key_heads": 2,
-    "linear_num_value_heads": 2,
-    "linear_key_head_dim": 8,
-    "linear_value_head_dim": 8,
-}
-LINEAR |= {"layer_types": ["linear_attention", "full_attention"]}
-STATE = {"mamba_n_heads": 4, "mamba_d_head": 16, "mamba_d_state": 8, "mamba_chunk_size": 8}
+STATE = {"linear_num_key_heads": 2, "linear_num_value_heads": 2, "linear_key_head_dim": 8, "linear_value_head_dim": 8}
+STATE |= {"linear_num_heads": 2, "linear_head_dim": 8, "state_size": 8, "ssm_state_size": 8, "chunk_size": 16}
+STATE |= {"mamba_n_heads": 4, "mamba_d_head": 16, "mamba_d_state": 8, "mamba_chunk_size": 8, "mamba_d_ssm": 64}
+STATE |= {"mamba_num_heads": 4, "mamba_head_dim": 16, "n_mamba_heads": 4, "mamba_headdim": 16, "mamba_dt_rank": 8}
+OTHERS = {"num_dense_layers": 1, "rotary_dim": 8, "window_size": 12, "block_multiple_of": 16}
+OTHERS |= {"attention_head_dim": 16, "attention_chunk_size": 12, "intermediate_size_mlp": 48}
+SMALL = SIZES | MIXTURE | LATENT | STATE | OTHERS  # each config takes those of these fields that it has
+FOUR = {"num_key_value_heads": 4}
+LINEAR = {"layer_types": ["linear_attention", "full_attention"]}
+GROUPS = {"n_group": 2, "topk_group": 1, "first_k_dense_replace": 1}
 PLAIN = """
-    afmoe apertus arcee aria_text beam biogpt bitnet bloom cohere cohere2 cohere2_moe ctrl cwm doge ernie4_5
-    ernie4_5_moe exaone4 exaone_moe falcon_mamba flex_olmo flint gemma gemma2 gemma3_text glm glm4 glm4_moe
-    gpt2 gpt_bigcode gpt_neox gpt_neox_japanese gpt_oss granite_swa granitemoe granitemoe_swa granitemoeshared
-    helium hrm_text hunyuan_v1_dense hunyuan_v1_moe hy_v3 hyperclovax internlm3 iquestcoder jais2 jetmoe
-    laguna lfm3 llama mamba mellum mimo_v2_flash minimax minimax_m2 ministral ministral3 mistral mixtral
-    modernbert-decoder mpt nanochat nemotron olmo olmo2 olmo3 olmoe openai-gpt opt persimmon phi phi3 phimoe
-    qwen2 qwen2_moe qwen3 qwen3_moe recurrent_gemma rwkv seed_oss smollm3 solar_open stablelm starcoder2
-    vaultgemma xglm xlm
+    afmoe apertus arcee aria_text beam biogpt bitnet bloom codegen cohere cohere2 cohere2_moe ctrl cwm doge
+    ernie4_5 ernie4_5_moe exaone4 exaone_moe falcon falcon_h1 falcon_mamba flex_olmo flint gemma gemma2
+    gemma3_text glm glm4 glm4_moe gpt2 gpt_bigcode gpt_neox gpt_neox_japanese gpt_oss gptj granite_swa granitemoe
+    granitemoe_swa granitemoeshared helium hrm_text hunyuan_v1_dense hunyuan_v1_moe hy_v3 hyperclovax internlm3
+    iquestcoder jais2 jetmoe laguna lfm3 llama mamba mellum mimo_v2_flash minimax minimax_m2 ministral ministral3
+    mistral mixtral modernbert-decoder mpt nanochat nemotron olmo olmo2 olmo3 olmoe openai-gpt opt persimmon phi
+    phi3 phimoe qwen2 qwen2_moe qwen3 qwen3_moe recurrent_gemma rwkv seed_oss smollm3 solar_open stablelm
+    starcoder2 vaultgemma xglm xlm
 """
-
 MODELS: dict[str, dict] = {name: {} for name in PLAIN.split()} | {
-    "bailing_hybrid": LATENT
-    | LINEAR
-    | {"num_expert_group": 1, "topk_group": 1, "linear_num_heads": 2, "linear_head_dim": 8},
-    "bamba": STATE | {"attn_layer_indices": [1]},
-    "codegen": {"rotary_dim": 8},
-    "deepseek_v2": LATENT,
-    "deepseek_v3": LATENT | {"n_group": 2, "topk_group": 1, "first_k_dense_replace": 1},
-    "deepseek_v4": {"q_lora_rank": 16, "o_lora_rank": 16, "o_groups": 2, "index_n_heads": 2, "index_head_dim": 8},
+    "bailing_hybrid": FOUR | LINEAR | {"q_lora_rank": 24, "num_expert_group": 1, "topk_group": 1},
+    "bamba": {"attn_layer_indices": [1]},
+    "deepseek_v2": FOUR,
+    "deepseek_v3": FOUR | GROUPS,
+    "deepseek_v4": {"o_lora_rank": 16, "o_groups": 2, "index_n_heads": 2, "index_head_dim": 8},
     "diffllama": {"attention_dropout": 0.0},
-    "dots1": {"n_group": 2, "topk_group": 1, "first_k_dense_replace": 1, "n_shared_experts": 1},
-    "falcon": {},
+    "dots1": GROUPS | {"n_shared_experts": 1},
     "falcon, alibi": {"alibi": True},
-    "falcon_h1": STATE | {"mamba_d_ssm": 64},
-    "glm4_moe_lite": LATENT,
-    "gpt_neo": {"attention_types": [[["global", "local"], 1]], "window_size": 12},
-    "gptj": {"rotary_dim": 8},
+    "glm4_moe_lite": FOUR,
+    "gpt_neo": {"attention_types": [[["global", "local"], 1]]},
     "granite": {"logits_scaling": 8.0},
     "granite, unscaled": {"logits_scaling": 1.0},
-    "granitemoehybrid": STATE
-    | {"layer_types": ["linear_attention", "full_attention"], "shared_intermediate_size": 24},
-    "jamba": {"attn_layer_period": 2, "attn_layer_offset": 1, "mamba_dt_rank": 8, "mamba_d_state": 8},
-    "kimi_linear": LATENT | LINEAR | {"linear_num_heads": 2, "linear_head_dim": 8, "num_experts_per_token": 2},
-    "lfm2": {"layer_types": ["conv", "full_attention"], "block_multiple_of": 16},
-    "lfm2_moe": {"layer_types": ["conv", "full_attention"], "num_dense_layers": 1},
-    "llama4_text": {
-        "intermediate_size_mlp": 48,
-        "attention_chunk_size": 12,
-        "layer_types": ["chunked_attention", "full_attention"],
-    },
-    "mamba2": {"num_heads": 4, "head_dim": 16, "state_size": 8, "n_groups": 1, "chunk_size": 8},
-    "minicpm3": LATENT,
-    "nemotron_h": {
-        "layers_block_type": ["linear_attention", "mlp", "full_attention"],
-        "mamba_num_heads": 4,
-        "mamba_head_dim": 16,
-        "n_groups": 2,
-        "ssm_state_size": 8,
-        "chunk_size": 8,
-    },
+    "granitemoehybrid": LINEAR,
+    "jamba": {"attn_layer_period": 2, "attn_layer_offset": 1},
+    "kimi_linear": FOUR | LINEAR | {"num_experts_per_token": 2},
+    "lfm2": {"layer_types": ["conv", "full_attention"]},
+    "lfm2_moe": {"layer_types": ["conv", "full_attention"]},
+    "llama4_text": {"layer_types": ["chunked_attention", "full_attention"]},
+    "mamba2": {"num_heads": 4, "head_dim": 16, "n_groups": 1},
+    "minicpm3": FOUR,
+    "nemotron_h": {"layers_block_type": ["linear_attention", "mlp", "full_attention"], "n_groups": 2},
     "olmo_hybrid": LINEAR,
     "qwen3_5_text": LINEAR,
     "qwen3_5_moe_text": LINEAR,
     "qwen3_next": LINEAR,
-    "xlstm": {"num_heads": 4, "chunk_size": 16},
-    "zamba2": {
-        "num_hidden_layers": 4,
-        "layers_block_type": ["linear_attention", "hybrid"] * 2,
-        "mamba_d_state": 8,
-        "n_mamba_heads": 4,
-        "mamba_headdim": 16,
-        "chunk_size": 8,
-        "num_key_value_heads": 4,
-        "attention_hidden_size": 64,
-        "attention_head_dim": 16,
-    },
+    "xlstm": {"num_heads": 4},
+    "zamba2": FOUR
+    | {"num_hidden_layers": 4, "attention_hidden_size": 64, "layers_block_type": ["linear_attention", "hybrid"] * 2},
     "gemma3": {  # a folder with vision settings
-        "text_config": SMALL | {"layer_types": ["sliding_attention", "full_attention"]},
-        "vision_config": {
-            "hidden_size": 32,
-            "intermediate_size": 48,
-            "num_hidden_layers": 1,
-            "num_attention_heads": 4,
-        }
-        | {"image_size": 28, "patch_size": 14},
+        "text_config": SIZES | {"layer_types": ["sliding_attention", "full_attention"]},
+        "vision_config": SIZES | {"num_hidden_layers": 1, "image_size": 28, "patch_size": 14},
         "mm_tokens_per_image": 4,
         "image_token_index": 103,
-    },
-    "qwen3_5": {
-        "text_config": SMALL | LINEAR,
-        "vision_config": {
-            "depth": 1,
-            "hidden_size": 32,
-            "intermediate_size": 48,
-            "num_heads": 4,
-            "out_hidden_size": 32,
-        },
     },
 }
 ENDS = [2, 6, 11, 45, 58, 67, 79, 95]  # end tokens, none of them in the task's texts: many rows end early
@@ -235,106 +173,44 @@ def by_length(_reward: object, texts: list[str], _problems: list) -> list[float]
     return [float(len(text) % 2) for text in texts]
 
 
-def one_step(folder: Path) -> dict:
-    """A step of Prefix-RFT from the command's preparation; plain gradient descent: rounding stays small."""
+def one_step(folder: Path) -> float:
+    """A step of Prefix-RFT from the command's preparation -> the norm of its gradient."""
     settings = {"model": str(folder), "prompts_per_step": 4, "rollouts_per_prompt": 4, "updates_per_step": 1}
     settings |= {"max_response_tokens": 80, "out": str(folder / "run"), "device": "cpu", "eval_every": 0}
     steps.grade_all = by_length
     run, _ = prepare(from_dict(settings))
-    run.optimizer = torch.optim.SGD(run.model.parameters(), lr=0.1)
-    metrics = rl_metrics(run, steps.rl_step(run, 0))
-    times = ("seconds_sample", "seconds_update", "tokens_per_second")
-    numbers = {key: value for key, value in metrics.items() if key not in times}
-    return {"metrics": numbers, "weights": distributed.full_state(run.model.state_dict())}
+    return rl_metrics(run, steps.rl_step(run, 0))["grad_norm"]
 
 
-def two_ranks(rank: int, folders: list[Path], port: int) -> None:
-    os.environ |= {"RANK": str(rank), "WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
-    torch.set_num_threads(1)
-    transformers.logging.set_verbosity_error()
-    distributed.start(torch.device("cpu"))
-    for folder in folders:
-        try:
-            found = one_step(folder)
-        except Exception as error:
-            found = dict([said_by(error, folder)])
-        if rank == 0:
-            torch.save(found, folder / "two.pt")
-    distributed.stop()
-
-
-def differences(one: dict, two: dict) -> str:
-    """What two ranks found otherwise than one, "" for nothing."""
-    for key, value in one["metrics"].items():
-        if value is not None and abs(value - two["metrics"][key]) > 1e-4 * (1 + abs(value)):
-            return f"{key} is {value} on one rank, {two['metrics'][key]} on two"
-    for key, weight in one["weights"].items():
-        if not torch.allclose(weight, two["weights"][key], rtol=1e-4, atol=1e-5):
-            return f"{key} differs by {(weight - two['weights'][key]).abs().max():.1e} between one rank and two"
-    return ""
-
-
-def said_by(error: Exception, folder: Path) -> tuple[str, str]:
-    """A line of ours is a refusal, anything else a failure."""
-    said = " ".join(str(error).split())[:300].replace(str(folder), folder.name)
-    return ("refused", said) if isinstance(error, InputError) else ("FAILED", f"{type(error).__name__}: {said}")
-
-
-def table(folders: dict[str, Path]) -> dict[str, tuple[str, str]]:
-    """Architecture -> what came of it, and the decoding loop or the line."""
-    found, ones = {}, {}
-    for name, folder in folders.items():
-        start = time.perf_counter()
-        try:
-            make(name, folder)
-            found[name] = "trained", prove(folder) or "transformers"
-            ones[name] = one_step(folder)
-            assert ones[name]["metrics"]["grad_norm"] > 0, "no gradient"
-        except Exception as error:
-            found[name] = said_by(error, folder)
-        print(f"{name:<20}{time.perf_counter() - start:5.1f} s  {'  '.join(found[name])}", flush=True)
-    trained = [name for name, (verdict, _) in found.items() if verdict == "trained"]
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
-    processes.spawn(two_ranks, ([folders[name] for name in trained], port), nprocs=2)
-    for name in trained:
-        two = torch.load(folders[name] / "two.pt", weights_only=True)
-        if "refused" in two:
-            found[name] = "trained", f"{found[name][1]}; on two ranks refused: {two['refused']}"
-        elif said := two.get("FAILED") or differences(ones[name], two):
-            found[name] = "FAILED", said
-            print(f"{name:<20}  on two ranks: {said}", flush=True)
-    return found
-
-
-def write(found: dict[str, tuple[str, str]]) -> None:
-    counts = {verdict: sum(v == verdict for v, _ in found.values()) for verdict in ("trained", "refused", "FAILED")}
-    lines = [
-        "# Causal LMs of transformers, made tiny: trained, or refused with which line",
-        "",
-        f"Written by bench/models.py with transformers {transformers.__version__} and torch {torch.__version__} on "
-        f"{machine()['device']}, which says in its header what trained means. "
-        + ", ".join(f"{count} {verdict}" for verdict, count in counts.items())
-        + ". Who makes what in the decoding loop: LOOPS of fast/decode.py.",
-        "",
-        "| architecture | | decoding loop, or the line |",
-        "|---|---|---|",
-        *(f"| {name} | {verdict} | {said.replace('|', '/')} |" for name, (verdict, said) in sorted(found.items())),
-    ]
-    (RESULTS / "models.md").write_text("\n".join(lines) + "\n")
+def verdict(name: str, folder: Path) -> str:
+    """The decoding loop of an architecture that trains, the line that refuses one, or how it failed."""
+    try:
+        make(name, folder)
+        loop = prove(folder) or "transformers"
+        assert one_step(folder) > 0, "no gradient"
+        return f"trained | {loop}"
+    except Exception as error:
+        message = " ".join(str(error).split())[:300].replace(str(folder), name).replace("|", "/")
+        refused = isinstance(error, InputError)
+        return f"refused | {message}" if refused else f"FAILED | {type(error).__name__}: {message}"
 
 
 def main() -> None:
-    asked = parts_of(__doc__, MODELS)
-    names = asked or list(MODELS)
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("names", nargs="*", choices=MODELS, metavar="NAME")
+    names = parser.parse_args().names
     transformers.logging.set_verbosity_error()
     torch.set_num_threads(1)
+    lines = []
     with tempfile.TemporaryDirectory() as root:
-        here = [name for name in names if name.split(",")[0] in CONFIG_MAPPING]  # older versions have fewer
-        found = table({name: Path(root) / name.replace(", ", "-") for name in here})
-    if not asked:
-        write(found)
+        for name in names or sorted(MODELS):
+            lines.append(f"| {name} | {verdict(name, Path(root, name.replace(', ', '-')))} |")
+            print(lines[-1], flush=True)
+    if not names:
+        made_with = f"transformers {transformers.__version__}, torch {torch.__version__}, {machine()['device']}"
+        head = f"# Causal LMs of transformers, made tiny\n\nWritten by bench/models.py ({made_with}).\n"
+        head += "\n| architecture | | decoding loop (LOOPS of fast/decode.py), or the line |\n|---|---|---|\n"
+        (RESULTS / "models.md").write_text(head + "\n".join(lines) + "\n")
 
 
 if __name__ == "__main__":

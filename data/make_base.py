@@ -1,6 +1,6 @@
 """Makes the tiny base model of the embedded task: a Hugging Face folder, pretrained here from nothing.
 
-    python data/make_base.py               writes data/base, about 5 minutes on one core
+    python data/make_base.py --out FOLDER      about 5 minutes on one core; with the default seed FOLDER is data/base
 
 It contains the tokenizer (one token per character), the corpus and the training loop. The corpus is
 written on the fly and read once, in two stages. The "textbook" teaches the facts: to calculate, and to bring
@@ -13,7 +13,6 @@ Left out: a validation loss (what the base can do is measured with eval.py, see 
 GPUs (a run on the CPU gives the same weights again).
 """
 
-import json
 import math
 import random
 import sys
@@ -32,6 +31,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # run as a script,
 
 from data.make_recipes import LABELS, Recipe, instruction, make_recipe, make_splits, write_out
 from support.command import Parser, command
+from support.config import check_range
 from support.errors import InputError
 from support.files import make_folder
 from support.model_folder import make_readable
@@ -186,15 +186,9 @@ def batches(
     source = documents(rng, stage, held_out)
     while True:
         questions, solutions = zip(*(next(source) for _ in range(POOL)))
-        chats = [[{"role": "user", "content": question}] for question in questions]
-        prompts = tokenizer.apply_chat_template(chats, tokenize=False, add_generation_prompt=True)
-        pool = list(
-            zip(
-                tokenizer(prompts, add_special_tokens=False)["input_ids"],
-                tokenizer([text + tokenizer.eos_token for text in solutions])["input_ids"],
-            )
-        )
-        pool.sort(key=lambda pair: len(pair[0]) + len(pair[1]))
+        prompts = tokenizer([tokenizer.bos_token + question for question in questions])["input_ids"]
+        answers = tokenizer([text + tokenizer.eos_token for text in solutions])["input_ids"]
+        pool = sorted(zip(prompts, answers), key=lambda pair: len(pair[0]) + len(pair[1]))
         groups, group = [], []
         for pair in pool:
             if group and (len(group) + 1) * (len(pair[0]) + len(pair[1])) > BATCH_TOKENS:
@@ -243,35 +237,17 @@ def pretrain(model: Qwen3ForCausalLM, tokenizer: PreTrainedTokenizerFast, rng: r
                 bar.set_postfix(stage=stage.name, loss=f"{loss.item():.3f}", refresh=False)
 
 
-def is_model(folder: Path) -> bool:
-    """Whether its config.json is a model's: a training run has one too."""
-    try:
-        return "model_type" in json.loads((folder / "config.json").read_text(encoding="utf-8"))
-    except (OSError, ValueError, TypeError):
-        return False
-
-
-def check_out(out: Path) -> None:
-    """Refuses, before the work, a place where the model must not or cannot be put."""
-    if out.exists() and not out.is_dir():
-        raise InputError(f"--out {out} is a file: name a new folder or one that holds a model")
-    if out.is_dir() and any(out.iterdir()) and not is_model(out):
-        raise InputError(f"--out {out} is a folder with other files and no model's config.json: name a new folder")
-    make_folder(out.parent)
-
-
 @command("make_base.py")
 def main() -> None:
     parser = Parser(description="Pretrains the tiny base model of the embedded task.")
-    default = Path(__file__).parent / "base"
-    parser.add_argument("--out", type=Path, default=default, help="folder to write (%(default)s)")
+    parser.add_argument("--out", type=Path, default=Path("base"), help="folder to write (%(default)s)")
     parser.add_argument("--seed", type=int, default=0, help="of the weights and the corpus (%(default)s)")
     arguments = parser.parse_args()
-    if not 0 <= arguments.seed < 2**32:
-        raise InputError(f"--seed is {arguments.seed}, expected a number from 0 to 2^32 - 1")
+    check_range("--seed", arguments.seed, 0)
     out = arguments.out.resolve()
-    check_out(out)
-
+    if out.exists():
+        raise InputError(f"--out {out} exists: delete it, or name a new folder")
+    make_folder(out.parent)
     torch.set_num_threads(1)  # two gain little at this size, and the sums depend on their number
     torch.use_deterministic_algorithms(True)
     torch.manual_seed(arguments.seed)
@@ -282,8 +258,6 @@ def main() -> None:
         model.save_pretrained(f"{temporary}/base")
         tokenizer.save_pretrained(f"{temporary}/base")
         make_readable(Path(temporary, "base"))
-        if out.exists():
-            out.rename(f"{temporary}/replaced")
         Path(temporary, "base").rename(out)
     print(f"{out}: {model.num_parameters():,} parameters")
 

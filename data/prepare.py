@@ -211,10 +211,9 @@ def file_of(name: str) -> Path:
 def show_sets() -> None:
     """Print every set: its name, place on the hub, rows, whether it is gated and whether it is there."""
     for name, source in SOURCES.items():
-        rows = f"{source.rows[0]:,}{'+' if source.rows[0] < source.rows[1] else ''}"
-        gated = "  gated: accept its terms there" if source.gated else ""
-        there = f"  there: {file_of(name)}" if file_of(name).exists() else ""
-        print(f"{name:23}{source.folder:12}{rows:>8} rows  {source.path:34}{gated}{there}".rstrip())
+        gated = "  gated: accept its terms there" * source.gated
+        there = f"  there: {file_of(name)}" * file_of(name).exists()
+        print(f"{name:23}{source.folder:12}{source.rows[0]:>8,} rows  {source.path}{gated}{there}")
     print("\nFetch some:  python data/prepare.py NAME …  (paper: the paper's nine benchmarks).")
     print("Each set's licence is on its page, https://huggingface.co/datasets/… and its place on the hub.")
 
@@ -246,11 +245,9 @@ def main() -> None:
     parser.add_argument("--force", action="store_true", help="fetch what is there already again")
     args = parser.parse_args()
     names = list(dict.fromkeys(n for name in args.names for n in (PAPER if name == "paper" else [name])))
-    unknown = [name for name in names if name not in SOURCES]
     failed = False
-    if unknown:
-        print(f"prepare.py: unknown set {unknown[0]!r}: choose from {', '.join(SOURCES)}, or paper", file=sys.stderr)
-        sys.exit(2)
+    if unknown := [name for name in names if name not in SOURCES]:
+        raise InputError(f"unknown set {unknown[0]!r}: choose from {', '.join(SOURCES)}, or paper")
     if not names:
         show_sets()
     for name in names:

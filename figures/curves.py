@@ -26,6 +26,10 @@ Run = dict[str, Any]  # "name", "metrics" (rows), "scores" (eval.json), "config"
 SMOOTH = 10  # steps of a thick curve's mean
 REACHED = 0.6  # the share of "steps to 60%"
 MOST_LEVELS = 6  # more could not be told apart
+NOTE = (
+    f"thin: each step, thick: mean of the last {SMOOTH} steps; band: 95% interval of an accuracy, range the schedule "
+    f"draws from; dotted: SFT ends, {REACHED:.0%} reached"
+)
 
 
 @dataclass(frozen=True)
@@ -108,20 +112,10 @@ def steps_to(run: Run, share: float) -> int | None:
     return next((step for step, accuracy, *_ in evaluations(run, "all") if accuracy >= share), None)
 
 
-def gives_whole_demonstrations(run: Run) -> bool:
-    fractions = [row["prefix_fraction"] for row in run["metrics"] if row.get("prefix_fraction") is not None]
-    return bool(fractions) and min(fractions) == 1
-
-
 def points(run: Run, metric: str) -> tuple[list[int], list[float]]:
-    """Steps and values of a metric, where it says something: not the reward, length and share of demonstrations
-    that are always given whole, nor the kept prefix tokens where all are kept."""
-    pairs = [(row["step"], row[metric]) for row in run["metrics"] if row.get(metric) is not None]
-    if metric in ("prefix_fraction", "reward_hybrid", "prefix_tokens", "prefix_tokens_kept"):
-        same = metric == "prefix_tokens_kept" and [value for _, value in pairs] == points(run, "prefix_tokens")[1]
-        if same or gives_whole_demonstrations(run) or (metric != "reward_hybrid" and not any(v for _, v in pairs)):
-            return [], []
-    return [step for step, _ in pairs], [value for _, value in pairs]
+    """Steps and values of a metric, where it was logged."""
+    rows = [row for row in run["metrics"] if row.get(metric) is not None]
+    return [row["step"] for row in rows], [row[metric] for row in rows]
 
 
 def sft_end(run: Run) -> int | None:
@@ -134,12 +128,10 @@ def schedule_band(run: Run) -> tuple[list[int], list[float], list[float]]:
     """Steps, and the interval from which the share given is drawn at each (sample.prefix_range)."""
     steps, _ = points(run, "prefix_fraction")
     method, total = METHODS.get(run["config"].get("method")), run["config"].get("steps")
-    if not steps or method is None or total is None:
+    if method is None or total is None:
         return [], [], []
     before = sft_end(run) or 0
     bands = [prefix_range(step - 1 - before, total, method.schedule) for step in steps]
-    if all(band == (0, 1) for band in bands):  # says nothing
-        return [], [], []
     return steps, [low for low, _ in bands], [high for _, high in bands]
 
 
@@ -149,15 +141,13 @@ def schedule_band(run: Run) -> tuple[list[int], list[float], list[float]]:
 def check_alike(runs: list[Run]) -> list[str]:
     """InputError for runs that were evaluated on different problems -> a line for each other thing they differ in
     that is not the method."""
-    counts = {run["name"]: {level: row["problems"] for level, row in base_scores(run).items()} for run in runs}
-    known = {name: problems for name, problems in counts.items() if problems}
-    for name, problems in known.items():
-        first = next(iter(known))
-        if problems != known[first]:
-            numbers = (
-                f"{first}: {known[first]}; {name}: {problems}".replace("{", "").replace("}", "").replace("'", "")
-            )
-            raise InputError(f"{first} and {name} were evaluated on different problems ({numbers}): draw them apart")
+    sizes = {}
+    for run in runs:
+        if scores := base_scores(run):
+            sizes[run["name"]] = ", ".join(f"{level}: {row['problems']}" for level, row in scores.items())
+    if len(set(sizes.values())) > 1:
+        numbers = "; ".join(f"{name}: {size}" for name, size in sizes.items())
+        raise InputError(f"{' and '.join(sizes)} were evaluated on different problems ({numbers}): draw them apart")
     lines = []
     for name in ("data", "eval_data", "model", "reward", "eval_response_tokens"):
         values = [str(run["config"].get(name)) for run in runs]
@@ -211,12 +201,6 @@ def draw(folders: list[Path], target: Path) -> Path:
     accuracy = accuracy_panels(runs)
     panels = [panel for panel in (*accuracy, *(PANELS if one else COMPACT)) if worth_a_panel(runs, panel)]
     last = max(row["step"] for run in runs for row in run["metrics"])
-    notes = [f"thin: each step, thick: mean of the last {SMOOTH} steps"]
-    bands = ["95% interval of an accuracy"] * any(map(has_intervals, runs))
-    bands += ["range the schedule draws from"] * any(schedule_band(run)[0] for run in runs)
-    notes += ["band: " + ", ".join(bands)] * bool(bands)
-    notes += ["dotted: SFT ends"] * any(map(sft_end, runs))
-    notes += [f"dotted across: {REACHED:.0%}"] * (not one and bool(accuracy))
     with matplotlib.rc_context(TYPE):
         figure, axes = sheet(len(panels), 2.2, wide_first=one and bool(accuracy), xlim=(0, last))
         for axis, panel in zip(axes, panels):
@@ -229,12 +213,8 @@ def draw(folders: list[Path], target: Path) -> Path:
         else:
             lines, words = run_handles(axes[0], runs)
             figure.legend(lines, words, loc="outside upper left", ncols=min(4, len(runs)), frameon=False)
-        figure.supxlabel("\n".join(["; ".join(notes), *unlike]), x=0.01, ha="left", fontsize=7.5)
+        figure.supxlabel("\n".join([NOTE, *unlike]), x=0.01, ha="left", fontsize=7.5)
     return save(figure, target)
-
-
-def has_intervals(run: Run) -> bool:
-    return sum(low is not None for level in levels([run]) for _, _, low, _ in evaluations(run, level)) > 1
 
 
 def run_handles(axis: Axes, runs: list[Run]) -> tuple[list[Any], list[str]]:

@@ -61,10 +61,6 @@ class Picture:
         """Of one line of tokens with its lanes."""
         return self.cell + 1 + KEPT * log.drops(row) + ENTROPY + 1 + WEIGHT + BETWEEN
 
-    def row_height(self, row: Row) -> float:
-        cells, _ = flow(row["tokens"], row["tokens_total"], self.size)
-        return (1 + cells[-1].line if cells else 1) * self.line_height(row) + BRACKET * row["hybrid"]
-
     def write(self, x: float, y: float, text: str, size: float = TEXT, ink: str = INK, **kwargs: object) -> None:
         """Text whose middle height is at y. No character of it has a meaning: a $ is a dollar."""
         self.axis.text(x, y, text, fontsize=size, color=ink, va="center_baseline", **kwargs)
@@ -177,13 +173,11 @@ def draw_row(picture: Picture, row: Row, number: int, y: float) -> float:
     if not row["hybrid"]:
         ink = log.SIGN_INK[(row["advantage"] > 0) - (row["advantage"] < 0)]
         picture.write(17, y + picture.cell + 17, f"A = {log.signed(row['advantage'])}", SMALL, ink)
-    for line in range(1 + cells[-1].line if cells else 0):
-        drawn = [cell for cell in cells if cell.line == line]
-        draw_lanes(picture, row, drawn, y + line * height)
-    if note and cells:
-        end = cells[-1]
-        picture.write(end.x + end.width + 5, y + end.line * height + picture.cell / 2, note, SMALL, FAINT)
-    return y + picture.row_height(row) - BRACKET * row["hybrid"]
+    end = cells[-1] if cells else Cell(0, 0, LEFT, 0, "")
+    for line in range(1 + end.line):
+        draw_lanes(picture, row, [cell for cell in cells if cell.line == line], y + line * height)
+    picture.write(end.x + end.width + 5, y + end.line * height + picture.cell / 2, note, SMALL, FAINT)
+    return y + (1 + end.line) * height
 
 
 def draw_lanes(picture: Picture, row: Row, cells: list[Cell], top: float) -> None:
@@ -224,8 +218,12 @@ def draw_brackets(picture: Picture, row: Row, cells: list[Cell], y: float) -> No
             picture.line([left, left, right, right], [y - 1.5, y - 3.5, y - 3.5, y - 1.5], INK)
             free = max(left, free)
         text = f"{words}, A = {log.signed(advantage)}"
-        picture.write(free, y - 9, text, SMALL)
-        free += 0.6 * SMALL * len(text)
+        width = 0.6 * SMALL * len(text)
+        if free + width > RIGHT:
+            picture.write(RIGHT, y - 9, text, SMALL, ha="right")
+        else:
+            picture.write(free, y - 9, text, SMALL)
+        free += width
 
 
 # ---- the legend
@@ -249,7 +247,7 @@ def draw_legend(picture: Picture, y: float) -> float:
     for place in range(41):
         picture.box(column + 46 + 2 * place, at - 4, 2, 8, log.weight_colour((place - 20) / 20))
     picture.write(column + 42, at, log.signed(-picture.weight_top), SMALL, ha="right")
-    picture.write(column + 132, at, f"{log.signed(picture.weight_top)}   red: made less likely, blue: more", SMALL)
+    picture.write(column + 132, at, f"{log.signed(picture.weight_top)}   orange: made less likely, blue: more", SMALL)
     y += step * max(len(sources), len(lanes) + 1)
     picture.write(8, y + 2, log.FORMULA, SMALL)
     return y + 14

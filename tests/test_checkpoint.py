@@ -17,7 +17,9 @@ from support.errors import InputError, Unwritten
 from train import new_optimizer
 
 # the settings that a run may change when it goes on: files and devices, and what moves results by a rounding
-MAY_CHANGE = "accept_changed device micro_batch_tokens offload out recompute resume rows_per_call save_every tensorboard"
+MAY_CHANGE = (
+    "accept_changed device micro_batch_tokens offload out recompute resume rows_per_call save_every tensorboard"
+)
 
 
 def with_moments(tokenizer, **settings):

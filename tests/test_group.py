@@ -183,6 +183,8 @@ def test_the_picture_shows_what_the_log_says(group):
     assert [text for text in texts if len(text) == 1 and text in "abcdeWXYz"] == list("abcdeWXYz")
     assert "1  on-policy" in texts and "✗ cut off" in texts and "A = −0.50" in texts
     assert "prefix: the expert's first 3 tokens, A = +0.25" in texts
+    figure.draw_without_rendering()
+    assert all(text.get_window_extent().x1 <= figure.bbox.width for text in axis.texts)
     # |w| = 1 is a full bar, 0.5 half of one: negative bars hang, positive ones stand
     full, half = drawn(group_log.weight_colour(1)), drawn(group_log.weight_colour(0.5))
     hanging = drawn(group_log.weight_colour(-0.5))

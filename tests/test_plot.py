@@ -347,17 +347,6 @@ def test_noise_does_not_fill_a_panel(tmp_path, monkeypatch):
     assert all(axis.get_ylim()[0] == 0 and axis.get_ylabel() and axis.get_xlabel() for axis in panels.values())
 
 
-def test_whole_demonstrations_have_no_panels_of_prefixes(tmp_path, monkeypatch):
-    """Their share is always 1 and their reward too: nothing to see. What is not known is not drawn."""
-    given = {"reward_hybrid": 1.0, "prefix_fraction": 1.0, "prefix_tokens": 70, "prefix_tokens_kept": 70}
-    rows = [{"step": s, "reward": 0.1, "reward_on_policy": 0.1, "rescued": 3} | given for s in (1, 2)]
-    panels = panels_of(monkeypatch, run_folder(tmp_path / "luffy", rows))
-    assert list(panels) == ["reward"] and panels["reward"].get_legend_handles_labels()[1] == ["on-policy"]
-    part = [{"step": 1, "reward": 0.1, "prefix_fraction": 0.5, "prefix_tokens": 9, "prefix_tokens_kept": 9}]
-    panels = panels_of(monkeypatch, run_folder(tmp_path / "all", part))
-    assert panels["prefix tokens"].get_legend_handles_labels()[1] == ["all"]  # the kept ones are the same
-
-
 def test_panels_of_an_sft_stage_before_reinforcement(tmp_path, monkeypatch):
     """No panel of prefixes, no axis below 0, one range of steps, a line where SFT ends; a reward of 0 is shown."""
     rl = {"reward": 0.0, "reward_on_policy": 0.0, "prefix_tokens": 0, "prefix_tokens_kept": 0}

@@ -163,19 +163,17 @@ def test_base_folder(tokenizer):
     ("arguments", "message"),
     [
         (["--seed", "x"], "invalid int value: 'x'"),
-        (["--seed", "-1"], "expected a number from 0 to 2^32 - 1"),
-        (["--out", "FILE"], "is a file"),
-        (["--out", "FULL"], "no model's config.json"),
-        (["--out", "RUN"], "no model's config.json"),
+        (["--seed", "-1"], "--seed is -1, expected at least 0"),
+        (["--out", "FILE"], "exists: delete it"),
+        (["--out", "FULL"], "exists: delete it"),
         (["--out", "FILE/base"], "cannot be written to"),
         (["--out", "/proc/x"], "/proc cannot be written to"),
     ],
 )
 def test_make_base_refuses_wrong_arguments(arguments, message, tmp_path, monkeypatch, capsys):
     (tmp_path / "FILE").write_text("x")
-    for folder, name in (("FULL", "notes.txt"), ("RUN", "config.json")):
-        (tmp_path / folder).mkdir()
-        (tmp_path / folder / name).write_text('{"method": "rft"}')
+    (tmp_path / "FULL").mkdir()
+    (tmp_path / "FULL" / "notes.txt").write_text("mine")
     monkeypatch.chdir(tmp_path)
     monkeypatch.syspath_prepend(DATA)
     monkeypatch.setattr(sys, "argv", ["make_base.py", *arguments])
@@ -184,7 +182,7 @@ def test_make_base_refuses_wrong_arguments(arguments, message, tmp_path, monkeyp
         make_base.main()
     assert stopped.value.code == 2
     assert message in capsys.readouterr().err
-    assert {path.name for path in tmp_path.rglob("*")} == {"FILE", "FULL", "notes.txt", "RUN", "config.json"}
+    assert {path.name for path in tmp_path.rglob("*")} == {"FILE", "FULL", "notes.txt"}
 
 
 @pytest.mark.parametrize("command", ["make_recipes.py", "make_sums.py"])

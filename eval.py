@@ -48,7 +48,7 @@ from support.memory import row_bytes
 
 __all__ = ["evaluate", "pass_at_k"]
 
-LINE_SECONDS = 15  # between plain progress lines where there is no terminal
+LINE_SECONDS = 15  # between updates of the progress where there is no terminal
 ROWS = 512  # responses sampled together, where they fit
 
 
@@ -148,11 +148,11 @@ def sample_missing(model, tokenizer, folder: Path, benchmarks: list[Benchmark], 
     """Sample and grade what generations.jsonl does not hold yet, `rows_per_call` responses a rank at a time."""
     path, total = folder / "generations.jsonl", sum(len(b.problems) * b.samples for b in benchmarks)
     size = args.rows_per_call * distributed.world_size()
-    first = done = distributed.from_rank_0(cut_broken_line(path, benchmarks) if distributed.rank() == 0 else None)
+    done = distributed.from_rank_0(cut_broken_line(path, benchmarks) if distributed.rank() == 0 else None)
     draws = itertools.islice(all_draws(benchmarks), done, None)
-    start, last_line, tokens = time.perf_counter(), 0.0, 0
-    quiet = distributed.rank() > 0
-    with tqdm(total=total, initial=done, unit="response", disable=quiet or not sys.stderr.isatty()) as bar:
+    start, tokens = time.perf_counter(), 0
+    quiet, seldom = distributed.rank() > 0, 0.1 if sys.stderr.isatty() else LINE_SECONDS
+    with tqdm(total=total, initial=done, unit="response", file=sys.stdout, disable=quiet, mininterval=seldom) as bar:
         while batch := list(itertools.islice(draws, size - done % size)):  # whole batches, as without a stop
             rows = respond(
                 model,
@@ -169,12 +169,7 @@ def sample_missing(model, tokenizer, folder: Path, benchmarks: list[Benchmark], 
             tokens += sum(row["tokens"] for row in rows)
             bar.update(len(batch))
             done += len(batch)
-            seconds = time.perf_counter() - start
-            bar.set_postfix_str(f"{tokens / seconds:.0f} tokens/s")
-            if bar.disable and not quiet and (seconds - last_line > LINE_SECONDS or done == total):
-                last_line = seconds
-                left = seconds * (total - done) / (done - first)
-                print(f"{done}/{total} responses  {tokens / seconds:.0f} tokens/s  {left:.0f} s left", flush=True)
+            bar.set_postfix_str(f"{tokens / (time.perf_counter() - start):.0f} tokens/s")
 
 
 def report(folder: Path, settings: dict[str, Any], answers: dict[str, list[Answers]]) -> None:
@@ -232,11 +227,8 @@ def parse_args(argv: Sequence[str]) -> argparse.Namespace:
 def show(folder: Path, settings: dict[str, Any], remembered: dict[str, Any]) -> None:
     """What will run, before it does, and where that differs from what the model was trained with."""
     print(f"evaluation -> {folder}/")
-    sets = ", ".join(f"{n} {b['problems']} x {b['samples']}" for n, b in settings["benchmarks"].items())
-    for key, value in (settings | {"benchmarks": f"{sets} (problems x samples)"}).items():
-        text = value if isinstance(value, str) and key != "first_prompt" else json.dumps(value, ensure_ascii=False)
-        whole = len(text) <= 300 or key.startswith("first_prompt")
-        print(f"  {key:<20} {text if whole else text[:300] + ' …'}")
+    for key, value in settings.items():
+        print(f"  {key:<20} {json.dumps(value, ensure_ascii=False)[:300]}")
     for name, value in remembered.items():
         if value is not None and settings[name] != value:
             print(f"  the model was trained with another {name}: {json.dumps(value, ensure_ascii=False)[:300]}")
@@ -292,16 +284,13 @@ def main() -> None:
         else:
             run(args)
         distributed.stop()
-    except Broken as error:
-        print(f"eval.py: {distributed.name()}{error}; to go on: {go_on(args)}", file=sys.stderr)
-        sys.exit(1)
-    except RuntimeError as error:
+    except (Broken, RuntimeError) as error:
         message = " ".join(str(error).split())[:160]
         lower = f"{message}: give a smaller --rows_per_call or --max_response_tokens ({args.max_response_tokens})"
-        if not (reason := distributed.explain(error, lower)):
+        reason = str(error) if isinstance(error, Broken) else distributed.explain(error, lower)
+        if not reason:
             raise
-        print(f"eval.py: {distributed.name()}{reason}; to go on: {go_on(args)}", file=sys.stderr)
-        sys.exit(1)
+        raise Broken(f"{reason}; to go on: {go_on(args)}") from error
     except KeyboardInterrupt:
         if distributed.rank() == 0:
             print(f"\nstopped; to go on: {go_on(args)}", file=sys.stderr)

@@ -265,7 +265,7 @@ def train_in(folder: Path, run: Run, start: int, watch: Watch) -> int:
     config, (sft_steps, rl_steps) = run.config, stages(run)
     total = sft_steps + rl_steps
     scores_file = folder / "eval.json"
-    scores = distributed.from_rank_0(read_scores(scores_file) if distributed.rank() == 0 else None)
+    scores = distributed.from_rank_0(read_eval(folder) if distributed.rank() == 0 else None)
     if "base" not in scores:
         scores = {"base": score(run, "base")}
         checkpoint.write_text(scores_file, json.dumps(scores, indent=1) + "\n")
@@ -323,28 +323,21 @@ def train_in(folder: Path, run: Run, start: int, watch: Watch) -> int:
     return 0
 
 
-def read_scores(file: Path) -> dict[str, Any]:
+def read_eval(folder: Path) -> dict[str, Any]:
     """eval.json: what `score` gave for the base model and the trained one; {} if it is not there."""
-    scores = checkpoint.read_json(file) if file.exists() else {}
-    for who, tables in scores.items():
-        if not isinstance(tables, dict) or not all(isinstance(tables.get(name), dict) for name in TABLES):
-            raise InputError(f"{file}: found {who} without the tables {', '.join(TABLES)}: restore the file")
-    return scores
+    file = folder / "eval.json"
+    return checkpoint.read_json(file) if file.exists() else {}
 
 
 def restore(run: Run, folder: Path, watch: Watch) -> int:
     """Put the run into the state of its newest whole checkpoint, if it has one, and show `watch` the metrics of its
     steps -> how many are done. ValueError, and nothing is written, if a file of the run is damaged or missing."""
     done = checkpoint.load(folder, run)
-    if distributed.rank() == 0 and "base" not in read_scores(folder / "eval.json") and done:
+    if distributed.rank() == 0 and "base" not in read_eval(folder) and done:
         again = f"restore it, or delete {folder / 'checkpoint'} to start the run again from step 0"
         raise InputError(f"{folder / 'eval.json'}: the accuracy of the base model is missing: {again}")
     for row in checkpoint.cut_logs(folder, done):
-        try:
-            watch.recall(row)
-        except (KeyError, TypeError) as error:
-            where = f"{folder / 'metrics.jsonl'}:{row['step']}"
-            raise InputError(f"{where}: a metric is missing or of a wrong type ({error}): restore the row") from error
+        watch.recall(row)
     return done
 
 
@@ -389,24 +382,16 @@ def catch_signals() -> list[int]:
 
 @command("train.py", distributed.name)
 def main() -> None:
-    again, config = "start it again", Config()
+    config = parse_config(sys.argv[1:])
+    again = "start it again with --resume auto" if config.out and not config.resume else "start it again"
     try:
-        config = parse_config(sys.argv[1:])
-        if config.out and not config.resume:
-            again += " with --resume auto"
         code = train(config)
         distributed.stop()
         sys.exit(code)
-    except Broken as error:
-        print(f"train.py: {distributed.name()}{error}", file=sys.stderr)
-        sys.exit(1)
     except RuntimeError as error:
         if not (reason := distributed.explain(error, console.memory_advice(error, config))):
             raise
-        print(
-            f"train.py: {distributed.name()}{reason}; --resume auto goes on from the last checkpoint", file=sys.stderr
-        )
-        sys.exit(1)
+        raise Broken(f"{reason}; --resume auto goes on from the last checkpoint") from error
     except KeyboardInterrupt:
         print(f"\ntrain.py: stopped before the first step: nothing is lost, {again}", file=sys.stderr)
         sys.exit(130)

@@ -5,7 +5,7 @@
     python data/prepare.py paper               the paper's nine benchmarks
     python data/prepare.py gsm8k openr1-46k    training sets with demonstrations -> data/train/NAME.jsonl
 
-Needs `datasets` (requirements-dev.txt). A file that is there already is kept (--force fetches it again), so a call
+Needs `datasets` (requirements-dev.txt). A file that is there already is kept (delete it to fetch it again), so a call
 that was stopped goes on. The number of rows is checked. The system message is carried in each row. Rows that cannot
 be graded (a gold answer nobody can read, an empty option) are set aside in NAME.left_out.jsonl and counted.
 Options of GPQA are shuffled by a seed made of the question's id; ARC and MMLU-Pro keep the order of the hub.
@@ -218,12 +218,12 @@ def show_sets() -> None:
     print("Each set's licence is on its page, https://huggingface.co/datasets/… and its place on the hub.")
 
 
-def prepare(name: str, force: bool = False) -> Path:
+def prepare(name: str) -> Path:
     """Make sure the JSONL file of `name` is there -> its path. InputError, one line, if it cannot be made."""
     source = SOURCES[name]
     path = file_of(name)
-    if path.exists() and not force:
-        print(f"{name}: {path} is there already (--force fetches it again)")
+    if path.exists():
+        print(f"{name}: {path} is there already (delete it to fetch it again)")
         return path
     rows, left_out = convert(name, source, download(name, source))
     make_folder(path.parent)
@@ -242,7 +242,6 @@ def prepare(name: str, force: bool = False) -> Path:
 def main() -> None:
     parser = Parser(description="Public sets -> JSONL.")
     parser.add_argument("names", nargs="*", metavar="NAME", help=f"{', '.join(SOURCES)}, or paper; none: list them")
-    parser.add_argument("--force", action="store_true", help="fetch what is there already again")
     args = parser.parse_args()
     names = list(dict.fromkeys(n for name in args.names for n in (PAPER if name == "paper" else [name])))
     failed = False
@@ -252,7 +251,7 @@ def main() -> None:
         show_sets()
     for name in names:
         try:
-            prepare(name, args.force)
+            prepare(name)
         except (InputError, Broken) as error:  # the others can still be had
             print(f"prepare.py: {error}", file=sys.stderr)
             failed = True

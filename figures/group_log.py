@@ -33,9 +33,8 @@ SOURCES = {  # whose token: the colour of its cell, and what it is
     "own": ("#C3E1F6", "the policy answers without help"),
 }
 DROPPED = "#FBEBC8"  # the cell of a token whose weight was taken away
-LESS, NEUTRAL, MORE = VERMILLION, "#F2F2F2", BLUE  # w < 0, w = 0, w > 0
+LESS, MORE = VERMILLION, BLUE  # below and above 0
 INK, FAINT = "#222222", "#6B6B6B"
-SIGN_INK = {-1: LESS, 0: FAINT, 1: MORE}  # of an advantage's text
 
 
 def read_groups(folder: Path) -> list[Group]:
@@ -127,12 +126,9 @@ def scales(group: Group) -> tuple[float, float]:
     return max(entropies, default=0.0) or 1.0, max(weights, default=0.0) or 1.0
 
 
-def weight_colour(share: float) -> str:
-    """ "#rrggbb" on a diverging scale: share = w / largest |w| from -1 (LESS) over 0 (NEUTRAL) to 1 (MORE)."""
-    end = MORE if share > 0 else LESS
-    amount = 0.35 + 0.65 * min(1.0, abs(share)) if share else 0.0  # a small weight is still seen
-    channels = [(int(NEUTRAL[i : i + 2], 16), int(end[i : i + 2], 16)) for i in (1, 3, 5)]
-    return "#" + "".join(f"{round(low + (high - low) * amount):02x}" for low, high in channels)
+def sign_colour(value: float) -> str:
+    """Of a weight or an advantage."""
+    return MORE if value > 0 else LESS if value < 0 else FAINT
 
 
 def title(group: Group) -> str:

@@ -351,10 +351,6 @@ def opened(config: Config, ingredients: dict[str, str]) -> Iterator[Path]:
     check_ingredients(config, ingredients)
     folder = from_rank_0(new_folder(config) if rank() == 0 else None)
     with locked(folder):
-        if rank() == 0:
-            check_folder(
-                dataclasses.replace(config, out=str(folder), resume="auto")
-            )  # another process may have made and finished a run here meanwhile
         yield folder
 
 

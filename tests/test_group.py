@@ -125,18 +125,6 @@ def test_whose_a_token_is(group):
     assert group_log.chosen(rows[2]) == [False, True, False, False]  # of the continuation none is dropped
 
 
-def test_the_scale_of_weights_diverges_from_a_neutral_zero():
-    def channels(share: float) -> list[int]:
-        return [int(group_log.weight_colour(share)[i : i + 2], 16) for i in (1, 3, 5)]
-
-    assert group_log.weight_colour(0) == group_log.NEUTRAL.lower() and len(set(channels(0))) == 1
-    assert group_log.weight_colour(1) == group_log.MORE.lower()
-    assert group_log.weight_colour(-1) == group_log.LESS.lower()
-    for sign in (-1, 1):  # the stronger, the farther from neutral
-        far = [sum(abs(c - 0xF2) for c in channels(sign * share)) for share in (0, 0.01, 0.5, 1)]
-        assert far == sorted(set(far))
-
-
 def test_every_token_is_seen():
     shown = {
         " a": "·a",
@@ -186,12 +174,10 @@ def test_the_picture_shows_what_the_log_says(group):
     figure.draw_without_rendering()
     assert all(text.get_window_extent().x1 <= figure.bbox.width for text in axis.texts)
     # |w| = 1 is a full bar, 0.5 half of one: negative bars hang, positive ones stand
-    full, half = drawn(group_log.weight_colour(1)), drawn(group_log.weight_colour(0.5))
-    hanging = drawn(group_log.weight_colour(-0.5))
-    assert (len(full), len(half), len(hanging)) == (1, 3, 2)
-    assert full[0].get_height() == pytest.approx(2 * half[0].get_height())
+    standing, hanging = drawn(group_log.MORE), drawn(group_log.LESS)
+    assert [bar.get_height() / 6.5 for bar in standing + hanging] == pytest.approx([0.5] * 3 + [0.25, 1] + [0.5] * 2)
     zero_lines = {round(line.get_ydata()[0], 3) for line in axis.lines}
-    assert all(round(bar.get_y() + bar.get_height(), 3) in zero_lines for bar in full + half)
+    assert all(round(bar.get_y() + bar.get_height(), 3) in zero_lines for bar in standing)
     assert all(round(bar.get_y(), 3) in zero_lines for bar in hanging)
     entropy = [patch.get_height() for patch in drawn("#8C8C8C")]
     assert entropy[-4:] == pytest.approx([0, 9, 2.25, 4.5])  # 2 nats, the most of the group, is a full bar of 9 pt

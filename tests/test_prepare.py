@@ -151,14 +151,15 @@ def test_options_of_gpqa_are_shuffled_by_the_question_and_always_alike():
     assert prepare.gpqa_diamond(row, 0)["answer"] == prepare.gpqa_diamond(row, 7)["answer"] == "C"
 
 
-def test_what_is_there_is_kept_and_force_fetches_it_again(hub, capsys):
+def test_what_is_there_is_kept_and_what_is_deleted_is_fetched_again(hub, capsys):
     rows, asked = hub
     path = prepare.prepare("minerva")
     rows["minerva"][0] = {"question": "new", "answer": "5"}
     prepare.prepare("minerva")
     assert "there already" in capsys.readouterr().out and len(asked) == 1
     assert load_problems(path)[0].problem == "Q\u2028√"
-    prepare.prepare("minerva", force=True)
+    path.unlink()
+    prepare.prepare("minerva")
     assert load_problems(path)[0].problem == "new"
     assert not list(path.parent.glob("*.partial"))
 
@@ -170,7 +171,8 @@ def test_golds_that_cannot_be_read_are_set_aside_and_named(hub, capsys):
     assert len(load_problems(path)) == 1
     assert choose_benchmarks("minerva", None)[0].left_out == 1
     hub[0]["minerva"][1] = {"question": "Q", "answer": "5"}
-    prepare.prepare("minerva", force=True)
+    path.unlink()
+    prepare.prepare("minerva")
     assert choose_benchmarks("minerva", None)[0].left_out == 0
 
 

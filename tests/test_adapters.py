@@ -6,8 +6,8 @@ import importlib.util
 import peft
 import pytest
 import torch
-from conftest import random_model
 from test_step import make_run
+from tiny import random_model
 from transformers import AutoModelForCausalLM, GPT2Config, GPT2LMHeadModel
 
 from model import load_model, save_model, token_stats

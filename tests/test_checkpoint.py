@@ -7,9 +7,9 @@ import json
 
 import pytest
 import torch
-from conftest import contents, random_model
 from lives import equal
 from test_step import make_run
+from tiny import contents, random_model
 
 from support import checkpoint
 from support.config import Config, from_dict
@@ -17,9 +17,8 @@ from support.errors import InputError, Unwritten
 from train import new_optimizer
 
 # the settings that a run may change when it goes on: files and devices, and what moves results by a rounding
-MAY_CHANGE = (
-    "accept_changed device micro_batch_tokens offload out recompute resume rows_per_call save_every tensorboard"
-)
+MAY_CHANGE = "accept_changed device micro_batch_tokens offload out recompute resume rows_per_call save_dtype"
+MAY_CHANGE += " save_every tensorboard"
 
 
 def with_moments(tokenizer, **settings):

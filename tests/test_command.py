@@ -6,7 +6,7 @@ import subprocess
 import sys
 
 import pytest
-from conftest import command_module
+from tiny import command_module
 
 from support.errors import Unwritten
 from support.files import replacing

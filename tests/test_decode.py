@@ -6,8 +6,8 @@ import functools
 
 import pytest
 import torch
-from conftest import random_model
 from test_sample import sampled, some_rows
+from tiny import random_model
 from transformers.models.llama.modeling_llama import LlamaMLP
 
 from data.loader import encode_problems, load_problems

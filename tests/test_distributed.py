@@ -14,8 +14,8 @@ import pytest
 import test_eval
 import torch
 import torch.multiprocessing as processes
-from conftest import ALL_WRONG, BY_LENGTH, START, rounding
 from test_step import make_run
+from tiny import ALL_WRONG, BY_LENGTH, START, rounding
 from torch.distributed.fsdp import CPUOffloadPolicy, FSDPModule
 from torch.distributed.tensor import DTensor
 from transformers import AutoModelForCausalLM, AutoTokenizer, GenerationConfig, LlamaConfig, LlamaForCausalLM

@@ -11,7 +11,7 @@ from types import SimpleNamespace
 
 import pytest
 import torch
-from conftest import contents
+from tiny import contents
 from transformers import LlamaConfig, MambaConfig
 
 import eval

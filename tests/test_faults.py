@@ -6,7 +6,6 @@ import dataclasses
 import json
 import os
 import random
-import resource
 import shutil
 import signal
 import sys
@@ -15,8 +14,8 @@ from pathlib import Path
 import lives
 import pytest
 import torch
-from conftest import BY_LENGTH, contents, random_model
 from test_step import make_run
+from tiny import BY_LENGTH, contents, random_model
 
 import step as steps
 import train
@@ -27,6 +26,7 @@ from support.console import figures
 from support.record import rl_metrics, sft_metrics
 from train import new_optimizer
 
+resource = pytest.importorskip("resource", reason="signals and limits of POSIX")
 ROOT = Path(__file__).parents[1]
 
 TINY = lives.RELIFT | {"steps": 2, "eval_every": 0, "rollouts_per_prompt": 2}

@@ -6,8 +6,8 @@ import pickle
 
 import pytest
 import torch
-from conftest import contents, random_model
 from safetensors.torch import load_file, save_file
+from tiny import contents, random_model
 from transformers import AutoTokenizer, GPT2Config, GPT2LMHeadModel
 from transformers.models.llama.modeling_llama import LlamaRMSNorm
 

@@ -6,8 +6,8 @@ import json
 
 import pytest
 import torch
-from conftest import random_model
 from safetensors.torch import load_file
+from tiny import random_model
 from transformers import AutoConfig, AutoModelForCausalLM, Gemma3TextConfig, LlamaConfig, StableLmConfig
 
 from model import load_model, save_model

@@ -18,7 +18,7 @@ from multiprocessing import get_context
 from pathlib import Path
 
 import pytest
-from conftest import START
+from tiny import START
 
 from notebooks.exercise import check
 

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from conftest import BY_LENGTH, rounding
+from tiny import BY_LENGTH, rounding
 
 import one_file
 from data.loader import Data, Problem, encode_problems

@@ -8,7 +8,7 @@ import math
 import numpy as np
 import pytest
 import torch
-from conftest import random_model
+from tiny import random_model
 from transformers import AutoTokenizer, GenerationConfig
 
 import sample

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from conftest import ALL_WRONG, BY_LENGTH, random_model, rounding, with_adapters
+from tiny import ALL_WRONG, BY_LENGTH, random_model, rounding, with_adapters
 
 import step as steps
 from data.loader import Data, Encoded, Problem

@@ -15,7 +15,7 @@ from types import SimpleNamespace
 import lives
 import pytest
 import torch
-from conftest import ONE_OF_EACH, random_model
+from tiny import ONE_OF_EACH, random_model
 
 import eval as evaluation
 import train

@@ -29,6 +29,7 @@ def log_probs(model: torch.nn.Module) -> torch.Tensor:
 def test_what_is_saved_is_the_model_that_was_trained(tokenizer, tmp_path, dtype):
     """final/ without adapters, in fp32; adapter/ on the base, read by peft."""
     save_model(random_model(), tokenizer, tmp_path / "base")
+    (tmp_path / "base" / "merges.txt").write_text("a b\n")
     config = from_dict({"lora_rank": 3, "lora_alpha": 5, "base_dtype": dtype})
     model, _ = load_model(str(tmp_path / "base"), training=True, adapters=adapters.of(config))
     assert {p.dtype for p in trained(model).values()} == {torch.float32}
@@ -39,6 +40,7 @@ def test_what_is_saved_is_the_model_that_was_trained(tokenizer, tmp_path, dtype)
     save_model(model, tokenizer, tmp_path / "final")
     adapters.save(model, tmp_path / "adapter")
     final = AutoModelForCausalLM.from_pretrained(tmp_path / "final")
+    assert (tmp_path / "final" / "merges.txt").exists()  # as of any run: the base's files
     assert final.dtype == torch.float32 and final.state_dict().keys() == random_model().state_dict().keys()
     base = AutoModelForCausalLM.from_pretrained(tmp_path / "base", dtype=getattr(torch, dtype))
     by_peft = peft.PeftModel.from_pretrained(base, str(tmp_path / "adapter")).base_model.model

@@ -204,6 +204,7 @@ def results(tmp_path_factory):
     """folder, what one process finds, what two ranks find."""
     folder = tmp_path_factory.mktemp("ranks")
     save_model(small_llama(), AutoTokenizer.from_pretrained("data/base"), folder / "model")
+    (folder / "model" / "merges.txt").write_text("a b\n")
     one = {method: some_steps(folder, method) for method in CASES} | {"evaluated": evaluated(folder)}
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
@@ -268,6 +269,7 @@ def test_a_gradient_is_scaled_down_by_its_norm_over_all_ranks(results, max_norm)
 def test_two_ranks_save_a_plain_model_folder(results):
     folder, _, two = results
     model = AutoModelForCausalLM.from_pretrained(folder / "prefix-rft-2" / "final")
+    assert (folder / "prefix-rft-2" / "final" / "merges.txt").read_text() == "a b\n"  # the base's files
     assert type(model) is LlamaForCausalLM and model.config.architectures == ["LlamaForCausalLM"]
     assert model.lm_head.weight is model.model.embed_tokens.weight
     for name, weight in model.state_dict().items():

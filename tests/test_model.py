@@ -311,6 +311,15 @@ def test_what_is_out_of_scope_is_said_from_the_config(tmp_path, tokenizer, field
         load_model(str(tmp_path / "m"))
 
 
+def test_a_folder_of_an_organisations_name_does_not_hide_the_hub(tmp_path, monkeypatch):
+    (tmp_path / "Qwen").mkdir()
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(loading.AutoConfig, "from_pretrained", lambda path, **_: GPT2Config(name_or_path=path))
+    assert load_config("Qwen/Qwen2.5-0.5B").name_or_path == "Qwen/Qwen2.5-0.5B"
+    with pytest.raises(ValueError, match="neither a folder that exists nor a hub name"):
+        load_config("no/such/folder")
+
+
 def test_an_adapter_is_called_one(tmp_path):
     (tmp_path / "adapter_config.json").write_text('{"base_model_name_or_path": "data/base"}')
     with pytest.raises(ValueError, match=r"is an adapter \(LoRA\): merge it into its model, and give that folder$"):

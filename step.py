@@ -78,7 +78,8 @@ def sample_groups(
     attempt: int = 0,
 ) -> list[Row]:
     """Graded rows of some groups; `picked` are the step's problems. `share` takes the place of the schedule's draw,
-    `rollouts` of the setting; `rows`, `attempt`: see plan_group."""
+    `rollouts` of the setting; `rows`, `attempt`: see plan_group. A row that is cut off gets 0; the release grades its
+    text (configs/README.md has what that would change)."""
     config = run.config
     rollouts = rollouts or config.rollouts_per_prompt
     schedule = partial(prefix_fraction, step, config.steps, run.method.schedule)

@@ -1,1 +1,2 @@
-"""Speed and questions: a decoding loop for responses of different lengths, and what a model is asked at load."""
+"""A faster decoding loop for responses of different lengths, and the checks that a model must pass when it is
+loaded."""

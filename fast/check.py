@@ -1,7 +1,7 @@
-"""What a model is asked once at load, on a few tokens, before sampling and log-probs rely on it.
+"""Checks on a few tokens, when a model is loaded, of what sampling and log-probs rely on.
 
 The commands hand `check_model` to model.load_model. It ends with choose_loop (fast/decode.py), which looks for the
-fastest decoding loop that gives this model's own log-probs; where none of ours does, HuggingFace's own is taken.
+fastest decoding loop that gives this model's own log-probs. If none of ours does, HuggingFace's loop is used.
 """
 
 import torch
@@ -17,20 +17,20 @@ from support.loading import one_line
 
 @torch.no_grad()
 def check_model(path: str, model: PreTrainedModel, training: bool) -> None:
-    """Ask the model, on a few tokens, for what sampling and log-probs take for granted, and choose its model.loop.
+    """Check on a few tokens what sampling and log-probs take for granted, and choose model.loop.
 
-    InputError, one line, unless: the logits are finite and its head's, to the bit; two training passes agree, but
-    for the last bits (a product of matrices need not repeat them); a row in a padded batch has the log-probs it has
-    alone in a plain pass, in training and in sampling, to half the digits of its dtype. Three rows, which end at
-    other times.
+    Raises an InputError of one line unless three things hold. The logits are finite and equal the head's output, to
+    the bit. Two training passes agree up to the last bits, which a product of matrices need not repeat. A row in a
+    padded batch has the log-probs that it has alone in a plain pass, in training and in sampling, to half the digits
+    of its dtype. The batch has three rows that end at different columns.
     """
     step, column = model.get_input_embeddings().num_embeddings // 19, torch.arange(13)
-    first, last = torch.tensor([[0], [4], [0]]), torch.tensor([[12], [8], [10]])  # of each row
+    first, last = torch.tensor([[0], [4], [0]]), torch.tensor([[12], [8], [10]])  # columns of each row
     mask = ((column >= first) & (column <= last)).long().to(model.device)
     prompts, responses = torch.arange(1, 8).expand(3, 7), torch.arange(1, 19).view(3, 6)
     ids = (step * torch.cat([prompts, responses], dim=1)).to(model.device)
     want = torch.zeros(responses.shape, device=model.device)
-    made: list[Tensor] = []  # what the head gave
+    made: list[Tensor] = []  # the head's outputs
     head = model.eval().get_output_embeddings()
     with one_line(path), head.register_forward_hook(lambda *call: made.append(call[-1].clone())):
         for i, real in enumerate(mask.bool()):
@@ -52,4 +52,4 @@ def check_model(path: str, model: PreTrainedModel, training: bool) -> None:
         if not choose_loop(model.eval(), ids, mask, want, close):
             raise InputError("rows sampled in a batch are not what they are alone (a recurrent state?): use another")
         if model.loop is None:
-            logging.get_logger("transformers").warning(f"{path}: sampled by transformers' own loop, which is slower")
+            logging.get_logger("transformers").warning(f"{path}: transformers' own, slower loop samples it")

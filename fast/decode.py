@@ -1,9 +1,9 @@
-"""A decoding loop for responses of different lengths, in place of the one in HuggingFace's `generate`.
+"""A decoding loop for responses of different lengths, which takes the place of the loop in HuggingFace's `generate`.
 
 It gives the same tokens and log-probs. In reading order: the cache and the attention of one new token;
-`OneTokenPass`, recorded and replayed on CUDA; `decode_rows`, the loop; `choose_loop`, which asks a model at load
-which variant of it the model can be decoded with; `loop_of`, which a command hands to sample.generate.
-Left out: kernels of our own, continuous batching (it takes no processor of ours), static caches.
+`OneTokenPass`, which is recorded and replayed on CUDA; `decode_rows`, the loop; `choose_loop`, which finds the
+variant that is right for a model when it is loaded; `loop_of`, which a command hands to sample.generate.
+Left out: kernels of our own, continuous batching (it takes no logits processor of ours), static caches.
 """
 
 import contextlib
@@ -28,21 +28,23 @@ from transformers.cache_utils import Cache, DynamicLayer
 from model import last_hidden
 from sample import PrefixForcingLogitsProcessor
 
-PREFILL_TOKENS = 2**14  # tokens of a call's prompts read in one forward pass
-DROP_AT = 0.8  # ended rows leave the decoding batch once this share or less is alive: a copy costs about one step
-DROP_AT_RECORDED = 0.5  # a new recording costs more than ten steps
-GRAPHS = True  # on CUDA: record a pass, replay it for the next token: to launch its kernels takes longer than they do
-GRAPH_COLUMNS = 256  # a recording reads so many columns of the cache at once: those filled, rounded up
-LOOK_EVERY = 16  # tokens, where passes are recorded: to see which rows have ended, Python waits for the GPU
-# Variants of decode_rows, the fastest first. "ours": the attention mask is made here, not by the model at every
-# token; "recordable": a pass of one token may be recorded on CUDA, where all layers have a plain cache.
+PREFILL_TOKENS = 2**14  # so many tokens of a call's prompts are read in one forward pass
+DROP_AT = 0.8  # ended rows leave the batch once at most this share is alive; copying the rest costs about one step
+DROP_AT_RECORDED = 0.5  # the share where passes are recorded: a new recording costs more than ten steps
+# on CUDA record a pass and replay it for later tokens, because launching its kernels takes longer than they run
+GRAPHS = True
+GRAPH_COLUMNS = 256  # a recorded pass reads the filled columns of the cache, rounded up to a multiple of this
+# with recorded passes, ended rows are looked for every so many tokens, because Python waits for the GPU then
+LOOK_EVERY = 16
+# Variants of decode_rows, the fastest first. "masks of ours": the attention mask is made here once, not by the model
+# at every token. "recordable": on CUDA a pass of one token may be recorded, if all layers have a plain cache.
 LOOPS = ("masks of ours, recordable", "masks of ours", "masks of the model")
 
 
 class RoomyLayer(DynamicLayer):
-    """A key-value cache layer that has room for `room` tokens at once, instead of copying itself at every token.
+    """A key-value cache layer that has room for `room` tokens from the start, so that no token copies it.
 
-    Where a pass is recorded, `column` [1] holds the place of its token, and the first `length` columns are read.
+    If a pass is recorded, `column` [1] holds the column of its token, and the first `length` columns are read.
     """
 
     def __init__(self, room: int):
@@ -59,7 +61,7 @@ class RoomyLayer(DynamicLayer):
         if not self.is_initialized:
             self.lazy_initialization(key_states, value_states)
             batch, heads, _, width = key_states.shape
-            self.all_keys = key_states.new_zeros(batch, heads, self.room, width)  # a masked NaN would still be one
+            self.all_keys = key_states.new_zeros(batch, heads, self.room, width)  # zeros: a masked NaN would stay NaN
             self.all_values = value_states.new_zeros(batch, heads, self.room, value_states.shape[3])
         self.all_keys[:, :, start : self.length] = key_states
         self.all_values[:, :, start : self.length] = value_states
@@ -85,8 +87,8 @@ def one_token_attention(
 ) -> tuple[Tensor, None]:
     """Attention of one new token, query [B, heads, 1, D], over a cache of fewer heads, key and value [B, H, T, D].
 
-    Heads that share keys and values stand as tokens of one head: the same products, but the cache is read as it is,
-    where HF's function first copies it for all heads, at every token.
+    Heads that share keys and values are treated as tokens of one head. The products are the same, but the cache is
+    read as it is; HF's function copies it for all heads, at every token.
     """
     shared = query.reshape(*key.shape[:2], -1, query.shape[3])  # [B, H, heads / H, D]
     output = scaled_dot_product_attention(shared, key, value, attn_mask=attention_mask, scale=scaling)
@@ -98,7 +100,7 @@ AttentionInterface.register("one_token", one_token_attention)
 
 @contextlib.contextmanager
 def attention(config: PreTrainedConfig, name: str) -> Iterator[None]:
-    """A model's attention function is the one called `name` inside."""
+    """The model uses the attention function called `name` inside this context."""
     own, config._attn_implementation = config._attn_implementation, name
     try:
         yield
@@ -107,8 +109,11 @@ def attention(config: PreTrainedConfig, name: str) -> Iterator[None]:
 
 
 def read_prompts(model: PreTrainedModel, cache: Cache, ids: Tensor, mask: Tensor, block: int) -> Tensor:
-    """Fill `cache` and give the scores after each prompt [B, V]. Equal prompts (a group's) are read once; long ones
-    in blocks of about `block` tokens of all rows, which bounds the memory of a pass."""
+    """Fill `cache` and return the scores after each prompt, [B, V].
+
+    Equal prompts (a group's) are read once. Long prompts are read in blocks of about `block` tokens of all rows,
+    which bounds the memory of a pass.
+    """
     both, which = torch.unique(torch.cat([ids, mask], dim=1), dim=0, return_inverse=True)
     ids, mask = both.chunk(2, dim=1)
     positions = (mask.cumsum(1) - 1).clamp(min=0)
@@ -126,7 +131,7 @@ def read_prompts(model: PreTrainedModel, cache: Cache, ids: Tensor, mask: Tensor
 
 
 def whole_blocks(columns: int) -> int:
-    """Columns of a cache that recorded passes read, for so many tokens."""
+    """Returns how many columns of the cache a recorded pass reads if `columns` are filled."""
     return columns + -columns % GRAPH_COLUMNS
 
 
@@ -135,8 +140,10 @@ def can_record(device: torch.device) -> bool:
 
 
 def record(forward: Callable[[], Tensor]) -> Callable[[], Tensor]:
-    """Records `forward` as a CUDA graph. Calling the result runs its kernels again, on what its tensors hold then.
-    Raises ValueError for a model that does on CUDA what it did not do when it was loaded (`reads_values`)."""
+    """Records `forward` as a CUDA graph. Calling the result runs its kernels again on the same tensors' new contents.
+
+    Raises ValueError if the model does something on CUDA that it did not do in `reads_values` when it was loaded.
+    """
     graph = torch.cuda.CUDAGraph()
     try:
         with torch.cuda.graph(graph):
@@ -156,13 +163,16 @@ def record(forward: Callable[[], Tensor]) -> Callable[[], Tensor]:
 
 @dataclass
 class LiveRows:
-    """The b rows still in the batch. Their tensors change in place, but for `keep`: a recording holds them."""
+    """The b rows that are still in the batch.
 
-    places: Tensor  # [b] in the output
-    token: Tensor  # [b] the newest
+    Their tensors change in place, because a recording refers to them; only `keep` makes new ones.
+    """
+
+    places: Tensor  # [b] rows of the output
+    token: Tensor  # [b] the newest tokens
     ended: Tensor  # [b] bool
-    position_ids: Tensor  # [b, 1] of the newest token
-    mask: Tensor  # [b, columns of the cache], or as a layer takes it [b, 1, 1, columns]
+    position_ids: Tensor  # [b, 1] of the newest tokens
+    mask: Tensor  # [b, columns of the cache], or as attention layers take it [b, 1, 1, columns]
 
     def keep(self, rows: Tensor) -> None:
         for name, value in vars(self).items():
@@ -170,18 +180,20 @@ class LiveRows:
 
 
 class OneTokenPass:
-    """The forward pass of every live row's newest token. `recorded`: it is made once for every GRAPH_COLUMNS columns
-    of the cache, recorded, then replayed."""
+    """The forward pass of every live row's newest token.
+
+    If `recorded`, the pass is made once for every GRAPH_COLUMNS columns of the cache, then recorded and replayed.
+    """
 
     def __init__(self, model: PreTrainedModel, cache: Cache, live: LiveRows, recorded: bool):
         self.model, self.head, self.cache = model, model.get_output_embeddings(), cache
         self.live, self.recorded = live, recorded
-        self.column = torch.zeros_like(live.token[:1])  # that of the newest token
+        self.column = torch.zeros_like(live.token[:1])  # the column of the newest token
         self.forget()
 
     def forget(self) -> None:
-        """The rows are others: what is recorded holds no longer."""
-        self.columns, self.replay = 0, None  # how many a pass reads
+        """Drop the recording, because the rows have changed."""
+        self.columns, self.replay = 0, None  # `columns` is how many columns a pass reads
 
     def forward(self) -> Tensor:
         live = self.live
@@ -190,7 +202,7 @@ class OneTokenPass:
         return self.head(last_hidden(self.model, **new, past_key_values=self.cache, use_cache=True)[:, -1])
 
     def __call__(self, column: int) -> Tensor:
-        """Scores [b, V] after the newest token, which stands in `column`."""
+        """Returns the scores [b, V] after the newest token, which is in `column`."""
         if not self.recorded:
             self.columns = column + 1
             return self.forward()
@@ -199,20 +211,23 @@ class OneTokenPass:
             self.columns, self.replay = whole_blocks(column + 1), None
             for layer in self.cache.layers:
                 layer.column, layer.length = self.column, self.columns
-            return self.forward()  # once as it is: libraries set themselves up at first use
+            return self.forward()  # the first pass is not recorded, because libraries set themselves up in it
         self.replay = self.replay or record(self.forward)
         return self.replay()
 
 
-@torch.inference_mode()  # less bookkeeping per call than no_grad: felt where layers are small
+@torch.inference_mode()  # it does less bookkeeping per call than no_grad, which counts where layers are small
 def decode_rows(model: PreTrainedModel, input_ids: Tensor, block: int | None = None, **arguments: Any) -> Tensor:
-    """The decoding loop `generate` calls: as its own, but equal prompts are read once, rows that have ended leave
-    the batch, and the cache and the attention mask are not made again at every token. -> [B, P+<=R]"""
+    """The decoding loop that `generate` calls; returns ids [B, P+<=R].
+
+    It differs from HuggingFace's loop in three ways: equal prompts are read once, ended rows leave the batch, and
+    neither the cache nor the attention mask is made again at every token.
+    """
     logits_processor, settings, cache = (
         arguments[k] for k in ("logits_processor", "generation_config", "past_key_values")
     )
     prompt, end = input_ids.shape[1], settings.max_length
-    plain = all(type(layer) is DynamicLayer for layer in cache.layers)  # other kinds keep their own layers
+    plain = all(type(layer) is DynamicLayer for layer in cache.layers)  # layers of other kinds stay as they are
     config = model.config.get_text_config()
     ours = plain and config._attn_implementation == "sdpa" and model.loop in LOOPS[:2]
     recorded = ours and model.loop == LOOPS[0] and can_record(input_ids.device)
@@ -220,15 +235,15 @@ def decode_rows(model: PreTrainedModel, input_ids: Tensor, block: int | None = N
     look_every, drop_at = (LOOK_EVERY, DROP_AT_RECORDED) if recorded else (1, DROP_AT)
     if plain:
         cache.layers = [RoomyLayer(width) for _ in cache.layers]
-    mask = arguments["attention_mask"]  # generate drops a mask of ones
+    mask = arguments["attention_mask"]  # generate passes None for a mask of ones
     mask = torch.ones_like(input_ids) if mask is None else mask
     scores = read_prompts(model, cache, input_ids, mask, block or PREFILL_TOKENS)
 
     output = input_ids.new_full((len(input_ids), end), settings.pad_token_id)
     output[:, :prompt] = input_ids
     places, position_ids = torch.arange(len(output), device=output.device), mask.sum(1, keepdim=True) - 1
-    mask = pad(mask, (0, width - prompt))  # 1 where there is a token
-    if ours:  # as a layer takes it, 0 there and -inf elsewhere: HF makes none of its own then
+    mask = pad(mask, (0, width - prompt))  # 1 where there is a token, else 0
+    if ours:  # 0 where there is a token, else -inf: layers take this mask as it is, and HF makes none of its own
         mask = scores.new_zeros(mask.shape).masked_fill(mask == 0, -torch.inf)[:, None, None]
     live = LiveRows(places, torch.empty_like(places), torch.zeros_like(places, dtype=torch.bool), position_ids, mask)
     one_token_pass = OneTokenPass(model, cache, live, recorded)
@@ -259,13 +274,16 @@ def decode_rows(model: PreTrainedModel, input_ids: Tensor, block: int | None = N
 
 
 class ReadsValues(TorchDispatchMode):
-    """`seen`: a shape or a branch of Python inside depends on a tensor's values (routers of experts do so). A
-    recording would keep them as they were."""
+    """Notes in `seen` whether a shape or a Python branch depends on a tensor's values, as in routers of experts.
+
+    A recording would repeat the first values' shape or branch.
+    """
 
     seen = False
 
     def __torch_dispatch__(self, func, types, args=(), kwargs=None):
-        if func is torch.ops.aten.index.Tensor:  # its tag is for masks
+        # index has no such tag, but a boolean mask in it gives a shape that depends on values
+        if func is torch.ops.aten.index.Tensor:
             self.seen |= any(index is not None and index.dtype == torch.bool for index in args[1])
         else:
             self.seen |= bool({torch.Tag.data_dependent_output, torch.Tag.dynamic_output_shape} & {*func.tags})
@@ -273,7 +291,7 @@ class ReadsValues(TorchDispatchMode):
 
 
 def reads_values(model: PreTrainedModel, ids: Tensor) -> bool:
-    """Whether a pass of one token, as decode_rows makes it, reads values. ids [B, 1]"""
+    """Returns whether a pass of one token, as decode_rows makes it, depends on values in its shapes. ids [B, 1]"""
     mask = torch.zeros(len(ids), 1, 1, 1, dtype=model.dtype, device=ids.device)
     with ReadsValues() as mode:
         last_hidden(model, input_ids=ids, attention_mask=mask, position_ids=torch.zeros_like(ids), use_cache=False)
@@ -281,7 +299,7 @@ def reads_values(model: PreTrainedModel, ids: Tensor) -> bool:
 
 
 class RecordingLogitsProcessor(PrefixForcingLogitsProcessor):
-    """Forces tokens, each of them once, and keeps the log-probs [V] they had."""
+    """Forces tokens, each of them once, and keeps the log-prob of each in log_probs [V]."""
 
     def __call__(self, input_ids: Tensor, scores: Tensor) -> Tensor:
         token = self.prefix_ids[self.rows, input_ids.shape[1] - self.prompt_length, None]
@@ -290,8 +308,11 @@ class RecordingLogitsProcessor(PrefixForcingLogitsProcessor):
 
 
 def choose_loop(model: PreTrainedModel, ids: Tensor, mask: Tensor, want: Tensor, close: float) -> bool:
-    """Set model.loop to the first of LOOPS that gives the last R columns of `ids`, all different and forced, the
-    log-probs `want` [B, R], 0 behind the end of a row; to None if only HF's own loop does. False if none does."""
+    """Set model.loop to the first of LOOPS that gives the right log-probs; None if only HF's own loop does.
+
+    The last R columns of `ids`, all of them different tokens, are forced. Their log-probs have to be `want` [B, R],
+    which is 0 after the end of a row. Returns False if no loop gives them.
+    """
     lengths, prompt = (want != 0).sum(1), ids.shape[1] - want.shape[1]
     forced = ids[:, prompt:]
     ends = forced.gather(1, lengths[:, None] - 1).flatten().tolist()
@@ -314,12 +335,14 @@ def choose_loop(model: PreTrainedModel, ids: Tensor, mask: Tensor, want: Tensor,
                 return True
         except (MemoryError, torch.OutOfMemoryError):
             raise
-        except Exception:  # a loop the model was not made for can raise anything
+        except Exception:  # a model may raise anything in a loop that it was not made for
             continue
     return False
 
 
 def loop_of(model: PreTrainedModel) -> Callable | None:
-    """What sample.generate decodes this model with: decode_rows, or None, HF's own loop, for a model that choose_loop
-    was not asked about or that no variant of LOOPS is right for."""
+    """Returns the loop that sample.generate decodes this model with: decode_rows, or None for HF's own loop.
+
+    None is for a model that choose_loop has not seen, or for which no variant in LOOPS is right.
+    """
     return decode_rows if getattr(model, "loop", None) else None

@@ -1,7 +1,7 @@
 """The settings of a run: one flat dataclass, read from a JSON file and from --FIELD VALUE, checked before any work.
 
-A field that is wrong gives a InputError of one line: the field, what was found, what was expected. Left out: nested
-groups, defaults that depend on the model, environment variables.
+A wrong field raises an InputError of one line, which names the field, what was found and what was expected. Left out:
+nested groups, defaults that depend on the model, environment variables.
 """
 
 import dataclasses
@@ -21,101 +21,104 @@ PROJECT = Path(__file__).parents[1]
 
 
 def in_project(path: str) -> str:
-    """The path of a file of the project, from where the command was started."""
+    """Returns the path of one of the project's files, as seen from the current folder."""
     return path if Path(path).exists() else str(PROJECT / path)
 
 
 TASK = in_project("data/recipes")  # the embedded task
-MOST = 10**9  # of a whole number that has no limit of its own: beyond it there are no steps, rows or tokens
+MOST = 10**9  # upper limit of whole numbers without a limit of their own; more steps, rows or tokens are a mistake
 
 
 def knob(
     default: Any, help: str, low: float | None = None, high: float = math.inf, choices: Collection[str] = ()
 ) -> Any:
-    """A field with its help text and the values it may take: low <= value <= high, or one of `choices`."""
+    """Makes a field with a help text and its allowed values: low <= value <= high, or one of `choices`."""
     return dataclasses.field(default=default, metadata={"help": help, "low": low, "high": high, "choices": choices})
 
 
 @dataclass(frozen=True)
 class Config:
-    """Defaults are those of the embedded task on a CPU; the paper's values stand in the help texts (their sources:
-    configs/README.md), the release's where the paper names none."""
+    """The settings of a run.
 
-    # what
-    method: str = knob("prefix-rft", "which method to train by", choices=METHODS)
-    model: str = knob(in_project("data/base"), "HuggingFace model folder or hub name (paper: Qwen2.5-Math-7B)")
-    data: str = knob(f"{TASK}/train.jsonl", "training problems, JSONL (format: data/README.md; paper: OpenR1-46k)")
-    eval_data: str = knob("", "problems for the curve during the run (embedded task: its validation set)")
-    test_data: str = knob("", "problems for the result at the end (embedded task: its test set)")
-    sft_data: str = knob("", "problems of the sft stage, where they are others than data")
-    demonstration_fraction: float = knob(1.0, "share of demonstrated problems that keep theirs (paper: 1)", 0, 1)
-    reward: str = knob("math", "math (paper), exact (the boxed text), or FILE.py[:name], a function of your own")
-    # how long, where to
-    steps: int = knob(120, "steps of reinforcement (paper: 500)", 1)
-    seed: int = knob(0, "seed of every random draw", 0)
-    out: str = knob("", "run folder; empty: a fresh runs/METHOD-NNN")
+    The defaults are those of the embedded task on a CPU. The help texts name the paper's values, or the release's
+    where the paper names none; configs/README.md has their sources.
+    """
+
+    # method and data
+    method: str = knob("prefix-rft", "the training method", choices=METHODS)
+    model: str = knob(in_project("data/base"), "a HuggingFace model folder or hub name (paper: Qwen2.5-Math-7B)")
+    data: str = knob(f"{TASK}/train.jsonl", "JSONL file of training problems (see data/README.md; paper: OpenR1-46k)")
+    eval_data: str = knob("", "file of problems for the accuracy curve (embedded task: its validation set)")
+    test_data: str = knob("", "file of problems for the accuracy at the end (embedded task: its test set)")
+    sft_data: str = knob("", "file of problems for the sft stage; empty: the file in data")
+    demonstration_fraction: float = knob(1.0, "share of problems with demonstrations that keep them (paper: 1)", 0, 1)
+    reward: str = knob("math", "math (paper), exact (compares text), or FILE.py[:name], a function of your own")
+    # length and folder of the run
+    steps: int = knob(120, "number of reinforcement steps (paper: 500)", 1)
+    seed: int = knob(0, "all random draws of the run depend on this seed", 0)
+    out: str = knob("", "folder of the run; empty: a fresh runs/METHOD-NNN")
     resume: str = knob(
-        "", "auto: continue the run in --out from its last checkpoint, or start it", choices=("", "auto")
+        "", "auto: continue the run in --out from its last checkpoint, if any, or start it", choices=("", "auto")
     )
     accept_changed: str = knob(
-        "", "reward: go on although the reward's code has changed since the run began", choices=("", "reward")
+        "", "reward: resume a run although the reward's code has changed since the run began", choices=("", "reward")
     )
     save_dtype: str = knob(
         "float32",
-        "of the weights in final/; bfloat16: half the size, and small updates are rounded away",
+        "dtype of the weights in final/; bfloat16 halves the file, but rounds small updates away",
         choices=("float32", "bfloat16"),
     )
-    save_every: int = knob(20, "steps between checkpoints; 0: only at the end", 0)
-    eval_every: int = knob(10, "steps between evaluations; 0: only at the end", 0)
+    save_every: int = knob(20, "a checkpoint is saved every so many steps; 0: only at the end", 0)
+    eval_every: int = knob(10, "validation accuracy is measured every so many steps; 0: only at the end", 0)
     # rollouts
-    prompts_per_step: int = knob(16, "problems per step (paper: 128)", 1)
-    rollouts_per_prompt: int = knob(8, "N, rows of a group (paper: 8)", 1)
-    hybrid_per_prompt: int = knob(1, "rows of a group that see a demonstration (paper: 1)", 1)
-    temperature: float = knob(1.0, "temperature of sampling and of log-probs (paper: 1)", 0.01, 10)
-    max_response_tokens: int = knob(96, "budget of prefix + continuation (paper: 8192)", 2)
+    prompts_per_step: int = knob(16, "number of problems in a step (paper: 128)", 1)
+    rollouts_per_prompt: int = knob(8, "N, the number of rows in a group (paper: 8)", 1)
+    hybrid_per_prompt: int = knob(1, "number of rows in a group that see a demonstration (paper: 1)", 1)
+    temperature: float = knob(1.0, "temperature in sampling and in log-probs (paper: 1)", 0.01, 10)
+    max_response_tokens: int = knob(96, "most tokens of prefix and continuation together (paper: 8192)", 2)
     # the objective
-    updates_per_step: int = knob(2, "mini-batches of a step (paper: 2)", 1)
-    coefficient: float | None = knob(None, "c in the method's weights (methods.METHODS); empty: the method's own", 0)
+    updates_per_step: int = knob(2, "number of updates, and so of mini-batches, in a step (paper: 2)", 1)
+    coefficient: float | None = knob(None, "the constant c of the methods table below; empty: the method's own c", 0)
     baseline: str = knob(
         "on_policy",
-        "whose rewards a reward is compared with (loss.advantages; paper, section 3: group)",
+        "a reward is compared with the on-policy rows' mean (release) or the whole group's (paper, section 3: group)",
         choices=("on_policy", "group"),
     )
-    scale_by_std: bool = knob(False, "divide advantages by the group's standard deviation (paper: no)")
-    entropy_keep: float = knob(0.2, "share of prefix tokens the entropy clip keeps (paper: 0.2)", 0, 1)
+    scale_by_std: bool = knob(False, "divide advantages by the standard deviation of the group's rewards (paper: no)")
+    entropy_keep: float = knob(0.2, "share of the prefix tokens that the entropy clip keeps (paper: 0.2)", 0, 1)
     clip_low: float = knob(0.2, "PPO clips the ratio below 1 - clip_low (release: 0.2)", 1e-3, 1)
     clip_high: float = knob(0.2, "PPO clips the ratio above 1 + clip_high (release: 0.2)", 1e-3)
-    gate: int = knob(0, "hpt, rescue, relift: a group with at most so many right rows is unsolved (HPT: 0)", 0)
+    gate: int = knob(0, "hpt, rescue, relift: a group with at most this many right rows is unsolved (HPT: 0)", 0)
     # the optimizer
-    lr: float = knob(1e-4, "rate of reinforcement, constant (paper: 1e-6)", 0)
-    sft_lr: float = knob(2.5e-4, "peak rate of supervised fine-tuning: 10% warm-up, then a cosine (paper: 5e-5)", 0)
-    sft_lr_end: float = knob(0.0, "where that cosine ends, as a share of the peak (LUFFY, 2604.23747: 0.1)", 0, 1)
-    sft_steps: int = knob(64, "updates of the sft stage (paper: 3 epochs)", 1)
-    sft_batch: int = knob(32, "demonstrations per sft update (paper: 64)", 1)
-    relift_lr: float = knob(1e-4, "rate of ReLIFT's supervised updates, constant (source: 1e-6)", 0)
-    relift_buffer: int = knob(4, "ReLIFT makes an update once so many demonstrations wait (source: 128)", 1)
+    lr: float = knob(1e-4, "learning rate of reinforcement, constant over the run (paper: 1e-6)", 0)
+    sft_lr: float = knob(2.5e-4, "peak learning rate of sft: 10% warm-up, then a cosine (paper: 5e-5)", 0)
+    sft_lr_end: float = knob(0.0, "sft_lr ends its cosine at this share of the peak (LUFFY, 2604.23747: 0.1)", 0, 1)
+    sft_steps: int = knob(64, "number of updates in the sft stage (paper: 3 epochs)", 1)
+    sft_batch: int = knob(32, "number of demonstrations in an update of the sft stage (paper: 64)", 1)
+    relift_lr: float = knob(1e-4, "learning rate of ReLIFT's supervised updates, constant (source: 1e-6)", 0)
+    relift_buffer: int = knob(4, "ReLIFT updates on demonstrations once this many wait (source: 128)", 1)
     weight_decay: float = knob(0.0, "weight decay of AdamW (paper: 0.01)", 0)
-    adam_beta2: float = knob(0.99, "of AdamW (release: 0.999)", 0, 0.999999)
-    max_grad_norm: float = knob(1.0, "gradients are scaled down to this norm; 0: they are not (release: 1)", 0)
+    adam_beta2: float = knob(0.99, "beta2 of AdamW (release: 0.999)", 0, 0.999999)
+    max_grad_norm: float = knob(1.0, "gradients are scaled down to this norm; 0: they are not scaled (release: 1)", 0)
     # adapters (support/adapters.py)
-    lora_rank: int = knob(0, "train adapters of this rank, by peft; 0: all weights (paper: all)", 0)
+    lora_rank: int = knob(0, "rank of the adapters to train, by peft; 0: all weights are trained (paper: all)", 0)
     lora_alpha: float = knob(32.0, "an adapter's product is scaled by lora_alpha / lora_rank", 1e-3)
     lora_targets: str = knob(
-        "", "names of the linear layers that get one, as q_proj,v_proj; empty: all of the blocks"
+        "", "names of the linear layers that get an adapter, as q_proj,v_proj; empty: all layers of the blocks"
     )
-    lora_lr_times: float = knob(10.0, "adapters are trained at so many times lr, sft_lr and relift_lr", 0)
+    lora_lr_times: float = knob(10.0, "the adapters' learning rates are this many times lr, sft_lr and relift_lr", 0)
     base_dtype: str = knob(
-        "float32", "of the frozen weights on a CPU; on CUDA they are bfloat16", choices=("float32", "bfloat16")
+        "float32", "dtype of the frozen weights on a CPU; on CUDA it is bfloat16", choices=("float32", "bfloat16")
     )
     # evaluation
-    eval_response_tokens: int = knob(120, "budget of a response in evaluation (paper: 8192)", 2)
-    eval_samples: int = knob(4, "samples per test problem at temperature 1, beside greedy", 1)
-    tensorboard: bool = knob(False, "write the metrics for TensorBoard too, if it is installed")
+    eval_response_tokens: int = knob(120, "most tokens of a response in evaluation (paper: 8192)", 2)
+    eval_samples: int = knob(4, "number of samples for each test problem at temperature 1; greedy needs only one", 1)
+    tensorboard: bool = knob(False, "also write the metrics for TensorBoard, which has to be installed")
     # the machine
-    device: str = knob("auto", "cpu, cuda, mps, or auto", choices=("auto", "cpu", "cuda", "mps"))
-    recompute: bool = knob(False, "gradient checkpointing: make a layer's activations again instead of keeping them")
-    offload: bool = knob(False, "CUDA: keep weights and optimizer in host memory between uses (slower)")
-    micro_batch_tokens: int = knob(2048, "tokens of one forward pass, padding included; a longer row goes alone", 1)
+    device: str = knob("auto", "auto: the first there is of cuda, mps, cpu", choices=("auto", "cpu", "cuda", "mps"))
+    recompute: bool = knob(False, "gradient checkpointing: compute activations again instead of keeping them")
+    offload: bool = knob(False, "CUDA only: keep weights and optimizer in host memory between uses, which is slower")
+    micro_batch_tokens: int = knob(2048, "most tokens of a forward pass, with padding; a longer row goes alone", 1)
     rows_per_call: int = knob(512, "rows sampled together", 1)
 
 
@@ -125,7 +128,7 @@ def suggest(word: str, known: list[str]) -> str:
 
 
 def check_value(field: dataclasses.Field, value: Any) -> Any:
-    """`value` (from JSON, or a string from the command line) as the field's type; InputError if it is not one."""
+    """Returns `value` (from JSON, or text from the command line) as the field's type, or raises InputError."""
     kind, meta = field.type, field.metadata
     if kind == float | None:
         if value in (None, ""):
@@ -153,7 +156,7 @@ def check_value(field: dataclasses.Field, value: Any) -> Any:
 
 
 def check_range(name: str, value: float, low: float, high: float = math.inf) -> None:
-    """InputError unless `value` is a number from `low` to `high`, a whole one to MOST at most."""
+    """Raises InputError unless `value` is a number from `low` to `high`; whole numbers may be MOST at most."""
     if isinstance(value, int) and value >= low and high == math.inf:
         high = MOST
     if not low <= value <= high or value == math.inf:
@@ -199,12 +202,12 @@ def check_together(config: Config) -> Config:
 
 
 def given_settings(argv: list[str]) -> list[str]:
-    """The names of the settings that stand on a command line which `parse_config` has read."""
+    """Returns the names of the settings on a command line that `parse_config` has read."""
     return [word[2:].partition("=")[0] for word in argv if word.startswith("--")]
 
 
 def from_dict(values: dict[str, Any]) -> Config:
-    """A checked Config; fields that are not in `values` keep their defaults."""
+    """Returns a checked Config. Fields that are not in `values` keep their defaults."""
     fields = {field.name: field for field in dataclasses.fields(Config)}
     for name in values:
         if name not in fields:
@@ -225,7 +228,7 @@ def usage() -> str:
 
 
 def methods_table() -> str:
-    """methods.METHODS as a Markdown table, a row for each method."""
+    """Returns methods.METHODS as a Markdown table with a row for each method."""
     unsolved = {"collect": "; unsolved: SFT later", "replace": "; unsolved: a demonstration instead"}
     unsolved |= {"rescue": "; unsolved: again behind a prefix", "": ""}
     lines = ["| method | source | rows of a group | baseline | w of own tokens | of the demonstration | c | clip |"]
@@ -244,12 +247,15 @@ def methods_table() -> str:
 
 
 def formula(weight: Callable) -> str:
-    """The first line of a weight function's docstring."""
+    """Returns the first line of a weight function's docstring: its formula."""
     return (weight.__doc__ or weight.__name__).splitlines()[0]
 
 
 def parse_config(argv: list[str]) -> Config:
-    """Config from --config FILE and --FIELD VALUE (or --FIELD=VALUE), the command line winning. --help exits."""
+    """Returns the Config of --config FILE and --FIELD VALUE (or --FIELD=VALUE). The command line wins over the file.
+
+    --help prints the settings and exits.
+    """
     values: dict[str, Any] = {}
     options: dict[str, str] = {}
     words = list(argv)
@@ -280,5 +286,5 @@ def parse_config(argv: list[str]) -> Config:
             raise InputError(f"{path} is nested too deeply, expected a flat JSON object of settings") from None
         if not isinstance(values, dict):
             raise InputError(f"{path}: found {type(values).__name__}, expected a JSON object of settings")
-        values.pop("made_of", None)  # a run's config.json
+        values.pop("made_of", None)  # a run's config.json has it
     return from_dict({**values, **options})

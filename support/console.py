@@ -1,7 +1,7 @@
-"""What a run shows: a block at the start, one progress line, samples, a table at the end.
+"""What a run prints: a block at the start, a progress line, samples, and a table at the end.
 
-On a terminal one line updates in place and samples appear above it. Piped, there is one line of key=value pairs every
-LINE_EVERY steps and no samples (they stand in samples.jsonl).
+On a terminal one line is updated in place and samples appear above it. Piped output has a line of key=value pairs
+every LINE_EVERY steps and no samples; samples.jsonl has them.
 """
 
 import dataclasses
@@ -19,10 +19,10 @@ from support.loading import pick_device
 from support.watch import Watch
 
 LINE_EVERY = 10  # steps between lines when the output is piped
-LINE_SECONDS = 60  # or so long after the last line
-ESTIMATE_AFTER = 5  # steps, from which the time of the others is estimated
+LINE_SECONDS = 60  # or a line after so long, if steps are slow
+ESTIMATE_AFTER = 5  # steps, after which the remaining time is estimated
 SAMPLE_EVERY = 20  # steps between samples on a terminal
-SHOWN = {  # metrics of the progress line and their short names, for either kind of step
+SHOWN = {  # metrics of the progress line and their short names, for steps of either stage
     "reward_on_policy": "reward",
     "reward_hybrid": "hybrid",
     "prefix_fraction": "prefix",
@@ -34,7 +34,7 @@ SHOWN = {  # metrics of the progress line and their short names, for either kind
 
 
 def show(text: str = "") -> None:
-    """A line above the progress bar; of several ranks the first alone speaks."""
+    """Print a line above the progress bar; with several ranks only the first one prints."""
     if rank() > 0:
         return
     tqdm.write(text, file=sys.stdout)
@@ -42,10 +42,10 @@ def show(text: str = "") -> None:
 
 
 def figures(metrics: dict[str, Any]) -> dict[str, str]:
-    """Short names and values of a step's metrics, without those it has not."""
+    """Returns a step's metrics as text by their short names; metrics without a value are left out."""
     shown = {name: metrics[key] for key, name in SHOWN.items() if metrics.get(key) is not None}
     if "reward" in shown:
-        shown.pop("loss", None)  # of reinforcement: its value means little (loss.py)
+        shown.pop("loss", None)  # the loss of reinforcement means little (see loss.py)
     return {name: f"{value:.0f}" if value >= 10 else f"{value:.2f}" for name, value in shown.items()}
 
 
@@ -54,7 +54,7 @@ def warn(text: str) -> None:
 
 
 class Progress:
-    """The progress of a run of `total` steps, `done` of them finished; optionally TensorBoard files too."""
+    """The progress bar of a run of `total` steps, of which `done` are finished; optionally TensorBoard files too."""
 
     def __init__(self, folder: Path, total: int, done: int, tensorboard: bool, watch: Watch):
         self.total, self.watch, self.first = total, watch, done
@@ -63,7 +63,7 @@ class Progress:
         self.bar = tqdm(total=total, initial=done, unit="step", disable=quiet, dynamic_ncols=True)
         self.writer = None
         if tensorboard and rank() == 0:
-            from torch.utils.tensorboard import SummaryWriter  # an extra, imported where it is used
+            from torch.utils.tensorboard import SummaryWriter  # an optional package
 
             self.writer = SummaryWriter(folder / "tensorboard", purge_step=done + 1)
 
@@ -101,7 +101,7 @@ class Progress:
 
 
 def show_sample(sample: dict[str, Any]) -> None:
-    """Problem, prefix, continuation and verdict of a row; the prefix ends at the bar."""
+    """Print a row: problem, prefix, continuation and verdict. A bar (|) ends the prefix."""
     right = sample["reward"] == 1
     verdict = "right" if right else "cut off" if sample["truncated"] else f"wrong, the answer is {sample['answer']}"
     prefix = sample["prefix"] + "|" if sample["hybrid"] else ""
@@ -110,7 +110,7 @@ def show_sample(sample: dict[str, Any]) -> None:
 
 
 def command(config: Config, folder: Path) -> str:
-    """The command line that continues the run in `folder`."""
+    """Returns the command line that continues the run in `folder`."""
     settings = dataclasses.asdict(config) | {"out": str(folder), "resume": "auto"}
     words = [
         f"--{field.name} {shlex.quote(str(settings[field.name]))}"
@@ -121,7 +121,7 @@ def command(config: Config, folder: Path) -> str:
 
 
 def show_start(run: Any, folder: Path, counts: Any, total: int, done: int) -> None:
-    """What will run, on what; the first prompt as the model sees it."""
+    """Print what will run and on which device, and the first prompt as the model sees it."""
     config, data = run.config, run.data
     parameters = sum(p.numel() for p in run.model.parameters())
     show(f"{config.method}: {total} steps" + (f", continued after step {done}" if done else "") + f" -> {folder}/")
@@ -148,7 +148,7 @@ def show_start(run: Any, folder: Path, counts: Any, total: int, done: int) -> No
 
 
 def show_base(base: dict[str, Any]) -> None:
-    """Accuracy of the untrained model."""
+    """Print the accuracy of the untrained model."""
     if not base["test"]:
         return
     levels = "  ".join(f"{level} {100 * row['accuracy']:.1f}" for level, row in base["test"].items())
@@ -156,7 +156,7 @@ def show_base(base: dict[str, Any]) -> None:
 
 
 def memory_advice(error: BaseException, config: Config) -> str:
-    """What to do about an error that says that memory is full."""
+    """Returns what to lower, for an error that says that memory is full."""
     names = ("rows_per_call", "micro_batch_tokens", "max_response_tokens")
     lower = ", ".join(f"{name} ({getattr(config, name)})" for name in names)
     message = " ".join(str(error).split())[:160]
@@ -166,8 +166,10 @@ def memory_advice(error: BaseException, config: Config) -> str:
 def show_end(
     folder: Path, scores: dict[str, Any], figure: str, problem: str, warnings: dict[str, str], final: str
 ) -> None:
-    """Accuracy before and after by level, the run's warnings again, what was written (`final`: what the model folder
-    is), what to try next."""
+    """Print accuracy before and after by level, the run's warnings again, the files, and commands to try next.
+
+    `final` describes the model in the folder final/.
+    """
     base, trained = scores["base"], scores["trained"]
     for name, title in (("test", "test, greedy"), ("test_sampled", "test, temperature 1")):
         if not trained[name]:

@@ -1,13 +1,13 @@
-"""One run on several processes (ranks): who is who, exchange, and a model whose weights are sharded with FSDP2.
+"""One run on several processes (ranks): their numbers, their exchange, and a model that is sharded with FSDP2.
 
-A plain `python train.py` on a CPU uses none of this: rank() is 0, world_size() is 1, and every function hands back
-what it was given. `torchrun --nproc_per_node N train.py …` starts N ranks. All of them plan, grade and weigh the
-same rows; each samples and differentiates its share (generate, micro_batches below), and rank 0 writes and
-prints. Training on CUDA shards in a single process too, over a mesh of one: the simplest way to fp32 weights with
-bf16 compute. eval.py shares the rows in the same way; every rank has a whole model there.
+A plain `python train.py` on a CPU uses none of this: rank() is 0, world_size() is 1, and every function returns its
+argument unchanged. `torchrun --nproc_per_node N train.py …` starts N ranks. All ranks plan, grade and weigh the same
+rows. Each rank samples and differentiates its share of them (generate, micro_batches below); rank 0 writes and
+prints. On CUDA a single process shards too, over a mesh of one rank: that is the simplest way to fp32 weights with
+bf16 compute. eval.py shares the rows in the same way, but every rank has a whole model there.
 
-    start -> shard                             in train.py (eval.py: start alone) and model.load_model
-    gather_dict, sum_over_ranks, from_rank_0   what ranks tell each other, on the CPU (gloo)
+    start, shard                               called by train.py and model.load_model (by eval.py: start alone)
+    gather_dict, sum_over_ranks, from_rank_0   exchange between ranks, on the CPU (gloo)
     run_forward, gathered                      the training pass; whole weights on every rank, for sampling
     clip_gradients, full_state, shard_like     norm, checkpoints and final/ of a sharded model
 Left out: tensor and pipeline parallelism, several nodes without a shared folder.
@@ -38,7 +38,8 @@ from transformers.modeling_layers import GradientCheckpointingLayer
 
 from support.errors import InputError
 
-TIMEOUT = timedelta(hours=1)  # a rank that dies ends the others at once (torchrun), one that hangs after this
+# a rank that hangs ends the run after this time; one that dies ends it at once (torchrun)
+TIMEOUT = timedelta(hours=1)
 
 
 def rank() -> int:
@@ -50,9 +51,9 @@ def world_size() -> int:
 
 
 def start(device: torch.device) -> None:
-    """Join the ranks torchrun started; alone on CUDA, be a group of one. Does nothing for one process elsewhere.
+    """Join the ranks that torchrun started; a single process on CUDA becomes a group of one. Otherwise do nothing.
 
-    Raises InputError for several ranks on a device that cannot, or more ranks than GPUs.
+    Raises InputError if the device cannot have several ranks, or if there are more ranks than GPUs.
     """
     if dist.is_initialized() or ("RANK" not in os.environ and device.type != "cuda"):
         return
@@ -75,18 +76,20 @@ def stop() -> None:
 
 
 def name() -> str:
-    """Who speaks, before a message: "" where there is one process."""
+    """Returns the text that begins this rank's messages; "" if there is one process."""
     return f"rank {rank()}: " if world_size() > 1 else ""
 
 
 def launcher() -> str:
-    """What a command line begins with that starts as many ranks again."""
+    """Returns the beginning of a command line that starts as many ranks again."""
     return f"torchrun --nproc_per_node {world_size()}" if world_size() > 1 else "python"
 
 
 def explain(error: RuntimeError, memory: str) -> str:
-    """One line on an error that is no fault of the program: a full GPU (with what to do about it, `memory`), a rank
-    that is gone; "" for any other."""
+    """Returns one line for a full GPU or a lost rank, which are no fault of the program; "" for any other error.
+
+    `memory` is the advice for a full GPU.
+    """
     if isinstance(error, torch.OutOfMemoryError):
         return f"the GPU's memory is full: {memory}"
     if isinstance(error, dist.DistError) or any(word in str(error) for word in ("gloo", "NCCL")):
@@ -98,7 +101,7 @@ def explain(error: RuntimeError, memory: str) -> str:
 
 
 def gather_dict(mine: dict) -> dict:
-    """The entries of every rank's dict, on every rank."""
+    """Returns the entries of all ranks' dicts, on every rank."""
     if world_size() == 1:
         return mine
     parts: list[dict] = [{}] * world_size()
@@ -107,14 +110,14 @@ def gather_dict(mine: dict) -> dict:
 
 
 def sum_over_ranks(values: Tensor) -> Tensor:
-    """Sum over the ranks of a tensor on the CPU, on every rank."""
+    """Returns the sum of all ranks' tensors, which are on the CPU, on every rank."""
     if world_size() > 1:
         dist.all_reduce(values)
     return values
 
 
 def from_rank_0(value: Any) -> Any:
-    """Rank 0's `value`, on every rank."""
+    """Returns rank 0's `value` on every rank."""
     box = [value]
     if world_size() > 1:
         dist.broadcast_object_list(box)
@@ -125,9 +128,10 @@ def from_rank_0(value: Any) -> Any:
 
 
 def follow_first(model: nn.Module | None) -> tuple[nn.Module, nn.Module]:
-    """Rank 0's model or, on the others (None), one of its structure without weights; and a second one for `shard`.
+    """Returns the model and a second one of its structure for `shard`, without weights.
 
-    The first rank read the file and decides: config.json alone may say otherwise (weights that are tied, noise).
+    The first of them is rank 0's `model`; other ranks pass None and get one without weights. Rank 0 read the folder
+    and decides, as config.json alone may differ from what it found there (tied weights, noise).
     """
     config, dtype, loop = from_rank_0((model.config, model.dtype, getattr(model, "loop", None)) if model else None)
     with torch.device("meta"):
@@ -139,12 +143,13 @@ def follow_first(model: nn.Module | None) -> tuple[nn.Module, nn.Module]:
 def shard(model: nn.Module, plain: nn.Module, device: torch.device, offload: bool = False) -> None:
     """Split fp32 weights, gradients and optimizer state over the ranks, layer by layer (FSDP2), in place.
 
-    On CUDA layers compute in bf16, gradients are summed in fp32. `offload` keeps the split weights and the
-    optimizer on the CPU. Rank 0 brings the weights on the CPU, the others a model on the meta device: only one
-    copy stands in host memory (4 bytes a parameter), and it is sent tensor by tensor.
-    Gradients are summed over ranks, not averaged: the loss has one global denominator. `plain`, the same model on the
-    meta device, is what `gathered` hands out. Frozen weights, beside adapters, are not split: each rank has them.
-    Raises InputError where layers share weights: FSDP would make them two.
+    On CUDA layers compute in bf16, and gradients are summed in fp32. `offload` keeps the split weights and the
+    optimizer on the CPU. Rank 0 has the weights on the CPU, the others a model on the meta device: so host memory
+    holds only one copy (4 bytes a parameter). It is sent tensor by tensor.
+    Gradients are summed over ranks, not averaged, because the loss has one global denominator. `plain` is the same
+    model on the meta device; `gathered` gives it to the sampler. Weights that adapters leave frozen are not split:
+    each rank has all of them.
+    Raises InputError if layers share weights, because FSDP would make two copies of them.
     """
     bf16 = MixedPrecisionPolicy(param_dtype=torch.bfloat16, reduce_dtype=torch.float32)
     settings = {
@@ -158,7 +163,7 @@ def shard(model: nn.Module, plain: nn.Module, device: torch.device, offload: boo
     for parameter in settings["ignored_params"] if rank() == 0 else ():
         parameter.data = parameter.data.to(device)
     layers = [module for module in model.modules() if isinstance(module, GradientCheckpointingLayer)]
-    for module in (*reversed(layers), model):  # a layer inside another one first
+    for module in (*reversed(layers), model):  # inner layers first
         fully_shard(module, **settings)
         module.set_gradient_divide_factor(1.0)
         module.set_force_sum_reduction_for_comms(True)  # gloo has no scaled sum
@@ -169,7 +174,7 @@ def shard(model: nn.Module, plain: nn.Module, device: torch.device, offload: boo
     if world_size() > 1:
         _send_weights(model, weights, buffers, device, "cpu" if offload else device)
     plain.generation_config = model.generation_config
-    object.__setattr__(model, "plain", plain.eval())  # not a submodule: its weights are the model's
+    object.__setattr__(model, "plain", plain.eval())  # as a submodule its weights would count twice
     model.run_forward = MethodType(_call, model)
     register_fsdp_forward_method(model, "run_forward")
 
@@ -179,8 +184,10 @@ def _call(model: nn.Module, function: Callable, *arguments: Any) -> Any:
 
 
 def run_forward(model: nn.Module, function: Callable, *arguments: Any) -> Any:
-    """function(model, *arguments), which passes through the model's parts. Of a sharded model it runs as a method,
-    around which FSDP gathers the weights."""
+    """Returns function(model, *arguments), which may pass through parts of the model.
+
+    For a sharded model it runs as one of the model's methods, around which FSDP gathers the weights.
+    """
     return model.run_forward(function, *arguments) if isinstance(model, FSDPModule) else function(model, *arguments)
 
 
@@ -188,7 +195,7 @@ def run_forward(model: nn.Module, function: Callable, *arguments: Any) -> Any:
 def _send_weights(
     model: nn.Module, weights: dict[str, Tensor], buffers: dict[str, Tensor], device: torch.device, home: Any
 ) -> None:
-    """Rank 0's weights and buffers to the others, whose model is still on the meta device."""
+    """Send rank 0's weights and buffers to the other ranks, whose model is still on the meta device."""
     if rank() > 0:
         model.to_empty(device=home)
 
@@ -204,7 +211,7 @@ def _send_weights(
         else:
             parameter.data = whole
     if len(trained(model)) < len(weights):
-        model.tie_weights()  # to_empty has made two of a frozen embedding that is the head too
+        model.tie_weights()  # to_empty has split a frozen embedding from the head that it is tied to
     for name, buffer in buffers.items():
         owner, _, last = name.rpartition(".")
         model.get_submodule(owner)._buffers[last] = sent(buffer)
@@ -212,10 +219,10 @@ def _send_weights(
 
 @contextlib.contextmanager
 def gathered(model: nn.Module) -> Iterator[nn.Module]:
-    """The model with whole weights on every rank (in bf16 on CUDA): it needs no other rank, however long it is used.
+    """Gives a model with whole weights on every rank (in bf16 on CUDA), which needs no other rank while it is used.
 
-    Of a sharded model it is a plain one of the same shape that reads the gathered weights, without FSDP's hooks at
-    every layer of every token (the sharded one would split the weights again).
+    For a sharded model it is a plain model of the same shape that reads the gathered weights. It has no FSDP hooks
+    at every layer and token; the sharded model's hooks would split the weights again.
     """
     if not isinstance(model, FSDPModule):
         yield model
@@ -234,13 +241,13 @@ def gathered(model: nn.Module) -> Iterator[nn.Module]:
 
 
 def total_norm(tensors: list[Tensor]) -> Tensor:
-    """The norm of all of them together, over all ranks."""
+    """Returns the norm of all tensors together, over all ranks."""
     norm = nn.utils.get_total_norm(tensors)
     return norm.full_tensor() if isinstance(norm, DTensor) else norm
 
 
 def clip_gradients(parameters: Iterable[nn.Parameter], max_norm: float) -> float:
-    """Scale the gradient down to `max_norm` (0: leave it) -> its norm over all ranks, before."""
+    """Scale the gradient down to at most `max_norm` (0: leave it) and return its norm over all ranks before that."""
     parameters = list(parameters)
     norm = total_norm([p.grad for p in parameters if p.grad is not None])
     if max_norm:
@@ -249,19 +256,20 @@ def clip_gradients(parameters: Iterable[nn.Parameter], max_norm: float) -> float
 
 
 def trained(model: nn.Module) -> dict[str, nn.Parameter]:
-    """The parameters that are not frozen, tied ones once."""
+    """Returns the parameters that are not frozen; tied parameters occur once."""
     return {name: parameter for name, parameter in model.named_parameters() if parameter.requires_grad}
 
 
 def state_of(model: nn.Module) -> dict[str, Tensor]:
-    """The model's state dict without the second names of tied weights."""
+    """Returns the model's state dict without the second names of tied weights."""
     once = {name for name, _ in model.named_parameters()}
     second = {name for name, _ in model.named_parameters(remove_duplicate=False)} - once
     return {name: tensor for name, tensor in model.state_dict().items() if name not in second}
 
 
 def full_state(state: Any) -> Any:
-    """A state dict (nested dicts and lists) with its split tensors put together, on rank 0's CPU; None elsewhere."""
+    """Returns a state dict (nested dicts and lists) whose split tensors are whole, on rank 0's CPU; None
+    elsewhere."""
     if isinstance(state, dict):
         return {key: full_state(value) for key, value in state.items()}
     if isinstance(state, list):
@@ -273,7 +281,7 @@ def full_state(state: Any) -> Any:
 
 
 def shard_like(tensor: Tensor, like: Any) -> Tensor:
-    """`tensor`, which every rank holds whole, split as `like` is; itself if that is not split."""
+    """Returns `tensor`, which every rank holds whole, split as `like` is; unchanged if `like` is not split."""
     if not isinstance(like, DTensor):
         return tensor
     return distribute_tensor(tensor, like.device_mesh, like.placements, src_data_rank=None)
@@ -283,8 +291,10 @@ def shard_like(tensor: Tensor, like: Any) -> Tensor:
 
 
 def cut_by_length(rollouts: Any, rows: Tensor, budget: int) -> list[Tensor]:
-    """`rows` of sample.Rollouts sorted by length and cut so that rows x columns stay within `budget` tokens (or a row
-    is alone)."""
+    """Sorts `rows` of sample.Rollouts by length and cuts them so that rows x columns stay within `budget` tokens.
+
+    A row that is longer than the budget is alone.
+    """
     responses = rollouts.response_mask.sum(1)
     prompts, responses = (rollouts.attention_mask.sum(1) - responses).tolist(), responses.tolist()
     chunks: list[list[int]] = []
@@ -299,13 +309,15 @@ def cut_by_length(rollouts: Any, rows: Tensor, budget: int) -> list[Tensor]:
 
 
 def micro_batches(rollouts: Any, rows: Tensor, budget: int) -> list[Tensor]:
-    """This rank's part of `rows`, as micro-batches of `budget` tokens: which rows go through the model together.
+    """Returns this rank's part of `rows` as micro-batches of `budget` tokens: rows that pass through the model
+    together.
 
-    Rows are dealt to the ranks by length. FSDP wants equally many passes on every rank, so a rank with fewer
-    micro-batches than another gets empty ones behind its own. The gradient does not depend on the cut (step.update);
-    time and memory do.
+    Rows are dealt to the ranks by length. FSDP needs equally many passes on every rank, so a rank with fewer
+    micro-batches than another gets empty ones after its own. The cut changes time and memory, not the gradient
+    (step.update).
     """
-    order = torch.cat([rows[:0], *cut_by_length(rollouts, rows, budget)])  # also without any row
+    # rows[:0]: torch.cat needs a tensor, also without any row
+    order = torch.cat([rows[:0], *cut_by_length(rollouts, rows, budget)])
     of_ranks = [cut_by_length(rollouts, order[r :: world_size()], budget) for r in range(world_size())]
     mine, most = of_ranks[rank()], max(map(len, of_ranks))
     return mine + [rows[:0]] * (most - len(mine))

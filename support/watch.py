@@ -1,8 +1,9 @@
-"""What a run says, once each, when its numbers show that it is not what its name says.
+"""Warnings that a run prints, each once, when its metrics show that it does not do what its method promises.
 
-`Watch.look` takes each step's row of metrics, in order, and gives the warnings that hold for the first time. It knows
-nothing but these rows: a run that goes on lets it `recall` the rows of metrics.jsonl first, and then says what a run
-never stopped would have said. Bounds are stated here; nothing is changed by a warning.
+`Watch.look` takes each step's row of metrics, in order, and returns the warnings that hold for the first time. It
+sees nothing but these rows. A resumed run first lets it `recall` the rows of metrics.jsonl, and then gives the
+warnings that an uninterrupted run would have given. The bounds are in this file. A warning changes nothing in the
+run.
 """
 
 import math
@@ -14,33 +15,38 @@ import torch
 
 from methods import Method
 
-LONG, SHORT, FIRST = 20, 10, 5  # steps: of a window, of a window, of the start that later steps are compared with
-COLLAPSED = 0.02  # of the entropy at the start
-# log_prob_gap may be eps^this nats, as rounding may cost half of the digits: 0.00035 in fp32, 0.088 in bf16. Seen at
-# most, in random models of 16 layers that are far from linear: 0.000004 and 0.037.
+# steps: of the long and the short window, and of the start that later steps are compared with
+LONG, SHORT, FIRST = 20, 10, 5
+COLLAPSED = 0.02  # share of the entropy at the start
+# The bound of log_prob_gap is eps^GAP_POWER nats, because rounding may cost half of the digits: 0.00035 in fp32,
+# 0.088 in bf16. Random models of 16 layers, far from linear, had at most 0.000004 and 0.037.
 GAP_POWER = 0.5
-SURPRISE = 0.02, 6.0  # nats per token, and standard errors, that sampling and training may differ by over LONG steps
-# Share of a step's trained tokens, and how many there must be. 45 runs that learned the embedded task or its like had
-# at most 0.1 (the default: 0.004); runs whose policy was gone after the first step had 0.16 (lr 5e-3) to 0.56 (1e3).
+# over LONG steps sampling and training may differ by so many nats per token, and by so many standard errors
+SURPRISE = 0.02, 6.0
+# The largest share of a step's trained tokens that may be clipped, and the fewest trained tokens that are judged. 45
+# runs that learned the embedded task or a similar one had at most 0.1 (with the defaults 0.004). Runs whose policy
+# was gone after the first step had 0.16 (lr 5e-3) to 0.56 (lr 1e3).
 CLIPPED = 0.15, 100
 COPIED = 0.03  # share of a step's responses
-# Of the best reward over SHORT steps, and standard errors. The same runs kept 0.3 of it; lr 1e-3 of rft left 0.09.
+# Share of the best reward over SHORT steps, and standard errors. The 45 runs kept 0.3 of it; rft at lr 1e-3 kept
+# 0.09.
 LOST = 0.2, 6.0
 
 
 class Watch:
-    """The warnings of a run by `method` that computes in `dtype`; `said` holds all of them up to now by name."""
+    """The warnings of a run by `method` that computes in `dtype`. `said` holds all warnings so far, by name."""
 
     def __init__(self, method: Method, said: dict[str, str], dtype: torch.dtype = torch.float32):
         self.method, self.said = method, dict(said)
         self.largest_gap = torch.finfo(dtype).eps ** GAP_POWER
         self.rows: deque[dict[str, Any]] = deque(maxlen=LONG)
         self.first_entropies: list[float] = []
-        self.best_reward = 0.0, 0.0  # mean over SHORT steps, all before the last SHORT, and its standard error
+        # best mean reward over SHORT steps before the last SHORT ones, and its standard error
+        self.best_reward = 0.0, 0.0
 
     def look(self, row: dict[str, Any]) -> dict[str, str]:
-        """The new warnings, by name, at the step whose metrics are `row`."""
-        if row.get("reward") is not None:  # a step of reinforcement
+        """Returns the new warnings, by name, at the step whose metrics are `row`."""
+        if row.get("reward") is not None:  # only steps of reinforcement have it
             self.rows.append(row)
             if len(self.first_entropies) < FIRST and row["entropy"] is not None:
                 self.first_entropies.append(row["entropy"])
@@ -50,7 +56,7 @@ class Watch:
         return new
 
     def recall(self, row: dict[str, Any]) -> None:
-        """A step of a log: what it was warned of then, maybe on another device, stands in its row."""
+        """Take a step's row from a log. It holds the warnings given then, maybe on another device."""
         said = self.said | row.get("warnings", {})
         self.look(row)
         self.said = said
@@ -74,8 +80,8 @@ class Watch:
         if len(long) == LONG:
             if self.method.rows in ("hybrid", "demonstration") and not any(row["hybrid_rows"] for row in long):
                 warnings["no_hybrid"] = (
-                    f"no row saw a demonstration for {LONG} steps: few problems have one (see problems, above), and "
-                    "this is plain reinforcement meanwhile"
+                    f"no row saw a demonstration for {LONG} steps: few problems have one (see problems, above); "
+                    "without one this is plain reinforcement"
                 )
             warnings["surprise"] = self.of_surprise([row["surprise"] for row in long])
         if len(long) >= FIRST + SHORT:
@@ -83,8 +89,10 @@ class Watch:
         return warnings
 
     def of_rewards(self, rewards: list[float | None]) -> str:
-        """Of the last 2 SHORT steps, FIRST more than SHORT at the start: the earlier ones may be the best up to now,
-        the last SHORT are compared with the best."""
+        """Compares the last SHORT rewards with the best mean reward over SHORT steps before them.
+
+        `rewards` are those of the last 2 SHORT steps, or of FIRST + SHORT steps at the start.
+        """
         if None in rewards:
             return ""
         before, now = rewards[:-SHORT], rewards[-SHORT:]
@@ -98,7 +106,8 @@ class Watch:
         )
 
     def of_surprise(self, gaps: list[float | None]) -> str:
-        """Tokens drawn from pi have E[-log pi] = H. Not where groups stay or leave by their rewards."""
+        """Tokens drawn from pi have E[-log pi] = H. Methods that keep or drop groups by their rewards are not
+        checked."""
         if None in gaps or self.method.unsolved in ("replace", "rescue"):
             return ""
         mean, error = mean_and_error(gaps)
@@ -117,10 +126,10 @@ def mean_and_error(values: list[float]) -> tuple[float, float]:
 
 
 def of_step(row: dict[str, Any], largest_gap: float) -> dict[str, str]:
-    """The warnings that one step is enough for."""
+    """Returns the warnings that need only one step."""
     warnings = {}
     if row["skipped_updates"] or row.get("relift_skipped_updates"):
-        warnings["skipped"] = "an update was skipped, its loss or gradient was not finite (skipped_updates): lower lr"
+        warnings["skipped"] = "an update was skipped: its loss or gradient was not finite (skipped_updates); lower lr"
     supervised = {"trained_tokens": "skipped_updates"} if row.get("reward") is None else {}
     supervised |= {"relift_tokens": "relift_skipped_updates"}
     if any(row.get(tokens) == 0 and not row[skipped] for tokens, skipped in supervised.items()):
@@ -130,19 +139,19 @@ def of_step(row: dict[str, Any], largest_gap: float) -> dict[str, str]:
         )
     if (gap := row.get("log_prob_gap") or 0.0) > largest_gap:
         warnings["log_prob_gap"] = (
-            f"the log-probs of sampled tokens are {gap:.2g} nats from those of the training pass on average, "
+            f"log-probs of the sampled tokens differ by {gap:.2g} nats on average between sampling and training; "
             f"rounding explains {largest_gap:.2g}: the sampler is not the policy that is trained"
         )
     share, least = CLIPPED
     if (clipped := row.get("clip_fraction") or 0.0) > share and row["trained_tokens"] >= least:
         warnings["clipped"] = (
-            f"{100 * clipped:.0f}% of the trained tokens lost their weight within the step (clip_fraction): its "
+            f"{100 * clipped:.0f}% of the trained tokens lost their weight to PPO's clip (clip_fraction): the step's "
             "first update changed the policy too much; lower lr"
         )
     if (copied := row.get("copied") or 0.0) > COPIED:
         warnings["copied"] = (
             f"{100 * copied:.0f}% of the responses are right with a piece of the problem as their answer (69 - 13 "
-            "for 56), which math accepts: --reward exact does not"
+            "for 56), which --reward math accepts: --reward exact does not"
         )
     shares = {"truncated": "are cut off by the budget: raise max_response_tokens"}
     shares["unread"] = "hold no readable boxed answer: look at samples.jsonl"

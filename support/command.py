@@ -13,11 +13,11 @@ from support.errors import Broken, InputError
 
 
 class Parser(argparse.ArgumentParser):
-    """Of a command: what is wrong is an InputError, one line as any other. Options begin with two dashes."""
+    """A command's parser: a wrong command line raises an InputError. Only words with two dashes are options."""
 
     def __init__(self, **settings: Any):
         super().__init__(allow_abbrev=False, **settings)
-        self._negative_number_matcher = re.compile("-[^-]")  # of argparse: "-612;B*2?" is a problem
+        self._negative_number_matcher = re.compile("-[^-]")  # "-612;B*2?" is a problem, no option
 
     def error(self, message: str) -> None:
         raise InputError(f"{message} (see python {self.prog} --help)")

@@ -5,7 +5,7 @@
        entropy    grey bars
        weight     bars up (w > 0, more likely) or down (w < 0, less likely)
 
-All places are in points (1/72 inch), from the top left. Rows wrap; what is beyond LINES lines is counted, not drawn.
+All places are in points (1/72 inch), from the top left. A row is one line; what does not fit is counted, not drawn.
 """
 
 from dataclasses import dataclass
@@ -27,16 +27,15 @@ LEFT, RIGHT = 100.0, PAGE - 8  # of the tokens; what stands left of them says wh
 SIZES = (10.5, 10.0, 9.5, 9.0, 8.5, 8.0)  # of the tokens: the largest that leaves every row on one line, or the last
 TEXT, SMALL = 8.0, 7.0  # of words
 KEPT, ENTROPY, WEIGHT, BETWEEN, BRACKET = 6.0, 9.0, 13.0, 6.0, 11.0  # heights
-LINES = 3  # of a row
+NOTE = 50.0  # room for "… 312 more"
 MONO = "DejaVu Sans Mono"  # comes with matplotlib
 
 
 @dataclass
 class Cell:
-    """A token's place: its index in the row, the line it stands on, its left edge and width."""
+    """A token's place: its index in the row, its left edge and width."""
 
     index: int
-    line: int
     x: float
     width: float
     text: str
@@ -56,10 +55,6 @@ class Picture:
     def cell(self) -> float:
         """Height of a token's cell."""
         return 1.5 * self.size
-
-    def line_height(self, row: Row) -> float:
-        """Of one line of tokens with its lanes."""
-        return self.cell + 1 + KEPT * log.drops(row) + ENTROPY + 1 + WEIGHT + BETWEEN
 
     def write(self, x: float, y: float, text: str, size: float = TEXT, ink: str = INK, **kwargs: object) -> None:
         """Text whose middle height is at y. No character of it has a meaning: a $ is a dollar."""
@@ -86,27 +81,21 @@ def character(size: float) -> float:
 
 def flow(tokens: list[str], total: int, size: float) -> tuple[list[Cell], str]:
     """The cells of a row's tokens, and what to write after the last: "… 312 more" of its `total` tokens, or ""."""
-    cells: list[Cell] = []
-    x, line = LEFT, 0
-    for index, token in enumerate(tokens):
-        text = drawable(token)
-        width = len(text) * character(size) + 0.25 * size
-        if x + width > RIGHT and x > LEFT:
-            x, line = LEFT, line + 1
-        if line == LINES:
-            break
-        cells.append(Cell(index, line, x, width, text))
+    texts = [drawable(token) for token in tokens]
+    widths = [len(text) * character(size) + 0.25 * size for text in texts]
+    room = RIGHT - LEFT if sum(widths) <= RIGHT - LEFT and len(tokens) == total else RIGHT - LEFT - NOTE
+    cells, x = [], LEFT
+    for index, (text, width) in enumerate(zip(texts, widths)):
+        if x + width > LEFT + room:
+            return cells, f"… {total - index} more"
+        cells.append(Cell(index, x, width, text))
         x += width
-    while cells and len(cells) < total and cells[-1].x + cells[-1].width + 50 > RIGHT:
-        cells.pop()  # room for the note
-    rest = total - len(cells)
-    return cells, f"… {rest} more" if rest else ""
+    return cells, f"… {total - len(tokens)} more" if total > len(tokens) else ""
 
 
 def token_size(group: Group) -> float:
     def fits(size: float) -> bool:
-        placed = [flow(row["tokens"], row["tokens_total"], size)[0] for row in group["rows"]]
-        return all(cells[-1].line == 0 for cells in placed if cells)
+        return not any(flow(row["tokens"], row["tokens_total"], size)[1] for row in group["rows"])
 
     return next(filter(fits, SIZES), SIZES[-1])
 
@@ -135,17 +124,15 @@ def draw_group(group: Group, target: Path | str) -> Path:
 
 def draw_head(picture: Picture) -> float:
     """Title, prompt and answer -> where the rows begin."""
-    group, y = picture.group, 46.0
+    group, y, x = picture.group, 46.0, LEFT
     picture.write(8, 14, log.title(group), 11, weight="bold")
     picture.write(8, 30, log.summary(group), TEXT)
     picture.write(8, y + picture.cell / 2, "prompt", weight="bold")
     cells, note = flow(group["prompt"], len(group["prompt"]), picture.size)
     for cell in cells:
-        draw_cell(picture, cell, y + cell.line * (picture.cell + 2), log.SOURCES["prompt"][0])
-    end = cells[-1] if cells else Cell(0, 0, LEFT, 0, "")
-    y += end.line * (picture.cell + 2)
+        draw_cell(picture, cell, y, log.SOURCES["prompt"][0])
+        x = cell.x + cell.width
     answer = f"{note}   right answer: {drawable(group['answer'])}"
-    x = end.x + end.width + 4
     if x + len(answer) * character(TEXT) > RIGHT:
         x, y = LEFT, y + picture.cell
     picture.write(x, y + picture.cell / 2, answer)
@@ -164,7 +151,6 @@ def draw_cell(picture: Picture, cell: Cell, y: float, colour: str, edge: str = "
 def draw_row(picture: Picture, row: Row, number: int, y: float) -> float:
     """A row and what stands left of it -> where the next begins."""
     cells, note = flow(row["tokens"], row["tokens_total"], picture.size)
-    height = picture.line_height(row)
     if row["hybrid"]:
         y += BRACKET
         draw_brackets(picture, row, cells, y)
@@ -173,15 +159,13 @@ def draw_row(picture: Picture, row: Row, number: int, y: float) -> float:
     if not row["hybrid"]:
         advantage = row["advantage"]
         picture.write(17, y + picture.cell + 17, f"A = {log.signed(advantage)}", SMALL, log.sign_colour(advantage))
-    end = cells[-1] if cells else Cell(0, 0, LEFT, 0, "")
-    for line in range(1 + end.line):
-        draw_lanes(picture, row, [cell for cell in cells if cell.line == line], y + line * height)
-    picture.write(end.x + end.width + 5, y + end.line * height + picture.cell / 2, note, SMALL, FAINT)
-    return y + (1 + end.line) * height
+    if cells:
+        picture.write(cells[-1].x + cells[-1].width + 5, y + picture.cell / 2, note, SMALL, FAINT)
+    return draw_lanes(picture, row, cells, y) + BETWEEN
 
 
-def draw_lanes(picture: Picture, row: Row, cells: list[Cell], top: float) -> None:
-    """One line of tokens at height `top`, and what stands under them."""
+def draw_lanes(picture: Picture, row: Row, cells: list[Cell], top: float) -> float:
+    """The tokens at height `top`, and what stands under them -> where that ends."""
     y = top + picture.cell + 1
     if log.drops(row):
         picture.write(LEFT - 4, y + KEPT / 2, "kept", 6.2, FAINT, ha="right")
@@ -206,13 +190,14 @@ def draw_lanes(picture: Picture, row: Row, cells: list[Cell], top: float) -> Non
             picture.box(x, middle - bar if share > 0 else middle, width, bar, log.sign_colour(share))
     if cells:
         picture.line([LEFT, cells[-1].x + cells[-1].width], [middle, middle])
+    return middle + WEIGHT / 2
 
 
 def draw_brackets(picture: Picture, row: Row, cells: list[Cell], y: float) -> None:
-    """Over the first line of a hybrid row, which begins at y: its parts and their advantages."""
+    """Over a hybrid row, which begins at y: its parts and their advantages."""
     free = LEFT  # where the next words may begin
     for whose, words, advantage in log.parts(row):
-        part = [cell for cell in cells if cell.line == 0 and log.source(row, cell.index) == whose]
+        part = [cell for cell in cells if log.source(row, cell.index) == whose]
         if part:
             left, right = part[0].x + 0.8, part[-1].x + part[-1].width - 0.8
             picture.line([left, left, right, right], [y - 1.5, y - 3.5, y - 3.5, y - 1.5], INK)

@@ -1,5 +1,6 @@
 """A group of rollouts: the log is checked; the picture shows each token's source, entropy, fate and weight."""
 
+import itertools
 import json
 from pathlib import Path
 
@@ -8,7 +9,7 @@ from matplotlib.colors import to_hex
 from test_plot import run
 
 from figures import group_log
-from figures.group_figure import LEFT, LINES, RIGHT, draw_group, flow, group_figure
+from figures.group_figure import LEFT, NOTE, RIGHT, draw_group, flow, group_figure
 
 HOSTILE = "</title></style><script>window.hacked=1</script>\"'><img src=x onerror=hacked()>&lt;"
 
@@ -142,14 +143,14 @@ def test_every_token_is_seen():
 # ---- the picture
 
 
-def test_rows_wrap_and_the_rest_is_counted():
+def test_what_does_not_fit_is_counted():
     cells, note = flow(["abcd"] * 20, 20, 8)
     assert len(cells) == 20 and note == ""
-    assert all(cell.x >= LEFT and cell.x + cell.width <= RIGHT for cell in cells)
-    starts = [cell.x for cell in cells if cell.index and cell.line != cells[cell.index - 1].line]
-    assert starts == [LEFT] * cells[-1].line
-    cells, note = flow(["abcd"] * 500, 3000, 8)
-    assert cells[-1].line == LINES - 1 and note == f"… {3000 - len(cells)} more"
+    assert cells[0].x == LEFT and all(b.x == pytest.approx(a.x + a.width) for a, b in itertools.pairwise(cells))
+    for tokens, total in ((["abcd"] * 500, 3000), (["x" * 24] * 5, 5)):
+        cells, note = flow(tokens, total, 8)
+        end = cells[-1].x + cells[-1].width
+        assert end <= RIGHT - NOTE < end + cells[-1].width and note == f"… {total - len(cells)} more"
     assert flow(["a"] * 10, 322, 8)[1] == "… 312 more"
     assert flow([], 0, 8) == ([], "")
 

@@ -68,10 +68,10 @@ class Picture:
 
 
 @cache
-def drawable(text: str) -> str:
+def drawable(text: str, longest: int = 24) -> str:
     """The text of a token as it is drawn, with □ for what the font has no sign for."""
     font = get_font(findfont(MONO))
-    return "".join(c if font.get_char_index(ord(c)) else "□" for c in log.visible(text))
+    return "".join(c if font.get_char_index(ord(c)) else "□" for c in log.visible(text, longest))
 
 
 def character(size: float) -> float:
@@ -123,20 +123,15 @@ def draw_group(group: Group, target: Path | str) -> Path:
 
 
 def draw_head(picture: Picture) -> float:
-    """Title, prompt and answer -> where the rows begin."""
-    group, y, x = picture.group, 46.0, LEFT
+    """Title, problem and answer -> where the rows begin."""
+    group = picture.group
     picture.write(8, 14, log.title(group), 11, weight="bold")
     picture.write(8, 30, log.summary(group), TEXT)
-    picture.write(8, y + picture.cell / 2, "prompt", weight="bold")
-    cells, note = flow(group["prompt"], len(group["prompt"]), picture.size)
-    for cell in cells:
-        draw_cell(picture, cell, y, log.SOURCES["prompt"][0])
-        x = cell.x + cell.width
-    answer = f"{note}   right answer: {drawable(group['answer'])}"
-    if x + len(answer) * character(TEXT) > RIGHT:
-        x, y = LEFT, y + picture.cell
-    picture.write(x, y + picture.cell / 2, answer)
-    return y + picture.cell + 12
+    picture.write(8, 54, "problem", weight="bold")
+    answer = f"right answer: {drawable(group['answer'])}"
+    problem = drawable(" ".join(group["problem"].split()), 90).replace("·", " ")
+    picture.write(LEFT, 54, f"{problem}    {answer}")
+    return 72
 
 
 def draw_cell(picture: Picture, cell: Cell, y: float, colour: str, edge: str = "none", **kwargs: object) -> None:

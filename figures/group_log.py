@@ -26,7 +26,6 @@ Row = dict[str, Any]
 
 FIELDS = ("step", "method", "id", "problem", "answer", "prompt", "rows")
 SOURCES = {  # whose token: the colour of its cell, and what it is
-    "prompt": ("#DADADA", "the problem, the same for all"),
     "prefix": ("#F8C65C", "beginning of a demonstration: given"),
     "demonstration": ("#F8C65C", "a whole demonstration: given"),
     "continuation": ("#63C2A1", "the policy goes on from the prefix"),
@@ -75,7 +74,7 @@ def source(row: Row, place: int) -> str:
 def sources(group: Group) -> list[str]:
     """The keys of SOURCES that the group has, in their order."""
     present = {source(row, t) for row in group["rows"] for t in range(len(row["tokens"]))}
-    return [name for name in SOURCES if name == "prompt" or name in present]
+    return [name for name in SOURCES if name in present]
 
 
 def drops(row: Row) -> bool:

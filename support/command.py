@@ -36,14 +36,14 @@ def command(name: str, who: Callable[[], str] = str) -> Iterator[None]:
     try:
         try:
             yield
+        except (InputError, Broken) as error:
+            print(f"{name}: {who()}{error}", file=sys.stderr)
+            sys.exit(2 if isinstance(error, InputError) else 1)
+        except KeyboardInterrupt:
+            print(f"\n{name}: stopped", file=sys.stderr)
+            sys.exit(130)
         finally:
             sys.stdout.flush()
     except BrokenPipeError:
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # Python writes the rest of its buffer at exit
         sys.exit(141)
-    except (InputError, Broken) as error:
-        print(f"{name}: {who()}{error}", file=sys.stderr)
-        sys.exit(2 if isinstance(error, InputError) else 1)
-    except KeyboardInterrupt:
-        print(f"\n{name}: stopped", file=sys.stderr)
-        sys.exit(130)

@@ -160,14 +160,14 @@ def test_the_picture_shows_what_the_log_says(group):
     axis = figure.axes[0]
     texts = [text.get_text() for text in axis.texts]
     boxes = [(to_hex(patch.get_facecolor()), patch) for patch in axis.patches if patch.get_y() < 400]
-    legend = next(text.get_position()[1] for text in axis.texts if text.get_text().startswith("the problem"))
+    legend = next(text.get_position()[1] for text in axis.texts if text.get_text().startswith("beginning of a demon"))
     above = [(colour, patch) for colour, patch in boxes if patch.get_y() + patch.get_height() < legend - 6]
 
     def drawn(colour: str) -> list:
         return [patch for found, patch in above if found == colour.lower()]
 
     counts = {name: len(drawn(colour)) for name, (colour, _) in group_log.SOURCES.items()}
-    assert counts == {"prompt": 4, "prefix": 1, "demonstration": 1, "continuation": 1, "own": 5}  # one colour for two
+    assert counts == {"prefix": 1, "demonstration": 1, "continuation": 1, "own": 5}  # one colour for two
     assert len(drawn(group_log.DROPPED)) == 2
     assert [text for text in texts if len(text) == 1 and text in "abcdeWXYz"] == list("abcdeWXYz")
     assert "1  on-policy" in texts and "✗ cut off" in texts and "A = −0.50" in texts
@@ -187,7 +187,7 @@ def test_the_picture_shows_what_the_log_says(group):
 def test_any_text_can_be_drawn(group, tmp_path, recwarn):
     """No mathematics of a $, no missing glyph's warning, nothing beyond the page."""
     group["rows"][0]["tokens"] = ["$x^$", "$\\frac{$", "漢字😀"]
-    group |= {"prompt": ["\n", HOSTILE], "answer": "$" * 300}
+    group |= {"problem": f"\n{HOSTILE} 漢字😀", "answer": "$" * 300}
     assert draw_group(group, tmp_path / "g.png").stat().st_size > 10_000
     assert not [warning for warning in recwarn if "Glyph" in str(warning.message)]
-    draw_group(group | {"prompt": [], "rows": [a_row("")]}, tmp_path / "empty.png")
+    draw_group(group | {"problem": "", "rows": [a_row("")]}, tmp_path / "empty.png")

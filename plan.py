@@ -29,8 +29,11 @@ from transformers.modeling_layers import GradientCheckpointingLayer
 import model as models
 from fast.decode import PREFILL_TOKENS, whole_blocks
 from methods import METHODS
+from support import adapters
+from support.adapters import Adapters
 from support.command import Parser, command
 from support.config import Config, check_range, parse_config
+from support.distributed import trained
 from support.errors import InputError
 from support.loading import check_window, fuse_norms, load_config, prepare_layers, window_of
 from support.memory import cache_bytes, head_width, inner_width, plain_caches, row_bytes, token_bytes
@@ -137,12 +140,20 @@ def empty_model(shape: Any, dtype: torch.dtype, fused: bool = False) -> Any:
 
 
 def update_bytes(
-    shape: Any, rows: int, prompt: int, response: int, dtype: torch.dtype, recompute: bool, fused: bool = True
+    shape: Any,
+    rows: int,
+    prompt: int,
+    response: int,
+    dtype: torch.dtype,
+    recompute: bool,
+    fused: bool = True,
+    low_rank: Adapters | None = None,
 ) -> int:
     """The most bytes one micro-batch's forward and backward pass holds beyond weights and gradients."""
     model = empty_model(shape, dtype, fused)
-    prepare_layers(model, torch.device("meta"), recompute)
-    for parameter in model.parameters():  # a gradient is added to the one that stands there, and freed
+    prepare_layers(model, torch.device("meta"), recompute, low_rank)
+    for parameter in trained(model).values():  # a gradient is added to the one that stands there, and freed
+        parameter.data = parameter.data.to(dtype)
         parameter.register_post_accumulate_grad_hook(lambda p: setattr(p, "grad", None))
     length = prompt + response
     with LiveBytes() as counted, torch.device("meta"):
@@ -161,8 +172,9 @@ def update_bytes(
 
 @dataclass
 class Counts:
-    """Parameters: all, those that a token passes (of a mixture only its few experts), those that are trained; of
-    these, in the root (embedding, head, last norm), in the largest layer; key-value bytes of a token."""
+    """Parameters: all of the model, those that a token passes (of a mixture only its few experts), those that are
+    trained (with adapters, only these); of these, in the root (embedding, head, last norm), in the largest layer;
+    key-value bytes of a token."""
 
     total: int
     passed: int
@@ -189,23 +201,26 @@ def experts_share(shape: Any) -> float:
     return chosen / numbers[0] if numbers and chosen else 1.0
 
 
-def count(shape: Any) -> Counts:
+def count(shape: Any, low_rank: Adapters | None = None) -> Counts:
     cache = cache_bytes(shape)
     model = empty_model(shape, torch.bfloat16)
+    total = sum(p.numel() for p in model.parameters())
+    experts = sum(p.numel() for name, p in model.named_parameters() if ".experts." in name)
+    if low_rank:
+        adapters.add(model, low_rank)
     layers = [module for module in model.modules() if isinstance(module, GradientCheckpointingLayer)]
     nested = {id(inner) for layer in layers for inner in layer.modules() if inner is not layer}
     layers = [layer for layer in layers if id(layer) not in nested]
     if not layers:
         raise InputError("its layers cannot be told from the rest")
-    owner = {id(p): i for i, layer in enumerate(layers) for p in layer.parameters()}  # one, where layers share them
-    sizes = [sum(p.numel() for p in layer.parameters() if owner[id(p)] == i) for i, layer in enumerate(layers)]
-    total = sum(p.numel() for p in model.parameters())
-    experts = sum(p.numel() for name, p in model.named_parameters() if ".experts." in name)
+    owner = {id(p): i for i, layer in enumerate(layers) for p in trained(layer).values()}  # one, where they share it
+    sizes = [sum(p.numel() for p in trained(layer).values() if owner[id(p)] == i) for i, layer in enumerate(layers)]
+    all_trained = sum(p.numel() for p in trained(model).values())
     return Counts(
         total=total,
         passed=total - round(experts * (1 - experts_share(shape))),
-        trained=total,
-        root=total - sum(sizes),
+        trained=all_trained,
+        root=all_trained - sum(sizes),
         layer=max(sizes),
         layers=len(layers),
         cache=cache,
@@ -219,17 +234,19 @@ def rows_of_a_pass(config: Config, length: float) -> int:
 
 def plan(config: Config, shape: Any, gpus: int, prompt: int) -> dict[str, dict[str, float]]:
     """Bytes on one GPU, by part, while updating and while sampling."""
-    n = count(shape)
+    low_rank = adapters.of(config)
+    n = count(shape, low_rank)
     length = prompt + config.max_response_tokens
     rows = rows_of_a_pass(config, length)
     split = 0 if config.offload else n.trained / gpus
-    kept = {"weights, fp32": 4 * split, "optimizer, fp32": 8 * split}
+    kept = {"frozen weights, bf16": 2 * n.total} if low_rank else {}
+    kept |= {"weights, fp32": 4 * split, "optimizer, fp32": 8 * split}
     update = kept | {
         "gradients, fp32": 4 * split,
         "weights in bf16 (root and two layers)": 2 * n.root + 4 * n.layer,
         "gradients in bf16 and on their way": 2 * n.root + 8 * n.layer,
         f"activations, {rows} x {length} tokens, and logits": update_bytes(
-            shape, rows, prompt, config.max_response_tokens, torch.bfloat16, config.recompute
+            shape, rows, prompt, config.max_response_tokens, torch.bfloat16, config.recompute, low_rank=low_rank
         ),
     }
     if "rl" not in METHODS[config.method].stages:
@@ -268,9 +285,11 @@ def rows_updated_at_once(
     and two rows, whose peak is elsewhere, promises too many."""
     left = free - sum(list(update.values())[:-1])  # the last part grows with the rows
 
+    low_rank, budget = adapters.of(config), config.max_response_tokens
+
     @functools.cache
     def needed(rows: int) -> int:
-        return update_bytes(shape, rows, prompt, config.max_response_tokens, torch.bfloat16, config.recompute)
+        return update_bytes(shape, rows, prompt, budget, torch.bfloat16, config.recompute, low_rank=low_rank)
 
     if needed(1) > left:
         return 0
@@ -290,9 +309,10 @@ def host_bytes(config: Config, n: Counts) -> dict[str, float]:
     """Of all GPUs together: a checkpoint is made of whole tensors on the host, beside what stands there."""
     offloaded = 16 * n.trained if config.offload else 0
     return {
-        "to load": 4 * n.total,
+        "to load": (2 if config.lora_rank else 4) * n.total,
         "during the run": offloaded,
         "while a checkpoint is saved": offloaded + 12 * n.trained,
+        "while final/ is saved": offloaded + 4 * n.total,
     }
 
 
@@ -307,9 +327,10 @@ def offload_seconds(config: Config, n: Counts, gpus: int, gpu: str, rows: int, m
 def hours(config: Config, shape: Any, gpus: int, gpu: str, prompt: int, mean: float) -> dict[str, float]:
     """Estimated tokens and seconds of a step, and hours of the run."""
     _, tflops, bandwidth, _ = GPUS[gpu]
-    n, stages, length = count(shape), METHODS[config.method].stages, prompt + mean
+    n, stages, length = count(shape, adapters.of(config)), METHODS[config.method].stages, prompt + mean
     flops = tflops * 1e12 * UPDATE_SHARE * gpus
-    passes = 8 if config.recompute else 6  # FLOP a parameter and token: forward 2, backward 4, forward again 2
+    passes = 4 if config.lora_rank else 6  # FLOP a parameter and token: forward 2, back 2, gradients of weights 2
+    passes += 2 * config.recompute
     result: dict[str, float] = {}
     if "sft" in stages:
         rows = config.sft_batch
@@ -344,6 +365,8 @@ def planned(path: str, shape: Any) -> Iterator[None]:
     """What goes wrong with a model without data as a InputError of one line."""
     try:
         yield
+    except InputError:
+        raise
     except Exception as error:  # a model that was not made for it can raise anything
         reason = " ".join(f"{type(error).__name__}: {error}".split())[:200]
         fix = "try a short run, with a small micro_batch_tokens and rows_per_call"
@@ -362,6 +385,8 @@ def advice(config: Config, n: Counts, fits: bool, updated: int, sampled: int, le
         lines.append("more GPUs: weights, gradients and optimizer are split over them")
         if not config.recompute:
             lines.append("--recompute true: keeps one layer's activations instead of all")
+        if not config.lora_rank:
+            lines.append(f"--lora_rank 16: adapters on frozen weights of 2 bytes ({2 * n.total / GIB:.0f} GiB)")
         if not config.offload:
             lines.append(f"--offload true: 16 bytes a parameter ({16 * n.total / GIB:.0f} GiB) go to host memory")
         lines.append("--max_response_tokens: activations and caches grow with it")
@@ -394,10 +419,11 @@ def show(config: Config, gpu: str, gpus: int, prompt: int | None, mean: float | 
     per_update = config.prompts_per_step * config.rollouts_per_prompt // config.updates_per_step
     most = -(-(per_update if rl else config.sft_batch) // gpus)
     with planned(config.model, shape):
-        n, parts = count(shape), plan(config, shape, gpus, prompt)
+        n, parts = count(shape, adapters.of(config)), plan(config, shape, gpus, prompt)
         updated = rows_updated_at_once(config, shape, parts["update"], free, prompt, most)
     number = f"{n.total / 1e9:.2f} billion" if n.total > 1e8 else f"{n.total / 1e6:.2f} million"
-    print(f"{config.model}: {number} parameters, {n.layers} layers; {gpus} x {gpu}, {config.method}")
+    adapted = f", adapters of {n.trained / 1e6:.1f} million" if config.lora_rank else ""
+    print(f"{config.model}: {number} parameters, {n.layers} layers; {gpus} x {gpu}, {config.method}" + adapted)
     for phase, sizes in parts.items():
         print(f"\n{phase}, on each GPU")
         for name, size in sizes.items():

@@ -16,6 +16,8 @@ import model as models
 from fast.decode import LOOPS, decode_rows
 from plan import PREFILL_TOKENS, sampling_bytes, update_bytes
 from sample import Row, generate
+from support.adapters import Adapters
+from support.distributed import trained
 from support.loading import pick_device, prepare_layers
 
 SMALL = {"hidden_size": 256, "intermediate_size": 768, "num_attention_heads": 4, "num_key_value_heads": 2}
@@ -31,10 +33,12 @@ def new_model(shape: Any) -> models.PreTrainedModel:
     return AutoModelForCausalLM.from_config(shape, dtype=torch.float32).to(pick_device())
 
 
-def measured_update(shape: Any, rows: int, prompt: int, response: int, recompute: bool) -> int:
+def measured_update(
+    shape: Any, rows: int, prompt: int, response: int, recompute: bool, low_rank: Adapters | None = None
+) -> int:
     model = new_model(shape).train()
-    prepare_layers(model, torch.device("cpu"), recompute)
-    optimizer = torch.optim.AdamW(model.parameters(), fused=True)
+    prepare_layers(model, torch.device("cpu"), recompute, low_rank)
+    optimizer = torch.optim.AdamW(trained(model).values(), fused=True)
     ids = torch.randint(0, shape.vocab_size, (rows, prompt + response), device=model.device)
     mask = torch.ones_like(ids)
     mask[0, :3] = 0  # a batch without padding would need no mask

@@ -105,12 +105,13 @@ def merged(model: PreTrainedModel, state: dict[str, Tensor]) -> tuple[PreTrained
         return model, state
     config = model.peft_config["default"]
     weights = {}
-    for name, weight in state.items():
+    for name, tensor in state.items():
+        weight = tensor.cpu().float()  # not on a GPU, which may have no room for it
         if name.endswith(".base_layer.weight"):
-            a, b = (state[name.replace("base_layer", f"lora_{side}.default")] for side in "AB")
-            weight = weight.float() + config.lora_alpha / config.r * (b @ a)
+            a, b = (state[name.replace("base_layer", f"lora_{side}.default")].cpu() for side in "AB")
+            weight = weight + config.lora_alpha / config.r * (b @ a)
         if ".lora_" not in name:
-            weights[name.replace(".base_layer", "")] = weight.float()
+            weights[name.replace(".base_layer", "")] = weight
     with torch.device("meta"):
         plain = AutoModelForCausalLM.from_config(model.config, dtype=torch.float32)
     plain.generation_config = model.generation_config

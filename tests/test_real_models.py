@@ -30,6 +30,7 @@ import train
 from data.loader import Problem, encode, encode_problems, render_prompt
 from model import load_model, response_text
 from reward import Reward, grade
+from support import adapters
 from support.config import from_dict
 
 ROOT = Path(__file__).parents[1]
@@ -304,13 +305,15 @@ def test_what_cannot_work_is_one_line_and_nothing_written(tmp_path, task, name, 
     assert "\n" not in str(error.value) and not (tmp_path / "run").exists()
 
 
+@pytest.mark.parametrize("rank", [0, 4], ids=["all weights", "adapters"])
 @pytest.mark.parametrize("recompute", [False, True])
-def test_planned_memory_is_the_measured_one(recompute):
+def test_planned_memory_is_the_measured_one(recompute, rank):
     """plan.py, which counts tensors without data, against the profiler's record of a real pass."""
     size = {"hidden_size": 64, "intermediate_size": 192, "num_attention_heads": 4, "num_key_value_heads": 2}
     shape = Qwen2Config(**size, num_hidden_layers=3, vocab_size=2000)
-    beyond = measured_update(shape, 3, 16, 112, recompute)
-    counted = plan.update_bytes(shape, 3, 16, 112, torch.float32, recompute, fused=False)
+    low_rank = adapters.of(from_dict({"lora_rank": rank}))
+    beyond = measured_update(shape, 3, 16, 112, recompute, low_rank)
+    counted = plan.update_bytes(shape, 3, 16, 112, torch.float32, recompute, fused=False, low_rank=low_rank)
     assert counted == pytest.approx(beyond, rel=0.02)
 
 
@@ -374,6 +377,20 @@ def test_offloading_moves_16_bytes_a_parameter_and_pays_for_every_pass(monkeypat
     assert seconds[0] == pytest.approx(4 * seconds[1])
     assert plan.host_bytes(config, plan.count(shape))["during the run"] == 16 * parameters
     assert plan.hours(from_dict(values), shape, 1, "4090", 60, 40).keys() == numbers.keys() - {"seconds offloading"}
+
+
+def test_with_adapters_the_weights_are_frozen_and_the_rest_is_small():
+    """7B at rank 16: a layer's adapters are rank x (inputs + outputs) numbers for each of its seven matrices."""
+    config, shape = from_dict({"lora_rank": 16, "max_response_tokens": 20}), plan.shape_of("Qwen/Qwen2.5-7B")
+    wide, narrow, inner = 3584, 512, 18944
+    trained = 28 * 16 * (2 * (wide + wide) + 2 * (wide + narrow) + 3 * (wide + inner))
+    counts = plan.count(shape, adapters.of(config))
+    assert (counts.trained, counts.root, counts.layer) == (trained, 0, trained // 28)
+    parts = plan.plan(config, shape, 2, 16)["update"]
+    assert parts["frozen weights, bf16"] == 2 * counts.total > 15e9  # on every GPU
+    assert parts["weights, fp32"] + parts["optimizer, fp32"] + parts["gradients, fp32"] == 16 * trained / 2
+    assert plan.host_bytes(config, counts)["while a checkpoint is saved"] == 12 * trained < 5e8
+    assert plan.host_bytes(config, counts)["while final/ is saved"] == 4 * counts.total
 
 
 PLAIN = ["gpt2", "bloom", "opt", "gpt_neox", "llama", "qwen2", "qwen3_moe", "deepseek_v3"]

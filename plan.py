@@ -212,7 +212,7 @@ def count(shape: Any, low_rank: Adapters | None = None) -> Counts:
     nested = {id(inner) for layer in layers for inner in layer.modules() if inner is not layer}
     layers = [layer for layer in layers if id(layer) not in nested]
     if not layers:
-        raise InputError("its layers cannot be told from the rest")
+        raise ValueError("its layers cannot be told from the rest")
     owner = {id(p): i for i, layer in enumerate(layers) for p in trained(layer).values()}  # one, where they share it
     sizes = [sum(p.numel() for p in trained(layer).values() if owner[id(p)] == i) for i, layer in enumerate(layers)]
     all_trained = sum(p.numel() for p in trained(model).values())

@@ -1,16 +1,17 @@
 """Evaluation: sample responses to benchmark problems, grade them, report accuracy and pass@k with their settings.
 
     python eval.py --model DIR_OR_NAME --benchmarks math500,aime24 | paper | embedded    -> a fresh evals/MODEL-NNN/
-    torchrun --nproc_per_node 8 eval.py …             the same, each process (rank) samples its share
-    python eval.py … --out evals/MODEL-NNN            continues it where it was stopped
-    python eval.py --regrade evals/MODEL-NNN          grades its stored responses again, samples nothing
+    torchrun --nproc_per_node 8 eval.py …             does so on 8 processes (ranks); each samples its share
+    python eval.py … --out evals/MODEL-NNN            continues an evaluation where it was stopped
+    python eval.py --regrade evals/MODEL-NNN          grades its stored responses again and samples nothing
 
 In reading order: `evaluate` (all that train.py needs), the checks, sampling what is missing, the command line. The
 folder gets settings.json and generations.jsonl, a line per response (evaluation/folder.py), then results.json,
-results.md (evaluation/report.py) and passk.png. A response cut off by the budget is wrong, as in training; `unread`
-is the share of the others without a readable boxed answer. Draws are a pure function of (seed, problem, sample), so a
-stopped evaluation continues to the files it would have written, and ranks write those of one process (up to rounding:
-other rows share a batch). Left out: top-p below 1, majority voting, tools, models too large for one GPU.
+results.md (evaluation/report.py) and passk.png. A response that is cut off by the budget is wrong, as in training.
+`unread` is the share of the other responses that have no readable boxed answer.
+Draws are a pure function of (seed, problem, sample). So a stopped evaluation continues to the same files, and several
+ranks write the files of one process (up to rounding, as other rows share a batch).
+Left out: top-p below 1, majority voting, tools, models too large for one GPU.
 """
 
 import argparse
@@ -48,8 +49,8 @@ from support.memory import row_bytes
 
 __all__ = ["evaluate", "pass_at_k"]
 
-LINE_SECONDS = 15  # between updates of the progress where there is no terminal
-ROWS = 512  # responses sampled together, where they fit
+LINE_SECONDS = 15  # between progress lines where there is no terminal
+ROWS = 512  # responses that are sampled together if memory allows
 
 
 class Draw(NamedTuple):
@@ -74,7 +75,8 @@ def respond(
     decode: Callable | None = None,
     progress: str | None = None,
 ) -> list[dict[str, Any]]:
-    """A graded response to each draw: {"id", "sample", "reward", "read", "truncated", "tokens", "response"}."""
+    """Returns a graded response to each draw: {"id", "sample", "reward", "read", "truncated", "tokens",
+    "response"}."""
     rows = [Row(i, (seed, "eval", d.problem.id, d.sample), d.encoded.prompt_ids, []) for i, d in enumerate(draws)]
     settings = {"rows_per_call": rows_per_call, "decode": decode, "progress": progress}
     answers = []
@@ -101,7 +103,10 @@ def evaluate(
     decode: Callable | None = None,
     progress: str | None = None,
 ) -> list[Answers]:
-    """`samples` graded responses to each problem (temperature 0: greedy), counted. See `statistics.summarize`."""
+    """Returns the counts of `samples` graded responses to each problem, for `statistics.summarize`.
+
+    Temperature 0 is greedy.
+    """
     draws = [Draw(p, e, (), k) for p, e in zip(problems, encoded) for k in range(samples)]
     settings = {"reward": reward, "temperature": temperature, "max_response_tokens": max_response_tokens}
     settings |= {"seed": seed}
@@ -117,9 +122,9 @@ def evaluate(
 
 
 def encode_benchmarks(model, tokenizer, benchmarks: list[Benchmark], max_response_tokens: int) -> int:
-    """Fill in `encoded` -> tokens of the longest prompt.
+    """Sets each benchmark's `encoded` and returns the length of the longest prompt in tokens.
 
-    Raises InputError where prompt and response would not fit the model's window.
+    Raises InputError if a prompt and its response can be longer than the model's window.
     """
     for benchmark in benchmarks:
         benchmark.encoded = encode_prompts(tokenizer, benchmark.problems)
@@ -129,13 +134,14 @@ def encode_benchmarks(model, tokenizer, benchmarks: list[Benchmark], max_respons
 
 
 def rows_that_fit(model: PreTrainedModel, columns: int) -> int:
-    """How many rows of `columns` tokens to sample together: ROWS, on CUDA at most what every GPU has memory for."""
+    """Returns how many rows of `columns` tokens are sampled together: ROWS or, on CUDA, what fits on every GPU."""
     fit = ROWS
     if model.device.type == "cuda":
         free, _ = torch.cuda.mem_get_info(model.device)
         try:
-            row = row_bytes(model.config, whole_blocks(columns), repeated=True)  # as sliding windows' caches are read
-        except Exception as error:  # the config of a model that is built otherwise can raise anything
+            # caches of sliding windows are read by HF's attention, which repeats them
+            row = row_bytes(model.config, whole_blocks(columns), repeated=True)
+        except Exception as error:  # the config of an unusual model can raise anything
             raise InputError(f"what a row takes is not known ({error}): give --rows_per_call") from error
         fit = max(1, min(ROWS, int(0.8 * free / row)))
     return min(distributed.gather_dict({distributed.rank(): fit}).values())
@@ -145,7 +151,7 @@ def rows_that_fit(model: PreTrainedModel, columns: int) -> int:
 
 
 def sample_missing(model, tokenizer, folder: Path, benchmarks: list[Benchmark], args: argparse.Namespace) -> None:
-    """Sample and grade what generations.jsonl does not hold yet, `rows_per_call` responses a rank at a time."""
+    """Sample and grade the responses that generations.jsonl lacks, `rows_per_call` on each rank at a time."""
     path, total = folder / "generations.jsonl", sum(len(b.problems) * b.samples for b in benchmarks)
     size = args.rows_per_call * distributed.world_size()
     done = distributed.from_rank_0(cut_broken_line(path, benchmarks) if distributed.rank() == 0 else None)
@@ -153,7 +159,7 @@ def sample_missing(model, tokenizer, folder: Path, benchmarks: list[Benchmark], 
     start, tokens = time.perf_counter(), 0
     quiet, seldom = distributed.rank() > 0, 0.1 if sys.stderr.isatty() else LINE_SECONDS
     with tqdm(total=total, initial=done, unit="response", file=sys.stdout, disable=quiet, mininterval=seldom) as bar:
-        while batch := list(itertools.islice(draws, size - done % size)):  # whole batches, as without a stop
+        while batch := list(itertools.islice(draws, size - done % size)):  # the same batches as without a stop
             rows = respond(
                 model,
                 tokenizer,
@@ -173,13 +179,13 @@ def sample_missing(model, tokenizer, folder: Path, benchmarks: list[Benchmark], 
 
 
 def report(folder: Path, settings: dict[str, Any], answers: dict[str, list[Answers]]) -> None:
-    """Write and print the report of a finished evaluation, and its figure."""
+    """Write the report of a finished evaluation and its figure, and print it."""
     write_report(folder, settings, answers)
     print(f"written to {folder}/: generations.jsonl, settings.json, results.json, results.md, {figure(folder)}")
 
 
 def figure(folder: Path) -> str:
-    """Draw passk.png if matplotlib is there -> what to say about it."""
+    """Draw passk.png if matplotlib is there, and return the text that the command prints about it."""
     try:
         from plot import draw_pass_at_k
     except ImportError:
@@ -195,20 +201,28 @@ def parse_args(argv: Sequence[str]) -> argparse.Namespace:
     parser.add_argument("--model", help="a HuggingFace model folder or hub name")
     parser.add_argument("--benchmarks", default="", help=f"{', '.join(FILES)}, or paper: the first nine")
     parser.add_argument("--data", type=Path, help="problems of your own, JSONL (format: data/README.md)")
-    parser.add_argument("--samples", type=int, help="k of each problem (default: the paper's, 32 or 1)")
-    parser.add_argument("--temperature", type=float, default=0.6, help="0 is greedy (default 0.6, the paper's)")
-    parser.add_argument("--max_response_tokens", type=int, default=8192, help="(default 8192, the paper's)")
+    parser.add_argument(
+        "--samples", type=int, help="number of samples for each problem (default: the paper's, 32 or 1)"
+    )
+    parser.add_argument(
+        "--temperature", type=float, default=0.6, help="sampling temperature, 0 is greedy (default 0.6, the paper's)"
+    )
+    parser.add_argument(
+        "--max_response_tokens", type=int, default=8192, help="most tokens of a response (default 8192, the paper's)"
+    )
     parser.add_argument("--problems", type=int, help="only the first N of each level")
-    parser.add_argument("--system", help="system message (default: the one the model was trained with, or the rows')")
-    parser.add_argument("--reward", help="math (default), exact, or FILE.py[:name]: a function of your own")
+    parser.add_argument("--system", help="the system message (default: the model's in training, or else the rows')")
+    parser.add_argument("--reward", help="math (default), exact, or FILE.py[:name], a function of your own")
     parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--out", type=Path, help="folder (default: a fresh evals/MODEL-NNN); an old one is continued")
+    parser.add_argument(
+        "--out", type=Path, help="folder of the evaluation, new or to be continued (default: a new evals/MODEL-NNN)"
+    )
     parser.add_argument(
         "--regrade", type=Path, metavar="DIR", help="grade what is stored in DIR again; only --reward beside it"
     )
     parser.add_argument("--device", default="auto", choices=("auto", "cpu", "cuda", "mps"))
     parser.add_argument(
-        "--rows_per_call", type=int, help=f"responses sampled together (default {ROWS}, or what fits)"
+        "--rows_per_call", type=int, help=f"number of responses sampled together (default {ROWS}, or what fits)"
     )
     args = parser.parse_args(argv)
     unread = [name for name in given_settings(argv) if name not in ("regrade", "reward")]
@@ -225,7 +239,7 @@ def parse_args(argv: Sequence[str]) -> argparse.Namespace:
 
 
 def show(folder: Path, settings: dict[str, Any], remembered: dict[str, Any]) -> None:
-    """What will run, before it does, and where that differs from what the model was trained with."""
+    """Print what will run, and where it differs from what the model was trained with."""
     print(f"evaluation -> {folder}/")
     for key, value in settings.items():
         print(f"  {key:<20} {json.dumps(value, ensure_ascii=False)[:300]}")
@@ -240,7 +254,8 @@ def show(folder: Path, settings: dict[str, Any], remembered: dict[str, Any]) -> 
 
 
 def run(args: argparse.Namespace) -> None:
-    """A whole evaluation: load, check, sample what is missing, report. Called on every rank; the first writes."""
+    """Make a whole evaluation: load, check, sample what is missing, report. Every rank calls this; the first
+    writes."""
     remembered = trained_with(args.model)
     with as_input():
         args.reward = load_reward(args.reward or "math")
@@ -268,7 +283,7 @@ def run(args: argparse.Namespace) -> None:
 
 
 def go_on(args: argparse.Namespace) -> str:
-    """The command that continues this evaluation."""
+    """Returns the command that continues this evaluation."""
     out = ["--out", str(args.out)] if args.out and "--out" not in sys.argv else []
     return f"{distributed.launcher()} {shlex.join([*sys.argv, *out])}"
 

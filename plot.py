@@ -1,4 +1,4 @@
-"""Figures: the curves of one run or of several on one sheet, a group of rollouts token by token, evaluations.
+"""Figures: the curves of one run or several, a group of rollouts token by token, a web page, evaluations.
 
     python plot.py runs/prefix-rft-001                           -> runs/prefix-rft-001/curves.png
     python plot.py runs/rft-001 runs/prefix-rft-001              -> curves.png and a table of several runs
@@ -6,7 +6,7 @@
     python plot.py --page data/base runs/prefix-rft-001          -> page.html, the method in a browser
     python plot.py --compare evals/a evals/b [--beside-paper]    -> compare.png, and tables of evaluations
 
-The details stand in figures/curves.py, figures/comparison.py, figures/group_*.py and figures/page.py.
+The drawing itself is in figures/curves.py, figures/comparison.py, figures/group_*.py and figures/page.py.
 """
 
 from pathlib import Path
@@ -24,7 +24,7 @@ from support.errors import InputError
 
 
 def plot_runs(folders: list[Path], out: Path | None) -> None:
-    """The sheet of one run in its folder, or that of several here, with a table."""
+    """Draw the sheet of one run into its folder, or the sheet of several runs here and print their table."""
     target = out or (folders[0] / "curves.png" if len(folders) == 1 else Path("curves.png"))
     if len(folders) > 1:
         print(compare_runs(folders))
@@ -32,7 +32,7 @@ def plot_runs(folders: list[Path], out: Path | None) -> None:
 
 
 def plot_group(words: list[str], out: Path | None) -> None:
-    """The recorded group of a step (the last one without it)."""
+    """Draw the recorded group of a step; the last recorded group if no step is named."""
     folder, step = Path(words[0]), words[1] if len(words) > 1 else None
     if len(words) > 2 or (step and not step.isdecimal()):
         raise InputError(f"--group takes a run folder and a step, found {' '.join(words)!r}: --group RUN [STEP]")
@@ -41,7 +41,7 @@ def plot_group(words: list[str], out: Path | None) -> None:
 
 
 def write_page(folders: list[Path], problem: str | None, out: Path | None) -> None:
-    """One problem in a browser: its rollouts by each of the models, and every method's weights."""
+    """Write a page for the browser: one problem, each model's rollouts on it, and every method's weights."""
     target = out or (folders[0] / "page.html" if is_run(folders[0]) else Path("page.html"))
     page = page_html(page_content(folders, problem))
     target.parent.mkdir(parents=True, exist_ok=True)
@@ -59,21 +59,23 @@ def main() -> None:
     parser = Parser(
         description="Draw the curves of runs, a group of rollouts, a page for the browser, or compare evaluations.",
     )
-    parser.add_argument("folders", nargs="*", type=Path, metavar="FOLDER", help="run folders; evaluation folders")
     parser.add_argument(
-        "--group", nargs="+", metavar="RUN", help="a run folder, and a step: draw the group of that step"
+        "folders", nargs="*", type=Path, metavar="FOLDER", help="folders of runs, or of evaluations with --compare"
     )
+    parser.add_argument("--group", nargs="+", metavar="RUN", help="draw the group of a run folder at a step")
     parser.add_argument(
-        "--page", action="store_true", help="the folders are runs or models: one problem in a browser"
+        "--page",
+        action="store_true",
+        help="write a page for the browser about one problem; the folders are runs or models",
     )
-    parser.add_argument("--problem", metavar="ID", help="with --page: which problem, one with a demonstration")
-    parser.add_argument("--compare", action="store_true", help="the folders are evaluations: set them side by side")
+    parser.add_argument("--problem", metavar="ID", help="with --page: the id of a problem that has a demonstration")
+    parser.add_argument("--compare", action="store_true", help="compare evaluations; the folders are evaluations")
     parser.add_argument("--beside-paper", action="store_true", help="with --compare: add the paper's results")
     parser.add_argument(
         "--out",
         type=Path,
-        help="the figure's file (default: curves.png in the run's folder; of several runs curves.png, with --compare "
-        "compare.png, in the current folder; with --group group-STEP.png, with --page page.html in the run's folder)",
+        help="file of the figure (default: curves.png, group-STEP.png or page.html in the run's folder; "
+        "curves.png of several runs and compare.png in the current folder)",
     )
     args = parser.parse_args()
     if args.out:

@@ -1,7 +1,7 @@
 """Train a model by any method of methods.METHODS: python train.py [--config FILE] [--FIELD VALUE ...]
 
-In reading order: the data of a run, evaluation on its held-out problems, `train` (the loop over steps; what happens
-in a step stands in step.py). A run folder gets config.json, metrics.jsonl (a row per step), samples.jsonl,
+In reading order: the data of a run, evaluation on its held-out problems, and `train`, the loop over steps (step.py
+has what happens in one step). A run folder gets config.json, metrics.jsonl (a row per step), samples.jsonl,
 groups.jsonl (a group every few steps), eval.json, curves.png, checkpoint/ and final/ (a HuggingFace model folder).
 Left out: a value model, a reference model and KL, mixed data sources, asynchronous sampling.
 """
@@ -40,23 +40,28 @@ from support.model_folder import share_changed
 from support.record import example_rows, record_group, rl_metrics, sft_metrics
 from support.watch import Watch
 
-TABLES = ("validation", "test", "test_sampled")  # of eval.json
-ENDING = ("SIGINT", "SIGTERM", "SIGUSR1", "SIGUSR2", "SIGXCPU", "SIGHUP")  # signals that a run stops at, saved
-MOST_SKIPPED = 3  # updates in a row whose numbers are not finite, before the run ends
+TABLES = ("validation", "test", "test_sampled")  # the names of the tables in eval.json
+# signals at which a run saves a checkpoint and stops
+ENDING = ("SIGINT", "SIGTERM", "SIGUSR1", "SIGUSR2", "SIGXCPU", "SIGHUP")
+MOST_SKIPPED = 3  # so many updates in a row with numbers that are not finite end the run
 
 # ---- data
 
 
 class Counts(NamedTuple):
-    """Demonstrations that are not used, by reason, and what else is to be said of how many of the others."""
+    """Counts of demonstrations: those `left_out`, by reason, and those that are used but `noted` for something
+    else."""
 
     left_out: Counter
     noted: Counter
 
 
 def keep_fraction(problems: Sequence[Encoded], fraction: float) -> list[Encoded]:
-    """`problems`, of whose demonstrated ones the share `fraction` keep their demonstrations: chosen by id, so the
-    choice is the same in every run and a smaller share is part of a larger one."""
+    """Returns `problems`, of which only a share `fraction` of those with demonstrations keep them.
+
+    The problems are chosen by id. So the choice is the same in every run, and a smaller share is part of a larger
+    one.
+    """
     demonstrated = [problem.id for problem in problems if problem.demonstrations]
     ranked = sorted(demonstrated, key=lambda name: seed_of("demonstration", name))
     keeping = set(ranked[: math.ceil(fraction * len(demonstrated) - 1e-9)])
@@ -66,7 +71,7 @@ def keep_fraction(problems: Sequence[Encoded], fraction: float) -> list[Encoded]
 
 
 def data_files(config: Config) -> dict[str, str]:
-    """The files of a run by what they are for; the embedded task has its own for evaluation."""
+    """Returns the files of a run by their purpose. The embedded task has files of its own for evaluation."""
     embedded = config.data == Config.data
     files = {"data": config.data, "sft_data": config.sft_data}
     files["validation"] = config.eval_data or (f"{TASK}/validation.jsonl" if embedded else "")
@@ -77,7 +82,7 @@ def data_files(config: Config) -> dict[str, str]:
 def load_data(
     config: Config, reward: Reward, tokenizer, end_ids: list[int], context: int | None
 ) -> tuple[Data, Counts]:
-    """The run's data, checked against its settings, and what is to be said of its demonstrations."""
+    """Returns the run's data, checked against its settings, and counts of its demonstrations."""
     train = load_problems(config.data, reward)
     held = {}
     for name in ("validation", "test"):
@@ -116,7 +121,7 @@ def load_data(
 
 
 def check_context(config: Config, encoded: list[Encoded], held: dict, context: int | None) -> None:
-    """Raises ValueError if a prompt and its response can be longer than the model's context."""
+    """Raises InputError if a prompt and its response can be longer than the model's context."""
     lists = {"max_response_tokens": encoded, "eval_response_tokens": [p for _, ids in held.values() for p in ids]}
     for name, problems in lists.items():
         longest = max(problems, key=lambda problem: len(problem.prompt_ids), default=None)
@@ -126,7 +131,7 @@ def check_context(config: Config, encoded: list[Encoded], held: dict, context: i
 
 
 def check_ranks(config: Config) -> None:
-    """Raises ValueError if a rank would have nothing to do."""
+    """Raises InputError if a rank would have nothing to do."""
     method, world = METHODS[config.method], distributed.world_size()
     parts = {"prompts_per_step": config.prompts_per_step} if "rl" in method.stages else {}
     if "sft" in method.stages:
@@ -144,14 +149,14 @@ def check_ranks(config: Config) -> None:
 
 
 def new_optimizer(model: PreTrainedModel, config: Config) -> torch.optim.Optimizer:
-    """Over what is trained: all weights, or the adapters at a rate of their own."""
+    """Returns an optimizer of what is trained: all weights, or the adapters at a learning rate of their own."""
     betas = (0.9, config.adam_beta2)
     group = {"params": list(distributed.trained(model).values()), "lr_times": adapters.lr_times(config)}
     return torch.optim.AdamW([group], config.lr, betas, weight_decay=config.weight_decay, fused=True)
 
 
 def accuracy(run: Run, name: str, temperature: float, title: str) -> dict[str, dict[str, float]]:
-    """statistics.summarize on the run's "validation" or "test" problems; {} where it has none."""
+    """Returns statistics.summarize on the run's "validation" or "test" problems; {} if it has none."""
     if name not in run.data.held:
         return {}
     problems, encoded = run.data.held[name]
@@ -173,14 +178,14 @@ def accuracy(run: Run, name: str, temperature: float, title: str) -> dict[str, d
 
 
 def score(run: Run, who: str) -> dict[str, Any]:
-    """The tables of eval.json: validation greedy, test greedy and at temperature 1."""
+    """Returns the tables of eval.json: validation greedy, test greedy, and test at temperature 1."""
     validation = accuracy(run, "validation", 0.0, f"{who}: validation")
     test = accuracy(run, "test", 0.0, f"{who}: test, greedy")
     return dict(zip(TABLES, (validation, test, accuracy(run, "test", 1.0, f"{who}: test, temperature 1"))))
 
 
 def prepare(config: Config) -> tuple[Run, Counts]:
-    """Load and check everything; ValueError on wrong input. Nothing is written."""
+    """Load and check everything; write nothing. Raises InputError for wrong input."""
     checkpoint.check_folder(config)
     if config.tensorboard and importlib.util.find_spec("tensorboard") is None:
         raise InputError("tensorboard is true, but it is not installed: pip install tensorboard")
@@ -191,9 +196,11 @@ def prepare(config: Config) -> tuple[Run, Counts]:
     context = window_of(load_config(config.model))
     with as_input():
         reward = load_reward(config.reward)
-    checkpoint.check_ingredients(config, {"reward": reward.fingerprint})  # before it grades demonstrations
+    # earlier than load_data, which grades demonstrations by the reward
+    checkpoint.check_ingredients(config, {"reward": reward.fingerprint})
     ends = generation_config.eos_token_id
-    data, counts = load_data(config, reward, tokenizer, ends, context)  # before the weights are read
+    # earlier than load_model, because reading weights takes long
+    data, counts = load_data(config, reward, tokenizer, ends, context)
     model, _ = load_model(
         config.model,
         device,
@@ -205,7 +212,7 @@ def prepare(config: Config) -> tuple[Run, Counts]:
     )
     use_one_thread_if_small(model)
     method = METHODS[config.method]
-    prefix_range(0, 1, method.schedule)  # ValueError for a schedule that is not there
+    prefix_range(0, 1, method.schedule)  # raises for an unknown schedule
     run = Run(config, method, model, tokenizer, reward, data, new_optimizer(model, config), loop_of(model))
     if method.unsolved == "collect":
         run.collector = Collector([], new_optimizer(model, config))
@@ -213,9 +220,9 @@ def prepare(config: Config) -> tuple[Run, Counts]:
 
 
 def train(config: Config) -> int:
-    """A whole run -> the exit code: 0, or 128 + the number of the signal that stopped it.
+    """Make a whole run and return the exit code: 0, or 128 + the number of the signal that stopped it.
 
-    InputError: wrong input, nothing was written. Broken: a fault of a run that had begun.
+    Raises InputError for wrong input, before anything is written, and Broken for a fault of a run that had begun.
     """
     run, counts = prepare(config)
     warnings = {text: text for path in data_files(config).values() for text in odd_rows(path)}
@@ -223,7 +230,7 @@ def train(config: Config) -> int:
         warnings["demonstrations"] = f"{wrong} demonstrations are left out: their own reward says they are not right"
     ingredients = checkpoint.made_of(run, data_files(config))
     with checkpoint.opened(config, ingredients) as folder:
-        bf16 = pick_device(config.device).type == "cuda"  # distributed.shard
+        bf16 = pick_device(config.device).type == "cuda"  # distributed.shard computes in bf16 on CUDA
         watch = Watch(run.method, warnings, torch.bfloat16 if bf16 else torch.float32)
         start = restore(run, folder, watch)
         checkpoint.write_config(folder, config, ingredients)
@@ -234,7 +241,7 @@ def train(config: Config) -> int:
             return train_in(folder, run, start, watch)
         except BrokenPipeError as error:
             raise Broken(f"its output was closed; to go on: {console.command(config, folder)}") from error
-        except InputError as error:  # from the user's reward
+        except InputError as error:  # the user's reward has failed
             again = console.command(dataclasses.replace(config, accept_changed="reward"), folder)
             raise Broken(f"{error}; mend that, then: {again}") from error
         except Unwritten as error:
@@ -242,26 +249,27 @@ def train(config: Config) -> int:
 
 
 def stages(run: Run) -> tuple[int, int]:
-    """Steps of the supervised stage and of reinforcement."""
+    """Returns the numbers of supervised steps and of reinforcement steps."""
     wanted = run.method.stages
     return run.config.sft_steps * ("sft" in wanted), run.config.steps * ("rl" in wanted)
 
 
 def one_step(run: Run, step: int) -> tuple[dict[str, Any], Step | None]:
-    """Step `step` of both stages together -> its metrics and, of reinforcement, what was done."""
+    """Make step `step`, counted over both stages, and return its metrics. A reinforcement step also returns its
+    Step."""
     config, (sft_steps, _) = run.config, stages(run)
     if step < sft_steps:
         picked = problems_of_step(len(run.data.supervised), config.sft_batch, step, config.seed, "sft order")
         problems, lr = [run.data.supervised[i] for i in picked], sft_learning_rate(step, config)
         return sft_metrics(sft_step(run, problems, step, run.optimizer, lr), lr), None
-    if step == sft_steps:  # each stage starts with a fresh optimizer, as two runs would
+    if step == sft_steps:  # each stage starts with a fresh optimizer, as two separate runs would
         run.optimizer = new_optimizer(run.model, config)
     result = rl_step(run, step - sft_steps)
     return rl_metrics(run, result), result
 
 
 def train_in(folder: Path, run: Run, start: int, watch: Watch) -> int:
-    """The steps after `start`, and the result -> the exit code."""
+    """Make the steps after `start`, write the result, and return the exit code."""
     config, (sft_steps, rl_steps) = run.config, stages(run)
     total = sft_steps + rl_steps
     scores_file = folder / "eval.json"
@@ -272,7 +280,7 @@ def train_in(folder: Path, run: Run, start: int, watch: Watch) -> int:
         console.show_base(scores["base"])
 
     def due(done: int) -> bool:
-        """Whether validation accuracy is measured, and a group recorded, at the step that makes it `done` steps."""
+        """Returns whether validation accuracy is measured, and a group recorded, after `done` steps."""
         return done == total or bool(config.eval_every and done % config.eval_every == 0)
 
     stopped = catch_signals()
@@ -280,7 +288,7 @@ def train_in(folder: Path, run: Run, start: int, watch: Watch) -> int:
         for step in range(start, total):
             try:
                 metrics, result = one_step(run, step)
-            except InputError:  # from the user's reward, before any update: no step is lost
+            except InputError:  # the user's reward has failed, before any update of this step: no step is lost
                 if step > start:
                     checkpoint.save(folder, step, run)
                 raise
@@ -324,14 +332,17 @@ def train_in(folder: Path, run: Run, start: int, watch: Watch) -> int:
 
 
 def read_eval(folder: Path) -> dict[str, Any]:
-    """eval.json: what `score` gave for the base model and the trained one; {} if it is not there."""
+    """Returns eval.json: the tables that `score` gave for the base and the trained model; {} if there is no file."""
     file = folder / "eval.json"
     return checkpoint.read_json(file) if file.exists() else {}
 
 
 def restore(run: Run, folder: Path, watch: Watch) -> int:
-    """Put the run into the state of its newest whole checkpoint, if it has one, and show `watch` the metrics of its
-    steps -> how many are done. ValueError, and nothing is written, if a file of the run is damaged or missing."""
+    """Put the run into the state of its newest whole checkpoint and return how many steps are done.
+
+    `watch` recalls the metrics of these steps. Raises InputError, and writes nothing, if a file of the run is damaged
+    or missing.
+    """
     done = checkpoint.load(folder, run)
     if distributed.rank() == 0 and "base" not in read_eval(folder) and done:
         again = f"restore it, or delete {folder / 'checkpoint'} to start the run again from step 0"
@@ -342,7 +353,8 @@ def restore(run: Run, folder: Path, watch: Watch) -> int:
 
 
 def diverged(run: Run, folder: Path) -> str:
-    """What to say of a run whose updates are skipped, one after the other, or whose last one lost the weights."""
+    """Returns the error's text for a run whose updates were skipped in a row, or whose last update lost the
+    weights."""
     kept = " and ".join(str(file) for file in checkpoint.checkpoints(folder)) or "none: no step was saved"
     skipped = f"the loss or gradient of {run.skipped} updates in a row was not finite"
     what = skipped if run.skipped >= MOST_SKIPPED else "the last update left weights that are not finite"
@@ -353,7 +365,7 @@ def diverged(run: Run, folder: Path) -> str:
 
 
 def draw_curves(folder: Path) -> str:
-    """Draw curves.png if matplotlib is there -> what to say about it."""
+    """Draw curves.png if matplotlib is there, and return the text that the command prints about it."""
     if distributed.rank() > 0:
         return ""
     try:
@@ -364,18 +376,21 @@ def draw_curves(folder: Path) -> str:
 
 
 def catch_signals() -> list[int]:
-    """SIGINT, SIGTERM and what clusters announce the end with fill the returned list, so that the loop ends after its
-    step; a second one ends at once."""
+    """Returns a list that SIGINT, SIGTERM and the signals by which clusters announce the end will fill.
+
+    The loop ends after its step when the list is not empty. A second signal ends the process at once.
+    """
     caught: list[int] = []
 
     def note(number: int, _: object) -> None:
-        if caught and distributed.world_size() == 1:  # torchrun sends a signal again, and kills after 30 seconds
+        if caught and distributed.world_size() == 1:  # torchrun sends a signal twice, and kills after 30 seconds
             sys.exit(128 + number)
         caught.append(number)
 
     for name in ENDING:
-        number = getattr(signal, name, None)  # Windows has two of them
-        if number and not (name == "SIGHUP" and signal.getsignal(number) == signal.SIG_IGN):  # nohup
+        number = getattr(signal, name, None)  # Windows lacks most of them
+        # under nohup it stays ignored
+        if number and not (name == "SIGHUP" and signal.getsignal(number) == signal.SIG_IGN):
             signal.signal(number, note)
     return caught
 

@@ -5,13 +5,13 @@
     python data/prepare.py paper               the paper's nine benchmarks
     python data/prepare.py gsm8k openr1-46k    training sets with demonstrations -> data/train/NAME.jsonl
 
-Needs `datasets` (requirements-dev.txt). A file that is there already is kept (delete it to fetch it again), so a call
-that was stopped goes on. The number of rows is checked. The system message is carried in each row. Rows that cannot
-be graded (a gold answer nobody can read, an empty option) are set aside in NAME.left_out.jsonl and counted.
-Options of GPQA are shuffled by a seed made of the question's id; ARC and MMLU-Pro keep the order of the hub.
+This needs `datasets` (requirements-dev.txt). A file that is here already is kept (delete it to fetch it again), so a
+call that was stopped can be repeated. The number of rows is checked. Each row carries its system message. Rows that
+cannot be graded (an unreadable gold answer, an empty option) are counted and written to NAME.left_out.jsonl.
+The options of GPQA are shuffled by a seed made of the question's id; ARC and MMLU-Pro keep the hub's order.
 
-Left out: the demonstrations of openr1-46k are not cut or graded here: data/loader.py does that when it knows the
-token budget. OlympiadBench has 674 problems on the hub where the paper's copy has 675.
+Left out: cutting and grading the demonstrations of openr1-46k, which data/loader.py does when it knows the token
+budget. OlympiadBench has 674 problems on the hub; the paper's copy has 675.
 """
 
 import random
@@ -24,7 +24,8 @@ from typing import Any
 
 from huggingface_hub.utils import logging as hub_logging
 
-sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # run as a script, it finds the grader
+# as a script it finds the project's modules only with this
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from evaluation.benchmarks import PAPER
 from evaluation.multiple_choice import LETTERS, check_options, question
@@ -71,7 +72,7 @@ def olympiad(row: Row, index: int) -> Row:
 
 
 def multiple_choice(stem: str, options: list[str], gold: int, level: str = "") -> Row:
-    """Our row of a question whose right option has index `gold`."""
+    """Returns our row for a question whose right option has index `gold`."""
     fields = {"problem": question(stem, options), "answer": LETTERS[gold], "options": options, "system": CHOOSE}
     return fields | ({"level": level} if level else {})
 
@@ -125,7 +126,7 @@ def openr1_46k(row: Row, index: int) -> Row:
 
 @dataclass(frozen=True)
 class Source:
-    """Where a set is on the hub, how many rows it has (a range where the hub's count is not fixed)."""
+    """The place of a set on the hub, and its number of rows (a range if the hub's number may change)."""
 
     path: str
     config: str | None
@@ -149,7 +150,7 @@ SOURCES = {
     "gsm8k_test": Source("openai/gsm8k", "main", "test", (1319, 1319), gsm8k_test),
     "gsm8k": Source("openai/gsm8k", "main", "train", (7473, 7473), gsm8k, folder="train"),
     "openr1-46k": Source("Elliott/Openr1-Math-46k-8192", None, "train", (45_000, 47_000), openr1_46k, folder="train"),
-    "openr1-48k-complement": Source(  # what LUFFY's SFT→RFT learns from in its second stage
+    "openr1-48k-complement": Source(  # LUFFY's SFT→RFT learns from it in its second stage
         "Elliott/Openr1-Math-48k-Complement", None, "train", (1, 100_000), openr1_46k, folder="train"
     ),
 }
@@ -159,8 +160,8 @@ SOURCES = {
 
 
 def download(name: str, source: Source) -> list[Row]:
-    """The rows of a set. InputError, one line, where it cannot be had, with what to do."""
-    hub_logging.set_verbosity_error()  # without a network: our one line instead of every retry
+    """Returns the rows of a set. If it cannot be fetched, raises an InputError that says what to do."""
+    hub_logging.set_verbosity_error()  # without a network the hub would log every retry before our one line
     try:
         import datasets
     except ImportError:
@@ -168,7 +169,7 @@ def download(name: str, source: Source) -> list[Row]:
     page = f"https://huggingface.co/datasets/{source.path}"
     try:
         return list(datasets.load_dataset(source.path, source.config, split=source.split))
-    except Exception as error:  # the hub's clients raise errors of many kinds
+    except Exception as error:  # the hub's libraries raise errors of many kinds
         reason = (str(error).strip() or type(error).__name__).split("\n")[0]
         if source.gated and re.search(r"gated|cannot be accessed|40[13]", str(error)):
             help = f"it is gated: accept its terms at {page}, then run  hf auth login  with a read token"
@@ -178,7 +179,7 @@ def download(name: str, source: Source) -> list[Row]:
 
 
 def convert(name: str, source: Source, rows: list[Row]) -> tuple[list[Row], list[Row]]:
-    """Our rows, and those set aside because they cannot be graded."""
+    """Returns our rows, and the rows that are set aside because they cannot be graded."""
     low, high = source.rows
     if not low <= len(rows) <= high:
         expected = str(low) if low == high else f"{low} to {high}"
@@ -209,7 +210,7 @@ def file_of(name: str) -> Path:
 
 
 def show_sets() -> None:
-    """Print every set: its name, place on the hub, rows, whether it is gated and whether it is there."""
+    """Print every set: its name, place on the hub, number of rows, whether it is gated, and whether it is here."""
     for name, source in SOURCES.items():
         gated = "  gated: accept its terms there" * source.gated
         there = f"  there: {file_of(name)}" * file_of(name).exists()
@@ -219,7 +220,7 @@ def show_sets() -> None:
 
 
 def prepare(name: str) -> Path:
-    """Make sure the JSONL file of `name` is there -> its path. InputError, one line, if it cannot be made."""
+    """Make the JSONL file of `name` if it is not here, and return its path. Raises InputError if that fails."""
     source = SOURCES[name]
     path = file_of(name)
     if path.exists():
@@ -252,7 +253,7 @@ def main() -> None:
     for name in names:
         try:
             prepare(name)
-        except (InputError, Broken) as error:  # the others can still be had
+        except (InputError, Broken) as error:  # continue with the other sets
             print(f"prepare.py: {error}", file=sys.stderr)
             failed = True
     sys.exit(2 if failed else 0)

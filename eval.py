@@ -49,7 +49,7 @@ from support.memory import row_bytes
 
 __all__ = ["evaluate", "pass_at_k"]
 
-LINE_SECONDS = 15  # between progress lines where there is no terminal
+LINE_SECONDS = 15  # between updates of the progress where there is no terminal
 ROWS = 512  # responses that are sampled together if memory allows
 
 

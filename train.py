@@ -389,7 +389,7 @@ def catch_signals() -> list[int]:
 
     for name in ENDING:
         number = getattr(signal, name, None)  # Windows lacks most of them
-        # under nohup it stays ignored
+        # SIGHUP stays ignored under nohup
         if number and not (name == "SIGHUP" and signal.getsignal(number) == signal.SIG_IGN):
             signal.signal(number, note)
     return caught

@@ -351,6 +351,8 @@ def opened(config: Config, ingredients: dict[str, str]) -> Iterator[Path]:
     check_ingredients(config, ingredients)
     folder = from_rank_0(new_folder(config) if rank() == 0 else None)
     with locked(folder):
+        if rank() == 0:  # another process may have been quicker, and have ended
+            check_folder(dataclasses.replace(config, out=str(folder), resume="auto"))
         yield folder
 
 

@@ -2,30 +2,38 @@
 
 import math
 from collections.abc import Callable
+from numbers import Real
 from typing import Any
 
-import torch
+
+def plain(value: Any) -> Any:
+    """Tensors, NumPy arrays and NumPy numbers as Python's own lists and numbers."""
+    return value.tolist() if hasattr(value, "tolist") else value
 
 
 def unanswered(answer: Any) -> bool:
     """Whether the answer, or a part of it, is still None."""
+    answer = plain(answer)
     return answer is None or (isinstance(answer, list | tuple) and any(map(unanswered, answer)))
 
 
-def plain(value: Any) -> Any:
-    """Tensors as (nested) lists."""
-    return value.tolist() if isinstance(value, torch.Tensor) else value
+def same_number(answer: float, expected: float) -> bool:
+    """Whether they agree to three digits, or `answer` is `expected` rounded to two digits and at least two decimals,
+    as texts print it."""
+    decimals = max(2, 1 - math.floor(math.log10(abs(expected)))) if expected else 2
+    rounded = math.isclose(answer, round(expected, decimals), rel_tol=1e-6)
+    return rounded or math.isclose(answer, expected, rel_tol=2e-3, abs_tol=1e-3)
 
 
 def equal(answer: Any, expected: Any) -> bool:
-    """Numbers to three digits; texts without regard to case and outer spaces; lists item by item."""
+    """Numbers by `same_number`; texts without regard to case and outer spaces; lists item by item."""
     answer, expected = plain(answer), plain(expected)
     if isinstance(expected, list | tuple):
         same_length = isinstance(answer, list | tuple) and len(answer) == len(expected)
         return same_length and all(map(equal, answer, expected))
     if isinstance(expected, str):
         return isinstance(answer, str) and answer.strip().lower() == expected.strip().lower()
-    return isinstance(answer, int | float) and math.isclose(answer, expected, rel_tol=2e-3, abs_tol=1e-3)
+    return isinstance(answer, Real) and same_number(answer, expected)
 
 
 def check(answer: Any | Callable[[], Any], expected: Any, hint: str = "look at the text above again") -> None:

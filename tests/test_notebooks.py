@@ -13,11 +13,14 @@ import json
 import os
 import re
 from concurrent.futures import ProcessPoolExecutor
+from fractions import Fraction
 from functools import cache
 from multiprocessing import get_context
 from pathlib import Path
 
+import numpy as np
 import pytest
+import torch
 from tiny import START
 
 from notebooks.exercise import check
@@ -136,9 +139,12 @@ def test_kept_state(path):
     assert all(len(answer["metadata"]["wrong"]) >= 2 and text_of(ask) == "not yet\n" for answer, ask, _ in asked)
 
 
-def test_first_cells_are_alike():
+def test_first_cells_are_alike_and_outside_the_project_say_so_in_one_line(tmp_path, monkeypatch):
     first = {next(source(cell) for cell in read(path) if cell["cell_type"] == "code") for path in NOTEBOOKS}
-    assert len(first) == 1
+    (cell,) = first
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(SystemExit, match="needs the whole project"):
+        exec(cell, {})
 
 
 def names_in(file: Path) -> set[str]:
@@ -179,6 +185,18 @@ def test_links(path):
         (float("nan"), 1, "not right: try"),
         (lambda: 1 / 0, 1, "not right: it raised ZeroDivisionError"),
         (object(), 1, "not right: try"),
+        (np.int64(3), 3, "right"),
+        (np.array([1, 2]), [1, 2], "right"),
+        (np.array([1, None]), [1, 2], "not yet"),
+        ([np.float32(0.5), torch.tensor(2)], [0.5, 2], "right"),
+        (torch.tensor([1.0, 3.0]), [1, 2], "not right: try"),
+        (Fraction(1, 3), 1 / 3, "right"),
+        (Fraction(1, 2), 1 / 3, "not right: try"),
+        (0.64, 1 - 0.95**20, "right"),  # 0.6415…, as a text prints it
+        (0.6, 1 - 0.95**20, "not right: try"),
+        (0.39, 0.38728, "right"),
+        (0.012, 0.01234, "right"),
+        (0.01, 0.01234, "not right: try"),
     ],
 )
 def test_check(answer, expected, says, capsys):

@@ -319,7 +319,7 @@ def train_in(folder: Path, run: Run, start: int, watch: Watch) -> int:
     systems = {problem.system for problem in run.data.train}
     with writing(folder / "final"):
         save_model(run.model, run.tokenizer, folder / "final", getattr(torch, config.save_dtype))
-    adapters.save(run.model, folder / "adapter")
+        adapters.save(run.model, folder / "adapter")
     checkpoint.remember(folder / "final", systems.pop() if len(systems) == 1 else None, run.reward.name)
     if "trained" not in scores:
         scores["trained"] = score(run, "trained")

@@ -1,14 +1,15 @@
-"""What a run will cost, before anything is loaded: memory of one GPU by part, rows sampled at once, tokens, hours.
+"""Estimates what a run will cost, before anything is loaded: a GPU's memory by part, rows at once, tokens, hours.
 
     python plan.py --config configs/qwen2.5-math-7b.json --gpu H100 --gpus 8 [--method sft] [--FIELD VALUE …]
 
-Only the model's config is read; those of the models in configs/ stand in configs/models/, so no network is needed.
-Memory of the update is not a formula: the layers and the head run forward and backward on the meta device (shapes
-without data) and every tensor that lives is counted (`update_bytes`). Attention counts as a fused causal kernel:
-queries, keys, values and output are kept. The rest is arithmetic; bench/plan_check.py compares both with measured
-peaks.
-Times are estimates from data sheets and the shares below, chosen to fit one H200 with Qwen2.5-1.5B's shape: 256 rows
-decoded, and one whole step [bench/results/gpu.md]. Other GPUs, models, numbers of GPUs, transfers were not measured.
+Only the model's config is read. configs/models/ has those of the models in configs/, so no network is needed.
+The memory of the update is counted, not computed by a formula: the layers and the head run forward and backward on
+the meta device (shapes without data), and `update_bytes` adds up the tensors that are alive. Attention counts as a
+fused causal kernel that keeps queries, keys, values and output. All other memory is computed. bench/plan_check.py
+compares both with measured peaks.
+Times are estimates from data sheets and the shares below. The shares fit one H200 with Qwen2.5-1.5B's shape: 256 rows
+decoded, and one whole step [bench/results/gpu.md]. Other GPUs, models, numbers of GPUs and transfers were not
+measured.
 """
 
 import contextlib
@@ -38,9 +39,10 @@ from support.errors import InputError
 from support.loading import check_window, fuse_norms, load_config, prepare_layers, window_of
 from support.memory import cache_bytes, head_width, inner_width, plain_caches, row_bytes, token_bytes
 
-SHIPPED = Path(__file__).parent / "configs" / "models"  # config.json of the models that configs/ name
+SHIPPED = Path(__file__).parent / "configs" / "models"  # the config.json of each model that configs/ names
 GIB, MIB = 2**30, 2**20
-GPUS = {  # GiB of memory as CUDA reports it; of the data sheets: bf16 TFLOP/s (dense), GB/s of memory, of PCIe
+# memory in GiB as CUDA reports it; from the data sheets TFLOP/s in bf16 (dense), GB/s of memory, GB/s of PCIe
+GPUS = {
     "3090": (23.5, 71, 936, 32),
     "4090": (23.5, 165, 1008, 32),
     "L40S": (44.4, 362, 864, 32),
@@ -48,18 +50,18 @@ GPUS = {  # GiB of memory as CUDA reports it; of the data sheets: bf16 TFLOP/s (
     "H100": (79.2, 989, 3350, 64),
     "H200": (139.7, 989, 4800, 64),
 }
-USABLE = 0.92  # of the memory: the rest is the driver's and lost to fragmentation
-UPDATE_SHARE = 0.16  # of the peak TFLOP/s that the passes of a whole step reach
-READ_SHARE = 0.4  # of the peak GB/s at which a decode pass reads weights and caches
-TRANSFER_SHARE = 0.75  # of PCIe's GB/s that offloading reaches; assumed, as the next one
-HOST_BANDWIDTH = 30e9  # bytes a second of the host's memory, where AdamW works with --offload
-LAYER_SECONDS = 0.0001  # that a layer's other kernels take in a decode pass
-EXPERTS = ("num_experts", "num_local_experts", "n_routed_experts")  # a config's name of their number
-MEAN_RESPONSE = 0.4  # of max_response_tokens, on average; the longest row of a call goes to the end
+USABLE = 0.92  # share of the memory; the driver and fragmentation take the rest
+UPDATE_SHARE = 0.16  # share of the peak TFLOP/s that the passes of a whole step reach
+READ_SHARE = 0.4  # share of the peak GB/s at which a decode pass reads weights and caches
+TRANSFER_SHARE = 0.75  # share of PCIe's GB/s that offloading reaches; assumed, like HOST_BANDWIDTH
+HOST_BANDWIDTH = 30e9  # bytes a second of the host's memory, in which AdamW works with --offload
+LAYER_SECONDS = 0.0001  # what a layer's other kernels take in a decode pass
+EXPERTS = ("num_experts", "num_local_experts", "n_routed_experts")  # names that configs use for the number of experts
+MEAN_RESPONSE = 0.4  # average share of max_response_tokens; a call lasts until its longest row ends
 
 
 class LiveBytes(TorchDispatchMode):
-    """Counts the bytes of tensors made inside it that are alive, and the most there were."""
+    """Counts the bytes of the living tensors that were made inside it, and keeps the largest count."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -89,7 +91,7 @@ class LiveBytes(TorchDispatchMode):
 
 
 class FusedAttention(torch.autograd.Function):
-    """What a fused attention kernel makes and keeps; no values."""
+    """The tensors that a fused attention kernel makes and keeps, without values."""
 
     @staticmethod
     def forward(ctx, query: Tensor, key: Tensor, value: Tensor) -> Tensor:
@@ -114,7 +116,10 @@ AttentionInterface.register("planned", fused_attention)
 
 
 class FusedNorm(torch.autograd.Function):
-    """What PyTorch's RMS norm makes and keeps on CUDA (without data it would be taken apart); no values."""
+    """The tensors that PyTorch's RMS norm makes and keeps on CUDA, without values.
+
+    On the meta device PyTorch would split the norm into its parts, which keep more.
+    """
 
     @staticmethod
     def forward(ctx, x: Tensor, weight: Tensor) -> Tensor:
@@ -127,7 +132,7 @@ class FusedNorm(torch.autograd.Function):
 
 
 def empty_model(shape: Any, dtype: torch.dtype, fused: bool = False) -> Any:
-    """The model without weights; `fused`: its norms are those of fuse_norms, as on CUDA."""
+    """Returns the model without weights. If `fused`, its norms are those of fuse_norms, as on CUDA."""
     shape._attn_implementation = "planned"
     with torch.device("meta"):
         model = AutoModelForCausalLM.from_config(shape, dtype=dtype, attn_implementation="planned").train()
@@ -149,10 +154,10 @@ def update_bytes(
     fused: bool = True,
     low_rank: Adapters | None = None,
 ) -> int:
-    """The most bytes one micro-batch's forward and backward pass holds beyond weights and gradients."""
+    """Returns the most bytes that a micro-batch's forward and backward pass holds, beside weights and gradients."""
     model = empty_model(shape, dtype, fused)
     prepare_layers(model, torch.device("meta"), recompute, low_rank)
-    for parameter in trained(model).values():  # a gradient is added to the one that stands there, and freed
+    for parameter in trained(model).values():  # a new gradient is added to the old one, and freed
         parameter.data = parameter.data.to(dtype)
         parameter.register_post_accumulate_grad_hook(lambda p: setattr(p, "grad", None))
     length = prompt + response
@@ -172,9 +177,12 @@ def update_bytes(
 
 @dataclass
 class Counts:
-    """Parameters: all of the model, those that a token passes (of a mixture only its few experts), those that are
-    trained (with adapters, only these); of these, in the root (embedding, head, last norm), in the largest layer;
-    key-value bytes of a token."""
+    """Numbers of parameters, and the bytes of a token in the key-value cache (`cache`).
+
+    `total` counts all parameters, `passed` those that a token passes (only a few experts of a mixture), `trained`
+    those that are trained (with adapters, only the adapters). Of the trained ones, `root` counts those outside the
+    layers (embedding, head, last norm), `layer` those of the largest layer. `layers` is the number of layers.
+    """
 
     total: int
     passed: int
@@ -186,7 +194,7 @@ class Counts:
 
 
 def shape_of(path: str) -> Any:
-    """The model's config: a folder's, or that of a model which configs/ names, or the hub's."""
+    """Returns a model's config: a folder's, or the copy in configs/models/, or the hub's."""
     shipped = SHIPPED / f"{path.replace('/', '--')}.json"
     if shipped.exists() and not Path(path).exists():
         return AutoConfig.from_pretrained(shipped)
@@ -194,7 +202,7 @@ def shape_of(path: str) -> Any:
 
 
 def experts_share(shape: Any) -> float:
-    """Of a mixture's experts, the share that a token passes."""
+    """Returns the share of a mixture's experts that a token passes; 1 for other models."""
     text = shape.get_text_config()
     numbers = [n for name in EXPERTS if (n := getattr(text, name, None))]
     chosen = getattr(text, "num_experts_per_tok", None)
@@ -213,7 +221,8 @@ def count(shape: Any, low_rank: Adapters | None = None) -> Counts:
     layers = [layer for layer in layers if id(layer) not in nested]
     if not layers:
         raise ValueError("its layers cannot be told from the rest")
-    owner = {id(p): i for i, layer in enumerate(layers) for p in trained(layer).values()}  # one, where they share it
+    # shared parameters count once
+    owner = {id(p): i for i, layer in enumerate(layers) for p in trained(layer).values()}
     sizes = [sum(p.numel() for p in trained(layer).values() if owner[id(p)] == i) for i, layer in enumerate(layers)]
     all_trained = sum(p.numel() for p in trained(model).values())
     return Counts(
@@ -228,12 +237,12 @@ def count(shape: Any, low_rank: Adapters | None = None) -> Counts:
 
 
 def rows_of_a_pass(config: Config, length: float) -> int:
-    """Rows of `length` tokens that micro_batch_tokens holds."""
+    """Returns how many rows of `length` tokens fit into micro_batch_tokens."""
     return max(1, int(config.micro_batch_tokens // length))
 
 
 def plan(config: Config, shape: Any, gpus: int, prompt: int) -> dict[str, dict[str, float]]:
-    """Bytes on one GPU, by part, while updating and while sampling."""
+    """Returns the bytes on one GPU, by part, during an update and during sampling."""
     low_rank = adapters.of(config)
     n = count(shape, low_rank)
     length = prompt + config.max_response_tokens
@@ -257,13 +266,15 @@ def plan(config: Config, shape: Any, gpus: int, prompt: int) -> dict[str, dict[s
 
 
 def block_bytes(shape: Any, tokens: int = PREFILL_TOKENS, size: int = 2) -> int:
-    """Of a forward pass over `tokens` of the prompts, without their caches; `size`: of a number."""
+    """Returns the bytes of a forward pass over `tokens` of the prompts, without their caches. A number has `size`
+    bytes."""
     shape = shape.get_text_config()
     return size * tokens * (3 * inner_width(shape) + 6 * shape.num_attention_heads * head_width(shape))
 
 
 def sampling_bytes(shape: Any, rows: int, columns: int, tokens: int = PREFILL_TOKENS, size: int = 2) -> dict:
-    """Of a call of `rows` with up to `columns` tokens each, whose prompts are read `tokens` at a time."""
+    """Returns the bytes of a sampling call: `rows` of up to `columns` tokens, whose prompts are read `tokens` at a
+    time."""
     one_token = rows * token_bytes(shape, 0 if plain_caches(shape) else columns, size)
     return {
         f"key-value caches, {rows} x {columns} tokens": rows * columns * cache_bytes(shape, size),
@@ -272,7 +283,8 @@ def sampling_bytes(shape: Any, rows: int, columns: int, tokens: int = PREFILL_TO
 
 
 def rows_sampled_at_once(shape: Any, sampling: dict[str, float], free: float, columns: int) -> int:
-    """The most rows of a call; 0 if not even the weights of the `sampling` phase fit."""
+    """Returns the most rows that a call can sample; 0 if not even the weights fit. `sampling` is that phase's
+    plan."""
     left = free - sum(list(sampling.values())[:-2])  # the last two parts grow with the rows
     beside_block = (left - block_bytes(shape)) / (columns * cache_bytes(shape))
     return max(0, int(min(beside_block, left / row_bytes(shape, columns, repeated=not plain_caches(shape)))))
@@ -281,8 +293,11 @@ def rows_sampled_at_once(shape: Any, sampling: dict[str, float], free: float, co
 def rows_updated_at_once(
     config: Config, shape: Any, update: dict[str, float], free: float, prompt: int, most: int
 ) -> int:
-    """The rows of full length, 0 to `most`, that fit into a pass of the update. They are counted: a line through one
-    and two rows, whose peak is elsewhere, promises too many."""
+    """Returns how many rows of full length, 0 to `most`, fit into a pass of the update.
+
+    Rows are tried out. A straight line through the memory of one and two rows would promise too many, because their
+    peak is at another place of the pass.
+    """
     left = free - sum(list(update.values())[:-1])  # the last part grows with the rows
 
     low_rank, budget = adapters.of(config), config.max_response_tokens
@@ -296,7 +311,7 @@ def rows_updated_at_once(
     low, high, tried = 1, most, 2
     while low < high:
         on_line = low + int((tried - low) * (left - needed(low)) / max(1, needed(tried) - needed(low)))
-        if needed(tried) <= left:  # further rows take as much as these, or more
+        if needed(tried) <= left:  # a further row takes as much as the rows so far, or more
             low, high = tried, min(high, on_line)
             tried = (low + high + 1) // 2
         else:
@@ -306,7 +321,7 @@ def rows_updated_at_once(
 
 
 def host_bytes(config: Config, n: Counts) -> dict[str, float]:
-    """Of all GPUs together: a checkpoint is made of whole tensors on the host, beside what stands there."""
+    """Returns host memory of all GPUs' processes together. A checkpoint is made of whole tensors on the host."""
     offloaded = 16 * n.trained if config.offload else 0
     return {
         "to load": (2 if config.lora_rank else 4) * n.total,
@@ -317,15 +332,18 @@ def host_bytes(config: Config, n: Counts) -> dict[str, float]:
 
 
 def offload_seconds(config: Config, n: Counts, gpus: int, gpu: str, rows: int, mean: float, crossings: int) -> float:
-    """Of one update over `rows` of `mean` tokens. `crossings`: how often a pass moves 4 bytes a parameter, weights to
-    the GPU or gradients back. On the host gradients are added up; AdamW reads four numbers and writes three."""
+    """Returns the seconds that offloading adds to one update over `rows` of `mean` tokens.
+
+    `crossings` is how often a pass moves 4 bytes a parameter: weights to the GPU, or gradients back. The host adds up
+    gradients; its AdamW reads four numbers a parameter and writes three.
+    """
     passes = -(-rows // gpus // rows_of_a_pass(config, mean))
     over_pcie = passes * crossings * 4 * n.trained / gpus / (GPUS[gpu][3] * 1e9 * TRANSFER_SHARE)
     return over_pcie + (passes * 12 + 28) * n.trained / HOST_BANDWIDTH
 
 
 def hours(config: Config, shape: Any, gpus: int, gpu: str, prompt: int, mean: float) -> dict[str, float]:
-    """Estimated tokens and seconds of a step, and hours of the run."""
+    """Returns estimates: tokens and seconds of a step, and hours of the run."""
     _, tflops, bandwidth, _ = GPUS[gpu]
     n, stages, length = count(shape, adapters.of(config)), METHODS[config.method].stages, prompt + mean
     flops = tflops * 1e12 * UPDATE_SHARE * gpus
@@ -350,7 +368,7 @@ def hours(config: Config, shape: Any, gpus: int, gpu: str, prompt: int, mean: fl
         result["response tokens a step"] = rows * mean
         result["response tokens of the run"] = config.steps * rows * mean
         result["seconds sampling"] = calls * config.max_response_tokens * token
-        result["seconds updating"] = (passes + 2) * n.passed * rows * length / flops  # 2: old log-probs
+        result["seconds updating"] = (passes + 2) * n.passed * rows * length / flops  # + 2 for old log-probs
         seconds = result["seconds sampling"] + result["seconds updating"]
         if config.offload:
             part, updates = rows // config.updates_per_step, config.updates_per_step
@@ -362,20 +380,22 @@ def hours(config: Config, shape: Any, gpus: int, gpu: str, prompt: int, mean: fl
 
 @contextlib.contextmanager
 def planned(path: str, shape: Any) -> Iterator[None]:
-    """What goes wrong with a model without data as a InputError of one line."""
+    """Turns any error of a model without data into an InputError of one line."""
     try:
         yield
     except InputError:
         raise
-    except Exception as error:  # a model that was not made for it can raise anything
+    except Exception as error:  # models were not made to run without data and can raise anything
         reason = " ".join(f"{type(error).__name__}: {error}".split())[:200]
         fix = "try a short run, with a small micro_batch_tokens and rows_per_call"
         raise InputError(f"model {path!r} ({shape.model_type}) cannot be planned ({reason}): {fix}") from error
 
 
 def advice(config: Config, n: Counts, fits: bool, updated: int, sampled: int, length: int) -> list[str]:
-    """What to change where it does not fit, or where more rows at once would save transfers. `updated`, `sampled`:
-    rows of full length that fit."""
+    """Returns what to change if the run does not fit, or if more rows at once would save transfers.
+
+    `updated` and `sampled` are the numbers of rows of full length that fit.
+    """
     lines = []
     rows = rows_of_a_pass(config, length)
     if updated and (not fits or (config.offload and updated > rows)):
@@ -404,7 +424,7 @@ def in_numbers(value: float) -> str:
 
 
 def show(config: Config, gpu: str, gpus: int, prompt: int | None, mean: float | None) -> None:
-    """Print the plan. InputError, before the first line, for a model or settings that cannot be planned."""
+    """Print the plan. Raises InputError, before the first line, for a model or settings that cannot be planned."""
     shape, budget = shape_of(config.model), config.max_response_tokens
     window = window_of(shape)
     if prompt is None:
@@ -436,8 +456,8 @@ def show(config: Config, gpu: str, gpus: int, prompt: int | None, mean: float | 
         sampled = rows_sampled_at_once(shape, parts["sampling"], free, whole_blocks(length))
         print(f"\nrows that can be sampled at once: {sampled} (rows_per_call is {config.rows_per_call})")
         if not plain_caches(shape):
-            print("  some layers keep a sliding window or a state: each is counted as a cache of all tokens, read by")
-            print("  transformers' attention, which repeats it for all heads; a window takes less")
+            print("  some layers keep a sliding window or a state: each is counted as a cache of all tokens, which")
+            print("  transformers' attention repeats for all heads; a window takes less")
     held = rows_of_a_pass(config, length)
     print(f"rows of {length} tokens that fit into a pass of the update: {updated} (micro_batch_tokens holds {held})")
     for line in advice(config, n, sum(parts["update"].values()) <= free, updated, sampled, length):
@@ -467,8 +487,12 @@ def main() -> None:
     )
     parser.add_argument("--gpu", default="H100", choices=GPUS)
     parser.add_argument("--gpus", type=int, default=1)
-    parser.add_argument("--prompt", type=int, help="longest prompt (default: 1024, or 256 for short budgets)")
-    parser.add_argument("--mean_response", type=float, help="average response (default 0.4 of the budget)")
+    parser.add_argument(
+        "--prompt", type=int, help="tokens of the longest prompt (default: 1024, or 256 for short budgets)"
+    )
+    parser.add_argument(
+        "--mean_response", type=float, help="tokens of the average response (default: 0.4 of the budget)"
+    )
     args, rest = parser.parse_known_args()
     check_range("gpus", args.gpus, 1)
     if args.prompt is not None:

@@ -1,8 +1,8 @@
 """Problems from JSONL files, checked line by line, and as token ids.
 
 A row: {"id", "problem", "answer", "demonstrations": [str, …] (may be absent), "level", "system" (may be absent)}.
-Other fields are ignored. `load_problems` reads and checks, `encode_problems` renders prompts and encodes them once:
-from there on only ids are used, so what is trained is what was sampled.
+Other fields are ignored. `load_problems` reads and checks the rows; `encode_problems` renders the prompts and encodes
+them once. From there on only ids are used, so the ids that are trained are those that were sampled.
 """
 
 import dataclasses
@@ -24,16 +24,16 @@ from reward import MATH, Reward, extract_boxed, grade_one, raised
 from support.errors import InputError, as_input
 from support.files import reading
 
-TODAY = re.compile(r"""strftime_now\(\s*(['"])(.*?)\1\s*\)""")  # how a chat template asks for the date
-LAST_TAG = re.compile(r"<[^<>\s]+>\s*\Z")  # <think> and a line end, <|assistant|>, …
-CONVERTED = {  # the first bytes of a file -> its format, and the line that makes JSONL of it
+TODAY = re.compile(r"""strftime_now\(\s*(['"])(.*?)\1\s*\)""")  # the call by which a chat template asks for the date
+LAST_TAG = re.compile(r"<[^<>\s]+>\s*\Z")  # a tag at the end of the prompt: <think> and a line end, <|assistant|>, …
+CONVERTED = {  # the first bytes of a file -> its format, and the command that makes JSONL of it
     b"\x1f\x8b": ("gzip", "gunzip --keep {0}"),
     b"PAR1": (
         "Parquet",
         "python -c \"import pandas; pandas.read_parquet('{0}').to_json('{1}', orient='records', lines=True)\"",
     ),
 }
-DATE = datetime.datetime(2024, 7, 26)  # what it gets: the day that Llama 3's writes where it cannot ask
+DATE = datetime.datetime(2024, 7, 26)  # every template gets this date; Llama 3's own default
 
 
 @dataclass(frozen=True)
@@ -50,7 +50,7 @@ class Problem:
 
 @dataclass(frozen=True)
 class Encoded:
-    """A problem as ids: the rendered prompt, and its demonstrations without an end token."""
+    """A problem as token ids: the rendered prompt, and its demonstrations without an end token."""
 
     id: str
     prompt_ids: list[int]
@@ -60,16 +60,16 @@ class Encoded:
 
 @dataclass
 class Data:
-    """The problems of a run, as text and as ids."""
+    """A run's problems, as text and as ids."""
 
     train: list[Problem]
     encoded: list[Encoded]
     supervised: list[Encoded]  # problems with a demonstration, for the sft stage
-    held: dict[str, tuple[list[Problem], list[Encoded]]]  # "validation" and "test", where there are such problems
+    held: dict[str, tuple[list[Problem], list[Encoded]]]  # keys "validation" and "test", if the run has such problems
 
 
 def _check_text(text: str, where: str, field: str) -> None:
-    """InputError for a lone surrogate (JSON can write one as \\ud800): it is no character, tokenizers refuse it."""
+    """Raises InputError for a lone surrogate, which is no character (JSON can write one as \\ud800)."""
     try:
         text.encode()
     except UnicodeEncodeError as error:
@@ -94,7 +94,7 @@ def _read_row(row: object, where: str, default_id: str, reward: Reward) -> Probl
     level = row.get("level", "")
     if level == "all":
         raise InputError(f"{where}: level is 'all', which reports call the total: give it another name")
-    if "|" in level or not level.isprintable():  # it stands in a table, on the terminal and in results.md
+    if "|" in level or not level.isprintable():  # the level is printed in tables, on the terminal and in results.md
         raise InputError(f"{where}: level is {level!r:.80}, expected printable characters without |")
     demonstrations = row.get("demonstrations", [])
     if not isinstance(demonstrations, list) or not all(isinstance(d, str) and d for d in demonstrations):
@@ -111,13 +111,13 @@ def _read_row(row: object, where: str, default_id: str, reward: Reward) -> Probl
     )
     try:
         reward.check(problem)
-    except (Exception, SystemExit) as error:  # a check of the user's own can raise anything
+    except (Exception, SystemExit) as error:  # a user's own check can raise anything
         raise InputError(f"{where}: {raised(error)}") from error
     return problem
 
 
 def without_nulls(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-    """The fields of a row that are there: where one is absent, `datasets` writes null and pandas null or NaN."""
+    """Returns a row's fields without missing values, for which `datasets` writes null and pandas null or NaN."""
     if len(row := dict(pairs)) < len(pairs):
         name, _ = Counter(name for name, _ in pairs).most_common(1)[0]
         raise InputError(f"the field {name!r:.80} stands there twice: leave one")
@@ -133,20 +133,21 @@ def _parse(line: str, where: str) -> Any:
         raise InputError(f"{where}: {error}") from error
     except RecursionError:
         raise InputError(f"{where}: nested too deeply, expected a flat JSON object with problem and answer") from None
-    except ValueError as error:  # Python's limit on the digits of a whole number
+    except ValueError as error:  # Python limits the digits of a whole number
         limit = sys.get_int_max_str_digits()
         raise InputError(f"{where}: a number has more than {limit} digits: put it in quotes") from error
 
 
 def read_rows(path: str | Path) -> dict[int, Any]:
-    """The JSON values of a JSONL file by line number, empty lines left out. InputError as `load_problems`."""
+    """Returns the JSON values of a JSONL file by line number, without empty lines. Raises as `load_problems` does."""
     path = Path(path)
     if path == Path():
         raise InputError("data is empty or '.': give a JSONL file (its format: data/README.md)")
     with reading(path):
         is_file = path.is_file()
     if not is_file:
-        if path.parts[-3:-1] in (("data", "train"), ("data", "benchmarks")):  # where data/prepare.py writes
+        # the folders that data/prepare.py writes to
+        if path.parts[-3:-1] in (("data", "train"), ("data", "benchmarks")):
             fix = f"run  python data/prepare.py {path.stem}  (without a name: the list)"
             raise InputError(f"{path}: {path.stem} is not here yet: {fix}")
         there = "is a folder" if path.is_dir() else "is not a regular file"
@@ -161,12 +162,12 @@ def read_rows(path: str | Path) -> dict[int, Any]:
                 line = fix.format(path, path.with_suffix(".jsonl"))
                 raise InputError(f"{path} is a {form} file, expected JSONL: convert it with  {line}") from error
         raise InputError(f"{path}: not UTF-8 text ({error.reason} at byte {error.start})") from error
-    lines = enumerate(text.split("\n"), 1)  # splitlines() also splits at U+2028, which JSON allows
+    lines = enumerate(text.split("\n"), 1)  # splitlines() would also split at U+2028, which JSON allows
     return {number: _parse(line, f"{path}:{number}") for number, line in lines if line.strip()}
 
 
 def check_rows(path: str | Path, rows: dict[int, Any], reward: Reward = MATH) -> list[Problem]:
-    """The problems in the rows of a file. InputError as `load_problems`."""
+    """Returns the problems in the rows of a file. Raises as `load_problems` does."""
     problems, seen = [], {}
     for number, row in rows.items():
         where = f"{path}:{number}"
@@ -178,7 +179,8 @@ def check_rows(path: str | Path, rows: dict[int, Any], reward: Reward = MATH) ->
     if not problems:
         raise InputError(f"{path}: no problems in it: write one JSON object per line")
     levels = {"all", *(problem.level for problem in problems)}
-    for number, problem in zip(rows, problems):  # metrics.jsonl has eval_LEVEL beside eval_LEVEL_low and _high
+    # metrics.jsonl has the names eval_LEVEL, eval_LEVEL_low, eval_LEVEL_high
+    for number, problem in zip(rows, problems):
         if (base := re.sub(r"_(low|high)\Z", "", problem.level)) != problem.level and base in levels:
             found = f"level is {problem.level!r}, as a limit of the accuracy of level {base!r} is called"
             raise InputError(f"{path}:{number}: {found}: give it another name")
@@ -186,7 +188,7 @@ def check_rows(path: str | Path, rows: dict[int, Any], reward: Reward = MATH) ->
 
 
 def odd_rows(path: str | Path) -> list[str]:
-    """A line for a file in which problems stand twice, which was hardly meant."""
+    """Returns a warning for a file that has the same problem twice, probably by mistake; else an empty list."""
     seen: set[tuple[str, str]] = set()
     twice = []
     for number, row in read_rows(path).items():
@@ -199,18 +201,20 @@ def odd_rows(path: str | Path) -> list[str]:
 
 
 def load_problems(path: str | Path, reward: Reward = MATH) -> list[Problem]:
-    """The problems of a JSONL file, which `reward` can grade. Raises InputError naming file and line, what was found
-    and what was expected."""
+    """Returns the problems of a JSONL file, all of which `reward` can grade.
+
+    Raises an InputError that names file and line, what was found and what was expected.
+    """
     return check_rows(path, read_rows(path), reward)
 
 
 def render_prompt(tokenizer: Tokenizer, problem: str, system: str = "") -> str:
-    """The prompt as text: the tokenizer's chat template, or "system\\n\\nproblem\\n" where it has none, after the
-    token that begins a text if the tokenizer puts one (Llama was trained with it).
+    """Returns the prompt as text, rendered by the tokenizer's chat template.
 
-    A template that writes today's date writes DATE, so that a run and its evaluation have the same prompts on any
-    day. InputError, one line, for a template that refuses a message or leaves it out (some take no system message,
-    or want the content as a list of parts).
+    Without a template it is "system\\n\\nproblem\\n", after the token that begins a text if the tokenizer puts one
+    (Llama was trained with it). A template that writes today's date writes DATE, so a run and its evaluation have the
+    same prompts on any day. Raises InputError for a template that refuses a message or leaves it out; some templates
+    take no system message, or want the content as a list of parts.
     """
     if not tokenizer.chat_template:
         begin = tokenizer.bos_token if tokenizer("x")["input_ids"][0] == tokenizer.bos_token_id else ""
@@ -236,14 +240,15 @@ def render_prompt(tokenizer: Tokenizer, problem: str, system: str = "") -> str:
 
 
 def encode(tokenizer: Tokenizer, text: str, what: str = "text") -> list[int]:
-    """Ids of `text` exactly as written, no special tokens added. InputError if a character has no token."""
+    """Returns the ids of `text` exactly as written, without special tokens. InputError if a character has no
+    token."""
 
     def ids_of(part: str) -> list[int]:
         return tokenizer(part, add_special_tokens=False)["input_ids"]
 
     _check_text(text, what, "it")
     unknown, ids = tokenizer.unk_token_id, ids_of(text)
-    rows = getattr(tokenizer, "embedding_rows", math.inf)  # of the model, where one was loaded
+    rows = getattr(tokenizer, "embedding_rows", math.inf)  # known once a model was loaded
     if beyond := [token for token in ids if token >= rows]:
         found = f"{tokenizer.convert_ids_to_tokens(beyond[0])!r} has the id {beyond[0]}"
         raise InputError(f"{what}: {found}, the model's embedding {rows} rows: remove it or use another model")
@@ -251,7 +256,7 @@ def encode(tokenizer: Tokenizer, text: str, what: str = "text") -> list[int]:
         return ids
     for part in text.split(
         tokenizer.unk_token
-    ):  # the text may write that token itself: it can be bos, eos or pad too
+    ):  # unknown tokens, unless the text itself writes that token: it can be bos, eos or pad too
         if unknown in ids_of(part):
             good = max(n for n in range(len(part)) if unknown not in ids_of(part[:n]))
             raise InputError(f"{what}: the tokenizer cannot encode {part[good]!r}: remove it or use another model")
@@ -270,12 +275,12 @@ def encode_problems(
     end_ids: list[int],
     reward: Reward = MATH,
 ) -> tuple[list[Encoded], Counter, Counter]:
-    """Problems as ids; how many demonstrations were left out for which reason, and what was noted of how many others.
+    """Returns the problems as ids, and counts of demonstrations by reason: those left out, and those noted.
 
-    A demonstration is used only if it fits the budget with its end token (`too long`), its reward is 1 (`not right`)
-    and no end token stands inside it (`end token inside`). One that begins with the tag that the prompt ends with
-    (<think>) loses its copy, or the policy would be taught a sequence that it never samples. Raises InputError for
-    one that is right as text and not as its tokens are read back.
+    A demonstration is used only if it fits the budget with its end token (else `too long`), its reward is 1 (else
+    `not right`) and it contains no end token (else `end token inside`). If it begins with the tag that the prompt
+    ends with (<think>), the copy is removed, or the policy would be taught a sequence that it never samples. Raises
+    InputError for a demonstration that is right as text but wrong when its tokens are read back.
     """
     encoded, left_out, noted = [], Counter(), Counter()
     for problem in problems:
@@ -300,15 +305,15 @@ def encode_problems(
 
 
 def encode_prompts(tokenizer: Tokenizer, problems: list[Problem]) -> list[Encoded]:
-    """Problems that are only to be answered: their demonstrations are not looked at."""
+    """Returns problems as ids without demonstrations, for evaluation."""
     bare = [dataclasses.replace(problem, demonstrations=()) for problem in problems]
     return encode_problems(tokenizer, bare, 0, [])[0]
 
 
 def without_doubled_tag(prompt: str, text: str, noted: Counter) -> str:
-    """The demonstration `text` without a first tag, such as <think> and a line end, that the prompt ends with.
+    """Returns `text` without a first tag, such as <think> and a line end, that the prompt ends with.
 
-    The same tag with other blanks around it stays, and is noted: which of the two is meant cannot be told.
+    If the same tag has other blanks around it, it stays and is noted, as nobody can tell which of the two is meant.
     """
     if not (tag := LAST_TAG.search(prompt)):
         return text
@@ -321,13 +326,13 @@ def without_doubled_tag(prompt: str, text: str, noted: Counter) -> str:
 
 
 def has_text_after_box(text: str) -> bool:
-    """Whether words or numbers follow the last boxed answer."""
+    """Returns whether words or numbers follow the last boxed answer."""
     boxed = extract_boxed(text)
     return boxed is not None and any(c.isalnum() for c in text[text.rindex(boxed) + len(boxed) :])
 
 
 def check_same_grade(tokenizer: Tokenizer, problem: Problem, text: str, ids: list[int], reward: Reward) -> None:
-    """InputError if a right demonstration would be graded wrong as a response, which is read back from its ids."""
+    """Raises InputError if a right demonstration would be graded wrong as a response, which is read back from ids."""
     back = decode(tokenizer, ids)
     if back != text and not _is_right(reward, back, problem):
         same = next((n for n, (a, b) in enumerate(zip(text, back)) if a != b), min(len(text), len(back)))

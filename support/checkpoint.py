@@ -316,10 +316,10 @@ def check_folder(config: Config) -> None:
         raise InputError(f"out {config.out!r} holds a run with other settings ({was}): repeat them to resume it")
 
 
-def earlier_ingredients(folder: Path) -> dict[str, str]:
-    """Returns the ingredients' fingerprints that the run in `folder` recorded; {} if there is no run."""
+def earlier_ingredients(folder: Path) -> dict[str, str] | None:
+    """Returns the ingredients' fingerprints that the run in `folder` recorded; None if there is no run."""
     saved = folder / "config.json"
-    return read_json(saved).get("made_of", {}) if saved.exists() else {}
+    return read_json(saved).get("made_of", {}) if saved.exists() else None
 
 
 def check_ingredients(config: Config, ingredients: dict[str, str]) -> None:
@@ -327,8 +327,8 @@ def check_ingredients(config: Config, ingredients: dict[str, str]) -> None:
 
     A changed reward is allowed if the settings accept it; a new reward may also leave out other demonstrations.
     """
-    known = earlier_ingredients(Path(config.out)) if config.out and rank() == 0 else {}
-    changed = [name for name in ingredients if known and known.get(name) != ingredients[name]]
+    known = earlier_ingredients(Path(config.out)) if config.out and rank() == 0 else None
+    changed = [] if known is None else [name for name in ingredients if known.get(name) != ingredients[name]]
     if config.accept_changed == "reward":
         changed = [name for name in changed if name not in ("reward", "demonstrations as token ids")]
     if changed := from_rank_0(changed):
@@ -361,10 +361,10 @@ def write_config(folder: Path, config: Config, ingredients: dict[str, str]) -> N
 
     "made_of" also lists the fingerprints of earlier rewards that a resumed run has replaced.
     """
-    earlier = earlier_ingredients(folder)
+    earlier = earlier_ingredients(folder) or ingredients
     replaced = earlier.get("replaced rewards", [])
-    if earlier and earlier["reward"] != ingredients.get("reward"):
-        replaced = [*replaced, earlier["reward"]]
+    if earlier.get("reward") != ingredients.get("reward"):
+        replaced = [*replaced, earlier.get("reward")]
     if replaced:
         ingredients = ingredients | {"replaced rewards": replaced}
     content = dataclasses.asdict(config) | {"made_of": ingredients}

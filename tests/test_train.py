@@ -245,7 +245,7 @@ def test_resume_refuses_other_settings_and_an_existing_folder(task, whole, monke
     assert before == {p: p.stat().st_mtime_ns for p in whole[0].rglob("*")}
 
 
-@pytest.mark.parametrize("what", ["data", "model", "template", "reward"])
+@pytest.mark.parametrize("what", ["data", "model", "template", "reward", "record"])
 def test_resume_refuses_a_run_made_of_something_else(task, tmp_path, monkeypatch, what):
     """The same names, other content: nothing is written, and the message says what changed."""
     monkeypatch.chdir(ROOT)
@@ -268,10 +268,15 @@ def test_resume_refuses_a_run_made_of_something_else(task, tmp_path, monkeypatch
     elif what == "template":
         template = model / "chat_template.jinja"
         template.write_text("Today:" + template.read_text())
-    else:
+    elif what == "reward":
         reward.write_text(reward.read_text() + "# another\n")
+    else:
+        saved = tmp_path / "run" / "config.json"
+        config = json.loads(saved.read_text())
+        saved.write_text(json.dumps({name: value for name, value in config.items() if name != "made_of"}))
     before = {p: p.stat().st_mtime_ns for p in (tmp_path / "run").rglob("*")}
     said = {"data": rf"data \({data}\)", "model": rf"model \({model}\) ", "reward": rf"reward \({reward}\) "}
+    said["record"] = said["reward"]
     with pytest.raises(ValueError, match=said.get(what, "prompts as token ids changed since")):
         train.train(parse_config(argv))
     assert before == {p: p.stat().st_mtime_ns for p in (tmp_path / "run").rglob("*")}

@@ -1,1 +1,1 @@
-"""The details of eval.py: which problems (benchmarks, multiple_choice), the folder, the report, the statistics."""
+"""The parts of eval.py: problems (benchmarks, multiple_choice), the folder, the report, the statistics."""

@@ -33,19 +33,19 @@ FILES["embedded"] = Path("data/recipes/test.jsonl")
 
 @dataclass
 class Benchmark:
-    """A set of problems, and how many samples each gets."""
+    """A set of problems, and the number of samples for each of them."""
 
     name: str
     path: Path
     samples: int
     problems: list[Problem]
-    options: dict[str, list[str]]  # by problem id, for multiple choice
-    left_out: int  # problems that cannot be graded: data/prepare.py sets them aside
+    options: dict[str, list[str]]  # options of multiple choice, by problem id
+    left_out: int  # number of problems that data/prepare.py set aside, because they cannot be graded
     encoded: list[Encoded] = dataclasses.field(default_factory=list)
 
 
 def read_options(path: Path, rows: dict[int, Any], problems: list[Problem]) -> dict[str, list[str]]:
-    """The options of multiple choice by problem id. InputError, one line, for options that cannot be graded."""
+    """Returns the options of multiple choice by problem id. Raises InputError for options that cannot be graded."""
     options = {}
     for (number, row), problem in zip(rows.items(), problems, strict=True):
         if "options" in row:
@@ -60,8 +60,11 @@ def read_options(path: Path, rows: dict[int, Any], problems: list[Problem]) -> d
 def load_benchmark(
     name: str, path: Path, samples: int, per_level: int | None, system: str | None, reward: Reward = MATH
 ) -> Benchmark:
-    """A JSONL file as a benchmark: the first `per_level` problems of each level (None: all), `system` (None: the
-    rows' own) as system message. InputError, one line, for a missing file or a bad line."""
+    """Returns a JSONL file as a benchmark: the first `per_level` problems of each level (None: all of them).
+
+    `system` takes the place of the rows' own system messages, unless it is None. Raises InputError for a missing file
+    or a bad line.
+    """
     rows = read_rows(path)
     problems = check_rows(path, rows, reward)
     options = read_options(path, rows, problems)
@@ -83,10 +86,10 @@ def choose_benchmarks(
     system: str | None = None,
     reward: Reward = MATH,
 ) -> list[Benchmark]:
-    """The benchmarks of a comma-separated list of names ("paper": the paper's nine), and the file `data` beside them.
+    """Returns the benchmarks of a comma-separated list of names ("paper": the paper's nine), and the file `data`.
 
-    samples None: the paper's number for each. Raises InputError for an unknown name, a file that is not there, or
-    one of another benchmark's name, whose place it would take.
+    If `samples` is None, each benchmark has the paper's number. Raises InputError for an unknown name, for a file
+    that is not there, and for a file `data` with a benchmark's name, whose place it would take.
     """
     listed = [n for name in names.split(",") if name for n in (PAPER if name == "paper" else [name])]
     for name in listed:
@@ -102,7 +105,7 @@ def choose_benchmarks(
 
 
 def all_draws(benchmarks: Iterable[Benchmark]) -> Iterator[tuple[Benchmark, int, int]]:
-    """(benchmark, index of the problem, sample) of every response, in the order of generations.jsonl."""
+    """Yields (benchmark, index of the problem, sample) of every response, in the order of generations.jsonl."""
     for benchmark in benchmarks:
         for i, k in itertools.product(range(len(benchmark.problems)), range(benchmark.samples)):
             yield benchmark, i, k

@@ -1,7 +1,7 @@
 """The folder of an evaluation: settings.json, generations.jsonl (a line per response), and grading it again.
 
-In reading order: everything that decides a number (`describe`), the folder, its stored responses, `regrade`.
-The report (results.json, results.md) stands in report.py, its figure in figures/comparison.py.
+In reading order: `describe` (all that decides a number), the folder, its stored responses, `regrade`.
+The report (results.json, results.md) is in report.py, its figure in figures/comparison.py.
 """
 
 import argparse
@@ -28,16 +28,18 @@ from support.checkpoint import json_line, locked, sha256, weights_fingerprint, w
 from support.errors import Broken, InputError, as_input
 from support.files import make_folder, parse_object, read_json, reading, replacing, writing
 
-RESPONSE = ("benchmark", "id", "sample", "reward", "read", "truncated", "tokens", "response")  # a stored line
-FREE = ("device", "ranks", "rows_per_call")  # may change when an evaluation is continued: rounding
+# fields of a stored line
+RESPONSE = ("benchmark", "id", "sample", "reward", "read", "truncated", "tokens", "response")
+FREE = ("device", "ranks", "rows_per_call")  # may change when an evaluation is continued; at most rounding changes
 
-OURS = {"lock", "settings.json.partial"}  # all that an evaluation leaves that was killed before it had settings
+# all that an evaluation leaves behind if it is killed before it has settings
+OURS = {"lock", "settings.json.partial"}
 
 # ---- settings
 
 
 def grader_version(reward: Reward) -> str:
-    """sha256 of the code that decides whether a response is right."""
+    """Returns the sha256 of the code that decides whether a response is right."""
     choices = sha256(Path(__file__).with_name("multiple_choice.py")) if reward.name == "math" else ""
     return hashlib.sha256((reward.fingerprint + choices).encode()).hexdigest()
 
@@ -47,7 +49,7 @@ def now() -> str:
 
 
 def describe(args: argparse.Namespace, model, tokenizer, benchmarks: list[Benchmark]) -> dict[str, Any]:
-    """Everything that decides a number, as settings.json keeps it."""
+    """Returns all settings that decide a number, as settings.json keeps them."""
     first = benchmarks[0].problems[0]
     return {
         "model": args.model,
@@ -91,7 +93,7 @@ def describe(args: argparse.Namespace, model, tokenizer, benchmarks: list[Benchm
 
 
 def stored_settings(folder: Path | None) -> dict[str, Any]:
-    """The settings.json of an evaluation; {} where there is none. InputError, one line, where it is damaged."""
+    """Returns an evaluation's settings.json; {} if there is none. Raises InputError if it is damaged."""
     file = folder / "settings.json" if folder else None
     return read_json(file) if file and file.exists() else {}
 
@@ -101,10 +103,11 @@ def write_settings(file: Path, settings: dict[str, Any] | None) -> None:
 
 
 def choose_folder(args: argparse.Namespace, settings: dict[str, Any]) -> tuple[Path, dict[str, Any]]:
-    """The folder of this evaluation, --out or the first free evals/MODEL-NNN, and the settings to be stored there.
+    """Returns the folder of this evaluation, --out or the first free evals/MODEL-NNN, and the settings to store
+    there.
 
-    An evaluation that goes on keeps its settings; those of FREE that changed are noted under "continued".
-    Raises InputError if --out holds anything but an evaluation with the same settings. Nothing is written.
+    A continued evaluation keeps its settings; changes of those in FREE are noted under "continued". Writes nothing.
+    Raises InputError if --out holds anything but an evaluation with the same settings.
     """
     if not args.out:
         path = Path(args.model)
@@ -128,9 +131,9 @@ def choose_folder(args: argparse.Namespace, settings: dict[str, Any]) -> tuple[P
 
 @contextlib.contextmanager
 def opened(folder: Path, settings: dict[str, Any] | None) -> Iterator[None]:
-    """The folder of an evaluation, made if need be, locked, with `settings` (None: not the first rank) stored in it.
+    """Makes and locks the folder of an evaluation, and stores `settings` in it.
 
-    As `written`.
+    Ranks other than the first pass None as `settings`. Errors are those of `written`.
     """
     make_folder(folder)
     with written(folder):
@@ -140,7 +143,8 @@ def opened(folder: Path, settings: dict[str, Any] | None) -> Iterator[None]:
 
 @contextlib.contextmanager
 def written(folder: Path) -> Iterator[None]:
-    """The folder, locked. InputError if another process is at work in it; Broken if nobody reads the output."""
+    """Locks the folder. Raises InputError if another process is at work in it, and Broken if the output was
+    closed."""
     with locked(folder):
         try:
             yield
@@ -149,9 +153,9 @@ def written(folder: Path) -> Iterator[None]:
 
 
 def stored_rows(path: Path, benchmarks: list[Benchmark]) -> Iterator[tuple[Benchmark, int, dict[str, Any], int]]:
-    """(benchmark, index of the problem, row, bytes of its line) of the responses in generations.jsonl.
+    """Yields (benchmark, index of the problem, row, bytes of its line) of the responses in generations.jsonl.
 
-    A last line that was cut short is passed over. InputError where a line is not the response that belongs there.
+    An incomplete last line is ignored. Raises InputError if a line is not the response that belongs there.
     """
     if not path.exists():
         return
@@ -174,7 +178,7 @@ def stored_rows(path: Path, benchmarks: list[Benchmark]) -> Iterator[tuple[Bench
 
 
 def cut_broken_line(path: Path, benchmarks: list[Benchmark]) -> int:
-    """Cut a last line that was not written whole off generations.jsonl -> the responses that stand there."""
+    """Remove an incomplete last line from generations.jsonl, and return the number of responses in it."""
     done = size = 0
     for *_, length in stored_rows(path, benchmarks):
         done, size = done + 1, size + length
@@ -185,7 +189,7 @@ def cut_broken_line(path: Path, benchmarks: list[Benchmark]) -> int:
 
 
 def count(folder: Path, benchmarks: list[Benchmark]) -> dict[str, list[Answers]]:
-    """The stored responses, counted by benchmark and problem."""
+    """Returns the counts of the stored responses by benchmark and problem."""
     answers = {b.name: [Answers(p.id, p.level) for p in b.problems] for b in benchmarks}
     for benchmark, i, row, _ in stored_rows(folder / "generations.jsonl", benchmarks):
         answers[benchmark.name][i].add(row)
@@ -193,8 +197,10 @@ def count(folder: Path, benchmarks: list[Benchmark]) -> dict[str, list[Answers]]
 
 
 def regrade(folder: Path, name: str | None = None) -> tuple[dict[str, Any], dict[str, list[Answers]]]:
-    """Grade the stored responses again, by the reward called `name` (None: the one they were graded by), and say how
-    many grades changed -> settings, answers. A file of the user's own is run only if `name` names it."""
+    """Grade the stored responses again, print how many grades changed, and return settings and answers.
+
+    `name` is the reward; None means the one that graded them before. A user's own file runs only if `name` names it.
+    """
     file, path = folder / "settings.json", folder / "generations.jsonl"
     if not file.exists() or not path.exists():
         raise InputError(f"{folder} holds no evaluation to grade again (no settings.json or generations.jsonl)")
@@ -207,10 +213,11 @@ def regrade(folder: Path, name: str | None = None) -> tuple[dict[str, Any], dict
     benchmarks, how = [], (settings["problems_per_level"], settings["system"], reward)
     for benchmark, stored in settings["benchmarks"].items():
         benchmarks.append(load_benchmark(benchmark, Path(stored["file"]), stored["samples"], *how))
-        stored["sha256"] = sha256(Path(stored["file"]))  # a gold may have been corrected; ids are checked row by row
+        # a gold answer may have been corrected since; ids are checked row by row
+        stored["sha256"] = sha256(Path(stored["file"]))
     changed = 0
     with written(folder):
-        rows = sum(1 for _ in stored_rows(path, benchmarks))  # finds a damaged line before anything is written
+        rows = sum(1 for _ in stored_rows(path, benchmarks))  # a damaged line is found before anything is written
         with replacing(path) as partial:
             with partial.open("w", encoding="utf-8") as out:
                 for benchmark, i, row, _ in stored_rows(path, benchmarks):
@@ -220,7 +227,7 @@ def regrade(folder: Path, name: str | None = None) -> tuple[dict[str, Any], dict
                     new = row | {"reward": 0.0 if row["truncated"] else value, "read": read}
                     out.write(json_line(new))
                     changed += new["reward"] != row["reward"]
-            # a process that ends from here on leaves an evaluation that has to be graded again, and says so
+            # if the process ends from here on, the settings say that the evaluation has to be graded again
             write_settings(file, settings | {"grader": "unknown: it was being graded again"})
         settings |= {"reward": reward.name, "grader": grader_version(reward), "regraded": now()}
         write_settings(file, settings)

@@ -1,8 +1,8 @@
-"""Multiple choice: how a question lists its options, and how a response that chose one is graded.
+"""Multiple choice: how a question lists its options, and how a response that names one is graded.
 
 The boxed answer may be the letter ("C", "(C)", "\\text{C.}"), the letter with its option ("C) iron"), or the
-option's text ("iron", "\\frac12" for "1/2"). It is right if it names the gold option and no other. Left out:
-answers outside a box, and letters picked out of a sentence: what was meant there is a guess.
+option's text ("iron", "\\frac12" for "1/2"). It is right if it names the gold option and no other. Left out: answers
+outside a box, and letters picked out of a sentence, because the meaning would be a guess.
 """
 
 import reprlib
@@ -22,15 +22,17 @@ _LABELLED = regex.compile(r"\(?([A-Z])\s*[).:]\s*(.+)", regex.DOTALL)
 
 
 def question(stem: str, options: Sequence[str]) -> str:
-    """The question with its options below, a line each: "A) …"."""
+    """Returns the question with its options below it, one on each line: "A) …"."""
     if not 2 <= len(options) <= len(LETTERS):
         raise InputError(f"a question has {len(options)} options, expected 2 to {len(LETTERS)}: {stem[:60]!r}")
     return stem.strip() + "\n\n" + "\n".join(f"{letter}) {text.strip()}" for letter, text in zip(LETTERS, options))
 
 
 def check_options(options: object, gold: str) -> None:
-    """InputError unless `options` is a list of 2 to 26 texts and `gold` the letter of one. Two texts may be alike, as
-    in a few public questions: their letters tell them apart."""
+    """Raises InputError unless `options` is a list of 2 to 26 texts and `gold` is the letter of one of them.
+
+    Two texts may be equal, as in a few public questions, because their letters differ.
+    """
     texts = isinstance(options, list) and all(isinstance(option, str) and option.strip() for option in options)
     if not texts or not 2 <= len(options) <= len(LETTERS):
         found, most = reprlib.repr(options), len(LETTERS)
@@ -41,7 +43,7 @@ def check_options(options: object, gold: str) -> None:
 
 
 def _bare(text: str) -> str:
-    """Text without dollar signs and wrappers such as \\text{} around it."""
+    """Returns text without surrounding dollar signs and wrappers such as \\text{}."""
     text = text.strip().strip("$").strip()
     while styled := _STYLE.fullmatch(text):
         text = styled.group(1).strip()
@@ -49,12 +51,12 @@ def _bare(text: str) -> str:
 
 
 def _plain(text: str) -> str:
-    """For comparing words: bare, without a final full stop, case and extra blanks."""
+    """Returns text for a comparison of words: bare, in lower case, without a final full stop and extra blanks."""
     return " ".join(_bare(text).split()).rstrip(".").casefold()
 
 
 def chosen(boxed: str, options: Sequence[str]) -> str | None:
-    """The letter of the option that `boxed` names; None where it names none, or more than one."""
+    """Returns the letter of the option that `boxed` names; None if it names none, or more than one."""
     letters = LETTERS[: len(options)]
     text = _bare(boxed)
     if (letter := _LETTER.fullmatch(text)) and letter.group(1) in letters:
@@ -73,8 +75,7 @@ def chosen(boxed: str, options: Sequence[str]) -> str | None:
 def grade_response(
     reward: Reward, response: str, problem: Problem, options: Sequence[str] = ()
 ) -> tuple[float, bool]:
-    """(the reward, whether the answer could be read). `options` of multiple choice are looked at by the default
-    reward only."""
+    """Returns the reward and whether the answer could be read. Only the default reward looks at `options`."""
     if not options or reward.name != "math":
         with as_input():
             return grade_one(reward, response, problem), reward.is_read(response)

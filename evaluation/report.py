@@ -1,8 +1,9 @@
-"""The report of an evaluation: results.json, results.md and the tables on the terminal; evaluations side by side.
+"""The report of an evaluation: results.json, results.md, tables on the terminal, and evaluations side by side.
 
-results.json is {"settings", "results": {benchmark: {level or "all": a row of statistics.summarize}}, "average" over
-the benchmarks, "right": {benchmark: {level: {problem id: right samples}}}, "rewards": the same with sums of rewards,
-only where a reward is neither 0 nor 1 (else it would be "right" again)}. Figures are in figures/comparison.py.
+results.json has these keys. "settings" are those of settings.json. "results" is {benchmark: {level or "all": a row of
+statistics.summarize}}, and "average" is over the benchmarks. "right" is {benchmark: {level: {problem id: number of
+right samples}}}. "rewards" has the same form with sums of rewards; it is there only if some reward is neither 0 nor
+1. Figures are in figures/comparison.py.
 """
 
 import json
@@ -25,7 +26,7 @@ from support.files import read_json
 
 Results = dict[str, Any]  # a results.json
 
-SIX = ("aime24", "aime25", "amc23", "math500", "minerva", "olympiad")  # the paper's "avg" is over these
+SIX = ("aime24", "aime25", "amc23", "math500", "minerva", "olympiad")  # the paper's "avg" is the mean of these six
 COLUMNS = (*SIX, "arc_c", "gpqa_diamond", "mmlu_pro")
 PUBLISHED = {  # Qwen2.5-Math-7B: accuracies in % in the order of COLUMNS, the average of six [paper, Table 1]
     "base": ([11.5, 4.9, 31.3, 43.6, 7.4, 15.6], 19.0),
@@ -44,12 +45,12 @@ PUBLISHED = {  # Qwen2.5-Math-7B: accuracies in % in the order of COLUMNS, the a
 
 
 def percent(low: float, high: float | None = None) -> str:
-    """0.3125 -> "31.2"; two shares as an interval: "[20.1, 44.0]"."""
+    """Returns 0.3125 as "31.2"; with two shares an interval, "[20.1, 44.0]"."""
     return f"{100 * low:.1f}" if high is None else f"[{100 * low:.1f}, {100 * high:.1f}]"
 
 
 def markdown_table(rows: Sequence[Sequence[str]]) -> str:
-    """A Markdown table whose columns are aligned, so that it reads well in a terminal too; rows[0] is the header."""
+    """Returns a Markdown table with aligned columns, which reads well in a terminal too. rows[0] is the header."""
     widths = [max(map(len, column)) for column in zip(*rows)]
     lines = [
         "| " + " | ".join(c.ljust(w) if i == 0 else c.rjust(w) for i, (c, w) in enumerate(zip(row, widths))) + " |"
@@ -60,7 +61,7 @@ def markdown_table(rows: Sequence[Sequence[str]]) -> str:
 
 
 def cells(results: Results) -> dict[tuple[str, str], dict[str, float]]:
-    """{(benchmark, level): its row}, levels before "all"; a single level says what "all" says and is left out."""
+    """Returns {(benchmark, level): its row}, with "all" last. A single level is left out, as it equals "all"."""
     return {
         (name, level): row
         for name, table in results["results"].items()
@@ -74,7 +75,7 @@ def label(name: str, level: str) -> str:
 
 
 def results_tables(results: Results) -> str:
-    """Accuracy by benchmark and level as one Markdown table, pass@k as another where there is more than k = 1."""
+    """Returns accuracy by benchmark and level as a Markdown table, and a second one of pass@k if there is k > 1."""
     rows = [["benchmark", "problems", "k", "accuracy", "95% interval", "tokens", "cut off %", "unread %"]]
     curves = []
     for key, row in cells(results).items():
@@ -121,7 +122,7 @@ def write_report(folder: Path, settings: dict[str, Any], answers: dict[str, list
 
 
 def by_problem(answers: dict[str, list[Answers]], count: str) -> dict[str, dict[str, dict[str, float]]]:
-    """{benchmark: {level: {problem id: its Answers.`count`}}}"""
+    """Returns {benchmark: {level: {problem id: its Answers.`count`}}}."""
     table: dict[str, dict[str, dict[str, float]]] = {}
     for name, counted in answers.items():
         levels = dict.fromkeys(a.level for a in counted)
@@ -133,7 +134,7 @@ def by_problem(answers: dict[str, list[Answers]], count: str) -> dict[str, dict[
 
 
 def read_results(folder: Path) -> Results:
-    """results.json and "name", the folder's. InputError where it is missing or damaged."""
+    """Returns results.json with the folder's "name". Raises InputError if it is missing or damaged."""
     file = folder / "results.json"
     if not file.exists():
         raise InputError(f"{folder} is not a finished evaluation: no results.json (eval.py writes it at its end)")
@@ -141,7 +142,8 @@ def read_results(folder: Path) -> Results:
 
 
 def problem_scores(results: Results, name: str, level: str, k: int | None = None) -> dict[str, float]:
-    """{problem id: mean reward, or with k its pass@k} of a benchmark's level or "all" ("all" joins the levels)."""
+    """Returns {problem id: mean reward, or pass@k if k is not None} of a benchmark's level; "all" joins the
+    levels."""
     samples = results["results"][name]["all"]["samples"]
     table = results["right"] if k else results.get("rewards", results["right"])
     levels = [counts for own, counts in table[name].items() if level in (own, "all")]
@@ -149,7 +151,7 @@ def problem_scores(results: Results, name: str, level: str, k: int | None = None
 
 
 def shared_cells(evaluations: Sequence[Results]) -> list[tuple[str, str]]:
-    """The (benchmark, level) pairs that all have, on the same problems. InputError where there is none."""
+    """Returns the (benchmark, level) pairs that all evaluations have, on the same problems; InputError if none."""
     shared = [key for key in cells(evaluations[0]) if all(key in cells(other) for other in evaluations[1:])]
     if not shared:
         sets = "; ".join(f"{e['name']}: {', '.join(e['results'])}" for e in evaluations)
@@ -163,7 +165,7 @@ def shared_cells(evaluations: Sequence[Results]) -> list[tuple[str, str]]:
 
 
 def compare_tables(evaluations: Sequence[Results], beside_paper: bool) -> str:
-    """Evaluations side by side: accuracies with intervals, and each one's paired difference to the first."""
+    """Returns a table of evaluations: accuracies with intervals, and each one's paired difference to the first."""
     first = evaluations[0]
     header = ["accuracy [95% interval]", "problems", *(e["name"] for e in evaluations)]
     rows = [[*header, *(f"{e['name']} − {first['name']}" for e in evaluations[1:])]]
@@ -191,7 +193,8 @@ def compare_tables(evaluations: Sequence[Results], beside_paper: bool) -> str:
 
 
 def paper_table(evaluations: Sequence[Results]) -> str:
-    """Our accuracies over the paper's rows, in %, on the paper's benchmarks; its average is that of the first six."""
+    """Returns a table of our accuracies over the paper's, in %, on the paper's benchmarks. Its average is over
+    six."""
     rows = [["accuracy in %", *COLUMNS, "average of six"]]
     for e in evaluations:
         accuracies = {n: 100 * e["results"][n]["all"]["accuracy"] for n in COLUMNS if n in e["results"]}

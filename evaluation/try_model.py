@@ -1,4 +1,4 @@
-"""python sample.py --model DIR "problem" …: try a model."""
+"""Try a model: python sample.py --model DIR "problem" …"""
 
 from data.loader import encode, render_prompt
 from fast.check import check_model
@@ -16,8 +16,10 @@ def main() -> None:
     parser = Parser(description="Sample responses to a problem.")
     parser.add_argument("problems", nargs="+", metavar="PROBLEM")
     parser.add_argument("--model", required=True, help="a HuggingFace model folder, e.g. runs/prefix-rft-001/final")
-    parser.add_argument("--samples", type=int, default=4, help="responses per problem (default 4)")
-    parser.add_argument("--temperature", type=float, default=1.0, help="0 is greedy (default 1)")
+    parser.add_argument("--samples", type=int, default=4, help="number of responses to each problem (default 4)")
+    parser.add_argument(
+        "--temperature", type=float, default=1.0, help="sampling temperature, 0 is greedy (default 1)"
+    )
     parser.add_argument("--max_response_tokens", type=int, default=128)
     parser.add_argument("--system", help="system message (default: the one the model was trained with)")
     parser.add_argument("--seed", type=int, default=0)
@@ -34,7 +36,7 @@ def main() -> None:
     encoded = [encode(tokenizer, prompt, "problem") for prompt in prompts]
     window, longest = window_of(model.config), max(map(len, encoded))
     check_window(window, longest, args.max_response_tokens, "max_response_tokens")
-    samples = args.samples if args.temperature else 1  # greedy responses are all alike
+    samples = args.samples if args.temperature else 1  # greedy responses would all be equal
     for problem, prompt, ids in zip(args.problems, prompts, encoded):
         rows = [Row(0, (args.seed, problem, i), ids, []) for i in range(samples)]
         print(f"prompt  {prompt}")

@@ -14,11 +14,15 @@ coverage where scores lie close together (92% for 1000 problems that are about e
 The coverage of the 95% interval was simulated. The true accuracies were 1 to 99%, with 1, 4 or 32 samples a
 problem, with partial rewards, and with problems from about equally hard to mostly always or never solved. These
 are the lowest coverages of all, from 2000 to 4000 draws each (± 0.5; computed exactly for one benchmark and one
-sample it is at least 94.4%): one benchmark of 30, 100, 300, 500 problems         94.4%, 94.6%, 94.8%, 94.9% nine
-benchmarks of 30, 100, 300, of 30 to 1172      95.1%, 94.9%, 94.3%, 95.7% paired differences over 30, 100, 300
-problems       93.6%, 93.8%, 95.3% At 50% the interval is wider than a plain bootstrap's: by 5 to 13% for 100
-problems, and by 3 to 10% for 300. For 100 problems whose scores or differences all lie close together it is wider
-by up to 19%, as the next one may lie elsewhere.
+sample it is at least 94.4%):
+
+    one benchmark of 30, 100, 300, 500 problems         94.4%, 94.6%, 94.8%, 94.9%
+    nine benchmarks of 30, 100, 300, of 30 to 1172      95.1%, 94.9%, 94.3%, 95.7%
+    paired differences over 30, 100, 300 problems       93.6%, 93.8%, 95.3%
+
+At 50% the interval is wider than a plain bootstrap's: by 5 to 13% for 100 problems, and by 3 to 10% for 300. For 100
+problems whose scores or differences all lie close together it is wider by up to 19%, as the next one may lie
+elsewhere.
 
 Left out: clustering of problems that belong together, corrections for many comparisons, the spread over seeds.
 """

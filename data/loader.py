@@ -148,7 +148,7 @@ def read_rows(path: str | Path) -> dict[int, Any]:
     if not is_file:
         # the folders that data/prepare.py writes to
         if path.parts[-3:-1] in (("data", "train"), ("data", "benchmarks")):
-            fix = f"run  python data/prepare.py {path.stem}  (without a name: the list)"
+            fix = f"run  python data/prepare.py {path.stem}  (--help: the list)"
             raise InputError(f"{path}: {path.stem} is not here yet: {fix}")
         there = "is a folder" if path.is_dir() else "is not a regular file"
         what = there if path.exists() else "does not exist"

@@ -1,6 +1,5 @@
 """Public sets from the Hugging Face hub as JSONL in our row format: python data/prepare.py NAME …
 
-    python data/prepare.py                     the list of all sets
     python data/prepare.py aime24 math500      benchmarks -> data/benchmarks/NAME.jsonl, for eval.py
     python data/prepare.py paper               the paper's nine benchmarks
     python data/prepare.py gsm8k openr1-46k    training sets with demonstrations -> data/train/NAME.jsonl
@@ -8,7 +7,8 @@
 This needs `datasets` (requirements-dev.txt). A file that is here already is kept (delete it to fetch it again), so a
 call that was stopped can be repeated. The number of rows is checked. Each row carries its system message. Rows that
 cannot be graded (an unreadable gold answer, an empty option) are counted and written to NAME.left_out.jsonl.
-The options of GPQA are shuffled by a seed made of the question's id; ARC and MMLU-Pro keep the hub's order.
+The options of GPQA are shuffled by a seed made of the question's id; ARC and MMLU-Pro keep the hub's order. A set's
+licence stands on its page, https://huggingface.co/datasets/ and its path in SOURCES.
 
 Left out: cutting and grading the demonstrations of openr1-46k, which data/loader.py does when it knows the token
 budget. OlympiadBench has 674 problems on the hub; the paper's copy has 675.
@@ -209,16 +209,6 @@ def file_of(name: str) -> Path:
     return FOLDER / SOURCES[name].folder / f"{name}.jsonl"
 
 
-def show_sets() -> None:
-    """Print every set: its name, place on the hub, number of rows, whether it is gated, and whether it is here."""
-    for name, source in SOURCES.items():
-        gated = "  gated: accept its terms there" * source.gated
-        there = f"  there: {file_of(name)}" * file_of(name).exists()
-        print(f"{name:23}{source.folder:12}{source.rows[0]:>8,} rows  {source.path}{gated}{there}")
-    print("\nFetch some:  python data/prepare.py NAME …  (paper: the paper's nine benchmarks).")
-    print("Each set's licence is on its page, https://huggingface.co/datasets/… and its place on the hub.")
-
-
 def prepare(name: str) -> Path:
     """Make the JSONL file of `name` if it is not here, and return its path. Raises InputError if that fails."""
     source = SOURCES[name]
@@ -242,14 +232,12 @@ def prepare(name: str) -> Path:
 @command("prepare.py")
 def main() -> None:
     parser = Parser(description="Public sets -> JSONL.")
-    parser.add_argument("names", nargs="*", metavar="NAME", help=f"{', '.join(SOURCES)}, or paper; none: list them")
+    parser.add_argument("names", nargs="+", metavar="NAME", help=f"{', '.join(SOURCES)}, or paper (the first nine)")
     args = parser.parse_args()
     names = list(dict.fromkeys(n for name in args.names for n in (PAPER if name == "paper" else [name])))
     failed = False
     if unknown := [name for name in names if name not in SOURCES]:
         raise InputError(f"unknown set {unknown[0]!r}: choose from {', '.join(SOURCES)}, or paper")
-    if not names:
-        show_sets()
     for name in names:
         try:
             prepare(name)

@@ -4,18 +4,19 @@ A wrong field raises an InputError of one line, which names the field, what was 
 nested groups, defaults that depend on the model, environment variables.
 """
 
+import argparse
 import dataclasses
 import difflib
-import json
 import math
-import sys
 from collections.abc import Callable, Collection
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from methods import METHODS, remaining_clipped
+from support.command import Parser
 from support.errors import InputError
+from support.files import read_json
 
 PROJECT = Path(__file__).parents[1]
 
@@ -215,16 +216,24 @@ def from_dict(values: dict[str, Any]) -> Config:
     return check_together(Config(**{name: check_value(fields[name], value) for name, value in values.items()}))
 
 
-def usage() -> str:
-    lines = ["usage: python train.py [--config FILE.json] [--FIELD VALUE ...]", ""]
+def new_parser() -> Parser:
+    """Returns the parser of train.py's command line: an option for each field, whose value stays text."""
+    parser = Parser(
+        prog="train.py",
+        usage="python train.py [--config FILE.json] [--FIELD VALUE ...]",
+        epilog=f"the methods (formulas: methods.py, loss.py)\n\n{methods_table()}",
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+        argument_default=argparse.SUPPRESS,
+    )
+    parser.add_argument("--config", metavar="FILE.json", help="settings from a file; the command line wins over it")
     for field in dataclasses.fields(Config):
         kind = "FLOAT" if field.type == float | None else field.type.__name__.upper()
-        default = "empty" if field.default is None else repr(field.default)
-        lines.append(f"  --{field.name} {kind}  (default {default})")
-        lines.append(f"        {field.metadata['help']}")
+        default = "empty" if field.default in (None, "") else field.default
+        words = f"{field.metadata['help']} (default: {default})"
         if field.metadata["choices"]:
-            lines.append(f"        one of: {', '.join(str(c) for c in field.metadata['choices'] if c)}")
-    return "\n".join([*lines, "", "the methods (formulas: methods.py, loss.py)", "", methods_table()])
+            words += f"; one of: {', '.join(filter(None, field.metadata['choices']))}"
+        parser.add_argument(f"--{field.name}", metavar=kind, help=words.replace("%", "%%"))
+    return parser
 
 
 def methods_table() -> str:
@@ -256,35 +265,12 @@ def parse_config(argv: list[str]) -> Config:
 
     --help prints the settings and exits.
     """
-    values: dict[str, Any] = {}
-    options: dict[str, str] = {}
-    words = list(argv)
-    while words:
-        word = words.pop(0)
-        if word in ("-h", "--help"):
-            print(usage())
-            sys.exit(0)
-        if not word.startswith("--"):
-            raise InputError(f"found {word!r}, expected --FIELD VALUE: see python train.py --help")
-        name, equals, value = word[2:].partition("=")
-        if not equals:
-            if not words:
-                raise InputError(f"--{name} has no value: write --{name} VALUE")
-            value = words.pop(0)
-        if name in options:
-            raise InputError(f"--{name} is given twice")
-        options[name] = value
-    if "config" in options:
-        path = Path(options.pop("config"))
-        try:
-            values = json.loads(path.read_text(encoding="utf-8-sig"))
-        except OSError as error:
-            raise InputError(f"config file {str(path)!r} cannot be read: {error.strerror}") from error
-        except ValueError as error:
-            raise InputError(f"{path} is not valid JSON: {error}") from error
-        except RecursionError:
-            raise InputError(f"{path} is nested too deeply, expected a flat JSON object of settings") from None
-        if not isinstance(values, dict):
-            raise InputError(f"{path}: found {type(values).__name__}, expected a JSON object of settings")
-        values.pop("made_of", None)  # a run's config.json has it
-    return from_dict({**values, **options})
+    options, rest = new_parser().parse_known_args(argv)
+    if rest:
+        names = [f"--{field.name}" for field in dataclasses.fields(Config)]
+        raise InputError(f"found {rest[0]!r:.80}{suggest(rest[0], names)}")
+    values = vars(options)
+    if "config" in values:
+        values = read_json(Path(values.pop("config"))) | values
+    values.pop("made_of", None)  # a run's config.json has it
+    return from_dict(values)

@@ -223,18 +223,6 @@ def test_without_a_network_no_retry_is_told_and_a_gated_set_is_not_blamed(hub, m
     assert said == [False, False]
 
 
-def test_without_names_the_sets_are_listed(hub, monkeypatch, capsys):
-    prepare.prepare("gsm8k")
-    capsys.readouterr()
-    assert run(monkeypatch) == 0
-    lines = {line.split()[0]: line for line in capsys.readouterr().out.splitlines() if line}
-    for name, source in prepare.SOURCES.items():
-        assert source.path in lines[name] and ("gated" in lines[name]) == (name == "gpqa_diamond")
-        assert ("there: " in lines[name]) == (name == "gsm8k")
-    assert lines["gsm8k"].endswith(str(Path("data/train/gsm8k.jsonl")))
-    assert hub[1] == ["openai/gsm8k"]
-
-
 def test_changed_sets_and_wrong_names_are_one_line(hub, monkeypatch, capsys):
     rows, _ = hub
     rows["aime24"].append(rows["aime24"][0])

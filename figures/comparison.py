@@ -1,5 +1,6 @@
 """Figures of evaluations: pass@k over k, and accuracies with their intervals side by side."""
 
+import itertools
 from pathlib import Path
 from typing import Any
 
@@ -7,28 +8,17 @@ import matplotlib
 from matplotlib.axes import Axes
 
 from evaluation.report import cells, label, percent, problem_scores, read_results, shared_cells
-from evaluation.statistics import interval, powers_of_two
+from evaluation.statistics import interval, mean, powers_of_two
 from figures.figure import COLOURS, TYPE, in_percent, save, sheet
 
 
 def plot_pass_at_k(axis: Axes, evaluations: list[dict[str, Any]], name: str, level: str) -> None:
     """pass@k over k on a log2 axis, a line for each evaluation; the band is the 95% interval over problems."""
-    for e, evaluation in enumerate(evaluations):
-        samples = evaluation["results"][name][level]["samples"]
-        ks = powers_of_two(samples)
+    for colour, evaluation in zip(itertools.cycle(COLOURS), evaluations):
+        ks = powers_of_two(evaluation["results"][name][level]["samples"])
         scores = [list(problem_scores(evaluation, name, level, k).values()) for k in ks]
-        bands = [interval(values) for values in scores]
-        axis.plot(
-            ks,
-            [sum(v) / len(v) for v in scores],
-            "o-",
-            color=COLOURS[e % len(COLOURS)],
-            markersize=3,
-            label=evaluation["name"],
-        )
-        axis.fill_between(
-            ks, [low for low, _ in bands], [high for _, high in bands], color=COLOURS[e % len(COLOURS)], alpha=0.15
-        )
+        axis.plot(ks, list(map(mean, scores)), "o-", color=colour, markersize=3, label=evaluation["name"])
+        axis.fill_between(ks, *zip(*map(interval, scores)), color=colour, alpha=0.15)
     axis.set_xscale("log", base=2)
     axis.xaxis.set_major_formatter(lambda k, _: f"{k:g}")
     axis.set_xlabel("k (samples)")
@@ -47,20 +37,10 @@ def plot_accuracy(axis: Axes, evaluations: list[dict[str, Any]], shared: list[tu
         rows = [cells(evaluation)[key] for key in shared]
         places = [g + (e - (len(evaluations) - 1) / 2) * width for g in range(len(shared))]
         heights = [row["accuracy"] for row in rows]
-        down = [max(0.0, row["accuracy"] - row["low"]) for row in rows]
-        up = [max(0.0, row["high"] - row["accuracy"]) for row in rows]
-        axis.bar(
-            places,
-            heights,
-            width,
-            color=COLOURS[e % len(COLOURS)],
-            yerr=[down, up],
-            capsize=2,
-            label=evaluation["name"],
-        )
-        for place, height, row in zip(places, heights, rows):
-            text = percent(height)
-            axis.annotate(text, (place, row["high"]), ha="center", va="bottom", fontsize=6.5)
+        axis.bar(places, heights, width, color=COLOURS[e % len(COLOURS)], label=evaluation["name"])
+        axis.vlines(places, [row["low"] for row in rows], [row["high"] for row in rows], color="black", linewidth=1)
+        for place, row in zip(places, rows):
+            axis.text(place, row["high"], percent(row["accuracy"]), ha="center", va="bottom", fontsize=6.5)
     axis.set_xticks(range(len(shared)), [label(*key) for key in shared], fontsize=7.5, rotation=20, ha="right")
     axis.set_ylim(0, 1.05)
     axis.set_ylabel("% right")

@@ -16,8 +16,6 @@ from matplotlib.ticker import MaxNLocator
 from evaluation.report import markdown_table, percent
 from evaluation.statistics import natural_order
 from figures.figure import COLOURS, MARKERS, STYLES, TYPE, in_percent, save, sheet
-from methods import METHODS
-from sample import prefix_range
 from support.errors import InputError
 from support.files import read_json, read_log
 
@@ -26,10 +24,7 @@ Run = dict[str, Any]  # "name", "metrics" (rows), "scores" (eval.json), "config"
 SMOOTH = 10  # steps of a thick curve's mean
 REACHED = 0.6  # the share of "steps to 60%"
 MOST_LEVELS = 6  # more could not be told apart
-NOTE = (
-    f"thin: each step, thick: mean of the last {SMOOTH} steps; band: 95% interval of an accuracy, range the schedule "
-    f"draws from; dotted: SFT ends, {REACHED:.0%} reached"
-)
+NOTE = f"thin: each step, thick: mean of the last {SMOOTH} steps; band: 95% interval; dotted: SFT ends, {REACHED:.0%}"
 
 
 @dataclass(frozen=True)
@@ -122,17 +117,6 @@ def sft_end(run: Run) -> int | None:
     """The last step of an SFT stage before another stage; None without one. A row of an SFT step has no reward."""
     steps = [row["step"] for row in run["metrics"] if "reward" not in row]
     return steps[-1] if steps and steps[-1] < run["metrics"][-1]["step"] else None
-
-
-def schedule_band(run: Run) -> tuple[list[int], list[float], list[float]]:
-    """Steps, and the interval from which the share given is drawn at each (sample.prefix_range)."""
-    steps, _ = points(run, "prefix_fraction")
-    method, total = METHODS.get(run["config"].get("method")), run["config"].get("steps")
-    if method is None or total is None:
-        return [], [], []
-    before = sft_end(run) or 0
-    bands = [prefix_range(step - 1 - before, total, method.schedule) for step in steps]
-    return steps, [low for low, _ in bands], [high for _, high in bands]
 
 
 # ---- comparing
@@ -288,9 +272,6 @@ def draw_metric(axis: Axes, run: Run, metric: str, colour: str, style: str, name
     steps, values = points(run, metric)
     if not steps:
         return []
-    if metric == "prefix_fraction":
-        steps_of_band, low, high = schedule_band(run)
-        axis.fill_between(steps_of_band, low, high, color=colour, alpha=0.12, linewidth=0)
     axis.plot(steps, values, style, color=colour, alpha=0.3, linewidth=0.7)
     axis.plot(steps, smooth(values, SMOOTH), style, color=colour, label=name, clip_on=False, linewidth=1.4)
     return values

@@ -14,6 +14,7 @@ A line is {"step", "method", "id", "problem", "answer", "prompt": [token, …], 
 train.py writes it; figures/group_figure.py draws it.
 """
 
+from collections import Counter
 from pathlib import Path
 from typing import Any
 
@@ -135,16 +136,11 @@ def title(group: Group) -> str:
 
 
 def summary(group: Group) -> str:
-    """One sentence about the rows."""
-    counts = {
-        name: sum(kind(row) == name for row in group["rows"]) for name in ("on-policy", "hybrid", "demonstration")
-    }
-    words = {
-        "on-policy": "{} by the policy alone",
-        "hybrid": "{} begun with an expert's tokens",
-        "demonstration": "{} written by an expert",
-    }
-    listed = ", ".join(words[name].format(count) for name, count in counts.items() if count)
+    """Two sentences about the rows."""
+    kinds = Counter(map(kind, group["rows"]))
+    words = (("on-policy", "by the policy alone"), ("hybrid", "begun with an expert's tokens"))
+    words += (("demonstration", "written by an expert"),)
+    listed = ", ".join(f"{kinds[name]} {what}" for name, what in words if kinds[name])
     return f"{listed}. Each is graded; then every token gets a weight w: how much more or less likely it is made."
 
 

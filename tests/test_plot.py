@@ -3,7 +3,6 @@
 Groups of rollouts: test_group.py."""
 
 import json
-import math
 import sys
 from pathlib import Path
 
@@ -318,20 +317,6 @@ def test_the_range_of_the_schedule_holds_what_is_drawn_and_no_more(schedule, ste
     # of 1000 uniform draws none lies in a given fiftieth of the range with a chance of (1 - 1/50)^1000 = 2e-9
     if schedule != "uft":
         assert min(drawn) - low <= (high - low) / 50 and high - max(drawn) <= (high - low) / 50
-
-
-def test_the_share_given_is_drawn_before_the_range_of_its_schedule(tmp_path, monkeypatch):
-    rows = [
-        {"step": s, "reward": 0.5, "reward_hybrid": 1.0, "prefix_fraction": 0.8, "hybrid_rows": 3} for s in (1, 2)
-    ]
-    folder = run_folder(tmp_path / "x", rows)
-    settings = {"method": "prefix-rft", "steps": 10, "prompts_per_step": 2, "rollouts_per_prompt": 4}
-    (folder / "config.json").write_text(json.dumps(settings))
-    panels = panels_of(monkeypatch, folder)
-    low = 0.05 + 0.9 * (1 + math.cos(math.pi / 10)) / 2  # of step 2, the second: half a cosine of 10 steps
-    assert bands_of(panels["demonstration given"]) == [{(1, 0.95), (2, 0.95), (2, round(low, 6))}]
-    assert panels["reward"].get_legend_handles_labels()[1] == ["hybrid"]
-    assert panels["demonstration given"].get_ylim() == (0, 1)
 
 
 def test_noise_does_not_fill_a_panel(tmp_path, monkeypatch):

@@ -26,8 +26,9 @@ from support.config import Config
 from support.loading import fuse_norms
 from support.memory import cache_bytes
 
-WORDS, KEY_VALUE_HEADS = 151936, 2
-SHAPES = {"0.5b": (896, 4864, 24, 14), "1.5b": (1536, 8960, 28, 12)}  # width, inner width, layers, heads
+WORDS = 151936
+SIZES = ("hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads", "num_key_value_heads")
+SHAPES = {"0.5b": (896, 4864, 24, 14, 2), "1.5b": (1536, 8960, 28, 12, 2)}
 ROWS, PROMPT, NEW, FEW = 256, 256, 1024, 128
 BATCH, LENGTH = 8, 2048  # of an update
 
@@ -40,8 +41,7 @@ def measure(call: Callable) -> dict[str, float]:
 
 
 def new_model(shape: str) -> Qwen2ForCausalLM:
-    width, inner, layers, heads = SHAPES[shape]
-    config = Qwen2Config(WORDS, width, inner, layers, heads, KEY_VALUE_HEADS, tie_word_embeddings=True)
+    config = Qwen2Config(vocab_size=WORDS, tie_word_embeddings=True, **dict(zip(SIZES, SHAPES[shape])))
     with torch.device("cuda"):
         model = Qwen2ForCausalLM(config).to(torch.bfloat16)
     model.loop = LOOPS[0]

@@ -167,6 +167,14 @@ def test_ppo_weight_is_the_gradient_of_the_surrogate(moved):
         assert 0.1 < ((weight == 0) & (advantage != 0)).float().mean() < 0.9  # the clip was at work, both ways
 
 
+@pytest.mark.parametrize("advantage", [1.0, -1.0])
+def test_the_clip_keeps_its_own_bound(advantage):
+    """r = 1 is at both bounds where nothing may move; and the weight is a number, not a part of the graph."""
+    log_probs = torch.zeros(1, 1, requires_grad=True)
+    weight = ppo_weight(log_probs, torch.zeros(1, 1), torch.tensor([[advantage]]), 0.0, 0.0)
+    assert weight.item() == advantage and not weight.requires_grad
+
+
 def test_an_infinite_ratio_gives_no_nan():
     weight = ppo_weight(torch.tensor([[200.0]]), torch.tensor([[-200.0]]), torch.tensor([[0.0]]), 0.2, 0.2)
     assert weight.item() == 0

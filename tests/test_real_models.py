@@ -249,7 +249,7 @@ def test_a_checkpoint_of_another_model_is_one_line(task, tmp_path, monkeypatch):
     (folder / "other" / "config.json").write_text(json.dumps(saved | {"model": str(other)}))
     with pytest.raises(ValueError, match=r"made of something else: model .* changed since"):
         train.train(dataclasses.replace(config, model=str(other)))
-    monkeypatch.setattr(train.checkpoint, "changed_ingredients", lambda *a: [])
+    monkeypatch.setattr(train.checkpoint, "check_ingredients", lambda *a: None)
     with pytest.raises(ValueError, match="checkpoint of another model") as error:
         train.train(dataclasses.replace(config, model=str(other)))
     assert "\n" not in str(error.value)

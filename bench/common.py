@@ -1,4 +1,4 @@
-"""What the benches share: a clock, peak memory, results as JSON with the machine they are of."""
+"""What the benches share: a clock, peak memory, and results as JSON with a description of the machine."""
 
 import json
 import platform
@@ -19,7 +19,7 @@ CUDA = torch.cuda.is_available()
 
 
 def clock() -> float:
-    """CPU seconds of this process; on CUDA wall seconds, of work that is done."""
+    """Returns CPU seconds of this process; on CUDA wall seconds, after waiting for the GPU."""
     if not CUDA:
         return time.process_time()
     torch.cuda.synchronize()
@@ -27,10 +27,10 @@ def clock() -> float:
 
 
 def peak_bytes(work: Callable[[], object]) -> int:
-    """The most bytes of tensors that `work` holds at once, beyond what stood before.
+    """Returns the most bytes of tensors that `work` holds at once, beyond those that existed before.
 
-    Every allocation counts, also those inside kernels. CPU: the profiler's memory events; CUDA: the allocator's own
-    record.
+    Every allocation counts, also those inside kernels. On a CPU the profiler's memory events are used, on CUDA the
+    allocator's own record.
     """
     if CUDA:
         torch.cuda.reset_peak_memory_stats()

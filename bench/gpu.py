@@ -30,11 +30,11 @@ WORDS = 151936
 SIZES = ("hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads", "num_key_value_heads")
 SHAPES = {"0.5b": (896, 4864, 24, 14, 2), "1.5b": (1536, 8960, 28, 12, 2)}
 ROWS, PROMPT, NEW, FEW = 256, 256, 1024, 128
-BATCH, LENGTH = 8, 2048  # of an update
+BATCH, LENGTH = 8, 2048  # rows and tokens of an update
 
 
 def measure(call: Callable) -> dict[str, float]:
-    """Median wall seconds of `call`, after it was called to warm up, and the most memory."""
+    """Returns the median wall seconds of `call` after a first call to warm up, and the most memory."""
     torch.cuda.reset_peak_memory_stats()
     seconds = Timer("call()", globals={"call": call}).blocked_autorange(min_run_time=1).median
     return {"seconds": seconds, "peak_gib": torch.cuda.max_memory_allocated() / 2**30}
@@ -45,7 +45,8 @@ def new_model(shape: str) -> Qwen2ForCausalLM:
     with torch.device("cuda"):
         model = Qwen2ForCausalLM(config).to(torch.bfloat16)
     model.loop = LOOPS[0]
-    model.generation_config = GenerationConfig(eos_token_id=[WORDS], pad_token_id=0)  # no row ends
+    # no token is an end token, so no row ends
+    model.generation_config = GenerationConfig(eos_token_id=[WORDS], pad_token_id=0)
     fuse_norms(model)
     return model
 

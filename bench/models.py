@@ -1,11 +1,11 @@
-"""Causal LMs of transformers, each made tiny with random weights: what works, and which line refuses the others.
+"""Tries causal LMs of transformers, each made tiny with random weights: which work, and what refuses the others.
 
-    OMP_NUM_THREADS=1 python bench/models.py              all of them (minutes), writes bench/results/models.md
-    OMP_NUM_THREADS=1 python bench/models.py gpt2 opt     some, printed only
+    OMP_NUM_THREADS=1 python bench/models.py              tries all (minutes) and writes bench/results/models.md
+    OMP_NUM_THREADS=1 python bench/models.py gpt2 opt     tries some and only prints
 
-Every model is a folder as a user has it, its noise (dropout, router jitter) switched on and the embedded task's
-tokenizer beside it. `prove` then asks for what "works" means, with nothing of fast.check: against plain
-forward passes of single rows. One step of Prefix-RFT follows. Left out: two ranks (tests/test_distributed.py).
+Every model is a folder as a user has it, with its noise (dropout, router jitter) switched on and with the embedded
+task's tokenizer. `prove` then checks that the model works, against plain forward passes of single rows and without
+the help of fast.check. One step of Prefix-RFT follows. Left out: two ranks (tests/test_distributed.py).
 """
 
 import argparse
@@ -44,7 +44,7 @@ STATE |= {"mamba_n_heads": 4, "mamba_d_head": 16, "mamba_d_state": 8, "mamba_chu
 STATE |= {"mamba_num_heads": 4, "mamba_head_dim": 16, "n_mamba_heads": 4, "mamba_headdim": 16, "mamba_dt_rank": 8}
 OTHERS = {"num_dense_layers": 1, "rotary_dim": 8, "window_size": 12, "block_multiple_of": 16}
 OTHERS |= {"attention_head_dim": 16, "attention_chunk_size": 12, "intermediate_size_mlp": 48}
-SMALL = SIZES | MIXTURE | LATENT | STATE | OTHERS  # each config takes those of these fields that it has
+SMALL = SIZES | MIXTURE | LATENT | STATE | OTHERS  # each config takes the fields among these that it has
 FOUR = {"num_key_value_heads": 4}
 LINEAR = {"layer_types": ["linear_attention", "full_attention"]}
 GROUPS = {"n_group": 2, "topk_group": 1, "first_k_dense_replace": 1}
@@ -87,19 +87,19 @@ MODELS: dict[str, dict] = {name: {} for name in PLAIN.split()} | {
     "xlstm": {"num_heads": 4},
     "zamba2": FOUR
     | {"num_hidden_layers": 4, "attention_hidden_size": 64, "layers_block_type": ["linear_attention", "hybrid"] * 2},
-    "gemma3": {  # a folder with vision settings
+    "gemma3": {  # this model also needs settings for vision
         "text_config": SIZES | {"layer_types": ["sliding_attention", "full_attention"]},
         "vision_config": SIZES | {"num_hidden_layers": 1, "image_size": 28, "patch_size": 14},
         "mm_tokens_per_image": 4,
         "image_token_index": 103,
     },
 }
-ENDS = [2, 6, 11, 45, 58, 67, 79, 95]  # end tokens, none of them in the task's texts: many rows end early
+ENDS = [2, 6, 11, 45, 58, 67, 79, 95]  # end tokens that the task's texts lack; with so many, rows end early
 BUDGET = 40
 
 
 def tiny(name: str) -> PreTrainedConfig:
-    """The config of a tiny model."""
+    """Returns the config of a tiny model."""
     kind, fields = CONFIG_MAPPING[name.split(",")[0]], MODELS[name]
     known = kind()
     free = [key for key in SMALL if hasattr(known, key) and not isinstance(getattr(kind, key, None), property)]
@@ -107,7 +107,7 @@ def tiny(name: str) -> PreTrainedConfig:
 
 
 def make(name: str, folder: Path) -> None:
-    """The folder of a tiny model, weights spread so that its distributions are far from uniform."""
+    """Returns the folder of a tiny model. Its weights are spread so that its distributions are far from uniform."""
     config, fields = tiny(name), MODELS[name]
     text = config.get_text_config()
     for key, value in vars(text).items():
@@ -125,13 +125,13 @@ def make(name: str, folder: Path) -> None:
 
 @torch.no_grad()
 def plain_logits(model: PreTrainedModel, row: Row, response: list[int]) -> torch.Tensor:
-    """[tokens of the response, V], of the row alone: no padding, no mask, no positions, no cache."""
+    """Returns [tokens of the response, V] of the row alone: without padding, mask, positions and cache."""
     ids = torch.tensor([row.prompt_ids + response])
     return model(input_ids=ids, use_cache=False).logits[0, len(row.prompt_ids) - 1 : -1]
 
 
 def prove(folder: Path) -> str | None:
-    """Raises AssertionError, which says what does not hold -> the model's loop."""
+    """Checks what a model has to do and returns its loop. Raises an AssertionError that says what does not hold."""
     model, tokenizer = load_model(str(folder), training=True, check=check_model)
     generator = torch.Generator().manual_seed(0)
 
@@ -139,7 +139,7 @@ def prove(folder: Path) -> str | None:
         return torch.randint(14, 44, (n,), generator=generator).tolist()
 
     rows = [Row(i, (i,), some(2 + 3 * (i % 4)), some(2 * i) if i % 2 else []) for i in range(8)]
-    rows += [Row(8, (8, i), rows[0].prompt_ids, []) for i in range(3)]  # a group shares its prompt
+    rows += [Row(8, (8, i), rows[0].prompt_ids, []) for i in range(3)]  # rows of a group share their prompt
 
     def respond(rows: list[Row], temperature: float = 1.0) -> list[Row]:
         return generate(model, tokenizer, rows, BUDGET, temperature, decode=loop_of(model))
@@ -155,7 +155,8 @@ def prove(folder: Path) -> str | None:
     rollouts = pack(sampled, model.generation_config.pad_token_id)
     given = rollouts.input_ids, rollouts.attention_mask, rollouts.response_mask.shape[1], 1.0
     (found, _), (again, _) = token_stats(model, *given), token_stats(model, *given)
-    assert torch.allclose(found, again, rtol=0, atol=1e-5), "two training passes differ"  # to the bit on most CPUs
+    # equal to the bit on most CPUs
+    assert torch.allclose(found, again, rtol=0, atol=1e-5), "two training passes differ"
     for i, (row, response) in enumerate(zip(rows, together)):
         p = plain_logits(model.eval(), row, response).log_softmax(-1)
         want = p.gather(1, torch.tensor(response)[:, None])[:, 0]
@@ -174,7 +175,7 @@ def by_length(_reward: object, texts: list[str], _problems: list) -> list[float]
 
 
 def one_step(folder: Path) -> float:
-    """A step of Prefix-RFT from the command's preparation -> the norm of its gradient."""
+    """Make a step of Prefix-RFT as the command prepares it, and return the norm of its gradient."""
     settings = {"model": str(folder), "prompts_per_step": 4, "rollouts_per_prompt": 4, "updates_per_step": 1}
     settings |= {"max_response_tokens": 80, "out": str(folder / "run"), "device": "cpu", "eval_every": 0}
     steps.grade_all = by_length
@@ -183,7 +184,7 @@ def one_step(folder: Path) -> float:
 
 
 def verdict(name: str, folder: Path) -> str:
-    """The decoding loop of an architecture that trains, the line that refuses one, or how it failed."""
+    """Returns the decoding loop of an architecture that trains, the line that refuses it, or how it failed."""
     try:
         make(name, folder)
         loop = prove(folder) or "transformers"

@@ -3,8 +3,8 @@
     python -m venv v4 && v4/bin/pip install torch transformers==4.57.6
     OMP_NUM_THREADS=1 python bench/other_transformers.py v4/bin/python
 
-Tiny random models are made by transformers 4, as most models of the hub were, loaded and saved as by a run, and read
-by 4. Exit code 1 if one differs. Left out: models of which 4 has no code.
+transformers 4 makes tiny random models, as it made most models of the hub. They are loaded and saved as by a run, and
+read by transformers 4 again. The exit code is 1 if one differs. Left out: models for which version 4 has no code.
 """
 
 import subprocess
@@ -49,7 +49,7 @@ TEXT = "\\boxed{12}\n A+b<eos>"
 
 
 def make(root: Path) -> None:
-    """A folder of each model, by the transformers that runs this."""
+    """Writes a folder of each model, by the transformers version that runs this."""
     file = str(PROJECT / "data" / "base" / "tokenizer.json")
     tokenizer = PreTrainedTokenizerFast(tokenizer_file=file, pad_token="<pad>", eos_token="<eos>")
     tokenizer.add_special_tokens({"additional_special_tokens": ["<bos>"]})
@@ -69,7 +69,7 @@ def make(root: Path) -> None:
 
 @torch.no_grad()
 def read(root: Path) -> None:
-    """What is compared: log-probs of a text of 40 tokens, and the ids of TEXT."""
+    """Returns what is compared: the log-probs of a text of 40 tokens, and the ids of TEXT."""
     ids = torch.randint(4, 100, (1, 40), generator=torch.Generator().manual_seed(0))
     for folder in root.iterdir():
         model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32).eval()

@@ -2,7 +2,8 @@
 
 python bench/plan_check.py        writes bench/results/plan.json (about a minute on one core)
 
-All in fp32, on one unsplit device. An update is counted beyond weights, gradients and optimizer, which stand there.
+All is in fp32, on one device without sharding. The peak of an update is counted beyond weights, gradients and
+optimizer, which exist before it.
 """
 
 import itertools
@@ -23,7 +24,7 @@ from support.loading import pick_device, prepare_layers
 SMALL = {"hidden_size": 256, "intermediate_size": 768, "num_attention_heads": 4, "num_key_value_heads": 2}
 QWEN = Qwen2Config(**SMALL, num_hidden_layers=6, vocab_size=8000)
 LLAMA = LlamaConfig(**SMALL, num_hidden_layers=4, vocab_size=32000)
-UPDATES = ((QWEN, 8, 32, 224), (LLAMA, 2, 64, 960))  # rows, prompt, response
+UPDATES = ((QWEN, 8, 32, 224), (LLAMA, 2, 64, 960))  # (rows, prompt tokens, response tokens)
 SAMPLING = ((QWEN, 32, 32, 224), (QWEN, 64, 512, 4), (LLAMA, 32, 32, 32))
 
 
@@ -41,18 +42,18 @@ def measured_update(
     optimizer = torch.optim.AdamW(trained(model).values(), fused=True)
     ids = torch.randint(0, shape.vocab_size, (rows, prompt + response), device=model.device)
     mask = torch.ones_like(ids)
-    mask[0, :3] = 0  # a batch without padding would need no mask
+    mask[0, :3] = 0  # padding, as a batch without it would need no mask
 
     def update() -> None:
         models.token_stats(model, ids, mask, response, 1.0)[0].sum().backward()
         optimizer.step()
 
-    update()  # gradients and the optimizer's state stand there from now on
+    update()  # from now on gradients and the optimizer's state exist
     return peak_bytes(update)
 
 
 def measured_sampling(shape: Any, rows: int, prompt: int, response: int) -> int:
-    """Of a call of generate in which no row ends."""
+    """Returns the peak of a call of generate in which no row ends."""
     model = new_model(shape)
     model.generation_config = GenerationConfig(eos_token_id=[shape.vocab_size], pad_token_id=0)
     prompts = torch.randint(0, shape.vocab_size, (rows, prompt)).tolist()

@@ -3,14 +3,15 @@
     OMP_NUM_THREADS=1 python bench/throughput.py sampling step [--name NAME] [--FIELD VALUE ...]
 
 Each part prints a table and writes bench/results/throughput-PART.json, or throughput-PART-NAME.json with settings of
-train.py (--model, --data, --config, ...). Without: the default step of `rft`, 16 problems x 8 rollouts, at most 96
-tokens, 2 updates, the embedded task and model. The learning rate is 0, so every repeat starts from the same weights;
-all contenders of a repeat see the same prompts and give the same tokens (asserted), in turn, so that a busy machine
-hits all alike. Times are process CPU seconds, on CUDA wall seconds; ratios are medians over the repeats. Rewards are
-made up in `step`: 0 and 1 in every group, so that every row has a weight.
+train.py (--model, --data, --config, ...). Without such settings it measures the default step of `rft` with the
+embedded task and model: 16 problems x 8 rollouts, at most 96 tokens, 2 updates. The learning rate is 0, so every
+repeat starts from the same weights. All contenders of a repeat see the same prompts and give the same tokens
+(asserted). They run in turn, so that a busy machine slows all of them. Times are CPU seconds of the process, on CUDA
+wall seconds; ratios are medians over the repeats. In `step` every group has made-up rewards of 0 and 1, so that every
+row has a weight.
 
-On CUDA `step` computes in bf16 on fp32 weights, ours as TRL's, and TRL passes as many rows at once as its update has,
-at most 64. Limits of decoding: bench/gpu.py.
+On CUDA `step` computes in bf16 on fp32 weights, in ours and in TRL. TRL passes as many rows at once as its update
+has, at most 64. bench/gpu.py measures the limits of decoding.
 """
 
 import argparse
@@ -33,13 +34,13 @@ from support.command import command
 from support.config import parse_config
 from train import prepare
 
-REPEATS = 5  # beside a first one, which warms up
+REPEATS = 5  # repeats after a first one, which warms up
 
 # ---- what both parts share
 
 
 def new_run(words: Sequence[str]) -> steps.Run:
-    """The run of rft with train.py's settings `words`, at learning rate 0, one thread."""
+    """Returns a run of rft with train.py's settings `words`, at learning rate 0 on one thread."""
     with tempfile.TemporaryDirectory() as folder:
         run, _ = prepare(replace(parse_config(list(words)), method="rft", lr=0.0, out=f"{folder}/run"))
     torch.set_num_threads(1)
@@ -51,7 +52,7 @@ def picked_at(run: steps.Run, step: int) -> list[int]:
 
 
 def medians(seconds: dict[str, list[float]]) -> dict[str, dict]:
-    """Of each contender's seconds, and of their ratios to ours, without the first repeat."""
+    """Returns statistics of each contender's seconds and of their ratios to ours, without the first repeat."""
     table = {}
     for name, values in seconds.items():
         ratios = [value / ours for value, ours in zip(values[1:], seconds["ours"][1:])]
@@ -78,7 +79,7 @@ def bench_sampling(words: list[str]) -> dict:
             seconds[name].append(clock() - begin)
             responses.append([row.response for row in sampled])
         same = sum(a == b for a, b in zip(*responses))
-        assert same >= len(rows) - 1, f"{same} of {len(rows)} rows are the same"  # rounding may tell one apart
+        assert same >= len(rows) - 1, f"{same} of {len(rows)} rows are the same"  # rounding may make a row differ
     return {"rows": len(rows), "tokens": sum(map(len, responses[0])), "table": medians(seconds)}
 
 
@@ -86,7 +87,7 @@ def bench_sampling(words: list[str]) -> dict:
 
 
 class Replay(LogitsProcessor):
-    """Makes TRL's sampler draw the given tokens: a scatter per token, so that its rows and lengths are ours."""
+    """Makes TRL's sampler draw the given tokens by a scatter per token, so that its rows and lengths are ours."""
 
     def __init__(self, responses: list[list[int]], pad: int, prompt: int, device: torch.device):
         width = max(map(len, responses))
@@ -99,7 +100,8 @@ class Replay(LogitsProcessor):
 
 
 def new_trainer(run: steps.Run, callback: transformers.TrainerCallback):
-    """TRL's GRPOTrainer on the same problems in the same order: Dr.GRPO loss, as many updates per step."""
+    """Returns TRL's GRPOTrainer on the same problems in the same order, with Dr.GRPO loss and as many updates a
+    step."""
     from datasets import Dataset
     from trl import GRPOConfig, GRPOTrainer
 
@@ -119,8 +121,8 @@ def new_trainer(run: steps.Run, callback: transformers.TrainerCallback):
         learning_rate=0.0,
         lr_scheduler_type="constant",
         adam_beta2=config.adam_beta2,
-        gradient_checkpointing=config.recompute,  # on by default: it would cost TRL another forward pass
-        bf16=CUDA,  # on by default, also on a CPU, where it is slow; ours is fp32 there as well
+        gradient_checkpointing=config.recompute,  # on by default; it would cost TRL another forward pass
+        bf16=CUDA,  # bf16 is TRL's default also on a CPU, where it is slow; ours computes in fp32 there
         loss_type="dr_grpo",
         scale_rewards="none",
         shuffle_dataset=False,
@@ -148,7 +150,7 @@ def made_up_rewards(_reward: object, texts: list, _problems: object) -> list[flo
 
 
 def bench_step(words: list[str]) -> dict:
-    """Ours and TRL's, step by step in turn."""
+    """Runs ours and TRL's, step by step in turn."""
     run, rows = new_run(words), []
     seconds: dict[str, list[float]] = {"ours": [], "TRL": []}
     steps.grade_all = made_up_rewards

@@ -1,1 +1,2 @@
-"""What plot.py draws: curves of runs, comparisons of evaluations, one group token by token (picture and page)."""
+"""The drawings of plot.py: curves of runs, comparisons of evaluations, one group token by token (picture and
+page)."""

@@ -13,7 +13,7 @@ from figures.figure import COLOURS, TYPE, in_percent, save, sheet
 
 
 def plot_pass_at_k(axis: Axes, evaluations: list[dict[str, Any]], name: str, level: str) -> None:
-    """pass@k over k on a log2 axis, a line for each evaluation; the band is the 95% interval over problems."""
+    """Draw pass@k over k on a log2 axis, with a line and its 95% interval over problems for each evaluation."""
     for colour, evaluation in zip(itertools.cycle(COLOURS), evaluations):
         ks = powers_of_two(evaluation["results"][name][level]["samples"])
         scores = [list(problem_scores(evaluation, name, level, k).values()) for k in ks]
@@ -31,7 +31,7 @@ def plot_pass_at_k(axis: Axes, evaluations: list[dict[str, Any]], name: str, lev
 
 
 def plot_accuracy(axis: Axes, evaluations: list[dict[str, Any]], shared: list[tuple[str, str]]) -> None:
-    """A group of bars for each benchmark or level, a bar for each evaluation, with its 95% interval."""
+    """Draw a group of bars for each benchmark or level; each evaluation has a bar with its 95% interval."""
     width = 0.8 / len(evaluations)
     for e, evaluation in enumerate(evaluations):
         rows = [cells(evaluation)[key] for key in shared]
@@ -51,8 +51,10 @@ def plot_accuracy(axis: Axes, evaluations: list[dict[str, Any]], shared: list[tu
 
 
 def draw_pass_at_k(folders: list[Path], target: Path, with_accuracy: bool = False) -> Path:
-    """A panel of pass@k for each benchmark and level with several samples, after one of accuracies if it is asked
-    for or there is nothing else to show."""
+    """Draw a panel of pass@k for each benchmark and level with several samples.
+
+    A panel of accuracies comes first if it is asked for, or if there is nothing else to show.
+    """
     evaluations = [read_results(folder) for folder in folders]
     shared = shared_cells(evaluations)
     curves = [(n, l) for n, l in shared if all(e["results"][n][l]["samples"] > 1 for e in evaluations)]

@@ -1,8 +1,9 @@
 """Curves of runs: metrics.jsonl, eval.json and config.json of run folders, drawn and compared.
 
-One run: a panel for each thing it logs, a colour for each metric. Several runs: fewer panels, a colour for each run,
-one legend; runs on different problems are refused. An axis starts at 0 and reaches at least as far as its Panel
-says, so that noise looks as small as it is. A panel whose metric is missing, or says nothing in any run, is left out.
+The sheet of one run has a panel for each quantity and a colour for each metric. The sheet of several runs has fewer
+panels, a colour for each run and one legend; runs on different problems are refused. An axis starts at 0 and reaches
+at least as far as its Panel says, so that noise looks as small as it is. A panel is left out if its metric is missing
+or says nothing in any run.
 """
 
 from dataclasses import dataclass
@@ -19,11 +20,11 @@ from figures.figure import COLOURS, MARKERS, STYLES, TYPE, in_percent, save, she
 from support.errors import InputError
 from support.files import read_json, read_log
 
-Run = dict[str, Any]  # "name", "metrics" (rows), "scores" (eval.json), "config" (config.json)
+Run = dict[str, Any]  # keys: "name", "metrics" (rows), "scores" (eval.json), "config" (config.json)
 
-SMOOTH = 10  # steps of a thick curve's mean
-REACHED = 0.6  # the share of "steps to 60%"
-MOST_LEVELS = 6  # more could not be told apart
+SMOOTH = 10  # a thick curve is the mean of so many steps
+REACHED = 0.6  # the accuracy of "steps to 60%"
+MOST_LEVELS = 6  # more runs could not be told apart
 NOTE = f"thin: each step, thick: mean of the last {SMOOTH} steps; band: 95% interval; dotted: SFT ends, {REACHED:.0%}"
 
 
@@ -32,9 +33,9 @@ class Panel:
     """One panel of a sheet."""
 
     title: str
-    unit: str  # of the vertical axis
-    metrics: tuple[tuple[str, str], ...]  # (name, legend)
-    top: float = 0.0  # the axis reaches at least so far
+    unit: str  # label of the vertical axis
+    metrics: tuple[tuple[str, str], ...]  # (metric's name, its words in the legend)
+    top: float = 0.0  # the axis reaches at least this value
     share: bool = True  # in percent
 
 
@@ -53,7 +54,7 @@ PANELS = (
     Panel("stopped by PPO's clip", "% of weighted tokens", (("clip_fraction", ""),), 0.05),
     Panel("gradient norm", "L2 norm before clipping", (("grad_norm", ""),), 0.1, False),
 )
-COMPACT = (  # of several runs
+COMPACT = (  # the panels of several runs
     Panel("reward of on-policy rows", "mean reward", REWARD.metrics[:1], 1, False),
     FRACTION,
     ENTROPY,
@@ -65,7 +66,7 @@ COMPACT = (  # of several runs
 
 
 def read_run(folder: Path) -> Run:
-    """The logs of a run folder; InputError where they are missing or damaged."""
+    """Returns the logs of a run folder. Raises InputError if they are missing or damaged."""
     log = folder / "metrics.jsonl"
     if not log.exists() or not log.stat().st_size:
         raise InputError(f"{folder} is not a run folder with steps in it: no metrics.jsonl")
@@ -76,23 +77,24 @@ def read_run(folder: Path) -> Run:
 
 
 def base_scores(run: Run) -> dict[str, dict[str, float]]:
-    """The base model's validation, by level and over "all"; {} if the run has none."""
+    """Returns the base model's validation, by level and over "all"; {} if the run has none."""
     return (run["scores"].get("base") or {}).get("validation") or {}
 
 
 def levels(runs: list[Run]) -> list[str]:
-    """The levels that the runs were evaluated on, in their natural order, "all" last."""
+    """Returns the levels that the runs were evaluated on, in their natural order, with "all" last."""
     names = [level for run in runs for level in base_scores(run)]
     for row in (row for run in runs for row in run["metrics"]):
         for key in (key for key in row if key.startswith("eval_")):
             stem, _, end = key.rpartition("_")
-            if not (end in ("low", "high") and stem in row):  # an interval of eval_LEVEL
+            # eval_LEVEL_low and eval_LEVEL_high are ends of an interval
+            if not (end in ("low", "high") and stem in row):
                 names.append(key.removeprefix("eval_"))
     return [*natural_order(name for name in names if name != "all"), *(["all"] if "all" in names else [])]
 
 
 def evaluations(run: Run, level: str) -> list[tuple[int, float, float | None, float | None]]:
-    """(step, accuracy, low, high) of the validation of a level; the base stands at step 0. None: not logged."""
+    """Returns (step, accuracy, low, high) of a level's validation, with the base at step 0; None if it has none."""
     base = base_scores(run).get(level)
     points = [(0, base["accuracy"], base.get("low"), base.get("high"))] if base else []
     name = f"eval_{level}"
@@ -103,18 +105,18 @@ def evaluations(run: Run, level: str) -> list[tuple[int, float, float | None, fl
 
 
 def steps_to(run: Run, share: float) -> int | None:
-    """The first evaluated step at which validation accuracy over all levels was at least `share`; None: not yet."""
+    """Returns the first evaluated step with a validation accuracy (all levels) of at least `share`; None if none."""
     return next((step for step, accuracy, *_ in evaluations(run, "all") if accuracy >= share), None)
 
 
 def points(run: Run, metric: str) -> tuple[list[int], list[float]]:
-    """Steps and values of a metric, where it was logged."""
+    """Returns the steps at which a metric was logged, and its values."""
     rows = [row for row in run["metrics"] if row.get(metric) is not None]
     return [row["step"] for row in rows], [row[metric] for row in rows]
 
 
 def sft_end(run: Run) -> int | None:
-    """The last step of an SFT stage before another stage; None without one. A row of an SFT step has no reward."""
+    """Returns the last step of an SFT stage before another stage, or None. Rows of SFT steps have no reward."""
     steps = [row["step"] for row in run["metrics"] if "reward" not in row]
     return steps[-1] if steps and steps[-1] < run["metrics"][-1]["step"] else None
 
@@ -123,8 +125,10 @@ def sft_end(run: Run) -> int | None:
 
 
 def check_alike(runs: list[Run]) -> list[str]:
-    """InputError for runs that were evaluated on different problems -> a line for each other thing they differ in
-    that is not the method."""
+    """Returns a line for each setting, other than the method, in which the runs differ.
+
+    Raises InputError for runs that were evaluated on different problems.
+    """
     sizes = {}
     for run in runs:
         if scores := base_scores(run):
@@ -142,7 +146,7 @@ def check_alike(runs: list[Run]) -> list[str]:
 
 
 def compare_runs(folders: list[Path]) -> str:
-    """A table of several runs: validation accuracy of the base and at the end, and how soon REACHED was reached."""
+    """Returns a table of several runs: validation accuracy at the start and at the end, and the steps to REACHED."""
     runs = [read_run(folder) for folder in folders]
     rows = [
         ["validation, greedy, all levels", "base %", "last %", "95% interval", "at step", f"steps to {REACHED:.0%}"]
@@ -166,9 +170,9 @@ def compare_runs(folders: list[Path]) -> str:
 
 
 def accuracy_panels(runs: list[Run]) -> list[Panel]:
-    """One panel with a line for each level; of several runs a panel for each, or lines could not be told apart."""
+    """Draw a panel with a line for each level; with several runs a panel for each run, to keep lines apart."""
     shown = levels(runs)
-    if len(shown) == 2 or len(shown) > MOST_LEVELS + 1:  # of a single level "all" says the same
+    if len(shown) == 2 or len(shown) > MOST_LEVELS + 1:  # with a single level "all" equals it
         shown = shown[-1:]
     if len(runs) > 1:
         return [Panel(f"validation accuracy: {level}", "% right", ((f"eval_{level}", ""),), 1) for level in shown]
@@ -178,7 +182,7 @@ def accuracy_panels(runs: list[Run]) -> list[Panel]:
 
 
 def draw(folders: list[Path], target: Path) -> Path:
-    """Write one sheet of curves of all runs to `target`: accuracy first, then PANELS, or COMPACT of several runs."""
+    """Write one sheet of all runs' curves to `target`: accuracy first, then PANELS (COMPACT for several runs)."""
     runs = [read_run(folder) for folder in folders]
     unlike = check_alike(runs)
     one = len(runs) == 1
@@ -193,7 +197,7 @@ def draw(folders: list[Path], target: Path) -> Path:
             figure.suptitle(runs[0]["name"], x=0.01, ha="left", fontsize=10, weight="bold")
             if accuracy:
                 legend = axes[0].legend(loc="center left", bbox_to_anchor=(1.02, 0.5), frameon=False)
-                legend.set_in_layout(False)  # it stands in the third column and moves nothing
+                legend.set_in_layout(False)  # the third column has room for it, so no panel moves
         else:
             lines, words = run_handles(axes[0], runs)
             figure.legend(lines, words, loc="outside upper left", ncols=min(4, len(runs)), frameon=False)
@@ -202,7 +206,7 @@ def draw(folders: list[Path], target: Path) -> Path:
 
 
 def run_handles(axis: Axes, runs: list[Run]) -> tuple[list[Any], list[str]]:
-    """A line of each run for the sheet's legend, and its words."""
+    """Returns a line of each run for the sheet's legend, and its words."""
     lines, words = [], []
     for r, run in enumerate(runs):
         reached = steps_to(run, REACHED)
@@ -212,7 +216,7 @@ def run_handles(axis: Axes, runs: list[Run]) -> tuple[list[Any], list[str]]:
 
 
 def worth_a_panel(runs: list[Run], panel: Panel) -> bool:
-    """Whether a run has one of the metrics, and not as 0 only; an accuracy or a reward may be 0."""
+    """Returns whether a run has one of the metrics with a value other than 0. Accuracy and reward may be 0."""
     for run in runs:
         for metric, _ in panel.metrics:
             if metric.startswith("eval_"):
@@ -224,7 +228,7 @@ def worth_a_panel(runs: list[Run], panel: Panel) -> bool:
 
 
 def draw_panel(axis: Axes, runs: list[Run], panel: Panel) -> None:
-    """A colour for each metric of a single run, or for each of several runs (which have one metric a panel)."""
+    """Returns a colour for each metric of a single run, or for each of several runs (with one metric a panel)."""
     highest = panel.top
     for r, run in enumerate(runs):
         for m, (metric, legend) in enumerate(panel.metrics):
@@ -239,7 +243,7 @@ def draw_panel(axis: Axes, runs: list[Run], panel: Panel) -> None:
             highest = max([highest, *values])
         if end := sft_end(run):
             axis.axvline(end, color="grey", linestyle=":", linewidth=0.8)
-    axis.set_ylim(0, highest * (1 if panel.top == 1 and highest <= 1 else 1.05))  # nothing drawn here is negative
+    axis.set_ylim(0, highest * (1 if panel.top == 1 and highest <= 1 else 1.05))  # no drawn value is negative
     if panel.share:
         axis.yaxis.set_major_formatter(in_percent)
     named = bool(axis.get_legend_handles_labels()[1]) and not panel.metrics[0][0].startswith("eval_")
@@ -255,7 +259,7 @@ def draw_panel(axis: Axes, runs: list[Run], panel: Panel) -> None:
 
 
 def draw_accuracy(axis: Axes, run: Run, level: str, colour: str, style: str, name: str) -> list[float]:
-    """Points of evaluations, with the band of their intervals -> what was drawn."""
+    """Draw points of evaluations with the band of their intervals, and return what was drawn."""
     points = evaluations(run, level)
     problems = base_scores(run).get(level, {}).get("problems")
     label = f"{name}, {problems} problems" if name and problems else name
@@ -268,7 +272,7 @@ def draw_accuracy(axis: Axes, run: Run, level: str, colour: str, style: str, nam
 
 
 def draw_metric(axis: Axes, run: Run, metric: str, colour: str, style: str, name: str) -> list[float]:
-    """A thin line of each step, a thick one of the mean of the last SMOOTH steps -> what was drawn."""
+    """Draw a thin line of the steps and a thick line of the mean of the last SMOOTH steps; return what was drawn."""
     steps, values = points(run, metric)
     if not steps:
         return []
@@ -278,5 +282,5 @@ def draw_metric(axis: Axes, run: Run, metric: str, colour: str, style: str, name
 
 
 def smooth(values: list[float], width: int) -> list[float]:
-    """Mean of the last `width` values at each place."""
+    """Returns the mean of the last `width` values at each place."""
     return [sum(values[max(0, i + 1 - width) : i + 1]) / min(width, i + 1) for i in range(len(values))]

@@ -1,6 +1,6 @@
-"""What all figures share: colours, type sizes, the file they are written to.
+"""What all figures share: colours, type sizes, and the file they are written to.
 
-Figures are made without pyplot, so that a notebook's own backend stays as it is. They are 9 inches wide: shown 900
+Figures are made without pyplot, so that a notebook's own backend stays as it is. They are 9 inches wide. Shown 900
 pixels wide, as in a README, 1 pt is 1.4 pixels.
 """
 
@@ -15,12 +15,13 @@ from support.files import writing
 WIDTH = 9.0  # inches
 COLUMNS = 3
 DPI = 200
-FORMATS = (".png", ".pdf", ".svg", ".jpg")  # matplotlib's others need more than Python (.pgf needs LaTeX)
+FORMATS = (".png", ".pdf", ".svg", ".jpg")  # matplotlib's other formats need more than Python (.pgf needs LaTeX)
 BLUE, VERMILLION, GREEN, PURPLE, ORANGE, SKY = "#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9"
-COLOURS = (BLUE, VERMILLION, GREEN, PURPLE, ORANGE, SKY, "#000000")  # for the colour-blind too (Okabe and Ito 2008)
+# colours that the colour-blind can tell apart (Okabe and Ito 2008)
+COLOURS = (BLUE, VERMILLION, GREEN, PURPLE, ORANGE, SKY, "#000000")
 STYLES = ("-", "--", ":", "-.")
-MARKERS = ("o", "s", "^", "D", "v", "P", "X")  # beside colours, where lines of one panel are to be told apart
-TYPE = {  # of matplotlib.rc_context
+MARKERS = ("o", "s", "^", "D", "v", "P", "X")  # line styles, used beside colours in panels with several lines
+TYPE = {  # settings for matplotlib.rc_context
     "font.size": 8,
     "axes.titlesize": 9,
     "axes.labelsize": 8,
@@ -30,7 +31,7 @@ TYPE = {  # of matplotlib.rc_context
     "legend.framealpha": 0.8,
     "axes.spines.top": False,
     "axes.spines.right": False,
-    "text.parse_math": False,  # in names of runs, levels and benchmarks a $ is a dollar
+    "text.parse_math": False,  # a $ in the name of a run, level or benchmark is a dollar, not mathematics
     "axes.prop_cycle": f"cycler('color', {list(COLOURS)})",
 }
 
@@ -38,10 +39,13 @@ TYPE = {  # of matplotlib.rc_context
 def sheet(
     panels: int, panel_height: float, wide_first: bool = False, most: int = COLUMNS, **kwargs: object
 ) -> tuple[Figure, list[Axes]]:
-    """A figure with room for so many panels, as one list, row by row, at most `most` beside each other; wide_first
-    gives the first two columns of a row of its own (the third is for its legend). `kwargs` are those of a subplot."""
+    """Returns a figure and its list of `panels` subplots, at most `most` in a row.
+
+    wide_first gives the first panel two columns of its own row; the third column is for its legend. `kwargs` are
+    those of a subplot.
+    """
     columns = COLUMNS if wide_first else min(most, panels)
-    begin = columns * wide_first  # the first place of a panel of one column
+    begin = columns * wide_first  # index of the first panel with one column
     rows = -(-(begin + panels - wide_first) // columns)
     figure = Figure(figsize=(WIDTH if columns > 1 else WIDTH / 2, panel_height * rows), layout="constrained")
     grid = figure.add_gridspec(rows, columns)
@@ -51,12 +55,12 @@ def sheet(
 
 
 def in_percent(share: float, _: object = None) -> str:
-    """A share at a tick of an axis whose label says "%"."""
+    """Returns a share as the text of a tick, for an axis whose label says "%"."""
     return f"{100 * share:.4g}"
 
 
 def check_target(target: Path, formats: tuple[str, ...] = FORMATS) -> None:
-    """InputError if no figure of one of the `formats` can be written to `target`."""
+    """Raises InputError if no figure in one of the `formats` can be written to `target`."""
     if target.is_dir():
         raise InputError(f"{target} is a folder: name the figure's file, for example --out {target / 'curves.png'}")
     if target.suffix and target.suffix.lower() not in formats:
@@ -68,7 +72,7 @@ def check_target(target: Path, formats: tuple[str, ...] = FORMATS) -> None:
 
 
 def save(figure: Figure, target: Path) -> Path:
-    """Write the figure whole or not at all; its folder is made where there is none."""
+    """Write the figure whole or not at all, and make its folder if it is not there."""
     partial = target.with_name(f"{target.stem}.partial{target.suffix or '.png'}")
     with writing(target):
         target.parent.mkdir(parents=True, exist_ok=True)

@@ -23,17 +23,18 @@ from figures.figure import TYPE, WIDTH, save
 from figures.group_log import FAINT, INK, Group, Row
 
 PAGE = 72 * WIDTH
-LEFT, RIGHT = 100.0, PAGE - 8  # of the tokens; what stands left of them says which row it is
-SIZES = (10.5, 10.0, 9.5, 9.0, 8.5, 8.0)  # of the tokens: the largest that leaves every row on one line, or the last
-TEXT, SMALL = 8.0, 7.0  # of words
+LEFT, RIGHT = 100.0, PAGE - 8  # edges of the tokens; words on their left name the row
+# type sizes of the tokens; the largest is used that leaves every row on one line, else the last
+SIZES = (10.5, 10.0, 9.5, 9.0, 8.5, 8.0)
+TEXT, SMALL = 8.0, 7.0  # type sizes of words
 KEPT, ENTROPY, WEIGHT, BETWEEN, BRACKET = 6.0, 9.0, 13.0, 6.0, 11.0  # heights
 NOTE = 50.0  # room for "… 312 more"
-MONO = "DejaVu Sans Mono"  # comes with matplotlib
+MONO = "DejaVu Sans Mono"  # matplotlib brings this font
 
 
 @dataclass
 class Cell:
-    """A token's place: its index in the row, its left edge and width."""
+    """The place of a token: its index in the row, its left edge and its width."""
 
     index: int
     x: float
@@ -43,21 +44,21 @@ class Cell:
 
 @dataclass
 class Picture:
-    """What the drawing of every part needs."""
+    """Values that every part of the drawing needs."""
 
     axis: Axes
     group: Group
-    size: float  # of the tokens' type
+    size: float  # type size of the tokens
     entropy_top: float
     weight_top: float
 
     @property
     def cell(self) -> float:
-        """Height of a token's cell."""
+        """Returns the height of a token's cell."""
         return 1.5 * self.size
 
     def write(self, x: float, y: float, text: str, size: float = TEXT, ink: str = INK, **kwargs: object) -> None:
-        """Text whose middle height is at y. No character of it has a meaning: a $ is a dollar."""
+        """Draw text whose vertical middle is at y. No character has a special meaning: a $ is a dollar."""
         self.axis.text(x, y, text, fontsize=size, color=ink, va="center_baseline", **kwargs)
 
     def box(self, x: float, y: float, width: float, height: float, colour: str, edge: str = "none") -> None:
@@ -69,18 +70,19 @@ class Picture:
 
 @cache
 def drawable(text: str, longest: int = 24) -> str:
-    """The text of a token as it is drawn, with □ for what the font has no sign for."""
+    """Returns a token's text as it is drawn, with □ for characters that the font lacks."""
     font = get_font(findfont(MONO))
     return "".join(c if font.get_char_index(ord(c)) else "□" for c in log.visible(text, longest))
 
 
 def character(size: float) -> float:
-    """Width of a character of MONO."""
+    """Returns the width of a character in the font MONO."""
     return 0.602 * size
 
 
 def flow(tokens: list[str], total: int, size: float) -> tuple[list[Cell], str]:
-    """The cells of a row's tokens, and what to write after the last: "… 312 more" of its `total` tokens, or ""."""
+    """Returns the cells of a row's tokens, and the text after the last cell: "… 312 more" of `total` tokens, or
+    ""."""
     texts = [drawable(token) for token in tokens]
     widths = [len(text) * character(size) + 0.25 * size for text in texts]
     room = RIGHT - LEFT if sum(widths) <= RIGHT - LEFT and len(tokens) == total else RIGHT - LEFT - NOTE
@@ -101,7 +103,7 @@ def token_size(group: Group) -> float:
 
 
 def group_figure(group: Group) -> Figure:
-    """The picture of a group (group_log.py says what a group is) as a matplotlib figure."""
+    """Returns the picture of a group as a matplotlib figure. group_log.py says what a group is."""
     with matplotlib.rc_context(TYPE):
         figure = Figure()
         axis = figure.add_axes((0, 0, 1, 1))
@@ -123,7 +125,7 @@ def draw_group(group: Group, target: Path | str) -> Path:
 
 
 def draw_head(picture: Picture) -> float:
-    """Title, problem and answer -> where the rows begin."""
+    """Draw title, problem and answer, and return where the rows begin."""
     group = picture.group
     picture.write(8, 14, log.title(group), 11, weight="bold")
     picture.write(8, 30, log.summary(group), TEXT)
@@ -144,7 +146,7 @@ def draw_cell(picture: Picture, cell: Cell, y: float, colour: str, edge: str = "
 
 
 def draw_row(picture: Picture, row: Row, number: int, y: float) -> float:
-    """A row and what stands left of it -> where the next begins."""
+    """Draw a row and the words on its left, and return where the next row begins."""
     cells, note = flow(row["tokens"], row["tokens_total"], picture.size)
     if row["hybrid"]:
         y += BRACKET
@@ -160,7 +162,7 @@ def draw_row(picture: Picture, row: Row, number: int, y: float) -> float:
 
 
 def draw_lanes(picture: Picture, row: Row, cells: list[Cell], top: float) -> float:
-    """The tokens at height `top`, and what stands under them -> where that ends."""
+    """Draw the tokens at height `top` and the lanes under them, and return where the lanes end."""
     y = top + picture.cell + 1
     if log.drops(row):
         picture.write(LEFT - 4, y + KEPT / 2, "kept", 6.2, FAINT, ha="right")
@@ -181,7 +183,7 @@ def draw_lanes(picture: Picture, row: Row, cells: list[Cell], top: float) -> flo
         bar = ENTROPY * row["entropy"][t] / picture.entropy_top
         picture.box(x, floor - bar, width, bar, "#8C8C8C")
         if share := row["weight"][t] / picture.weight_top:
-            bar = WEIGHT / 2 * max(abs(share), 0.12)  # a small weight is still seen
+            bar = WEIGHT / 2 * max(abs(share), 0.12)  # so that a small weight can still be seen
             picture.box(x, middle - bar if share > 0 else middle, width, bar, log.sign_colour(share))
     if cells:
         picture.line([LEFT, cells[-1].x + cells[-1].width], [middle, middle])
@@ -189,8 +191,8 @@ def draw_lanes(picture: Picture, row: Row, cells: list[Cell], top: float) -> flo
 
 
 def draw_brackets(picture: Picture, row: Row, cells: list[Cell], y: float) -> None:
-    """Over a hybrid row, which begins at y: its parts and their advantages."""
-    free = LEFT  # where the next words may begin
+    """Draw a hybrid row's parts and their advantages above the row, which begins at y."""
+    free = LEFT  # left edge of the next words
     for whose, words, advantage in log.parts(row):
         part = [cell for cell in cells if log.source(row, cell.index) == whose]
         if part:
@@ -210,7 +212,7 @@ def draw_brackets(picture: Picture, row: Row, cells: list[Cell], y: float) -> No
 
 
 def draw_legend(picture: Picture, y: float) -> float:
-    """Sources on the left, lanes on the right, the formula under both -> the height of the whole picture."""
+    """Draw sources on the left, lanes on the right and the formula under both; return the height of the picture."""
     column, step = 330.0, 13.0
     picture.line([8, RIGHT], [y, y])
     y += 12

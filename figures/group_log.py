@@ -26,19 +26,19 @@ Group = dict[str, Any]
 Row = dict[str, Any]
 
 FIELDS = ("step", "method", "id", "problem", "answer", "prompt", "rows")
-SOURCES = {  # whose token: the colour of its cell, and what it is
+SOURCES = {  # a token's source: the colour of its cell, and its words
     "prefix": ("#F8C65C", "beginning of a demonstration: given"),
     "demonstration": ("#F8C65C", "a whole demonstration: given"),
     "continuation": ("#63C2A1", "the policy goes on from the prefix"),
     "own": ("#C3E1F6", "the policy answers without help"),
 }
-DROPPED = "#FBEBC8"  # the cell of a token whose weight was taken away
-LESS, MORE = VERMILLION, BLUE  # below and above 0
+DROPPED = "#FBEBC8"  # the colour of a cell whose weight was taken away
+LESS, MORE = VERMILLION, BLUE  # colours of weights below and above 0
 INK, FAINT = "#222222", "#6B6B6B"
 
 
 def read_groups(folder: Path) -> list[Group]:
-    """All recorded groups, in the order of their steps. InputError names a damaged line."""
+    """Returns all recorded groups in the order of their steps. The InputError of a damaged line names it."""
     log = folder / "groups.jsonl"
     if not log.exists():
         raise InputError(f"{folder} has no groups.jsonl: a run of train.py that samples rollouts records one")
@@ -49,7 +49,7 @@ def read_groups(folder: Path) -> list[Group]:
 
 
 def read_group(folder: Path, step: int | None = None) -> Group:
-    """The group recorded at `step`, the last one without it. InputError lists the steps there are."""
+    """Returns the group recorded at `step`, or the last one if `step` is None. An InputError lists the steps."""
     groups = {group["step"]: group for group in read_groups(folder)}
     if step is None:
         return list(groups.values())[-1]
@@ -66,14 +66,14 @@ def kind(row: Row) -> str:
 
 
 def source(row: Row, place: int) -> str:
-    """The key of SOURCES of a row's token."""
+    """Returns the key in SOURCES of a row's token."""
     if row["source"][place]:
         return "demonstration" if row["complete"] else "prefix"
     return "continuation" if row["hybrid"] else "own"
 
 
 def sources(group: Group) -> list[str]:
-    """The keys of SOURCES that the group has, in their order."""
+    """Returns the keys of SOURCES that occur in the group, in the order of SOURCES."""
     present = {source(row, t) for row in group["rows"] for t in range(len(row["tokens"]))}
     return [name for name in SOURCES if name in present]
 
@@ -83,7 +83,7 @@ def drops(row: Row) -> bool:
 
 
 def chosen(row: Row) -> list[bool]:
-    """At each token: whether it is kept while others of its source are not."""
+    """Returns for each token whether it is kept while other tokens of its source are not."""
     losing = {source(row, t) for t, kept in enumerate(row["kept"]) if not kept}
     return [bool(kept) and source(row, t) in losing for t, kept in enumerate(row["kept"])]
 
@@ -95,7 +95,7 @@ def verdict(row: Row) -> str:
 
 
 def parts(row: Row) -> list[tuple[str, str, float]]:
-    """The parts of a hybrid row in their order, as (key of SOURCES, what it is, its advantage A)."""
+    """Returns the parts of a hybrid row in their order, as (key of SOURCES, words, advantage A)."""
     if row["complete"]:
         return [("demonstration", "the expert's whole demonstration", row["prefix_advantage"])]
     prefix = f"prefix: the expert's first {sum(row['source'])} tokens"
@@ -106,28 +106,32 @@ def parts(row: Row) -> list[tuple[str, str, float]]:
 
 
 def signed(value: float) -> str:
-    """0.25 -> "+0.25", -0.25 with a real minus sign, 0 without any; two decimals, or two digits of a small one."""
+    """Returns a signed number: 0.25 as "+0.25", -0.25 with a real minus sign, 0 without a sign.
+
+    It has two decimals, or two digits if it is small.
+    """
     if value == 0:
         return "0"
     return (f"{value:+.2f}" if abs(value) >= 0.01 else f"{value:+.2g}").replace("-", "−")
 
 
 def visible(text: str, longest: int = 24) -> str:
-    """A token's text on one line: spaces, line ends and tabs as signs, what cannot be printed as �."""
+    """Returns a token's text on one line, with signs for spaces, line ends and tabs, and � for what cannot be
+    printed."""
     signs = {" ": "·", "\n": "↵", "\t": "⇥"}
     shown = "".join(signs.get(c, c if c.isprintable() else "�") for c in text)
     return (shown if len(shown) <= longest else shown[: longest - 1] + "…") or "∅"
 
 
 def scales(group: Group) -> tuple[float, float]:
-    """The largest entropy and the largest |w| of the group: the full bars of their lanes. 1 where all are 0."""
+    """Returns the largest entropy and the largest |w| of the group, which are the full bars; 1 if all are 0."""
     entropies = [value for row in group["rows"] for value in row["entropy"]]
     weights = [abs(value) for row in group["rows"] for value in row["weight"]]
     return max(entropies, default=0.0) or 1.0, max(weights, default=0.0) or 1.0
 
 
 def sign_colour(value: float) -> str:
-    """Of a weight or an advantage."""
+    """Returns the colour of a weight or an advantage."""
     return MORE if value > 0 else LESS if value < 0 else FAINT
 
 
@@ -136,7 +140,7 @@ def title(group: Group) -> str:
 
 
 def summary(group: Group) -> str:
-    """Two sentences about the rows."""
+    """Returns two sentences about the rows."""
     kinds = Counter(map(kind, group["rows"]))
     words = (("on-policy", "by the policy alone"), ("hybrid", "begun with an expert's tokens"))
     words += (("demonstration", "written by an expert"),)
@@ -145,7 +149,7 @@ def summary(group: Group) -> str:
 
 
 def lanes(group: Group) -> list[tuple[str, str]]:
-    """What stands under a token, as (name, explanation) pairs; "kept" only where something is dropped."""
+    """Returns the lanes under a token as (name, explanation) pairs, with "kept" only if some token is dropped."""
     entropy_top, weight_top = scales(group)
     rows = [("entropy", f"how unsure the policy was; full bar: {entropy_top:.2f} nats")]
     if any(map(drops, group["rows"])):

@@ -1,16 +1,16 @@
 """The method in a browser: one problem's rollouts and every method's weights of their tokens, in one HTML file.
 
-`page_html` puts `page_content` into figures/page.html, which shows it: no server, no network, no framework. Of each
-model there are
+`page_html` puts `page_content` into figures/page.html, which shows it without a server, a network or a framework. The
+content has for each model
 
     rows      N rows of the policy alone, the whole demonstration, a hybrid row for each of CUTS: sampled, graded
-    groups    for each method which of these rows are its group, for each cut that makes a difference (`groups_of`),
-              with the advantages and weights that a training step would give them (`weigh`)
+    groups    for each method and each cut that makes a difference the rows that are its group (`groups_of`), with
+              the advantages and weights that a training step would give them (`weigh`)
 
-The group stands for a whole mini-batch, and the policy is the one that sampled, as before the first update of a step:
-the ratio is 1. Weights are those before the entropy clip; the page ranks the tokens itself, for any share to keep.
-Left out: methods whose rows or draws are not these (`methods_shown`), and the temperature of 1 that updates on
-demonstrations alone have in a run with another.
+The group is treated as a whole mini-batch. The policy is the one that sampled, as before the first update of a step,
+so the ratio is 1. Weights are taken before the entropy clip: the page ranks the tokens itself, for any share to keep.
+Left out: methods with other rows or draws (`methods_shown`). In a run with another temperature, updates on
+demonstrations alone still use 1; the page leaves that out too.
 """
 
 import dataclasses
@@ -35,7 +35,7 @@ from support.config import Config, formula, parse_config, suggest
 from support.errors import InputError
 from support.loading import check_window, pick_device, window_of
 
-CUTS = range(0, 100, 5)  # per cent of the demonstration
+CUTS = range(0, 100, 5)  # cuts, in per cent of the demonstration
 TEMPLATE = Path(__file__).with_name("page.html")
 ROWS = {
     "on_policy": "All rows are on-policy; the cut plays no part.",
@@ -45,25 +45,26 @@ ROWS = {
 
 
 def is_run(folder: Path) -> bool:
-    """Whether it is a run's folder, not a model's."""
+    """Returns whether the folder is a run's, not a model's."""
     return (folder / "metrics.jsonl").exists()
 
 
 def page_html(content: dict[str, Any]) -> str:
-    """The page of a page_content. Its texts were written by others: none of them can end the script it stands in."""
+    """Returns the HTML page of a page_content. Others wrote its texts, so none of them may end the script around
+    it."""
     data = json.dumps(content, separators=(",", ":")).replace("<", "\\u003c")
     return TEMPLATE.read_text(encoding="utf-8").replace("DATA", data)
 
 
 def page_content(models: list[Path], wanted: str | None = None) -> dict[str, Any]:
-    """What the page shows of one problem; each of `models` is a model folder or a run's, whose last model is taken.
+    """Returns what the page shows of one problem. Each of `models` is a model folder or a run's with its last model.
 
-    The settings and the data are those of the first run among them; without one, of the embedded task. `wanted` is
-    the id of a problem with a demonstration. InputError, one line, where one of all this is wrong.
+    The settings and the data are those of the first run among them, or of the embedded task if there is no run.
+    `wanted` is the id of a problem with a demonstration. Raises InputError if one of these is wrong.
     """
     run = next(filter(is_run, models), None)
     config = parse_config(["--config", str(run / "config.json")]) if run else Config()
-    config = dataclasses.replace(config, coefficient=None)  # each method has its own
+    config = dataclasses.replace(config, coefficient=None)  # each method has its own value
     if config.reward not in ("math", "exact"):
         raise InputError(f"{run} was graded by {config.reward}, and code that a run names is not run: give a model")
     reward = load_reward(config.reward)
@@ -83,8 +84,11 @@ def page_content(models: list[Path], wanted: str | None = None) -> dict[str, Any
 
 
 def choose_problem(problems: list[Problem], wanted: str | None, recorded: list[str]) -> Problem:
-    """The problem of the id `wanted`; without one, the last of those `recorded` that has a demonstration, the first
-    of all that has one, or, where none has, the last recorded."""
+    """Returns the problem with the id `wanted`.
+
+    Without an id it is the last problem among those `recorded` that has a demonstration, else the first of all that
+    has one, else the last recorded problem.
+    """
     known = {problem.id: problem for problem in problems}
     if wanted is None:
         candidates = [known[name] for name in reversed(recorded) if name in known] + problems
@@ -100,7 +104,8 @@ def choose_problem(problems: list[Problem], wanted: str | None, recorded: list[s
 
 
 def methods_shown(problem: Problem) -> dict[str, Method]:
-    """The methods whose rows are among those sampled here, and whose weights follow from what is recorded of them."""
+    """Returns the methods whose rows are among those sampled here, and whose weights follow from the recorded
+    values."""
 
     def is_shown(method: Method) -> bool:
         possible = problem.demonstrations or not method.needs_demonstrations
@@ -111,7 +116,7 @@ def methods_shown(problem: Problem) -> dict[str, Method]:
 
 
 def describe(name: str, method: Method) -> dict[str, Any]:
-    """What the page says of a method."""
+    """Returns the page's sentences about a method."""
     sentences = [ROWS[method.rows] if "rl" in method.stages else "The demonstration alone: nothing is sampled."]
     if len(method.stages) > 1:
         sentences.append("The stage of supervised fine-tuning before is not shown.")
@@ -125,7 +130,7 @@ def describe(name: str, method: Method) -> dict[str, Any]:
         "own": formula(method.policy_weight),
         "given": formula(method.demonstration_weight),
         "clip": method.entropy_clip,
-        "clips_all": method.rows == "on_policy",  # as loss.weighted_tokens
+        "clips_all": method.rows == "on_policy",  # as loss.weighted_tokens does
         "c": coefficient_at(method, 0.0, None),
     }
 
@@ -134,7 +139,7 @@ def describe(name: str, method: Method) -> dict[str, Any]:
 
 
 def model_content(folder: Path, problem: Problem, reward: Reward, config: Config) -> dict[str, Any]:
-    """What one model sampled, and the weights of each method."""
+    """Returns what one model sampled, and the weights of each method."""
     path = str(folder / "final" if is_run(folder) else folder)
     model, tokenizer = load_model(path, pick_device(config.device), check=check_model)
     ends, budget = model.generation_config.eos_token_id, config.max_response_tokens
@@ -164,7 +169,7 @@ def model_content(folder: Path, problem: Problem, reward: Reward, config: Config
 
 
 def plan_rows(encoded: Encoded, config: Config) -> list[Row]:
-    """N on-policy rows and, of a problem with a demonstration, all of it and a hybrid row for each cut above 0."""
+    """Returns N on-policy rows and, if the problem has a demonstration, all of it and a hybrid row for each cut."""
 
     def group(rows: str, cut: int = 0) -> list[Row]:
         settings = {"rollouts": config.rollouts_per_prompt, "max_response_tokens": config.max_response_tokens}
@@ -183,14 +188,15 @@ def row_content(batch: Batch, i: int) -> dict[str, Any]:
         "given": len(row.prefix_ids),
         "whole": row.fraction == 1,
         "p": shortened(batch.old_log_probs[i, mask].exp()),
-        "entropy": shortened(batch.entropy[i, mask], 9),  # all of a float32: the page ranks by it
+        # all digits of a float32, because the page ranks tokens by it
+        "entropy": shortened(batch.entropy[i, mask], 9),
         "reward": float(batch.rewards[i]),
         "truncated": row.truncated,
     }
 
 
 def groups_of(method: Method, rollouts: int) -> list[list[int]]:
-    """Which rows are the method's group: for each cut, or once where the cut plays no part."""
+    """Returns which rows are the method's group: for each cut, or once if the cut plays no part."""
     others, demonstration = list(range(rollouts - 1)), rollouts
     if "rl" not in method.stages:
         return [[demonstration]]
@@ -201,8 +207,11 @@ def groups_of(method: Method, rollouts: int) -> list[list[int]]:
 
 
 def weigh(run: Run, method: Method, batch: Batch, group: list[int]) -> dict[str, Any]:
-    """A group: its rows; of each its advantages, of own tokens and of a prefix, and its weights as [weight, how many
-    tokens in a row have it]; the numbers of the mini-batch that it is here."""
+    """Returns a group: its rows, their advantages and weights, and the numbers of its mini-batch.
+
+    A row has an advantage for its own tokens and one for a prefix. Its weights are pairs of a weight and the number
+    of consecutive tokens that have it.
+    """
     config, rollouts, rows = run.config, batch.rollouts, torch.tensor(group)
     baseline = method.baseline or config.baseline
     scale_by_std = config.scale_by_std if method.scale_by_std is None else method.scale_by_std

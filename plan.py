@@ -12,6 +12,7 @@ decoded, and one whole step [bench/results/gpu.md]. Other GPUs, models, numbers 
 measured.
 """
 
+import bisect
 import contextlib
 import functools
 import weakref
@@ -241,22 +242,25 @@ def rows_of_a_pass(config: Config, length: float) -> int:
     return max(1, int(config.micro_batch_tokens // length))
 
 
+def pass_bytes(config: Config, shape: Any, prompt: int, rows: int) -> int:
+    """Returns update_bytes of a pass over `rows` of full length on a GPU."""
+    how = (prompt, config.max_response_tokens, torch.bfloat16, config.recompute)
+    return update_bytes(shape, rows, *how, low_rank=adapters.of(config))
+
+
 def plan(config: Config, shape: Any, gpus: int, prompt: int) -> dict[str, dict[str, float]]:
     """Returns the bytes on one GPU, by part, during an update and during sampling."""
-    low_rank = adapters.of(config)
-    n = count(shape, low_rank)
+    n = count(shape, adapters.of(config))
     length = prompt + config.max_response_tokens
     rows = rows_of_a_pass(config, length)
     split = 0 if config.offload else n.trained / gpus
-    kept = {"frozen weights, bf16": 2 * n.total} if low_rank else {}
+    kept = {"frozen weights, bf16": 2 * n.total} if config.lora_rank else {}
     kept |= {"weights, fp32": 4 * split, "optimizer, fp32": 8 * split}
     update = kept | {
         "gradients, fp32": 4 * split,
         "weights in bf16 (root and two layers)": 2 * n.root + 4 * n.layer,
         "gradients in bf16 and on their way": 2 * n.root + 8 * n.layer,
-        f"activations, {rows} x {length} tokens, and logits": update_bytes(
-            shape, rows, prompt, config.max_response_tokens, torch.bfloat16, config.recompute, low_rank=low_rank
-        ),
+        f"activations, {rows} x {length} tokens, and logits": pass_bytes(config, shape, prompt, rows),
     }
     if "rl" not in METHODS[config.method].stages:
         return {"update": update}
@@ -299,25 +303,10 @@ def rows_updated_at_once(
     peak is at another place of the pass.
     """
     left = free - sum(list(update.values())[:-1])  # the last part grows with the rows
-
-    low_rank, budget = adapters.of(config), config.max_response_tokens
-
-    @functools.cache
-    def needed(rows: int) -> int:
-        return update_bytes(shape, rows, prompt, budget, torch.bfloat16, config.recompute, low_rank=low_rank)
-
-    if needed(1) > left:
-        return 0
-    low, high, tried = 1, most, 2
-    while low < high:
-        on_line = low + int((tried - low) * (left - needed(low)) / max(1, needed(tried) - needed(low)))
-        if needed(tried) <= left:  # a further row takes as much as the rows so far, or more
-            low, high = tried, min(high, on_line)
-            tried = (low + high + 1) // 2
-        else:
-            high = tried - 1
-            tried = max(low + 1, min(high, on_line))
-    return low
+    needed = functools.cache(functools.partial(pass_bytes, config, shape, prompt))
+    line = 2 + int(max(0, left - needed(2)) / max(1, needed(2) - needed(1)))
+    most = min(most, line)
+    return most if needed(most) <= left else bisect.bisect_right(range(1, most), left, key=needed)
 
 
 def host_bytes(config: Config, n: Counts) -> dict[str, float]:
@@ -420,7 +409,7 @@ def in_bytes(size: float) -> str:
 
 
 def in_numbers(value: float) -> str:
-    return f"{value:,.0f}" if value >= 100 or value == int(value) else f"{value:.2g}" if value < 1 else f"{value:.1f}"
+    return f"{value:,.0f}" if value >= 100 else f"{value:.2g}"
 
 
 def show(config: Config, gpu: str, gpus: int, prompt: int | None, mean: float | None) -> None:

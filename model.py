@@ -22,7 +22,8 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, GenerationConfig, 
 from transformers import PreTrainedTokenizerBase as Tokenizer
 
 from support import distributed
-from support.adapters import Adapters, merged
+from support.adapters import merged
+from support.config import Config
 from support.errors import InputError
 from support.loading import (
     end_tokens,
@@ -68,7 +69,7 @@ def load_model(
     training: bool = False,
     recompute: bool = False,
     offload: bool = False,
-    adapters: Adapters | None = None,
+    adapters: Config | None = None,
     check: Callable[[str, PreTrainedModel, bool], None] | None = None,
 ) -> tuple[PreTrainedModel, Tokenizer]:
     """A causal LM and its tokenizer, from a folder or a hub name (safetensors only; remote code is never run).

@@ -32,7 +32,6 @@ import model as models
 from fast.decode import PREFILL_TOKENS, whole_blocks
 from methods import METHODS
 from support import adapters
-from support.adapters import Adapters
 from support.command import Parser, command
 from support.config import Config, check_range, parse_config
 from support.distributed import trained
@@ -153,7 +152,7 @@ def update_bytes(
     dtype: torch.dtype,
     recompute: bool,
     fused: bool = True,
-    low_rank: Adapters | None = None,
+    low_rank: Config | None = None,
 ) -> int:
     """Returns the most bytes that a micro-batch's forward and backward pass holds, beside weights and gradients."""
     model = empty_model(shape, dtype, fused)
@@ -210,7 +209,7 @@ def experts_share(shape: Any) -> float:
     return chosen / numbers[0] if numbers and chosen else 1.0
 
 
-def count(shape: Any, low_rank: Adapters | None = None) -> Counts:
+def count(shape: Any, low_rank: Config | None = None) -> Counts:
     cache = cache_bytes(shape)
     model = empty_model(shape, torch.bfloat16)
     total = sum(p.numel() for p in model.parameters())

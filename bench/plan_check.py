@@ -17,7 +17,7 @@ import model as models
 from fast.decode import LOOPS, decode_rows
 from plan import PREFILL_TOKENS, sampling_bytes, update_bytes
 from sample import Row, generate
-from support.adapters import Adapters
+from support.config import Config
 from support.distributed import trained
 from support.loading import pick_device, prepare_layers
 
@@ -35,7 +35,7 @@ def new_model(shape: Any) -> models.PreTrainedModel:
 
 
 def measured_update(
-    shape: Any, rows: int, prompt: int, response: int, recompute: bool, low_rank: Adapters | None = None
+    shape: Any, rows: int, prompt: int, response: int, recompute: bool, low_rank: Config | None = None
 ) -> int:
     model = new_model(shape).train()
     prepare_layers(model, torch.device("cpu"), recompute, low_rank)

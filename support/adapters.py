@@ -8,7 +8,6 @@ Left out: dropout, biases, embeddings, the head, quantised bases, and runs that 
 """
 
 import importlib.util
-from dataclasses import dataclass
 from pathlib import Path
 
 import torch
@@ -22,27 +21,9 @@ from support.distributed import full_state, rank, trained
 from support.errors import InputError
 
 
-@dataclass(frozen=True)
-class Adapters:
-    """The adapters' settings.
-
-    `targets` are names of linear layers with commas between; the empty string means all linear layers of the blocks.
-    `base_dtype` is the dtype of the frozen weights; the adapters are fp32. `seed` draws the initial A; B starts at 0.
-    """
-
-    rank: int
-    alpha: float
-    targets: str
-    base_dtype: torch.dtype
-    seed: int
-
-
-def of(config: Config) -> Adapters | None:
-    """Returns the adapters that the settings ask for, or None."""
-    if not config.lora_rank:
-        return None
-    dtype = getattr(torch, config.base_dtype)
-    return Adapters(config.lora_rank, config.lora_alpha, config.lora_targets, dtype, config.seed)
+def of(config: Config) -> Config | None:
+    """The settings, if they ask for adapters."""
+    return config if config.lora_rank else None
 
 
 def lr_times(config: Config) -> float:
@@ -61,37 +42,37 @@ def smallest_sides(model: nn.Module) -> dict[str, int]:
     return sides
 
 
-def add(model: PreTrainedModel, adapters: Adapters) -> None:
-    """Freeze the model and add adapters to it, in place.
+def add(model: PreTrainedModel, config: Config) -> None:
+    """Freeze the model and add adapters to it, in place. A is drawn by the seed, B is 0: they change nothing at first.
 
     Raises InputError for a layer name that the model does not have, and for a rank that a layer is too small for.
     """
     sides = smallest_sides(model)
-    names = adapters.targets.replace(",", " ").split() or sorted(sides)
+    names = config.lora_targets.replace(",", " ").split() or sorted(sides)
     for name in names or ["(any)"]:
         if name not in sides:
             known = ", ".join(sorted(sides)) or "none"
             raise InputError(
                 f"lora_targets: this model's blocks have no linear layer {name}, expected of these: {known}"
             )
-        if adapters.rank > sides[name]:
+        if config.lora_rank > sides[name]:
             raise InputError(
-                f"lora_rank is {adapters.rank}, expected at most {sides[name]}, the smaller side of {name}"
+                f"lora_rank is {config.lora_rank}, expected at most {sides[name]}, the smaller side of {name}"
             )
     if importlib.util.find_spec("peft") is None:
         raise InputError("lora_rank is above 0, but peft is not installed: pip install peft")
     from peft import LoraConfig, inject_adapter_in_model
 
-    config = LoraConfig(
-        r=adapters.rank,
-        lora_alpha=adapters.alpha,
+    wanted = LoraConfig(
+        r=config.lora_rank,
+        lora_alpha=config.lora_alpha,
         target_modules=names,
         base_model_name_or_path=model.config._name_or_path,
         task_type="CAUSAL_LM",
     )
     with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(adapters.seed)
-        inject_adapter_in_model(config, model, low_cpu_mem_usage=model.device.type == "meta")
+        torch.manual_seed(config.seed)
+        inject_adapter_in_model(wanted, model, low_cpu_mem_usage=model.device.type == "meta")
     for parameter in trained(model).values():
         parameter.data = parameter.data.float()
 

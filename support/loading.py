@@ -17,7 +17,8 @@ from torch import Tensor, nn
 from transformers import AutoConfig, GenerationConfig, PreTrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
 from transformers.utils import logging
 
-from support.adapters import Adapters, add
+from support.adapters import add
+from support.config import Config
 from support.errors import InputError
 
 NOISE = ("drop", "jitter", "noise")  # a config field with one of these in its name changes training at random
@@ -154,17 +155,17 @@ def switch_off_noise(config: PreTrainedConfig) -> PreTrainedConfig:
     return config
 
 
-def weights_dtype(device: torch.device, training: bool, adapters: Adapters | None) -> torch.dtype:
+def weights_dtype(device: torch.device, training: bool, adapters: Config | None) -> torch.dtype:
     """Returns the dtype that weights are read as: fp32 for training; on CUDA bf16 for sampling and frozen weights."""
     if training and not adapters:
         return torch.float32
     if device.type == "cuda":
         return torch.bfloat16
-    return adapters.base_dtype if adapters else torch.float32
+    return getattr(torch, adapters.base_dtype) if adapters else torch.float32
 
 
 def prepare_layers(
-    model: PreTrainedModel, device: torch.device, recompute: bool, adapters: Adapters | None = None
+    model: PreTrainedModel, device: torch.device, recompute: bool, adapters: Config | None = None
 ) -> None:
     """Add adapters and gradient checkpointing if they are asked for; on CUDA replace norms by faster ones.
 

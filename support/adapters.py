@@ -43,7 +43,7 @@ def smallest_sides(model: nn.Module) -> dict[str, int]:
 
 
 def add(model: PreTrainedModel, config: Config) -> None:
-    """Freeze the model and add adapters to it, in place. A is drawn by the seed, B is 0: they change nothing at first.
+    """Freeze the model and add adapters to it, in place. B starts at 0, so they change nothing.
 
     Raises InputError for a layer name that the model does not have, and for a rank that a layer is too small for.
     """

@@ -110,7 +110,7 @@ def _same_in_order(p: tuple[Node, ...], g: tuple[Node, ...]) -> bool:
 
 
 def _same_items(p: tuple[Node, ...], g: tuple[Node, ...]) -> bool:
-    """One to one in any order."""
+    """Returns whether the items of two lists match one to one, in any order."""
     if len(p) != len(g) or len(p) > MAX_ITEMS:
         return False
     left, rest = list(g), []
@@ -127,7 +127,7 @@ def _same_items(p: tuple[Node, ...], g: tuple[Node, ...]) -> bool:
 
 
 def _same_ratio(p: tuple[Node, ...], g: tuple[Node, ...]) -> bool:
-    """Equal or proportional, none of it 0 (3:00 and 7:00 are times)."""
+    """Returns whether two ratios are equal or proportional. Proportional parts are not 0: 3:00 and 7:00 are times."""
     if _same_in_order(p, g):
         return True
     expressions = len(p) == len(g) and all(x[0] in EXPRESSIONS for x in p + g)
@@ -330,7 +330,7 @@ def _rounds(node: Node) -> bool:
 
 
 def _roots_only(node: Node) -> tuple[bool, bool]:
-    """Whether a root and whether an absolute value is among the parts."""
+    """Returns whether a root is among the parts, and whether an absolute value is."""
     root = node[:1] == ("pow",) and node[2][0] == "num" and node[2][1].denominator > 1
     found = [_roots_only(x) for x in node if isinstance(x, tuple)]
     return root or any(f[0] for f in found), node[:2] == ("fn", "abs") or any(f[1] for f in found)

@@ -90,7 +90,7 @@ def _without(part: Part, points: list[Part]) -> list[Part]:
 
 
 def _of_relation(ops: tuple[str, ...], sides: tuple[Node, ...]) -> list[Part] | None:
-    """x > 1, 1 < x <= 2, x != 3, x in [0, 1], 2x + 1 < 5, |x - 1| < 2."""
+    """Returns the set of a relation such as x > 1, 1 < x <= 2, x != 3, x in [0, 1], 2x + 1 < 5 or |x - 1| < 2."""
     if ops == ("∈",):
         return _parts(sides[1]) if sides[0][0] == "sym" else None
     if not FLIPPED.keys() >= set(ops) or len(ops) > 2:
@@ -120,7 +120,7 @@ def _of_relation(ops: tuple[str, ...], sides: tuple[Node, ...]) -> list[Part] | 
 
 
 def _of_absolute(op: str, inside: Node, value: tuple) -> list[Part] | None:
-    """|x - 1| < 2, |x| >= 3, |x| = 2."""
+    """Returns the set of an inequality with an absolute value, such as |x - 1| < 2, |x| >= 3 or |x| = 2."""
     bound, opposite = value[1], negative(value[1])
     if op == "!=" or value[0] < 0 or (op[0] == "<" and not value[0]):
         return None
@@ -131,7 +131,7 @@ def _of_absolute(op: str, inside: Node, value: tuple) -> list[Part] | None:
 
 
 def _line(node: Node) -> tuple[Node, Node] | None:
-    """(a, b) of ax + b."""
+    """Returns (a, b) of ax + b."""
     if not symbols(node):
         return ZERO, node
     if node[0] == "sym":

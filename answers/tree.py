@@ -26,7 +26,7 @@ class Unreadable(ValueError):
 
 
 def num(value: int | Fraction) -> Node:
-    """An exact number; Unreadable above MAX_BITS."""
+    """Returns an exact number. Raises Unreadable above MAX_BITS."""
     value = Fraction(value)
     if value.numerator.bit_length() + value.denominator.bit_length() > MAX_BITS:
         raise Unreadable("a number has too many digits")
@@ -59,7 +59,7 @@ def is_number(node: Node) -> bool:
 
 
 def expression(node: Node) -> Node:
-    """`node` as an operand of arithmetic; Unreadable for sets, relations, quantities with units, …"""
+    """Returns `node` as an operand of arithmetic. Raises Unreadable for sets, relations, quantities with units, …"""
     if node[0] in EXPRESSIONS:
         return node
     if node[0] == "unit" and node[2] == "degree":
@@ -81,7 +81,7 @@ def residue(node: Node, modulus: Node) -> Node:
 
 
 def add(*terms: Node) -> Node:
-    """Sum in normal form; also of matrices of one shape."""
+    """Returns a sum in normal form; the parts may be matrices of one shape."""
     if len(terms) == 1:
         return terms[0]
     if all(t[0] == "matrix" for t in terms):
@@ -106,7 +106,7 @@ def _add_matrices(terms: tuple[Node, ...]) -> Node:
 
 
 def mul(*factors: Node) -> Node:
-    """Product in normal form, also of matrices. A decimal times ±10^k stays a decimal."""
+    """Returns a product in normal form; the parts may be matrices. A decimal times ±10^k stays a decimal."""
     matrices = [f for f in factors if f[0] == "matrix"]
     if matrices:
         return functools.reduce(_matrix_product, matrices, mul(*(f for f in factors if f[0] != "matrix")))
@@ -157,7 +157,7 @@ def divide(top: Node, bottom: Node) -> Node:
 
 
 def power(base: Node, exponent: Node) -> Node:
-    """Power in normal form. A power too large to write out stays an opaque symbol: equal to itself only."""
+    """Returns a power in normal form. A power too large to write out stays a symbol that equals only itself."""
     if base[0] == "matrix" and exponent in (num(2), num(3)):
         return mul(*[base] * int(exponent[1]))
     base, exponent = expression(base), expression(exponent)
@@ -196,7 +196,7 @@ def call(name: str, *args: Node) -> Node:
 
 
 def substitute(node: Node, old: Node, new: Node) -> Node:
-    """`node` with `old` replaced, in normal form again."""
+    """Returns `node` with `old` replaced, in normal form again."""
     if node == old:
         return new
     if not node or node[0] in ("num", "dec", "sym"):
@@ -219,7 +219,7 @@ def symbols(node: Node) -> set[str]:
 
 
 def size(node: Node) -> int:
-    """How many parts a tree has."""
+    """Returns how many parts a tree has."""
     return 1 + sum(size(x) for x in node if isinstance(x, tuple))
 
 
@@ -348,7 +348,7 @@ def matrix_of(environment: str, rows: list[list[Node]]) -> Node:
 
 
 def _determinant(rows: tuple[tuple[Node, ...], ...]) -> Node:
-    """Expanded along the first row, up to 4 x 4."""
+    """Returns the determinant, expanded along the first row, of matrices up to 4 x 4."""
     if len(rows) != len(rows[0]) or len(rows) > 4 or size(rows) > 400:
         raise Unreadable("a determinant is not square or larger than 4 x 4")
     if len(rows) == 1:

@@ -34,7 +34,7 @@ def close(p: tuple, g: tuple, digits: int) -> bool:
 
 
 class _NoValue(Exception):
-    """There is no value here, or none that is cheap to find."""
+    """An expression has no value, or none that is cheap to find."""
 
 
 class _Work:
@@ -146,7 +146,7 @@ def _function(name: str, args: list):
 
 
 def _root(value, degree):
-    """The real odd root of a real number."""
+    """Returns the real odd root of a real number."""
     if is_real(value) and context.re(value) < 0:
         return -((-context.re(value)) ** (1 / degree))
     return value ** (1 / degree)

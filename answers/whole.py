@@ -63,7 +63,7 @@ class Answer:
 
 
 def read(text: str) -> Answer:
-    """The answer that `text` states; Unreadable, with the reason, where none is understood."""
+    """Returns the answer that `text` states. Raises Unreadable, with the reason, if none is understood."""
     if len(text) > MAX_CHARS:
         raise Unreadable(f"it has {len(text):,} characters, more than {MAX_CHARS:,}")
     return _read(text)
@@ -110,7 +110,7 @@ def _read(text: str) -> Answer:
 
 
 def _split(text: str) -> tuple[str, str]:
-    """The answer and the condition behind it."""
+    """Returns the answer and the condition behind it."""
     match = _CONDITION.search(text)
     value = _JOINT.sub("", text[: match.start()]) if match else ""
     if not value or any(word not in KNOWN for word in re.findall(r"(?<![A-Za-z\\])[A-Za-z]{4,}", value)):

@@ -291,7 +291,7 @@ class ReadsValues(TorchDispatchMode):
 
 
 def reads_values(model: PreTrainedModel, ids: Tensor) -> bool:
-    """Returns whether a pass of one token, as decode_rows makes it, depends on values in its shapes. ids [B, 1]"""
+    """Returns whether the shapes or branches in a pass of one token depend on tensors' values. ids [B, 1]"""
     mask = torch.zeros(len(ids), 1, 1, 1, dtype=model.dtype, device=ids.device)
     with ReadsValues() as mode:
         last_hidden(model, input_ids=ids, attention_mask=mask, position_ids=torch.zeros_like(ids), use_cache=False)

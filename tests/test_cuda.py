@@ -289,7 +289,7 @@ def test_a_response_is_what_the_cpu_draws(name, how):
 
 
 def test_a_row_does_not_depend_on_its_batch():
-    """Alone, in another order, in calls of 5; all prompts are equal, or none are."""
+    """Rows are sampled together, alone, in another order and in calls of 5, with equal and with different prompts."""
     model = llama().to(DEVICE)
     for rows in (some_rows(groups=1, size=12), some_rows(groups=12, size=1), some_rows()):
         together = ours(model, rows, 24)
@@ -325,12 +325,12 @@ def test_graphs_change_no_token(name, monkeypatch):
 
 @pytest.mark.parametrize("name", MODELS)
 def test_log_probs_as_drawn_are_those_of_the_training_pass(folder, one_gpu, tokenizer, name):
-    """In fp32 up to rounding; in bf16 as a plain bf16 model is off; also after updates, with the new weights."""
+    """In fp32 they agree up to rounding, in bf16 as closely as a plain bf16 model's do. Updated weights agree too."""
     rows, single = some_rows(), MODELS[name]().to(one_gpu)
 
     @torch.no_grad()
     def both(model: PreTrainedModel) -> tuple[Rollouts, Tensor, Tensor]:
-        """The rollouts, log-probs of their own tokens as they were drawn, and as the training pass finds them."""
+        """Returns rollouts, and the log-probs of their own tokens in sampling and in the training pass."""
         drawn = generate(model, TOKENIZER, rows, 24, 0.7, decode=decode.decode_rows)
         assert all(len(row.log_probs) == len(row.response) - len(row.prefix_ids) for row in drawn)
         rollouts = pack(drawn, pad_id=0)

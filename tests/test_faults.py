@@ -286,7 +286,7 @@ def test_an_update_without_finite_gradient_is_skipped(tokenizer, value):
 
 
 def test_a_model_that_gives_nan_is_never_updated(tokenizer):
-    """Also where all rewards are equal, so that no row has a weight."""
+    """All rewards are equal here, so no row has a weight; the update has to be skipped all the same."""
     run = make_run(tokenizer, reward=dataclasses.replace(BY_LENGTH, function=lambda text, problem: 0.0))
     run.model.lm_head.weight.data[0] = torch.nan
     metrics = rl_metrics(run, rl_step(run, 0))

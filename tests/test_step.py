@@ -708,7 +708,7 @@ def test_every_config_field_is_read_somewhere():
 
 
 def test_an_update_of_weights_that_are_not_finite_is_skipped_and_counted(tokenizer):
-    """Also where no row has a weight, so that there would be no gradient; train.py ends after three in a row."""
+    """No row has a weight here, so there would be no gradient. train.py ends after three skipped updates in a row."""
     run = make_run(tokenizer, "rft", reward=ALL_WRONG)
     torch.nn.init.constant_(run.model.lm_head.weight, torch.nan)
     metrics = rl_metrics(run, rl_step(run, 0))

@@ -452,7 +452,8 @@ def test_tensorboard_shows_the_metrics(task, tmp_path, monkeypatch):
 
 
 def test_demonstrations_that_cannot_be_used_are_counted(task, tmp_path, capsys):
-    """One too long for the budget, one wrong, one without a box: said at the start, the rest is used."""
+    """One is too long for the budget, one is wrong, one has no box. The start of the run says so and uses the
+    rest."""
     rows = [json.loads(line) for line in (task / "train.jsonl").read_text().splitlines()]
     used = sum(bool(row.get("demonstrations")) for row in rows)
     rows[0]["demonstrations"] = ["1" * 99 + f"\\boxed{{{rows[0]['answer']}}}"]

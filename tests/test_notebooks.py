@@ -57,7 +57,12 @@ def text_of(cell: dict) -> str:
 
 
 def figures_in(displayed: list[dict]) -> int:
-    return sum("image/png" in output.get("data", {}) and not output.get("update") for output in displayed)
+    """Outputs that end as a figure; an update takes the place of the output with its id."""
+    figures = {}
+    for place, output in enumerate(displayed):
+        key = (output.get("transient") or {}).get("display_id", place)
+        figures[key] = "image/png" in output.get("data", {})
+    return sum(figures.values())
 
 
 def solution_of(cell: dict) -> str:

@@ -155,13 +155,14 @@ def switch_off_noise(config: PreTrainedConfig) -> PreTrainedConfig:
     return config
 
 
-def weights_dtype(device: torch.device, training: bool, adapters: Config | None) -> torch.dtype:
-    """Returns the dtype that weights are read as: fp32 for training; on CUDA bf16 for sampling and frozen weights."""
-    if training and not adapters:
+def weights_dtype(device: torch.device, training: bool, config: Config | None) -> torch.dtype:
+    """Returns the dtype that weights are read as: fp32 for training, and bf16 on CUDA for sampling and for the frozen
+    weights under adapters (`config` is None without adapters)."""
+    if training and not config:
         return torch.float32
     if device.type == "cuda":
         return torch.bfloat16
-    return getattr(torch, adapters.base_dtype) if adapters else torch.float32
+    return getattr(torch, config.base_dtype) if config else torch.float32
 
 
 def prepare_layers(

@@ -4,7 +4,7 @@ A notebook's exercises are found by the tags of its cells, in this order for eac
 its metadata "wrong" holds two or more wrong answers), "check" (prints "not yet", "right" or "not right: …") and
 "solution" (Markdown with one folded Python block). After the whole notebook has run as it is, every exercise is tried
 in the same interpreter: unanswered, with each wrong answer, with the solution.
-NOTEBOOK_SIZE=2 shortens runs and takes fewer problems. The interpreter is IPython's shell without a kernel around it,
+NOTEBOOK_SIZE=4 shortens runs and takes fewer problems. The interpreter is IPython's shell without a kernel around it,
 in a process that starts, where it can, as a copy of this one: nine kernels that import PyTorch cost a minute.
 """
 
@@ -80,7 +80,7 @@ def run_sources(folder: Path, sources: list[str]) -> list[tuple[str, str, list[d
         def enable_gui(self, gui: str | None = None) -> None:
             """There is no window; the figures of `%matplotlib inline` need none."""
 
-    os.environ["NOTEBOOK_SIZE"] = "2"
+    os.environ["NOTEBOOK_SIZE"] = "4"
     os.chdir(folder)
     shell, told = Shell.instance(colors="nocolor"), []
     for text in sources:

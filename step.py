@@ -6,15 +6,14 @@ A step of reinforcement (`rl_step`):
               -> grade                                 0 to 1; a response cut off by the budget gets 0
               -> (hpt, rescue) second_chance           groups without a right row are replaced or sampled again
               -> advantages                            of each row's own tokens and of its prefix
-              -> old log-probs and entropies           one forward pass before the first update (or, with one
-                                                       update a step, in that update: known_before)
+              -> old log-probs and entropies           one pass before the first update (see known_before)
               -> (sdft) hinted_log_probs               another one, with a demonstration in the prompt
               -> for each mini-batch: entropy clip, then micro-batches: token_stats, token_weights, loss, backward;
                  clip the gradient, AdamW
               -> (relift) one update on demonstrations of collected problems
 
-A supervised step (`sft_step`) is the same with whole demonstrations as rows and nothing to sample. Every method is an
-entry of methods.METHODS; nothing here asks which one it is. support/record.py makes metrics of what a step did.
+A supervised step (`sft_step`) has whole demonstrations as rows and nothing to sample. Every method is an entry of
+methods.METHODS; nothing here asks which one it is. support/record.py makes metrics of what a step did.
 """
 
 import math
@@ -111,9 +110,6 @@ def sample_groups(
     return [replace(row, reward=0.0 if row.truncated else reward) for row, reward in zip(sampled, rewards)]
 
 
-# ---- one batch
-
-
 @dataclass
 class Batch:
     """What a step's updates read; B rows, R response columns, on the CPU."""
@@ -199,9 +195,6 @@ def demonstration_batch(run: Run, problems: Sequence[Encoded], step: int) -> Bat
     rollouts = pack(rows, run.model.generation_config.pad_token_id)
     nothing, zeros = torch.zeros(len(rows)), torch.zeros(rollouts.response_mask.shape)
     return Batch(rollouts, nothing, nothing, nothing, zeros, zeros.clone(), nothing.bool(), rows, rows, 0)
-
-
-# ---- one update
 
 
 def mini_batch_tokens(run: Run, batch: Batch, rows: Tensor, normalizer: float, progress: float, key: tuple) -> Tokens:

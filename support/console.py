@@ -142,9 +142,8 @@ def show_start(run: Any, folder: Path, counts: Any, total: int, done: int) -> No
             f"  each step  {config.prompts_per_step} problems x {config.rollouts_per_prompt} rollouts = {rows} rows, "
             f"{config.updates_per_step} updates, lr {config.lr:g}"
         )
-    first = data.encoded[0].prompt_ids
-    show(f"  prompt     {run.tokenizer.decode(first)!r}")
-    show(f"             ids {first}")
+    show(f"  prompt     {run.tokenizer.decode(data.encoded[0].prompt_ids)!r}")
+    show(f"             ids {data.encoded[0].prompt_ids}")
 
 
 def show_base(base: dict[str, Any]) -> None:

@@ -61,7 +61,6 @@ def rl_metrics(run: Any, step: Any) -> dict[str, Any]:
         if not update["skipped"]:
             weighted += int((token_weights(run.method, tokens) != 0).sum())
             with_weight += update["with_weight"]
-    seconds_sample, seconds_update = step.seconds
     return {
         "loss": fmean(update["loss"] for update in made) if made else None,
         "grad_norm": fmean(update["grad_norm"] for update in made) if made else None,
@@ -87,9 +86,9 @@ def rl_metrics(run: Any, step: Any) -> dict[str, Any]:
         "trained_tokens": weighted,
         "equal_reward_groups": fmean(float(r.min() == r.max()) for r in groups),
         **step.collected,
-        "tokens_per_second": int(rollouts.response_mask.sum()) / (seconds_sample + seconds_update),
-        "seconds_sample": seconds_sample,
-        "seconds_update": seconds_update,
+        "tokens_per_second": int(rollouts.response_mask.sum()) / sum(step.seconds),
+        "seconds_sample": step.seconds[0],
+        "seconds_update": step.seconds[1],
     }
 
 

@@ -14,7 +14,6 @@ import os
 import re
 from concurrent.futures import ProcessPoolExecutor
 from fractions import Fraction
-from functools import cache
 from multiprocessing import get_context
 from pathlib import Path
 
@@ -92,7 +91,6 @@ def run_sources(folder: Path, sources: list[str]) -> list[tuple[str, str, list[d
     return told
 
 
-@cache
 def executed(path: Path) -> tuple[list, list]:
     """The notebook run as it is, then its exercises tried -> (told of its code cells, tries); a try is (what, its
     answer, what the check printed)."""
@@ -114,17 +112,12 @@ def executed(path: Path) -> tuple[list, list]:
 
 
 @every_notebook
-def test_runs_and_shows_figures(path):
-    """As many figures come out as the kept notebook has, and no warning."""
-    told, _ = executed(path)
+def test_runs_shows_its_figures_and_checks_its_exercises(path):
+    """As many figures come out as the kept notebook has, and no warning. One test: a notebook is run once."""
+    told, tries = executed(path)
     kept = [output for cell in read(path) for output in cell.get("outputs", ())]
     assert figures_in([output for *_, displayed in told for output in displayed]) == figures_in(kept) > 0
     assert not "".join(noise for _, noise, _ in told)
-
-
-@every_notebook
-def test_exercises(path):
-    _, tries = executed(path)
     expected = {"unanswered": "not yet", "wrong": "not right: ", "solved": "right\n"}
     assert tries
     for what, answer, printed in tries:

@@ -137,6 +137,16 @@ def test_random_clip_draws_from_its_generator_only():
     assert (draws[0] == draws[1]).all() and (draws[0] != draws[2]).any() and draws[0].sum() == 20
 
 
+@pytest.mark.parametrize("name", ["prefix-rft", "prefix-rft-low", "rft-entropy-clip", "rft"])
+def test_padding_never_has_a_weight(name):
+    """Whatever its entropy is: only tokens of the response are left."""
+    response = torch.arange(6) < torch.tensor([[6], [3], [4]])
+    prefix = torch.arange(6) < torch.tensor([[2], [0], [1]])
+    entropy = torch.where(response, 1.0, 9.0)
+    left = weighted_tokens(METHODS[name], response, prefix, entropy, 0.2)
+    assert left.any() and not (left & ~response).any()
+
+
 # ---- weights: the gradient of every method is that of its own paper's objective
 
 

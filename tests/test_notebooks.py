@@ -5,7 +5,7 @@ its metadata "wrong" holds two or more wrong answers), "check" (prints "not yet"
 "solution" (Markdown with one folded Python block). After the whole notebook has run as it is, every exercise is tried
 in the same interpreter: unanswered, with each wrong answer, with the solution.
 NOTEBOOK_SIZE=4 shortens runs and takes fewer problems. The interpreter is IPython's shell without a kernel around it,
-in a process that starts, where it can, as a copy of this one: nine kernels that import PyTorch cost a minute.
+in a process that starts, where it can, with PyTorch imported: nine kernels that import it cost a minute.
 """
 
 import ast

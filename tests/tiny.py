@@ -3,6 +3,7 @@ kind."""
 
 import importlib
 import sys
+from multiprocessing import set_forkserver_preload
 from pathlib import Path
 from types import ModuleType
 
@@ -15,8 +16,11 @@ from support import adapters
 from support.config import Config
 from support.distributed import trained
 
-# how a test starts a process that needs PyTorch: as a copy of its own where that is safe, which spares the imports
-START = "fork" if sys.platform == "linux" else "spawn"
+# How a test starts a process that needs PyTorch: as a copy of one that has imported it and done nothing else. A copy
+# of the test's own process can die of what that process has done before.
+START = "forkserver" if sys.platform == "linux" else "spawn"
+if START == "forkserver":
+    set_forkserver_preload(["torch", "transformers", "matplotlib.pyplot", "IPython", "step"])
 
 BY_LENGTH = Reward(
     "by length", lambda text, problem: float(len(text) % 2), lambda problem: None, lambda text: True, "none"

@@ -1,17 +1,19 @@
-"""The table of methods: the rows of a group, and the weight of every token. Prefix-RFT's own formulas are in loss.py.
+"""This file has the table of methods: the rows of a group, and the weight of every token. Prefix-RFT's own formulas
+are in loss.py.
 
-A new method is one entry of METHODS and, where no function here or in loss.py has its formula, one function.
+A new method is one entry of METHODS. If no function here or in loss.py has its formula, it is one function more.
 
-In reading order: the weights, each formula beside its source; `Method` and METHODS; what some methods do besides:
-`coefficient_at` (CHORD's mu falls), `second_chance` (HPT, rescue), `hint` and `hinted_log_probs` (SDFT), `Collector`
-and `collect` (ReLIFT), and the rate of the supervised stage.
+The weights come first, each formula beside its source, then `Method` and METHODS. After them comes what some methods
+do besides: `coefficient_at` (CHORD's mu falls), `second_chance` (HPT, rescue), `hint` and `hinted_log_probs` (SDFT),
+`Collector` and `collect` (ReLIFT), and the rate of the supervised stage.
 
-p = pi(y), r = p / pi_old(y), A = advantage. The first line of a weight's docstring is its formula. A coefficient
-means something only with the denominators of the two terms it mixes. Here all tokens are summed and divided by Z.
-T_own / T_d turns two token means of a source into that; Z / T_d is a token mean beside a sum over Z.
-Looked at and left out: RL-PLUS (LUFFY's rows, another shaping), AMPO, Scaf-GRPO, Guide (hints in the prompt, several
-teachers), QuestA (`rescue` with a constant share), distillation from a larger teacher. What the family's next members
-would need stands in configs/README.md.
+In the formulas p = pi(y), r = p / pi_old(y) and A is the advantage. The first line of a weight's docstring is its
+formula. A coefficient means something only together with the denominators of the two terms that it mixes. Here all
+tokens are summed and divided by Z. Where a source takes the mean of each of two terms over its tokens, T_own / T_d
+turns them into our sum. Where it has a token mean beside a sum over Z, Z / T_d does. "There" is the source, "here" is
+this project. We looked at these and left them out: RL-PLUS (LUFFY's rows, another shaping), AMPO, Scaf-GRPO, Guide
+(hints in the prompt, several teachers), QuestA (`rescue` with a constant share), and distillation from a larger
+teacher. configs/README.md says what the family's next members would need.
 """
 
 import dataclasses
@@ -25,9 +27,10 @@ from torch import Tensor
 
 from loss import Tokens, clipped
 
-RESCUE_SHARES = (0.25, 0.5, 0.75)  # of a demonstration, one after the other [GHPO: characters, here tokens]
-# Share of the run in which a coefficient falls [CHORD: mu from 0.6 to 0 over 20 of 100 steps in Trinity-RFT's
-# mix_chord_toolace.yaml; the values of its mix_chord.yaml are 0.9 and 0.05, over 200 steps of a longer run].
+# shares of a demonstration, tried one after the other [GHPO counts characters, we count tokens]
+RESCUE_SHARES = (0.25, 0.5, 0.75)
+# A coefficient falls over this share of the run. [CHORD: mu falls from 0.6 to 0 over 20 of 100 steps in Trinity-RFT's
+# mix_chord_toolace.yaml. In its mix_chord.yaml it falls from 0.9 to 0.05 over 200 steps of a longer run.]
 FALL = 0.2
 
 # ---- the weights
@@ -36,9 +39,9 @@ FALL = 0.2
 def unclipped(t: Tokens) -> Tensor:
     """A·r
 
-    The policy gradient without PPO's clip, as LUFFY's, ReLIFT's, HPT's and TRAPO's scripts take it. Their sums are
-    not divided by the rows of a mini-batch: 64 times our gradient, so their gradient clip at 1.0 (ReLIFT 0.7) nearly
-    always acts, ours rarely; AdamW does not see the factor.
+    This is the policy gradient without PPO's clip, as the scripts of LUFFY, ReLIFT, HPT and TRAPO take it. These
+    scripts do not divide their sums by the rows of a mini-batch, so their gradient is 64 times ours. Their gradient
+    clip at 1.0 (ReLIFT: 0.7) therefore acts nearly always, ours rarely. AdamW does not see the factor.
     """
     return torch.where(t.advantages != 0, t.advantages * (t.log_probs - t.old_log_probs).exp(), 0.0)
 
@@ -51,7 +54,7 @@ def zero(t: Tokens) -> Tensor:
 def constant(t: Tokens) -> Tensor:
     """c
 
-    One weight for every demonstration token. [paper Table 8]
+    Every demonstration token has the same weight. [paper Table 8]
     """
     return torch.full_like(t.log_probs, t.coefficient)
 
@@ -59,12 +62,12 @@ def constant(t: Tokens) -> Tensor:
 def token_mean(t: Tokens) -> Tensor:
     """c·Z/T_d
 
-    c times the mean of -log p over the demonstration's tokens, beside a sum over Z. In a batch of nothing but
-    demonstrations Z = T_d and c = 1, so w = 1: plain SFT.
-    RFT + SFT loss [LUFFY, train_rl_sft_loss.sh]: RL is a sum over tokens / L per micro-batch, not divided by rows;
-    SFT a token mean per micro-batch, coefficient 1; so c = K/B over our denominators, where K of the step's
-    micro-batches hold a demonstration and B = 512 rows: at most 0.125, about 0.07 at 8 GPUs x 32768 tokens. Ours 0.1;
-    where few groups have a demonstration, as in the embedded task, K and so c would be smaller: tune it.
+    This is c times the mean of -log p over the demonstration's tokens, beside a sum over Z. In a batch of nothing but
+    demonstrations Z = T_d and c = 1, so w = 1: this is plain SFT. In RFT + SFT loss [LUFFY, train_rl_sft_loss.sh] the
+    RL term is a sum over tokens / L per micro-batch, not divided by rows. The SFT term is a token mean per
+    micro-batch with coefficient 1. So c = K/B over our denominators: K of the step's micro-batches hold a
+    demonstration, and B = 512 rows. That is at most 0.125, and about 0.07 at 8 GPUs x 32768 tokens. Ours is 0.1.
+    Where few groups have a demonstration, as in the embedded task, K and so c would be smaller: tune it.
     """
     return torch.full_like(t.log_probs, t.coefficient * t.normalizer / max(1, t.demonstration_tokens))
 
@@ -72,10 +75,10 @@ def token_mean(t: Tokens) -> Tensor:
 def matched_means(t: Tokens) -> Tensor:
     """c·T_own/T_d
 
-    Where the source takes a token mean of each term, c times the demonstration's. [UFT; CHORD's mu]
-    UFT here and there: the same weight; left out are its KL and entropy terms (0.001 each) and its cuts at sentences;
-    here the prefix counts in the response budget and the last token of a demonstration is never given. UFT's script
-    has 4 rollouts of 256 problems and 4 updates a step; rows and updates are settings here.
+    The source takes a token mean of each term and multiplies the demonstration's by c. [UFT; CHORD's mu] UFT has the
+    same weight there and here. Its KL and entropy terms (0.001 each) and its cuts at sentences are left out. Here the
+    prefix counts in the response budget, and the last token of a demonstration is never given. UFT's script has 4
+    rollouts of 256 problems and 4 updates a step; rows and updates are settings here.
     """
     return torch.full_like(t.log_probs, t.coefficient * t.policy_tokens / max(1, t.demonstration_tokens))
 
@@ -83,7 +86,8 @@ def matched_means(t: Tokens) -> Tensor:
 def probability_mean(t: Tokens) -> Tensor:
     """p·Z/T_d
 
-    SFT with each token weighted by its own probability, both there and here over T_d. [DFT Eq. 9; trl's dft_loss]
+    This is SFT in which each token is weighted by its own probability. Both there and here the sum is divided by T_d.
+    [DFT Eq. 9; trl's dft_loss]
     """
     return t.log_probs.exp() * t.normalizer / max(1, t.demonstration_tokens)
 
@@ -91,17 +95,20 @@ def probability_mean(t: Tokens) -> Tensor:
 def shaped(t: Tokens) -> Tensor:
     """A·cp/(p + c)²
 
-    The gradient of A f(p), f(p) = p / (p + c), c = gamma. [LUFFY Eq. 7] There and here in the same sum as own tokens.
+    This is the gradient of A f(p), where f(p) = p / (p + c) and c is LUFFY's gamma. [LUFFY Eq. 7] There and here
+    these tokens are in the same sum as own tokens.
     """
     p = t.log_probs.exp()
-    below = (p + t.coefficient).clamp(min=torch.finfo(p.dtype).tiny)  # where p underflows and c = 0: 0, not 0 / 0
+    # where p underflows and c = 0 this gives 0, not 0 / 0
+    below = (p + t.coefficient).clamp(min=torch.finfo(p.dtype).tiny)
     return t.advantages * (t.coefficient / below) * (p / below)
 
 
 def remaining_clipped(t: Tokens) -> Tensor:
     """(1 − c)·I·A·r
 
-    CHORD's policy tokens, c = mu. [2508.11408 Eq. 5; Trinity-RFT has a dual clip at 3 too]
+    This is the weight of CHORD's policy tokens, where c is CHORD's mu. [2508.11408 Eq. 5; Trinity-RFT also has a dual
+    clip at 3]
     """
     return (1 - t.coefficient) * clipped(t)
 
@@ -109,7 +116,8 @@ def remaining_clipped(t: Tokens) -> Tensor:
 def uncertain_means(t: Tokens) -> Tensor:
     """c·p(1 − p)·T_own/T_d
 
-    CHORD's phi: demonstration tokens that are neither known nor hopeless, both terms token means. [2508.11408 Eq. 7]
+    CHORD's phi favours demonstration tokens that are neither known nor hopeless. Both of its terms are token means.
+    [2508.11408 Eq. 7]
     """
     p = t.log_probs.exp()
     return p * (1 - p) * matched_means(t)
@@ -118,18 +126,19 @@ def uncertain_means(t: Tokens) -> Tensor:
 def row_mean(t: Tokens) -> Tensor:
     """c·L/len(y*)
 
-    The token mean of each demonstration that stands in a group's place. [HPT] There RL is a sum / L and SFT c times a
-    token mean per micro-batch: where such a demonstration is alone in its own, this is that weight, else more. It
-    grows with the number of replaced groups, as no constant over Z would. There the rows left after groups were
-    replaced are cut into mini-batches of 512 rows: one update where more than 73 of 128 problems are unsolved, else
-    one of 512 and one of the rest; here each update has half of the problems.
+    This is the token mean of each demonstration that stands in a group's place. [HPT] There the RL term is a sum / L,
+    and the SFT term is c times a token mean per micro-batch. If such a demonstration is alone in its micro-batch,
+    this is the source's weight; if it is not, the source's is smaller. The term grows with the number of replaced
+    groups; a constant over Z would not. There the rows that are left after the replacement are cut into mini-batches
+    of 512 rows. That is one update if more than 73 of 128 problems are unsolved, else one update of 512 rows and one
+    of the rest. Here each update has half of the problems.
     """
     lengths = t.prefix_mask.sum(1, keepdim=True).clamp(min=1).to(t.log_probs)
     return (t.coefficient * t.max_response_tokens / lengths).expand_as(t.log_probs)
 
 
 def row_entropy(t: Tokens) -> Tensor:
-    """[B, 1] H, the mean entropy of a row's response tokens"""
+    """[B, 1] H is the mean entropy of a row's response tokens"""
     total = torch.where(t.response_mask, t.entropy, 0.0).sum(1, keepdim=True)
     return total / t.response_mask.sum(1, keepdim=True).clamp(min=1)
 
@@ -137,7 +146,8 @@ def row_entropy(t: Tokens) -> Tensor:
 def srft_policy(t: Tokens) -> Tensor:
     """0.1·e^H where the reward is 1, else −1
 
-    SRFT's own tokens: no baseline, no ratio; a row's H is the present policy's. There and here summed over tokens.
+    SRFT's own tokens have no baseline and no ratio. H is the entropy of the present policy. There and here the tokens
+    are summed.
     """
     return torch.where(t.rewards[:, None] == 1, 0.1 * row_entropy(t).exp(), -1.0).expand_as(t.log_probs)
 
@@ -145,8 +155,8 @@ def srft_policy(t: Tokens) -> Tensor:
 def srft_demonstration(t: Tokens) -> Tensor:
     """c·0.5·e^(−H)·Z/T_d + A·γp/(p + γ)², γ = 0.1
 
-    SRFT's demonstration. There the first term is a token mean per micro-batch, the second a sum: c as for RFT + SFT.
-    [2506.19767 has no official code: these are the weights of Unify-Post-Training's re-implementation]
+    SRFT's demonstration. There the first term is a token mean per micro-batch and the second a sum, so c is chosen as
+    for RFT + SFT. [2506.19767 has no official code: these are the weights of Unify-Post-Training's re-implementation]
     """
     return 0.5 * (-row_entropy(t)).exp() * token_mean(t) + shaped(dataclasses.replace(t, coefficient=0.1))
 
@@ -154,10 +164,11 @@ def srft_demonstration(t: Tokens) -> Tensor:
 def trust(t: Tokens) -> Tensor:
     """min(1, 10p)
 
-    TRAPO's prefix tokens: advantage 1, not graded, little weight where the policy would hardly go. There and here in
-    the same sum as own tokens. Of TRAPO's rows only this weight and the baseline over all 8 rows are taken: there a
-    group gets prefixes of 25, 50 and 100% of a demonstration, one after the other, as long as its rows fail, and an
-    entropy bonus of 0.001; here one hybrid row with Prefix-RFT's share. [2512.17636; Su-my/TRAPO, "clip_low"]
+    TRAPO's prefix tokens have advantage 1 and are not graded. They have little weight where the policy would hardly
+    go. There and here they are in the same sum as own tokens. Only this weight and the baseline over all 8 rows are
+    taken from TRAPO. There a group gets prefixes of 25, 50 and 100% of a demonstration, one after the other, as long
+    as its rows fail, and the loss has an entropy bonus of 0.001. Here a group has one hybrid row with Prefix-RFT's
+    share. [2512.17636; Su-my/TRAPO, "clip_low"]
     """
     return (10 * t.log_probs.exp()).clamp(max=1.0)
 
@@ -165,12 +176,13 @@ def trust(t: Tokens) -> Tensor:
 def toward_hinted(t: Tokens) -> Tensor:
     """r·(log q − log p)
 
-    SDFT: q = π(y | x, y*), with a demonstration y* in the prompt x. In the mean over sampled tokens this is the
-    gradient of KL(p ‖ q), r corrects for the updates since; 0 without a demonstration. There the
-    divergence is summed over the vocabulary, here the sampled token stands for it; there the mean over rows of each
-    row's token mean, without its first 3 tokens; here a sum over Z, so a row weighs len(y)/L of that. By the
-    repository's README of April 2026 the paper's results are those of the forward KL, the default of its code.
-    [2601.19897; idanshen/Self-Distillation, distil_trainer.py `_compute_loss`, as a fork has it]
+    SDFT's teacher is q = π(y | x, y*), the policy with a demonstration y* in the prompt x. In the mean over sampled
+    tokens this is the gradient of KL(p ‖ q), and r corrects for the updates since the sampling. A problem without a
+    demonstration has weight 0. There the divergence is summed over the vocabulary; here the sampled token stands for
+    it. There the loss is a mean over rows of each row's token mean, without its first 3 tokens. Here it is a sum over
+    Z, so a row weighs len(y)/L of that. The repository's README of April 2026 says that the paper's results are those
+    of the forward KL, the default of its code. [2601.19897; idanshen/Self-Distillation, distil_trainer.py
+    `_compute_loss`, as a fork has it]
     """
     gain = t.hinted_log_probs - t.log_probs
     return torch.where(gain.isnan(), 0.0, (t.log_probs - t.old_log_probs).exp() * gain)
@@ -181,7 +193,7 @@ def toward_hinted(t: Tokens) -> Tensor:
 
 @dataclass(frozen=True)
 class Method:
-    """One row of the table of methods: the rows of a group and what their tokens weigh."""
+    """One row of the table of methods: which rows a group has, and what their tokens weigh."""
 
     source: str  # the paper
     rows: str = "on_policy"  # on_policy | hybrid | demonstration | shared_prefix (sample.plan_group)
@@ -189,15 +201,16 @@ class Method:
     demonstration_weight: Callable[[Tokens], Tensor] = (
         zero  # w of demonstration tokens, also in batches of them alone
     )
-    entropy_clip: str = ""  # which tokens it keeps: high | low | random entropy; "": no clip
-    coefficient: float | None = None  # c in its formulas; the setting `coefficient` takes its place
+    entropy_clip: str = ""  # which tokens the clip keeps: high | low | random entropy; "" for no clip
+    coefficient: float | None = None  # c in its formulas, unless the setting `coefficient` is given
     coefficient_end: float | None = None  # c falls to this along half a cosine over FALL of the run
     schedule: str = "cosine"  # of the prefix fraction (sample.SCHEDULES)
-    baseline: str | None = None  # fixed by the method, else the setting's
+    baseline: str | None = None  # the method's own; None takes the setting's
     scale_by_std: bool | None = None  # likewise
     stages: tuple[str, ...] = ("rl",)  # "sft": updates on demonstrations; "rl": steps on graded rollouts
-    unsolved: str = ""  # a group without right rows: replace (by a demonstration) | rescue (sample again) | collect
-    hinted: bool = False  # its weights read hinted_log_probs
+    # what becomes of a group without a right row: replace (by a demonstration) | rescue (sample again) | collect
+    unsolved: str = ""
+    hinted: bool = False  # whether its weights read hinted_log_probs
 
     @property
     def needs_demonstrations(self) -> bool:
@@ -219,7 +232,7 @@ METHODS: dict[str, Method] = {
     "dft": variant(SFT, source="2508.05629", demonstration_weight=probability_mean),
     "rft": RFT,
     "sft-rft": SFT_THEN_RFT,
-    # no source has this sequence: DFT's stage in the place of SFT's
+    # no source has this sequence, in which DFT's stage takes the place of SFT's
     "dft-rft": variant(SFT_THEN_RFT, source="2508.05629", demonstration_weight=probability_mean),
     # ---- Prefix-RFT and its ablations [paper Table 8 and Figure 6]
     "prefix-rft": PREFIX_RFT,
@@ -233,7 +246,7 @@ METHODS: dict[str, Method] = {
     "rft-entropy-clip": variant(RFT, source="2507.01679", entropy_clip="high"),
     "dr-po": variant(
         PREFIX_RFT, rows="shared_prefix", demonstration_weight=zero, entropy_clip="", baseline="group"
-    ),  # all 8 rows behind one prefix, which is not in the loss
+    ),  # all 8 rows start behind one prefix, which is not in the loss
     # ---- the methods it is compared with, and those that came after
     "rft+sft": Method("2504.14945", "demonstration", unclipped, token_mean, coefficient=0.1, baseline="on_policy"),
     "luffy": Method("2504.14945", "demonstration", unclipped, shaped, coefficient=0.1, baseline="group"),
@@ -262,9 +275,9 @@ METHODS: dict[str, Method] = {
 
 
 def coefficient_at(method: Method, progress: float, setting: float | None) -> float:
-    """c at `progress` (0 to 1) of the run: the `setting` or the method's own; 1 for a method without c.
+    """Returns c at `progress` (0 to 1) of the run: the `setting`, or the method's own c, or 1 for a method without c.
 
-    Where the method has a coefficient_end, c falls to it along half a cosine over the first FALL of the run.
+    If the method has a coefficient_end, c falls to it along half a cosine over the first FALL of the run.
     """
     start = method.coefficient if setting is None else setting
     if start is None or method.coefficient_end is None:
@@ -274,7 +287,7 @@ def coefficient_at(method: Method, progress: float, setting: float | None) -> fl
 
 
 def unsolved_groups(rows: Sequence[Any], gate: int) -> list[int]:
-    """Groups of `rows` (sample.Row) in which at most `gate` rows are right (reward 1)."""
+    """Returns the groups of `rows` (sample.Row) in which at most `gate` rows are right (reward 1)."""
     right: dict[int, int] = {}
     for row in rows:
         right[row.group] = right.get(row.group, 0) + (row.reward == 1)
@@ -284,15 +297,15 @@ def unsolved_groups(rows: Sequence[Any], gate: int) -> list[int]:
 def second_chance(
     method: Method, rows: list[Any], gate: int, demonstrated: Sequence[bool], sample: Callable[..., list[Any]]
 ) -> tuple[list[Any], int]:
-    """What the method does, before any update, with groups that no rollout solved and that have a demonstration
-    (`demonstrated` says which groups have one) -> the step's rows, and how many tokens were sampled for it.
+    """Samples or replaces, before any update, groups that no rollout solved and that have a demonstration
+    (`demonstrated` says which). Returns the step's rows, and how many tokens were sampled here.
 
     replace   one whole demonstration in the group's place [HPT]
     rescue    all rows again behind the same first 25%, then 50%, then 75% of a demonstration, until one is right
               [GHPO, BREAD; GHPO puts the hint into the prompt, adds 0.5 to the reward for the format, divides
               advantages by the deviation, takes a token mean and a cosine rate with warm-up: none of it here]
 
-    `sample(groups, rows=…, rollouts=…, …)` gives graded rows of groups: step.sample_groups.
+    `sample(groups, rows=…, rollouts=…, …)` is step.sample_groups and gives graded rows of groups.
     """
     tries: list[dict[str, Any]] = []
     if method.unsolved == "replace":
@@ -312,9 +325,9 @@ def second_chance(
 
 
 def hint(problem: Any, step: int) -> list[int]:
-    """The ids of a prompt that shows a demonstration: the problem (data.loader.Encoded), a demonstration as its
-    answer, the problem again. Several demonstrations take turns. [SDFT has both in one user message and asks there
-    for a response of one's own.]"""
+    """Returns the ids of a prompt that shows a demonstration: the problem (data.loader.Encoded), a demonstration as
+    its answer, and the problem again. If there are several demonstrations, they take turns. [SDFT puts both into one
+    user message and asks there for a response of the model's own.]"""
     demonstration = problem.demonstrations[step % len(problem.demonstrations)]
     return [*problem.prompt_ids, *demonstration, problem.end_id, *problem.prompt_ids]
 
@@ -322,11 +335,11 @@ def hint(problem: Any, step: int) -> list[int]:
 def hinted_log_probs(
     run: Any, picked: list[int], rows: list[Any], step: int, pack: Callable[..., Any], old_stats: Callable[..., Any]
 ) -> Tensor | None:
-    """SDFT's teacher: log-probs [B, R] of the tokens of `rows` by the policy that sampled them, once its prompt shows
-    a demonstration; NaN where the problem has none. For methods that are not `hinted` None.
+    """Returns log-probs [B, R] by SDFT's teacher, which is the policy that sampled `rows`, once its prompt shows a
+    demonstration. They are NaN where the problem has none. Returns None for methods that are not `hinted`.
 
-    In the source the teacher is a running mean of the policy's weights (0.01 of them a step), here the policy itself.
-    `picked`: the step's problems; sample.pack, step.old_stats.
+    In the source the teacher is a running mean of the policy's weights (0.01 of them a step). Here it is the policy
+    itself. `picked` are the step's problems; `pack` is sample.pack and `old_stats` is step.old_stats.
     """
     if not run.method.hinted:
         return None
@@ -342,19 +355,20 @@ def hinted_log_probs(
 
 @dataclass
 class Collector:
-    """ReLIFT: unsolved problems that wait for an update on their demonstrations, newest first; its optimizer."""
+    """What ReLIFT keeps between steps: unsolved problems that wait for an update on their demonstrations, newest
+    first, and the optimizer of that update."""
 
     waiting: list[int]  # indices of training problems
     optimizer: torch.optim.Optimizer
 
 
 def collect(run: Any, picked: list[int], rows: list[Any], sft_step: Callable[..., Any]) -> dict[str, Any]:
-    """ReLIFT: of the problems `picked` for the step, those that its graded `rows` did not solve wait, newest first
-    and each as often as it was met. Once `relift_buffer` wait, the first so many give one supervised update, with an
-    optimizer of its own -> what metrics.jsonl says of it.
+    """Collects ReLIFT's unsolved problems. A problem of `picked` that the step's graded `rows` did not solve waits;
+    the newest come first, and each waits as often as it was met. Once `relift_buffer` problems wait, the first
+    `relift_buffer` give one supervised update with an optimizer of its own. Returns what metrics.jsonl says of this.
 
-    The source takes the mean of the token means of 4 rows, and clips this gradient at 1.0 and reinforcement's at 0.7;
-    here one token mean over the buffer, and `max_grad_norm` for both.
+    The source takes the mean of the token means of 4 rows. It clips this gradient at 1.0 and reinforcement's at 0.7.
+    Here there is one token mean over the buffer, and `max_grad_norm` is for both.
     """
     config, collector, encoded = run.config, run.collector, run.data.encoded
     unsolved = [picked[group] for group in unsolved_groups(rows, config.gate)]
@@ -370,7 +384,8 @@ def collect(run: Any, picked: list[int], rows: list[Any], sft_step: Callable[...
 
 
 def sft_learning_rate(step: int, config: Any) -> float:
-    """10% linear warm-up, then half a cosine from sft_lr to the share `sft_lr_end` of it; `step` from 0."""
+    """Returns the learning rate of supervised step `step` (from 0): it rises linearly over the first 10% of the
+    steps, then falls along half a cosine from sft_lr to the share `sft_lr_end` of it."""
     warm_up = max(1, round(0.1 * config.sft_steps))
     if step < warm_up:
         return config.sft_lr * (step + 1) / warm_up

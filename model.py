@@ -1,9 +1,10 @@
-"""Load and save a HuggingFace causal LM with its tokenizer; log-probs and entropies of responses.
+"""This file loads and saves a HuggingFace causal LM with its tokenizer, and gives log-probs and entropies of
+responses.
 
-In reading order: `load_tokenizer`, `load_model`, `save_model`, `sampling`; `response_text`; `token_stats`, the
-training forward pass. On CUDA, or with several processes, support/distributed.py shards a model in training.
-Elsewhere: devices and the errors of libraries (support/loading.py), what a model is asked on a few tokens before
-anything relies on it (fast/check.py). Left out: quantisation, remote code, encoder-decoder models, models that change
+The functions stand in this order: `load_tokenizer`, `load_model`, `save_model`, `sampling`; `response_text`;
+`token_stats`, the training forward pass. On CUDA, or with several processes, support/distributed.py shards a model in
+training. Devices and the errors of libraries are in support/loading.py. fast/check.py asks a model, on a few tokens,
+for what the code relies on. Left out are quantisation, remote code, encoder-decoder models, and models that change
 their logits after the head.
 """
 
@@ -37,17 +38,17 @@ from support.loading import (
 )
 from support.model_folder import make_readable
 
-LOGITS_PER_CHUNK = 2**25  # elements of a [tokens, V] logits chunk: 128 MiB in fp32, whatever B, R and V are
+LOGITS_PER_CHUNK = 2**25  # elements of a chunk of logits [tokens, V]: 128 MiB in fp32, whatever B, R and V are
 
 
 # ---- load and save
 
 
 def load_tokenizer(path: str) -> tuple[Tokenizer, GenerationConfig]:
-    """The tokenizer, and the folder's generation config reduced to its end and padding ids, so that a top_k or
-    repetition_penalty in it cannot change the sampling distribution.
+    """Returns the tokenizer and the folder's generation config, reduced to its end and padding ids. So a top_k or
+    repetition_penalty in the folder cannot change the sampling distribution.
 
-    InputError, one line, for a folder without a tokenizer or a tokenizer without an end token.
+    Raises InputError for a folder without a tokenizer, and for a tokenizer without an end token.
     """
     config, folder = load_config(path), Path(path)
     if folder.exists() and not any((*folder.glob("tokenizer*"), *folder.glob("vocab*"))):
@@ -72,15 +73,17 @@ def load_model(
     adapters: Config | None = None,
     check: Callable[[str, PreTrainedModel, bool], None] | None = None,
 ) -> tuple[PreTrainedModel, Tokenizer]:
-    """A causal LM and its tokenizer, from a folder or a hub name (safetensors only; remote code is never run).
+    """Returns a causal LM and its tokenizer, from a folder or a hub name. Only safetensors are read, and remote code
+    is never run.
 
-    `training`: weights are fp32 whatever the file holds, as an update of 1e-6 vanishes in bf16; after
-    distributed.start() they are sharded over the ranks, and rank 0 alone reads them. Otherwise every process has all
-    of them, on CUDA in bf16, which is what training computes in. All noise is off, so that the training forward pass
-    gives the log-probs the sampler had. `recompute`: a layer's activations are made again in the backward pass
-    instead of kept. `offload`: see distributed.shard. `adapters`: they alone are trained (support/adapters.py).
-    `check`: asks the model what is taken for granted here (fast.check.check_model). Raises InputError (one line) like
-    load_tokenizer, `adapters` and `check`, and for a folder without weights.
+    With `training` the weights are fp32 whatever the file holds, because an update of 1e-6 vanishes in bf16. After
+    distributed.start() they are sharded over the ranks, and rank 0 alone reads them. Without `training` every process
+    has all weights. On CUDA they are then bf16, in which training computes too. All dropout is off, so that the
+    training forward pass gives the log-probs that the sampler had. With `recompute` a layer's activations are not
+    kept but made again in the backward pass. distributed.shard explains `offload`. If `adapters` are given, they
+    alone are trained (support/adapters.py). `check` asks the model for what this file takes for granted
+    (fast.check.check_model). Raises InputError for a folder without weights, and where load_tokenizer, `adapters` or
+    `check` raise it.
     """
     device, sharded = torch.device(device), training and torch.distributed.is_initialized()
     tokenizer, generation_config = load_tokenizer(path)
@@ -102,8 +105,8 @@ def load_model(
 
 
 def read_model(path: str, dtype: torch.dtype) -> PreTrainedModel:
-    """The model with its weights. Its config is corrected where the file's is wrong: no noise, and embedding and head
-    count as tied only if they are one tensor."""
+    """Returns the model with its weights. Its config is corrected where the file's is wrong. Dropout is 0, and
+    embedding and head count as tied only if they are one tensor."""
     folder, config = Path(path), switch_off_noise(load_config(path))
     if folder.exists() and not any(folder.glob("*.safetensors")):
         raise InputError(f"model {path!r} holds no *.safetensors weights: give a HuggingFace model folder")
@@ -120,8 +123,8 @@ def read_model(path: str, dtype: torch.dtype) -> PreTrainedModel:
 def save_model(
     model: PreTrainedModel, tokenizer: Tokenizer, folder: str | Path, dtype: torch.dtype = torch.float32
 ) -> None:
-    """Write a HF model folder: to a temporary name first, then renamed, so a half-written one is never seen.
-    Called on every rank; rank 0 writes."""
+    """Write a HF model folder. It gets a temporary name first and is then renamed, so nobody ever sees a half-written
+    one. Every rank calls this; rank 0 writes."""
     state = distributed.full_state(distributed.state_of(model))
     if distributed.rank():
         return
@@ -138,8 +141,8 @@ def save_model(
 
 @contextlib.contextmanager
 def sampling(model: PreTrainedModel) -> Iterator[PreTrainedModel]:
-    """Gives the model to sample with: in eval mode (gradient checkpointing would turn the key-value cache off in
-    train mode), without gradients. Does not nest."""
+    """Gives the model to sample with, in eval mode and without gradients. (In train mode gradient checkpointing would
+    turn the key-value cache off.) One `sampling` must not stand inside another."""
     model.eval()
     try:
         with torch.no_grad(), distributed.gathered(model) as whole:
@@ -149,9 +152,9 @@ def sampling(model: PreTrainedModel) -> Iterator[PreTrainedModel]:
 
 
 def response_text(tokenizer: Tokenizer, ids: list[int], end_ids: list[int]) -> str:
-    """A response as the text that is graded and shown: without the end token, but with every other one, special or
-    not, and a \ufffd for ids the tokenizer does not know (an embedding often has more rows). Nothing vanishes:
-    "\\boxed{25", such an id, "1}" is not 251."""
+    """Returns a response as the text that is graded and shown. The end token is left out. Every other token stays,
+    special or not, and an id that the tokenizer does not know becomes \ufffd (an embedding often has more rows).
+    Nothing vanishes, because "\\boxed{25", such an id, "1}" must not read as 251."""
     inner = ids[:-1] if ids and ids[-1] in end_ids else ids
     text = ""
     for known, run in itertools.groupby(inner, known_ids(tokenizer).__contains__):
@@ -174,12 +177,12 @@ def decode(tokenizer: Tokenizer, ids: list[int]) -> str:
 def token_stats(
     model: PreTrainedModel, input_ids: Tensor, attention_mask: Tensor, response_length: int, temperature: float
 ) -> tuple[Tensor, Tensor]:
-    """Log-probability of each response token and entropy of the distribution it came from.
+    """Returns the log-probability of each response token, and the entropy of the distribution from which it came.
 
-    input_ids, attention_mask [B, P+R], response in the last R = response_length columns ->
-    (log_probs [B, R] with gradient, entropy [B, R] without), in nats, of softmax(logits / temperature); 0 where
-    attention_mask is 0. Logits are made, used and (in the backward pass) remade a chunk of tokens at a time in
-    fp32; [B, R, V] never exists, and padding costs nothing here.
+    input_ids and attention_mask are [B, P+R], and the response is in the last R = response_length columns. Both
+    results are [B, R], in nats, of softmax(logits / temperature), and 0 where attention_mask is 0. Only log_probs
+    have a gradient. Logits are made in fp32, used, and (in the backward pass) made again for a chunk of tokens at a
+    time. [B, R, V] never exists, and padding costs nothing here.
     """
     return distributed.run_forward(model, response_stats, input_ids, attention_mask, response_length, temperature)
 
@@ -187,43 +190,44 @@ def token_stats(
 def response_stats(
     model: PreTrainedModel, input_ids: Tensor, attention_mask: Tensor, response_length: int, temperature: float
 ) -> tuple[Tensor, Tensor]:
-    """What token_stats computes, once the weights are whole (distributed.run_forward).
+    """Returns what token_stats returns, once the weights are whole (distributed.run_forward).
 
-    Every row is moved to the first column: padding then stands behind what it could disturb, shifts no position, a
-    causal pass needs no mask, and columns that no row uses are left out.
+    Every row is moved to the first column, so that padding stands behind it. There padding disturbs no token and
+    shifts no position, and a causal pass needs no mask. Columns that no row uses are left out.
     """
     mask = attention_mask[:, -response_length:].bool()
     width, length = input_ids.shape[1], int(attention_mask.sum(1).max())
     column = torch.arange(width, device=input_ids.device)
     first = attention_mask.argmax(1, keepdim=True)
-    source = (first + column[:length]) % width  # [B, length] the column that moves here
+    source = (first + column[:length]) % width  # [B, length] the column that moves to this place
     ids = input_ids.gather(1, source)
     response = (attention_mask.bool() & (column >= width - response_length)).gather(1, source)[:, 1:]
     hidden = last_hidden(model, input_ids=ids, attention_mask=torch.ones_like(ids), use_cache=False)
-    hidden, targets = hidden[:, :-1][response], ids[:, 1:][response]  # [n, H], [n]: state t predicts token t + 1
+    hidden, targets = hidden[:, :-1][response], ids[:, 1:][response]  # [n, H], [n]; state t predicts token t + 1
     log_probs, entropy = head_stats(model, hidden, targets, temperature)
     empty = torch.zeros(mask.shape, dtype=torch.float32, device=mask.device)
     return empty.masked_scatter(mask, log_probs), empty.masked_scatter(mask, entropy)
 
 
 def last_hidden(model: PreTrainedModel, **arguments: Any) -> Tensor:
-    """The states its head reads [B, T, H]. An argument the model has no name for is left out: some take no positions
-    and get them from the mask."""
+    """Returns the hidden states [B, T, H] that the model's head reads. An argument that the model has no name for is
+    left out: some models take no positions and get them from the mask."""
     body = model.base_model
-    body = next(model.children()) if body is model else body  # one that calls its body by another name
+    body = next(model.children()) if body is model else body  # this model calls its body by another name
     known = signature(type(body).forward).parameters
     return body(**{name: value for name, value in arguments.items() if name in known}).last_hidden_state
 
 
 def head_stats(model: PreTrainedModel, hidden: Tensor, targets: Tensor, temperature: float) -> tuple[Tensor, Tensor]:
-    """token_stats after the last layer: hidden [n, H], targets [n] -> log_probs [n], entropy [n], in chunks of n."""
+    """Returns what token_stats computes after the last layer, in chunks of n: hidden [n, H], targets [n] -> log_probs
+    [n], entropy [n]."""
     head = model.get_output_embeddings()
 
     def stats(hidden: Tensor, targets: Tensor) -> tuple[Tensor, Tensor]:
         scores = head(hidden).float()  # [chunk, V]
         log_p = torch.log_softmax(scores if temperature == 1 else scores / temperature, dim=-1)
         with torch.no_grad():
-            entropy = -log_p.exp().mul_(log_p).nan_to_num_().sum(-1)  # 0 * -inf = 0
+            entropy = -log_p.exp().mul_(log_p).nan_to_num_().sum(-1)  # without it 0 * -inf would be NaN
         return log_p.gather(1, targets[:, None]).squeeze(1), entropy
 
     size = max(1, LOGITS_PER_CHUNK // model.config.get_text_config().vocab_size)

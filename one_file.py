@@ -1,10 +1,11 @@
-"""Prefix-RFT in one file: the whole method in plain PyTorch, around HuggingFace's own `model.generate`.
+"""This file is the whole of Prefix-RFT in plain PyTorch, around HuggingFace's own `model.generate`.
 
     python one_file.py        a tiny model, shipped with the project, learns the embedded task on one CPU core
 
-Reinforcement learns nothing where the model never succeeds. Imitation copies everything, also what the model could
-do already. Prefix-RFT (arXiv 2507.01679) begins one of the N responses to a problem with a prefix of an expert's
-demonstration, and the policy writes the rest. All N, a group, are graded and trained by one objective:
+Reinforcement learns nothing where the model never succeeds. Imitation copies everything, also what the model could do
+already. Prefix-RFT (arXiv 2507.01679) begins one of the N responses to a problem with a prefix of an expert's
+demonstration, and the policy writes the rest. All N responses together are a group. They are graded and trained by
+one objective:
 
     prompt | on-policy response ........... <eos>    reward r_1
     prompt | on-policy response ..... <eos>          reward r_2
@@ -16,9 +17,9 @@ The task is to carry out instructions in the order of their labels A, B, C (`r` 
     problem        137;B+9;Cr;A+6?
     demonstration  137A+6=143;143B+9=152;152Cr=251;\\boxed{251}       (one training problem in four has one)
 
-Read from top to bottom. loss.py, sample.py and step.py are the same method with everything around it: other
-methods, micro-batches, several GPUs, exact resume. tests/test_one_file.py shows that both have the same gradient.
-Shapes in comments: B rows, T tokens of the longest row, V tokens of the vocabulary.
+Read from top to bottom. loss.py, sample.py and step.py are the same method with everything around it: other methods,
+micro-batches, several GPUs, exact resume. tests/test_one_file.py shows that both have the same gradient. In the
+shapes B is the number of rows, T the tokens of the longest row, and V the tokens of the vocabulary.
 """
 
 import json
@@ -35,7 +36,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from reward import grade
 
-# ---- settings; behind each the paper's, of clip and gradient norm the release's
+# ---- settings, each with the paper's value behind it (clip and gradient norm: the release's)
 
 MODEL = "data/base"  # Qwen2.5-Math-7B
 DATA = "data/recipes"  # OpenR1-Math-46k
@@ -51,7 +52,7 @@ LEARNING_RATE = 1e-4  # 1e-6
 MAX_GRAD_NORM = 1.0  # 1.0
 
 # Draw from softmax(logits) itself, because that is the distribution whose log-probs are trained. Every field is
-# named: one that is left out takes the value of the model's folder, and without one there top_k would be 50.
+# named: a field that is left out takes the value in the model's folder, and top_k would be 50 if that has none.
 SAMPLED = {"do_sample": True, "temperature": 1.0, "top_k": 0, "top_p": 1.0, "repetition_penalty": 1.0}
 GREEDY = {"do_sample": False, "repetition_penalty": 1.0}
 
@@ -75,10 +76,10 @@ def new_row(problem: dict, tokenizer) -> Row:
 
 
 def new_group(problem: dict, progress: float, tokenizer) -> list[Row]:
-    """N rows to sample. If the problem has a demonstration, the last one is hybrid: it starts from a prefix.
+    """Returns N rows to sample. If the problem has a demonstration, the last one is hybrid: it starts from a prefix.
 
-    The prefix is a random share of the demonstration, at most 95%. The least it can be falls from 95% to 5% along
-    half a cosine while `progress` goes from 0 to 1: first the policy ends solutions, then it writes more and more.
+    The prefix is a random share of the demonstration, at most 95%. The smallest share falls from 95% to 5% along half
+    a cosine while `progress` goes from 0 to 1. So the policy first ends solutions, then writes more and more of them.
     """
     rows = [new_row(problem, tokenizer) for _ in range(ROWS)]
     if "demonstrations" in problem:
@@ -104,12 +105,13 @@ def respond(model, tokenizer, rows: list[Row], sampler: dict) -> None:
     for row, written in zip(rows, output[:, max(map(len, inputs)) :].tolist()):
         length = written.index(end) + 1 if end in written else len(written)
         row.response = (row.prefix + written[:length])[:MAX_TOKENS]
-        cut_off = row.response[-1] != end  # then it counts as wrong, with or without an answer
+        cut_off = row.response[-1] != end  # then the response counts as wrong, with or without an answer
         row.reward = 0.0 if cut_off else grade(tokenizer.decode(row.response[:-1]), row.answer)
 
 
 def advantages(rewards: Tensor, hybrid: Tensor) -> tuple[Tensor, Tensor]:
-    """How much better each row did than expected; rewards, hybrid [groups, N] -> for its own tokens, for its prefix.
+    """Returns how much better each row did than expected: for its own tokens, and for its prefix. All are [groups,
+    N].
 
     An on-policy row and a prefix start from the prompt, so they are compared with the mean of the on-policy rows.
     A continuation starts from the end of its prefix. No other row does, so it is compared with nothing and keeps
@@ -121,9 +123,10 @@ def advantages(rewards: Tensor, hybrid: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def token_stats(model, input_ids: Tensor) -> tuple[Tensor, Tensor]:
-    """Log-prob of every token but the first, and the entropy where it was drawn: [B, T] -> two of [B, T - 1].
+    """Returns the log-prob of every token but the first, and the entropy of the distribution from which it was drawn:
+    [B, T] -> two of [B, T - 1].
 
-    Rows are padded on the right, where no token of a causal model looks: they need no attention mask.
+    Rows are padded on the right, where no token of a causal model looks, so they need no attention mask.
     """
     log_p = model(input_ids=input_ids, use_cache=False).logits[:, :-1].log_softmax(-1)  # [B, T - 1, V]
     log_probs = log_p.gather(2, input_ids[:, 1:, None]).squeeze(2)
@@ -132,7 +135,7 @@ def token_stats(model, input_ids: Tensor) -> tuple[Tensor, Tensor]:
 
 @torch.no_grad()
 def new_batch(model, tokenizer, rows: list[Row]) -> dict[str, Tensor]:
-    """All that the updates read of the rows, group after group. Column t is about token t + 1: [B, T - 1]."""
+    """Returns all that the updates read of the rows, group after group. Column t is about token t + 1: [B, T - 1]."""
     ids = [torch.tensor(row.prompt + row.response) for row in rows]
     ids = pad_sequence(ids, batch_first=True, padding_value=tokenizer.pad_token_id)  # [B, T]
     token = torch.arange(1, ids.shape[1])
@@ -142,11 +145,12 @@ def new_batch(model, tokenizer, rows: list[Row]) -> dict[str, Tensor]:
     prefix_mask = (begin <= token) & (token < own)
     rewards = torch.tensor([row.reward for row in rows])
     own_advantage, prefix_advantage = advantages(rewards.view(-1, ROWS), (own > begin).view(-1, ROWS))
-    # of a prefix token, too, the old log-prob is what the policy gave it: its ratio starts at 1 like all others
+    # the old log-prob of a prefix token is what the policy gave it, too, so its ratio starts at 1 like all others
     old_log_probs, entropy = token_stats(model, ids)
     return {
         "input_ids": ids,
-        "response_mask": (begin <= token) & (token < end),  # with <eos>, by position: <pad> can be the same id
+        # by position, with <eos>, because <pad> can have the same id
+        "response_mask": (begin <= token) & (token < end),
         "prefix_mask": prefix_mask,
         "advantages": torch.where(prefix_mask, prefix_advantage.view(-1, 1), own_advantage.view(-1, 1)),
         "old_log_probs": old_log_probs,
@@ -158,7 +162,7 @@ def new_batch(model, tokenizer, rows: list[Row]) -> dict[str, Tensor]:
 
 
 def entropy_clip(prefix_mask: Tensor, entropy: Tensor) -> Tensor:
-    """The prefix tokens of a mini-batch that are trained: the fifth with the highest entropy.
+    """Returns which prefix tokens of a mini-batch are trained: the fifth with the highest entropy.
 
     There the solution could have gone on in several ways, so the demonstration says most. All tokens of the long
     prefixes would outweigh what the policy writes itself.
@@ -171,13 +175,14 @@ def entropy_clip(prefix_mask: Tensor, entropy: Tensor) -> Tensor:
 
 
 def objective(model, batch: dict[str, Tensor]) -> Tensor:
-    """PPO's clipped surrogate of a mini-batch, as a loss. A prefix token is trained like any other."""
+    """Returns PPO's clipped surrogate of a mini-batch, as a loss. A prefix token is trained like any other."""
     log_probs, _ = token_stats(model, batch["input_ids"])
-    ratio = (log_probs - batch["old_log_probs"]).exp()  # 1 in the first update of a step; its gradient is not 0
+    # it is 1 in the first update of a step, but its gradient is not 0
+    ratio = (log_probs - batch["old_log_probs"]).exp()
     advantage = batch["advantages"]
     surrogate = torch.minimum(ratio * advantage, ratio.clamp(1 - CLIP, 1 + CLIP) * advantage)
     dropped = batch["prefix_mask"] & ~entropy_clip(batch["prefix_mask"], batch["entropy"])
-    # divided by a constant: a mean over tokens would blame each token of a wrong response less if it is long
+    # divided by a constant, because a mean over tokens would blame each token of a wrong response less if it is long
     return -surrogate[batch["response_mask"] & ~dropped].sum() / (len(ratio) * MAX_TOKENS)
 
 
@@ -195,7 +200,8 @@ def main() -> None:
     torch.manual_seed(0)
     torch.set_num_threads(1)  # the model is too small to gain from a second one
     tokenizer = AutoTokenizer.from_pretrained(MODEL)
-    model = AutoModelForCausalLM.from_pretrained(MODEL, dtype=torch.float32)  # bf16 would round small updates away
+    # because bf16 would round small updates away
+    model = AutoModelForCausalLM.from_pretrained(MODEL, dtype=torch.float32)
     optimizer = torch.optim.AdamW(model.parameters(), LEARNING_RATE, betas=(0.9, 0.99), weight_decay=0.0)
     files = [Path(DATA, name).read_text().splitlines() for name in ("train.jsonl", "validation.jsonl")]
     train, validation = ([json.loads(line) for line in lines] for lines in files)

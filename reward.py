@@ -1,7 +1,9 @@
-"""The reward: math (the last boxed answer, equivalent to the gold one), exact (the same text), or your own function.
+"""A reward is `math` (the last boxed answer is equivalent to the gold one), `exact` (it is the same text), or your
+own function.
 
-What a mathematical answer means and when two are equal is in answers/; `Reward` is what a run grades with. Not here:
-format rewards, answers outside a box (a policy would learn to shower numbers), time limits (the reader is bounded).
+answers/ says what a mathematical answer means and when two are equal; `Reward` is what a run grades with. Left out
+are rewards for the format, answers outside a box (a policy would learn to shower numbers), and time limits (the
+reader is bounded).
 """
 
 import contextlib
@@ -23,17 +25,18 @@ _BARE = re.compile(r"[-+]?[\w.,/:^]{0,99}\w|\\[A-Za-z]+[^$\n]{0,199}?(?=\$|\\\)|
 
 
 def extract_boxed(text: str | None) -> str | None:
-    """Content of the last complete ``\\boxed{...}`` or ``\\fbox{...}`` of `text`, None where there is none.
+    """Returns the content of the last complete ``\boxed{...}`` or ``\fbox{...}`` of `text`, or None if there is none.
 
-    None also for anything that is not a string. One pass, so linear in the text. Braces are
-    balanced, escaped ones are not counted; of boxes in a box the outer one counts. ``\\boxed 5`` without braces gives
-    "5". A box that never closes (a truncated response) is no answer; the last complete box before it is.
+    It is None also for anything that is not a string. The function reads the text once, so its time grows linearly
+    with the text. Braces are balanced, and escaped ones are not counted. Of a box in a box the outer one counts.
+    ``\\boxed 5`` without braces gives "5". A box that never closes (in a truncated response) is no answer; the last
+    complete box before it is.
     """
     if not isinstance(text, str) or ("\\boxed" not in text and "\\fbox" not in text):
         return None
     best, depth = (-1, -1), 0
-    boxes: list[tuple[int, int]] = []  # the open ones: where the content starts, how deep it is
-    bare: deque[int] = deque(maxlen=20)  # ends of the last boxes without a brace
+    boxes: list[tuple[int, int]] = []  # of each open box: where its content starts, and how deep it is
+    bare: deque[int] = deque(maxlen=20)  # where the last boxes without a brace end
     for mark in _MARKS.finditer(text):
         if mark["in"]:
             depth += len(mark["in"])
@@ -60,17 +63,17 @@ def extract_boxed(text: str | None) -> str | None:
 
 
 def is_equivalent(prediction: str, gold: str) -> bool:
-    """Whether two final answers mean the same; False where one of them cannot be read. Never raises."""
+    """Returns whether two final answers mean the same; False if one of them cannot be read. Never raises."""
     if not isinstance(prediction, str) or not isinstance(gold, str):
         return False
     try:
         return equal(read(prediction), read(gold))
-    except Exception:  # Unreadable; or a bug of the reader, which must not end a run: tests call the reader directly
+    except Exception:  # Unreadable, or a bug of the reader, which must not end a run (tests call the reader directly)
         return False
 
 
 def is_read(response: str | None) -> bool:
-    """Whether `response` has a complete box whose content the reader can read."""
+    """Returns whether `response` has a complete box whose content the reader can read."""
     boxed = extract_boxed(response)
     if boxed is None:
         return False
@@ -82,9 +85,9 @@ def is_read(response: str | None) -> bool:
 
 
 def grade(response: str | None, gold: str) -> float:
-    """1.0 if the last boxed answer of `response` is equivalent to `gold`, else 0.0.
+    """Returns 1.0 if the last boxed answer of `response` is equivalent to `gold`, else 0.0.
 
-    A response that is no string is a model's fault and gets 0.0; a gold that is no string raises TypeError.
+    A response that is no string is a model's fault and gets 0.0. A gold that is no string raises TypeError.
     """
     if not isinstance(gold, str):
         raise TypeError(f"gold must be a string, got {type(gold).__name__}: {gold!r:.80}; pass the answer as text")
@@ -93,7 +96,7 @@ def grade(response: str | None, gold: str) -> float:
 
 
 def check_gold(gold: str) -> None:
-    """Raises ValueError where `gold` is not an answer that can be graded against; the loader calls it."""
+    """Raises ValueError if `gold` is not an answer that can be graded against. The loader calls it."""
     if not isinstance(gold, str):
         raise ValueError(f"answer must be a string, got {type(gold).__name__}: {gold!r:.80}; write it as text")
     try:
@@ -109,11 +112,12 @@ def check_gold(gold: str) -> None:
 
 @dataclass(frozen=True)
 class Reward:
-    """`function(response, problem)` in [0, 1], problem a data.loader.Problem. A response is right if it gets 1."""
+    """`function(response, problem)` gives a number in [0, 1]; `problem` is a data.loader.Problem. A response is right
+    if it gets 1."""
 
     name: str  # math | exact | FILE.py:function
     function: Callable[[str, Any], float]
-    check: Callable[[Any], None]  # of a problem, when data is loaded: ValueError if it cannot be graded
+    check: Callable[[Any], None]  # called for each problem when data is loaded; ValueError if it cannot be graded
     is_read: Callable[[str], bool]  # whether the response states an answer, right or wrong
     fingerprint: str  # sha256 of the code
 
@@ -149,7 +153,8 @@ def _sha256(*paths: Path) -> str:
 
 
 def raised(error: BaseException) -> str:
-    """What a user's code raised, in one line; a ValueError speaks for itself."""
+    """Returns what a user's code raised, in one line. The text of a ValueError stands alone, without the error's
+    name."""
     if type(error) is ValueError:
         return " ".join(str(error).splitlines())
     return " ".join(f"{type(error).__name__}: {error}".splitlines())
@@ -157,7 +162,8 @@ def raised(error: BaseException) -> str:
 
 @contextlib.contextmanager
 def same_folder() -> Iterator[None]:
-    """ValueError if a user's code changes the working directory, which is put back: paths are relative to it."""
+    """Raises ValueError if a user's code changes the working directory, because paths are relative to it. The old
+    directory is restored."""
     before = os.getcwd()
     yield
     if os.getcwd() != before:
@@ -166,10 +172,11 @@ def same_folder() -> Iterator[None]:
 
 
 def load_reward(name: str = "math") -> Reward:
-    """A built-in reward, or FILE.py[:function]: the file is run, and `function` (default: reward) taken from it.
+    """Returns a built-in reward, or that of FILE.py[:function]. The file is run, and `function` (default: reward) is
+    taken from it.
 
-    A function `check(problem)` in the file, if there is one, is asked about every problem when data is loaded.
-    ValueError, one line, for an unknown name, a missing file or function, or an error while the file runs.
+    If the file has a function `check(problem)`, it is called for every problem when data is loaded. Raises ValueError
+    for an unknown name, a missing file or function, or an error while the file runs.
     """
     here = Path(__file__)
     if name == "math":
@@ -185,7 +192,7 @@ def load_reward(name: str = "math") -> Reward:
         raise ValueError(f"reward {name!r}: the file {str(path)!r} does not exist")
     spec = importlib.util.spec_from_file_location(f"reward {path.resolve()}", path)
     module = importlib.util.module_from_spec(spec)
-    sys.modules[spec.name] = module  # dataclasses look their module up
+    sys.modules[spec.name] = module  # dataclasses look their module up there
     try:
         with same_folder():
             spec.loader.exec_module(module)
@@ -201,9 +208,11 @@ MATH = load_reward()
 
 
 def grade_one(reward: Reward, response: str, problem: Any) -> float:
-    """The reward of a response; ValueError naming the problem where the function fails or is not within [0, 1].
+    """Returns the reward of a response. Raises ValueError, which names the problem, if the function fails or its
+    number is not in [0, 1].
 
-    Rounded to six digits: 0.7 + 0.2 + 0.1 is 1 and right, and equal sums are equal in every order.
+    The reward is rounded to six digits, so that 0.7 + 0.2 + 0.1 is 1 and right, and equal sums are equal in every
+    order.
     """
     try:
         with same_folder():
@@ -220,5 +229,5 @@ def grade_one(reward: Reward, response: str, problem: Any) -> float:
 
 
 def grade_all(reward: Reward, responses: Sequence[str], problems: Sequence[Any]) -> list[float]:
-    """`grade_one` for each response and its problem."""
+    """Returns `grade_one` for each response and its problem."""
     return [grade_one(reward, response, problem) for response, problem in zip(responses, problems, strict=True)]

@@ -1,13 +1,14 @@
-"""Rollouts: which rows a group has, their prefixes, batched sampling, and the tensors the update reads.
+"""This file makes rollouts: which rows a group has, their prefixes, batched sampling, and the tensors that the update
+reads.
 
     plan_group(problem) -> [Row(prompt_ids, prefix_ids), …]    ids only: text is never decoded and encoded again
     generate(model, rows) -> [Row(…, response), …]             prefix + continuation, by model.generate
     pack(rows) -> Rollouts                                     left-padded prompts | right-padded responses
 
-Every draw is a pure function of (seed, step, problem, rollout, attempt): one uniform number per row and position,
-turned into a token by inverting the CDF. So a row does not depend on its neighbours, its batch or other ranks.
-Left out: top-k, top-p, penalties (the sampler must be the policy that is trained), beams, speculative decoding. A
-faster loop than HuggingFace's own is in fast/decode.py; a command hands it in.
+Every draw is a pure function of (seed, step, problem, rollout, attempt). One uniform number per row and position is
+turned into a token by inverting the CDF. So a row does not depend on its neighbours, its batch or other ranks. Left
+out are top-k, top-p and penalties (the sampler must be the policy that is trained), beams, and speculative decoding.
+A faster loop than HuggingFace's own is in fast/decode.py, and a command hands it in.
 """
 
 import dataclasses
@@ -33,8 +34,9 @@ PREFIX_LOW, PREFIX_HIGH = 0.05, 0.95  # bounds of the prefix fraction [paper A.2
 
 
 def seed_of(*key: object) -> int:
-    """A 128-bit seed that depends on `key` only (the same on every machine, unlike hash())."""
-    plain = tuple(part.item() if isinstance(part, np.generic) else part for part in key)  # NumPy's 3 is 3
+    """Returns a 128-bit seed that depends on `key` only. (It is the same on every machine, unlike hash().)"""
+    # so that NumPy's 3 counts as 3
+    plain = tuple(part.item() if isinstance(part, np.generic) else part for part in key)
     return int.from_bytes(hashlib.blake2b(repr(plain).encode(), digest_size=16).digest(), "big")
 
 
@@ -43,7 +45,8 @@ def torch_generator(*key: object) -> torch.Generator:
 
 
 def uniforms(key: tuple, count: int) -> np.ndarray:
-    """`count` numbers of [0, 1), float32: a counter-based stream (Philox) of its own for each key."""
+    """Returns `count` float32 numbers from [0, 1), from a counter-based stream (Philox) that each key has for
+    itself."""
     return np.random.Generator(np.random.Philox(key=seed_of(*key))).random(count, dtype=np.float32)
 
 
@@ -51,7 +54,7 @@ def uniforms(key: tuple, count: int) -> np.ndarray:
 
 
 def cosine(progress: float) -> tuple[float, float]:
-    """-> low, high. Low falls from 0.95 to 0.05 along half a cosine; high stays 0.95. [paper 3.3, A.2]"""
+    """Returns (low, high). Low falls from 0.95 to 0.05 along half a cosine; high stays 0.95. [paper 3.3, A.2]"""
     return PREFIX_LOW + (PREFIX_HIGH - PREFIX_LOW) * (1 + math.cos(math.pi * progress)) / 2, PREFIX_HIGH
 
 
@@ -59,20 +62,21 @@ SCHEDULES = {  # progress of the run, 0 to 1 -> low, high
     "cosine": cosine,
     "uniform": lambda progress: (PREFIX_LOW, PREFIX_HIGH),  # ablation [paper Fig. 6]
     "constant": lambda progress: (0.5, 0.5),  # ablation: the mean of uniform
-    "uft": lambda progress: (0.0, float(progress < 0.6)),  # for 60% of the run, then nothing; see prefix_fraction
+    "uft": lambda progress: (0.0, float(progress < 0.6)),  # for 60% of the run, then nothing (prefix_fraction)
 }
 
 
 def prefix_range(step: int, total_steps: int, schedule: str) -> tuple[float, float]:
-    """The smallest and the largest share of the demonstration that may be given at `step` (from 0)."""
+    """Returns the smallest and the largest share of the demonstration that may be given at `step` (from 0)."""
     if schedule not in SCHEDULES:
         raise ValueError(f"schedule is {schedule!r}, expected one of {', '.join(SCHEDULES)}")
     return SCHEDULES[schedule](min(1.0, step / total_steps))
 
 
 def prefix_fraction(step: int, total_steps: int, schedule: str, generator: torch.Generator) -> float:
-    """The share l of the demonstration that is given at `step` (from 0) of `total_steps`: l ~ U(low, high) of the
-    schedule; for uft Binomial(5, p_t) / 5 with p_t from 0.95 to 0.05 along half a cosine over its range."""
+    """Returns the share l of the demonstration that is given at `step` (from 0) of `total_steps`. It is l ~ U(low,
+    high) of the schedule. For uft it is Binomial(5, p_t) / 5, where p_t falls from 0.95 to 0.05 along half a cosine
+    over its range."""
     low, high = prefix_range(step, total_steps, schedule)
     if schedule == "uft":
         chance, _ = cosine(min(1.0, step / (0.6 * total_steps)))
@@ -81,7 +85,8 @@ def prefix_fraction(step: int, total_steps: int, schedule: str, generator: torch
 
 
 def prefix_length(fraction: float, demonstration_tokens: int, max_response_tokens: int) -> int:
-    """L = floor(l |y*|), at least 1 and at most min(|y*| - 1, max_response_tokens - 1); 0 for l = 0 or no room."""
+    """Returns L = floor(l |y*|), at least 1 and at most min(|y*| - 1, max_response_tokens - 1). It is 0 for l = 0 or
+    where there is no room."""
     if fraction <= 0:
         return 0
     longest = min(demonstration_tokens - 1, max_response_tokens - 1)
@@ -90,15 +95,15 @@ def prefix_length(fraction: float, demonstration_tokens: int, max_response_token
 
 @dataclass(frozen=True)
 class Row:
-    """One rollout: what is planned, then what was sampled and what it earned."""
+    """One rollout has what is planned, then what was sampled and what it earned."""
 
     group: int  # which problem of the batch
     key: tuple  # of its random draws
     prompt_ids: list[int]
     prefix_ids: list[int]  # tokens of the demonstration, forced
     fraction: float = 0.0  # share of the demonstration that is given
-    response: Sequence[int] = ()  # prefix and continuation; of a whole demonstration from the beginning
-    log_probs: Sequence[float] = ()  # of the continuation's tokens, as drawn: for metrics; updates use Batch's
+    response: Sequence[int] = ()  # prefix and continuation; a whole demonstration is planned with its response
+    log_probs: Sequence[float] = ()  # of the continuation's tokens, as drawn; for metrics only, updates use Batch's
     truncated: bool = False  # cut off by the budget, without an end token
     text: str = ""
     reward: float = 0.0
@@ -116,19 +121,19 @@ def plan_group(
     share: Callable[[torch.Generator], float] | None = None,
     max_response_tokens: int = 0,
 ) -> list[Row]:
-    """The rows of one problem's group: on-policy rows first, then `hybrid` rows that see a demonstration.
+    """Returns the rows of one problem's group: on-policy rows first, then `hybrid` rows that see a demonstration.
 
-    rows: "on_policy" | "hybrid" (a prefix each) | "demonstration" (all of it, nothing to sample) | "shared_prefix"
-    (every row starts from the same prefix). A problem without demonstrations has on-policy rows only.
-    `key` is (seed, step); `attempt` counts how often the group was sampled before. `share` draws the fraction l;
-    max_response_tokens caps the prefix. Both are needed for prefixes only.
+    `rows` is "on_policy", "hybrid" (each hybrid row has a prefix), "demonstration" (the row is all of it and nothing
+    is sampled) or "shared_prefix" (every row starts from the same prefix). A problem without demonstrations has
+    on-policy rows only. `key` is (seed, step); `attempt` counts how often the group was sampled before. `share` draws
+    the fraction l, and max_response_tokens caps the prefix. Only prefixes need these two.
     """
     planned = [Row(group, (*key, problem.id, i, attempt), problem.prompt_ids, []) for i in range(rollouts)]
     if rows == "on_policy" or not problem.demonstrations:
         return planned
     shared = rows == "shared_prefix"
     for i in range(0 if shared else rollouts - hybrid, rollouts):
-        # a shared prefix is drawn once: its key names the first row for all of them
+        # a shared prefix is drawn once, so its key names the first row for all rows
         generator = torch_generator(*key, problem.id, 0 if shared else i, attempt)
         which = int(torch.randint(len(problem.demonstrations), (), generator=generator))
         demonstration = problem.demonstrations[which]
@@ -143,10 +148,10 @@ def plan_group(
 
 
 class DrawTokenLogitsProcessor(LogitsProcessor):
-    """Samples: token = CDF^-1(u) of softmax(scores / temperature), one u per row and position: uniforms [B, R].
+    """Samples by token = CDF^-1(u) of softmax(scores / temperature). uniforms [B, R] has one u per row and position.
 
-    The drawn token gets score 0 and all others -inf: `generate` takes it by argmax. drawn [B, R]: its probability.
-    `rows`: indices of the rows still in the batch; a loop may drop rows that have ended.
+    The drawn token gets score 0 and all others -inf, so that `generate` takes it by argmax. drawn [B, R] is its
+    probability. `rows` are the indices of the rows still in the batch, because a loop may drop rows that have ended.
     """
 
     def __init__(self, uniforms: Tensor, prompt_length: int, temperature: float):
@@ -157,18 +162,19 @@ class DrawTokenLogitsProcessor(LogitsProcessor):
         scores = scores if self.temperature == 1 else scores.float() / self.temperature
         probabilities = scores.softmax(-1, dtype=torch.float32)  # [B, V]
         cdf, place = probabilities.cumsum(-1), (self.rows, input_ids.shape[1] - self.prompt_length)
-        # u * total, not u: rounding may leave the total below u. right=True skips tokens of probability 0.
+        # u * total, not u, because rounding may leave the total below u; right=True skips tokens of probability 0
         token = torch.searchsorted(cdf, self.uniforms[place][:, None] * cdf[:, -1:], right=True)
-        token = token.clamp(max=scores.shape[1] - 1)  # NaN, once a run has diverged: step.update says so
+        # it is too large for NaN, once a run has diverged; step.update says so
+        token = token.clamp(max=scores.shape[1] - 1)
         self.drawn[place] = probabilities.gather(1, token).squeeze(1)
         return torch.full_like(scores, -torch.inf).scatter_(1, token, 0.0)
 
 
 class PrefixForcingLogitsProcessor(LogitsProcessor):
-    """Forces row i's first prefix_lengths[i] tokens to be prefix_ids[i]; later tokens are left to the policy.
+    """Forces row i's first prefix_lengths[i] tokens to be prefix_ids[i] and leaves later tokens to the policy.
 
-    prefix_ids [B, L] (padded with anything), prefix_lengths [B], prompt_length: columns before the response.
-    `rows`: as in DrawTokenLogitsProcessor.
+    prefix_ids [B, L] may be padded with anything. prompt_length counts the columns before the response. `rows` is as
+    in DrawTokenLogitsProcessor.
     """
 
     def __init__(self, prefix_ids: Tensor, prefix_lengths: Tensor, prompt_length: int):
@@ -188,15 +194,16 @@ class PrefixForcingLogitsProcessor(LogitsProcessor):
 
 
 def padded(sequences: Iterable[Sequence[int]], value: int, side: str) -> tuple[Tensor, Tensor]:
-    """-> ids [B, longest], with `value` on the left or right of the shorter ones, and which of them are real, bool"""
+    """Returns ids [B, longest], in which shorter sequences have `value` on the given side, and a mask of the real
+    ids."""
     tensors = [torch.tensor(sequence, dtype=torch.long) for sequence in sequences]
     pad = functools.partial(pad_sequence, batch_first=True, padding_side=side)
     return pad(tensors, padding_value=value), pad([torch.ones_like(ids, dtype=torch.bool) for ids in tensors])
 
 
 def decoding_loop(model: PreTrainedModel, input_ids: Tensor, decode: Callable | None, **arguments) -> Tensor:
-    """What `generate` decodes with: `decode`, or its own loop. ValueError where a setting of the model folder has
-    added a processor to ours: the sampler would not be the policy that is trained."""
+    """Decodes with `decode`, or with the loop of `generate`. Raises ValueError if a setting of the model folder has
+    added a processor to ours: then the sampler would not be the policy that is trained."""
     for processor in arguments["logits_processor"]:
         if not isinstance(processor, DrawTokenLogitsProcessor | PrefixForcingLogitsProcessor):
             raise ValueError(f"the sampler is not neutral: transformers has added {type(processor).__name__}")
@@ -204,7 +211,7 @@ def decoding_loop(model: PreTrainedModel, input_ids: Tensor, decode: Callable | 
 
 
 def end_of_response(tokens: list[int], start: int, ends: set[int]) -> int:
-    """The place behind the first end token from `start` on, or behind the last token of the budget."""
+    """Returns the place behind the first end token from `start` on, or behind the last token of the budget."""
     for place in range(start, len(tokens)):
         if tokens[place] in ends:
             return place + 1
@@ -214,7 +221,8 @@ def end_of_response(tokens: list[int], start: int, ends: set[int]) -> int:
 def generate_call(
     model: PreTrainedModel, rows: Sequence[Row], max_response_tokens: int, temperature: float, decode: Callable | None
 ) -> list[Row]:
-    """One call of HF generate -> `rows` with the response and the log-probs of the tokens drawn (greedy: none)."""
+    """Calls HF's generate once and returns `rows` with their responses and the log-probs of the drawn tokens (none if
+    greedy)."""
     config, device = model.generation_config, model.device
     ids, mask = padded((row.prompt_ids for row in rows), config.pad_token_id, "left")
     prefixes, is_prefix = padded((row.prefix_ids for row in rows), 0, "right")
@@ -226,14 +234,15 @@ def generate_call(
         attention_mask=mask.long().to(device),
         generation_config=GenerationConfig(
             max_new_tokens=max_response_tokens,
-            do_sample=False,  # our processor draws, generate takes the argmax: no temperature, top_k or top_p here
+            # our processor draws and generate takes the argmax, so there is no temperature, top_k or top_p here
+            do_sample=False,
             repetition_penalty=1.0,
             eos_token_id=config.eos_token_id,
             pad_token_id=config.pad_token_id,
         ),
         logits_processor=LogitsProcessorList([draw, force] if temperature > 0 else [force]),
         custom_generate=functools.partial(decoding_loop, decode=decode),
-        synced_gpus=False,  # ranks sample on their own
+        synced_gpus=False,  # because ranks sample on their own
     )[:, ids.shape[1] :].tolist()
     ends, sampled = set(config.eos_token_id), []
     for row, tokens, drawn in zip(rows, output, draw.drawn.log().tolist()):
@@ -256,11 +265,12 @@ def generate(
     decode: Callable | None = None,
     progress: str | None = None,
 ) -> list[Row]:
-    """`rows` with their responses, prefix + continuation, the end token last unless cut off by the budget.
+    """Returns `rows` with their responses: prefix, continuation and, unless the budget cut it off, an end token.
 
-    temperature 0 is greedy. `decode`: a loop in place of HF's own, with the same tokens (fast.decode.decode_rows).
-    `progress` names a tqdm bar. Rows of similar length share a call, which changes no token (up to rounding of the
-    logits). With several ranks each samples the groups g = rank (mod ranks) and gets the others' rows; all must call.
+    temperature 0 is greedy. `decode` is a loop in place of HF's own, with the same tokens (fast.decode.decode_rows).
+    `progress` names a tqdm bar. Rows of similar length share a call. This changes no token, up to rounding of the
+    logits. With several ranks each samples the groups g = rank (mod ranks) and gets the others' rows, so all ranks
+    must call.
     """
     mine = [i for i, row in enumerate(rows) if not row.response and row.group % world_size() == rank()]
     mine.sort(key=lambda i: (len(rows[i].prompt_ids), len(rows[i].prefix_ids)))
@@ -284,7 +294,7 @@ def generate(
 
 @dataclass
 class Rollouts:
-    """A batch of rows: B rows, P prompt columns (left-padded), R response columns (right-padded)."""
+    """A batch of B rows has P prompt columns (left-padded) and R response columns (right-padded)."""
 
     input_ids: Tensor  # [B, P+R]
     attention_mask: Tensor  # [B, P+R] 1 at real tokens
@@ -297,7 +307,8 @@ class Rollouts:
 
 
 def pack(rows: Sequence[Row], pad_id: int) -> Rollouts:
-    """Rows with their responses as tensors on the CPU. Masks come from what was generated, never from ids == pad."""
+    """Returns rows with their responses as tensors on the CPU. Masks come from what was generated, never from ids ==
+    pad."""
     prompts, prompt_mask = padded((row.prompt_ids for row in rows), pad_id, "left")
     responses, response_mask = padded((row.response for row in rows), pad_id, "right")
     prefix_lengths = torch.tensor([len(row.prefix_ids) for row in rows])

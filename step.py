@@ -1,6 +1,6 @@
-"""One training step, top to bottom: rollouts, rewards, advantages, old log-probs, updates.
+"""This file is one training step, top to bottom: rollouts, rewards, advantages, old log-probs, updates.
 
-A step of reinforcement (`rl_step`):
+A step of reinforcement (`rl_step`) does this:
 
     problems  -> plan_group, generate                  rollouts: on-policy rows and hybrid ones
               -> grade                                 0 to 1; a response cut off by the budget gets 0
@@ -13,7 +13,7 @@ A step of reinforcement (`rl_step`):
               -> (relift) one update on demonstrations of collected problems
 
 A supervised step (`sft_step`) has whole demonstrations as rows and nothing to sample. Every method is an entry of
-methods.METHODS; nothing here asks which one it is. support/record.py makes metrics of what a step did.
+methods.METHODS, and nothing here asks which one it is. support/record.py makes metrics of what a step did.
 """
 
 import math
@@ -40,7 +40,7 @@ from support.errors import as_input
 
 @dataclass
 class Run:
-    """A run in progress."""
+    """What a run in progress has."""
 
     config: Config
     method: Method
@@ -51,11 +51,12 @@ class Run:
     optimizer: torch.optim.Optimizer
     decode: Callable | None = None  # a decoding loop (fast.decode) in place of HF's own
     collector: Collector | None = None  # ReLIFT
-    skipped: int = 0  # updates in a row, up to now, that were left out because their numbers were not finite
+    skipped: int = 0  # how many updates in a row, up to now, were left out because their numbers were not finite
 
 
 def problems_of_step(count: int, per_step: int, step: int, *key: object) -> list[int]:
-    """Indices of step `step`'s problems: a fresh random order each epoch, whose remainder is skipped."""
+    """Returns the indices of step `step`'s problems. Each epoch has a fresh random order, whose remainder is
+    skipped."""
     per_step = min(per_step, count)
     epoch, place = divmod(step, count // per_step)
     order = torch.randperm(count, generator=torch_generator(*key, epoch)).tolist()
@@ -76,9 +77,9 @@ def sample_groups(
     share: Callable[[torch.Generator], float] | None = None,
     attempt: int = 0,
 ) -> list[Row]:
-    """Graded rows of some groups; `picked` are the step's problems. `share` takes the place of the schedule's draw,
-    `rollouts` of the setting; `rows`, `attempt`: see plan_group. A row that is cut off gets 0; the release grades its
-    text (configs/README.md has what that would change)."""
+    """Returns graded rows of some groups; `picked` are the step's problems. `share` takes the place of the schedule's
+    draw, and `rollouts` that of the setting. plan_group explains `rows` and `attempt`. A row that is cut off gets 0.
+    The release grades its text (configs/README.md has what that would change)."""
     config = run.config
     rollouts = rollouts or config.rollouts_per_prompt
     schedule = partial(prefix_fraction, step, config.steps, run.method.schedule)
@@ -112,7 +113,7 @@ def sample_groups(
 
 @dataclass
 class Batch:
-    """What a step's updates read; B rows, R response columns, on the CPU."""
+    """What a step's updates read, on the CPU; B rows, R response columns."""
 
     rollouts: Rollouts
     rewards: Tensor  # [B]
@@ -120,16 +121,17 @@ class Batch:
     prefix_advantage: Tensor  # [B]
     old_log_probs: Tensor  # [B, R] of the sampling policy
     entropy: Tensor  # [B, R] of the sampling policy
-    old_known: Tensor  # [B] bool: old log-probs were taken before the update; the others' are filled in during it
+    # [B] bool: the old log-probs were taken before the update, which fills in those of the other rows
+    old_known: Tensor
     rows: list[Row]
-    first_rows: list[Row]  # as they were sampled at first, before any second chance
-    sampled_tokens: int  # of all rows, also of those that a second chance has replaced
-    hinted_log_probs: Tensor | None = None  # [B, R] loss.Tokens; SDFT
+    first_rows: list[Row]  # the rows as they were sampled at first, before any second chance
+    sampled_tokens: int  # tokens of all rows, also of those that a second chance has replaced
+    hinted_log_probs: Tensor | None = None  # [B, R] as in loss.Tokens, for SDFT
 
 
 def forward(model: PreTrainedModel, rollouts: Rollouts, rows: Tensor, temperature: float) -> tuple[Tensor, Tensor]:
-    """token_stats of some rows -> log_probs, entropy [b, R]. If `rows` is empty, row 0 passes through the model and
-    its result is dropped: FSDP needs equally many passes on every rank."""
+    """Returns token_stats of some rows: log_probs and entropy [b, R]. If `rows` is empty, row 0 passes through the
+    model and its result is dropped, because FSDP needs equally many passes on every rank."""
     passing = rows if len(rows) else torch.tensor([0])
     ids, mask = rollouts.input_ids[passing].to(model.device), rollouts.attention_mask[passing].to(model.device)
     log_probs, entropy = token_stats(model, ids, mask, rollouts.response_mask.shape[1], temperature)
@@ -138,7 +140,7 @@ def forward(model: PreTrainedModel, rollouts: Rollouts, rows: Tensor, temperatur
 
 @torch.no_grad()
 def old_stats(model: PreTrainedModel, rollouts: Rollouts, config: Config, rows: Tensor) -> tuple[Tensor, Tensor]:
-    """Log-probs and entropies of the sampling policy, [B, R]; 0 outside `rows`."""
+    """Returns log-probs and entropies of the sampling policy, [B, R]; they are 0 outside `rows`."""
     log_probs, entropy = torch.zeros(2, *rollouts.response_mask.shape)
     for part in micro_batches(rollouts, rows, config.micro_batch_tokens):
         part_log_probs, part_entropy = forward(model, rollouts, part, config.temperature)
@@ -147,10 +149,12 @@ def old_stats(model: PreTrainedModel, rollouts: Rollouts, config: Config, rows: 
 
 
 def known_before(method: Method, config: Config, rollouts: Rollouts, response_advantage: Tensor) -> Tensor:
-    """Rows [B] bool whose old log-probs are taken before the first update: all, where a step has several updates.
+    """Returns the rows, [B] bool, whose old log-probs are taken before the first update. If a step has several
+    updates, these are all rows.
 
-    With one update, on one process, the update's own pass gives them, as pi has not moved yet. Exceptions: rows that
-    an entropy clip ranks before it, and rows with advantage 0, which the update leaves out.
+    If a step has one update, on one process, the update's own pass gives the old log-probs, because pi has not moved
+    yet. Two kinds of rows are exceptions: those that an entropy clip ranks before the update, and those with
+    advantage 0, which the update leaves out.
     """
     several = config.updates_per_step > 1 or world_size() > 1
     if several or (method.entropy_clip and method.rows == "on_policy"):
@@ -159,7 +163,7 @@ def known_before(method: Method, config: Config, rollouts: Rollouts, response_ad
 
 
 def rollout_batch(run: Run, picked: Sequence[int], step: int) -> Batch:
-    """Sample, grade and compare: the batch of one step of reinforcement."""
+    """Sample, grade and compare, and return the batch of one step of reinforcement."""
     config, method = run.config, run.method
     sample = partial(sample_groups, run, picked, step)
     first_rows = sample(range(len(picked)), rows=method.rows)
@@ -188,7 +192,7 @@ def rollout_batch(run: Run, picked: Sequence[int], step: int) -> Batch:
 
 
 def demonstration_batch(run: Run, problems: Sequence[Encoded], step: int) -> Batch:
-    """Whole demonstrations, one per problem: what an SFT update reads. Nothing is sampled or graded."""
+    """Returns a batch of whole demonstrations, one per problem, for an SFT update. Nothing is sampled or graded."""
     rows: list[Row] = []
     for i, problem in enumerate(problems):
         rows += plan_group(problem, i, rows="demonstration", rollouts=1, hybrid=1, key=(run.config.seed, step))
@@ -198,8 +202,9 @@ def demonstration_batch(run: Run, problems: Sequence[Encoded], step: int) -> Bat
 
 
 def mini_batch_tokens(run: Run, batch: Batch, rows: Tensor, normalizer: float, progress: float, key: tuple) -> Tokens:
-    """Everything that the weights of the mini-batch `rows` depend on, from all of it, so that micro-batches and ranks
-    cannot change it. The tensors have all rows of the batch; outside `rows` no token weighs anything."""
+    """Returns everything on which the weights of the mini-batch `rows` depend. It is taken from the whole mini-batch,
+    so that micro-batches and ranks cannot change it. The tensors have all rows of the batch, but outside `rows` no
+    token weighs anything."""
     config, rollouts = run.config, batch.rollouts
     demonstration_tokens = int(rollouts.prefix_mask[rows].sum())
     weight_mask = torch.zeros_like(rollouts.response_mask)
@@ -236,10 +241,12 @@ def mini_batch_tokens(run: Run, batch: Batch, rows: Tensor, normalizer: float, p
 def update(
     run: Run, batch: Batch, tokens: Tokens, temperature: float, optimizer: torch.optim.Optimizer, lr: float
 ) -> dict[str, Any]:
-    """One optimizer step on a mini-batch -> loss, gradient norm, sum of entropies, tokens with a weight, skipped.
+    """Make one optimizer step on a mini-batch and return loss, gradient norm, sum of entropies, tokens with a weight,
+    and skipped.
 
-    The gradient is that of the whole mini-batch whatever the micro-batches are. Rows without any weight do not pass
-    (Z stays). Where an old log-prob, the loss or the gradient is not finite the update is skipped, on every rank.
+    The gradient is that of the whole mini-batch, whatever the micro-batches are. Rows without any weight do not pass
+    through the model, but Z counts them. If an old log-prob, the loss or the gradient is not finite, the update is
+    skipped on every rank.
     """
     active = (token_weights(run.method, tokens) != 0).any(1) | (~batch.old_known & tokens.weight_mask.any(1))
     if not batch.old_log_probs.isfinite().all():
@@ -250,10 +257,11 @@ def update(
     totals = torch.zeros(3, dtype=torch.float64)  # loss, entropy, tokens with a weight
     for rows in micro_batches(batch.rollouts, active.nonzero().squeeze(1), run.config.micro_batch_tokens):
         log_probs, entropy = forward(run.model, batch.rollouts, rows, temperature)
-        late = ~batch.old_known[rows]  # pi is still the policy that sampled these rows: r = 1
+        late = ~batch.old_known[rows]  # pi is still the policy that sampled these rows, so r = 1
         batch.old_log_probs[rows[late]] = log_probs.detach().cpu()[late]
         batch.entropy[rows[late]] = entropy.cpu()[late]
-        part = tokens.at(rows, log_probs, entropy)  # tokens.old_log_probs is the batch's tensor, just filled in
+        # tokens.old_log_probs is the batch's tensor, which was just filled in
+        part = tokens.at(rows, log_probs, entropy)
         weights = token_weights(run.method, part)
         loss = weighted_loss(log_probs, weights, part.response_mask, tokens.normalizer)
         loss.backward()
@@ -278,18 +286,18 @@ def skipped_update(run: Run) -> dict[str, Any]:
 
 @dataclass
 class Step:
-    """What a step did; support/record.py makes metrics of it."""
+    """What a step did, from which support/record.py makes metrics."""
 
     batch: Batch
     mini_batches: list[Tokens]
     updates: list[dict[str, Any]]  # what `update` returned
-    seconds: tuple[float, float]  # for the batch, for the updates
+    seconds: tuple[float, float]  # of making the batch, of the updates
     picked: list[int]  # indices of its problems; [] in a supervised step
     collected: dict[str, Any]  # ReLIFT's metrics
 
 
 def sft_step(run: Run, problems: Sequence[Encoded], step: int, optimizer: torch.optim.Optimizer, lr: float) -> Step:
-    """One update on the demonstrations of `problems`, at temperature 1."""
+    """Make one update on the demonstrations of `problems`, at temperature 1."""
     start = time.perf_counter()
     batch = demonstration_batch(run, problems, step)
     ready = time.perf_counter()
@@ -300,7 +308,7 @@ def sft_step(run: Run, problems: Sequence[Encoded], step: int, optimizer: torch.
 
 
 def rl_step(run: Run, step: int) -> Step:
-    """One step of reinforcement; `step` from 0."""
+    """Make one step of reinforcement; `step` counts from 0."""
     config = run.config
     start = time.perf_counter()
     picked = problems_of_step(len(run.data.train), config.prompts_per_step, step, config.seed, "order")
@@ -309,7 +317,7 @@ def rl_step(run: Run, step: int) -> Step:
     mini_batches, updates = [], []
     for part, groups in enumerate(torch.arange(len(picked)).tensor_split(config.updates_per_step)):
         rows = torch.isin(batch.rollouts.group, groups).nonzero().squeeze(1)
-        # Z counts the planned rows: where a demonstration has taken a group's place, fewer are left
+        # Z counts the planned rows, also where a demonstration has taken a group's place and fewer are left
         normalizer = len(groups) * config.rollouts_per_prompt * config.max_response_tokens
         tokens = mini_batch_tokens(run, batch, rows, normalizer, step / config.steps, (step, part))
         updates.append(update(run, batch, tokens, config.temperature, run.optimizer, config.lr))

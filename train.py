@@ -1,9 +1,9 @@
 """Train a model by any method of methods.METHODS: python train.py [--config FILE] [--FIELD VALUE ...]
 
-In reading order: the data of a run, evaluation on its held-out problems, and `train`, the loop over steps (step.py
-has what happens in one step). A run folder gets config.json, metrics.jsonl (a row per step), samples.jsonl,
+The data of a run come first, then the evaluation on its held-out problems, then `train`, the loop over steps. step.py
+has what happens in one step. A run folder gets config.json, metrics.jsonl (a row per step), samples.jsonl,
 groups.jsonl (a group every few steps), eval.json, curves.png, checkpoint/ and final/ (a HuggingFace model folder).
-Left out: a value model, a reference model and KL, mixed data sources, asynchronous sampling.
+Left out are a value model, a reference model and KL, mixed data sources, and asynchronous sampling.
 """
 
 import dataclasses
@@ -49,8 +49,7 @@ MOST_SKIPPED = 3  # so many updates in a row with numbers that are not finite en
 
 
 class Counts(NamedTuple):
-    """Counts of demonstrations: those `left_out`, by reason, and those that are used but `noted` for something
-    else."""
+    """How many demonstrations are `left_out`, by reason, and how many are used but `noted` for something else."""
 
     left_out: Counter
     noted: Counter

@@ -1,6 +1,6 @@
-"""Problems from JSONL files, checked line by line, and as token ids.
+"""This file reads problems from JSONL files, checks them line by line, and turns them into token ids.
 
-A row: {"id", "problem", "answer", "demonstrations": [str, …] (may be absent), "level", "system" (may be absent)}.
+A row is {"id", "problem", "answer", "demonstrations": [str, …] (may be absent), "level", "system" (may be absent)}.
 Other fields are ignored. `load_problems` reads and checks the rows; `encode_problems` renders the prompts and encodes
 them once. From there on only ids are used, so the ids that are trained are those that were sampled.
 """
@@ -33,7 +33,7 @@ CONVERTED = {  # the first bytes of a file -> its format, and the command that m
         "python -c \"import pandas; pandas.read_parquet('{0}').to_json('{1}', orient='records', lines=True)\"",
     ),
 }
-DATE = datetime.datetime(2024, 7, 26)  # every template gets this date; Llama 3's own default
+DATE = datetime.datetime(2024, 7, 26)  # every template gets this date, which is Llama 3's own default
 
 
 @dataclass(frozen=True)
@@ -211,10 +211,10 @@ def load_problems(path: str | Path, reward: Reward = MATH) -> list[Problem]:
 def render_prompt(tokenizer: Tokenizer, problem: str, system: str = "") -> str:
     """Returns the prompt as text, rendered by the tokenizer's chat template.
 
-    Without a template it is "system\\n\\nproblem\\n", after the token that begins a text if the tokenizer puts one
-    (Llama was trained with it). A template that writes today's date writes DATE, so a run and its evaluation have the
-    same prompts on any day. Raises InputError for a template that refuses a message or leaves it out; some templates
-    take no system message, or want the content as a list of parts.
+    Without a template it is "system\n\nproblem\n". If the tokenizer puts a token that begins a text, that stands
+    first (Llama was trained with it). A template that writes today's date writes DATE, so a run and its evaluation
+    have the same prompts on any day. Raises InputError for a template that refuses a message or leaves it out; some
+    templates take no system message, or want the content as a list of parts.
     """
     if not tokenizer.chat_template:
         begin = tokenizer.bos_token if tokenizer("x")["input_ids"][0] == tokenizer.bos_token_id else ""
@@ -240,7 +240,7 @@ def render_prompt(tokenizer: Tokenizer, problem: str, system: str = "") -> str:
 
 
 def encode(tokenizer: Tokenizer, text: str, what: str = "text") -> list[int]:
-    """Returns the ids of `text` exactly as written, without special tokens. InputError if a character has no
+    """Returns the ids of `text` exactly as written, without special tokens. Raises InputError if a character has no
     token."""
 
     def ids_of(part: str) -> list[int]:
@@ -256,7 +256,7 @@ def encode(tokenizer: Tokenizer, text: str, what: str = "text") -> list[int]:
         return ids
     for part in text.split(
         tokenizer.unk_token
-    ):  # unknown tokens, unless the text itself writes that token: it can be bos, eos or pad too
+    ):  # unknown tokens, unless the text itself writes that token (it can be bos, eos or pad too)
         if unknown in ids_of(part):
             good = max(n for n in range(len(part)) if unknown not in ids_of(part[:n]))
             raise InputError(f"{what}: the tokenizer cannot encode {part[good]!r}: remove it or use another model")
@@ -279,8 +279,8 @@ def encode_problems(
 
     A demonstration is used only if it fits the budget with its end token (else `too long`), its reward is 1 (else
     `not right`) and it contains no end token (else `end token inside`). If it begins with the tag that the prompt
-    ends with (<think>), the copy is removed, or the policy would be taught a sequence that it never samples. Raises
-    InputError for a demonstration that is right as text but wrong when its tokens are read back.
+    ends with (<think>), this second tag is removed. Otherwise the policy would be taught a sequence that it never
+    samples. Raises InputError for a demonstration that is right as text but wrong when its tokens are read back.
     """
     encoded, left_out, noted = [], Counter(), Counter()
     for problem in problems:
@@ -313,7 +313,8 @@ def encode_prompts(tokenizer: Tokenizer, problems: list[Problem]) -> list[Encode
 def without_doubled_tag(prompt: str, text: str, noted: Counter) -> str:
     """Returns `text` without a first tag, such as <think> and a line end, that the prompt ends with.
 
-    If the same tag has other blanks around it, it stays and is noted, as nobody can tell which of the two is meant.
+    If the same tag has other blanks around it, it stays and is noted, because nobody can tell which of the two is
+    meant.
     """
     if not (tag := LAST_TAG.search(prompt)):
         return text

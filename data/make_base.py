@@ -9,8 +9,8 @@ work through the list as it stands, and longer recipes have fewer careful soluti
 careful solution needs but seldom writes one. Post-training has to change that. The corpus contains no problem of
 data/recipes.
 
-Left out: a validation loss (what the base can do is measured with eval.py, see data/README.md), resuming, and
-GPUs (a run on the CPU gives the same weights again).
+Left out are a validation loss (eval.py measures what the base can do, see data/README.md), resuming, and GPUs (a run
+on the CPU gives the same weights again).
 """
 
 import math
@@ -27,7 +27,7 @@ from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers
 from tqdm import tqdm
 from transformers import GenerationConfig, PreTrainedTokenizerFast, Qwen3Config, Qwen3ForCausalLM
 
-# as a script it finds the project's modules only with this
+# a script finds the project's modules only with this line
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from data.make_recipes import LABELS, Recipe, instruction, make_recipe, make_splits, write_out
@@ -226,8 +226,8 @@ def pretrain(model: Qwen3ForCausalLM, tokenizer: PreTrainedTokenizerFast, rng: r
                 warm_up, cosine = min(1, (update + 1) / 100), 0.5 + 0.5 * math.cos(math.pi * update / UPDATES)
                 optimizer.param_groups[0]["lr"] = LEARNING_RATE * warm_up * cosine
                 ids, weights = next(source)
-                # The batch is right-padded and attention causal: no real token attends to padding, so no mask is
-                # needed.
+                # The batch is right-padded and attention is causal, so no real token attends to padding and no mask
+                # is needed.
                 logits = model(input_ids=ids).logits[:, :-1]
                 losses = F.cross_entropy(logits.flatten(0, 1), ids[:, 1:].flatten(), reduction="none")
                 loss = (losses * weights[:, 1:].flatten()).sum() / weights[:, 1:].sum()

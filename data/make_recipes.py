@@ -1,4 +1,4 @@
-"""The embedded task, "labelled recipes": makes the problems, their answers, demonstrations and levels.
+"""This file makes the embedded task, "labelled recipes": the problems, their answers, demonstrations and levels.
 
     python data/make_recipes.py      writes data/recipes/{train,validation,test}.jsonl, always the same bytes
     python data/make_recipes.py --demonstrations slips --out data/recipes-slips      writes them with weaker experts
@@ -14,7 +14,7 @@ whose listed order happens to give the right number is thrown away (for k > 1), 
 
 The task was chosen for three reasons. The answer cannot be guessed (one in a thousand). The skill has parts: to find
 the next label, to copy its instruction, to calculate. And k sets the difficulty, from trivial to out of reach. Left
-out: the base model's training text (make_base.py makes it), and the reading of rows (data/loader.py).
+out are the base model's training text (make_base.py makes it) and the reading of rows (data/loader.py).
 """
 
 import random

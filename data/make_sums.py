@@ -1,4 +1,4 @@
-"""Sums for a small pretrained model: makes problems, answers and step-by-step demonstrations.
+"""This file makes sums for a small pretrained model: problems, answers and step-by-step demonstrations.
 
     python data/make_sums.py [--out FOLDER]      writes data/sums/{train,validation,test}.jsonl, always the same bytes
 

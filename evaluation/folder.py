@@ -1,7 +1,8 @@
-"""The folder of an evaluation: settings.json, generations.jsonl (a line per response), and grading it again.
+"""The folder of an evaluation has settings.json and generations.jsonl (a line per response). Its responses can be
+graded again.
 
-In reading order: `describe` (all that decides a number), the folder, its stored responses, `regrade`.
-The report (results.json, results.md) is in report.py, its figure in figures/comparison.py.
+`describe` comes first (all that decides a number), then the folder, its stored responses, and `regrade`. The report
+(results.json, results.md) is in report.py, its figure in figures/comparison.py.
 """
 
 import argparse
@@ -30,9 +31,10 @@ from support.files import make_folder, parse_object, read_json, reading, replaci
 
 # fields of a stored line
 RESPONSE = ("benchmark", "id", "sample", "reward", "read", "truncated", "tokens", "response")
-FREE = ("device", "ranks", "rows_per_call")  # may change when an evaluation is continued; at most rounding changes
+# settings that may change when an evaluation is continued, because they change at most rounding
+FREE = ("device", "ranks", "rows_per_call")
 
-# all that an evaluation leaves behind if it is killed before it has settings
+# only these are left of an evaluation that was killed before it had settings
 OURS = {"lock", "settings.json.partial"}
 
 # ---- settings
@@ -133,7 +135,7 @@ def choose_folder(args: argparse.Namespace, settings: dict[str, Any]) -> tuple[P
 def opened(folder: Path, settings: dict[str, Any] | None) -> Iterator[None]:
     """Makes and locks the folder of an evaluation, and stores `settings` in it.
 
-    Ranks other than the first pass None as `settings`. Errors are those of `written`.
+    Ranks other than the first pass None as `settings`. It raises the errors of `written`.
     """
     make_folder(folder)
     with written(folder):

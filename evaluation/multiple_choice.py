@@ -1,8 +1,8 @@
-"""Multiple choice: how a question lists its options, and how a response that names one is graded.
+"""This file says how a multiple-choice question lists its options, and how a response that names one is graded.
 
-The boxed answer may be the letter ("C", "(C)", "\\text{C.}"), the letter with its option ("C) iron"), or the
-option's text ("iron", "\\frac12" for "1/2"). It is right if it names the gold option and no other. Left out: answers
-outside a box, and letters picked out of a sentence, because the meaning would be a guess.
+The boxed answer may be the letter ("C", "(C)", "\\text{C.}"), the letter with its option ("C) iron"), or the option's
+text ("iron", "\\frac12" for "1/2"). It is right if it names the gold option and no other. Left out are answers
+outside a box and letters picked out of a sentence, because one would have to guess what they mean.
 """
 
 import reprlib

@@ -1,4 +1,5 @@
-"""The report of an evaluation: results.json, results.md, tables on the terminal, and evaluations side by side.
+"""The report of an evaluation is results.json, results.md and tables on the terminal; several evaluations are shown
+side by side.
 
 results.json has these keys. "settings" are those of settings.json. "results" is {benchmark: {level or "all": a row of
 statistics.summarize}}, and "average" is over the benchmarks. "right" is {benchmark: {level: {problem id: number of
@@ -45,7 +46,7 @@ PUBLISHED = {  # Qwen2.5-Math-7B: accuracies in % in the order of COLUMNS, the a
 
 
 def percent(low: float, high: float | None = None) -> str:
-    """Returns 0.3125 as "31.2"; with two shares an interval, "[20.1, 44.0]"."""
+    """Returns 0.3125 as "31.2", and two shares as an interval, "[20.1, 44.0]"."""
     return f"{100 * low:.1f}" if high is None else f"[{100 * low:.1f}, {100 * high:.1f}]"
 
 
@@ -151,7 +152,8 @@ def problem_scores(results: Results, name: str, level: str, k: int | None = None
 
 
 def shared_cells(evaluations: Sequence[Results]) -> list[tuple[str, str]]:
-    """Returns the (benchmark, level) pairs that all evaluations have, on the same problems; InputError if none."""
+    """Returns the (benchmark, level) pairs that all evaluations have, on the same problems. Raises InputError if
+    there is none."""
     shared = [key for key in cells(evaluations[0]) if all(key in cells(other) for other in evaluations[1:])]
     if not shared:
         sets = "; ".join(f"{e['name']}: {', '.join(e['results'])}" for e in evaluations)

@@ -1,4 +1,5 @@
-"""The statistics of an evaluation: accuracy and pass@k, 95% intervals over problems, paired differences, by level.
+"""This file has the statistics of an evaluation: accuracy and pass@k, 95% intervals over problems, paired
+differences, and rows by level.
 
 Accuracy is the mean reward. A response is right if its reward is 1; pass@k counts right responses. An interval says
 how far the accuracy would move with other problems of the same kind. Its ends are
@@ -7,9 +8,9 @@ how far the accuracy would move with other problems of the same kind. Its ends a
     lower limit: mean - 1.96 standard errors, of the scores and one added problem that is failed
 
 So it always contains the accuracy, and 0 right of 30 gives [0, 9.5%] rather than [0, 0]. An average over nine
-benchmarks gets only one added problem, where it moves the end most; one in each benchmark would add up to a bias.
-Agresti and Coull (1998) add problems of both kinds at both ends. That pulls the interval towards 50% and costs
-coverage where scores lie close together (92% for 1000 problems that are about equally hard).
+benchmarks gets only one added problem, in the benchmark where it moves the end most. One in each benchmark would add
+up to a bias. Agresti and Coull (1998) add problems of both kinds at both ends. That pulls the interval towards 50%
+and costs coverage where scores lie close together (92% for 1000 problems that are about equally hard).
 
 The coverage of the 95% interval was simulated. The true accuracies were 1 to 99%, with 1, 4 or 32 samples a
 problem, with partial rewards, and with problems from about equally hard to mostly always or never solved. These
@@ -21,10 +22,11 @@ sample it is at least 94.4%):
     paired differences over 30, 100, 300 problems       93.6%, 93.8%, 95.3%
 
 At 50% the interval is wider than a plain bootstrap's: by 5 to 13% for 100 problems, and by 3 to 10% for 300. For 100
-problems whose scores or differences all lie close together it is wider by up to 19%, as the next one may lie
+problems whose scores or differences all lie close together it is wider by up to 19%, because the next problem may lie
 elsewhere.
 
-Left out: clustering of problems that belong together, corrections for many comparisons, the spread over seeds.
+Left out are the clustering of problems that belong together, corrections for many comparisons, and the spread over
+seeds.
 """
 
 import math
@@ -47,7 +49,7 @@ class Answers:
     rewards: float = 0.0  # the sum of all rewards, each in [0, 1]
     tokens: int = 0
     truncated: int = 0  # samples that the budget cut off; they are graded wrong
-    unread: int = 0  # samples among the others without a boxed answer that can be read
+    unread: int = 0  # samples without a boxed answer that can be read, among those that were not cut off
 
     def add(self, row: dict[str, Any]) -> None:
         """Count a graded response, which is a row of generations.jsonl."""

@@ -36,7 +36,7 @@ def main() -> None:
     encoded = [encode(tokenizer, prompt, "problem") for prompt in prompts]
     window, longest = window_of(model.config), max(map(len, encoded))
     check_window(window, longest, args.max_response_tokens, "max_response_tokens")
-    samples = args.samples if args.temperature else 1  # greedy responses would all be equal
+    samples = args.samples if args.temperature else 1  # because greedy responses would all be equal
     for problem, prompt, ids in zip(args.problems, prompts, encoded):
         rows = [Row(0, (args.seed, problem, i), ids, []) for i in range(samples)]
         print(f"prompt  {prompt}")

@@ -1,4 +1,4 @@
-"""Checks on a few tokens, when a model is loaded, of what sampling and log-probs rely on.
+"""When a model is loaded, this file checks on a few tokens what sampling and log-probs rely on.
 
 The commands hand `check_model` to model.load_model. It ends with choose_loop (fast/decode.py), which looks for the
 fastest decoding loop that gives this model's own log-probs. If none of ours does, HuggingFace's loop is used.
@@ -20,9 +20,9 @@ def check_model(path: str, model: PreTrainedModel, training: bool) -> None:
     """Check on a few tokens what sampling and log-probs take for granted, and choose model.loop.
 
     Raises an InputError of one line unless three things hold. The logits are finite and equal the head's output, to
-    the bit. Two training passes agree up to the last bits, which a product of matrices need not repeat. A row in a
-    padded batch has the log-probs that it has alone in a plain pass, in training and in sampling, to half the digits
-    of its dtype. The batch has three rows that end at different columns.
+    the bit. Two training passes agree up to the last bits, in which two products of the same matrices may differ. A
+    row in a padded batch has the log-probs that it has alone in a plain pass, in training and in sampling, to half
+    the digits of its dtype. The batch has three rows that end at different columns.
     """
     step, column = model.get_input_embeddings().num_embeddings // 19, torch.arange(13)
     first, last = torch.tensor([[0], [4], [0]]), torch.tensor([[12], [8], [10]])  # columns of each row

@@ -1,9 +1,10 @@
-"""A decoding loop for responses of different lengths, which takes the place of the loop in HuggingFace's `generate`.
+"""This file has a decoding loop for responses of different lengths, which takes the place of the loop in
+HuggingFace's `generate`.
 
-It gives the same tokens and log-probs. In reading order: the cache and the attention of one new token;
+It gives the same tokens and log-probs. It begins with the cache and the attention of one new token. Then come
 `OneTokenPass`, which is recorded and replayed on CUDA; `decode_rows`, the loop; `choose_loop`, which finds the
-variant that is right for a model when it is loaded; `loop_of`, which a command hands to sample.generate.
-Left out: kernels of our own, continuous batching (it takes no logits processor of ours), static caches.
+variant that is right for a model when it is loaded; and `loop_of`, which a command hands to sample.generate. Left out
+are kernels of our own, continuous batching (it takes no logits processor of ours), and static caches.
 """
 
 import contextlib
@@ -28,13 +29,14 @@ from transformers.cache_utils import Cache, DynamicLayer
 from model import last_hidden
 from sample import PrefixForcingLogitsProcessor
 
-PREFILL_TOKENS = 2**14  # so many tokens of a call's prompts are read in one forward pass
-DROP_AT = 0.8  # ended rows leave the batch once at most this share is alive; copying the rest costs about one step
-DROP_AT_RECORDED = 0.5  # the share where passes are recorded: a new recording costs more than ten steps
+PREFILL_TOKENS = 2**14  # how many tokens of a call's prompts are read in one forward pass
+# ended rows leave the batch once at most this share is alive, because copying the rest costs about one step
+DROP_AT = 0.8
+DROP_AT_RECORDED = 0.5  # the share where passes are recorded, because a new recording costs more than ten steps
 # on CUDA record a pass and replay it for later tokens, because launching its kernels takes longer than they run
 GRAPHS = True
 GRAPH_COLUMNS = 256  # a recorded pass reads the filled columns of the cache, rounded up to a multiple of this
-# with recorded passes, ended rows are looked for every so many tokens, because Python waits for the GPU then
+# with recorded passes, ended rows are looked for once in so many tokens, because Python waits for the GPU then
 LOOK_EVERY = 16
 # Variants of decode_rows, the fastest first. "masks of ours": the attention mask is made here once, not by the model
 # at every token. "recordable": on CUDA a pass of one token may be recorded, if all layers have a plain cache.
@@ -61,7 +63,8 @@ class RoomyLayer(DynamicLayer):
         if not self.is_initialized:
             self.lazy_initialization(key_states, value_states)
             batch, heads, _, width = key_states.shape
-            self.all_keys = key_states.new_zeros(batch, heads, self.room, width)  # zeros: a masked NaN would stay NaN
+            # zeros, because a masked NaN would stay NaN
+            self.all_keys = key_states.new_zeros(batch, heads, self.room, width)
             self.all_values = value_states.new_zeros(batch, heads, self.room, value_states.shape[3])
         self.all_keys[:, :, start : self.length] = key_states
         self.all_values[:, :, start : self.length] = value_states
@@ -85,7 +88,8 @@ def one_token_attention(
     scaling: float | None = None,
     **_: Any,
 ) -> tuple[Tensor, None]:
-    """Attention of one new token, query [B, heads, 1, D], over a cache of fewer heads, key and value [B, H, T, D].
+    """Returns the attention of one new token, query [B, heads, 1, D], over a cache of fewer heads, key and value [B,
+    H, T, D].
 
     Heads that share keys and values are treated as tokens of one head. The products are the same, but the cache is
     read as it is; HF's function copies it for all heads, at every token.
@@ -100,7 +104,7 @@ AttentionInterface.register("one_token", one_token_attention)
 
 @contextlib.contextmanager
 def attention(config: PreTrainedConfig, name: str) -> Iterator[None]:
-    """The model uses the attention function called `name` inside this context."""
+    """Inside this context the model uses the attention function called `name`."""
     own, config._attn_implementation = config._attn_implementation, name
     try:
         yield
@@ -216,7 +220,7 @@ class OneTokenPass:
         return self.replay()
 
 
-@torch.inference_mode()  # it does less bookkeeping per call than no_grad, which counts where layers are small
+@torch.inference_mode()  # it does less bookkeeping per call than no_grad, which matters where layers are small
 def decode_rows(model: PreTrainedModel, input_ids: Tensor, block: int | None = None, **arguments: Any) -> Tensor:
     """The decoding loop that `generate` calls; returns ids [B, P+<=R].
 
@@ -253,7 +257,8 @@ def decode_rows(model: PreTrainedModel, input_ids: Tensor, block: int | None = N
             drawn = logits_processor(output[live.places, :column], scores).argmax(-1)
             live.token.copy_(drawn.masked_fill(live.ended, settings.pad_token_id))
             output[live.places, column] = live.token
-            # an end token inside a forced prefix would end the row here: the loader leaves out such demonstrations
+            # an end token inside a forced prefix would end the row here, but the loader leaves out such
+            # demonstrations
             live.ended |= torch.isin(live.token, end_tokens)
             if column + 1 == end:
                 break
@@ -276,13 +281,13 @@ def decode_rows(model: PreTrainedModel, input_ids: Tensor, block: int | None = N
 class ReadsValues(TorchDispatchMode):
     """Notes in `seen` whether a shape or a Python branch depends on a tensor's values, as in routers of experts.
 
-    A recording would repeat the first values' shape or branch.
+    A recording would repeat the shape or branch of the first values.
     """
 
     seen = False
 
     def __torch_dispatch__(self, func, types, args=(), kwargs=None):
-        # index has no such tag, but a boolean mask in it gives a shape that depends on values
+        # `index` has no such tag, but a boolean mask in it gives a shape that depends on values
         if func is torch.ops.aten.index.Tensor:
             self.seen |= any(index is not None and index.dtype == torch.bool for index in args[1])
         else:
@@ -308,7 +313,7 @@ class RecordingLogitsProcessor(PrefixForcingLogitsProcessor):
 
 
 def choose_loop(model: PreTrainedModel, ids: Tensor, mask: Tensor, want: Tensor, close: float) -> bool:
-    """Set model.loop to the first of LOOPS that gives the right log-probs; None if only HF's own loop does.
+    """Set model.loop to the first of LOOPS that gives the right log-probs, or to None if only HF's own loop does.
 
     The last R columns of `ids`, all of them different tokens, are forced. Their log-probs have to be `want` [B, R],
     which is 0 after the end of a row. Returns False if no loop gives them.
@@ -343,6 +348,6 @@ def choose_loop(model: PreTrainedModel, ids: Tensor, mask: Tensor, want: Tensor,
 def loop_of(model: PreTrainedModel) -> Callable | None:
     """Returns the loop that sample.generate decodes this model with: decode_rows, or None for HF's own loop.
 
-    None is for a model that choose_loop has not seen, or for which no variant in LOOPS is right.
+    It is None for a model that choose_loop has not seen, or for which no variant in LOOPS is right.
     """
     return decode_rows if getattr(model, "loop", None) else None

@@ -22,7 +22,7 @@ from support.errors import InputError
 
 
 def of(config: Config) -> Config | None:
-    """The settings, if they ask for adapters."""
+    """Returns the settings if they ask for adapters, else None."""
     return config if config.lora_rank else None
 
 
@@ -45,7 +45,8 @@ def smallest_sides(model: nn.Module) -> dict[str, int]:
 def add(model: PreTrainedModel, config: Config) -> None:
     """Freeze the model and add adapters to it, in place. B starts at 0, so they change nothing.
 
-    Raises InputError for a layer name that the model does not have, and for a rank that a layer is too small for.
+    Raises InputError for a layer name that the model does not have, and for a rank that is larger than a layer
+    allows.
     """
     sides = smallest_sides(model)
     names = config.lora_targets.replace(",", " ").split() or sorted(sides)
@@ -87,7 +88,7 @@ def merged(model: PreTrainedModel, state: dict[str, Tensor]) -> tuple[PreTrained
     config = model.peft_config["default"]
     weights = {}
     for name, tensor in state.items():
-        weight = tensor.cpu().float()  # not on a GPU, which may have no room for it
+        weight = tensor.cpu().float()  # not on a GPU, which may have no room for this copy
         if name.endswith(".base_layer.weight"):
             a, b = (state[name.replace("base_layer", f"lora_{side}.default")].cpu() for side in "AB")
             weight = weight + config.lora_alpha / config.r * (b @ a)

@@ -1,7 +1,7 @@
 """The run folder: made, locked, saved to and resumed from. k steps + resume + k steps = 2k steps, bit for bit.
 
 A checkpoint is one file. It holds the trained weights, the optimizer's state and the number of finished steps, and
-for ReLIFT its buffer and second optimizer. It needs no random state and no position in the data: every draw is a pure
+for ReLIFT its buffer and second optimizer. It needs no random state and no position in the data. Every draw is a pure
 function of (seed, step, problem, rollout), and the order of problems is one of (seed, epoch). A checkpoint is written
 beside the older ones and renamed when it is whole; the last two are kept. So one whole checkpoint exists at any
 moment, also under SIGKILL or with a full disk. PyTorch writes a zip file with a CRC-32 of every part. On resume the
@@ -41,7 +41,8 @@ FREE = {
     "device",
 }  # settings that may change when a run is resumed
 FREE |= {"tensorboard", "recompute", "offload", "rows_per_call", "micro_batch_tokens"}  # at most rounding changes
-OURS = {"lock", "config.json.partial"}  # all that a run leaves behind if it is killed before its config.json is whole
+# only these are left of a run that was killed before its config.json was whole
+OURS = {"lock", "config.json.partial"}
 
 
 # ---- files
@@ -220,7 +221,8 @@ def read_checkpoint(path: Path) -> dict[str, Any] | None:
 
 
 def newest_whole(folder: Path) -> Path | None:
-    """Returns the newest checkpoint that is not damaged, or None if there are none. InputError if all are damaged."""
+    """Returns the newest checkpoint that is not damaged, or None if there are none. Raises InputError if all are
+    damaged."""
     files = checkpoints(folder)
     newest = next((file for file in files if read_checkpoint(file)), None)
     if files and not newest:
@@ -351,7 +353,7 @@ def opened(config: Config, ingredients: dict[str, str]) -> Iterator[Path]:
     check_ingredients(config, ingredients)
     folder = from_rank_0(new_folder(config) if rank() == 0 else None)
     with locked(folder):
-        if rank() == 0:  # another process may have been quicker, and have ended
+        if rank() == 0:  # another process may have been quicker, and may have ended since
             check_folder(dataclasses.replace(config, out=str(folder), resume="auto"))
         yield folder
 

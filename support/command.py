@@ -1,4 +1,5 @@
-"""How every command reads its options and ends: with one line, also if its output is closed or Ctrl-C is pressed."""
+"""This file says how every command reads its options and ends: with one line, also if its output is closed or Ctrl-C
+is pressed."""
 
 import argparse
 import contextlib
@@ -13,11 +14,12 @@ from support.errors import Broken, InputError
 
 
 class Parser(argparse.ArgumentParser):
-    """A command's parser: a wrong command line raises an InputError. Only words with two dashes are options."""
+    """A command's parser: a wrong command line raises an InputError. Only words that begin with two dashes are
+    options."""
 
     def __init__(self, **settings: Any):
         super().__init__(allow_abbrev=False, **settings)
-        self._negative_number_matcher = re.compile("-[^-]")  # "-612;B*2?" is a problem, no option
+        self._negative_number_matcher = re.compile("-[^-]")  # so "-612;B*2?" is a problem, not an option
 
     def error(self, message: str) -> None:
         raise InputError(f"{message} (see python {self.prog} --help)")

@@ -1,7 +1,8 @@
-"""The settings of a run: one flat dataclass, read from a JSON file and from --FIELD VALUE, checked before any work.
+"""A run's settings are one flat dataclass. They are read from a JSON file and from --FIELD VALUE, and checked before
+any work.
 
-A wrong field raises an InputError of one line, which names the field, what was found and what was expected. Left out:
-nested groups, defaults that depend on the model, environment variables.
+A wrong field raises an InputError of one line, which names the field, what was found and what was expected. Left out
+are nested groups, defaults that depend on the model, and environment variables.
 """
 
 import argparse
@@ -27,7 +28,7 @@ def in_project(path: str) -> str:
 
 
 TASK = in_project("data/recipes")  # the embedded task
-MOST = 10**9  # upper limit of whole numbers without a limit of their own; more steps, rows or tokens are a mistake
+MOST = 10**9  # upper limit of whole numbers that have no limit of their own; more steps, rows or tokens are a mistake
 
 
 def knob(
@@ -272,5 +273,5 @@ def parse_config(argv: list[str]) -> Config:
     values = vars(options)
     if "config" in values:
         values = read_json(Path(values.pop("config"))) | values
-    values.pop("made_of", None)  # a run's config.json has it
+    values.pop("made_of", None)  # a run's config.json has this key
     return from_dict(values)

@@ -19,9 +19,9 @@ from support.loading import pick_device
 from support.watch import Watch
 
 LINE_EVERY = 10  # steps between lines when the output is piped
-LINE_SECONDS = 60  # or a line after so long, if steps are slow
-ESTIMATE_AFTER = 5  # steps, after which the remaining time is estimated
-SAMPLE_EVERY = 20  # steps between samples on a terminal
+LINE_SECONDS = 60  # seconds after which a line is printed anyway, if steps are slow
+ESTIMATE_AFTER = 5  # number of steps after which the remaining time is estimated
+SAMPLE_EVERY = 20  # number of steps between samples on a terminal
 SHOWN = {  # metrics of the progress line and their short names, for steps of either stage
     "reward_on_policy": "reward",
     "reward_hybrid": "hybrid",

@@ -86,7 +86,8 @@ def launcher() -> str:
 
 
 def explain(error: RuntimeError, memory: str) -> str:
-    """Returns one line for a full GPU or a lost rank, which are no fault of the program; "" for any other error.
+    """Returns one line for a full GPU or a lost rank, which are no fault of the program. Returns "" for any other
+    error.
 
     `memory` is the advice for a full GPU.
     """
@@ -131,7 +132,7 @@ def follow_first(model: nn.Module | None) -> tuple[nn.Module, nn.Module]:
     """Returns the model and a second one of its structure for `shard`, without weights.
 
     The first of them is rank 0's `model`; other ranks pass None and get one without weights. Rank 0 read the folder
-    and decides, as config.json alone may differ from what it found there (tied weights, noise).
+    and decides, because what it found there may differ from config.json (tied weights, dropout).
     """
     config, dtype, loop = from_rank_0((model.config, model.dtype, getattr(model, "loop", None)) if model else None)
     with torch.device("meta"):
@@ -144,11 +145,10 @@ def shard(model: nn.Module, plain: nn.Module, device: torch.device, offload: boo
     """Split fp32 weights, gradients and optimizer state over the ranks, layer by layer (FSDP2), in place.
 
     On CUDA layers compute in bf16, and gradients are summed in fp32. `offload` keeps the split weights and the
-    optimizer on the CPU. Rank 0 has the weights on the CPU, the others a model on the meta device: so host memory
-    holds only one copy (4 bytes a parameter). It is sent tensor by tensor.
-    Gradients are summed over ranks, not averaged, because the loss has one global denominator. `plain` is the same
-    model on the meta device; `gathered` gives it to the sampler. Weights that adapters leave frozen are not split:
-    each rank has all of them.
+    optimizer on the CPU. Rank 0 has the weights on the CPU, and the others have a model on the meta device. So host
+    memory holds only one copy (4 bytes a parameter). It is sent tensor by tensor. Gradients are summed over ranks,
+    not averaged, because the loss has one global denominator. `plain` is the same model on the meta device;
+    `gathered` gives it to the sampler. Weights that adapters leave frozen are not split: each rank has all of them.
     Raises InputError if layers share weights, because FSDP would make two copies of them.
     """
     bf16 = MixedPrecisionPolicy(param_dtype=torch.bfloat16, reduce_dtype=torch.float32)
@@ -219,7 +219,7 @@ def _send_weights(
 
 @contextlib.contextmanager
 def gathered(model: nn.Module) -> Iterator[nn.Module]:
-    """Gives a model with whole weights on every rank (in bf16 on CUDA), which needs no other rank while it is used.
+    """Gives a model with whole weights on every rank (in bf16 on CUDA). It needs no other rank while it is used.
 
     For a sharded model it is a plain model of the same shape that reads the gathered weights. It has no FSDP hooks
     at every layer and token; the sharded model's hooks would split the weights again.
@@ -316,7 +316,7 @@ def micro_batches(rollouts: Any, rows: Tensor, budget: int) -> list[Tensor]:
     micro-batches than another gets empty ones after its own. The cut changes time and memory, not the gradient
     (step.update).
     """
-    # rows[:0]: torch.cat needs a tensor, also without any row
+    # rows[:0] is there because torch.cat needs a tensor, also without any row
     order = torch.cat([rows[:0], *cut_by_length(rollouts, rows, budget)])
     of_ranks = [cut_by_length(rollouts, order[r :: world_size()], budget) for r in range(world_size())]
     mine, most = of_ranks[rank()], max(map(len, of_ranks))

@@ -59,7 +59,8 @@ def one_line(path: str) -> Iterator[None]:
 
 
 def load_config(path: str) -> PreTrainedConfig:
-    """Returns the config of the model at `path`, a folder or a hub name. Raises InputError if there is none."""
+    """Returns the config of the model at `path`, which is a folder or a hub name. Raises InputError if there is
+    none."""
     if not sys.stderr.isatty():
         logging.disable_progress_bar()
     hub_logging.set_verbosity_error()  # without a network the hub would log every retry before our one line
@@ -105,10 +106,10 @@ def fuse_norms(model: nn.Module) -> None:
     On CUDA the update of Qwen2.5-1.5B takes a twelfth less time, sampling a tenth [bench/results/gpu.md].
     """
     for module in model.modules():
-        # a norm with a gate has more arguments
+        # a norm with a gate takes more arguments
         plain = list(signature(type(module).forward).parameters)[1:] == ["hidden_states"]
         if plain and hasattr(module, "variance_epsilon") and module.weight is not None:
-            # a copy with values, as the model may have no weights yet
+            # a copy with values, because the model may have no weights yet
             own = copy.deepcopy(module).to_empty(device="cpu").float()
             own.weight.data = torch.linspace(0.5, 1.5, own.weight.numel())
             x = own.weight.data.cos()
@@ -168,7 +169,7 @@ def weights_dtype(device: torch.device, training: bool, config: Config | None) -
 def prepare_layers(
     model: PreTrainedModel, device: torch.device, recompute: bool, adapters: Config | None = None
 ) -> None:
-    """Add adapters and gradient checkpointing if they are asked for; on CUDA replace norms by faster ones.
+    """Add adapters and gradient checkpointing if they are asked for. On CUDA, replace norms by faster ones.
 
     transformers 5.23 has given the switch of gradient checkpointing another name.
     """

@@ -48,12 +48,13 @@ def make_readable(folder: Path, base: str = "", dtype: torch.dtype = torch.float
 
 
 def folder_of(model: str) -> Path:
-    """Of a folder itself, of a hub name where its files are cached."""
+    """Returns the folder itself, or for a hub name the folder where its files are cached."""
     return Path(model) if Path(model).is_dir() else Path(cached_file(model, "config.json")).parent
 
 
 def share_changed(folder: Path, base: str) -> float:
-    """Share of the weights in `folder` that are not those of the base model, rounded to their dtype."""
+    """Returns the share of the weights in `folder` that differ from those of the base model, rounded to their
+    dtype."""
     original, changed, total = {}, 0, 0
     for file in folder_of(base).glob("*.safetensors"):
         original |= load_file(file)
@@ -73,7 +74,7 @@ def rewrite(file: Path, change: Callable[[dict], dict]) -> None:
 def with_old_fields(config: dict[str, Any], original: dict[str, Any]) -> dict[str, Any]:
     """Returns `config` with the fields that only transformers 4 reads, taken from the base model's `original`
     config."""
-    if original.get("model_type") != config.get("model_type"):  # only the text part of the base was loaded
+    if original.get("model_type") != config.get("model_type"):  # then only the text part of the base was loaded
         original = original.get("text_config", {})
     complete = old_rope(config) | original | config
     for name, part in config.items():

@@ -31,7 +31,7 @@ def is_copied(text: str, problem: Any) -> bool:
 
 
 def rl_metrics(run: Any, step: Any) -> dict[str, Any]:
-    """Returns the metrics of the whole batch, over all mini-batches and micro-batches. A mean of nothing is None.
+    """Returns the metrics of the whole batch, over all mini-batches and micro-batches. A mean over nothing is None.
 
     `reward_on_policy`, `truncated`, `unread` and `copied` count the rows as they were first sampled. (hpt and rescue
     replace rows of failed groups or sample them again; the final batch would hide those failures.) `copied` is the
@@ -56,7 +56,7 @@ def rl_metrics(run: Any, step: Any) -> dict[str, Any]:
     groups = [rewards[rollouts.group == g] for g in range(int(rollouts.group.max()) + 1)]
     # a skipped update has no loss and no gradient
     made = [update for update in step.updates if not update["skipped"]]
-    weighted, with_weight = 0, 0  # tokens with a weight before the update they were in, and during it
+    weighted, with_weight = 0, 0  # tokens that had a weight before their update, and during it
     for tokens, update in zip(step.mini_batches, step.updates):
         if not update["skipped"]:
             weighted += int((token_weights(run.method, tokens) != 0).sum())

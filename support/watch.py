@@ -15,9 +15,9 @@ import torch
 
 from methods import Method
 
-# steps: of the long and the short window, and of the start that later steps are compared with
+# number of steps of the long and the short window, and of the start with which later steps are compared
 LONG, SHORT, FIRST = 20, 10, 5
-COLLAPSED = 0.02  # share of the entropy at the start
+COLLAPSED = 0.02  # as a share of the entropy at the start
 # The bound of log_prob_gap is eps^GAP_POWER nats, because rounding may cost half of the digits: 0.00035 in fp32,
 # 0.088 in bf16. Random models of 16 layers, far from linear, had at most 0.000004 and 0.037.
 GAP_POWER = 0.5
@@ -27,9 +27,9 @@ SURPRISE = 0.02, 6.0
 # runs that learned the embedded task or a similar one had at most 0.1 (with the defaults 0.004). Runs whose policy
 # was gone after the first step had 0.16 (lr 5e-3) to 0.56 (lr 1e3).
 CLIPPED = 0.15, 100
-COPIED = 0.03  # share of a step's responses
-# Share of the best reward over SHORT steps, and standard errors. The 45 runs kept 0.3 of it; rft at lr 1e-3 kept
-# 0.09.
+COPIED = 0.03  # as a share of a step's responses
+# as a share of the best reward over SHORT steps, and in standard errors. The 45 runs kept 0.3 of the best reward, and
+# rft at lr 1e-3 kept 0.09.
 LOST = 0.2, 6.0
 
 
@@ -46,7 +46,7 @@ class Watch:
 
     def look(self, row: dict[str, Any]) -> dict[str, str]:
         """Returns the new warnings, by name, at the step whose metrics are `row`."""
-        if row.get("reward") is not None:  # only steps of reinforcement have it
+        if row.get("reward") is not None:  # only steps of reinforcement have this metric
             self.rows.append(row)
             if len(self.first_entropies) < FIRST and row["entropy"] is not None:
                 self.first_entropies.append(row["entropy"])
@@ -56,7 +56,8 @@ class Watch:
         return new
 
     def recall(self, row: dict[str, Any]) -> None:
-        """Take a step's row from a log. It holds the warnings given then, maybe on another device."""
+        """Take a step's row from a log. It keeps the warnings that were given at that step, maybe on another
+        device."""
         said = self.said | row.get("warnings", {})
         self.look(row)
         self.said = said
@@ -106,7 +107,7 @@ class Watch:
         )
 
     def of_surprise(self, gaps: list[float | None]) -> str:
-        """Tokens drawn from pi have E[-log pi] = H. Methods that keep or drop groups by their rewards are not
+        """For tokens drawn from pi, E[-log pi] = H. Methods that keep or drop groups by their rewards are not
         checked."""
         if None in gaps or self.method.unsolved in ("replace", "rescue"):
             return ""

@@ -4,7 +4,9 @@ Nothing is imported here that takes a second: pytest-xdist's first process only 
 otherwise is in tiny.py."""
 
 import os
+import re
 import sys
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -27,17 +29,30 @@ def pytest_xdist_auto_num_workers(config: pytest.Config) -> int:
     return 0 if config.option.file_or_dir else min(4, cores)
 
 
-@pytest.hookimpl(tryfirst=True)
+def group(test: str) -> str:
+    """What stays in one process, for what its tests share: a file; of the notebooks' file each notebook."""
+    file, _, name = test.partition("::")
+    notebook = re.search(r"\[(\d+_\w+)\]$", name) if "test_notebooks" in file else None
+    return notebook[1] if notebook else Path(file).stem
+
+
+def pytest_xdist_make_scheduler(config: pytest.Config, log: Callable) -> object:
+    """By group. xdist's own groups are gone with pytest 9.2: it writes them into a field that is no longer read."""
+    from xdist.scheduler import LoadScopeScheduling
+
+    class ByGroup(LoadScopeScheduling):
+        def _split_scope(self, nodeid: str) -> str:
+            return group(nodeid)
+
+    return ByGroup(config, log)
+
+
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """A file stays in one process, for what its tests share; of the notebooks' file each notebook."""
+    place = {name: number for number, name in enumerate(LONGEST)}
+    items.sort(key=lambda item: place.get(group(item.nodeid), len(place)))
     for item in items:
-        called = getattr(item, "callspec", None)
-        path = called.params.get("path") if called and item.path.stem == "test_notebooks" else None
-        item.add_marker(pytest.mark.xdist_group(path.stem if path else item.path.stem))
         if item.path.stem in QUICK:
             item.add_marker("quick")
-    place = {name: number for number, name in enumerate(LONGEST)}
-    items.sort(key=lambda item: place.get(item.get_closest_marker("xdist_group").args[0], len(place)))
 
 
 # ---- fixtures

@@ -1,17 +1,18 @@
-"""Evaluation: sample responses to benchmark problems, grade them, report accuracy and pass@k with their settings.
+"""Evaluation samples responses to benchmark problems, grades them, and reports accuracy and pass@k with their
+settings.
 
     python eval.py --model DIR_OR_NAME --benchmarks math500,aime24 | paper | embedded    -> a fresh evals/MODEL-NNN/
     torchrun --nproc_per_node 8 eval.py …             does so on 8 processes (ranks); each samples its share
     python eval.py … --out evals/MODEL-NNN            continues an evaluation where it was stopped
     python eval.py --regrade evals/MODEL-NNN          grades its stored responses again and samples nothing
 
-In reading order: `evaluate` (all that train.py needs), the checks, sampling what is missing, the command line. The
+`evaluate` comes first (all that train.py needs), then the checks, sampling what is missing, and the command line. The
 folder gets settings.json and generations.jsonl, a line per response (evaluation/folder.py), then results.json,
 results.md (evaluation/report.py) and passk.png. A response that is cut off by the budget is wrong, as in training.
-`unread` is the share of the other responses that have no readable boxed answer.
-Draws are a pure function of (seed, problem, sample). So a stopped evaluation continues to the same files, and several
-ranks write the files of one process (up to rounding, as other rows share a batch).
-Left out: top-p below 1, majority voting, tools, models too large for one GPU.
+`unread` is the share of the other responses that have no readable boxed answer. Draws are a pure function of (seed,
+problem, sample). So a stopped evaluation continues to the same files. Several ranks write the same files as one
+process, up to rounding (because other rows share a batch). Left out are top-p below 1, majority voting, tools, and
+models too large for one GPU.
 """
 
 import argparse
@@ -49,7 +50,7 @@ from support.memory import row_bytes
 
 __all__ = ["evaluate", "pass_at_k"]
 
-LINE_SECONDS = 15  # between updates of the progress where there is no terminal
+LINE_SECONDS = 15  # seconds between updates of the progress where there is no terminal
 ROWS = 512  # responses that are sampled together if memory allows
 
 
@@ -159,7 +160,8 @@ def sample_missing(model, tokenizer, folder: Path, benchmarks: list[Benchmark], 
     start, tokens = time.perf_counter(), 0
     quiet, seldom = distributed.rank() > 0, 0.1 if sys.stderr.isatty() else LINE_SECONDS
     with tqdm(total=total, initial=done, unit="response", file=sys.stdout, disable=quiet, mininterval=seldom) as bar:
-        while batch := list(itertools.islice(draws, size - done % size)):  # the same batches as without a stop
+        # so the batches are the same as without a stop
+        while batch := list(itertools.islice(draws, size - done % size)):
             rows = respond(
                 model,
                 tokenizer,

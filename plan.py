@@ -2,14 +2,13 @@
 
     python plan.py --config configs/qwen2.5-math-7b.json --gpu H100 --gpus 8 [--method sft] [--FIELD VALUE …]
 
-Only the model's config is read. configs/models/ has those of the models in configs/, so no network is needed.
-The memory of the update is counted, not computed by a formula: the layers and the head run forward and backward on
-the meta device (shapes without data), and `update_bytes` adds up the tensors that are alive. Attention counts as a
-fused causal kernel that keeps queries, keys, values and output. All other memory is computed. bench/plan_check.py
-compares both with measured peaks.
-Times are estimates from data sheets and the shares below. The shares fit one H200 with Qwen2.5-1.5B's shape: 256 rows
-decoded, and one whole step [bench/results/gpu.md]. Other GPUs, models, numbers of GPUs and transfers were not
-measured.
+Only the model's config is read. configs/models/ has those of the models in configs/, so no network is needed. The
+memory of the update is counted, not computed by a formula: the layers and the head run forward and backward on the
+meta device (shapes without data), and `update_bytes` adds up the tensors that are alive. Attention counts as a fused
+causal kernel that keeps queries, keys, values and output. All other memory is computed by formulas.
+bench/plan_check.py compares both with measured peaks. Times are estimates from data sheets and the shares below. The
+shares fit one H200 with Qwen2.5-1.5B's shape: 256 rows decoded, and one whole step [bench/results/gpu.md]. Other
+GPUs, models, numbers of GPUs and transfers were not measured.
 """
 
 import bisect
@@ -55,9 +54,9 @@ UPDATE_SHARE = 0.16  # share of the peak TFLOP/s that the passes of a whole step
 READ_SHARE = 0.4  # share of the peak GB/s at which a decode pass reads weights and caches
 TRANSFER_SHARE = 0.75  # share of PCIe's GB/s that offloading reaches; assumed, like HOST_BANDWIDTH
 HOST_BANDWIDTH = 30e9  # bytes a second of the host's memory, in which AdamW works with --offload
-LAYER_SECONDS = 0.0001  # what a layer's other kernels take in a decode pass
+LAYER_SECONDS = 0.0001  # seconds that a layer's other kernels take in a decode pass
 EXPERTS = ("num_experts", "num_local_experts", "n_routed_experts")  # names that configs use for the number of experts
-MEAN_RESPONSE = 0.4  # average share of max_response_tokens; a call lasts until its longest row ends
+MEAN_RESPONSE = 0.4  # average share of max_response_tokens, because a call lasts until its longest row ends
 
 
 class LiveBytes(TorchDispatchMode):
@@ -179,9 +178,10 @@ def update_bytes(
 class Counts:
     """Numbers of parameters, and the bytes of a token in the key-value cache (`cache`).
 
-    `total` counts all parameters, `passed` those that a token passes (only a few experts of a mixture), `trained`
-    those that are trained (with adapters, only the adapters). Of the trained ones, `root` counts those outside the
-    layers (embedding, head, last norm), `layer` those of the largest layer. `layers` is the number of layers.
+    `total` counts all parameters. `passed` counts those that a token passes (only a few experts of a mixture), and
+    `trained` those that are trained (with adapters, only the adapters). Of the trained ones, `root` counts those
+    outside the layers (embedding, head, last norm) and `layer` those of the largest layer. `layers` is the number of
+    layers.
     """
 
     total: int
@@ -221,7 +221,7 @@ def count(shape: Any, low_rank: Config | None = None) -> Counts:
     layers = [layer for layer in layers if id(layer) not in nested]
     if not layers:
         raise ValueError("its layers cannot be told from the rest")
-    # shared parameters count once
+    # parameters that are shared count once
     owner = {id(p): i for i, layer in enumerate(layers) for p in trained(layer).values()}
     sizes = [sum(p.numel() for p in trained(layer).values() if owner[id(p)] == i) for i, layer in enumerate(layers)]
     all_trained = sum(p.numel() for p in trained(model).values())

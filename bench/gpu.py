@@ -2,12 +2,13 @@
 
     python bench/gpu.py --shape 1.5b
 
-Writes bench/results/throughput-cuda-limits-SHAPE.json. All in bf16.
+Writes bench/results/throughput-cuda-limits-SHAPE.json. All of it computes in bf16.
 
-Decoding, no row ends: 256 rows x 1024 new tokens; and 128 new tokens beside plain `generate`. A decode pass cannot be
-faster than reading the weights and the filled part of the cache once: bytes / measured copy bandwidth.
-Update: forward and backward of token_stats; model FLOPs 6 N per token and 12 layers x width x length for attention
-(half of it causal), recomputation not counted, over the peak of a large bf16 product, measured too.
+Decoding is 256 rows x 1024 new tokens, and 128 new tokens beside plain `generate`; no row ends early. A decode pass
+cannot be faster than reading the weights and the filled part of the cache once. This limit is their bytes / the
+measured copy bandwidth. An update is forward and backward of token_stats. Its model FLOPs are 6 N per token and 12
+layers x width x length for attention (half of it causal), without recomputation. They are divided by the peak of a
+large product in bf16, which is measured too.
 """
 
 import argparse
@@ -54,7 +55,7 @@ def new_model(shape: str) -> Qwen2ForCausalLM:
 def bench_decoding(model: Qwen2ForCausalLM) -> dict[str, dict]:
     a = torch.empty(2**30, dtype=torch.uint8, device="cuda")
     b = torch.empty_like(a)
-    bandwidth = 2 * a.numel() / measure(lambda: b.copy_(a))["seconds"]  # read and written
+    bandwidth = 2 * a.numel() / measure(lambda: b.copy_(a))["seconds"]  # each byte is read and written
     tokenizer = AutoTokenizer.from_pretrained(Config.model)
     rows = [Row(i, (0, i), ids, []) for i, ids in enumerate(torch.randint(0, WORDS, (ROWS, PROMPT)).tolist())]
     table = {}

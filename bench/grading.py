@@ -1,9 +1,9 @@
-"""Agreement and speed of our grader and of Math-Verify on the project's own labelled pairs, in one run.
+"""This script compares our grader with Math-Verify on the project's own labelled pairs, in agreement and speed.
 
     python bench/grading.py        writes bench/results/grading.json
 
-The labels are ours (tests/grading_pairs.py): agreement says how far a grader shares our reading of an answer.
-Each pair is graded once, from a cold cache, in one process; Math-Verify with its own time limits, as shipped.
+The labels are ours (tests/grading_pairs.py), so agreement says how far a grader shares our reading of an answer. Each
+pair is graded once, from a cold cache, in one process. Math-Verify has its own time limits, as shipped.
 """
 
 import argparse

@@ -5,7 +5,7 @@
 
 Every model is a folder as a user has it, with its noise (dropout, router jitter) switched on and with the embedded
 task's tokenizer. `prove` then checks that the model works, against plain forward passes of single rows and without
-the help of fast.check. One step of Prefix-RFT follows. Left out: two ranks (tests/test_distributed.py).
+the help of fast.check. One step of Prefix-RFT follows. Left out are two ranks (tests/test_distributed.py).
 """
 
 import argparse
@@ -94,7 +94,8 @@ MODELS: dict[str, dict] = {name: {} for name in PLAIN.split()} | {
         "image_token_index": 103,
     },
 }
-ENDS = [2, 6, 11, 45, 58, 67, 79, 95]  # end tokens that the task's texts lack; with so many, rows end early
+# end tokens that the task's texts lack; because they are so many, rows end early
+ENDS = [2, 6, 11, 45, 58, 67, 79, 95]
 BUDGET = 40
 
 

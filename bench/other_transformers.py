@@ -1,10 +1,11 @@
-"""Whether transformers 4 reads the model a run leaves: the same log-probs and tokens, in an environment of its own.
+"""This script tests whether transformers 4 reads the model that a run leaves, with the same log-probs and tokens.
+Version 4 runs in an environment of its own.
 
     python -m venv v4 && v4/bin/pip install torch transformers==4.57.6
     OMP_NUM_THREADS=1 python bench/other_transformers.py v4/bin/python
 
 transformers 4 makes tiny random models, as it made most models of the hub. They are loaded and saved as by a run, and
-read by transformers 4 again. The exit code is 1 if one differs. Left out: models for which version 4 has no code.
+read by transformers 4 again. The exit code is 1 if one differs. Left out are models for which version 4 has no code.
 """
 
 import subprocess

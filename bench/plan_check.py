@@ -1,4 +1,4 @@
-"""The plan of small models (plan.py) against measured peaks: updates, and calls of generate.
+"""This script compares the plan of small models (plan.py) with measured peaks, of updates and of calls of generate.
 
 python bench/plan_check.py        writes bench/results/plan.json (about a minute on one core)
 
@@ -42,7 +42,7 @@ def measured_update(
     optimizer = torch.optim.AdamW(trained(model).values(), fused=True)
     ids = torch.randint(0, shape.vocab_size, (rows, prompt + response), device=model.device)
     mask = torch.ones_like(ids)
-    mask[0, :3] = 0  # padding, as a batch without it would need no mask
+    mask[0, :3] = 0  # padding is there because a batch without it would need no mask
 
     def update() -> None:
         models.token_stats(model, ids, mask, response, 1.0)[0].sum().backward()

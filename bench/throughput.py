@@ -1,4 +1,4 @@
-"""Speed of sampling and of the whole step, beside plain generate and TRL.
+"""This script measures the speed of sampling and of the whole step, beside plain generate and TRL.
 
     OMP_NUM_THREADS=1 python bench/throughput.py sampling step [--name NAME] [--FIELD VALUE ...]
 
@@ -6,9 +6,9 @@ Each part prints a table and writes bench/results/throughput-PART.json, or throu
 train.py (--model, --data, --config, ...). Without such settings it measures the default step of `rft` with the
 embedded task and model: 16 problems x 8 rollouts, at most 96 tokens, 2 updates. The learning rate is 0, so every
 repeat starts from the same weights. All contenders of a repeat see the same prompts and give the same tokens
-(asserted). They run in turn, so that a busy machine slows all of them. Times are CPU seconds of the process, on CUDA
-wall seconds; ratios are medians over the repeats. In `step` every group has made-up rewards of 0 and 1, so that every
-row has a weight.
+(asserted). They run in turn, so that a busy machine slows all of them. Times are CPU seconds of the process, or wall
+seconds on CUDA. Ratios are medians over the repeats. In `step` every group has made-up rewards of 0 and 1, so that
+every row has a weight.
 
 On CUDA `step` computes in bf16 on fp32 weights, in ours and in TRL. TRL passes as many rows at once as its update
 has, at most 64. bench/gpu.py measures the limits of decoding.
@@ -121,8 +121,8 @@ def new_trainer(run: steps.Run, callback: transformers.TrainerCallback):
         learning_rate=0.0,
         lr_scheduler_type="constant",
         adam_beta2=config.adam_beta2,
-        gradient_checkpointing=config.recompute,  # on by default; it would cost TRL another forward pass
-        bf16=CUDA,  # bf16 is TRL's default also on a CPU, where it is slow; ours computes in fp32 there
+        gradient_checkpointing=config.recompute,  # it is on by default, and would cost TRL another forward pass
+        bf16=CUDA,  # bf16 is TRL's default also on a CPU, where it is slow and where ours computes in fp32
         loss_type="dr_grpo",
         scale_rewards="none",
         shuffle_dataset=False,

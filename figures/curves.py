@@ -1,7 +1,7 @@
 """Curves of runs: metrics.jsonl, eval.json and config.json of run folders, drawn and compared.
 
 The sheet of one run has a panel for each quantity and a colour for each metric. The sheet of several runs has fewer
-panels, a colour for each run and one legend; runs on different problems are refused. An axis starts at 0 and reaches
+panels, a colour for each run and one legend. Runs on different problems are refused. An axis starts at 0 and reaches
 at least as far as its Panel says, so that noise looks as small as it is. A panel is left out if its metric is missing
 or says nothing in any run.
 """
@@ -172,7 +172,7 @@ def compare_runs(folders: list[Path]) -> str:
 def accuracy_panels(runs: list[Run]) -> list[Panel]:
     """Draw a panel with a line for each level; with several runs a panel for each run, to keep lines apart."""
     shown = levels(runs)
-    if len(shown) == 2 or len(shown) > MOST_LEVELS + 1:  # with a single level "all" equals it
+    if len(shown) == 2 or len(shown) > MOST_LEVELS + 1:  # with a single level "all" is equal to it
         shown = shown[-1:]
     if len(runs) > 1:
         return [Panel(f"validation accuracy: {level}", "% right", ((f"eval_{level}", ""),), 1) for level in shown]

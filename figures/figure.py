@@ -15,7 +15,8 @@ from support.files import writing
 WIDTH = 9.0  # inches
 COLUMNS = 3
 DPI = 200
-FORMATS = (".png", ".pdf", ".svg", ".jpg")  # matplotlib's other formats need more than Python (.pgf needs LaTeX)
+# matplotlib's other formats need programs beside Python (.pgf needs LaTeX)
+FORMATS = (".png", ".pdf", ".svg", ".jpg")
 BLUE, VERMILLION, GREEN, PURPLE, ORANGE, SKY = "#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9"
 # colours that the colour-blind can tell apart (Okabe and Ito 2008)
 COLOURS = (BLUE, VERMILLION, GREEN, PURPLE, ORANGE, SKY, "#000000")

@@ -5,7 +5,7 @@
        entropy    grey bars
        weight     bars up (w > 0, more likely) or down (w < 0, less likely)
 
-All places are in points (1/72 inch), from the top left. A row is one line; what does not fit is counted, not drawn.
+All places are in points (1/72 inch), from the top left. A row is one line. What does not fit is counted, not drawn.
 """
 
 from dataclasses import dataclass
@@ -183,7 +183,7 @@ def draw_lanes(picture: Picture, row: Row, cells: list[Cell], top: float) -> flo
         bar = ENTROPY * row["entropy"][t] / picture.entropy_top
         picture.box(x, floor - bar, width, bar, "#8C8C8C")
         if share := row["weight"][t] / picture.weight_top:
-            bar = WEIGHT / 2 * max(abs(share), 0.12)  # so that a small weight can still be seen
+            bar = WEIGHT / 2 * max(abs(share), 0.12)  # so wide that a small weight can still be seen
             picture.box(x, middle - bar if share > 0 else middle, width, bar, log.sign_colour(share))
     if cells:
         picture.line([LEFT, cells[-1].x + cells[-1].width], [middle, middle])

@@ -1,4 +1,5 @@
-"""groups.jsonl of a run folder: one group of rollouts a recorded step, and the words in which figures speak of it.
+"""groups.jsonl of a run folder holds one group of rollouts for each recorded step. This file reads it and has the
+words in which figures speak of a group.
 
 A line is {"step", "method", "id", "problem", "answer", "prompt": [token, …], "rows": [row, …]}; a row has
 

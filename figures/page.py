@@ -7,9 +7,9 @@ content has for each model
     groups    for each method and each cut that makes a difference the rows that are its group (`groups_of`), with
               the advantages and weights that a training step would give them (`weigh`)
 
-The group is treated as a whole mini-batch. The policy is the one that sampled, as before the first update of a step,
-so the ratio is 1. Weights are taken before the entropy clip: the page ranks the tokens itself, for any share to keep.
-Left out: methods with other rows or draws (`methods_shown`). In a run with another temperature, updates on
+A group is treated as a whole mini-batch. The policy is the one that sampled, as before the first update of a step, so
+the ratio is 1. Weights are taken before the entropy clip: the page ranks the tokens itself, for any share to keep.
+Left out are methods with other rows or draws (`methods_shown`). In a run with another temperature, updates on
 demonstrations alone still use 1; the page leaves that out too.
 """
 

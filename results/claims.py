@@ -1,11 +1,12 @@
-"""What the paper [2507.01679] and its critics [2604.23747] claim, and what the stored runs say of each claim.
+"""This file has the claims of the paper [2507.01679] and of its critics [2604.23747], and what the stored runs say of
+each.
 
-A row of claims.csv is a claim: in the runs of `regime`, `more` has more of `what` than `less` has on the problems of
-`level`. Groups of runs have the names that runs_of reads, with `REGIME:` before those of another regime; without
-`less` the claim is that there is some. `what`: accuracy; the length of responses; the lead of the rows with a prefix,
-and its narrowing; pass@K. With `enough` the claim is that `less` loses at most ENOUGH. Tables and figures are those
-of the paper's third version. The rules of intervals and verdicts stand in PROTOCOL.md. Left out: what our runs cannot
-speak of, as clips at 50 and 80%, or code.
+A row of claims.csv is one claim: in the runs of `regime`, `more` has more of `what` than `less` has, on the problems
+of `level`. Groups of runs have the names that runs_of reads, and `REGIME:` stands before those of another regime. If
+there is no `less`, the claim is that `more` has some of it. `what` is one of: accuracy; the length of responses; the
+lead of the rows with a prefix, and the narrowing of this lead; pass@K. With `enough` the claim is that `less` loses
+at most ENOUGH points. The claims name tables and figures of the paper's third version. PROTOCOL.md has the rules of
+intervals and verdicts. Left out are claims of which our runs say nothing, as clips at 50 and 80%, or code.
 """
 
 import math
@@ -22,14 +23,15 @@ from results.records import KINDS, Line, Stored, accuracies, prefix_lead, runs_o
 Interval = tuple[float, float, float]  # estimate, low, high
 CLAIMS = Path("results/claims.csv")
 ENOUGH = 0.03  # a loss of accuracy that counts as none
-UNITS = {"length": (1, " tokens", 1), "lead": (1, "", 2), "narrowing": (1, "", 2)}  # of what is not in points
+# decimals of numbers that are not in points
+UNITS = {"length": (1, " tokens", 1), "lead": (1, "", 2), "narrowing": (1, "", 2)}
 
 # ---- intervals
 
 
 def difference(first: np.ndarray, second: np.ndarray, trained: tuple[bool, bool] = (True, True)) -> Interval | None:
-    """Mean of `first` minus that of `second`, each [runs, the same problems], by Welch and Satterthwaite; None with a
-    single run of either. The base is not `trained`: it has no spread over seeds."""
+    """Returns the mean of `first` minus that of `second`, each [runs, the same problems], by Welch and Satterthwaite;
+    None if either has a single run. If `second` is the base, it is not `trained`: it has no spread over seeds."""
     groups = [runs.mean(1) for runs, has_seeds in zip((first, second), trained) if has_seeds]
     if min(map(len, groups)) < 2:
         return None
@@ -37,13 +39,13 @@ def difference(first: np.ndarray, second: np.ndarray, trained: tuple[bool, bool]
     variances = np.array([values.var(ddof=1) / len(values) for values in (by_problem, *groups)])
     freedoms = np.array([len(values) - 1 for values in (by_problem, *groups)])
     middle, total = float(by_problem.mean()), float(variances.sum())
-    freedom = total**2 / max((variances**2 / freedoms).sum(), 1e-300)  # where nothing varies the interval is a point
+    freedom = total**2 / max((variances**2 / freedoms).sum(), 1e-300)  # if nothing varies, the interval is a point
     reach = float(t.ppf(0.975, max(freedom, 1))) * math.sqrt(total)
     return middle, middle - reach, middle + reach
 
 
 def difference_of_runs(first: Sequence[float], second: Sequence[float] | None = None) -> Interval:
-    """The same of one number a run, of several runs each; without `second` the mean itself."""
+    """Returns the difference of two means of one number a run, or the mean of `first` if there is no `second`."""
     test = ttest_1samp(first, 0) if second is None else ttest_ind(first, second, equal_var=False)
     low, high = map(float, test.confidence_interval(0.95))
     return (low + high) / 2, low, high
@@ -53,18 +55,18 @@ def difference_of_runs(first: Sequence[float], second: Sequence[float] | None = 
 
 
 def read_claims() -> list[Any]:
-    """The rows of claims.csv, with a field for each column."""
+    """Returns the rows of claims.csv, with a field for each column."""
     return list(pd.read_csv(CLAIMS, keep_default_na=False, converters={"enough": bool}).itertuples(index=False))
 
 
 def group_of(stored: Stored, regime: str, name: str) -> list[Line]:
-    """The runs of a name in a claim."""
+    """Returns the runs that a name in a claim stands for."""
     other, _, rest = name.rpartition(":")
     return runs_of(stored[other or regime], rest) if name else []
 
 
 def measured(claim: Any, stored: Stored) -> dict[str, Interval]:
-    """The differences that decide a claim, by what they are of; {} where there are too few runs."""
+    """Returns the differences that decide a claim, by what is measured; {} if there are too few runs."""
     more, less = (group_of(stored, claim.regime, name) for name in (claim.more, claim.less))
     if not more or (claim.less and not less):
         return {}
@@ -85,7 +87,7 @@ def measured(claim: Any, stored: Stored) -> dict[str, Interval]:
 
 
 def verdict(found: dict[str, Interval], enough: bool = False) -> str:
-    """seen | opposite | split | not seen | cannot be tested"""
+    """Returns "seen", "opposite", "split", "not seen" or "cannot be tested"."""
     if not found:
         return "cannot be tested"
     if enough:
@@ -98,8 +100,9 @@ def verdict(found: dict[str, Interval], enough: bool = False) -> str:
 
 
 def by_ranks(claim: Any, found: dict[str, Interval], stored: Stored) -> str:
-    """What to add where a t interval holds 0 and yet every run of one group is above every run of the other: one run
-    far from the rest widens the interval, which ranks do not see (nor do they see the spread over problems)."""
+    """Returns what to add if a t interval holds 0 although every run of one group is above every run of the other.
+    One run far from the rest widens the interval, but does not change ranks. (Ranks do not see the spread over
+    problems either.)"""
     told, groups = "", [group_of(stored, claim.regime, name) for name in (claim.more, claim.less)]
     for kind, title in KINDS.items() if found and claim.what == "accuracy" and not claim.enough else ():
         more, less = (accuracies(runs, kind, claim.level) for runs in groups)
@@ -111,7 +114,7 @@ def by_ranks(claim: Any, found: dict[str, Interval], stored: Stored) -> str:
 
 
 def evidence(claim: Any, found: dict[str, Interval], stored: Stored) -> str:
-    """The differences as text: accuracies in points, others in their units."""
+    """Returns the differences as text: accuracies in points, others in their units."""
     counts = [len(group_of(stored, claim.regime, name)) for name in (claim.more, claim.less) if name]
     if not found:
         return f"{claim.regime}: " + ("too few seeds for an interval" if all(counts) else "not run yet")
@@ -126,7 +129,7 @@ def evidence(claim: Any, found: dict[str, Interval], stored: Stored) -> str:
 
 
 def verdict_rows(stored: Stored) -> list[list[str]]:
-    """The table of all claims, its header first."""
+    """Returns the table of all claims, with its header first."""
     rows = [["source", "claim", "our evidence: difference and 95% interval", "why it may differ", "verdict"]]
     for claim in read_claims():
         found = measured(claim, stored)
@@ -136,8 +139,8 @@ def verdict_rows(stored: Stored) -> list[list[str]]:
 
 
 def question_rows(stored: Stored) -> list[list[str]]:
-    """A row for each question: estimates, greedily and at T = 1, and verdicts. A contrast that two sources claim in
-    opposite directions stands there once."""
+    """Returns a row for each question: estimates, greedily and at T = 1, and verdicts. If two sources claim opposite
+    directions of a contrast, it stands in the row once."""
     rows: dict[str, dict[frozenset, str]] = {}
     for claim in read_claims():
         found, (scale, _, digits) = measured(claim, stored), UNITS.get(claim.what, (100, "", 1))

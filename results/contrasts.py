@@ -1,6 +1,8 @@
-"""The contrasts of the second study: Prefix-RFT minus each other method, by cell, budget and temperature, over bases.
+"""This file has the contrasts of the second study: Prefix-RFT minus each other method, by cell, budget and
+temperature, over bases.
 
-PROTOCOL.md has the rules; horizon.py makes the runs, report.py writes horizon/report.md with what stands here.
+PROTOCOL.md has the rules. horizon.py makes the runs, and report.py writes horizon/report.md with the tables of this
+file.
 """
 
 import pandas as pd
@@ -15,7 +17,8 @@ KEYS = ["cell", "budget", "temperature"]
 
 
 def run_frame(stored: Stored) -> pd.DataFrame:
-    """A row for each run, budget and temperature: accuracy (0 where it diverged) and what it cost up to there."""
+    """Returns a row for each run, budget and temperature: its accuracy (0 if it diverged) and its cost up to
+    there."""
     costs, rows = ["sampled", "trained", "supervised", "seconds"], []
     for line in (line for line in stored.values() if line["method"] != "base" and not line["trial"]):
         for budget, scores in line["budgets"].items():
@@ -26,15 +29,15 @@ def run_frame(stored: Stored) -> pd.DataFrame:
 
 
 def difference_frame(runs: pd.DataFrame) -> pd.DataFrame:
-    """A row for each rival and base: the accuracy of OURS minus that of the rival."""
+    """Returns a row for each rival and base: the accuracy of OURS minus that of the rival."""
     wide = runs.pivot(index=[*KEYS, "base"], columns="method", values="accuracy").reindex(columns=list(METHODS))
     differences = wide[list(RIVALS)].rsub(wide[OURS], axis=0)
     return differences.melt(ignore_index=False, var_name="rival", value_name="difference").dropna().reset_index()
 
 
 def contrast_frame(runs: pd.DataFrame) -> pd.DataFrame:
-    """Mean difference over bases, 95% interval and p of Student's t (one base: none), and which of the secondary ones
-    are significant at 5% by Holm."""
+    """Returns the mean difference over bases with its 95% interval and p of Student's t (none for one base). It also
+    says which secondary contrasts are significant at 5% by Holm."""
     table = difference_frame(runs).groupby([*KEYS, "rival"])["difference"].agg(bases="count", mean="mean", std="std")
     error, freedom = table["std"] / table["bases"] ** 0.5, table["bases"] - 1
     reach = t.ppf(0.975, freedom) * error
@@ -45,13 +48,14 @@ def contrast_frame(runs: pd.DataFrame) -> pd.DataFrame:
 
 
 def holm(p: pd.Series) -> pd.Series:
-    """Whether each is significant at 5%, corrected: from the smallest on, until one is above 0.05 / those left."""
+    """Returns whether each p-value is significant at 5%, corrected by Holm. It goes from the smallest on until one is
+    above 0.05 / the number of those left."""
     ordered = p.sort_values()
     return (ordered <= 0.05 / (len(p) - pd.Series(range(len(p)), index=ordered.index))).cummin()
 
 
 def cell_of(row: pd.Series) -> str:
-    """A contrast as text, in points; bold where Holm's correction leaves it significant."""
+    """Returns a contrast as text, in points. It is bold if Holm's correction leaves it significant."""
     if pd.isna(row["low"]):
         return f"{100 * row['mean']:+.1f}"
     told = f"{100 * row['mean']:+.1f} {percent(row['low'], row['high'])}"
@@ -71,7 +75,7 @@ def contrast_table(contrasts: pd.DataFrame, cell: str) -> str:
 
 
 def run_table(runs: pd.DataFrame, cell: str) -> str:
-    """Accuracy of each base, and what a run costs: means over bases."""
+    """Returns the accuracy of each base and the cost of a run, as means over bases."""
     rows = [["method", "steps", *TEMPERATURES, "sampled", "trained", "supervised, in 1000 tokens", "CPU seconds"]]
     for (method, budget), group in runs[runs["cell"] == cell].groupby(["method", "budget"]):
         by_temperature = group.sort_values("base").groupby("temperature")["accuracy"]

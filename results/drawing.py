@@ -1,5 +1,6 @@
-"""The figures of results/: a function a panel; `draw_all` writes the files. Bands and bars are 95% intervals over
-seeds (over bases in horizon/contrasts.png), small dots the runs; a single run has no interval."""
+"""This file draws the figures of results/. Each panel has a function, and `draw_all` writes the files. Bands and bars
+are 95% intervals over seeds (over bases in horizon/contrasts.png), and small dots are runs. A single run has no
+interval."""
 
 from collections.abc import Callable, Sequence
 from functools import partial
@@ -19,19 +20,21 @@ from results.claims import difference, group_of
 from results.horizon import BUDGETS, CELLS
 from results.records import KINDS, Line, Stored, accuracies, runs_of, scores
 
-SHOWN = ("rft", "sft-rft", "prefix-rft", "luffy", "sft", "uft")  # a colour each; more curves would hide each other
+# each method has a colour; more curves would hide each other
+SHOWN = ("rft", "sft-rft", "prefix-rft", "luffy", "sft", "uft")
 OURS = "prefix-rft"
 Panel = Callable[[Axes], None]
 
 
 def style_of(method: str) -> dict[str, Any]:
-    """A method's colour and line, the same in every panel."""
+    """Returns a method's colour and line, which are the same in every panel."""
     place = SHOWN.index(method) if method in SHOWN else len(SHOWN)
     return {"color": COLOURS[place], "linestyle": STYLES[place > len(SHOWN) - 1]}
 
 
 def finish(axis: Axes, title: str, x: str, y: str = "", columns: int = 1, grid: str = "both") -> None:
-    """Title, labels, grid and a legend of so many columns (0: none); shares in % where the label says so."""
+    """Set the title, labels, grid and a legend of so many columns (0: no legend). Shares are in % if the label says
+    so."""
     axis.set_title(title, loc="left")
     axis.set_xlabel(x)
     axis.set_ylabel(y)
@@ -45,20 +48,20 @@ def finish(axis: Axes, title: str, x: str, y: str = "", columns: int = 1, grid: 
 
 
 def reach_of(values: np.ndarray) -> float:
-    """Half the 95% interval of the mean over runs; 0 for a single run."""
+    """Returns half the 95% interval of the mean over runs; 0 for a single run."""
     count = len(values)
     return float(t.ppf(0.975, count - 1) * values.std(ddof=1) / count**0.5) if count > 1 else 0.0
 
 
 def draw_band(axis: Axes, x: Sequence[float], groups: Sequence[np.ndarray], name: str) -> None:
-    """Means over runs with their intervals as a band; a group of runs for each place."""
+    """Draw means over runs with their intervals as a band. Each place has a group of runs."""
     means, reaches = np.array([[values.mean(), reach_of(values)] for values in groups]).T
     axis.plot(x, means, label=name, marker="o", markersize=2, linewidth=1.2, **style_of(name))
     axis.fill_between(x, means - reaches, means + reaches, color=style_of(name)["color"], alpha=0.15, linewidth=0)
 
 
 def draw_points(axis: Axes, x: Sequence[float], groups: Sequence[np.ndarray], name: str) -> None:
-    """Means over runs with their intervals, and a dot for each run."""
+    """Draw means over runs with their intervals, and a dot for each run."""
     for place, values in zip(x, groups):
         axis.plot([place] * len(values), values, ".", markersize=2.5, alpha=0.5, color=style_of(name)["color"])
     means, reaches = zip(*((float(values.mean()), reach_of(values)) for values in groups))
@@ -69,7 +72,8 @@ def draw_points(axis: Axes, x: Sequence[float], groups: Sequence[np.ndarray], na
 
 
 def draw_contrast(axis: Axes, runs: pd.DataFrame, cell: str) -> None:
-    """Prefix-RFT minus the others over the budget, at the primary contrast's temperature; a dot for each base."""
+    """Draw Prefix-RFT minus the others over the budget, at the primary contrast's temperature, with a dot for each
+    base."""
     each = contrasts.difference_frame(runs)
     each = each[(each.cell == cell) & (each.temperature == contrasts.PRIMARY[2])]
     for rival, rows in each.groupby("rival"):
@@ -86,7 +90,7 @@ def draw_contrast(axis: Axes, runs: pd.DataFrame, cell: str) -> None:
 
 
 def draw_forest(axis: Axes, stored: Stored, kind: str, pairs: Sequence[tuple[str, str]], title: str) -> None:
-    """Prefix-RFT minus another method in a regime, for each pair of them, with the protocol's interval."""
+    """Draw Prefix-RFT minus another method in a regime, for each pair of them, with the protocol's interval."""
     for place, (regime, name) in enumerate(pairs):
         mid, low, high = difference(*(scores(runs_of(stored[regime], method), kind) for method in (OURS, name)))
         error, colour = [[mid - low], [high - mid]], style_of(name)["color"]
@@ -100,7 +104,7 @@ def draw_forest(axis: Axes, stored: Stored, kind: str, pairs: Sequence[tuple[str
 def draw_curves(
     axis: Axes, lines: Sequence[Line], curve: str, label: str, title: str, methods: Sequence[str]
 ) -> None:
-    """A curve of the runs over all tokens so far: the mean over seeds with its interval."""
+    """Draw a curve of the runs over all tokens so far: the mean over seeds with its interval."""
     for name in (name for name in methods if runs_of(lines, name)):
         curves = [line["curve"] for line in runs_of(lines, name)]
         tokens = np.mean([values["tokens"] for values in curves], axis=0) / 1000
@@ -110,7 +114,7 @@ def draw_curves(
 
 
 def draw_groups(axis: Axes, labels: Sequence[str], groups: dict[str, list[np.ndarray]], title: str, x: str) -> None:
-    """Accuracies of several methods beside each other at each label."""
+    """Draw accuracies of several methods beside each other at each label."""
     for place, (name, values) in enumerate(groups.items()):
         draw_points(axis, np.arange(len(labels)) + 0.12 * (place - (len(groups) - 1) / 2), values, name)
     axis.set_xticks(range(len(labels)), labels)
@@ -120,7 +124,7 @@ def draw_groups(axis: Axes, labels: Sequence[str], groups: dict[str, list[np.nda
 
 
 def draw_ceiling(axis: Axes, lines: Sequence[Line], level: str) -> None:
-    """pass@k over k, means over seeds."""
+    """Draw pass@k over k, as means over seeds."""
     tries = [2**i for i in range(9)]
     for name in records.names_of(lines):
         shares = [records.solved(runs_of(lines, name), k, level).mean() for k in tries]
@@ -132,7 +136,8 @@ def draw_ceiling(axis: Axes, lines: Sequence[Line], level: str) -> None:
 
 
 def question_panels(stored: Stored) -> list[Panel]:
-    """Few and weaker demonstrations (RFT sees none); the parts of Prefix-RFT; many samples. Two panels each."""
+    """Returns the panels about few and weaker demonstrations (RFT sees none), about the parts of Prefix-RFT, and
+    about many samples. Each question has two panels."""
 
     def groups(names: dict[str, list[str]], kind: str) -> dict[str, Any]:
         runs = {method: [group_of(stored, "weak", name) for name in found] for method, found in names.items()}
@@ -156,7 +161,7 @@ def question_panels(stored: Stored) -> list[Panel]:
 
 
 def draw_panels(panels: Sequence[Panel], panel_height: float = 2.9, most: int = COLUMNS) -> Figure:
-    """The panels, at most `most` beside each other, `panel_height` in inches. The caller sets figure.TYPE."""
+    """Draw the panels, at most `most` beside each other. `panel_height` is in inches. The caller sets figure.TYPE."""
     figure, axes = sheet(len(panels), panel_height, most=most)
     for panel, axis in zip(panels, axes):
         panel(axis)

@@ -1,13 +1,15 @@
-"""When should one use Prefix-RFT? Its runs: horizon x demonstrations, over base models (PROTOCOL.md).
+"""When should one use Prefix-RFT? This file makes the runs that answer this: horizon x demonstrations, over base
+models (PROTOCOL.md).
 
     python results/horizon.py run [--jobs 2] [--store DIR]     do what is missing, in the protocol's order
     python results/horizon.py again NAME                       one stored run once more: the same to the bit?
 
-A job is a base model to pretrain, a trial of some settings, or a run. Each is a process on one core, and is stored as
-one small file when it is done: DIR/NAME.json (default: results/horizon). A stopped command goes on when it is given
-again; only the jobs that it was at are begun anew. Models and data stand in runs/horizon, remade where missing.
+A job is a base model to pretrain, a trial of some settings, or a run. Each job is a process on one core. When it is
+done, it is stored as one small file, DIR/NAME.json (default: results/horizon). A stopped command goes on when it is
+given again. Only the jobs at which it was stopped are begun anew. Models and data are in runs/horizon and are made
+again if they are missing.
 
-Left out: checkpoints within a job (it takes about ten minutes); the report, which is report.py's.
+Left out are checkpoints within a job, which takes about ten minutes, and the report (report.py).
 """
 
 import hashlib
@@ -42,22 +44,22 @@ TEMPERATURES = {"greedy": 0.0, "T = 0.6": 0.6, "T = 1": 1.0}
 METHODS = ("prefix-rft", "sft-rft", "luffy", "rft")
 SUPERVISED = 10  # steps of reinforcement that have as many tokens as the 64 supervised updates of sft-rft
 TRIAL_SEED = 1000
-TEST_SEED = 1_000_003  # of the test problems of base 0; those of the next base: 10 more
-RATES = (1e-4, 5e-5)  # of the first two trials; the third goes on in the better direction
+TEST_SEED = 1_000_003  # the seed of base 0's test problems; the next base's is larger by 10
+RATES = (1e-4, 5e-5)  # rates of the first two trials; the third goes on in the better direction
 SECOND = {  # what the fourth trial changes at the best rate
     "prefix-rft": {"entropy_keep": 0.5},
     "sft-rft": {"sft_lr_end": 0.1},
     "luffy": {"coefficient": 0.3},
     "rft": {"clip_high": 0.28},
 }
-Stored = dict[str, dict[str, Any]]  # what DIR/NAME.json holds, by name
+Stored = dict[str, dict[str, Any]]  # what DIR/NAME.json holds, by NAME
 
 
 @dataclass(frozen=True)
 class Cell:
     """Training problems and their demonstrations."""
 
-    problems: str  # habit: all 512; silent: the 128 of them with six instructions
+    problems: str  # habit has all 512 problems; silent has the 128 of them with six instructions
     demonstrations: int
     tuned_in: str  # the cell whose trials choose the settings
     expert: str = "expert"
@@ -75,7 +77,8 @@ CELLS = {
 
 @dataclass(frozen=True)
 class Job:
-    """A trial (1 to 4), a run (trial 0), or with the method "base" a base model to pretrain and evaluate."""
+    """A job is a trial (1 to 4), a run (trial 0), or, with the method "base", a base model to pretrain and
+    evaluate."""
 
     cell: str
     method: str
@@ -96,7 +99,7 @@ class Job:
 
 
 def plan() -> list[Job]:
-    """All jobs in the protocol's order: those of the primary contrast first, then cell after cell."""
+    """Returns all jobs in the protocol's order: those of the primary contrast first, then cell after cell."""
     jobs = []
     for name, cell in CELLS.items():
         for methods in (METHODS[:2], METHODS[2:]):
@@ -112,13 +115,14 @@ def plan() -> list[Job]:
 
 
 def trial_score(line: dict[str, Any]) -> float:
-    """Mean validation accuracy over the temperatures; 0 where the trial diverged."""
+    """Returns the mean validation accuracy over the temperatures; 0 if the trial diverged."""
     (last,) = line["budgets"].values()
     return 0.0 if "diverged" in last else sum(last[name]["all"] for name in TEMPERATURES) / len(TEMPERATURES)
 
 
 def settings_of(job: Job, stored: Stored) -> dict[str, Any] | None:
-    """What differs from train.py's defaults, beside data, seed and steps; None while earlier trials are missing."""
+    """Returns the settings that differ from train.py's defaults, beside data, seed and steps; None if earlier trials
+    are missing."""
     needed = range(1, job.trial or 5)
     trials = [stored.get(Job(CELLS[job.cell].tuned_in, job.method, 0, trial=number).name) for number in needed]
     if job.trial in (1, 2):
@@ -133,7 +137,7 @@ def settings_of(job: Job, stored: Stored) -> dict[str, Any] | None:
 
 
 def configuration(job: Job, settings: dict[str, Any]) -> Config:
-    """The whole run for train.py, whose held-out problems are those of the base."""
+    """Returns the whole run for train.py. Its held-out problems are those of the base."""
     values = {"model": str(job.model), "test_data": str(WORK / f"test{job.base}.jsonl")}
     values |= {"seed": TRIAL_SEED if job.trial else job.base, "eval_data": "data/recipes/validation.jsonl"}
     if job.method != "base":
@@ -145,7 +149,7 @@ def configuration(job: Job, settings: dict[str, Any]) -> Config:
 
 
 def make_files(job: Job) -> None:
-    """Write the problems that a job needs, always with the same bytes, and pretrain its base where it is missing."""
+    """Write the problems that a job needs, always with the same bytes, and pretrain its base if it is missing."""
     WORK.mkdir(parents=True, exist_ok=True)
     if not job.model.exists():
         words = [sys.executable, "data/make_base.py", "--seed", str(job.base), "--out", str(job.model)]
@@ -163,7 +167,7 @@ def make_files(job: Job) -> None:
 
 
 def measure(run: Run, which: str) -> dict[str, Any]:
-    """Accuracy at each temperature, by level, and a fingerprint of the weights."""
+    """Returns the accuracy at each temperature, by level, and a fingerprint of the weights."""
     weights = b"".join(parameter.detach().numpy().tobytes() for parameter in run.model.parameters())
     scores: dict[str, Any] = {"weights": hashlib.sha256(weights).hexdigest()[:12]}
     for name, temperature in TEMPERATURES.items():
@@ -173,9 +177,10 @@ def measure(run: Run, which: str) -> dict[str, Any]:
 
 
 def budgets(run: Run, job: Job) -> Iterator[tuple[str, dict[str, Any]]]:
-    """Train, and at each budget that this run has give its scores and what it cost up to there."""
+    """Train, and at each budget of this run note its scores and its cost up to there."""
     total, cost = sum(stages(run)), Counter(seconds=0.0, sampled=0, trained=0, supervised=0)
-    counted = job.steps - total  # less than 0: the supervised updates are more than the steps they count as
+    # it is less than 0 if the supervised updates are more than the steps that they count as
+    counted = job.steps - total
     due = BUDGETS if job.method != "prefix-rft" and not job.trial else (job.steps,)
     for step in range(total):
         start = time.process_time()
@@ -192,7 +197,7 @@ def budgets(run: Run, job: Job) -> Iterator[tuple[str, dict[str, Any]]]:
 
 
 def line_of(job: Job, settings: dict[str, Any]) -> dict[str, Any]:
-    """Make a job -> what is stored of it."""
+    """Do a job and return what is stored of it."""
     torch.set_num_threads(1)
     make_files(job)
     config = configuration(job, settings)
@@ -206,7 +211,7 @@ def line_of(job: Job, settings: dict[str, Any]) -> dict[str, Any]:
 
 
 def make(job: Job, settings: dict[str, Any], store: Path) -> str:
-    """The process of a job: stores its line -> what to say."""
+    """Runs a job in a process of its own, stores its line, and returns what to print."""
     line = line_of(job, settings)
     write_text(store / f"{job.name}.json", json.dumps(line, indent=1) + "\n")
     scores = list(line["budgets"].values())[-1]
@@ -221,7 +226,7 @@ def read_stored(store: Path) -> Stored:
 
 
 def ready(store: Path) -> Iterator[tuple[Job, dict[str, Any]]]:
-    """The jobs that can be done now, in order, with their settings."""
+    """Returns the jobs that can be done now, in order, with their settings."""
     stored = read_stored(store)
     for job in plan():
         if job.method == "base":
@@ -250,7 +255,7 @@ def run_all(store: Path, jobs: int) -> None:
 
 
 def again(store: Path, name: str) -> bool:
-    """Whether a stored job, made once more, gives the same line but for seconds and commit."""
+    """Returns whether a stored job, made once more, gives the same line but for seconds and commit."""
     before = read_stored(store)[name]
     job = Job(*(before[field] for field in ("cell", "method", "base", "steps", "trial")))
     lines = before, line_of(job, before["settings"])

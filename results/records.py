@@ -1,14 +1,15 @@
-"""The stored runs of the first study: what its files hold, and groups of runs by name.
+"""This file reads the stored runs of the first study: what its files hold, and groups of runs by name.
 
-A line of study/REGIME.jsonl is a trial or run: regime, method, seed, trial, settings; `made_of`, fingerprints of base
-and data; `scores`, accuracies: validation, and test by level, greedy and "sampled" (at temperature 1); `right`, a
-digit for each test problem: how many samples are right (of 1, of 4); `tokens`; `curve`, over the steps. The base has
-method "base". Trials stand after the runs; runs in the protocol's order, which tables follow.
+A line of study/REGIME.jsonl is a trial or a run. It has regime, method, seed, trial and settings; `made_of`,
+fingerprints of base and data; `scores`, accuracies: validation, and test by level, greedy and "sampled" (at
+temperature 1); `right`, a digit for each test problem that counts right samples (of 1, of 4); `tokens`; and `curve`,
+over the steps. The base has the method "base". Trials stand after the runs. Runs are in the protocol's order, which
+tables follow.
 
-A line of study/ceiling.jsonl is 256 samples of each of 100 hard and 100 ood problems from a model of habit: `right`
-is a list, `scores` are pass@k.
+A line of study/ceiling.jsonl is 256 samples of each of 100 hard and 100 ood problems from a model of habit. There
+`right` is a list, and `scores` are pass@k.
 
-Left out: what made them; it stands in the history (PROTOCOL.md says where).
+Left out is the code that made the runs. It is in the history (PROTOCOL.md says where).
 """
 
 import json
@@ -33,7 +34,7 @@ REGIMES = {
     "twin": "habit on a base of another pretraining seed",
 }
 CEILING = "ceiling"
-SAMPLES = {"greedy": 1, "sampled": 4}  # of each test problem, by kind of measure
+SAMPLES = {"greedy": 1, "sampled": 4}  # samples of each test problem, by measure
 KINDS = {"greedy": "greedy", "sampled": "T = 1"}
 CEILING_LEVELS, CEILING_SAMPLES = ("hard", "ood"), 256
 
@@ -44,18 +45,18 @@ def read_store(store: Path = STUDY) -> Stored:
 
 
 def name_of(line: Line) -> str:
-    """`method`; in scarce `method@demonstrations`, in weak `method@expert`."""
+    """Returns `method`; in scarce `method@demonstrations`, in weak `method@expert`."""
     variant = {"scarce": "demonstrations", "weak": "expert"}.get(line["regime"])
     return f"{line['method']}@{line['settings'][variant]}" if variant in line["settings"] else line["method"]
 
 
 def runs_of(lines: Sequence[Line], name: str) -> list[Line]:
-    """The runs of a method, or of `method@variant`."""
+    """Returns the runs of a method, or of `method@variant`."""
     return [line for line in lines if not line["trial"] and name in (line["method"], name_of(line))]
 
 
 def names_of(lines: Sequence[Line]) -> list[str]:
-    """The groups of runs, in the protocol's order."""
+    """Returns the groups of runs, in the protocol's order."""
     return list(dict.fromkeys(name_of(line) for line in lines if not line["trial"]))
 
 
@@ -64,31 +65,31 @@ def trials_of(lines: Sequence[Line], method: str) -> list[Line]:
 
 
 def trial_score(line: Line) -> float:
-    """What a choice of settings looked at; 0 for a trial that diverged."""
+    """Returns the score by which settings were chosen; 0 for a trial that diverged."""
     scores = line["scores"].get("validation", {})
     return (scores["greedy"] + scores["sampled"]) / 2 if scores else 0.0
 
 
 def scores(lines: Sequence[Line], kind: str, level: str = "all") -> np.ndarray:
-    """[runs, test problems] share of right samples, on the problems of a level."""
+    """Returns the share of right samples [runs, test problems], on the problems of a level."""
     levels = np.repeat(list(LEVELS), PROBLEMS_PER_LEVEL["test"])
     right = np.array([list(line["right"][kind]) for line in lines], dtype=float)
     return right[:, (levels == level) | (level == "all")] / SAMPLES[kind]
 
 
 def accuracies(lines: Sequence[Line], kind: str, level: str = "all") -> np.ndarray:
-    """[runs] of each run."""
+    """Returns the accuracy of each run, [runs]."""
     return scores(lines, kind, level).mean(1)
 
 
 def solved(lines: Sequence[Line], tries: int, level: str = "all") -> np.ndarray:
-    """[models, problems] pass@`tries` of the lines of ceiling, by the unbiased estimator."""
+    """Returns pass@`tries` of the lines of ceiling, [models, problems], by the unbiased estimator."""
     levels = np.repeat(CEILING_LEVELS, 100)
     places = np.flatnonzero((levels == level) | (level == "all"))
     return np.array([[pass_at_k(CEILING_SAMPLES, line["right"][i], tries) for i in places] for line in lines])
 
 
 def prefix_lead(line: Line) -> list[float]:
-    """Mean reward of hybrid rows minus that of on-policy ones, over the parts of a run."""
+    """Returns the mean reward of hybrid rows minus that of on-policy ones, over the parts of a run."""
     pairs = zip(line["curve"]["hybrid"], line["curve"]["on_policy"])
     return [hybrid - own for hybrid, own in pairs if hybrid is not None and own is not None]

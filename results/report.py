@@ -1,8 +1,8 @@
-"""The reports on the stored runs: python results/report.py
+"""This script reports on the stored runs: python results/report.py
 
-writes study/report.md (tables of every run, every claim), horizon/report.md, the table of questions in README.md and
-the figures, all computed from the stored runs again; a test compares the files with them. Intervals and claims are in
-claims.py, the contrasts of the second study in contrasts.py, figures in drawing.py.
+It writes study/report.md (tables of every run, every claim), horizon/report.md, the table of questions in README.md
+and the figures. All of them are computed from the stored runs again, and a test compares the files with them.
+Intervals and claims are in claims.py, the contrasts of the second study in contrasts.py, and figures in drawing.py.
 """
 
 import os
@@ -29,7 +29,7 @@ TRIES = (1, 4, 16, 64, 256)
 
 
 def plain_table(rows: Sequence[Sequence[str]]) -> str:
-    """A Markdown table that is not aligned: its cells are sentences."""
+    """Returns a Markdown table that is not aligned, because its cells are sentences."""
     lines = ["| " + " | ".join(row) + " |" for row in rows]
     return "\n".join([lines[0], "|---" * len(rows[0]) + "|", *lines[1:]]) + "\n"
 
@@ -39,7 +39,7 @@ def settings_text(line: Line, hidden: Sequence[str]) -> str:
 
 
 def with_spread(values: Sequence[float]) -> str:
-    """Shares as "51.2 ± 0.8 (50.4, 52.0)", in %; a single one alone."""
+    """Returns shares as "51.2 ± 0.8 (50.4, 52.0)", in %; a single share stands alone."""
     shown = percent(statistics.mean(values))
     if len(values) == 1:
         return shown
@@ -47,7 +47,7 @@ def with_spread(values: Sequence[float]) -> str:
 
 
 def accuracy_table(lines: Sequence[Line], kind: str) -> str:
-    """Mean ± standard deviation over seeds (each seed) over all levels, and the mean of each level."""
+    """Returns mean ± standard deviation over seeds (each seed) over all levels, and the mean of each level."""
     rows = [["method", "seeds", "all levels", *LEVELS]]
     for name in names_of(lines):
         runs = runs_of(lines, name)
@@ -57,7 +57,7 @@ def accuracy_table(lines: Sequence[Line], kind: str) -> str:
 
 
 def difference_text(first: Sequence[Line], second: Sequence[Line], kind: str) -> str:
-    """In points with its 95% interval; with one seed of either without."""
+    """Returns a difference in points with its 95% interval; without the interval if either has one seed."""
     pair = scores(first, kind), scores(second, kind)
     found = difference(*pair, (first[0]["method"] != "base", True))
     if not found:
@@ -66,7 +66,7 @@ def difference_text(first: Sequence[Line], second: Sequence[Line], kind: str) ->
 
 
 def difference_table(lines: Sequence[Line]) -> str:
-    """Differences to the REFERENCES with the same demonstrations."""
+    """Returns differences to the REFERENCES with the same demonstrations."""
     rows = [["method", *(f"minus {other}, {title}" for other in REFERENCES for title in KINDS.values())]]
     for name in names_of(lines):
         cells = []
@@ -81,7 +81,7 @@ def difference_table(lines: Sequence[Line]) -> str:
 
 
 def cost_table(lines: Sequence[Line]) -> str:
-    """Settings and tokens, means over the seeds."""
+    """Returns settings and tokens, as means over the seeds."""
     rows = [["method", "settings", "sampled", "trained", "supervised", "sum, thousands of tokens"]]
     for name in names_of(lines):
         runs = runs_of(lines, name)
@@ -93,7 +93,7 @@ def cost_table(lines: Sequence[Line]) -> str:
 
 
 def trial_table(trials: Sequence[Line]) -> str:
-    """Every trial with what its choice looked at."""
+    """Returns every trial with the score by which it was judged."""
     rows = [["trial", "settings", "validation: mean", "greedy", "T = 1"]]
     for line in trials:
         found = line["scores"].get("validation")
@@ -104,7 +104,7 @@ def trial_table(trials: Sequence[Line]) -> str:
 
 
 def ceiling_table(lines: Sequence[Line]) -> str:
-    """pass@k, means over seeds and problems, and at the largest k by level and paired with the base."""
+    """Returns pass@k, as means over seeds and problems, and at the largest k by level and paired with the base."""
     most = records.CEILING_SAMPLES
     asked = [(k, "all") for k in TRIES] + [(most, level) for level in records.CEILING_LEVELS]
     rows = [
@@ -141,7 +141,7 @@ def report_text(stored: Stored) -> str:
 
 
 def with_questions(readme: str, stored: Stored) -> str:
-    """README.md with its table renewed; ValueError where its place is gone."""
+    """Returns README.md with its table renewed. Raises InputError if the table's place is gone."""
     if readme.count(BEGIN) != 1 or readme.count(END) != 1:
         raise InputError(f"{README}: found no single pair of lines {BEGIN!r} and {END!r}: restore them")
     before, _, rest = readme.partition(BEGIN)

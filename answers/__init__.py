@@ -1,4 +1,4 @@
-"""Final answers of mathematical problems: what they say, and whether two say the same.
+"""This package reads final answers of mathematical problems: what they say, and whether two say the same.
 
     tokens.py    text -> tokens, and the vocabulary          tree.py      the tree in normal form, exact arithmetic
     reader.py    tokens -> tree                              values.py    values at random points to 60 digits
@@ -6,7 +6,7 @@
     equality.py  two answers: `equal`
 
 No time limits, processes or signals are needed: characters, tokens, depth, digits and points are limited, nothing
-backtracks, and no text is ever evaluated. Not here: finding the answer in a response (reward.py).
+backtracks, and no text is ever evaluated. Finding the answer in a response is left to reward.py.
 """
 
 from .equality import equal

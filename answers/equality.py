@@ -1,18 +1,22 @@
-"""Whether two answers that were read mean the same: the same normal form, else the same exact number, else the
-same values at random points to 45 digits. When in doubt, not equal: a policy learns to exploit false positives.
+"""This file says whether two answers that were read mean the same. They do if they have the same normal form, else
+the same exact number, else the same values at random points to 45 digits. When in doubt, two answers are not equal,
+because a policy learns to exploit false positives.
 
-Decimals. Two decimals, or a decimal in the prediction and an exact gold, are compared as exact numbers: 3.14 is
-not π, 0.333 is not 1/3, 0.3330 is 0.333. Only a gold that is itself a decimal of at least three significant digits
-also accepts a fraction that no decimal can state and that rounds to it: gold 0.333 accepts 1/3; √2 needs four digits.
+Two decimals are compared as exact numbers, and so are a decimal in the prediction and an exact gold: 3.14
+is not π, 0.333 is not 1/3, and 0.3330 is 0.333. Only a gold that is itself a decimal, of at least three significant
+digits, also accepts a fraction that no decimal can state and that rounds to it. So gold 0.333 accepts 1/3. For √2 the
+gold needs four digits.
 
-Optional, but never contradicted: units, degrees, %, currency, the modulus, the base, the name in "x = 5" (5 cm is
-5 and is not 5 m), a domain such as "for all real x". Any other condition must be the same, word by word. Free order:
-sets and lists, the sides of =. Ordered: tuples, points, matrices. [0, 1] is not [0, 1). Three or more numbers in
-order are a tuple with or without parentheses, a column is a point, {5} is 5.
+Some parts of an answer may be left out but never contradicted (5 cm is 5 and is not 5 m). These are units, degrees,
+%, currency, the modulus, the base, the name in "x = 5", and a domain such as "for all real x". Any other condition
+must be the same, word by word. Sets, lists and the sides of = may stand in any order. Tuples, points and matrices are
+ordered. [0, 1] is not [0, 1). Three or more numbers in order are a tuple with or without parentheses, a column is a
+point, and {5} is 5.
 
-Expressions are compared as functions of real variables where both are real at three or more of eight points, else as
-complex ones. With ⌊ ⌋ or ⌈ ⌉ whole numbers count, alone where the letters are i to n, K, M or N. Left out: solving
-equations (x^2 = 4 is not x = 2, -2), other identities for whole numbers only.
+Expressions are compared as functions of real variables if both are real at three or more of eight points, else as
+complex ones. With ⌊ ⌋ or ⌈ ⌉ the functions are compared at whole numbers too, and at nothing else if the letters are
+i to n, K, M or N. Left out are solving equations (x^2 = 4 is not x = 2, -2) and other identities that hold for whole
+numbers only.
 """
 # ruff: isort: skip_file
 
@@ -30,25 +34,27 @@ TURNED = FLIPPED | {"≡": "≡", "≈": "≈", "⊥": "⊥", "∥": "∥"}
 
 
 def equal(prediction: Answer, gold: Answer) -> bool:
-    """Whether a prediction is right. A multiple-choice gold accepts its letter only, words only equal words."""
+    """Returns whether a prediction is right. A multiple-choice gold accepts its letter only, and words equal only the
+    same words."""
     if gold.choice:
         return gold.choice in (prediction.choice, prediction.option)
     if "text" in (prediction.node[0], gold.node[0]):
         return prediction.words is not None and prediction.words == gold.words
     conditions = {prediction.condition, gold.condition}
-    if len(conditions) > 1 and ("" not in conditions or len("".join(conditions)) > 1):  # but a domain is optional
+    if len(conditions) > 1 and ("" not in conditions or len("".join(conditions)) > 1):  # but a domain may be left out
         return False
-    if gold.node[0] == "list" and prediction.words and set("ABCDEFGH").issuperset(prediction.words):  # AD for A, D
+    # AD stands for A, D
+    if gold.node[0] == "list" and prediction.words and set("ABCDEFGH").issuperset(prediction.words):
         return same(("list", tuple(map(sym, prediction.words))), gold.node)
     pairs = [(prediction.node, gold.node), (prediction.second, gold.node), (prediction.node, gold.second)]
     try:
         return any(same(p, g) for p, g in pairs if p is not None and g is not None)
-    except Unreadable:  # arithmetic on the two grew too large
+    except Unreadable:  # the arithmetic on the two grew too large
         return False
 
 
 def same(p: Node, g: Node) -> bool:
-    """Whether the tree of a prediction and that of a gold mean the same."""
+    """Returns whether the tree of a prediction and that of a gold mean the same."""
     if p == g:
         return True
     for node, other in ((p, g), (g, p)):
@@ -60,7 +66,8 @@ def same(p: Node, g: Node) -> bool:
             continue
         return any(same(value, g) if node is p else same(p, value) for value in values)
     kinds = {p[0], g[0]}
-    if "unit" in kinds and (kinds != {"unit", "rel"} or "rel" in (p[1][0], g[1][0])):  # x = 5 cm has its unit inside
+    # x = 5 cm has its unit inside the equation
+    if "unit" in kinds and (kinds != {"unit", "rel"} or "rel" in (p[1][0], g[1][0])):
         if p[:2] == ("unit", g) or g[:2] == ("unit", p):  # -1 (mod 7) is -1, and as a residue it is 6
             return True
         (p, unit_p), (g, unit_g) = _without_unit(p), _without_unit(g)
@@ -75,7 +82,7 @@ def same(p: Node, g: Node) -> bool:
 
 
 def _without_unit(node: Node) -> tuple[Node, str | Node | None]:
-    """5 cm is 5 with a unit, 7 (mod 5) is 2 with a modulus."""
+    """Returns the value without its unit or modulus: 5 cm is 5 with a unit, 7 (mod 5) is 2 with a modulus."""
     if is_modulo(node):
         return residue(node[1], node[2][1]), node[2]
     return node[1:] if node[0] == "unit" else (node, None)
@@ -102,7 +109,7 @@ def _same_collections(p: Node, g: Node) -> bool:
         return _same_ratio(p[1], g[1])
     if p[0] == "base" and p[2] == 10:
         return g == num(int(p[1]))
-    return g[0] == "base" and g[1].isdigit() and p == num(int(g[1]))  # the base may go without saying
+    return g[0] == "base" and g[1].isdigit() and p == num(int(g[1]))  # the base may be left out
 
 
 def _same_in_order(p: tuple[Node, ...], g: tuple[Node, ...]) -> bool:
@@ -114,7 +121,7 @@ def _same_items(p: tuple[Node, ...], g: tuple[Node, ...]) -> bool:
     if len(p) != len(g) or len(p) > MAX_ITEMS:
         return False
     left, rest = list(g), []
-    for item in p:  # those that are written alike first: they cost nothing
+    for item in p:  # those that are written alike come first, because they cost nothing
         left.remove(item) if item in left else rest.append(item)
     if len(rest) > MAX_RELATIONS and any(item[0] in ("rel", "regions") for item in rest):
         return False
@@ -127,7 +134,8 @@ def _same_items(p: tuple[Node, ...], g: tuple[Node, ...]) -> bool:
 
 
 def _same_ratio(p: tuple[Node, ...], g: tuple[Node, ...]) -> bool:
-    """Returns whether two ratios are equal or proportional. Proportional parts are not 0: 3:00 and 7:00 are times."""
+    """Returns whether two ratios are equal or proportional. Parts that are 0 are never proportional, because 3:00 and
+    7:00 are times."""
     if _same_in_order(p, g):
         return True
     expressions = len(p) == len(g) and all(x[0] in EXPRESSIONS for x in p + g)
@@ -164,7 +172,8 @@ def _same_relations(p: Node, g: Node) -> bool:
 
 
 def _named_value(node: Node) -> tuple[Node | None, Node]:
-    """x = 5 is 5 by the name x, x ∈ A is A; in a chain the last side counts if the others agree with it."""
+    """Returns the value that a name has: x = 5 is 5 by the name x, and x ∈ A is A. In a chain the last side counts if
+    the others agree with it."""
     if node[0] != "rel" or len(set(node[1])) > 1 or node[1][0] not in ("=", "∈", "≡"):
         return None, node
     name, *sides = node[2]
@@ -186,7 +195,7 @@ def _named_value(node: Node) -> tuple[Node | None, Node]:
 
 
 def _same_assignments(name_p: Node, value_p: Node, name_g: Node, value_g: Node) -> bool:
-    """(x, y) = (1, 2) and (y, x) = (2, 1)."""
+    """Returns whether two lists of values by name agree: (x, y) = (1, 2) and (y, x) = (2, 1) do."""
     if any(v[0] != "seq" or len(v[3]) != len(n[3]) for n, v in ((name_p, value_p), (name_g, value_g))):
         return False
     p, g = dict(zip(name_p[3], value_p[3])), dict(zip(name_g[3], value_g[3]))
@@ -194,7 +203,8 @@ def _same_assignments(name_p: Node, value_p: Node, name_g: Node, value_g: Node) 
 
 
 def _is_quantity(node: Node) -> bool:
-    """What an answer may name to state its value: a + b = 7, AB/CD = 1/2, |AB| = 5, cos A = 1/2; not |x| or 2x."""
+    """Returns whether an answer may name this quantity to state its value: a + b = 7, AB/CD = 1/2, |AB| = 5, cos A =
+    1/2; but not |x| or 2x."""
     if node[0] == "ratio":  # AB : CD
         return all(_is_plain(x) or _is_quantity(x) for x in node[1])
     if node[0] == "fn" and node[1] == "abs":
@@ -211,7 +221,8 @@ def _is_plain(node: Node) -> bool:
 
 
 def _approximations(node: Node) -> list[Node]:
-    """Both sides of "exact ≈ decimal" if the decimal is the exact value rounded; the value of "x ≈ number"."""
+    """Returns both sides of "exact ≈ decimal" if the decimal is the exact value rounded, and the value of "x ≈
+    number"."""
     cut = node[1].index("≈")
     left, right = node[2][: cut + 1], node[2][cut + 1 :]
     if len(right) == len(left) == 1 and is_name(left[0]):
@@ -224,7 +235,8 @@ def _approximations(node: Node) -> list[Node]:
 
 
 def _same_relation(p: Node, g: Node) -> bool:
-    """Relations side by side, also turned round; single ones also as lhs - rhs up to a constant factor."""
+    """Returns whether two relations are the same side by side, also turned round. Single ones are also compared as
+    lhs - rhs up to a constant factor."""
     turned = tuple(TURNED.get(op, op) for op in reversed(p[1])), p[2][::-1]
     for ops, sides in ((p[1], p[2]), turned if all(op in TURNED for op in p[1]) else (p[1], p[2])):
         if ops == g[1] and _same_in_order(sides, g[2]):
@@ -242,7 +254,8 @@ def _same_relation(p: Node, g: Node) -> bool:
 
 
 def _without_denominators(node: Node) -> Node:
-    """y - 3/x times x: the equations y = 3/x and xy = 3 are the same."""
+    """Returns a side times its denominators: y - 3/x times x, so that the equations y = 3/x and xy = 3 are the
+    same."""
     terms = node[1] if node[0] == "add" else (node,)
     factors = [factor for term in terms for factor in (term[1] if term[0] == "mul" else (term,))]
     below = {f[1] for f in factors if f[0] == "pow" and f[2] == MINUS_ONE and symbols(f[1])}
@@ -250,7 +263,7 @@ def _without_denominators(node: Node) -> Node:
 
 
 def _proportional(p: Node, g: Node, signs: set[int]) -> bool:
-    """Whether p / g is a constant, its sign among `signs`."""
+    """Returns whether p / g is a constant with its sign among `signs`."""
     if symbols(p) != symbols(g) or ZERO in (p, g) or not symbols(p):
         return False
     ratios = []
@@ -281,7 +294,8 @@ def _same_expressions(p: Node, g: Node) -> bool:
 
 
 def _rounds_to(value: Node, decimal: Node, digits: int) -> bool:
-    """Whether an exact value that no decimal can state rounds to a decimal of at least so many significant digits."""
+    """Returns whether an exact value that no decimal can state rounds to a decimal of at least so many significant
+    digits."""
     if abs(decimal[1]) < 10 ** (digits - 1) * decimal[2] or value[0] == "dec" or symbols(value):
         return False
     if value[0] == "num":
@@ -294,10 +308,11 @@ def _rounds_to(value: Node, decimal: Node, digits: int) -> bool:
 
 
 def _same_values(p: Node, g: Node) -> bool:
-    """Equal at the random points where both are real, at least ENOUGH of them; else at all points.
+    """Returns whether two expressions are equal at the random points where both are real, if these are at least
+    ENOUGH, else at all points.
 
-    With a root and several variables only positive points count: √(x²y) is x√y where letters are lengths and masses.
-    With ⌊x⌋ or ⌈x⌉ whole numbers count too, and nothing else where all letters name whole numbers.
+    With a root and several variables only positive points count, because √(x²y) is x√y where letters are lengths and
+    masses. With ⌊x⌋ or ⌈x⌉ whole numbers count too. Nothing else counts if all letters name whole numbers.
     """
     variables = symbols(p) | symbols(g)
     positive = len(variables) > 1 and _roots_only((p, g)) == (True, False)

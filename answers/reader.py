@@ -1,9 +1,9 @@
-"""Tokens to tree: a precedence reader without backtracking, its depth limited by MAX_DEPTH.
+"""This file turns tokens into a tree. It reads by precedence, without backtracking, to a depth of at most MAX_DEPTH.
 
-Choices where usage is divided: `e` and `i` are the constants; `1/2x` is (1/2)x, `t/RC` is t/(RC); `f(x)` with one
-letter or number in the parentheses is a function, other letters before parentheses multiply; `x^10` and `\\sqrt12`
-take the whole number, `\\frac12` one digit each; `\\sin 2x` takes the product; `\\log` has an unstated base, so it is
-neither `\\ln` nor `\\lg`; `%` and `°` are units, degrees are radians under a sine.
+Where usage is divided, these are the choices. `e` and `i` are the constants. `1/2x` is (1/2)x, and `t/RC` is t/(RC).
+`f(x)` with one letter or number in the parentheses is a function; other letters before parentheses multiply. `x^10`
+and `\\sqrt12` take the whole number, `\\frac12` one digit each. `\\sin 2x` takes the product. `\\log` has an unstated
+base, so it is neither `\\ln` nor `\\lg`. `%` and `°` are units, but degrees under a sine are radians.
 """
 # ruff: isort: skip_file
 
@@ -20,24 +20,25 @@ from .tree import (
 from .vocabulary import ACCENTS, LISTS, unit_name
 
 MAX_DEPTH = 24
-CLOCK = re.compile(r"([01]?[0-9]|2[0-4])(:[0-5][0-9])+")  # 10:30, maybe a ratio
+CLOCK = re.compile(r"([01]?[0-9]|2[0-4])(:[0-5][0-9])+")  # 10:30, which may be a ratio
 MODS = ("mod", "pmod")
 READERS = {"NUM": "number", "NAME": "name", "FUNC": "function", "TEXT": "words", "BEGIN": "environment"}
 READERS["COMMAND"] = "command"
 
 
 class Reader(Cursor):
-    """Loosest first: items, relation, set operation, ratio, quantity, sum, term, factor, primary."""
+    """Its methods go from the loosest to the tightest: items, relation, set operation, ratio, quantity, sum, term,
+    factor, primary."""
 
     def __init__(self, tokens: list[tuple[str, str]]):
         super().__init__(tokens)
         self.depth = 0
-        self.bars = 0  # open |, so that the next one closes
+        self.bars = 0  # number of open |, so that the next one closes
         self.bar_separates = False  # in {x | x > 0}
         self.degrees = False
         self.currency: str | None = None
         self.signs = 0  # ± seen
-        self.congruence = re.search(r"≡|pmod|\(mod", "".join(value for _, value in tokens))  # where = with mod is ≡
+        self.congruence = re.search(r"≡|pmod|\(mod", "".join(value for _, value in tokens))  # whether = with mod is ≡
 
     def whole(self) -> Node:
         items = self.items()
@@ -61,7 +62,7 @@ class Reader(Cursor):
         while self.token[0] == "REL":
             ops.append(self.take())
             sides.append(self.set_operation())
-        if ops and self.congruence and is_modulo(sides[-1]):  # the modulus is that of all sides
+        if ops and self.congruence and is_modulo(sides[-1]):  # the modulus holds for all sides
             _, sides[-1], modulus = sides[-1]
             return ("unit", ("rel", tuple("≡" if op == "=" else op for op in ops), tuple(sides)), modulus)
         return ("rel", tuple(ops), tuple(sides)) if ops else sides[0]
@@ -83,7 +84,7 @@ class Reader(Cursor):
         return ("clock" if CLOCK.fullmatch(text) else "ratio", tuple(parts))
 
     def quantity(self) -> Node:
-        """A sum with an optional unit, currency, percent sign or modulus."""
+        """Reads a sum with an optional unit, currency, percent sign or modulus."""
         currency, self.currency = self.currency, None
         node = self.sum()
         unit, self.currency = self.currency, currency
@@ -104,7 +105,8 @@ class Reader(Cursor):
         return ("unit", node, unit) if unit else node
 
     def sign(self) -> Node:
-        """The product of the signs that stand here; ± is a symbol that expand_signs replaces by +1 and -1."""
+        """Reads the signs that stand here and returns their product. ± is a symbol that expand_signs replaces by +1
+        and -1."""
         sign = ONE
         while op := self.accept("+", "-", "±", "∓"):
             if op == "-":
@@ -179,7 +181,7 @@ class Reader(Cursor):
         return power(base, exponent)
 
     def script(self) -> Node:
-        """An exponent: a group, or a signed primary with its own exponent (2^3^2)."""
+        """Reads an exponent: a group, or a signed primary with its own exponent (2^3^2)."""
         sign = self.sign() if self.is_op("-", "+") else ONE
         node = self.single()
         if self.accept("^"):
@@ -187,7 +189,7 @@ class Reader(Cursor):
         return node if sign == ONE else mul(sign, node)
 
     def single(self) -> Node:
-        """An exponent, radicand or base of a logarithm: 2^3\\frac12 has no mixed number, it is 4."""
+        """Reads an exponent, a radicand or a base of a logarithm. 2^3\\frac12 has no mixed number, so it is 4."""
         return read_literal(self.take()) if self.token[0] == "NUM" else self.primary()
 
     def primary(self) -> Node:
@@ -221,7 +223,8 @@ class Reader(Cursor):
         raise Unreadable(f"{value!r} is not expected where it stands")
 
     def words(self, words: str) -> Node:
-        """Words that are an answer or the name of a value: \\text{Area of }ABC = 5, not words before a value."""
+        """Reads words that are an answer or the name of a value: \\text{Area of }ABC = 5. Words before a value are
+        neither."""
         is_value = self.at > 1 and self.tokens[self.at - 2][0] == "REL"
         while self.token[0] == "TEXT":
             words += " " + self.take()
@@ -248,7 +251,7 @@ class Reader(Cursor):
         return node
 
     def name(self, name: str) -> Node:
-        """A variable with subscript and primes, or a function of its own: f(x), u(t), I(0), t(0,4]."""
+        """Reads a variable with subscript and primes, or a function of its own: f(x), u(t), I(0), t(0,4]."""
         self.degrees |= name == "°"
         if self.accept("_"):
             name += "_" + self.script_text()
@@ -285,7 +288,8 @@ class Reader(Cursor):
         return expression(self.single())
 
     def argument(self) -> Node:
-        """(…), {…}, or the product that follows up to the next function, sign or division (\\sin 2 \\pi t / 3)."""
+        """Reads (…), {…}, or the product that follows up to the next function, sign or division (\\sin 2 \\pi t /
+        3)."""
         if self.is_op("(", "{"):
             return self.primary()
         sign = self.sign()
@@ -339,7 +343,7 @@ class Reader(Cursor):
         return divide(top, bottom)
 
     def digit_or_group(self) -> Node:
-        """An argument of \\frac or \\binom: a group or, as in TeX, one digit or symbol."""
+        """Reads an argument of \\frac or \\binom: a group or, as in TeX, one digit or symbol."""
         kind, value = self.token
         if kind == "NUM" and len(value) > 1 and value.isdigit():
             self.tokens[self.at] = ("NUM", value[1:])
@@ -349,7 +353,7 @@ class Reader(Cursor):
         raise Unreadable("a fraction has no argument")
 
     def inside(self, bar_separates: bool = False) -> list[Node]:
-        """The items in brackets, where no | closes what was opened outside."""
+        """Reads the items in brackets, where no | closes what was opened outside."""
         saved = self.bars, self.bar_separates
         self.bars, self.bar_separates = 0, bar_separates
         items = self.items()
@@ -357,7 +361,7 @@ class Reader(Cursor):
         return items
 
     def sequence(self, opening: str) -> Node:
-        """Parentheses or brackets: grouping around one item, else a tuple, point or interval."""
+        """Reads parentheses or brackets: they group one item, else they make a tuple, point or interval."""
         items = self.inside()
         closing = self.expect(")", "]")
         if len(items) == 1 and opening + closing in ("()", "[]"):

@@ -1,6 +1,6 @@
-"""Sets of real numbers, however they are written: intervals, unions, inequalities in one variable, {x | ...}, x ≠ 2.
+"""Sets of real numbers have many spellings: intervals, unions, inequalities in one variable, {x | ...}, x ≠ 2.
 
-Left out: inequalities that are neither linear nor |linear|, and several variables.
+Left out are inequalities that are neither linear nor |linear|, and several variables.
 """
 # ruff: isort: skip_file
 
@@ -18,7 +18,8 @@ FLIPPED = {"<": ">", ">": "<", "<=": ">=", ">=": "<=", "!=": "!=", "=": "="}
 
 
 def regions_of(node: Node) -> list[Part] | None:
-    """A set of real numbers as sorted, merged intervals; None if it is none or in several variables."""
+    """Returns a set of real numbers as sorted, merged intervals; None if the node is no such set or has several
+    variables."""
     if len(symbols(node) - {INFINITY[1], REALS[1]}) > 1:
         return None
     parts = _parts(node)
@@ -62,7 +63,8 @@ def _parts(node: Node) -> list[Part] | None:
 
 
 def _listed(found: list[list[Part] | None]) -> list[Part] | None:
-    """x < 1, x > 2 are two pieces of a set; x > 1, x < 2 and x > 1, x != 2 are conditions on the same x."""
+    """Returns the set of a list: x < 1, x > 2 are two pieces of a set, but x > 1, x < 2 and x > 1, x != 2 are
+    conditions on the same x."""
     if None in found:
         return None
     pieces = [part for parts in found for part in parts]
@@ -148,7 +150,7 @@ def _line(node: Node) -> tuple[Node, Node] | None:
 
 
 def _end(node: Node) -> tuple | None:
-    """The value of an end point with its tree; None unless it is a real constant or ±∞."""
+    """Returns the value of an end point with its tree; None unless it is a real constant or ±∞."""
     if node in (INFINITY, LOWEST[1]):
         return HIGHEST if node == INFINITY else LOWEST
     value = value_at(node, 0, DIGITS) if node[0] in EXPRESSIONS and not symbols(node) else None

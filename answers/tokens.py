@@ -1,7 +1,8 @@
-"""Cuts an answer into tokens: cleans the text and spells what means the same in one way.
+"""This file cuts an answer into tokens. It cleans the text and spells what means the same in one way.
 
-A token is (kind, value): NUM digits, NAME a variable or constant, FUNC a function, TEXT words, COMMAND what takes
-arguments, BEGIN and END_ENV of matrices, REL a relation, SEP between the items of a list, CURRENCY, OP the rest.
+A token is (kind, value). The kinds are NUM (digits), NAME (a variable or constant), FUNC (a function), TEXT (words),
+COMMAND (it takes arguments), BEGIN and END_ENV (of matrices), REL (a relation), SEP (between the items of a list),
+CURRENCY, and OP (the rest).
 """
 # ruff: isort: skip_file
 
@@ -64,7 +65,7 @@ def _repeating(match: re.Match) -> str:
 
 _UNIT = r"\s*\\(?:text|mathrm) *\{([^{}]*)\}\s*"
 _SHORT_UNIT = "|".join(sorted(SHORT_UNITS))
-_REWRITTEN = [(re.compile(pattern), spelling) for pattern, spelling in (  # in this order
+_REWRITTEN = [(re.compile(pattern), spelling) for pattern, spelling in (  # spellings are replaced in this order
     (r"\^ *(?:\{ *(?:\\prime *|')+\}|\\prime)", lambda match: "'" * len(re.findall("prime|'", match[0]))),
     (r"\\left\s*\\\{\s*\\begin\s*\{array\}\s*(?:\{[lcr]+\})?((?s:.*?))\\end\s*\{array\}\s*\\right\s*\.",
      r"\\begin{cases}\1\\end{cases}"),
@@ -97,7 +98,7 @@ _REWRITTEN = [(re.compile(pattern), spelling) for pattern, spelling in (  # in t
 
 
 def clean(text: str) -> str:
-    """The text without math delimiters, final punctuation and spellings that mean the same."""
+    """Returns the text without math delimiters, final punctuation and spellings that mean the same."""
     if re.search(r"[\x00-\x08\x0b-\x1f\x7f]", text):
         raise Unreadable("it holds a control character")
     text = _SCRIPTS.sub(lambda m: ("^{" if m[1] else "_{") + m.group().translate(_SCRIPT_DIGITS) + "}", text)
@@ -117,7 +118,7 @@ def clean(text: str) -> str:
 
 
 def _without_font(text: str) -> str:
-    """The content of \\mathbf{...} and the like around the whole text."""
+    """Returns the content of \\mathbf{...} and the like around the whole text."""
     for _ in range(3):
         match = _FONT.match(text)
         start, stop = _group(text, match.end()) if match else (0, 0)
@@ -128,7 +129,7 @@ def _without_font(text: str) -> str:
 
 
 def tokenize(text: str, grouped: bool = True, depth: int = 0) -> list[tuple[str, str]]:
-    """Tokens (kind, value). `grouped`: whether the plain comma of "1,234" is part of the number."""
+    """Returns tokens (kind, value). `grouped` says whether the plain comma of "1,234" is part of the number."""
     out: list[tuple[str, str]] = []
     at = 0
     while at < len(text):
@@ -185,7 +186,8 @@ def _operator(value: str) -> tuple[str, str]:
 
 
 def _run(run: str, before: list[tuple[str, str]], spaced: bool = False) -> list[tuple[str, str]]:
-    """A run of letters, and whether spaces stand around it: a name, a function, a word, or a product of letters."""
+    """Reads a run of letters as a name, a function, a word, or a product of letters. `spaced` says whether spaces
+    stand around it."""
     if run in ("or", "and", "mod", "modulo"):
         return [_operator(run[:3])]
     if run in CURRENCIES:
@@ -208,7 +210,7 @@ def _run(run: str, before: list[tuple[str, str]], spaced: bool = False) -> list[
 
 
 def _command(name: str, text: str, at: int, out: list[tuple[str, str]], grouped: bool, depth: int) -> int:
-    """Appends what a command stands for; returns where the text goes on."""
+    """Appends the tokens that a command stands for, and returns where the text goes on."""
     if name not in KNOWN:
         known = next((name[:cut] for cut in (len(name) - 1, len(name) - 2) if name[:cut] in KNOWN), None)
         if known is None or len(known) < 2:
@@ -231,7 +233,7 @@ def _command(name: str, text: str, at: int, out: list[tuple[str, str]], grouped:
 
 
 def _group(text: str, at: int) -> tuple[int, int]:
-    """Start and end of the content of the {group} at `at`."""
+    """Returns start and end of the content of the {group} at `at`."""
     opening = re.compile(r"\s*\{").match(text, at)
     if not opening:
         raise Unreadable("a text command has no braces")
@@ -244,7 +246,8 @@ def _group(text: str, at: int) -> tuple[int, int]:
 
 
 def _text(content: str, before: list[tuple[str, str]], grouped: bool, depth: int) -> list[tuple[str, str]]:
-    """Tokens of a text command: words, a unit after a number, a separator, a function, else as outside of text."""
+    """Appends the tokens of a text command: words, a unit after a number, a separator, a function, or else the same
+    tokens as outside of text."""
     words = re.sub(r"(?:[\s~$]|\\[,;:! ])+", " ", content).strip(" .,")
     last = next((token for token in reversed(before) if token != ("OP", "(")), END)
     after_value = last[0] == "NUM" or last[1] in (")", "}")
@@ -306,7 +309,7 @@ class Cursor:
         return self.take()
 
     def script_text(self) -> str:
-        """A subscript as text: of x_1, x_{n+1}, \\lambda_{\\text{red}}."""
+        """Returns a subscript as text: of x_1, x_{n+1}, \\lambda_{\\text{red}}."""
         if not self.accept("{"):
             return self.take()
         text, depth = "", 1
@@ -335,11 +338,11 @@ class Cursor:
         return False
 
     def is_unit(self) -> bool:
-        """Whether a unit in parentheses stands here: (weeks), (cm^2)."""
+        """Returns whether a unit in parentheses stands here: (weeks), (cm^2)."""
         return self.is_op("(") and self.ahead(1)[0] == "TEXT" and self.ahead(2)[1] in (")", "^", "/")
 
     def unit_words(self) -> tuple[int, str]:
-        """The words of a unit, in parentheses or not, and the number that "million" stands for."""
+        """Reads the words of a unit, in parentheses or not, and the number that "million" stands for."""
         words, scale = "", 1
         in_parentheses = self.is_unit() and self.take()
         while True:

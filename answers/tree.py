@@ -1,5 +1,6 @@
-"""The tree that an answer is read into, built in normal form: sums and products are flat and sorted, rational
-arithmetic is done exactly. Two spellings that differ only in order, signs or arithmetic give the same tree.
+"""This file has the tree that an answer is read into. It is built in normal form: sums and products are flat and
+sorted, and rational arithmetic is done exactly. Two spellings that differ only in order, signs or arithmetic give the
+same tree.
 
 A node is a nested tuple that starts with its kind.
     expressions   ("num", Fraction)  ("dec", Fraction, unit of the last stated digit)  ("sym", name)
@@ -8,7 +9,7 @@ A node is a nested tuple that starts with its kind.
                   ("ratio", items)  ("clock", items): 10:30, which may be a ratio  ("regions", op, items)
                   ("unit", node, unit)  ("base", digits, base)  ...
 
-Left out: collecting like terms, expanding, trigonometric rules. values.py finds values instead.
+Left out are collecting like terms, expanding, and trigonometric rules; values.py finds values instead.
 """
 
 import functools
@@ -17,7 +18,7 @@ import math
 import re
 from fractions import Fraction
 
-MAX_BITS = 14_000  # of an exact number; Python prints at most 4,300 digits
+MAX_BITS = 14_000  # bits of an exact number; Python prints at most 4,300 digits
 Node = tuple
 
 
@@ -47,7 +48,7 @@ def word_set(text: str) -> frozenset[str]:
     return frozenset(text.split())
 
 
-# Functions with a value; every other "fn" is opaque: equal to itself with equal arguments.
+# These functions have a value. Every other "fn" is opaque: it equals only itself, with equal arguments.
 FUNCTIONS = word_set(
     "abs floor ceil min max gcd lcm mod binom ! !! ln root conj sin cos tan cot sec csc arcsin arccos arctan "
     "arccot arcsec arccsc sinh cosh tanh coth sech csch arcsinh arccosh arctanh re im arg"
@@ -74,7 +75,7 @@ def is_modulo(node: Node) -> bool:
 
 
 def residue(node: Node, modulus: Node) -> Node:
-    """7 (mod 5) is 2; both sides of a congruence of numbers."""
+    """Returns the residue: 7 (mod 5) is 2. In a congruence of numbers both sides are reduced."""
     if node[0] == "rel":
         return ("rel", node[1], tuple(residue(side, modulus) for side in node[2]))
     return call("mod", node, modulus) if is_number(node) and is_number(modulus) else node
@@ -132,7 +133,7 @@ def mul(*factors: Node) -> Node:
 
 
 def _matrix_product(a: Node, b: Node) -> Node:
-    """The product of a number and a matrix or of two matrices; of two columns the scalar product."""
+    """Returns the product of a number and a matrix or of two matrices. Of two columns it is the scalar product."""
     if a[0] != "matrix":
         return ("matrix", tuple(tuple(mul(a, cell) for cell in row) for row in b[1]))
     if len(a[1][0]) == len(b[1][0]) == 1 and len(a[1]) == len(b[1]):
@@ -157,7 +158,8 @@ def divide(top: Node, bottom: Node) -> Node:
 
 
 def power(base: Node, exponent: Node) -> Node:
-    """Returns a power in normal form. A power too large to write out stays a symbol that equals only itself."""
+    """Returns a power in normal form. A power that is too large to write out stays a symbol, which equals only
+    itself."""
     if base[0] == "matrix" and exponent in (num(2), num(3)):
         return mul(*[base] * int(exponent[1]))
     base, exponent = expression(base), expression(exponent)
@@ -183,7 +185,7 @@ _OF_WHOLE_NUMBERS = {  # up to a limit, with or without negative ones
 
 
 def call(name: str, *args: Node) -> Node:
-    """A function of expressions, done exactly where the arguments are small whole numbers."""
+    """Returns a function of expressions, computed exactly if the arguments are small whole numbers."""
     args = tuple(map(expression, args))
     values = [a[1] for a in args] if all(map(is_number, args)) else []
     if values and name in _OF_NUMBERS:
@@ -211,7 +213,7 @@ def substitute(node: Node, old: Node, new: Node) -> Node:
 
 
 def symbols(node: Node) -> set[str]:
-    """Names of the variables and opaque functions of `node`, constants left out."""
+    """Returns the names of the variables and opaque functions of `node`, without constants."""
     if node and node[0] == "sym":
         return set() if node[1] in CONSTANTS else {node[1]}
     found = {node[1]} if node and node[0] == "fn" and node[1] not in FUNCTIONS else set()
@@ -224,13 +226,13 @@ def size(node: Node) -> int:
 
 
 def is_region(*nodes: Node) -> bool:
-    """Whether the nodes are inequalities; all but one may be equations."""
+    """Returns whether the nodes are inequalities; all but one may be equations."""
     ops = [set(n[1]) if n[0] == "rel" else {"<"} if n[0] == "regions" else {""} for n in nodes]
     return all({"<", ">", "<=", ">=", "!=", "="}.issuperset(o) for o in ops) and any("=" not in o for o in ops)
 
 
 def is_name(node: Node) -> bool:
-    """Whether a node can be the name of a value: x, f(x), V_1 : V_2, (p, q)."""
+    """Returns whether a node can be the name of a value: x, f(x), V_1 : V_2, (p, q)."""
     if node[0] in ("ratio", "seq"):
         return all(map(is_name, node[-1]))
     return (node[0] == "sym" and node[1] not in CONSTANTS) or (node[0] == "fn" and node[1].endswith("()"))
@@ -240,7 +242,7 @@ def is_name(node: Node) -> bool:
 
 
 def read_literal(text: str) -> Node:
-    """142 and 142.0 are exact; 0.50 is a decimal that states hundredths; 4.5e33 states 1e32."""
+    """Reads a number: 142 and 142.0 are exact, 0.50 is a decimal that states hundredths, 4.5e33 states 1e32."""
     mantissa, _, exponent = text.lower().partition("e")
     whole, _, places = mantissa.partition(".")
     shift = int(exponent or 0) if len(exponent) < 7 else MAX_BITS
@@ -256,7 +258,7 @@ NUMBER_WORDS = {word: value for value, word in enumerate(_COUNTED.split())}
 
 
 def in_base(digits: str, base: str) -> Node:
-    """A number with its base."""
+    """Returns a number with its base."""
     base = base.strip("() ")
     value = NUMBER_WORDS.get(base.lower()) or (int(base) if re.fullmatch(r"[0-9]{1,2}", base) else 0)
     if not 2 <= value <= 36 or any(int(d, 36) >= value for d in digits):
@@ -265,7 +267,7 @@ def in_base(digits: str, base: str) -> Node:
 
 
 def function_value(name: str, argument: Node, base: Node | None) -> Node:
-    """A function of one argument; degrees become radians in trigonometric functions only."""
+    """Returns the value of a function of one argument. Degrees become radians in trigonometric functions only."""
     if name == "exp":
         return power(E, argument)
     if name in ("log", "lg", "ln"):
@@ -282,7 +284,7 @@ def function_value(name: str, argument: Node, base: Node | None) -> Node:
 
 
 def expand_signs(node: Node) -> list[Node]:
-    """The values of a node with ±: each ± on its own, but all together where a ∓ answers them."""
+    """Returns the values of a node with ±. Each ± varies on its own, but all vary together if a ∓ answers them."""
     names = sorted(name for name in symbols(node) if name.startswith("±"))
     if len(names) > 3:
         raise Unreadable("it has more than three ±")
@@ -298,9 +300,9 @@ def expand_signs(node: Node) -> list[Node]:
 
 
 def usual_form(items: list[Node]) -> Node:
-    """One node for the items of a list: n = -6, 9 is n = -6, n = 9; x = 1, y = 2 is (x, y) = (1, 2).
+    """Returns one node for the items of a list: n = -6, 9 is n = -6, n = 9, and x = 1, y = 2 is (x, y) = (1, 2).
 
-    The modulus at the end of x ≡ 1, 4 (mod 5) is that of all items.
+    The modulus at the end of x ≡ 1, 4 (mod 5) holds for all items.
     """
     if len(items) == 1:
         return items[0]
@@ -318,7 +320,8 @@ def usual_form(items: list[Node]) -> Node:
 
 
 def written_out(name: str, low: Node, high: Node, body: Node) -> Node | None:
-    """A sum or product over up to 100 whole numbers, term by term; None where the bounds are not such numbers."""
+    """Returns a sum or product over up to 100 whole numbers, written out term by term; None if the bounds are not
+    such numbers."""
     if name not in ("sum", "prod") or low[0] != "rel" or low[1] != ("=",) or low[2][0][0] != "sym":
         return None
     index, first = low[2]
@@ -331,7 +334,7 @@ def written_out(name: str, low: Node, high: Node, body: Node) -> Node | None:
 
 
 def set_of(items: list[Node]) -> Node:
-    """A set; {x | x > 0} and {x : x > 0} are their condition."""
+    """Returns a set; {x | x > 0} and {x : x > 0} are their condition."""
     first = items[0]
     if len(items) == 1 and first[0] == "rel" and first[2][0][0] == "ratio":  # {x : x > 0}
         variable, start = first[2][0][1]

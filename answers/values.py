@@ -1,7 +1,8 @@
-"""Values of expressions with mpmath, to 60 digits or more, at a constant or at random points of the variables.
+"""This file finds values of expressions with mpmath, to 60 digits or more, at a constant or at random points of the
+variables.
 
-Bounded: what would be too large or too slow to find has no value (None). Opaque functions such as f(x) and sums that
-were not written out get a random value of their own, the same for the same arguments.
+The work is bounded: an expression that is too large or too slow has no value (None). Opaque functions such as f(x),
+and sums that were not written out, get a random value of their own, which is the same for the same arguments.
 """
 
 import random
@@ -16,8 +17,8 @@ POINTS, ENOUGH = 8, 3
 WHOLES = [*range(1, 18), 24, 25, 31, 32, 33, 63, 64, 100]
 WHOLE_POINTS = range(POINTS, POINTS + len(WHOLES))
 DIGITS, SURE_DIGITS = 60, 150
-MAX_CALLS = 100  # of functions and powers in one expression
-MAX_SCALE = 10**100  # of sums, so that SURE_DIGITS are enough to see what was added
+MAX_CALLS = 100  # how many functions and powers one expression may have
+MAX_SCALE = 10**100  # size of sums, so that SURE_DIGITS are enough to see what was added
 
 context = mpmath.mp.clone()
 context.dps = DIGITS
@@ -28,7 +29,8 @@ def is_real(value) -> bool:
 
 
 def close(p: tuple, g: tuple, digits: int) -> bool:
-    """Equal to all but 15 of `digits`, relative to the largest sum that was formed on the way."""
+    """Returns whether two values are equal to all but 15 of `digits`, relative to the largest sum that was formed on
+    the way."""
     scale = max(p[1], g[1], abs(p[0]), abs(g[0]))
     return abs(p[0] - g[0]) <= scale * context.mpf(10) ** (15 - digits)
 
@@ -38,7 +40,7 @@ class _NoValue(Exception):
 
 
 class _Work:
-    """What finding one value has met: the largest sum, and how many functions and powers."""
+    """Counts the work of finding one value: the largest sum, and how many functions and powers there were."""
 
     def __init__(self, index: int):
         self.index, self.scale, self.calls = index, context.mpf(0), 0
@@ -51,7 +53,8 @@ class _Work:
 
 @lru_cache(maxsize=4096)
 def value_at(node: Node, index: int, digits: int) -> tuple | None:
-    """(value, size of the largest sum on the way) of an expression at random point `index`; None if it has none."""
+    """Returns (value, size of the largest sum on the way) of an expression at random point `index`; None if it has
+    none."""
     work = _Work(index)
     context.dps = digits
     try:
@@ -69,7 +72,8 @@ def exact(value: Fraction):
 
 @lru_cache(maxsize=4096)
 def _point(name: str | Node, index: int) -> Fraction:
-    """Points 0 to 3 are positive, below and above 1 by turns; 4 to 7 have either sign; WHOLE_POINTS are in WHOLES."""
+    """Returns the coordinates of a point. Points 0 to 3 are positive, below and above 1 by turns. Points 4 to 7 have
+    either sign, and WHOLE_POINTS are in WHOLES."""
     if index in WHOLE_POINTS:
         return Fraction(random.Random(repr(name)).sample(WHOLES, len(WHOLES))[index - POINTS])
     draw = random.Random(f"{name!r} at {index}")

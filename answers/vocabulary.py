@@ -1,4 +1,5 @@
-"""The vocabulary of answers: characters, commands, names, words and units. Tables, and the spelling of units.
+"""This file is the vocabulary of answers: characters, commands, names, words and units. It has tables, and the
+spelling of units.
 
 A command that is not here makes an answer unreadable.
 """
@@ -7,7 +8,7 @@ import re
 
 from .tree import FUNCTIONS, word_set
 
-# Unicode and the ASCII or LaTeX it stands for.
+# Unicode characters, and the ASCII or LaTeX that they stand for
 CHARACTERS = {
     "−": "-", "–": "-", "—": "-", "‐": "-", "×": "\\times ", "·": "\\cdot ", "⋅": "\\cdot ", "∙": "\\cdot ",
     "∗": "*", "÷": "\\div ", "∕": "/", "⁄": "/", "√": "\\sqrt ", "∛": "\\sqrt[3]", "∜": "\\sqrt[4]",
@@ -28,7 +29,7 @@ _GREEK = (
 )
 GREEK = dict(zip(_GREEK.split(), "αβγδεζηθικλμνξπρστυφχψωΓΔΘΛΞΠΣΥΦΨΩ", strict=True))
 
-# Command or plain word -> symbol.
+# commands or plain words, and the symbols that they stand for
 NAMED = GREEK | {"var" + name: GREEK[name] for name in ("epsilon", "theta", "pi", "rho", "sigma", "phi")}
 _NAMES_OF_SYMBOLS = {
     "∞": "infty infinity infin inf oo", "…": "ldots dots cdots dotsc dotsb vdots ddots", "°": "degree", "ħ": "hbar",
@@ -85,7 +86,7 @@ _SPELLINGS = {long: short for short, names in _UNITS.items() for long in [short,
 
 
 def unit_name(words: str) -> str:
-    """One spelling per unit: "square inches" and "in^2" agree, "cm" and "m" do not."""
+    """Returns one spelling per unit: "square inches" and "in^2" agree, "cm" and "m" do not."""
     words = re.sub(
         r"(square|sq|cubic|cu)\b\.?\s*([A-Za-z]+)", lambda m: f"{m[2]}^{2 if m[1][0] == 's' else 3}", words
     )

@@ -1,8 +1,8 @@
-"""A whole answer: words, a time, a letter of a choice, or mathematics for reader.py.
+"""This file reads a whole answer, which is words, a time, a letter of a choice, or mathematics for reader.py.
 
-Words are an answer alone, up to MAX_WORDS of them, or in a list; else they are a unit, the name of a value, or a
-condition at the end. Any other words make an answer unreadable: nobody would write the same sentence again.
-Left out: units beyond their spelling, matrix algebra beyond sums and multiples.
+Words can be an answer alone, up to MAX_WORDS of them, or in a list. Otherwise they are a unit, the name of a value,
+or a condition at the end. Any other words make an answer unreadable, because nobody would write the same sentence
+again. Left out are units beyond their spelling, and matrix algebra beyond sums and multiples.
 """
 
 import contextlib
@@ -21,7 +21,7 @@ _NO_LETTERS = re.compile(
 _CHOICE = re.compile(r"(?:(?i:the |correct |answer|option|choice|is|:| )+[ :])?\(? ?([A-Z]) ?\)?[.:]?")
 _OPTION = re.compile(r"(?:\( ?([A-Z]) ?\)[.:]? ?|([A-Z]) ?(?:\)[.:]? ?|[.:] ))(?P<text>[^,/ ].*)")
 
-# Where a condition begins: f(x) = 2x \text{ for all } x, x = k\pi, k \in \mathbb{Z}
+# a condition begins at one of these: f(x) = 2x \text{ for all } x, x = k\pi, k \in \mathbb{Z}
 _CONDITION = re.compile(
     r"(?<![A-Za-z\\])(?:for|where|with|such that|when|if)(?![A-Za-z])|\\forall"
     r"|(?:[,(]|\\quad)(?:[ }]|\\[,;: ]|\\q?quad)*(?P<names>[a-z](?: *, *[a-z])*)"
@@ -33,7 +33,7 @@ _KIND = (
     r"(?:(?:positive|non-?negative)?integer|(?:real|natural|rational|complex)(?:number|constant)?|number|constant)s?"
 )
 _SET = r"\\in\\mathbb[ZNQRC](?:.?[+0])?"
-_DOMAIN = re.compile(  # in a condition without spaces and braces that says no more than this
+_DOMAIN = re.compile(  # a condition, without spaces and braces, that says no more than this
     rf"(?:for|\\for)(?:all|any|every|each|some(?=constant|integer))(?:{_KIND})?{_NAMES}(?:{_SET})?"
     rf"|[,(]*(?:for|where|with)?{_NAMES}(?:{_SET}|(?:is|are)?(?:an?|any)?(?:arbitrary)?{_KIND})"
     r"|for(?:all)?[i-n]\\geq?[01]"
@@ -52,11 +52,12 @@ MAX_WORDS = 5
 
 @dataclass(frozen=True)
 class Answer:
-    """The tree; a second tree where "1,234" may be a list; the words or the choice if the answer is one."""
+    """An answer has a tree, and a second tree where "1,234" may be a list. If the answer is words or a choice, it has
+    these."""
 
     node: Node
     second: Node | None = None
-    words: str | None = None  # only where the whole answer is letters
+    words: str | None = None  # only if the whole answer is letters
     choice: str | None = None  # the capital of a multiple-choice answer: B of (B), \\text{B}, B., option B
     condition: str = ""  # behind the answer: a domain such as Z for "k is an integer", else its text without spaces
     option: str | None = None  # the capital that stands before the text of an option: B of (B) 12, B. Mercury
@@ -134,7 +135,7 @@ def _tree(text: str, grouped: bool) -> Node:
 
 
 def _words(flat: str, cleaned: str) -> tuple[str | None, bool]:
-    """The answer as words if it is nothing but letters, and whether it must be read as words."""
+    """Returns the answer as words if it is nothing but letters, and whether it must be read as words."""
     if not re.fullmatch(r"[A-Za-zÀ-ÿ](?:[A-Za-zÀ-ÿ' .-]|\\ )*", flat):
         return None, False
     runs = re.findall(r"[A-Za-zÀ-ÿ']+", flat)
@@ -156,7 +157,7 @@ def _time(flat: str) -> Node | None:
 
 
 def _letter_digits(flat: str) -> Node | None:
-    """1A_{16}: a number in a base above 10 that has a letter among its digits."""
+    """Returns the digits of 1A_{16}, a number in a base above 10 that has a letter among its digits."""
     match = re.fullmatch(r"\(?([0-9A-F]+)\)?_([1-3][0-9])", flat.replace(" ", ""))
     if not match or match[1].isdigit() or match[1].isalpha() or match[2] == "10":
         return None

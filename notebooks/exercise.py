@@ -1,4 +1,4 @@
-"""The check of an exercise in a notebook: prints "not yet", "right" or "not right", and never raises."""
+"""The check of an exercise in a notebook prints "not yet", "right" or "not right", and never raises."""
 
 import math
 from collections.abc import Callable
@@ -7,26 +7,26 @@ from typing import Any
 
 
 def plain(value: Any) -> Any:
-    """Tensors, NumPy arrays and NumPy numbers as Python's own lists and numbers."""
+    """Returns tensors, NumPy arrays and NumPy numbers as Python's own lists and numbers."""
     return value.tolist() if hasattr(value, "tolist") else value
 
 
 def unanswered(answer: Any) -> bool:
-    """Whether the answer, or a part of it, is still None."""
+    """Returns whether the answer, or a part of it, is still None."""
     answer = plain(answer)
     return answer is None or (isinstance(answer, list | tuple) and any(map(unanswered, answer)))
 
 
 def same_number(answer: float, expected: float) -> bool:
-    """Whether they agree to three digits, or `answer` is `expected` rounded to two digits and at least two decimals,
-    as texts print it."""
+    """Returns whether two numbers agree to three digits. An answer that is `expected` rounded to two digits, with at
+    least two decimals as texts print it, agrees too."""
     decimals = max(2, 1 - math.floor(math.log10(abs(expected)))) if expected else 2
     rounded = math.isclose(answer, round(expected, decimals), rel_tol=1e-6)
     return rounded or math.isclose(answer, expected, rel_tol=2e-3, abs_tol=1e-3)
 
 
 def equal(answer: Any, expected: Any) -> bool:
-    """Numbers by `same_number`; texts without regard to case and outer spaces; lists item by item."""
+    """Compares numbers by `same_number`, texts without regard to case and outer spaces, and lists item by item."""
     answer, expected = plain(answer), plain(expected)
     if isinstance(expected, list | tuple):
         same_length = isinstance(answer, list | tuple) and len(answer) == len(expected)
@@ -37,7 +37,7 @@ def equal(answer: Any, expected: Any) -> bool:
 
 
 def check(answer: Any | Callable[[], Any], expected: Any, hint: str = "look at the text above again") -> None:
-    """Say what an answer is. A function to be tried is given as `lambda: [mine(1), mine(2)]`."""
+    """Print what an answer is. A function to be tried is given as `lambda: [mine(1), mine(2)]`."""
     try:
         found = answer() if callable(answer) else answer
         if unanswered(found):

@@ -1,18 +1,16 @@
-"""What the benches share: a clock, peak memory, and results as JSON with a description of the machine."""
+"""What the benches share: a clock, and results as JSON with a description of the machine."""
 
 import json
 import platform
 import re
 import sys
 import time
-from collections.abc import Callable
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
 
 import torch
 import transformers
-from torch.profiler import ProfilerActivity, profile
 
 RESULTS = Path(__file__).parent / "results"
 CUDA = torch.cuda.is_available()
@@ -24,27 +22,6 @@ def clock() -> float:
         return time.process_time()
     torch.cuda.synchronize()
     return time.perf_counter()
-
-
-def peak_bytes(work: Callable[[], object]) -> int:
-    """Returns the most bytes of tensors that `work` holds at once, beyond those that existed before.
-
-    Every allocation counts, also those inside kernels. On a CPU the profiler's memory events are used, on CUDA the
-    allocator's own record.
-    """
-    if CUDA:
-        torch.cuda.reset_peak_memory_stats()
-        before = torch.cuda.memory_allocated()
-        work()
-        return torch.cuda.max_memory_allocated() - before
-    with profile(activities=[ProfilerActivity.CPU], profile_memory=True, acc_events=True) as record:
-        work()
-    events = [event for event in record.profiler.kineto_results.events() if event.name() == "[memory]"]
-    held = peak = 0
-    for event in sorted(events, key=lambda event: event.start_ns()):
-        held += event.nbytes()
-        peak = max(peak, held)
-    return peak
 
 
 def machine() -> dict[str, str | int]:

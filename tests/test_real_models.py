@@ -10,6 +10,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from measured_memory import measured_sampling, measured_update
 from test_train import read_log
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors, trainers
 from transformers import (
@@ -37,7 +38,6 @@ ROOT = Path(__file__).parents[1]
 sys.path.append(str(ROOT / "bench"))
 
 from models import by_length, make, one_step, prove, tiny  # noqa: E402
-from plan_check import measured_sampling, measured_update  # noqa: E402
 
 DRAWN = Reward(  # demonstrations are right, and about half of what a random model writes
     "drawn",

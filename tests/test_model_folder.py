@@ -1,8 +1,12 @@
 """A folder that transformers 4 reads too. What it must find there was written by transformers 4.57.6 for the same
-models; bench/other_transformers.py compares log-probs in an environment with it."""
+models. If TRANSFORMERS_4 names a Python that has it (pip install torch transformers==4.57.6), log-probs are compared
+too."""
 
 import copy
 import json
+import os
+import subprocess
+from pathlib import Path
 
 import pytest
 import torch
@@ -122,3 +126,26 @@ def test_the_shipped_base_is_read_by_both():
 def read_base(name):
     with open(f"data/base/{name}") as file:
         return json.load(file)
+
+
+@pytest.mark.skipif("TRANSFORMERS_4" not in os.environ, reason="TRANSFORMERS_4 names no Python with transformers 4")
+def test_transformers_4_reads_the_same_log_probs_and_tokens(tmp_path):
+    """Before and after our load and save, of models that transformers 4 itself has made."""
+    made, final = tmp_path / "made", tmp_path / "final"
+
+    def run(what, folder):
+        subprocess.run(
+            [os.environ["TRANSFORMERS_4"], Path(__file__).with_name("transformers_4.py"), what, folder], check=True
+        )
+
+    run("make", made)
+    run("read", made)
+    for folder in made.iterdir():
+        save_model(*load_model(str(folder), training=True), final / folder.name)
+    run("read", final)
+    for folder in made.iterdir():
+        (before, ids), (after, other_ids) = (
+            torch.load(root / folder.name / "read.pt", weights_only=True) for root in (made, final)
+        )
+        assert ids == other_ids, folder.name
+        assert torch.allclose(before, after, rtol=0, atol=1e-5), folder.name

@@ -1,16 +1,12 @@
-"""This script tests whether transformers 4 reads the model that a run leaves, with the same log-probs and tokens.
-Version 4 runs in an environment of its own.
+"""A script that transformers 4 runs in an environment of its own, for a test of test_model_folder.py.
 
-    python -m venv v4 && v4/bin/pip install torch transformers==4.57.6
-    OMP_NUM_THREADS=1 python bench/other_transformers.py v4/bin/python
+    v4/bin/python tests/transformers_4.py make FOLDER      makes tiny random models, like most of the hub's
+    v4/bin/python tests/transformers_4.py read FOLDER      stores beside each model what version 4 reads of it
 
-transformers 4 makes tiny random models, as it made most models of the hub. They are loaded and saved as by a run, and
-read by transformers 4 again. The exit code is 1 if one differs. Left out are models for which version 4 has no code.
+Left out: models for which version 4 has no code.
 """
 
-import subprocess
 import sys
-import tempfile
 from pathlib import Path
 
 import torch
@@ -78,33 +74,6 @@ def read(root: Path) -> None:
         torch.save((log_probs, AutoTokenizer.from_pretrained(folder)(TEXT)["input_ids"]), folder / "read.pt")
 
 
-def main() -> None:
-    sys.path.insert(0, str(PROJECT))
-    from model import load_model, save_model
-
-    transformers_4 = [sys.argv[1], __file__]
-    failed = False
-    with tempfile.TemporaryDirectory() as temporary:
-        made, final = Path(temporary, "made"), Path(temporary, "final")
-        subprocess.run([*transformers_4, "make", made], check=True)
-        subprocess.run([*transformers_4, "read", made], check=True)
-        for name in MODELS:
-            save_model(*load_model(str(made / name), training=True), final / name)
-        subprocess.run([*transformers_4, "read", final], check=True)
-        for name in MODELS:
-            files = made / name / "read.pt", final / name / "read.pt"
-            (before, ids), (after, other_ids) = (torch.load(file, weights_only=True) for file in files)
-            nats, tokens = float((before - after).abs().max()), "equal" if ids == other_ids else "DIFFER"
-            failed |= nats > 1e-5 or ids != other_ids
-            print(f"{name:<20} {nats:.1e} nats, tokens {tokens}")
-    sys.exit(failed)
-
-
 if __name__ == "__main__":
     logging.set_verbosity_error()
-    if len(sys.argv) == 3:
-        {"make": make, "read": read}[sys.argv[1]](Path(sys.argv[2]))
-    elif len(sys.argv) == 2:
-        main()
-    else:
-        sys.exit(__doc__)
+    {"make": make, "read": read}[sys.argv[1]](Path(sys.argv[2]))

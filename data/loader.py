@@ -211,7 +211,7 @@ def load_problems(path: str | Path, reward: Reward = MATH) -> list[Problem]:
 def render_prompt(tokenizer: Tokenizer, problem: str, system: str = "") -> str:
     """Returns the prompt as text, rendered by the tokenizer's chat template.
 
-    Without a template it is "system\n\nproblem\n". If the tokenizer puts a token that begins a text, that stands
+    Without a template it is "system\\n\\nproblem\\n". If the tokenizer puts a token that begins a text, that stands
     first (Llama was trained with it). A template that writes today's date writes DATE, so a run and its evaluation
     have the same prompts on any day. Raises InputError for a template that refuses a message or leaves it out; some
     templates take no system message, or want the content as a list of parts.

@@ -1,7 +1,7 @@
-"""Which process runs which tests; what a command refuses.
+"""This file says which process runs which tests, and what a command must refuse.
 
-Nothing is imported here that takes a second: pytest-xdist's first process only hands out tests. What tests share
-otherwise is in tiny.py."""
+Nothing is imported here that takes a second, because pytest-xdist's first process only hands out tests. tiny.py has
+what else tests share."""
 
 import os
 import re
@@ -11,7 +11,8 @@ from pathlib import Path
 
 import pytest
 
-os.environ.setdefault("OMP_NUM_THREADS", "1")  # one thread, so that sums have one order; before PyTorch is imported
+# one thread, so that sums have one order; it is set before PyTorch is imported
+os.environ.setdefault("OMP_NUM_THREADS", "1")
 
 # ---- which process runs which tests
 
@@ -24,20 +25,23 @@ QUICK = ("test_loss", "test_sample", "test_step", "test_model", "test_reward", "
 
 
 def pytest_xdist_auto_num_workers(config: pytest.Config) -> int:
-    """Files that are named run in this process, where a debugger works; all of them in up to four."""
+    """Test files that are named run in this process, where a debugger works. All tests together run in up to four
+    processes."""
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
     return 0 if config.option.file_or_dir else min(4, cores)
 
 
 def group(test: str) -> str:
-    """What stays in one process, for what its tests share: a file; of the notebooks' file each notebook."""
+    """Returns the name of the tests that stay in one process because they share something: those of a file, or in the
+    notebooks' file those of a notebook."""
     file, _, name = test.partition("::")
     notebook = re.search(r"\[(\d+_\w+)\]$", name) if "test_notebooks" in file else None
     return notebook[1] if notebook else Path(file).stem
 
 
 def pytest_xdist_make_scheduler(config: pytest.Config, log: Callable) -> object:
-    """By group. xdist's own groups are gone with pytest 9.2: it writes them into a field that is no longer read."""
+    """Hands out tests by `group`. xdist's own groups do not work with pytest 9.2, because xdist writes them into a
+    field that is no longer read."""
     from xdist.scheduler import LoadScopeScheduling
 
     class ByGroup(LoadScopeScheduling):
@@ -60,13 +64,13 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
 
 @pytest.fixture(autouse=True, scope="module")
 def without_a_gpu(request):
-    """Where there is a GPU, only the files marked cuda see it: the other tests are written for the CPU."""
+    """If there is a GPU, only the files marked cuda see it, because the other tests are written for the CPU."""
     import torch
 
     torch.set_num_threads(1)
     with pytest.MonkeyPatch.context() as patch:
         if not request.node.get_closest_marker("cuda"):
-            patch.setenv("CUDA_VISIBLE_DEVICES", "")  # of processes that a test starts
+            patch.setenv("CUDA_VISIBLE_DEVICES", "")  # for processes that a test starts
             patch.setattr(torch.cuda, "is_available", lambda: False)
         yield
 
@@ -80,8 +84,8 @@ def tokenizer():
 
 @pytest.fixture
 def refused(tmp_path, monkeypatch, capsys):
-    """refused("train.py", word, …): what the command says to words that it must refuse, with exit code 2, in one
-    line, and nothing written in tmp_path, runs/ or evals/."""
+    """refused("train.py", word, …) runs the command on words that it must refuse, and returns what it says. It checks
+    for exit code 2, one line, and nothing written in tmp_path, runs/ or evals/."""
     from tiny import command_module, contents
 
     root = Path(__file__).parents[1]

@@ -1,7 +1,8 @@
-"""Labelled answer pairs, written for this project: (form, prediction, gold, equal), each form with its near misses.
+"""Labelled answer pairs, written for this project, are (form, prediction, gold, equal). Each form has its near
+misses.
 
-Labels say what a careful reader of a final answer would say. Where usage is divided they follow the rules stated in
-answers/reader.py (how it is read) and answers/equality.py (decimals, what is optional).
+Labels say what a careful reader of a final answer would say. Where usage is divided they follow the rules in
+answers/reader.py (how an answer is read) and answers/equality.py (decimals, what may be left out).
 """
 
 import json

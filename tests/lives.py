@@ -1,9 +1,8 @@
-"""Lives of a run or an evaluation: forked processes that end by themselves, or by SIGKILL before a file operation;
-and the comparison of what they leave. For the tests of faults.
-
-A life does what the command does, so that what is measured is the run and not the import of PyTorch. "The same"
-means: every row of metrics.jsonl (but times), samples.jsonl and groups.jsonl once and equal, and eval.json, the
-weights in final/ and the last checkpoint (weights, optimizer, step) equal bit for bit.
+"""A life of a run or an evaluation is a forked process that ends by itself, or by SIGKILL before a file operation.
+This file makes lives and compares what they leave, for the tests of faults. A life does what the command does without
+importing PyTorch again, so that the run is measured and not the import. Two lives leave the same if three things
+hold. Every row of metrics.jsonl (except times), samples.jsonl and groups.jsonl stands there once and is equal.
+eval.json is equal. The weights in final/ and the last checkpoint (weights, optimizer, step) are equal bit for bit.
 """
 
 import json
@@ -30,16 +29,16 @@ OPERATIONS = ("open", "os.rename", "os.remove", "os.mkdir", "os.rmdir", "os.trun
 
 
 class Life(NamedTuple):
-    """How a process ended."""
+    """How a process ended, and what it printed."""
 
-    code: int  # of exit; negative: the signal
-    operations: int  # on files in its folder, if it was not killed
+    code: int  # exit code; a negative number is the signal
+    operations: int  # operations on files in its folder, if it was not killed
     said: str  # on stdout and stderr
 
 
 def count_operations(folder: Path, kill_at: int | None) -> list[int]:
-    """From now on count this process's writing operations on files under `folder`; before number `kill_at` (from 1)
-    die by SIGKILL."""
+    """From now on, count this process's writing operations on files under `folder`. Before operation number `kill_at`
+    (from 1) the process dies by SIGKILL."""
     counted = [0]
 
     def hook(event: str, arguments: tuple) -> None:
@@ -56,7 +55,8 @@ def count_operations(folder: Path, kill_at: int | None) -> list[int]:
 
 
 def start(work: Callable[[], int], folder: Path, notes: Path, kill_at: int | None, env: dict) -> int:
-    """Fork a process that does `work` -> its id. What it says and how many operations it made stand in `notes`."""
+    """Fork a process that does `work`, and return its id. What it says, and how many operations it made, are written
+    to `notes`."""
     sys.stdout.flush()
     if pid := os.fork():
         return pid
@@ -78,8 +78,8 @@ def start(work: Callable[[], int], folder: Path, notes: Path, kill_at: int | Non
 
 
 def live(work: Callable[[], int], folder: Path, *, kill_at: int | None = None, ranks: int = 1) -> Life:
-    """One life of a run: to its end, or to a kill at a file operation. When one rank has died the others are killed,
-    as torchrun does."""
+    """Make one life of a run, to its end or to a kill at a file operation. When one rank has died the others are
+    killed, as torchrun does."""
     with tempfile.TemporaryDirectory() as name:
         notes = [Path(name) / str(rank) for rank in range(ranks)]
         with socket.socket() as free:
@@ -108,7 +108,7 @@ def live(work: Callable[[], int], folder: Path, *, kill_at: int | None = None, r
 
 
 def training(folder: Path, **settings: Any) -> Callable[[], int]:
-    """The work of `python train.py --out FOLDER --resume auto …`"""
+    """Returns the work of `python train.py --out FOLDER --resume auto …`"""
     words = [word for name, value in settings.items() for word in (f"--{name}", str(value))]
     argv = [*words, "--out", str(folder), "--resume", "auto"]
 
@@ -121,7 +121,7 @@ def training(folder: Path, **settings: Any) -> Callable[[], int]:
 
 
 def evaluating(folder: Path, words: Sequence[str]) -> Callable[[], int]:
-    """The work of `python eval.py … --out FOLDER`"""
+    """Returns the work of `python eval.py … --out FOLDER`"""
 
     def work() -> int:
         sys.argv = ["eval.py", *words, "--out", str(folder)]
@@ -135,13 +135,13 @@ def evaluating(folder: Path, words: Sequence[str]) -> Callable[[], int]:
 
 
 def rows(path: Path) -> list[dict]:
-    """The rows of a log, without times."""
+    """Returns the rows of a log, without times."""
     found = [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
     return [{k: v for k, v in row.items() if not k.startswith(("seconds_", "tokens_per_"))} for row in found]
 
 
 def differences(one: Path, two: Path) -> list[str]:
-    """In what two finished runs differ; [] for nothing."""
+    """Returns in what two finished runs differ; [] if they do not differ."""
     logs = [f"{name}.jsonl" for name in ("metrics", "samples", "groups")]
     found = [log for log in logs if rows(one / log) != rows(two / log)]
     steps = [row["step"] for row in rows(two / "metrics.jsonl")]
@@ -158,12 +158,12 @@ def differences(one: Path, two: Path) -> list[str]:
 
 
 def learned(folder: Path) -> bool:
-    """Whether a run has made an update at all: the end of one that has not says little."""
+    """Returns whether a run has made an update at all, because the end of a run without updates says little."""
     return any(row["grad_norm"] + row.get("relift_grad_norm", 0) for row in rows(folder / "metrics.jsonl"))
 
 
 def equal(one: Any, two: Any) -> bool:
-    """To the bit, through dicts and lists."""
+    """Returns whether two values are equal to the bit, through dicts and lists."""
     if isinstance(one, torch.Tensor):
         return torch.equal(one, two)
     if isinstance(one, dict):
@@ -174,7 +174,7 @@ def equal(one: Any, two: Any) -> bool:
 
 
 def evaluation_differences(one: Path, two: Path) -> list[str]:
-    """In what two finished evaluations differ: responses, results but for dates."""
+    """Returns in what two finished evaluations differ: responses, and results except dates."""
     responses = [(folder / "generations.jsonl").read_bytes() for folder in (one, two)]
     results = [json.loads((folder / "results.json").read_text()) for folder in (one, two)]
     for result in results:
@@ -193,7 +193,8 @@ EVALUATION += " --max_response_tokens 40 --rows_per_call 8"
 
 
 def task(folder: Path) -> dict[str, Any]:
-    """A few problems of the embedded task, half of them with a demonstration, and the settings that name them."""
+    """Make a few problems of the embedded task, half of them with a demonstration, and return the settings that name
+    them."""
     lines = (ROOT / TASK / "train.jsonl").read_text().splitlines()
     given = [line for line in lines if json.loads(line).get("demonstrations")]
     bare = [line for line in lines if not json.loads(line).get("demonstrations")]
@@ -206,7 +207,7 @@ def task(folder: Path) -> dict[str, Any]:
 
 
 def flip(path: Path) -> None:
-    """One bit, in the middle."""
+    """Flip one bit, in the middle of a file."""
     data = bytearray(path.read_bytes())
     data[len(data) // 2] ^= 1
     path.write_bytes(data)

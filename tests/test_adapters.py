@@ -1,5 +1,5 @@
-"""support/adapters.py. Every method, micro-batches and ranks with adapters: beside the same with all weights, in
-test_step.py and test_distributed.py."""
+"""These tests check support/adapters.py. test_step.py and test_distributed.py try every method, micro-batches and
+ranks with adapters, beside the same with all weights."""
 
 import importlib.util
 
@@ -27,7 +27,7 @@ def log_probs(model: torch.nn.Module) -> torch.Tensor:
 
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
 def test_what_is_saved_is_the_model_that_was_trained(tokenizer, tmp_path, dtype):
-    """final/ without adapters, in fp32; adapter/ on the base, read by peft."""
+    """final/ is saved without adapters, in fp32; peft can read adapter/ on the base."""
     save_model(random_model(), tokenizer, tmp_path / "base")
     (tmp_path / "base" / "merges.txt").write_text("a b\n")
     config = from_dict({"lora_rank": 3, "lora_alpha": 5, "base_dtype": dtype})
@@ -40,7 +40,7 @@ def test_what_is_saved_is_the_model_that_was_trained(tokenizer, tmp_path, dtype)
     save_model(model, tokenizer, tmp_path / "final")
     adapters.save(model, tmp_path / "adapter")
     final = AutoModelForCausalLM.from_pretrained(tmp_path / "final")
-    assert (tmp_path / "final" / "merges.txt").exists()  # as of any run: the base's files
+    assert (tmp_path / "final" / "merges.txt").exists()  # the base's files, as in any run
     assert final.dtype == torch.float32 and final.state_dict().keys() == random_model().state_dict().keys()
     base = AutoModelForCausalLM.from_pretrained(tmp_path / "base", dtype=getattr(torch, dtype))
     by_peft = peft.PeftModel.from_pretrained(base, str(tmp_path / "adapter")).base_model.model
@@ -78,7 +78,7 @@ def test_only_adapters_of_the_target_layers_are_trained_and_stand_in_a_checkpoin
 
 
 def test_the_rate_of_adapters_is_a_multiple(tokenizer):
-    """AdamW's first step is the rate, whatever the gradient."""
+    """The first step of AdamW has the size of the rate, whatever the gradient is."""
     for settings, rate in (({"lora_rank": 3}, 3e-4), ({"lora_rank": 3, "lora_lr_times": 2}, 2e-4), ({}, 1e-4)):
         run = make_run(tokenizer, lr=1e-4, updates_per_step=1, **settings)
         run.optimizer = new_optimizer(run.model, run.config)
@@ -89,7 +89,7 @@ def test_the_rate_of_adapters_is_a_multiple(tokenizer):
 
 
 def test_a_run_with_adapters_goes_on_to_the_bit(tokenizer, tmp_path):
-    """Two steps, a checkpoint, a fresh run, two more; against four."""
+    """Two steps, a checkpoint, a fresh run and two more steps give the same as four steps."""
 
     def started(rank=3):
         run = make_run(tokenizer, lora_rank=rank, lr=1e-4)

@@ -1,4 +1,4 @@
-"""Reading and comparing answers: the labelled pairs, properties of random expressions, hostile strings.
+"""These tests read and compare answers: the labelled pairs, properties of random expressions, hostile strings.
 
 The properties are checked against sympy, which the reader does not use.
 """
@@ -13,7 +13,7 @@ from grading_pairs import ALL_PAIRS
 from answers import Unreadable, equal, read
 from reward import check_gold, is_equivalent
 
-MOST_CALLS = 500_000  # of functions, to compare a text with four answers: 0.2 seconds
+MOST_CALLS = 500_000  # most calls of functions to compare a text with four answers; they take 0.2 seconds
 LETTERS = sympy.symbols("x y z")
 
 
@@ -37,13 +37,13 @@ def test_every_gold_is_read_and_equals_itself_in_dollars_and_parentheses(gold):
 
 @pytest.mark.parametrize(("a", "b"), [(p, g) for _, p, g, equal in ALL_PAIRS if equal])
 def test_equality_is_symmetric_but_for_decimals_names_and_bases(a, b):
-    """What is optional is optional on either side, so only the stated exceptions are one-sided."""
+    """What may be left out may be left out on either side, so only the stated exceptions are one-sided."""
     one_sided = "\\text{not" in a or "." in b or "." in a or read(a).option is not None
     assert is_equivalent(b, a) or one_sided
 
 
 def strictly_equal(prediction: str, gold: str) -> bool:
-    """is_equivalent without its net: only Unreadable is caught."""
+    """This is is_equivalent without its net: only Unreadable is caught."""
     try:
         return equal(read(prediction), read(gold))
     except Unreadable:
@@ -237,7 +237,7 @@ def hostile() -> list[str]:
 
 @pytest.mark.parametrize("text", hostile(), ids=lambda text: repr(text[:20]) + str(len(text)))
 def test_hostile_strings_are_wrong_and_quick(text):
-    """Work is counted, as time depends on what else the machine does."""
+    """Work is counted, because time depends on what else the machine does."""
     calls = 0
 
     def count(frame, event, argument):

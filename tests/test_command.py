@@ -1,4 +1,5 @@
-"""How commands end: an output that is closed, Ctrl-C, a terminal that has few characters, a full disk."""
+"""These tests show how commands end: with an output that is closed, with Ctrl-C, on a terminal that has few
+characters, on a full disk."""
 
 import io
 import os
@@ -23,7 +24,7 @@ ENDS = {  # what a main does -> the exit code, what it prints in ASCII, what it 
 
 @pytest.mark.parametrize("does", [*ENDS, "print('x')", "print('x' * 100_000)", "print('x'), sys.exit(0)"])
 def test_an_end_is_one_line(does):
-    """Those that are not in ENDS print into a pipe that nobody reads any more."""
+    """A main that is not in ENDS prints into a pipe that nobody reads any more."""
     code = "import sys\nfrom support.command import command\n"
     code += f"from support.errors import Broken, InputError\nwith command('x.py'):\n    {does}"
     reader, writer = os.pipe()

@@ -1,4 +1,4 @@
-"""config.py: every wrong setting is one clear line; cases are made from the fields themselves."""
+"""Every wrong setting is one clear line; the cases are made from the fields of config.py themselves."""
 
 import dataclasses
 import json
@@ -51,7 +51,7 @@ def test_every_default_is_allowed_and_read_back_from_text(field):
         assert parse_config([f"--{field.name}", text]) == Config()
 
 
-@pytest.mark.parametrize("mark", [b"", b"\xef\xbb\xbf"])  # Windows editors begin a file with it
+@pytest.mark.parametrize("mark", [b"", b"\xef\xbb\xbf"])  # Windows editors begin a file with this character
 def test_the_command_line_wins_over_the_file(tmp_path, mark):
     path = tmp_path / "c.json"
     path.write_bytes(mark + json.dumps({"steps": 7, "lr": 1}).encode())

@@ -1,4 +1,4 @@
-"""On a GPU: bf16 compute, kernels, graphs and a run give what the CPU gives in fp32 or float64, up to rounding."""
+"""On a GPU, compute in bf16, kernels, graphs and a run give what the CPU gives in fp32 or float64, up to rounding."""
 
 import functools
 import json
@@ -32,12 +32,13 @@ DEVICE = "cuda"
 pytestmark = [pytest.mark.cuda, pytest.mark.skipif(not torch.cuda.is_available(), reason="needs CUDA")]
 
 ROOT = Path(__file__).parents[1]
-ENDS = [2, 100, 101, 102]  # many, so that rows end at different times; in no prompt or prefix
-NEAR = 2e-5  # of the edge of a token, where rounding in fp32 may decide: a hundred times what it does on a CPU
+ENDS = [2, 100, 101, 102]  # many end tokens, so that rows end at different times; none is in a prompt or prefix
+# distance to the edge of a token where rounding in fp32 may decide: a hundred times its distance on a CPU
+NEAR = 2e-5
 
 
 def llama() -> PreTrainedModel:
-    """Two query heads share a key."""
+    """In this model two query heads share a key."""
     shape = {"hidden_size": 128, "intermediate_size": 256, "num_attention_heads": 4, "num_key_value_heads": 2}
     model = random_model(scale=0.15, **shape)
     model.generation_config, model.loop = GenerationConfig(eos_token_id=ENDS, pad_token_id=0), decode.LOOPS[0]
@@ -45,7 +46,7 @@ def llama() -> PreTrainedModel:
 
 
 def qwen() -> PreTrainedModel:
-    """Three layers, four query heads to a key, biases, a tied head."""
+    """This model has three layers, four query heads to a key, biases, and a tied head."""
     shape = {"hidden_size": 128, "intermediate_size": 192, "num_hidden_layers": 3, "num_attention_heads": 4}
     shape |= {"num_key_value_heads": 1, "max_position_embeddings": 512, "tie_word_embeddings": True}
     torch.manual_seed(1)
@@ -64,13 +65,13 @@ load_trained = functools.partial(load_model, training=True, check=check_model)
 
 @functools.cache
 def exact(name: str) -> PreTrainedModel:
-    """On the CPU in float64."""
+    """Returns the model on the CPU in float64."""
     return MODELS[name]().double()
 
 
 @pytest.fixture(scope="module")
 def folder(tokenizer, tmp_path_factory):
-    """Every model, saved."""
+    """Returns a folder with every model."""
     folder = tmp_path_factory.mktemp("models")
     for name, make in MODELS.items():
         save_model(make(), tokenizer, folder / name)
@@ -79,14 +80,15 @@ def folder(tokenizer, tmp_path_factory):
 
 @pytest.fixture
 def one_gpu():
-    """A group of one, as in training on one GPU."""
+    """Makes a group of one rank, as in training on one GPU."""
     distributed.start(pick_device(DEVICE))
     yield pick_device(DEVICE)
     distributed.stop()
 
 
 def some_rows(prompt: int = 9, prefix: int = 12, groups: int = 6, size: int = 4) -> list[Row]:
-    """Groups with a prompt of at most so many tokens each, whose last row has a prefix of at most so many."""
+    """Returns groups with a prompt of at most so many tokens each. The last row of a group has a prefix of at most so
+    many tokens."""
     generator = torch.Generator().manual_seed(0)
 
     def ids(longest: int) -> list[int]:
@@ -99,7 +101,7 @@ def some_rows(prompt: int = 9, prefix: int = 12, groups: int = 6, size: int = 4)
 
 
 def plain_log_p(model: PreTrainedModel, row: Row, response: Sequence[int], temperature: float = 1.0) -> Tensor:
-    """log softmax at every token of a response [R, V], of the row alone in a plain pass."""
+    """Returns log softmax at every token of a response [R, V], of the row alone in a plain pass."""
     ids = torch.tensor([row.prompt_ids + list(response)], device=model.device)
     logits = model(input_ids=ids, use_cache=False).logits[0, len(row.prompt_ids) - 1 : -1]
     return (logits / temperature).double().log_softmax(-1).cpu()
@@ -109,8 +111,9 @@ def plain_log_p(model: PreTrainedModel, row: Row, response: Sequence[int], tempe
 def assert_drawn(
     name: str, rows: Sequence[Row], responses: Sequence[list[int]], budget: int, temperature: float = 1.0
 ) -> None:
-    """Every response is what the row's random numbers make of the float64 model's distributions, token by token, and
-    ends at the first end token or with the budget. For temperature 0: every token is the likeliest."""
+    """Checks that every response is what the row's random numbers make of the float64 model's distributions, token by
+    token. It must end at the first end token or with the budget. At temperature 0 every token must be the
+    likeliest."""
     ends = set(exact(name).generation_config.eos_token_id)
     for row, response in zip(rows, responses, strict=True):
         given = len(row.prefix_ids)
@@ -128,7 +131,8 @@ def assert_drawn(
 
 
 def assert_same(found: Sequence[list[int]], want: Sequence[list[int]]) -> None:
-    """But for a row in sixteen: where a draw falls on the edge of a token, rounding decides."""
+    """Checks that rows are the same, except one in sixteen: rounding decides where a draw falls on the edge of a
+    token."""
     assert len(found) == len(want) and sum(a != b for a, b in zip(found, want)) <= len(want) // 16
 
 
@@ -136,15 +140,15 @@ def assert_same(found: Sequence[list[int]], want: Sequence[list[int]]) -> None:
 
 
 def litter() -> None:
-    """NaN in memory that is free again: an empty tensor is not one of zeros."""
+    """Leave NaN in memory that is free again, because an empty tensor is not one of zeros."""
     held = [torch.full((size,), math.nan, device=DEVICE) for size in (2**24, *[2**20] * 16, *[2**14] * 64)]
     del held
 
 
 @pytest.mark.parametrize("name", MODELS)
 def test_compute_in_bf16_is_as_exact_as_that_of_a_plain_model(folder, one_gpu, name):
-    """Log-probs, entropies and the gradient of sharded fp32 weights, in a padded batch; in fp32 they are 2^9 times
-    as exact, which they would not be with TF32 (2^3)."""
+    """Log-probs, entropies and the gradient of sharded fp32 weights are compared in a padded batch. In fp32 they are
+    2^9 times as exact; with TF32 they would only be 2^3 times as exact."""
     rows = some_rows()
     responses = [[*row.prefix_ids, 7, 50, 11, 99 - i, 2] for i, row in enumerate(rows)]
     model, _ = load_trained(str(folder / name), one_gpu)
@@ -183,10 +187,10 @@ def test_compute_in_bf16_is_as_exact_as_that_of_a_plain_model(folder, one_gpu, n
     assert off["single"] < off["ours"] / 2**9, off
 
 
-@pytest.mark.parametrize("head_width", [32, 64, 128])  # kernels of attention are chosen by it
+@pytest.mark.parametrize("head_width", [32, 64, 128])  # kernels of attention are chosen by this number
 def test_the_gradient_of_a_batch_that_is_mostly_padding_is_finite(tokenizer, one_gpu, tmp_path, head_width):
-    """In bf16, of twenty batches of eight rows: 1 to 250 tokens of prompt, 1 to 250 of response. (Three updates in a
-    hundred of the runs on GSM8K were not: results/smollm2.)"""
+    """In bf16, twenty batches of eight rows have 1 to 250 tokens of prompt and 1 to 250 of response. (Three updates
+    in a hundred of the runs on GSM8K had no finite gradient: results/smollm2.)"""
     shape = {"hidden_size": 128, "num_attention_heads": 4, "num_key_value_heads": 2, "head_dim": head_width}
     save_model(random_model(scale=0.15, **shape), tokenizer, tmp_path / "model")
     model, _ = load_trained(str(tmp_path / "model"), one_gpu)
@@ -206,7 +210,7 @@ def test_the_gradient_of_a_batch_that_is_mostly_padding_is_finite(tokenizer, one
 
 
 def test_updates_that_bf16_weights_would_lose_are_kept(folder, one_gpu):
-    """Two updates of AdamW, each of about lr at most."""
+    """Two updates of AdamW move a weight by about lr each, at most."""
     model, tokenizer = load_trained(str(folder / "llama"), one_gpu)
     run = make_run(tokenizer, "prefix-rft", model, lr=1e-6, temperature=0.8)
     run.optimizer = new_optimizer(model, run.config)
@@ -226,7 +230,8 @@ def test_updates_that_bf16_weights_would_lose_are_kept(folder, one_gpu):
 
 @pytest.mark.parametrize("offload", [False, True])
 def test_a_step_with_recompute_and_offload(folder, one_gpu, tmp_path, offload):
-    """The first gradient, of several passes, is that of one pass without; the model is saved and loads again."""
+    """The first gradient, of several passes, is that of one pass without them. The model is saved and can be loaded
+    again."""
     norms = {}
     for saving in (False, True):
         how = {"recompute": saving, "offload": saving and offload}
@@ -252,7 +257,7 @@ def test_a_step_with_recompute_and_offload(folder, one_gpu, tmp_path, offload):
 @pytest.mark.parametrize("compute", ["fp32", "bf16"])
 @pytest.mark.parametrize("name", MODELS)
 def test_tokens_follow_the_distribution_of_the_model(folder, request, name, compute):
-    """The first two tokens of 4096 rows, ends included: chi square, of mean d and deviation sqrt(2 d)."""
+    """The first two tokens of 4096 rows, ends included, have a chi square of mean d and deviation sqrt(2 d)."""
     if compute == "bf16":
         model, _ = load_trained(str(folder / name), request.getfixturevalue("one_gpu"))
     else:
@@ -265,7 +270,7 @@ def test_tokens_follow_the_distribution_of_the_model(folder, request, name, comp
         p = (exact(name)(input_ids=pairs).logits[:, 2:] / temperature).softmax(-1)  # [103, 2, V]
     expected = count * p[0, 0][:, None] * p[:, 1]  # [first, second]
     expected[ENDS] = 0.0
-    expected[ENDS, 0] = count * p[0, 0][ENDS]  # nothing follows: counted as a 0
+    expected[ENDS, 0] = count * p[0, 0][ENDS]  # nothing follows, which is counted as a 0
     found = torch.zeros_like(expected)
     for response in responses:
         first, second = (*response, 0)[:2]
@@ -280,7 +285,7 @@ def test_tokens_follow_the_distribution_of_the_model(folder, request, name, comp
 @pytest.mark.parametrize("how", [{}, {"decode": None}, {"rows_per_call": 5}, {"temperature": 0.0}], ids=str)
 @pytest.mark.parametrize("name", MODELS)
 def test_a_response_is_what_the_cpu_draws(name, how):
-    """In fp32, with our loop and HF's own, in one call or several, greedy."""
+    """In fp32 the rows are drawn with our loop and with HF's own, in one call or several, and greedily."""
     rows, settings = some_rows(), {"temperature": 1.0} | how
     responses = ours(MODELS[name]().to(DEVICE), rows, 24, **settings)
     assert len({len(response) for response in responses}) > 3
@@ -302,8 +307,9 @@ def test_a_row_does_not_depend_on_its_batch():
 
 @pytest.mark.parametrize("name", MODELS)
 def test_graphs_change_no_token(name, monkeypatch):
-    """Rows of 1 to 300 tokens behind prompts of up to 40 and prefixes of up to 60, with graphs and without; twice,
-    as a graph that is kept for the next call has to read that call's cache; then behind one prompt, one row alone."""
+    """Rows of 1 to 300 tokens stand behind prompts of up to 40 and prefixes of up to 60 tokens, with graphs and
+    without. They are sampled twice, because a graph that is kept for the next call has to read that call's cache.
+    Then they stand behind one prompt, and one row alone."""
     model, budget = MODELS[name]().to(DEVICE), 300
     batches = [some_rows(40, 60, groups=9), some_rows(40, 60, groups=1, size=8), some_rows(7, groups=1)[:1]]
     batches.append([replace(row, key=(*row.key, "again")) for row in batches[0]])
@@ -352,15 +358,16 @@ def test_log_probs_as_drawn_are_those_of_the_training_pass(folder, one_gpu, toke
         _, drawn, trained = both(model)
         assert (drawn - trained).abs().mean() < close, step
         metrics = rl_metrics(run, rl_step(run, step))
-        assert metrics["grad_norm"] > 0 and (found(model, first) - before).abs().mean() > 4 * close  # seen, if old
+        # old memory would be seen in it
+        assert metrics["grad_norm"] > 0 and (found(model, first) - before).abs().mean() > 4 * close
 
 
 # ---- a run
 
 
 def test_a_run_that_goes_on_is_one_that_was_not_stopped(one_gpu, tmp_path, monkeypatch):
-    """Stopped after step 2 of 4. Kernels that add in no fixed order (attention, backward) may change the last bits
-    of a gradient: metrics agree to 1e-3; AdamW's lost state would move a weight by about lr."""
+    """The run was stopped after step 2 of 4. Kernels that add in no fixed order (attention, backward) may change the
+    last bits of a gradient, so metrics agree to 1e-3. If AdamW's state were lost, a weight would move by about lr."""
     monkeypatch.chdir(ROOT)
     monkeypatch.setattr(train, "draw_curves", lambda folder: "")
     lines = (ROOT / "data/recipes/train.jsonl").read_text().splitlines(keepends=True)
@@ -395,7 +402,7 @@ def test_a_run_that_goes_on_is_one_that_was_not_stopped(one_gpu, tmp_path, monke
         return [[json.loads(line) for line in text.splitlines()] for text in texts]
 
     whole, parts = read("metrics.jsonl")
-    assert "not the policy" not in str(whole)  # the warning of a sampler that is another model
+    assert "not the policy" not in str(whole)  # the warning that the sampler is another model
     assert [row["step"] for row in parts] == [1, 2, 3, 4] and any(row["grad_norm"] > 0 for row in parts[2:])
     for row, other in zip(whole, parts, strict=True):
         for name, value in row.items():

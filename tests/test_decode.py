@@ -1,4 +1,4 @@
-"""fast/decode.py: what makes sampling fast changes no token."""
+"""What makes sampling fast in fast/decode.py changes no token."""
 
 import contextlib
 import copy
@@ -32,7 +32,7 @@ def ready_model():
 
 
 def seen_batches(model, rows, budget=24, **settings) -> tuple[list[list[int]], list[tuple[int, int]]]:
-    """The responses, and the shape of the ids of every forward pass."""
+    """Returns the responses, and the shape of the ids of every forward pass."""
     shapes = []
     hook_ids = model.model.embed_tokens.register_forward_pre_hook(lambda _, args: shapes.append(tuple(args[0].shape)))
     try:
@@ -43,8 +43,8 @@ def seen_batches(model, rows, budget=24, **settings) -> tuple[list[list[int]], l
 
 @pytest.mark.parametrize("method", ["rft", "prefix-rft", "luffy"])
 def test_both_loops_give_equal_rows_on_the_base(method):
-    """Beside the loop of transformers: the same tokens and, in float64, the same log-probs to the bit of the float32
-    they are kept in. (In float32 sums in another order may differ in the last bits.)"""
+    """The loop of transformers gives the same tokens. In float64 it also gives the same log-probs, to the bit of the
+    float32 in which they are kept. (In float32, sums in another order may differ in the last bits.)"""
     model, tokenizer = load_model("data/base", check=check_model)
     problems = [p for p in load_problems("data/recipes/train.jsonl") if p.demonstrations][:3]
     encoded, *_ = encode_problems(tokenizer, problems, 96, model.generation_config.eos_token_id)
@@ -66,7 +66,7 @@ def test_when_ended_rows_leave_changes_nothing(model, monkeypatch, drop_at):
 
 
 def frozen(forward):
-    """What a recording holds: every tensor that `forward` has when it is made, those of the cache too."""
+    """Returns what a recording holds: every tensor that `forward` has when it is made, those of the cache too."""
     held = copy.copy(forward.__self__)
     held.live, held.cache = copy.copy(held.live), copy.copy(held.cache)
     held.cache.layers = [copy.copy(layer) for layer in held.cache.layers]
@@ -74,7 +74,8 @@ def frozen(forward):
 
 
 def test_passes_that_are_recorded_give_the_same_tokens(monkeypatch):
-    """As on CUDA: blocks of columns, tensors that a recording must find where they were, rows that leave seldom."""
+    """This imitates CUDA: blocks of columns, tensors that a recording must find where they were, and rows that leave
+    seldom."""
     rows, model, recordings = some_rows(24), ready_model(), []
     model.generation_config.eos_token_id = [2, 11, 23, 40, 57, 80]
     want = ours(model, rows, 40)
@@ -83,7 +84,7 @@ def test_passes_that_are_recorded_give_the_same_tokens(monkeypatch):
     monkeypatch.setattr(decode, "GRAPH_COLUMNS", 8)
     monkeypatch.setattr(decode, "LOOK_EVERY", 3)
     assert ours(model, rows, 40) == want
-    assert 5 < len(recordings) < 10  # of six blocks or so of columns, and after each time that rows left
+    assert 5 < len(recordings) < 10  # after six blocks of columns or so, and after each time that rows left
 
 
 def test_a_pass_that_cannot_be_recorded_is_one_line(monkeypatch):
@@ -99,7 +100,7 @@ def test_a_pass_that_cannot_be_recorded_is_one_line(monkeypatch):
 
 
 def test_a_pass_that_reads_values_is_not_recorded(tmp_path, tokenizer, monkeypatch):
-    """A CUDA graph keeps the branches and the shapes it was recorded with."""
+    """A CUDA graph keeps the branches and the shapes with which it was recorded."""
     save_model(random_model(vocab_size=103), tokenizer, tmp_path / "m")
     own, ids = LlamaMLP.forward, torch.tensor([[3], [4]])
     reads = {
@@ -141,14 +142,14 @@ def test_equal_prompts_are_read_once_and_ended_rows_leave(model):
 
 
 def test_the_same_ids_behind_other_masks_are_other_prompts(model):
-    """The padding id inside a prompt: [pad, 9] and a padded [9] have equal ids and unequal masks."""
+    """The padding id stands inside a prompt, so [pad, 9] and a padded [9] have equal ids and unequal masks."""
     rows = [Row(0, (0, 0, "p", 0), [0, 9], []), Row(0, (0, 0, "p", 1), [9], [])]
     assert ours(model, rows, 24) == [ours(model, [row], 24)[0] for row in rows]
 
 
 def test_a_loop_that_samples_something_else_is_not_used(tmp_path, tokenizer, monkeypatch):
-    """A cache that mixes its rows up: our loops give other log-probs, which load_model notices, transformers' own the
-    right ones; where that one does not work either, the model is refused."""
+    """A cache mixes its rows up, so our loops give other log-probs, which load_model notices. transformers' own loop
+    gives the right ones. If that does not work either, the model is refused."""
     save_model(random_model(vocab_size=103), tokenizer, tmp_path / "m")
     load = functools.partial(load_model, str(tmp_path / "m"), check=check_model)
     right, _ = load()

@@ -1,4 +1,4 @@
-"""distributed.py: two ranks give the rollouts, gradients, metrics and weights of one; nobody waits for ever."""
+"""Two ranks give the rollouts, gradients, metrics and weights of one, and no rank waits for ever."""
 
 import contextlib
 import functools
@@ -36,7 +36,7 @@ ROOT = Path(__file__).parents[1]
 
 
 CASES = {name: {} for name in METHODS} | {
-    # three prompts on two ranks: unequal shares of rows, of lengths and of micro-batches
+    # three prompts on two ranks give unequal shares of rows, of lengths and of micro-batches
     "prefix-rft": {"prompts_per_step": 3, "micro_batch_tokens": 60},
     "luffy": {"micro_batch_tokens": 100, "recompute": True},
     "sft": {"micro_batch_tokens": 40},
@@ -44,20 +44,22 @@ CASES = {name: {} for name in METHODS} | {
     "relift": {"relift_buffer": 2, "gate": 2},
     "hpt": {"gate": 1},
     "rescue": {"gate": 2},
-    "uft": {"max_grad_norm": 0.02},  # the gradient is scaled down
+    "uft": {"max_grad_norm": 0.02},  # here the gradient is scaled down
     "prefix-rft with adapters": {"lora_rank": 3, "lora_lr_times": 1.0, "micro_batch_tokens": 60},
 }
-RESUMED = ("prefix-rft", "relift", "prefix-rft with adapters")  # by AdamW, the others by plain descent
-# far above the rounding of a gradient, which AdamW's own eps of 1e-8 would make a whole step of
+# these methods step by AdamW, the others by plain descent
+RESUMED = ("prefix-rft", "relift", "prefix-rft with adapters")
+# far above the rounding of a gradient, of which AdamW's own eps of 1e-8 would make a whole step
 ADAM_EPS = 1e-3
 
 
-# many, so that most rows end within the budget and are not all worth 0; in no demonstration of make_run
+# many end tokens, so that most rows end within the budget and not all earn 0; none is in a demonstration of make_run
 ENDS = [2, *range(60, 69)]
 
 
 def small_llama() -> LlamaForCausalLM:
-    """Tied, without biases: the gradient of a key's bias is rounding noise, which AdamW blows up."""
+    """This model is tied and has no biases, because the gradient of a key's bias is rounding noise, which AdamW blows
+    up."""
     torch.manual_seed(0)
     shape = {"hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 2, "num_attention_heads": 4}
     model = LlamaForCausalLM(
@@ -72,7 +74,7 @@ def small_llama() -> LlamaForCausalLM:
 
 @functools.cache
 def loaded(folder: Path, case: str = "") -> tuple:
-    """The model, its tokenizer, and its weights before any step."""
+    """Returns the model, its tokenizer, and its weights before any step."""
     recompute, rank = (CASES.get(case, {}).get(name) for name in ("recompute", "lora_rank"))
     low_rank = adapters.of(from_dict({"lora_rank": rank or 0}))
     model, tokenizer = load_model(str(folder / "model"), training=True, recompute=bool(recompute), adapters=low_rank)
@@ -97,7 +99,7 @@ def started(folder: Path, method: str, reward: Reward = BY_LENGTH) -> steps.Run:
 
 
 def one_step(run: steps.Run, number: int) -> tuple[dict, list]:
-    """A step of the method's first stage."""
+    """Make a step of the method's first stage."""
     if run.method.stages[0] == "sft":
         problems = [run.data.supervised[i] for i in (number, 3, 4)]
         return sft_metrics(sft_step(run, problems, number, run.optimizer, 0.1), 0.1), []
@@ -106,13 +108,14 @@ def one_step(run: steps.Run, number: int) -> tuple[dict, list]:
 
 
 def whole_weights(run: steps.Run) -> dict | None:
-    """A copy of the weights, on the first rank."""
+    """Returns a copy of the weights, on the first rank."""
     state = distributed.full_state(run.model.state_dict())
     return {name: tensor.clone() for name, tensor in state.items()} if distributed.rank() == 0 else None
 
 
 def some_steps(folder: Path, method: str) -> dict:
-    """Metrics, samples and weights of two steps; of RESUMED a third, after a checkpoint in `folder`/METHOD-RANKS."""
+    """Returns metrics, samples and weights of two steps. The methods of RESUMED also make a third step, after a
+    checkpoint in `folder`/METHOD-RANKS."""
     run = started(folder, method)
     log = [one_step(run, number) for number in (0, 1)]
     if method in RESUMED:
@@ -125,21 +128,21 @@ def some_steps(folder: Path, method: str) -> dict:
 
 
 def resumed(folder: Path, method: str, saved_by: int) -> dict:
-    """The third step, from the checkpoint that so many ranks saved."""
+    """Makes the third step, from the checkpoint that so many ranks saved."""
     run = started(folder, method)
     done = checkpoint.load(folder / f"{method}-{saved_by}", run)
     return {"log": [one_step(run, done)], "weights": whole_weights(run)}
 
 
 def equal_rewards(folder: Path) -> dict:
-    """All wrong: no row has a weight, no rank makes a step, none waits."""
+    """All rows are wrong, so no row has a weight, no rank makes a step, and none waits."""
     run = started(folder, "prefix-rft", ALL_WRONG)
     metrics = rl_metrics(run, rl_step(run, 0))
     return {"grad_norm": metrics["grad_norm"], "weights": whole_weights(run)}
 
 
 def scaled_down(folder: Path, max_norm: float) -> dict:
-    """What clip_gradients makes of a gradient that equals the weights."""
+    """Returns what clip_gradients makes of a gradient that equals the weights."""
     parameters = dict(started(folder, "prefix-rft").model.named_parameters())
     for parameter in parameters.values():
         parameter.grad = parameter.detach().clone()
@@ -151,7 +154,8 @@ def scaled_down(folder: Path, max_norm: float) -> dict:
 
 
 def a_rank_dies(folder: Path) -> dict:
-    """A run of which the second rank ends without a word in its third step: what the first says, and its code."""
+    """Makes a run whose second rank ends without a word in its third step. Returns what the first rank says, and its
+    exit code."""
     rows = (ROOT / "data/recipes/train.jsonl").read_text().splitlines(keepends=True)[:8]
     (folder / "train.jsonl").write_text("".join(rows))
     settings = {"method": "rft", "data": folder / "train.jsonl", "out": folder / "run", "device": "cpu"}
@@ -172,7 +176,7 @@ def a_rank_dies(folder: Path) -> dict:
 
 
 def evaluated(folder: Path) -> dict[int, str]:
-    """An evaluation, into `folder`/eval-RANKS -> what each rank printed."""
+    """Makes an evaluation in `folder`/eval-RANKS and returns what each rank printed."""
     words = [*test_eval.WORDS.split(), "--device", "cpu", "--out", str(folder / f"eval-{distributed.world_size()}")]
     with contextlib.redirect_stdout(io.StringIO()) as printed:
         evaluation.run(evaluation.parse_args(words))
@@ -180,7 +184,7 @@ def evaluated(folder: Path) -> dict[int, str]:
 
 
 def work(number: int, folder: Path, port: int) -> None:
-    """What each of two ranks does."""
+    """Does what each of two ranks has to do."""
     torch.set_num_threads(1)
     loaded.cache_clear()  # a model that a rank inherits is not split
     os.environ |= {"RANK": str(number), "WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
@@ -196,12 +200,12 @@ def work(number: int, folder: Path, port: int) -> None:
         found["refused"] = str(error)
     found["evaluated"] = evaluated(folder)
     found["died"] = a_rank_dies(folder)
-    torch.save(found, folder / "found.pt")  # by the first rank, the other is gone
+    torch.save(found, folder / "found.pt")  # the first rank writes it, because the other is gone
 
 
 @pytest.fixture(scope="module")
 def results(tmp_path_factory):
-    """folder, what one process finds, what two ranks find."""
+    """Returns the folder, the results of one process, and the results of two ranks."""
     folder = tmp_path_factory.mktemp("ranks")
     save_model(small_llama(), AutoTokenizer.from_pretrained("data/base"), folder / "model")
     (folder / "model" / "merges.txt").write_text("a b\n")
@@ -215,8 +219,8 @@ def results(tmp_path_factory):
 
 
 def assert_same(method: str, one: dict, two: dict) -> None:
-    """Metrics (but times) and samples of the steps of `two`, the last of those of `one`; weights up to the rounding
-    of all their gradients."""
+    """Checks that metrics (except times) and samples of the steps of `two` are the last of those of `one`. Weights
+    may differ by the rounding of all their gradients."""
     # 16 rows of a step of at most 40 tokens; metrics are sums of numbers near 1
     close, norm = rounding(small_llama(), columns=16 * 40), 0.0
     for (metrics, shown), (metrics_two, shown_two) in zip(one["log"][-len(two["log"]) :], two["log"], strict=True):
@@ -234,7 +238,8 @@ def assert_same(method: str, one: dict, two: dict) -> None:
 
 @pytest.mark.parametrize("method", CASES)
 def test_two_ranks_equal_one(results, method):
-    """Samples, loss, gradient norm, entropy, kept tokens, weights after two or three steps."""
+    """Samples, loss, gradient norm, entropy and kept tokens are compared, and the weights after two or three
+    steps."""
     folder, one, two = results
     assert_same(method, one[method], two[method])
     assert any(metrics["grad_norm"] > 0 for metrics, _ in one[method]["log"])
@@ -245,7 +250,8 @@ def test_two_ranks_equal_one(results, method):
 
 @pytest.mark.parametrize("method", RESUMED)
 def test_a_checkpoint_resumes_on_any_number_of_ranks(results, method):
-    """Saved by one, resumed by two, and the other way round: the third step is that of the whole run."""
+    """A checkpoint is saved by one rank and resumed by two, and the other way round. The third step is that of the
+    whole run."""
     _, one, two = results
     third, _ = one[method]["log"][2]
     assert third["grad_norm"] > 0 and third.get("relift_updates", 1) == 1
@@ -253,7 +259,7 @@ def test_a_checkpoint_resumes_on_any_number_of_ranks(results, method):
         assert_same(method, one[method], found)
 
 
-@pytest.mark.parametrize("max_norm", [0.5, 1e6, 0])  # 0: not scaled
+@pytest.mark.parametrize("max_norm", [0.5, 1e6, 0])  # 0 means that it is not scaled
 def test_a_gradient_is_scaled_down_by_its_norm_over_all_ranks(results, max_norm):
     folder, _, two = results
     weights = dict(AutoModelForCausalLM.from_pretrained(folder / "model").named_parameters())
@@ -284,7 +290,7 @@ def test_equal_rewards_stop_nobody(results):
 
 
 def test_a_rank_that_dies_ends_the_others_with_a_message(results):
-    """In the exchange they wait in; the steps before stand in the log."""
+    """The message comes in the exchange in which the others wait. The steps before it stand in the log."""
     folder, _, two = results
     said = two["died"]["said"]
     assert two["died"]["code"] == 1 and said.count("\n") == 1
@@ -312,14 +318,15 @@ def test_more_ranks_than_problems_are_refused(results):
 
 
 def test_a_tied_weight_stands_once_in_the_state():
-    """Under its first name: a checkpoint or final/ that held both would be larger, and could contradict itself."""
+    """It stands under its first name. A checkpoint or final/ that held both would be larger, and could contradict
+    itself."""
     names = set(distributed.state_of(small_llama()))
     assert "model.embed_tokens.weight" in names and "lm_head.weight" not in names
 
 
 @pytest.fixture
 def alone():
-    """A group of one, as on a single GPU."""
+    """Makes a group of one rank, as on a single GPU."""
     loaded.cache_clear()
     torch.distributed.init_process_group("gloo", store=torch.distributed.HashStore(), rank=0, world_size=1)
     yield
@@ -329,8 +336,9 @@ def alone():
 
 @pytest.mark.parametrize("method", ["sft", "luffy"])
 def test_gradients_of_micro_batches_add_up_in_host_memory(results, alone, monkeypatch, method):
-    """--offload, without a GPU: two steps of several passes an update (SFT baselines were published that had lost all
-    but the last one's gradient [2604.23747]), against the same in one process without."""
+    """This tests --offload without a GPU: two steps with several passes an update are compared with the same steps in
+    one process without it. (SFT baselines were published that had lost all gradients but the last pass's
+    [2604.23747].)"""
     in_host_memory = functools.partial(CPUOffloadPolicy, pin_memory=False)
     monkeypatch.setattr(distributed, "OffloadPolicy", in_host_memory)
     folder, one, _ = results
@@ -341,7 +349,7 @@ def test_gradients_of_micro_batches_add_up_in_host_memory(results, alone, monkey
 
 
 def test_bf16_compute_keeps_fp32_weights(results, alone, monkeypatch):
-    """As on one GPU: a mesh of one; an update of 1e-6 is not lost, and sampling runs in bf16."""
+    """This is as on one GPU, with a mesh of one rank. An update of 1e-6 is not lost, and sampling runs in bf16."""
     folder, *_ = results
     half = functools.partial(distributed.MixedPrecisionPolicy, param_dtype=torch.bfloat16, reduce_dtype=torch.float32)
     monkeypatch.setattr(distributed, "MixedPrecisionPolicy", half)
@@ -359,7 +367,8 @@ def test_bf16_compute_keeps_fp32_weights(results, alone, monkeypatch):
     models = run.model, small_llama().bfloat16(), small_llama()
     log_probs, half, exact = (token_stats(m, ids, torch.ones_like(ids), 6, 1.0)[0] for m in models)
     off, plain_off = (log_probs - exact).abs().max(), (half - exact).abs().max()
-    assert plain_off / 10 < off < 10 * plain_off  # as far from fp32, 2^16 times finer, as a plain model in bf16 is
+    # it is as far from fp32, which is 2^16 times finer, as a plain model in bf16 is
+    assert plain_off / 10 < off < 10 * plain_off
     assert all(row.response for row in steps.sample_groups(run, [0, 1], 0, [0, 1], rows="hybrid", rollouts=4))
-    read = list(run.model.plain.parameters())  # by the model that samples: bf16, and no memory is held afterwards
+    read = list(run.model.plain.parameters())  # the model that samples is in bf16, and no memory is held afterwards
     assert {p.dtype for p in read} == {torch.bfloat16} and not any(p.untyped_storage().size() for p in read)

@@ -1,4 +1,5 @@
-"""eval.py: a scripted model against a hand count, multiple choice, the evaluation folder, wrong input."""
+"""These tests compare eval.py with a hand count on a scripted model, and try multiple choice, the evaluation folder,
+and wrong input."""
 
 import argparse
 import dataclasses
@@ -26,7 +27,7 @@ from sample import Row
 
 # ---- a scripted model
 
-SCRIPT = {  # problem id: its samples; right, wrong, without a readable box, or cut off by the budget
+SCRIPT = {  # problem id: its samples, which are right, wrong, without a readable box, or cut off by the budget
     "a": ["=12;\\boxed{12}", "\\boxed{13}", "no box", "\\boxed{12}cut"],
     "b": ["\\boxed{7}", "\\boxed{7.0}", "\\boxed{+7}", "\\boxed{7}"],
     "c": ["\\boxed{1}", "", "\\boxed{", "9-cut"],
@@ -40,7 +41,7 @@ PROBLEMS = [
 
 @pytest.fixture
 def scripted(monkeypatch, tokenizer):
-    """Makes `eval` take its responses from SCRIPT; -> (model, encoded problems)."""
+    """Makes `eval` take its responses from SCRIPT, and returns (model, encoded problems)."""
     ends = [tokenizer.eos_token_id]
     config = SimpleNamespace(eos_token_id=ends, pad_token_id=tokenizer.pad_token_id)
 
@@ -63,7 +64,7 @@ def test_evaluate_and_summarize_match_a_hand_count(scripted, tokenizer):
     assert [a.right for a in answers] == [1, 4, 0]
     assert [a.truncated for a in answers] == [1, 0, 1]
     assert [a.unread for a in answers] == [1, 0, 2]
-    # characters, \boxed{ being one token, and an end token but for the response that was cut off
+    # the number of characters, where \boxed{ is one token, and an end token unless the response was cut off
     assert answers[0].tokens == (4 + 1 + 2 + 1 + 1) + (1 + 2 + 1 + 1) + (6 + 1) + (1 + 2 + 1)
     table = summarize(answers)
     assert list(table) == ["easy", "hard", "all"]
@@ -73,7 +74,7 @@ def test_evaluate_and_summarize_match_a_hand_count(scripted, tokenizer):
     assert everything["truncated"] == pytest.approx(2 / 12)
     assert everything["unread"] == pytest.approx(3 / 12)
     assert everything["pass@1"] == pytest.approx(5 / 12)
-    # a: of the 6 pairs of samples, 3 hold the right one; b: all; c: none
+    # a: 3 of the 6 pairs of samples hold the right one; b: all do; c: none does
     assert everything["pass@2"] == pytest.approx((3 / 6 + 1 + 0) / 3)
     assert everything["pass@4"] == pytest.approx(2 / 3)
     assert "pass@8" not in everything
@@ -82,7 +83,7 @@ def test_evaluate_and_summarize_match_a_hand_count(scripted, tokenizer):
 
 
 def test_draws_belong_to_seed_problem_and_sample(scripted, tokenizer, monkeypatch):
-    """Whatever the order and the company of the problems is."""
+    """The draws are the same whatever the order and the company of the problems is."""
     (model, encoded), answer, keys = scripted, eval.generate, []
 
     def noting(model, tokenizer, rows, *args, **settings):
@@ -142,7 +143,7 @@ def test_grading_a_choice():
 
 
 def test_options_and_settings_reach_the_sampler(tmp_path, monkeypatch):
-    """In whole batches: what is left of the first, and the rest."""
+    """The sampler gets whole batches: what is left of the first, and the rest."""
     found: list[tuple] = []
 
     def respond(model, tokenizer, draws, **settings):
@@ -157,7 +158,7 @@ def test_options_and_settings_reach_the_sampler(tmp_path, monkeypatch):
     problems = [Problem("p", "1+1?", "2"), Problem("q", "Which?", "A")]
     benchmark = Benchmark("mine", Path(), 2, problems, {"q": ["x", "y"]}, 0, ["p ids", "q ids"])
     draws = [(problems[i], "pq"[i] + " ids", [(), ["x", "y"]][i], k) for i in (0, 1) for k in (0, 1)]
-    for _ in range(2):  # complete: the second time nothing is sampled
+    for _ in range(2):  # it is complete, so the second time nothing is sampled
         eval.sample_missing("model", "tokenizer", tmp_path, [benchmark], SimpleNamespace(**how))
         assert found == [tuple(draws[:3]), tuple(draws[3:])]
     (tmp_path / "generations.jsonl").write_text(
@@ -184,7 +185,7 @@ def test_regrading_draws_the_same_problems_and_reads_their_options(tmp_path, cap
     assert "2 responses graded again, 1 grades changed" in capsys.readouterr().out
     (answer,) = answers["mine"]
     assert (answer.samples, answer.right, answer.unread) == (2, 1, 0) and settings["reward"] == "math"
-    settings, answers = eval.regrade(tmp_path, "exact")  # which does not know options
+    settings, answers = eval.regrade(tmp_path, "exact")  # this reward does not know options
     assert (answers["mine"][0].right, settings["reward"]) == (0, "exact")
     assert json.loads((tmp_path / "settings.json").read_text())["reward"] == "exact"
     write_benchmark(tmp_path / "generations.jsonl", rows[:1])
@@ -246,7 +247,7 @@ def test_a_run_keeps_every_response_and_setting(finished, tokenizer):
 
 @pytest.mark.usefixtures("no_figure")
 def test_the_seed_of_the_command_line_decides_what_is_sampled(finished, tmp_path):
-    """Another seed, other responses; the same seed, the same ones, also to fewer problems and samples."""
+    """Another seed gives other responses. The same seed gives the same ones, also to fewer problems and samples."""
     found = {}
     for seed in ("0", "1"):
         words = f"--seed {seed} --problems 1 --samples 2 --out {tmp_path / seed}"
@@ -254,7 +255,8 @@ def test_the_seed_of_the_command_line_decides_what_is_sampled(finished, tmp_path
         found[seed] = (tmp_path / seed / "generations.jsonl").read_text().splitlines()
         assert json.loads((tmp_path / seed / "settings.json").read_text())["seed"] == int(seed)
     assert set(found["0"]) < set((finished / "generations.jsonl").read_text().splitlines())
-    assert len(found["1"]) == 8 and len(set(found["0"]) & set(found["1"])) < 4  # some are alike: easy problems
+    # some have the same scores: easy problems
+    assert len(found["1"]) == 8 and len(set(found["0"]) & set(found["1"])) < 4
 
 
 @pytest.mark.parametrize("stop_after", [1, 3])
@@ -277,25 +279,26 @@ def test_a_stopped_evaluation_continues_to_the_same_files(
         with pytest.raises(SystemExit) as stop:
             eval.main()
     assert stop.value.code == 130 and f"go on: python eval.py --samples 4 --out {folder}" in capsys.readouterr().err
-    assert max(batches) <= 10  # memory: never more than a batch at once
+    assert max(batches) <= 10  # there is never more than one batch in memory
     log, lines = folder / "generations.jsonl", (finished / "generations.jsonl").read_bytes().splitlines(keepends=True)
     done = 10 * stop_after
     whole = 3 if stop_after == 1 else 9
-    last = lines[done + whole][: 25 if stop_after == 1 else -1]  # cut short, or only its line feed is missing
+    # the last line is cut short, or only its line feed is missing
+    last = lines[done + whole][: 25 if stop_after == 1 else -1]
     with log.open("ab") as file:
         file.write(b"".join(lines[done : done + whole]) + last)
     batches.clear()
     with monkeypatch.context() as patch:
         patch.setattr(eval, "append_rows", lambda path, rows: (batches.append(len(rows)), append(path, rows)))
         eval.run(arguments(out=folder))
-    assert batches == [10 - whole] + [10] * (3 - stop_after) + [8]  # what stands there stays
+    assert batches == [10 - whole] + [10] * (3 - stop_after) + [8]  # the file that stands there stays
     assert log.read_bytes() == (finished / "generations.jsonl").read_bytes()
     assert without_date(folder) == without_date(finished)
 
 
 @pytest.mark.usefixtures("no_figure")
 def test_an_evaluation_may_go_on_with_other_batches(finished, tmp_path, monkeypatch):
-    """On other ranks or another device: what was used is noted, and the tokens are the same."""
+    """On other ranks or another device the tokens are the same, and what was used is noted."""
     folder = copy(finished, tmp_path / "begun")
     lines = (finished / "generations.jsonl").read_bytes().splitlines(keepends=True)
     (folder / "generations.jsonl").write_bytes(b"".join(lines[:25]))
@@ -304,7 +307,7 @@ def test_an_evaluation_may_go_on_with_other_batches(finished, tmp_path, monkeypa
     decoded, generate = [], eval.generate
     monkeypatch.setattr(eval, "generate", lambda *a, **k: decoded.append(len(a[2])) or generate(*a, **k))
     eval.run(arguments(out=folder, rows_per_call=None))
-    assert decoded == [15, 8]  # the stored rows_per_call is the default: batches end at 20, 40, 48
+    assert decoded == [15, 8]  # the stored rows_per_call is the default, so batches end at 20, 40, 48
     assert (folder / "generations.jsonl").read_bytes() == b"".join(lines)
     settings = json.loads((folder / "results.json").read_text())["settings"]
     (went_on,) = settings["continued"]
@@ -315,9 +318,10 @@ def test_an_evaluation_may_go_on_with_other_batches(finished, tmp_path, monkeypa
         "date": "",
     }
     assert settings["ranks"] == 8
-    eval.run(arguments(out=folder))  # complete: nothing goes on, so nothing is noted
+    eval.run(arguments(out=folder))  # it is complete, so nothing goes on and nothing is noted
     assert folder_of_evaluation.stored_settings(folder)["continued"] == [went_on]
-    for _ in range(2):  # other settings than the last time are noted beside those before, the same ones are not
+    # settings that differ from the last time are noted beside those before, and equal ones are not
+    for _ in range(2):
         (folder / "generations.jsonl").write_bytes(b"".join(lines[:40]))
         (folder / "results.json").unlink(missing_ok=True)
         eval.run(arguments(out=folder))
@@ -343,7 +347,7 @@ def test_as_many_rows_share_a_call_as_a_gpu_holds(monkeypatch):
     )
     model = SimpleNamespace(config=config, device=torch.device("cuda"))
     cache = 256 * 3 * 2 * 2 * 16 * 2  # keys and values of 3 layers in bf16, of 100 columns in whole blocks
-    most = 256 * 2 * 4 * 16 * 2  # one layer's, for all heads
+    most = 256 * 2 * 4 * 16 * 2  # those of one layer, for all heads
     for free, rows in ((1e10, 512), (10 * (cache + most) / 0.8 + 1, 10), (cache / 2, 1)):
         monkeypatch.setattr(torch.cuda, "mem_get_info", lambda _, free=free: (int(free), 0))
         assert eval.rows_that_fit(model, 100) == rows
@@ -457,7 +461,7 @@ def test_regrading_restores_changed_grades(finished, tmp_path, monkeypatch, caps
 
 
 def test_a_response_that_was_cut_off_stays_wrong_when_it_is_graded_again(finished, tmp_path, capsys):
-    """Although it holds the right box."""
+    """It stays wrong although it holds the right box."""
     folder = copy(finished, tmp_path / "regraded")
     rows = [json.loads(line) for line in (folder / "generations.jsonl").read_text().splitlines()]
     place = next(i for i, row in enumerate(rows) if row["reward"] == 1)
@@ -488,7 +492,8 @@ def test_a_full_disk_leaves_the_grades_as_they_were(finished, tmp_path, monkeypa
 
 @pytest.mark.parametrize("written", [1, 2])
 def test_grading_that_was_cut_off_has_to_be_done_again(finished, tmp_path, monkeypatch, written):
-    """Before the new grades stand there the old ones do; then neither the old grader's name nor the new one's."""
+    """Before the new grades stand there, the old ones do. In between, neither the old grader's name nor the new one's
+    stands there."""
     folder, plain, calls = copy(finished, tmp_path / "cut"), folder_of_evaluation.write_settings, []
     (tmp_path / "own.py").write_text("def reward(response, problem):\n    return 0.25\n")
 
@@ -556,7 +561,7 @@ def test_a_file_of_ones_own_with_options_system_and_levels(tmp_path):
 
 @pytest.mark.parametrize("order", [1, -1])
 def test_every_benchmark_has_to_fit_the_window(scripted, tokenizer, order):
-    """The longest prompt is that of any of them, wherever it stands."""
+    """The longest prompt is that of any benchmark, wherever it stands."""
     model, _ = scripted
     model.config = SimpleNamespace(get_text_config=lambda: SimpleNamespace(max_position_embeddings=40))
     sets = [
@@ -564,7 +569,8 @@ def test_every_benchmark_has_to_fit_the_window(scripted, tokenizer, order):
         for text in ("1+1?", "1+1+1+1?")
     ][::order]
     lengths = [len(p.prompt_ids) for b in sets for p in encode_problems(tokenizer, b.problems, 9, [])[0]]
-    sets[0].problems[0] = dataclasses.replace(sets[0].problems[0], demonstrations=("é",))  # has no token, is not read
+    # a row without a token is not read
+    sets[0].problems[0] = dataclasses.replace(sets[0].problems[0], demonstrations=("é",))
     assert eval.encode_benchmarks(model, tokenizer, sets, 40 - max(lengths)) == max(lengths) > min(lengths)
     with pytest.raises(
         ValueError, match=rf"longest prompt \({max(lengths)} tokens\) .* exceed the model's 40 positions"

@@ -1,5 +1,5 @@
-"""Faults of a run: kills, full disks, damaged files, a second process, numbers that are not finite; and what the
-sources never do."""
+"""These tests put faults into a run: kills, full disks, damaged files, a second process, numbers that are not finite.
+They also check what the sources never do."""
 
 import ast
 import dataclasses
@@ -37,10 +37,10 @@ TINY = lives.RELIFT | {"steps": 2, "eval_every": 0, "rollouts_per_prompt": 2}
 
 @pytest.fixture(scope="module")
 def whole(tmp_path_factory):
-    """A folder with a task and a run never killed in `whole`; how that run ended."""
+    """Returns a folder with a task and, in `whole`, a run that was never killed; and how that run ended."""
     patch = pytest.MonkeyPatch()
     patch.chdir(ROOT)
-    patch.setattr(train, "draw_curves", lambda folder: "")  # a second each
+    patch.setattr(train, "draw_curves", lambda folder: "")  # these take a second each
     folder = tmp_path_factory.mktemp("faults")
     life = lives.live(lives.training(folder / "whole", **lives.task(folder), **TINY), folder / "whole")
     assert life.code == 0 and lives.learned(folder / "whole"), life.said
@@ -50,13 +50,13 @@ def whole(tmp_path_factory):
 
 @pytest.mark.parametrize("first", [2, 5, 8])
 def test_killed_at_file_operations_again_and_again(whole, tmp_path, first):
-    """A life ends before its first-th file operation, the next before a later one, each in a folder of another name;
-    the last one ends as the run never killed."""
+    """A life ends before its first-th file operation, and the next before a later one, each in a folder of another
+    name. The last life ends as the run that was never killed."""
     folder, life = whole
     out, kills = tmp_path / "0", range(first, life.operations, 9)
     for number, kill_at in enumerate(kills, 1):
         killed = lives.live(lives.training(out, **lives.task(folder), **TINY), out, kill_at=kill_at)
-        if killed.code == 0:  # what was left took fewer operations
+        if killed.code == 0:  # what was left to do took fewer operations
             break
         assert killed.code == -signal.SIGKILL, killed.said
         out = out.rename(tmp_path / str(number)) if out.exists() else out
@@ -95,7 +95,8 @@ def test_a_killed_evaluation_goes_on(tmp_path, monkeypatch):
 
 
 def test_a_second_process_is_kept_out(whole):
-    """It says so in one line and writes nothing; the lock ends with its process, also with a killed one (above)."""
+    """The second process says so in one line and writes nothing. The lock ends with its process, also with a killed
+    one (above)."""
     folder, _ = whole
     before = contents(folder / "whole")
     with checkpoint.locked(folder / "whole"):
@@ -107,7 +108,7 @@ def test_a_second_process_is_kept_out(whole):
 
 @pytest.mark.parametrize("largest", [1000, 1_000_000], ids=["config.json", "the checkpoint"])
 def test_a_full_disk_ends_a_run_in_one_line(whole, tmp_path, largest):
-    """No file can grow beyond `largest` bytes; without that limit the run goes on to the same end."""
+    """No file can grow beyond `largest` bytes. Without that limit the run goes on to the same end."""
     folder, _ = whole
     out = tmp_path / "run"
     work = lives.training(out, **lives.task(folder), **TINY)
@@ -140,7 +141,7 @@ def test_a_closed_output_is_not_taken_for_a_full_disk(whole, tmp_path):
             return work()
 
         life = lives.live(unread, place)
-        assert life.code in (1, 141) and life.said.count("\n") == 1, life.said  # 141: something was left to print
+        assert life.code in (1, 141) and life.said.count("\n") == 1, life.said  # 141 if something was left to print
         assert "its output was closed; to go on: python " in life.said and str(place) in life.said
     assert lives.live(training, out).code == 0
     assert lives.differences(folder / "whole", out) == []
@@ -159,7 +160,7 @@ def test_a_folder_that_may_not_be_written(whole, tmp_path):
 
 
 def saved(tokenizer, folder: Path, done=(1, 2, 3), **settings) -> steps.Run:
-    """A run with a checkpoint at each of `done`, its bias towards one token the step's number."""
+    """Returns a run with a checkpoint at each step of `done`. Its bias towards one token is the step's number."""
     run = make_run(tokenizer, **settings)
     run.optimizer = new_optimizer(run.model, run.config)
     for number in done:
@@ -174,7 +175,7 @@ def test_the_last_two_checkpoints_are_kept(tokenizer, tmp_path):
 
 
 def test_a_copy_of_a_checkpoint_is_neither_used_nor_removed(tokenizer, tmp_path):
-    """Nor does it push a checkpoint of the run out."""
+    """A copy does not push a checkpoint of the run out either."""
     run = saved(tokenizer, tmp_path, done=(1, 2))
     newest = checkpoint.checkpoints(tmp_path)[0]
     copies = [newest.with_name(name) for name in ("step-best.pt", "step-00000002-copy.pt", "step-000000009.pt")]
@@ -188,7 +189,7 @@ def test_a_copy_of_a_checkpoint_is_neither_used_nor_removed(tokenizer, tmp_path)
 
 @pytest.mark.parametrize("damage", [lives.flip, lives.cut, lambda path: path.write_bytes(b"")])
 def test_of_a_damaged_checkpoint_the_older_one_is_used(tokenizer, tmp_path, damage):
-    """And that one is kept until the next is whole, also where the damaged one is of a later step."""
+    """The older one is kept until the next is whole, also if the damaged one is of a later step."""
     run = saved(tokenizer, tmp_path, done=(1, 2, 5))
     newest, older = checkpoint.checkpoints(tmp_path)
     damage(newest)
@@ -203,7 +204,7 @@ def test_of_a_damaged_checkpoint_the_older_one_is_used(tokenizer, tmp_path, dama
 
 
 def test_no_flipped_bit_goes_unseen(tokenizer, tmp_path):
-    """Anywhere in the file: found, or without any effect (padding)."""
+    """A bit is flipped anywhere in the file. It is found, or it has no effect (padding)."""
     saved(tokenizer, tmp_path, done=(1,))
     path = checkpoint.checkpoints(tmp_path)[0]
     data, draw, found = path.read_bytes(), random.Random(0), 0
@@ -226,7 +227,7 @@ def test_checkpoints_of_others_are_refused(tokenizer, tmp_path):
         checkpoint.load(tmp_path, other)
     with pytest.raises(ValueError, match=r"of a run with other settings \(lr, seed\)"):
         checkpoint.load(tmp_path, make_run(tokenizer, lr=1.0, seed=3))
-    run = make_run(tokenizer, micro_batch_tokens=60, out="moved")  # those that may change
+    run = make_run(tokenizer, micro_batch_tokens=60, out="moved")  # the settings that may change
     run.optimizer = new_optimizer(run.model, run.config)
     assert checkpoint.load(tmp_path, run) == 1
 
@@ -256,7 +257,7 @@ def test_a_run_killed_before_its_settings_were_written_starts(tmp_path):
 
 
 def break_gradients(run: steps.Run, times: int, value: float = torch.nan) -> None:
-    """The next `times` gradients of the head hold `value` somewhere."""
+    """Put `value` somewhere into the next `times` gradients of the head."""
     left = [times]
 
     def spoil(gradient):
@@ -268,7 +269,7 @@ def break_gradients(run: steps.Run, times: int, value: float = torch.nan) -> Non
 
 @pytest.mark.parametrize("value", [torch.nan, torch.inf])
 def test_an_update_without_finite_gradient_is_skipped(tokenizer, value):
-    """Weights and optimizer stay; the next update is made; the metrics are JSON and count it."""
+    """Weights and optimizer stay, and the next update is made. The metrics are JSON and count the skipped update."""
     run = make_run(tokenizer, updates_per_step=1, micro_batch_tokens=10**6)
     run.optimizer = new_optimizer(run.model, run.config)
     before = {name: p.clone() for name, p in run.model.named_parameters()}
@@ -277,7 +278,7 @@ def test_an_update_without_finite_gradient_is_skipped(tokenizer, value):
         metrics = rl_metrics(run, rl_step(run, number))
         assert metrics["skipped_updates"] == 1 and run.skipped == number + 1
         assert metrics["loss"] is None and metrics["grad_norm"] is None
-        assert figures(metrics)["length"]  # the progress line does without a loss
+        assert figures(metrics)["length"]  # the progress line can be without a loss
         json.dumps(metrics, allow_nan=False)
     assert all(torch.equal(p, before[name]) and p.grad is None for name, p in run.model.named_parameters())
     assert not run.optimizer.state
@@ -286,7 +287,7 @@ def test_an_update_without_finite_gradient_is_skipped(tokenizer, value):
 
 
 def test_a_model_that_gives_nan_is_never_updated(tokenizer):
-    """All rewards are equal here, so no row has a weight; the update has to be skipped all the same."""
+    """All rewards are equal here, so no row has a weight. The update has to be skipped all the same."""
     run = make_run(tokenizer, reward=dataclasses.replace(BY_LENGTH, function=lambda text, problem: 0.0))
     run.model.lm_head.weight.data[0] = torch.nan
     metrics = rl_metrics(run, rl_step(run, 0))
@@ -300,7 +301,7 @@ def test_a_model_that_gives_nan_is_never_updated(tokenizer):
 
 
 def test_a_skipped_update_is_left_out_of_its_steps_mean_loss(tokenizer, monkeypatch):
-    """Of two updates the first is made, the second is skipped."""
+    """The first of two updates is made, and the second is skipped."""
     run = make_run(tokenizer, updates_per_step=2, rollouts_per_prompt=8, micro_batch_tokens=10**6)
     run.optimizer = new_optimizer(run.model, run.config)
     sums, made = [], steps.update
@@ -348,7 +349,7 @@ SOURCES = [path for path in ROOT.rglob("*.py") if not {"runs", "tests", ".venv"}
 
 
 def unsafe(tree: ast.AST) -> list[str]:
-    """Calls that run text or bytes from somewhere, found by their names and arguments."""
+    """Returns calls that run text or bytes from somewhere; they are found by their names and arguments."""
     found = []
     for node in ast.walk(tree):
         if isinstance(node, ast.Import | ast.ImportFrom):

@@ -1,4 +1,4 @@
-"""A group of rollouts: the log is checked; the picture shows each token's source, entropy, fate and weight."""
+"""The log of a group of rollouts is checked. Its picture shows each token's source, entropy, fate and weight."""
 
 import itertools
 import json
@@ -15,7 +15,7 @@ HOSTILE = "</title></style><script>window.hacked=1</script>\"'><img src=x onerro
 
 
 def a_row(tokens: str, given: int = 0, **fields) -> dict:
-    """A row whose tokens are single characters, the first `given` from a demonstration."""
+    """Returns a row whose tokens are single characters, of which the first `given` come from a demonstration."""
     n = len(tokens)
     return {
         "hybrid": given > 0,
@@ -36,7 +36,7 @@ def a_row(tokens: str, given: int = 0, **fields) -> dict:
 
 @pytest.fixture
 def group() -> dict:
-    """Two on-policy rows, one of them cut off, and a hybrid row that keeps one of three prefix tokens."""
+    """Returns two on-policy rows, one of them cut off, and a hybrid row that keeps one of three prefix tokens."""
     rows = [
         a_row("abc"),
         a_row("de", reward=0.0, truncated=True, advantage=-0.5, weight=[-0.5, -0.5]),
@@ -48,7 +48,7 @@ def group() -> dict:
 
 @pytest.fixture
 def folder(tmp_path, group) -> Path:
-    """A run folder with groups of steps 1 and 20."""
+    """Returns a run folder with groups of steps 1 and 20."""
     lines = [json.dumps(group | {"step": step}) + "\n" for step in (1, 20)]
     (tmp_path / "groups.jsonl").write_text("".join(lines))
     return tmp_path
@@ -123,7 +123,7 @@ def test_whose_a_token_is(group):
     assert [group_log.verdict(row) for row in rows] == ["✓ right", "✗ cut off", "✓ right", "✓ right"]
     assert group_log.verdict(a_row("a", reward=0.4)) == "reward 0.40"
     assert [part[2] for part in group_log.parts(rows[2])] == [0.25, 0.5]
-    assert group_log.chosen(rows[2]) == [False, True, False, False]  # of the continuation none is dropped
+    assert group_log.chosen(rows[2]) == [False, True, False, False]  # of the continuation no token is dropped
 
 
 def test_every_token_is_seen():
@@ -167,7 +167,7 @@ def test_the_picture_shows_what_the_log_says(group):
         return [patch for found, patch in above if found == colour.lower()]
 
     counts = {name: len(drawn(colour)) for name, (colour, _) in group_log.SOURCES.items()}
-    assert counts == {"prefix": 1, "demonstration": 1, "continuation": 1, "own": 5}  # one colour for two
+    assert counts == {"prefix": 1, "demonstration": 1, "continuation": 1, "own": 5}  # two sources share a colour
     assert len(drawn(group_log.DROPPED)) == 2
     assert [text for text in texts if len(text) == 1 and text in "abcdeWXYz"] == list("abcdeWXYz")
     assert "1  on-policy" in texts and "✗ cut off" in texts and "A = −0.50" in texts
@@ -181,11 +181,12 @@ def test_the_picture_shows_what_the_log_says(group):
     assert all(round(bar.get_y() + bar.get_height(), 3) in zero_lines for bar in standing)
     assert all(round(bar.get_y(), 3) in zero_lines for bar in hanging)
     entropy = [patch.get_height() for patch in drawn("#8C8C8C")]
-    assert entropy[-4:] == pytest.approx([0, 9, 2.25, 4.5])  # 2 nats, the most of the group, is a full bar of 9 pt
+    # 2 nats, the group's largest entropy, is a full bar of 9 pt
+    assert entropy[-4:] == pytest.approx([0, 9, 2.25, 4.5])
 
 
 def test_any_text_can_be_drawn(group, tmp_path, recwarn):
-    """No mathematics of a $, no missing glyph's warning, nothing beyond the page."""
+    """A $ begins no mathematics, no missing glyph gives a warning, and nothing goes beyond the page."""
     group["rows"][0]["tokens"] = ["$x^$", "$\\frac{$", "漢字😀"]
     group |= {"problem": f"\n{HOSTILE} 漢字😀", "answer": "$" * 300}
     assert draw_group(group, tmp_path / "g.png").stat().st_size > 10_000

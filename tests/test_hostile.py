@@ -1,7 +1,9 @@
-"""Hostile input to every command: exit code 2, one line on stderr that names file, line or field, nothing written.
+"""Every command answers hostile input with exit code 2 and one line on stderr that names file, line or field. It
+writes nothing.
 
-Data files, settings and command lines; folders and models stand in test_hostile_folders.py. The cases are made by
-damaging a good file, the property-based tests draw them; commands run in this process (conftest.refused).
+This file has data files, settings and command lines; test_hostile_folders.py has folders and models. The cases are
+made by damaging a good file, and the property-based tests draw them. The commands run in this process
+(conftest.refused).
 """
 
 import contextlib
@@ -24,11 +26,11 @@ GOOD = {"id": "a", "problem": "1;A+2?", "answer": "3", "demonstrations": ["1A+2=
 
 
 def changed(**fields: object) -> str:
-    """The good row with other fields; ... takes one away."""
+    """Returns the good row with other fields; ... takes a field away."""
     return json.dumps({name: value for name, value in (GOOD | fields).items() if value is not ...})
 
 
-LINES = {  # a second line -> what the message must hold
+LINES = {  # a second line of the file -> what the message must hold
     "not JSON": ("problem: 1+1", "not valid JSON"),
     "cut short": (json.dumps(GOOD)[:-5], "not valid JSON"),
     "two objects": (json.dumps(GOOD) * 2, "not valid JSON"),
@@ -261,7 +263,7 @@ LINES_OF_COMMANDS = {
         "--model data/base --seed -1 1+1",
         "--model data/base --max_response_tokens 512 1+1",
         "--model data/base --unknown 1 1+1",
-        "--model data/base \udcff",  # a byte that is no UTF-8, as Python gives it
+        "--model data/base \udcff",  # a byte that is not UTF-8, as Python gives it
         "--model data/base --system \udcff 1+1",
     ],
     "plot.py": [

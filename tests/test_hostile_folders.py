@@ -1,6 +1,7 @@
-"""Hostile folders of runs, evaluations and models: exit code 2, one line that names the file, nothing written.
+"""Hostile folders of runs, evaluations and models end a command with exit code 2 and one line that names the file.
+Nothing is written.
 
-Each case damages one file of a good folder; the commands run in this process (conftest.refused).
+Each case damages one file of a good folder, and the commands run in this process (conftest.refused).
 """
 
 import json
@@ -30,7 +31,8 @@ TEXT = {
 
 
 def damage(path: Path, how: object) -> None:
-    """None: delete; a number: keep so much of it; bytes: other content; a dict: other values; a function: call it."""
+    """Change a file: None deletes it, a number keeps so much of it, bytes are other content, a dict has other values,
+    and a function is called."""
     if how is None:
         path.unlink()
     elif isinstance(how, float):
@@ -70,7 +72,7 @@ def line(number: int, content: bytes):
 
 
 def pickled(path: Path) -> None:
-    """A checkpoint that runs code when it is loaded, if one lets it."""
+    """Returns a checkpoint that runs code when it is loaded, unless that is prevented."""
 
     class Bomb:
         def __reduce__(self):
@@ -109,7 +111,7 @@ OF_RUNS |= {(log, name): line(0, row) for log in LOGS for name, row in ROWS.item
 
 @pytest.fixture(scope="module")
 def finished(tmp_path_factory):
-    """A run of one step and an evaluation, and the words that made them."""
+    """Returns a run of one step and an evaluation, and the words that made them."""
     patch = pytest.MonkeyPatch()
     patch.chdir(ROOT)
     patch.setattr(train, "draw_curves", lambda folder: "")

@@ -1,4 +1,5 @@
-"""data/loader.py and benchmarks.py: what other editors, languages and programs write into JSONL files."""
+"""These tests give data/loader.py and benchmarks.py what other editors, languages and programs write into JSONL
+files."""
 
 import json
 import re
@@ -44,7 +45,7 @@ def test_a_bad_line_is_named(line, said, tmp_path):
 
 def test_text_of_any_language_and_a_byte_order_mark_are_read(tmp_path):
     rows = [ROW | {"problem": "𝑥 = 1\u2028?"}, ROW | {"problem": "é\ud83d\ude00"}]
-    lines = [json.dumps(rows[0], ensure_ascii=False), json.dumps(rows[1])]  # a real U+2028; a pair as two escapes
+    lines = [json.dumps(rows[0], ensure_ascii=False), json.dumps(rows[1])]  # a real U+2028, and a pair as two escapes
     (tmp_path / "a.jsonl").write_bytes(b"\xef\xbb\xbf" + "\r\n".join(lines).encode())
     assert [p.problem for p in load_problems(tmp_path / "a.jsonl")] == ["𝑥 = 1\u2028?", "é😀"]
 
@@ -118,7 +119,8 @@ THINKING = "{% for m in messages %}<|{{ m['role'] }}|>{{ m['content'] }}{% endfo
     ],
 )
 def test_the_seam_between_prompt_and_demonstration(tokenizer, monkeypatch, text, left, said):
-    """What the prompt ends with is not taught a second time; other doubles, and text after the box, are counted."""
+    """A tag at the end of the prompt is not taught a second time. Other doubles, and text after the box, are
+    counted."""
     monkeypatch.setattr(tokenizer, "chat_template", THINKING)
     (encoded,), left_out, noted = encode_problems(tokenizer, [Problem("p", "1+1", "2", (text,))], 99, [2])
     assert tokenizer.decode(encoded.prompt_ids).endswith("<|assistant|><think>\n")
@@ -145,7 +147,7 @@ def test_any_end_token_inside_a_demonstration_counts(tokenizer, end):
 
 @pytest.mark.parametrize("absent", ["null", "NaN"])
 def test_null_is_an_absent_field(tmp_path, absent):
-    """As `datasets` writes rows of which some have a field, and pandas."""
+    """`datasets` writes null in rows that lack a field, and pandas does too."""
     fields = "".join(f', "{name}": {absent}' for name in ("id", "system", "level", "demonstrations"))
     path = tmp_path / "rows.jsonl"
     path.write_text(f'{{"problem": "1+1", "answer": "2"{fields}}}\n')

@@ -1,4 +1,4 @@
-"""loss.py against hand computations and autograd of each method's textbook objective."""
+"""These tests compare loss.py with hand computations, and with autograd of each method's textbook objective."""
 
 import dataclasses
 import math
@@ -23,7 +23,7 @@ from methods import METHODS, coefficient_at
 
 
 def by_hand(rewards, group, hybrid, baseline):
-    """The table of loss.advantages with Python loops."""
+    """Computes the table of loss.advantages with Python loops."""
     own, prefix = [], []
     for r, g, h in zip(rewards, group, hybrid):
         everybody = [x for x, k in zip(rewards, group) if k == g]
@@ -48,7 +48,7 @@ def test_advantages_equal_the_hand_computation(baseline):
 
 
 def test_advantages_of_the_drawing():
-    """7 on-policy rows of which 2 are right, and a hybrid row that is right."""
+    """Of 7 on-policy rows 2 are right, and the hybrid row is right."""
     rewards = torch.tensor([1.0, 1, 0, 0, 0, 0, 0, 1])
     group, hybrid = torch.zeros(8, dtype=torch.long), torch.arange(8) == 7
     own, prefix = advantages(rewards, group, hybrid)
@@ -60,7 +60,7 @@ def test_advantages_of_the_drawing():
 
 
 def test_equal_rewards_give_no_signal():
-    """0 everywhere, but a hybrid continuation keeps r_h under on_policy."""
+    """The advantage is 0 everywhere, but a hybrid continuation keeps r_h under on_policy."""
     group, hybrid = torch.zeros(4, dtype=torch.long), torch.tensor([False, False, False, True])
     for reward in (0.0, 1.0):
         own, prefix = advantages(torch.full((4,), reward), group, hybrid)
@@ -90,7 +90,8 @@ def test_scaling_divides_by_the_unbiased_deviation():
 
 @pytest.mark.parametrize("common", [0.0, 0.1, 1.0])
 def test_a_deviation_that_is_only_rounding_divides_nothing(common):
-    """Seven times 0.1 has a mean that is not 0.1 in floats: the on-policy rows get 0, the prefix r_h - 0.1."""
+    """The mean of seven times 0.1 is not 0.1 in floats. Still the on-policy rows get 0, and the prefix gets r_h -
+    0.1."""
     rewards, group, hybrid = (
         torch.tensor([common] * 7 + [1.0]),
         torch.zeros(8, dtype=torch.long),
@@ -114,7 +115,8 @@ def test_entropy_clip_keeps_the_highest(keep, n):
     mask[torch.randperm(200, generator=generator)[:n]] = True
     mask, entropy = mask.view(20, 10), torch.rand(20, 10, generator=generator)
     kept = entropy_clip(mask, entropy, keep)
-    count = n - math.floor(n * (100 - round(100 * keep)) / 100)  # in whole numbers: no float of 1 - keep
+    # computed in whole numbers, so that no float is 1 - keep
+    count = n - math.floor(n * (100 - round(100 * keep)) / 100)
     assert kept.sum() == count and not (kept & ~mask).any()
     if 0 < count < n:
         assert entropy[kept].min() >= entropy[mask & ~kept].max()
@@ -125,7 +127,7 @@ def test_entropy_clip_keeps_the_highest(keep, n):
 
 
 def test_entropy_clip_breaks_ties_by_index():
-    mask = torch.ones(20, 50, dtype=torch.bool)  # of so many a sort that is not stable finds another order
+    mask = torch.ones(20, 50, dtype=torch.bool)  # so many that a sort that is not stable finds another order
     for select in ("high", "low"):
         kept = entropy_clip(mask, torch.ones(20, 50), 0.3, select)
         assert kept.flatten().nonzero().flatten().tolist() == list(range(300))
@@ -139,7 +141,7 @@ def test_random_clip_draws_from_its_generator_only():
 
 @pytest.mark.parametrize("name", ["prefix-rft", "prefix-rft-low", "rft-entropy-clip", "rft"])
 def test_padding_never_has_a_weight(name):
-    """Whatever its entropy is: only tokens of the response are left."""
+    """Whatever the entropy of padding is, only tokens of the response are left."""
     response = torch.arange(6) < torch.tensor([[6], [3], [4]])
     prefix = torch.arange(6) < torch.tensor([[2], [0], [1]])
     entropy = torch.where(response, 1.0, 9.0)
@@ -151,14 +153,14 @@ def test_padding_never_has_a_weight(name):
 
 
 def test_the_surrogate_is_clipped_where_the_textbook_clips_it():
-    """A > 0: r A up to 1.2 A; A < 0: r A from 0.8 A on."""
+    """For A > 0 it is r A up to 1.2 A; for A < 0 it is r A from 0.8 A on."""
     ratio = torch.tensor([0.5, 1.0, 1.2, 2.0])
     assert ppo_surrogate(ratio, torch.tensor(1.0), 0.2, 0.2).tolist() == pytest.approx([0.5, 1.0, 1.2, 1.2])
     assert ppo_surrogate(ratio, torch.tensor(-1.0), 0.2, 0.2).tolist() == pytest.approx([-0.8, -1.0, -1.2, -2.0])
 
 
 def test_of_ten_entropies_the_two_highest_keep_their_weight():
-    """The example of the paper's 20%, on one row: tokens 3 and 7."""
+    """This is the paper's 20% on one row of ten tokens: tokens 3 and 7 are kept."""
     entropy = torch.tensor([[0.1, 0.0, 0.3, 2.0, 0.2, 0.1, 0.4, 1.5, 0.0, 0.9]])
     kept = entropy_clip(torch.ones(1, 10, dtype=torch.bool), entropy, keep=0.2)
     assert kept.nonzero()[:, 1].tolist() == [3, 7]
@@ -174,12 +176,12 @@ def test_ppo_weight_is_the_gradient_of_the_surrogate(moved):
     weight = ppo_weight(log_probs, old, advantage, 0.2, 0.3)
     torch.testing.assert_close(weight, log_probs.grad)
     if moved:
-        assert 0.1 < ((weight == 0) & (advantage != 0)).float().mean() < 0.9  # the clip was at work, both ways
+        assert 0.1 < ((weight == 0) & (advantage != 0)).float().mean() < 0.9  # so the clip was at work, both ways
 
 
 @pytest.mark.parametrize("advantage", [1.0, -1.0])
 def test_the_clip_keeps_its_own_bound(advantage):
-    """r = 1 is at both bounds where nothing may move; and the weight is a number, not a part of the graph."""
+    """If nothing may move, r = 1 is at both bounds. The weight is a number, not a part of the graph."""
     log_probs = torch.zeros(1, 1, requires_grad=True)
     weight = ppo_weight(log_probs, torch.zeros(1, 1), torch.tensor([[advantage]]), 0.0, 0.0)
     assert weight.item() == advantage and not weight.requires_grad
@@ -201,8 +203,9 @@ def test_an_infinite_ratio_weighs_nothing_where_the_advantage_is_zero(name):
 
 
 class Group:
-    """Random rows of unequal length: four problems of six rows, the last of each with demonstration tokens (shared
-    prefix and batches of demonstrations: every row; methods that replace or rescue: the first problem's)."""
+    """Random rows of unequal length make a group: four problems of six rows. Usually the last row of a problem has
+    demonstration tokens. With a shared prefix and in batches of demonstrations every row has them. For methods that
+    replace or rescue, the first problem's rows have them."""
 
     def __init__(self, name: str, moved: bool, seed: int = 0):
         torch.manual_seed(seed)
@@ -243,7 +246,7 @@ class Group:
         self.advantage = advantages(self.rewards, self.group, self.hybrid, baseline, bool(self.method.scale_by_std))
 
     def ours(self, rows: torch.Tensor | None = None, coefficient: float | None = None) -> torch.Tensor:
-        """The gradient by token_weights and weighted_loss, on `rows` or all, at the run's beginning."""
+        """Returns the gradient by token_weights and weighted_loss, on `rows` or all rows, at the run's beginning."""
         rows = torch.arange(self.B) if rows is None else rows
         generator = torch.Generator().manual_seed(3)
         tokens = Tokens(
@@ -269,7 +272,7 @@ class Group:
 
 
 def top_entropy(mask, entropy, share):
-    """The highest entropies of `mask`, by sorting Python tuples."""
+    """Returns the highest entropies of `mask`, by sorting Python tuples."""
     places = sorted((-entropy[i, t].item(), i, t) for i, t in mask.nonzero().tolist())
     kept = torch.zeros_like(mask)
     for _, i, t in places[: len(places) - math.floor((1 - share) * len(places))]:
@@ -278,16 +281,16 @@ def top_entropy(mask, entropy, share):
 
 
 def cross_entropy(g: Group, weight=1.0):
-    """weight * -log p of demonstration tokens, [number of them], from the logits"""
+    """Returns weight * -log p of demonstration tokens, [number of them], from the logits"""
     mask = g.prefix_mask
     nll = torch.nn.functional.cross_entropy(g.logits[mask], g.ids[mask], reduction="none")
     return nll * (weight[mask] if isinstance(weight, torch.Tensor) else weight)
 
 
 def textbook(name: str, g: Group, coefficient: float | None = None) -> torch.Tensor:
-    """The loss of each method as its source states it, written out with what autograd can differentiate.
+    """Returns the loss of each method as its source states it, written out in terms that autograd can differentiate.
 
-    `coefficient` takes the place of the source's, where it has one that is a setting."""
+    `coefficient` takes the place of the source's, if that is a setting there."""
 
     def c(of_the_source: float) -> float:
         return of_the_source if coefficient is None else coefficient
@@ -309,7 +312,7 @@ def textbook(name: str, g: Group, coefficient: float | None = None) -> torch.Ten
     surrogate, plain = ppo_surrogate(ratio, own, 0.2, 0.2), ratio * own
     clipped_rl, plain_rl = -(surrogate * policy).sum(), -(plain * policy).sum()
     of_prefix = ppo_surrogate(ratio, given, 0.2, 0.2)
-    entropy = (g.entropy * g.mask).sum(1, keepdim=True) / g.mask.sum(1, keepdim=True)  # H of a row
+    entropy = (g.entropy * g.mask).sum(1, keepdim=True) / g.mask.sum(1, keepdim=True)  # H of each row
     q = p.detach()
     L, shown = g.R, g.mask & (g.group != 0)[:, None]  # tokens whose problem has a demonstration for the prompt
     kept = {
@@ -327,11 +330,11 @@ def textbook(name: str, g: Group, coefficient: float | None = None) -> torch.Ten
         ("relift",): lambda: plain_rl / g.Z,
         ("rescue", "dr-po"): lambda: clipped_rl / g.Z,
         ("rft-entropy-clip",): lambda: -(surrogate * top_entropy(g.mask, g.entropy, 0.2)).sum() / g.Z,
-        # RL summed over rows and tokens / L, not divided by rows; SFT a token mean with coefficient c * rows: the
-        # source's gradient is `rows` times ours
+        # RL is summed over rows and tokens / L and not divided by rows, and SFT is a token mean with coefficient c *
+        # rows. So the source's gradient is `rows` times ours.
         ("rft+sft",): lambda: (plain_rl / L + c(0.1) * g.B * cross_entropy(g).mean()) / g.B,
         ("luffy",): lambda: -((plain * policy).sum() + (p / (p + c(0.1)) * given * prefix).sum()) / g.Z,
-        # both terms token means; the common factor T_own / Z only scales the step
+        # both terms are token means; their common factor T_own / Z only scales the step
         ("uft",): lambda: (clipped_rl / g.T_own + c(0.001) * cross_entropy(g).mean()) * g.T_own / g.Z,
         ("chord-mu",): lambda: (
             ((1 - c(0.6)) * clipped_rl / g.T_own + c(0.6) * cross_entropy(g).mean()) * g.T_own / g.Z
@@ -339,7 +342,7 @@ def textbook(name: str, g: Group, coefficient: float | None = None) -> torch.Ten
         ("chord-phi",): lambda: (
             ((1 - c(0.1)) * clipped_rl / g.T_own + c(0.1) * cross_entropy(g, q * (1 - q)).mean()) * g.T_own / g.Z
         ),
-        # a micro-batch for each demonstration that took a group's place: its token mean beside a sum / L
+        # each demonstration that took a group's place is a micro-batch: its token mean stands beside a sum / L
         ("hpt",): lambda: (
             (
                 plain_rl / L
@@ -359,7 +362,7 @@ def textbook(name: str, g: Group, coefficient: float | None = None) -> torch.Ten
             )
             / g.B
         ),
-        # half a squared difference has the gradient of the divergence, over tokens of the policy itself
+        # half a squared difference has the gradient of the divergence, over tokens that the policy itself sampled
         ("sdft",): lambda: (ratio.detach()[shown] * (g.log_probs[shown] - g.hinted[shown]).square() / 2).sum() / g.Z,
         ("prefix-rft-trust",): lambda: (plain_rl - ((p / q.clamp(min=0.1)) * prefix).sum()) / g.Z,
         ("prefix-rft-static",): lambda: (clipped_rl - c(0.001) * (g.log_probs * prefix).sum()) / g.Z,
@@ -382,7 +385,7 @@ def test_gradient_equals_the_textbook_objective(name, moved):
 
 
 def test_sdft_is_the_gradient_of_the_divergence_in_the_mean_over_tokens():
-    """One state, each token of the vocabulary with its probability of being sampled, before and after an update."""
+    """In one state each token of the vocabulary has its probability of being sampled, before and after an update."""
     torch.manual_seed(0)
     logits = torch.randn(7, dtype=torch.float64, requires_grad=True)
     log_p, hinted, old = logits.log_softmax(0), *torch.randn(2, 7, dtype=torch.float64).log_softmax(1)
@@ -414,11 +417,11 @@ def test_the_coefficient_setting_takes_the_place_of_the_methods_own(name):
 
 @pytest.mark.parametrize("c", [0.0, 1e-30, 0.1])
 def test_the_shaped_weight_is_finite_where_a_probability_underflows(c):
-    """Against f'(p) p in whole fractions; 0 where p is."""
+    """It is compared with f'(p) p in whole fractions; it is 0 where p is 0."""
     log_p = torch.tensor([[-200.0, -100.0, -87.0, -60.0, -3.0, 0.0]])
     g = Tokens(*[log_p] * 3, *[log_p < 1] * 3, torch.ones(1, 6), torch.ones(1), 0.2, 0.2, c, 0, 6, 6.0, 6)
     p = [Fraction(value) for value in log_p.exp().flatten().tolist()]
-    assert p[0] == 0 < p[1]  # the second is below the smallest normal number
+    assert p[0] == 0 < p[1]  # the second number is below the smallest normal number
     want = [float(Fraction(c) * x / (x + Fraction(c)) ** 2) if x else 0.0 for x in p]
     assert token_weights(METHODS["luffy"], g)[0].tolist() == pytest.approx(want, rel=1e-5)
 
@@ -434,8 +437,8 @@ def test_a_coefficient_falls_along_half_a_cosine_in_the_first_fifth_of_a_run():
 
 
 def test_every_method_is_another_objective():
-    """No two entries of the table give the same gradient on rows of their own kind, but for those that differ in
-    their rows or stages only."""
+    """No two entries of the table give the same gradient on rows of their own kind, unless they differ only in their
+    rows or stages."""
     grads = {name: Group(name, moved=True).ours() for name in METHODS}
     for a in METHODS:
         for b in METHODS:

@@ -1,4 +1,4 @@
-"""model.py: token_stats against direct computations; loading."""
+"""These tests compare token_stats in model.py with direct computations, and try loading."""
 
 import json
 import math
@@ -20,7 +20,7 @@ from support.loading import fuse_norms, load_config, pick_device
 
 
 def rows(lengths: list[tuple[int, int]], vocab: int = 103, seed: int = 0):
-    """Left-padded prompts and right-padded responses of the given lengths -> ids, mask, R"""
+    """Returns left-padded prompts and right-padded responses of the given lengths, as ids, mask and R"""
     generator = torch.Generator().manual_seed(seed)
     P, R = max(p for p, _ in lengths), max(r for _, r in lengths)
     ids = torch.randint(3, vocab, (len(lengths), P + R), generator=generator)
@@ -29,7 +29,7 @@ def rows(lengths: list[tuple[int, int]], vocab: int = 103, seed: int = 0):
 
 
 def direct(model, ids, mask, R, temperature):
-    """Row by row without any padding, with the whole [R, V] softmax, in the model's dtype."""
+    """Computes row by row without any padding, with the whole [R, V] softmax, in the model's dtype."""
     log_probs, entropy = torch.zeros(len(ids), R, dtype=model.dtype), torch.zeros(len(ids), R, dtype=model.dtype)
     for i in range(len(ids)):
         row = ids[i][mask[i].bool()]
@@ -41,8 +41,8 @@ def direct(model, ids, mask, R, temperature):
 
 
 def assert_rounded(found: torch.Tensor, exact: torch.Tensor) -> None:
-    """`found`, in fp32, is the float64 `exact` up to rounding: 2**9 units in the last place of its largest entry,
-    for some 20 sums of 32 to 103 terms one after the other (measured: up to 60)."""
+    """Checks that `found`, in fp32, is the float64 `exact` up to rounding. That is 2**9 units in the last place of
+    its largest entry, for some 20 sums of 32 to 103 terms one after the other (measured: up to 60)."""
     close = 2**9 * torch.finfo(torch.float32).eps * float(exact.abs().max())
     torch.testing.assert_close(found, exact.float(), rtol=0, atol=close)
 
@@ -50,7 +50,7 @@ def assert_rounded(found: torch.Tensor, exact: torch.Tensor) -> None:
 @pytest.mark.parametrize("temperature", [1.0, 0.7])
 @pytest.mark.parametrize("chunk", [2**25, 103 * 4])
 def test_token_stats_equal_the_direct_computation(monkeypatch, temperature, chunk):
-    """Values and gradients, against float64; padding and the other rows change nothing ; chunks neither."""
+    """Values and gradients are compared with float64. Padding, the other rows and chunks change nothing."""
     monkeypatch.setattr(models, "LOGITS_PER_CHUNK", chunk)
     model, exact = random_model(scale=0.2), random_model(scale=0.2).double()
     ids, mask, R = rows([(5, 9), (2, 3), (8, 1), (3, 7)])
@@ -76,7 +76,7 @@ def test_padding_ids_do_not_matter():
 
 
 def test_a_loaded_model_has_fp32_weights_no_dropout_and_a_neutral_generation_config(tmp_path, tokenizer):
-    """A bf16 folder with dropout, top_k 1, a penalty and two end tokens."""
+    """The folder is in bf16 and has dropout, top_k 1, a penalty and two end tokens."""
     config = GPT2Config(vocab_size=len(tokenizer), n_embd=32, n_layer=2, n_head=2, attn_pdrop=0.5, resid_pdrop=0.5)
     model = GPT2LMHeadModel(config)
     model.to(torch.bfloat16).save_pretrained(tmp_path)
@@ -104,7 +104,8 @@ def test_noise_that_stays_on_is_refused(tmp_path, tokenizer, monkeypatch):
 
 
 def test_a_head_of_its_own_stays_one(tmp_path, tokenizer, monkeypatch):
-    """config.json says tied, the file holds an embedding and another head: the file wins, on every rank and saved."""
+    """config.json says tied, but the file holds an embedding and another head. The file wins, on every rank and in a
+    saved model."""
     save_model(random_model(vocab_size=103), tokenizer, tmp_path / "m")
     config = json.loads((tmp_path / "m" / "config.json").read_text())
     (tmp_path / "m" / "config.json").write_text(json.dumps(config | {"tie_word_embeddings": True}))
@@ -112,7 +113,7 @@ def test_a_head_of_its_own_stays_one(tmp_path, tokenizer, monkeypatch):
     assert not torch.equal(model.lm_head.weight, model.model.embed_tokens.weight)
     sent = model.config, model.dtype, model.loop
     monkeypatch.setattr(distributed, "from_rank_0", lambda _: pickle.loads(pickle.dumps(sent)))
-    for other in distributed.follow_first(None):  # what another rank builds from what the first one sends
+    for other in distributed.follow_first(None):  # what another rank builds from the parts that the first one sends
         assert [name for name, _ in other.named_parameters()] == [name for name, _ in model.named_parameters()]
         assert other.loop == model.loop
     save_model(model, tokenizer, tmp_path / "final")
@@ -123,7 +124,7 @@ def test_a_head_of_its_own_stays_one(tmp_path, tokenizer, monkeypatch):
 def test_save_then_load_gives_the_same_weights(tmp_path, tokenizer):
     model = random_model(vocab_size=len(tokenizer))
     save_model(model, tokenizer, tmp_path / "final")
-    save_model(model, tokenizer, tmp_path / "final")  # over an old one
+    save_model(model, tokenizer, tmp_path / "final")  # it is written over an old one
     again, _ = load_model(str(tmp_path / "final"))
     for (name, a), b in zip(model.state_dict().items(), again.state_dict().values()):
         assert (a == b).all(), name
@@ -132,7 +133,7 @@ def test_save_then_load_gives_the_same_weights(tmp_path, tokenizer):
 
 @pytest.mark.parametrize("what", ["weights", "tokenizer"])
 def test_a_save_that_fails_leaves_the_old_folder(tmp_path, tokenizer, monkeypatch, what):
-    """The old one is removed only when the new one is whole."""
+    """The old folder is removed only when the new one is whole."""
     model = random_model(vocab_size=len(tokenizer))
     save_model(model, tokenizer, tmp_path / "final")
     before = contents(tmp_path / "final")
@@ -147,7 +148,7 @@ def test_a_save_that_fails_leaves_the_old_folder(tmp_path, tokenizer, monkeypatc
 
 
 def test_logits_of_a_chunk_of_tokens_only_exist_at_once(monkeypatch):
-    """In the forward pass, and again in the backward pass."""
+    """This holds in the forward pass, and again in the backward pass."""
     model, sizes = random_model(), []
     model.lm_head.register_forward_hook(lambda module, inputs, output: sizes.append(len(output)))
     monkeypatch.setattr(models, "LOGITS_PER_CHUNK", 103 * 4)
@@ -157,7 +158,7 @@ def test_logits_of_a_chunk_of_tokens_only_exist_at_once(monkeypatch):
 
 
 def test_a_token_that_cannot_come_adds_no_entropy():
-    """Its logit is -inf: 0 · -inf is 0, not NaN."""
+    """The token's logit is -inf, and 0 · -inf has to be 0, not NaN."""
     model, ids = random_model(), torch.tensor([[5, 6, 7]])
     model.lm_head.bias = torch.nn.Parameter(torch.zeros(103))
     model.lm_head.bias.data[50:] = -torch.inf
@@ -277,7 +278,7 @@ def test_weights_that_are_not_finite_or_far_too_large_are_called_damaged(tmp_pat
 
 
 def test_a_token_without_a_row_is_refused_only_where_it_is_used(tmp_path, tokenizer):
-    """As Gemma 3's tokenizer has one more token than its embedding rows."""
+    """Gemma 3's tokenizer has one such token: it has one token more than its embedding has rows."""
     save_model(random_model(vocab_size=len(tokenizer)), tokenizer, tmp_path / "m")
     longer = AutoTokenizer.from_pretrained(tmp_path / "m")
     longer.add_tokens(["<image>"])
@@ -337,8 +338,8 @@ class TakesAGate(LlamaRMSNorm):
 
 
 def test_norms_are_fused_where_that_changes_nothing():
-    """As on CUDA: every norm of a Llama; not one that computes
-    something else, takes something else or has no weight."""
+    """This is as on CUDA. Every norm of a Llama is fused, but not one that computes something else, takes other
+    arguments or has no weight."""
     model, ids = random_model(), torch.arange(3, 13)[None]
     given = ids, torch.ones_like(ids), 6, 1.0
 

@@ -1,6 +1,6 @@
-"""A folder that transformers 4 reads too. What it must find there was written by transformers 4.57.6 for the same
-models. If TRANSFORMERS_4 names a Python that has it (pip install torch transformers==4.57.6), log-probs are compared
-too."""
+"""transformers 4 can read a model folder of ours too. What it must find there was written by transformers 4.57.6 for
+the same models. If TRANSFORMERS_4 names a Python that has it (pip install torch transformers==4.57.6), log-probs are
+compared too."""
 
 import copy
 import json
@@ -28,7 +28,8 @@ def read(path):
 
 @pytest.fixture
 def old_base(tmp_path, tokenizer):
-    """A model as most stand on the hub: old fields, files that transformers 5 does not write, weights in bf16."""
+    """Makes a model as most stand on the hub: with old fields, with files that transformers 5 does not write, and
+    with weights in bf16."""
     folder = tmp_path / "old"
     save_model(random_model(vocab_size=103, rope_theta=5e5, rope_scaling=dict(LLAMA3)).bfloat16(), tokenizer, folder)
     config = read(folder / "config.json")
@@ -60,7 +61,7 @@ def test_the_bases_fields_and_tokenizer_files_are_kept(tmp_path, old_base):
 
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
 def test_weights_are_saved_in_the_dtype_that_the_config_names(tmp_path, tokenizer, dtype):
-    """An update of 1e-6 of a weight is seen in fp32 and rounded away in bf16."""
+    """A weight's update of 1e-6 is seen in fp32 and rounded away in bf16."""
     base = random_model(vocab_size=len(tokenizer), scale=0.0).bfloat16()  # matrices are 0, norms 1
     save_model(base, tokenizer, tmp_path / "base")
     model, _ = load_model(str(tmp_path / "base"), training=True)
@@ -96,7 +97,8 @@ def test_old_fields_are_made_where_the_base_has_none(tmp_path, config, old):
     new = read(tmp_path / "config.json")
     assert old_rope(new) == old
     (tmp_path / "config.json").write_text(json.dumps(with_old_fields(new, {})))
-    assert AutoConfig.from_pretrained(tmp_path).rope_parameters == config.rope_parameters  # 5 reads what it read
+    # version 5 reads what it read before
+    assert AutoConfig.from_pretrained(tmp_path).rope_parameters == config.rope_parameters
 
 
 def test_of_a_model_with_vision_the_text_parts_own_fields_are_taken():

@@ -1,11 +1,11 @@
-"""Every notebook runs in an interpreter of its own, shows figures, and its exercises can be solved.
+"""Every notebook runs in an interpreter of its own and shows figures, and its exercises can be solved.
 
 A notebook's exercises are found by the tags of its cells, in this order for each: "answer" (the cell a student edits;
 its metadata "wrong" holds two or more wrong answers), "check" (prints "not yet", "right" or "not right: …") and
 "solution" (Markdown with one folded Python block). After the whole notebook has run as it is, every exercise is tried
-in the same interpreter: unanswered, with each wrong answer, with the solution.
-NOTEBOOK_SIZE=4 shortens runs and takes fewer problems. The interpreter is IPython's shell without a kernel around it,
-in a process that starts, where it can, with PyTorch imported: nine kernels that import it cost a minute.
+in the same interpreter: unanswered, with each wrong answer, with the solution. NOTEBOOK_SIZE=4 shortens runs and
+takes fewer problems. The interpreter is IPython's shell without a kernel around it, because nine kernels that import
+PyTorch cost a minute. Its process starts with PyTorch imported, where it can.
 """
 
 import ast
@@ -33,7 +33,7 @@ every_notebook = pytest.mark.parametrize("path", NOTEBOOKS, ids=[path.stem for p
 
 
 def read(path: Path) -> list[dict]:
-    """The cells of a notebook."""
+    """Returns the cells of a notebook."""
     return json.loads(path.read_text(encoding="utf-8"))["cells"]
 
 
@@ -46,17 +46,17 @@ def tagged(cells: list[dict], tag: str) -> list[dict]:
 
 
 def exercises(cells: list[dict]) -> list[tuple]:
-    """(answer, check, solution) of each exercise."""
+    """Returns (answer, check, solution) of each exercise."""
     return list(zip(*(tagged(cells, tag) for tag in ("answer", "check", "solution")), strict=True))
 
 
 def text_of(cell: dict) -> str:
-    """What a kept cell printed."""
+    """Returns what a kept cell printed."""
     return "".join("".join(output["text"]) for output in cell["outputs"] if output["output_type"] == "stream")
 
 
 def figures_in(displayed: list[dict]) -> int:
-    """Outputs that end as a figure; an update takes the place of the output with its id."""
+    """Returns how many outputs end as a figure. An update takes the place of the output with its id."""
     figures = {}
     for place, output in enumerate(displayed):
         key = (output.get("transient") or {}).get("display_id", place)
@@ -71,7 +71,8 @@ def solution_of(cell: dict) -> str:
 
 
 def run_sources(folder: Path, sources: list[str]) -> list[tuple[str, str, list[dict]]]:
-    """Run cells one after the other in `folder` -> of each, what it printed, its stderr, what it displayed."""
+    """Run cells one after the other in `folder`, and return for each what it printed, its stderr, and what it
+    displayed."""
     from IPython.core.interactiveshell import InteractiveShell
     from IPython.utils.capture import capture_output
 
@@ -92,8 +93,8 @@ def run_sources(folder: Path, sources: list[str]) -> list[tuple[str, str, list[d
 
 
 def executed(path: Path) -> tuple[list, list]:
-    """The notebook run as it is, then its exercises tried -> (told of its code cells, tries); a try is (what, its
-    answer, what the check printed)."""
+    """Runs the notebook as it is, then tries its exercises. Returns what its code cells told, and the tries; a try is
+    (what, its answer, what the check printed)."""
     cells = read(path)
     sources, tries = [source(cell) for cell in cells if cell["cell_type"] == "code"], []
     code = len(sources)
@@ -113,7 +114,8 @@ def executed(path: Path) -> tuple[list, list]:
 
 @every_notebook
 def test_runs_shows_its_figures_and_checks_its_exercises(path):
-    """As many figures come out as the kept notebook has, and no warning. One test: a notebook is run once."""
+    """As many figures come out as the kept notebook has, and no warning. This is one test, because a notebook is run
+    once."""
     told, tries = executed(path)
     kept = [output for cell in read(path) for output in cell.get("outputs", ())]
     assert figures_in([output for *_, displayed in told for output in displayed]) == figures_in(kept) > 0
@@ -126,7 +128,8 @@ def test_runs_shows_its_figures_and_checks_its_exercises(path):
 
 @every_notebook
 def test_kept_state(path):
-    """What is committed: run top to bottom without an error, unanswered, small."""
+    """The committed notebook was run top to bottom without an error, its exercises are unanswered, and it is
+    small."""
     cells = read(path)
     code = [cell for cell in cells if cell["cell_type"] == "code"]
     assert [cell["execution_count"] for cell in code] == list(range(1, len(code) + 1))
@@ -146,7 +149,7 @@ def test_first_cells_are_alike_and_outside_the_project_say_so_in_one_line(tmp_pa
 
 
 def names_in(file: Path) -> set[str]:
-    """Names that a Python file defines at its top level."""
+    """Returns the names that a Python file defines at its top level."""
     names = set()
     for node in ast.parse(file.read_text(encoding="utf-8")).body:
         targets = node.targets if isinstance(node, ast.Assign) else [getattr(node, "target", node)]
@@ -156,7 +159,7 @@ def names_in(file: Path) -> set[str]:
 
 @every_notebook
 def test_links(path):
-    """Files that are linked to exist, and [`module.name`](../module.py) names something the module defines."""
+    """Files that are linked to exist, and the module behind a link [`module.name`](../module.py) defines the name."""
     markdown = "\n".join(source(cell) for cell in read(path) if cell["cell_type"] == "markdown")
     links = re.findall(r"\[([^\]]*)\]\(([^)\s#]+)\)", markdown)
     assert links
@@ -190,7 +193,7 @@ def test_links(path):
         (torch.tensor([1.0, 3.0]), [1, 2], "not right: try"),
         (Fraction(1, 3), 1 / 3, "right"),
         (Fraction(1, 2), 1 / 3, "not right: try"),
-        (0.64, 1 - 0.95**20, "right"),  # 0.6415…, as a text prints it
+        (0.64, 1 - 0.95**20, "right"),  # 0.6415…, rounded as a text prints it
         (0.6, 1 - 0.95**20, "not right: try"),
         (0.39, 0.38728, "right"),
         (0.012, 0.01234, "right"),

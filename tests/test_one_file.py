@@ -1,4 +1,4 @@
-"""one_file.py is the method of loss.py, sample.py and step.py: the same prefixes, responses and gradient."""
+"""one_file.py is the method of loss.py, sample.py and step.py: it gives the same prefixes, responses and gradient."""
 
 import copy
 import json
@@ -34,7 +34,7 @@ def gradient(model: torch.nn.Module) -> torch.Tensor:
 
 
 def test_both_updates_of_a_step_have_the_gradient_of_step_py(model, tokenizer):
-    """step.rl_step samples, grades and updates; one_file.py gets its rows. The first update is so long that PPO
+    """step.rl_step samples, grades and updates, and one_file.py gets its rows. The first update is so long that PPO
     clips in the second."""
     start = copy.deepcopy(model)
     config = Config(prompts_per_step=4, lr=0.5, max_grad_norm=1e9)

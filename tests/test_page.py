@@ -1,4 +1,5 @@
-"""The page of a problem: its numbers are the training step's, in a real browser too, where there is one."""
+"""The numbers on the page of a problem are those of the training step, and so they are in a real browser, if there is
+one."""
 
 import copy
 import functools
@@ -20,7 +21,7 @@ from reward import MATH
 from step import Batch, Run, mini_batch_tokens, rollout_batch
 from support.config import Config
 
-BASE, ID = Path("data/base"), "train-0304"  # of its 8 rows the base has 3 right
+BASE, ID = Path("data/base"), "train-0304"  # the base has 3 of its 8 rows right
 HOSTILE = ["</script><script>window.hacked = 1</script>", "<img src=x onerror=window.hacked=1>", "'\"`${1}&lt;"]
 HOSTILE += ["a\nb", "\u2028", "😀", "\x00", "DATA"]
 WEIGHTS = """controls.method.value = arguments[0]; controls.cut.value = arguments[1];
@@ -31,7 +32,7 @@ FLAGS += "--disable-component-update --disable-sync"
 
 @pytest.fixture(scope="module")
 def content() -> dict:
-    """Of the shipped base, and of a second model, which is the same by another name."""
+    """Returns the content for the shipped base and for a second model, which is the same by another name."""
     content = page_content([BASE], ID)
     content["models"].append(content["models"][0] | {"name": "again"})
     return content
@@ -39,7 +40,7 @@ def content() -> dict:
 
 @pytest.fixture(scope="module")
 def shown(tmp_path_factory):
-    """shown(content): a browser with the page in it."""
+    """shown(content) returns a browser with the page in it."""
     selenium, folder = pytest.importorskip("selenium.webdriver"), tmp_path_factory.mktemp("chromium")
     chromium, driver = shutil.which("chromium"), shutil.which("chromedriver")
     if not (chromium and driver):
@@ -66,7 +67,8 @@ def text(page, selector: str) -> str:
 
 
 def test_every_weight_is_that_of_a_training_step(content, shown):
-    """Of each method, with the demonstration cut in half: sampled, graded, compared, ranked and weighed alike."""
+    """This is tested for each method, with the demonstration cut in half: rows are sampled, graded, compared, ranked
+    and weighed alike."""
     problem = next(problem for problem in load_problems(Config.data) if problem.id == ID)
     model, tokenizer = load_model(str(BASE))
     encoded, *_ = encode_problems(tokenizer, [problem], Config.max_response_tokens, [tokenizer.eos_token_id], MATH)
@@ -96,7 +98,7 @@ def test_every_weight_is_that_of_a_training_step(content, shown):
 
 def test_the_clip_ranks_as_the_loss_does(content, shown):
     page, generator = shown(content), torch.Generator().manual_seed(0)
-    for n in (0, 1, 7, 37):  # n + n // 2 tokens are ranked: 10 of them, (1 - 0.9) * 10 is below 1
+    for n in (0, 1, 7, 37):  # n + n // 2 tokens are ranked; if these are 10, (1 - 0.9) * 10 is below 1
         entropy = (torch.rand(3, 60, generator=generator) * 8).round() / 8  # many ties
         mask = torch.zeros(3, 60, dtype=torch.bool)
         mask[2, :n] = mask[0, : n // 2] = True
@@ -110,7 +112,7 @@ def test_the_clip_ranks_as_the_loss_does(content, shown):
 
 
 def test_a_hand_moves_everything(content, shown):
-    """Numbers of a hybrid row, computed by hand from its group's rewards."""
+    """The numbers of a hybrid row are computed by hand from its group's rewards."""
     from selenium.webdriver import ActionChains, Keys
     from selenium.webdriver.support.select import Select
 
@@ -177,7 +179,7 @@ def test_it_can_be_read_on_a_phone_and_in_the_dark(content, shown):
 
 @pytest.fixture
 def folder(tmp_path) -> Path:
-    """A run folder whose data have no demonstrations, with a recorded group of the second problem."""
+    """Returns a run folder whose data have no demonstrations, with a recorded group of the second problem."""
     problems = [{"id": name, "problem": "329;Cr;B-7;A+4?", "answer": name} for name in "12"]
     group = {"step": 1, "method": "rft", "id": "2", "problem": "", "answer": "", "prompt": [], "rows": [a_row("ab")]}
     data = tmp_path / "data.jsonl"

@@ -1,6 +1,6 @@
-"""plot.py: figures of runs and evaluations are written and show the right numbers; unlike ones are refused.
+"""The figures that plot.py writes of runs and evaluations show the right numbers, and unlike ones are refused.
 
-Groups of rollouts: test_group.py."""
+test_group.py has the groups of rollouts."""
 
 import json
 import sys
@@ -21,7 +21,8 @@ SETTINGS = {"model": "m", "temperature": 0.6}
 
 
 def evaluation(folder: Path, right: dict[str, dict[str, int]], samples: int = 4, **settings) -> Path:
-    """A finished evaluation in which problem i of benchmark b had right[b][i] right samples; p, r, x are easy."""
+    """Makes a finished evaluation in which problem i of benchmark b had right[b][i] right samples; p, r, x are
+    easy."""
     folder.mkdir()
     answers = {
         name: [Answers(i, ("easy", "hard")[ord(i) % 2], samples, c, c, 10) for i, c in counts.items()]
@@ -72,7 +73,7 @@ def test_comparison_pairs_the_problems_by_id(two, tmp_path, monkeypatch, capsys)
 
 
 def test_partial_rewards_are_kept_and_paired(two, tmp_path, monkeypatch, capsys):
-    """Accuracy and differences are of mean rewards, pass@k of right samples, also when read back."""
+    """Accuracy and differences are of mean rewards, and pass@k is of right samples, also when they are read back."""
     levels = {"p": "easy", "q": "hard", "r": "easy", "s": "hard"}
     rewards = {"p": 1.5, "q": 0.75, "r": 2.0, "s": 4.0}  # the sums of four samples, of which 1, 0, 2, 4 are right
     right = {"p": 1, "q": 0, "r": 2, "s": 4}
@@ -83,7 +84,7 @@ def test_partial_rewards_are_kept_and_paired(two, tmp_path, monkeypatch, capsys)
     results = read_results(tmp_path / "partial")
     assert results["rewards"]["aime24"] == {"easy": {"p": 1.5, "r": 2.0}, "hard": {"q": 0.75, "s": 4.0}}
     assert results["average"]["accuracy"] == (8.25 / 16 + 0.25) / 2
-    assert "rewards" not in read_results(two[0])  # there they are what "right" says
+    assert "rewards" not in read_results(two[0])  # the rewards there are what "right" says
     assert problem_scores(results, "aime24", "all") == {"p": 0.375, "q": 0.1875, "r": 0.5, "s": 1}
     assert problem_scores(results, "aime24", "all", 1) == problem_scores(read_results(two[0]), "aime24", "all")
     capsys.readouterr()
@@ -110,7 +111,7 @@ def test_published_rows_are_marked_as_published(two, tmp_path, monkeypatch, caps
 
 
 def test_the_published_averages_are_those_of_the_accuracies():
-    """To the paper's rounding; UFT has an average only."""
+    """They agree to the paper's rounding. UFT has an average only."""
     assert [len(found) for found, _ in PUBLISHED.values()] == [6, 6, 6, 6, 6, 0, 6, 6, 9]
     for method, (found, average) in PUBLISHED.items():
         assert not found or sum(found[: len(SIX)]) / 6 == pytest.approx(average, abs=0.06), method
@@ -182,7 +183,7 @@ def test_damaged_files_are_named_in_one_line(tmp_path, monkeypatch, capsys):
 
 
 def test_a_run_with_skipped_updates_and_nothing_to_average_is_drawn(tmp_path, monkeypatch):
-    """As train.py writes it: 0 for what an update would have given, null for a mean of nothing."""
+    """train.py writes 0 for what an update would have given, and null for a mean of nothing."""
     rows = [{"step": 1, "loss": 0.1, "grad_norm": 1.0, "entropy": 0.5, "reward_hybrid": 1.0, "eval_all": None}]
     rows += [{"step": 2, "loss": 0.0, "grad_norm": 0.0, "entropy": None, "reward_hybrid": None, "skipped_updates": 2}]
     folder = run_folder(tmp_path / "x", rows)
@@ -211,7 +212,7 @@ def test_a_target_that_cannot_be_written_is_named_and_nothing_is_left(tmp_path, 
     assert f"writing to {folder / 'curves.png'} failed (Is a directory)" in capsys.readouterr().err
     (folder / "curves.png").rmdir()
     assert sorted(tmp_path.rglob("*")) == before
-    assert run(monkeypatch, folder, "--out", tmp_path / "new" / "c.png") == 0  # as the other tools make folders
+    assert run(monkeypatch, folder, "--out", tmp_path / "new" / "c.png") == 0  # other tools make folders in this way
 
 
 def test_a_dollar_in_a_name_is_a_dollar(tmp_path, monkeypatch):
@@ -250,14 +251,14 @@ LOGGED = [
 
 
 def with_base(folder: Path, **problems: int) -> Path:
-    """eval.json with the base model's validation: a tenth right in every level."""
+    """Returns eval.json with the base model's validation: a tenth is right in every level."""
     table = {level: {"accuracy": 0.1, "low": 0.05, "high": 0.2, "problems": n} for level, n in problems.items()}
     (folder / "eval.json").write_text(json.dumps({"base": {"validation": table}}))
     return folder
 
 
 def panels_of(monkeypatch, *folders: Path) -> dict[str, Axes]:
-    """The panels of the sheet that `draw` makes, by title."""
+    """Returns the panels of the sheet that `draw` makes, by title."""
     figures = []
     monkeypatch.setattr(curves, "save", lambda figure, target: figures.append(figure))
     plot.draw(list(folders), Path("sheet.png"))
@@ -269,7 +270,7 @@ def lines_of(axis: Axes) -> dict[str, tuple[list, list]]:
 
 
 def bands_of(axis: Axes) -> list[set[tuple[float, float]]]:
-    """The corners of each shaded band."""
+    """Returns the corners of each shaded band."""
     return [{tuple(xy.round(6).tolist()) for xy in band.get_paths()[0].vertices} for band in axis.collections]
 
 
@@ -292,7 +293,7 @@ def test_accuracy_has_its_interval_and_its_number_of_problems(tmp_path, monkeypa
         {"step": 5, "eval_hard": 0.5, "eval_hard_low": 0.4, "eval_hard_high": 0.7, "eval_low": 0.3, "eval_all": 0.4}
     ]
     folder = with_base(run_folder(tmp_path / "x", rows), hard=50, low=10, all=60)
-    assert curves.levels([curves.read_run(folder)]) == ["hard", "low", "all"]  # a level may be called low
+    assert curves.levels([curves.read_run(folder)]) == ["hard", "low", "all"]  # a level may be called "low"
     panel = panels_of(monkeypatch, folder)["validation accuracy, greedy"]
     assert lines_of(panel)["hard, 50 problems"] == ([0, 5], [0.1, 0.5])
     assert bands_of(panel) == [{(0, 0.05), (0, 0.2), (5, 0.4), (5, 0.7)}]
@@ -333,7 +334,8 @@ def test_noise_does_not_fill_a_panel(tmp_path, monkeypatch):
 
 
 def test_panels_of_an_sft_stage_before_reinforcement(tmp_path, monkeypatch):
-    """No panel of prefixes, no axis below 0, one range of steps, a line where SFT ends; a reward of 0 is shown."""
+    """There is no panel of prefixes, no axis below 0, one range of steps, and a line where SFT ends. A reward of 0 is
+    shown."""
     rl = {"reward": 0.0, "reward_on_policy": 0.0, "prefix_tokens": 0, "prefix_tokens_kept": 0}
     rows = [{"step": s, "grad_norm": 1.0} for s in (1, 2, 3, 4)]
     rows += [{"step": s, "grad_norm": 1.0, "truncated": 0.0, "unread": 0.1 * (s % 2)} | rl for s in (5, 6)]
@@ -344,7 +346,8 @@ def test_panels_of_an_sft_stage_before_reinforcement(tmp_path, monkeypatch):
 
 
 def test_legends_stand_outside_of_the_panels(tmp_path, monkeypatch):
-    """Inside one would hide a curve; with several runs the sheet has one legend for all panels, above them."""
+    """Inside a panel a legend would hide a curve. With several runs the sheet has one legend for all panels, above
+    them."""
     folders = [with_base(run_folder(tmp_path / name, LOGGED), hard=50, medium=50, all=100) for name in ("x", "y")]
     for shown in (folders[:1], folders):
         panels = panels_of(monkeypatch, *shown).values()

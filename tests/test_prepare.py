@@ -1,4 +1,5 @@
-"""data/prepare.py: a made-up row in the hub's schema for every set, and what happens when a set cannot be had."""
+"""These tests give data/prepare.py a made-up row in the hub's schema for every set, and show what happens when a set
+cannot be had."""
 
 import dataclasses
 import importlib.util
@@ -77,7 +78,7 @@ HUB = {  # name: (a row as the hub has it, the fields of ours that it must give)
         | {"reward_model": {"ground_truth": "1", "style": "rule"}, "extra_info": {"index": 3, "split": "default"}},
         {"system": "Think.", "problem": "Solve $x=1$.", "demonstrations": ["<think>\nok\n</think>\n\\boxed{1}"]},
     ),
-    "openr1-48k-complement": (  # whether its rows have a target could not be seen
+    "openr1-48k-complement": (  # nobody has seen yet whether its rows have a target
         {"prompt": [{"role": "system", "content": "Think."}, MESSAGE], "reward_model": {"ground_truth": "1"}},
         {"system": "Think.", "problem": "Solve $x=1$.", "demonstrations": []},
     ),
@@ -86,7 +87,7 @@ HUB = {  # name: (a row as the hub has it, the fields of ours that it must give)
 
 @pytest.fixture
 def hub(monkeypatch, tmp_path):
-    """Two rows of each set on a hub of our own; -> {name: rows}, and the list of what was asked for."""
+    """Makes a hub of our own with two rows of each set. Returns {name: rows}, and the list of what was asked for."""
     rows, asked = {name: [row, row] for name, (row, _) in HUB.items()}, []
     by_place = {}
     for name, source in prepare.SOURCES.items():

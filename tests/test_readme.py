@@ -1,4 +1,4 @@
-"""README.md and configs/README.md say what the code does."""
+"""README.md and configs/README.md must say what the code does."""
 
 import ast
 import re
@@ -17,7 +17,7 @@ DOCUMENTS = [path for path in ROOT.rglob("*.md") if not any(part in ("runs", "ev
 
 
 def test_the_table_of_methods_is_generated():
-    """A row for each method as it is; a method added since is no error."""
+    """Each row shows its method as it is. A method that was added since is no error."""
     documented = (ROOT / "configs" / "README.md").read_text(encoding="utf-8").splitlines()
     rows = [line for line in documented if line.startswith("| `") and "·" in line]
     assert len(rows) > 20 and set(rows) <= set(methods_table().splitlines())
@@ -68,8 +68,8 @@ def test_every_setting_on_a_command_line_exists():
 
 
 def test_imports_point_one_way():
-    """Details never import a command, loss and answers nothing of ours, reward no data, the path nothing of fast/; no
-    circle anywhere."""
+    """Details never import a command, loss.py and answers/ import nothing of ours, reward.py no data, the path
+    nothing of fast/, and there is no circle anywhere."""
     ours = {path.stem for path in ROOT.glob("*.py")} | {"answers", "data", "evaluation", "fast", "figures", "support"}
     graph: dict[str, set[str]] = {}
     for path in [*ROOT.glob("*.py"), *(p for folder in ours for p in (ROOT / folder).glob("*.py"))]:
@@ -82,7 +82,7 @@ def test_imports_point_one_way():
             elif isinstance(node, ast.Import):
                 found |= {alias.name for alias in node.names}
         graph[name] = {target for target in found if target.split(".")[0] in ours}
-    scripts = {"data.prepare", "data.make_base", "data.make_recipes"}  # commands in a folder
+    scripts = {"data.prepare", "data.make_base", "data.make_recipes"}  # they are commands in a folder
     for name, targets in graph.items():
         folder = name.split(".")[0]
         if folder in ("answers", "evaluation", "figures", "support") or name == "data.loader":

@@ -1,4 +1,5 @@
-"""Models as they come from the hub: a byte-level BPE tokenizer, Qwen2 and Llama shapes, from weights to weights."""
+"""These models are as they come from the hub: a byte-level BPE tokenizer, and Qwen2 and Llama shapes, from weights to
+weights."""
 
 import contextlib
 import copy
@@ -39,7 +40,7 @@ sys.path.append(str(ROOT / "bench"))
 
 from models import by_length, make, one_step, prove, tiny  # noqa: E402
 
-DRAWN = Reward(  # demonstrations are right, and about half of what a random model writes
+DRAWN = Reward(  # demonstrations are right, and about half of what a random model writes is too
     "drawn",
     lambda text, problem: max(grade(text, problem.answer), float(len(text) % 2)),
     lambda problem: None,
@@ -78,7 +79,8 @@ SETTINGS = {
 
 
 def bpe(template: str | None, begin: bool) -> PreTrainedTokenizerFast:
-    """Trained here on the problems; pad == eos, as Qwen's base models are often set up, or no pad at all (Llama)."""
+    """Trains a tokenizer on the problems. pad == eos, as Qwen's base models are often set up, or there is no pad at
+    all (Llama)."""
     tokenizer = Tokenizer(models.BPE())
     tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     tokenizer.decoder = decoders.ByteLevel()
@@ -97,7 +99,7 @@ def bpe(template: str | None, begin: bool) -> PreTrainedTokenizerFast:
 
 
 def publish(shape: str, folder: Path) -> Path:
-    """A model folder as published: bf16 weights, several end tokens, a generation config with top_k."""
+    """Makes a model folder as published: bf16 weights, several end tokens, and a generation config with top_k."""
     torch.manual_seed(0)
     size = {"hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2, "num_attention_heads": 4}
     size |= {"num_key_value_heads": 2, "max_position_embeddings": 256, "vocab_size": 448}
@@ -121,7 +123,8 @@ def task(request, tmp_path_factory):
 
 
 def test_prompts(task):
-    """The chat template where there is one, else the plain one after the token that begins a text."""
+    """A prompt is rendered by the chat template if there is one, else it is plain text after the token that begins a
+    text."""
     shape, folder = task
     tokenizer = AutoTokenizer.from_pretrained(folder / "model")
     text = render_prompt(tokenizer, "Add 3 and 4.", "Box it.")
@@ -180,7 +183,8 @@ def test_an_unknown_token_that_is_written_or_has_other_work_is_no_unknown_charac
 
 
 def test_nothing_that_vanishes_makes_an_answer_right(tokenizer):
-    """Ids without a token, special tokens inside, and a special token that is part of the answer."""
+    """The responses have ids without a token, special tokens inside, and a special token that is part of the
+    answer."""
     before, after, end = encode(tokenizer, "\\boxed{25"), encode(tokenizer, "1}"), tokenizer.eos_token_id
     for between in (900, tokenizer.pad_token_id):
         text = response_text(tokenizer, [*before, between, *after, end], [end])
@@ -196,7 +200,7 @@ def test_a_demonstration_whose_answer_the_tokenizer_loses_is_named(tokenizer):
     encode_problems(tokenizer, [problem], 50, [2])
 
     class Forgetful:
-        """Reads a box back without its number."""
+        """This tokenizer reads a box back without its number."""
 
         chat_template, eos_token_id, unk_token_id, bos_token_id = None, 2, None, -1
 
@@ -214,14 +218,14 @@ def test_a_demonstration_whose_answer_the_tokenizer_loses_is_named(tokenizer):
 
 @pytest.mark.parametrize("method", ["sft", "rft", "luffy", "prefix-rft"])
 def test_from_weights_to_weights(task, method, capsys, monkeypatch):
-    """from_pretrained, a step, resume, the second step, final, from_pretrained."""
+    """The path is from_pretrained, a step, resume, the second step, final, from_pretrained."""
     shape, folder = task
     out = folder / method
     settings = SETTINGS | {"model": str(folder / "model"), "data": str(folder / "train.jsonl"), "method": method}
     settings |= {"out": str(out), "resume": "auto", "recompute": shape == "llama"}
     config = from_dict(settings)
     monkeypatch.setattr(train, "load_reward", lambda name: DRAWN)
-    monkeypatch.setattr(train, "catch_signals", lambda: [15])  # ends after its first step
+    monkeypatch.setattr(train, "catch_signals", lambda: [15])  # the run ends after its first step
     assert train.train(config) == 128 + 15
     monkeypatch.setattr(train, "catch_signals", list)
     assert train.train(config) == 0
@@ -270,10 +274,10 @@ def test_a_tokenizer_without_an_end_token_is_one_line(task, tmp_path):
 @pytest.mark.parametrize(
     "name, loop",
     [
-        ("gpt2", "masks of ours, recordable"),  # learned positions: padding must not be counted
+        ("gpt2", "masks of ours, recordable"),  # positions are learned, so padding must not be counted
         ("opt", "masks of ours, recordable"),
-        ("bloom", "masks of ours"),  # takes no positions
-        ("falcon, alibi", "masks of the model"),  # reads positions off the mask
+        ("bloom", "masks of ours"),  # this model takes no positions
+        ("falcon, alibi", "masks of the model"),  # this model reads positions off the mask
         ("gemma3", "masks of ours, recordable"),  # sliding windows; a folder with vision settings
         ("phimoe", "masks of ours, recordable"),  # noise in its router
         ("qwen3_next", "masks of ours, recordable"),  # recurrent states that can be selected
@@ -281,7 +285,8 @@ def test_a_tokenizer_without_an_end_token_is_one_line(task, tmp_path):
     ],
 )
 def test_another_architecture_is_sampled_and_trained(tmp_path, monkeypatch, name, loop):
-    """Batch = alone, argmax, log-probs, equal passes, saved weights, a step; all: bench/models.py."""
+    """A batch gives what its rows give alone, draws follow argmax, log-probs agree, passes are equal, weights are
+    saved, and a step is made. bench/models.py does so for all architectures."""
     make(name, tmp_path)
     assert prove(tmp_path) == loop
     monkeypatch.setattr(step, "grade_all", by_length)
@@ -308,7 +313,7 @@ def test_what_cannot_work_is_one_line_and_nothing_written(tmp_path, task, name, 
 @pytest.mark.parametrize("rank", [0, 4], ids=["all weights", "adapters"])
 @pytest.mark.parametrize("recompute", [False, True])
 def test_planned_memory_is_the_measured_one(recompute, rank):
-    """plan.py, which counts tensors without data, against the profiler's record of a real pass."""
+    """plan.py, which counts tensors without data, is compared with the profiler's record of a real pass."""
     size = {"hidden_size": 64, "intermediate_size": 192, "num_attention_heads": 4, "num_key_value_heads": 2}
     shape = Qwen2Config(**size, num_hidden_layers=3, vocab_size=2000)
     low_rank = adapters.of(from_dict({"lora_rank": rank}))
@@ -319,7 +324,8 @@ def test_planned_memory_is_the_measured_one(recompute, rank):
 
 @pytest.mark.parametrize("fused, measured_gib", [(False, 48.68), (True, 43.34)])
 def test_planned_memory_is_that_of_an_h200(fused, measured_gib):
-    """Qwen2.5-1.5B's shape in bf16, 8 rows x 2,048 tokens, with HF's norms and fused [bench/results/gpu.md]."""
+    """The case is Qwen2.5-1.5B's shape in bf16, 8 rows x 2,048 tokens, with HF's norms and with fused ones
+    [bench/results/gpu.md]."""
     size = {"hidden_size": 1536, "intermediate_size": 8960, "num_attention_heads": 12, "num_key_value_heads": 2}
     shape = Qwen2Config(**size, num_hidden_layers=28, vocab_size=151_936, tie_word_embeddings=True)
     counted = 2 * 1.5437e9 + plan.update_bytes(shape, 8, 256, 1792, torch.bfloat16, False, fused)
@@ -331,8 +337,8 @@ def test_planned_memory_is_that_of_an_h200(fused, measured_gib):
     [(32, 16, 8, 12, 4000), (64, 128, 2, 12, 4000), (16, 16, 112, 1, 500)],
 )
 def test_planned_memory_of_sampling_is_the_measured_one(rows, prompt, response, layers, words):
-    """Where caches and the scores of a token, or caches and the pass over the prompts need most of it; and where keys
-    and values of a layer would, if they were repeated for all heads."""
+    """Most memory is needed by caches and the scores of a token, or by caches and the pass over the prompts. It would
+    be needed by the keys and values of a layer, if they were repeated for all heads."""
     size = {"hidden_size": 64, "intermediate_size": 192, "num_attention_heads": 4, "num_key_value_heads": 2}
     shape = Qwen2Config(**size, num_hidden_layers=layers, vocab_size=words)
     parts = plan.sampling_bytes(shape, rows, prompt + response, rows * prompt, size=4)
@@ -352,7 +358,7 @@ def test_the_most_rows_that_fit_are_named(vocabulary, columns):
 
 
 def test_the_rows_of_a_pass_are_those_whose_own_count_fits():
-    """Of 16, among them none, one and all."""
+    """Of 16 rows none, one and all are among the cases."""
     config, shape = from_dict({}), plan.shape_of("data/base")
     sizes = [plan.update_bytes(shape, rows, 100, 96, torch.bfloat16, False) for rows in range(1, 17)]
     for left in (sizes[0] - 1, sizes[0], sizes[1], sizes[7] + 1, sizes[14], 2 * sizes[15]):
@@ -361,7 +367,8 @@ def test_the_rows_of_a_pass_are_those_whose_own_count_fits():
 
 
 def test_offloading_moves_16_bytes_a_parameter_and_pays_for_every_pass(monkeypatch):
-    """Forth for old log-probs, for the forward and the backward pass; gradients back [support/distributed.py]."""
+    """Weights move forth for old log-probs, for the forward and for the backward pass, and gradients move back
+    [support/distributed.py]."""
     shape, values = plan.shape_of("data/base"), {"prompts_per_step": 4, "rollouts_per_prompt": 8}
     monkeypatch.setattr(plan, "HOST_BANDWIDTH", float("inf"))
     seconds = []
@@ -380,14 +387,14 @@ def test_offloading_moves_16_bytes_a_parameter_and_pays_for_every_pass(monkeypat
 
 
 def test_with_adapters_the_weights_are_frozen_and_the_rest_is_small():
-    """7B at rank 16: a layer's adapters are rank x (inputs + outputs) numbers for each of its seven matrices."""
+    """For 7B at rank 16, a layer's adapters are rank x (inputs + outputs) numbers for each of its seven matrices."""
     config, shape = from_dict({"lora_rank": 16, "max_response_tokens": 20}), plan.shape_of("Qwen/Qwen2.5-7B")
     wide, narrow, inner = 3584, 512, 18944
     trained = 28 * 16 * (2 * (wide + wide) + 2 * (wide + narrow) + 3 * (wide + inner))
     counts = plan.count(shape, adapters.of(config))
     assert (counts.trained, counts.root, counts.layer) == (trained, 0, trained // 28)
     parts = plan.plan(config, shape, 2, 16)["update"]
-    assert parts["frozen weights, bf16"] == 2 * counts.total > 15e9  # on every GPU
+    assert parts["frozen weights, bf16"] == 2 * counts.total > 15e9  # each GPU holds these
     assert parts["weights, fp32"] + parts["optimizer, fp32"] + parts["gradients, fp32"] == 16 * trained / 2
     assert plan.host_bytes(config, counts)["while a checkpoint is saved"] == 12 * trained < 5e8
     assert plan.host_bytes(config, counts)["while final/ is saved"] == 4 * counts.total
@@ -396,7 +403,7 @@ def test_with_adapters_the_weights_are_frozen_and_the_rest_is_small():
 PLAIN = ["gpt2", "bloom", "opt", "gpt_neox", "llama", "qwen2", "qwen3_moe", "deepseek_v3"]
 WINDOWS = ["mixtral", "gemma2", "gemma3", "phi3", "mistral", "gpt_oss"]
 MIXTURES = ["qwen3_moe", "deepseek_v3", "mixtral", "gpt_oss"]
-NOT_PLANNED = ["falcon", "mamba", "mamba2", "falcon_mamba", "ctrl"]  # attention of their own, or none
+NOT_PLANNED = ["falcon", "mamba", "mamba2", "falcon_mamba", "ctrl"]  # these have an attention of their own, or none
 
 
 @pytest.mark.parametrize("name", PLAIN + WINDOWS + NOT_PLANNED)
@@ -414,7 +421,7 @@ def test_a_model_is_planned_or_refused_in_one_line(monkeypatch, capsys, name):
 
 
 def test_of_a_mixture_only_the_experts_of_a_token_take_time():
-    """Qwen3-30B-A3B: 30.5 billion parameters, 3.3 of them activated (its model card)."""
+    """Qwen3-30B-A3B has 30.5 billion parameters, of which a token activates 3.3 (its model card)."""
     size = {"hidden_size": 2048, "num_hidden_layers": 48, "num_attention_heads": 32, "num_key_value_heads": 4}
     size |= {"head_dim": 128, "num_experts": 128, "num_experts_per_tok": 8, "moe_intermediate_size": 768}
     counts = plan.count(Qwen3MoeConfig(**size, vocab_size=151_936, tie_word_embeddings=False))
@@ -470,7 +477,7 @@ def test_a_plan_reads_the_config_only(tmp_path, capsys, monkeypatch):
     said = capsys.readouterr().out
     assert said.count("DOES NOT FIT") == 2 and "--offload true" in said and "--rows_per_call" not in said
     plan.show(from_dict(values | {"rows_per_call": 512, "max_response_tokens": 7100}), "H100", 8, 900, None)
-    said = capsys.readouterr().out  # 8,000 columns are 8,192 where passes are recorded, also in the rows that fit
+    said = capsys.readouterr().out  # 8,000 columns are 8,192 where passes are recorded, also for the rows that fit
     left = (
         79.2 * 2**30 * 0.92 - (2 + 12 / 8) * 8.0303e9
     )  # weights in bf16; those in fp32 and the optimizer over 8 GPUs

@@ -1,6 +1,6 @@
-"""The embedded task and the base model's folder: answers, splits, tokenizer, chat rendering.
+"""These tests check the embedded task and the base model's folder: answers, splits, tokenizer, chat rendering.
 
-The task is checked with a solver of its own, on strings, that shares no line with the generator.
+A solver that works on strings and shares no line with the generator checks the task.
 """
 
 import importlib
@@ -32,7 +32,7 @@ def tokenizer():
 
 
 def work_through(problem: str, in_order: bool) -> list[str]:
-    """The values, as three digits, after each instruction; in the order of the labels or as listed."""
+    """Returns the values, as three digits, after each instruction, in the order of the labels or as listed."""
     assert problem.endswith("?")
     value, *instructions = problem[:-1].split(";")
     values = [value]
@@ -201,7 +201,7 @@ def test_a_place_that_cannot_be_written_to_is_one_line(command, out, tmp_path, m
 
 @pytest.mark.parametrize("kind", ["short", "slips", "several"])
 def test_weaker_experts_change_the_demonstrations_only_and_still_reach_the_answer(rows, tmp_path, kind):
-    """Slips are counted by the test's own arithmetic: each makes the solution a step longer."""
+    """The test counts slips by its own arithmetic: each makes the solution a step longer."""
     command = [sys.executable, "data/make_recipes.py", "--demonstrations", kind, "--out", str(tmp_path)]
     subprocess.run(command, cwd=DATA.parent, check=True, capture_output=True)
     made = [json.loads(line) for line in (tmp_path / "train.jsonl").read_text().splitlines()]

@@ -1,4 +1,4 @@
-"""The box in a response, the grade, and whose mistake is whose."""
+"""These tests check the box in a response, the grade, and who is told of a mistake."""
 
 import os
 import shutil
@@ -282,7 +282,7 @@ def test_a_reward_is_a_number_whatever_made_it(tmp_path, value, want):
 
 
 def test_the_fingerprint_of_math_is_that_of_all_its_code(tmp_path, monkeypatch):
-    """Of reward.py and of every file of answers/."""
+    """It covers reward.py and every file of answers/."""
     here = Path(reward.__file__)
     files = [here, *here.with_name("answers").glob("*.py")]
     (tmp_path / "answers").mkdir()

@@ -1,4 +1,5 @@
-"""sample.py: the prefix schedule, forcing by ids, neutral sampling, draws that depend on their row only."""
+"""These tests check sample.py: the prefix schedule, forcing by ids, neutral sampling, and draws that depend on their
+row only."""
 
 import dataclasses
 import functools
@@ -72,7 +73,7 @@ def test_other_schedules():
     assert {round(5 * x, 5) for x in uft.tolist()} <= set(range(6)) and uft.mean().item() == pytest.approx(
         0.95, abs=0.01
     )
-    assert fractions(150, "uft").mean().item() == pytest.approx(0.5, abs=0.02)  # half of the first 60%
+    assert fractions(150, "uft").mean().item() == pytest.approx(0.5, abs=0.02)  # this is half of the first 60%
     assert fractions(300, "uft").max() == 0
     with pytest.raises(ValueError, match="schedule"):
         prefix_fraction(0, 500, "linear", torch.Generator())
@@ -134,7 +135,8 @@ def test_several_demonstrations_are_all_used_and_the_plan_is_a_pure_function():
 
 @pytest.mark.parametrize("rows", ["on_policy", "hybrid", "demonstration", "shared_prefix"])
 def test_draws_are_keyed_by_the_problem_not_by_its_place(rows):
-    """At another place of the batch the same prefixes and draws; of another problem, seed or attempt others."""
+    """At another place of the batch a problem has the same prefixes and draws. Another problem, seed or attempt has
+    others."""
 
     def plans(problem=PROBLEM, group=0, seed=0, **changed):
         settings = PLAN | {"rows": rows, "hybrid": 3} | changed
@@ -188,7 +190,7 @@ LOOPS_OF_BOTH = [None, decode_rows]  # HF's own, ours
 
 
 def sampled(model, rows, budget, temperature=1.0, **settings) -> list[list[int]]:
-    """The tokens of every response."""
+    """Returns the tokens of every response."""
     return [row.response for row in generate(model, TOKENIZER, rows, budget, temperature, **settings)]
 
 
@@ -214,7 +216,7 @@ def model():
 
 @pytest.mark.parametrize("decode", LOOPS_OF_BOTH)
 def test_a_prefix_is_kept_at_every_cut(model, decode):
-    """With a demonstration whose text another tokenization would merge: ids in, the same ids out."""
+    """The demonstration's text would be merged by another tokenization, but the ids that go in come out again."""
     demonstration = [40, 40, 41, 5, 5, 5, 6, 7, 40, 41]
     rows = [Row(0, (0, 0, "p", cut), [1, 9], demonstration[:cut]) for cut in range(len(demonstration))]
     for row, response in zip(rows, sampled(model, rows, 14, decode=decode)):
@@ -231,7 +233,7 @@ def test_a_response_ends_at_the_first_end_token_after_its_prefix():
 @pytest.mark.parametrize("decode", LOOPS_OF_BOTH)
 @pytest.mark.parametrize("temperature", [0.0, 1.0])
 def test_a_row_does_not_depend_on_its_batch(model, temperature, decode):
-    """Alone, together, in another order, in calls of 5."""
+    """A row is sampled alone, together with others, in another order, and in calls of 5."""
     rows, sample_rows = some_rows(), functools.partial(sampled, decode=decode)
     together = sample_rows(model, rows, 24, temperature)
     assert temperature == 0 or len({len(r) for r in together}) > 2
@@ -242,7 +244,8 @@ def test_a_row_does_not_depend_on_its_batch(model, temperature, decode):
 
 @pytest.mark.parametrize("how", [{}, {"decode": decode_rows}, {"rows_per_call": 5}])
 def test_log_probs_are_those_of_the_drawn_tokens(model, how):
-    """Against the plain model on each row alone, at the temperature; none for a prefix, none without draws."""
+    """They are compared with the plain model on each row alone, at the temperature. A prefix has none, and neither
+    have responses without draws."""
     whole = Row(12, (0,), [1, 9], [5, 6, 2], response=[5, 6, 2])
     rows = generate(model, TOKENIZER, [*some_rows(), whole], 24, 0.7, **how)
     assert len({len(row.response) for row in rows}) > 3
@@ -267,7 +270,7 @@ def test_generate_equals_hugging_face_greedy_search(model):
 
 
 def test_samples_follow_the_model(model):
-    """4,000 rows of one prompt: the share of each first token is its probability (rules 2 and 3)."""
+    """Of 4,000 rows of one prompt, the share of each first token is its probability."""
     rows = [Row(0, (1, 0, "p", i), [1, 9, 30], []) for i in range(4000)]
     first = torch.tensor([r[0] for r in sampled(model, rows, 1, 1.3, rows_per_call=4000)])
     with torch.no_grad():
@@ -293,7 +296,7 @@ def test_a_hostile_generation_config_changes_nothing(model, tmp_path, tokenizer)
     loaded, _ = load_model(str(tmp_path), check=check_model)
     assert sampled(loaded, rows, 24) == want
     loaded.generation_config = GenerationConfig(**(hostile | {"do_sample": False, "eos_token_id": [2]}))
-    assert sampled(loaded, rows, 24) == want  # also if it was not loaded by us
+    assert sampled(loaded, rows, 24) == want  # also if we did not load it
     loaded.generation_config.no_repeat_ngram_size = 1
     for decode in LOOPS_OF_BOTH:
         with pytest.raises(ValueError, match="not neutral"):
@@ -334,7 +337,7 @@ def test_pack_places_every_token():
 
 
 def test_the_end_token_may_be_the_last_of_the_budget(model):
-    """Prefix + continuation fit the budget; an end token in the last place is an end, not a cut."""
+    """Prefix and continuation together fit the budget. An end token in the last place is an end, not a cut."""
     rows = some_rows(60)
     for budget in (17, 18):
         for row, response in zip(rows, sampled(model, rows, budget)):

@@ -1,7 +1,7 @@
-"""SmolLM2 from its package, and the sums made for it.
+"""These tests check SmolLM2 from its package, and the sums made for it.
 
-Reading the real file needs the packages that data/smollm2.py names; without them that test is skipped. The sums are
-checked with a reader of their own, which knows only the text of a row.
+Reading the real file needs the packages that data/smollm2.py names; without them that test is skipped. A reader that
+knows only the text of a row checks the sums.
 """
 
 import importlib.util
@@ -37,7 +37,7 @@ def run(monkeypatch, *words: object) -> int:
 
 @pytest.fixture
 def package(monkeypatch, tmp_path):
-    """An installed package with a file of 1000 bytes in place of the model; -> the file."""
+    """Makes an installed package with a file of 1000 bytes in place of the model, and returns the file."""
     path = tmp_path / "site" / "model.gguf"
     path.parent.mkdir()
     path.write_bytes(bytes(1000))
@@ -106,7 +106,7 @@ def test_a_folder_that_is_there_is_left_alone(package, monkeypatch, tmp_path, ca
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory):
-    """The real model's folder; about half a minute and 540 MB of disk."""
+    """Makes the real model's folder, which takes about half a minute and 540 MB of disk."""
     try:
         source = smollm2.gguf_file()
     except ValueError as error:
@@ -120,7 +120,8 @@ def folder(tmp_path_factory):
 
 
 def test_the_weights_are_those_of_the_file_and_it_answers(folder):
-    """Against gguf's own reader and formulas, which share nothing with transformers' names and layouts."""
+    """They are compared with gguf's own reader and formulas, which share nothing with transformers' names and
+    layouts."""
     from gguf import GGUFReader, dequantize
 
     model, tokenizer = load_model(str(folder), training=True)
@@ -177,7 +178,7 @@ def test_answers_levels_and_demonstrations_are_right(splits):
         rest = row["problem"][len("What is ") : -1]
         for line in lines:
             left, right = line.split(" = ")
-            assert rest.startswith(left) and eval(left) == int(right) >= 0  # the next operation, carried out
+            assert rest.startswith(left) and eval(left) == int(right) >= 0  # the next operation is carried out
             rest = right + rest[len(left) :]
         assert rest == row["answer"] and last == f"\\boxed{{{rest}}}" and grade(text, row["answer"]) == 1.0
 

@@ -1,4 +1,4 @@
-"""step.py: one training step; the gradient does not depend on how the batch is cut."""
+"""These tests check one training step (step.py); its gradient does not depend on how the batch is cut."""
 
 import ast
 import copy
@@ -26,7 +26,8 @@ TEMPERATURE = 0.8
 def make_run(
     tokenizer, method="prefix-rft", model=None, problems=6, demonstrated=5, reward=BY_LENGTH, **settings
 ) -> Run:
-    """A run on random problems whose answers the random model sometimes hits: rewards are drawn, not graded."""
+    """Returns a run on random problems whose answers the random model sometimes hits; rewards are drawn, not
+    graded."""
     defaults = {
         "prompts_per_step": 4,
         "rollouts_per_prompt": 4,
@@ -54,7 +55,8 @@ def make_run(
 
 
 def whole_batch(run: Run, moved: bool) -> tuple[steps.Batch, Tokens]:
-    """A batch of the method's rows as one mini-batch; `moved`: the policy has changed since it sampled them."""
+    """Returns a batch of the method's rows as one mini-batch. With `moved` the policy has changed since it sampled
+    them."""
     if run.method.stages == ("sft",):
         batch = steps.demonstration_batch(run, run.data.supervised[:3], 0)
         z = float(batch.rollouts.prefix_mask.sum())
@@ -68,7 +70,7 @@ def whole_batch(run: Run, moved: bool) -> tuple[steps.Batch, Tokens]:
 
 
 def gradients(run: Run, batch: steps.Batch, tokens: Tokens, budget: int) -> list[torch.Tensor]:
-    """The gradient `update` leaves, before the optimizer's step, on micro-batches of `budget` tokens."""
+    """Returns the gradient that `update` leaves before the optimizer's step, on micro-batches of `budget` tokens."""
     config = dataclasses.replace(run.config, micro_batch_tokens=budget, max_grad_norm=1e9)
     found: list[torch.Tensor] = []
 
@@ -86,7 +88,8 @@ def gradients(run: Run, batch: steps.Batch, tokens: Tokens, budget: int) -> list
 
 
 def exact(run: Run, batch: steps.Batch, tokens: Tokens) -> tuple[torch.Tensor, torch.Tensor, list[torch.Tensor]]:
-    """-1/Z sum w log pi in float64, all rows in one plain forward pass; the weights; the gradient."""
+    """Returns -1/Z sum w log pi in float64, with all rows in one plain forward pass; the weights; and the
+    gradient."""
     model, r = copy.deepcopy(run.model).double(), batch.rollouts
     positions = (r.attention_mask.cumsum(1) - 1).clamp(min=0)
     logits = model(input_ids=r.input_ids, attention_mask=r.attention_mask, position_ids=positions).logits
@@ -107,7 +110,7 @@ def exact_gradients(run: Run, batch: steps.Batch, tokens: Tokens) -> list[torch.
 @pytest.mark.parametrize("rank", [0, 3], ids=["all weights", "adapters"])
 @pytest.mark.parametrize("method", METHODS)
 def test_gradient_is_the_same_for_any_micro_batches(tokenizer, method, rank, moved):
-    """Rows one by one, a few at a time, all at once; lengths differ."""
+    """Rows pass one by one, a few at a time, and all at once; their lengths differ."""
     run = make_run(tokenizer, method, temperature=TEMPERATURE, lora_rank=rank)
     batch, tokens = whole_batch(run, moved)
     want = exact_gradients(run, batch, tokens)
@@ -119,7 +122,7 @@ def test_gradient_is_the_same_for_any_micro_batches(tokenizer, method, rank, mov
 
 
 def passes(monkeypatch) -> list[tuple[bool, list[int]]]:
-    """Of every forward pass from now on: whether it had a gradient, and its rows."""
+    """Notes of every forward pass from now on whether it had a gradient, and its rows."""
     made, plain = [], steps.forward
 
     def note(model, rollouts, rows, temperature):
@@ -139,7 +142,8 @@ def test_every_row_passes_once_before_the_first_of_two_updates(tokenizer, monkey
 @pytest.mark.parametrize("budget", [1, 120, 10**6])
 @pytest.mark.parametrize("method", [name for name, method in METHODS.items() if "rl" in method.stages])
 def test_with_one_update_a_step_the_update_gives_the_old_log_probs(tokenizer, method, budget):
-    """The gradient in float64 of a batch whose old log-probs were all taken before, and these log-probs."""
+    """The gradient is compared, in float64, with that of a batch whose old log-probs were all taken before; so are
+    these log-probs."""
     run = make_run(tokenizer, method, temperature=TEMPERATURE)
     want, z = rollout_batch(run, [0, 1, 2, 5], 4), 16.0 * run.config.max_response_tokens
     assert want.old_known.all()
@@ -196,7 +200,7 @@ def test_the_ratio_is_one_to_the_bit_before_the_first_update(tokenizer):
 
 
 def test_sampled_tokens_had_the_log_probs_the_update_sees(tokenizer):
-    """Old log-probs against the model run on each row alone, at the sampling temperature ."""
+    """Old log-probs are compared with the model run on each row alone, at the sampling temperature."""
     run = make_run(tokenizer, temperature=0.7)
     batch = rollout_batch(run, [0, 1, 2, 3], 0)
     r = batch.rollouts
@@ -211,7 +215,8 @@ def test_sampled_tokens_had_the_log_probs_the_update_sees(tokenizer):
 
 
 def test_sdfts_teacher_has_seen_the_demonstration(tokenizer):
-    """Against the model run on each row alone, behind the problem and its demonstration; [5] has none."""
+    """The teacher's log-probs are compared with the model run on each row alone, behind the problem and its
+    demonstration; problem 5 has none."""
     run = make_run(tokenizer, "sdft", temperature=TEMPERATURE)
     picked = [0, 1, 2, 5]
     batch = rollout_batch(run, picked, 3)
@@ -258,7 +263,7 @@ def test_nothing_is_nan_in_the_corner_cases(tokenizer, method, case):
     compared = (clipped, unclipped, zero)
     weights = (METHODS[method].policy_weight, METHODS[method].demonstration_weight)
     if case == "all wrong" and all(weight in compared for weight in weights):
-        assert all((a == b).all() for a, b in zip(before, run.model.parameters()))  # no signal, no step
+        assert all((a == b).all() for a, b in zip(before, run.model.parameters()))  # no signal, so no step
 
 
 @pytest.mark.parametrize("baseline", ["on_policy", "group"])
@@ -279,12 +284,12 @@ def test_two_hybrid_rows_with_one_prefix_are_not_each_others_baseline(tokenizer,
 
 
 def far_from_known(t: Tokens) -> torch.Tensor:
-    """(1 − p)·Z/T_d: nothing where p = 1."""
+    """(1 − p)·Z/T_d, which is 0 where p = 1."""
     return (1 - t.log_probs.exp()) * t.normalizer / max(1, t.demonstration_tokens)
 
 
 def moved_apart(t: Tokens) -> torch.Tensor:
-    """1 − r: nothing before the first update."""
+    """1 − r, which is 0 before the first update."""
     return 1 - (t.log_probs - t.old_log_probs).exp()
 
 
@@ -305,14 +310,15 @@ def test_a_weight_that_vanishes_at_p_1_trains_and_is_counted(tokenizer, rows, up
 
 
 def test_no_share_of_tokens_is_negative(tokenizer):
-    """Of a weight that is 0 before the first update the second has more than there were before."""
+    """A weight is 0 before the first update, so the second update has more tokens with a weight than there were
+    before."""
     run = make_run(tokenizer, lr=0.5, updates_per_step=2)
     run.method = Method("own", "hybrid", moved_apart, clipped)
     assert 0 <= rl_metrics(run, rl_step(run, 0))["clip_fraction"] <= 1
 
 
 def test_metrics_describe_the_whole_batch(tokenizer):
-    """Against counts over the rollouts themselves, with many micro-batches."""
+    """Metrics are compared with counts over the rollouts themselves, with many micro-batches."""
     run = make_run(tokenizer, micro_batch_tokens=40)
     batch = rollout_batch(run, problems_of_step(6, 4, 2, 0, "order"), 2)
     metrics = rl_metrics(run, rl_step(run, 2))
@@ -360,7 +366,8 @@ def test_the_share_of_copied_answers_is_of_right_responses_in_all(tokenizer):
 @pytest.mark.parametrize("rank", [0, 3], ids=["all weights", "adapters"])
 @pytest.mark.parametrize("method", ["prefix-rft", "luffy", "hpt", "rescue"])
 def test_the_log_probs_of_the_sampler_stand_beside_those_of_the_training_pass(tokenizer, method, rank):
-    """Token by token, also where groups were replaced or sampled again; the gap is the mean of their distances."""
+    """They are compared token by token, also where groups were replaced or sampled again. The gap is the mean of
+    their distances."""
     run = make_run(tokenizer, method, temperature=0.7, lora_rank=rank)
     result = rl_step(run, 4)
     batch = result.batch
@@ -376,7 +383,8 @@ def test_the_log_probs_of_the_sampler_stand_beside_those_of_the_training_pass(to
 
 @pytest.mark.parametrize("method", ["hpt", "rescue"])
 def test_groups_that_are_replaced_do_not_hide_their_failures(tokenizer, method):
-    """What is sampled at first is what rft samples: counted there. A group with one right row is unsolved too."""
+    """What is sampled at first is what rft samples, and it is counted there. A group with one right row is unsolved
+    too."""
     reward = dataclasses.replace(
         BY_LENGTH,
         function=lambda text, problem: float(problem.id in ("p0", "p1", "p5")),
@@ -411,9 +419,10 @@ STEP = {
 @pytest.mark.parametrize("max_grad_norm", [1e9, 0.02])
 @pytest.mark.parametrize("method", ["prefix-rft", "prefix-rft-random", "chord-mu", "hpt"])
 def test_a_step_is_two_unequal_updates_one_after_the_other(tokenizer, method, max_grad_norm):
-    """By hand, in float64: 2 of 3 problems, then the third; Z of the planned rows, c of this step, clipped gradients.
+    """The step is made by hand, in float64: first 2 of 3 problems, then the third, with Z of the planned rows, c of
+    this step, and clipped gradients.
 
-    p5 is never solved: hpt has fewer rows than were planned."""
+    p5 is never solved, so hpt has fewer rows than were planned."""
     reward = dataclasses.replace(BY_LENGTH, function=lambda text, p: (1 + len(text) % 4) / 4 * (p.id != "p5"))
     settings = STEP | {"max_grad_norm": max_grad_norm, "reward": reward, "demonstrated": 6}
     run, step = make_run(tokenizer, method, **settings), 6
@@ -448,7 +457,7 @@ def test_a_step_is_two_unequal_updates_one_after_the_other(tokenizer, method, ma
 
 
 def test_the_counts_of_a_mini_batch_are_those_of_its_rows(tokenizer):
-    """Not those of the whole batch; counted over the plan and the responses."""
+    """They are not those of the whole batch. The test counts them over the plan and the responses."""
     run = make_run(tokenizer)
     batch, parts = rollout_batch(run, [0, 1, 2, 3], 4), ((0, 1, 2), (3,))
     counts = []
@@ -479,7 +488,7 @@ def test_the_random_entropy_clip_draws_by_seed_step_and_update(tokenizer):
 
 @pytest.mark.parametrize("method", ["rft", "hpt", "rescue"])
 def test_sampled_tokens_are_those_of_every_try(tokenizer, monkeypatch, method):
-    """Also of groups that were replaced or sampled again: without prefixes and whole demonstrations."""
+    """Groups that were replaced or sampled again count too, but prefixes and whole demonstrations do not."""
     tries, plain = [], steps.sample_groups
 
     def count(*arguments, **settings):
@@ -495,7 +504,8 @@ def test_sampled_tokens_are_those_of_every_try(tokenizer, monkeypatch, method):
 
 
 def test_an_sft_step_draws_among_a_problems_demonstrations(tokenizer):
-    """As its number says: over the steps each has its turn, and the same step has the same."""
+    """The step's number chooses: over the steps each demonstration has its turn, and the same step has the same
+    one."""
     run = make_run(tokenizer, "sft")
     problem = dataclasses.replace(run.data.encoded[0], demonstrations=[[5, 6], [7, 8]])
 
@@ -519,7 +529,7 @@ def test_an_sft_step_descends_the_token_mean(tokenizer):
     ids = run.data.supervised[:3]
     losses = [sft_step(run, ids, 0, run.optimizer, 0.05).updates[0]["loss"] for _ in range(5)]
     fresh, total, tokens = random_model(), 0.0, 0
-    for problem in ids:  # the first loss against plain cross-entropy, row by row
+    for problem in ids:  # the first loss is compared with plain cross-entropy, row by row
         response = [*problem.demonstrations[0], 2]
         with torch.no_grad():
             logits = fresh(input_ids=torch.tensor([problem.prompt_ids + response])).logits[0, -len(response) - 1 : -1]
@@ -530,7 +540,8 @@ def test_an_sft_step_descends_the_token_mean(tokenizer):
 
 
 def test_relift_collects_unsolved_problems_newest_first_and_spends_a_full_buffer(tokenizer, monkeypatch):
-    """Each as often as it was met, no more than one update a step, the oldest wait on."""
+    """A problem waits as often as it was met. There is no more than one update a step, and the oldest problems wait
+    on."""
     spent = []
 
     def spend(run, problems, step, optimizer, lr):
@@ -581,7 +592,8 @@ def test_the_gate_decides_what_is_unsolved(tokenizer):
 
 
 def test_rescue_samples_unsolved_groups_again_behind_longer_prefixes(tokenizer, monkeypatch):
-    """Until a row is right: p0 is right behind 50%, p1 never; p3 was right at once; p5 has no demonstration."""
+    """They are sampled until a row is right. p0 is right behind 50%, p1 never; p3 was right at once; p5 has no
+    demonstration."""
     run = make_run(tokenizer, "rescue")
     calls: list[list[Row]] = []
 
@@ -610,7 +622,8 @@ def test_rescue_samples_unsolved_groups_again_behind_longer_prefixes(tokenizer, 
 
 
 def test_demonstrations_alone_are_learned_at_temperature_1(tokenizer, monkeypatch):
-    """Whatever the sampling temperature is; inside a step of reinforcement every pass uses it."""
+    """This holds whatever the sampling temperature is. Inside a step of reinforcement every pass uses that
+    temperature."""
     used: list[float] = []
     plain = steps.forward
     monkeypatch.setattr(steps, "forward", lambda *a: used.append(a[-1]) or plain(*a))
@@ -624,7 +637,7 @@ def test_demonstrations_alone_are_learned_at_temperature_1(tokenizer, monkeypatc
 
 @pytest.mark.parametrize("parts", range(1, 17))
 def test_a_step_makes_as_many_updates_as_asked(tokenizer, monkeypatch, parts):
-    """As equal as possible, every problem once."""
+    """The updates are as equal as possible, and every problem is in one of them."""
     run = make_run(tokenizer, "rft", problems=16, prompts_per_step=16, updates_per_step=parts, rollouts_per_prompt=2)
     sizes: list[int] = []
 
@@ -658,7 +671,7 @@ def test_a_recorded_group_is_what_the_update_reads(tokenizer):
 
 
 def test_a_group_with_a_demonstration_is_recorded_wherever_the_step_has_one(tokenizer):
-    run = make_run(tokenizer, demonstrated=1, updates_per_step=4, seed=1)  # a problem an update
+    run = make_run(tokenizer, demonstrated=1, updates_per_step=4, seed=1)  # one problem in each update
     places = []
     for step in range(5):
         picked = problems_of_step(6, 4, step, 1, "order")

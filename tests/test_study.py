@@ -1,4 +1,5 @@
-"""results/: intervals, verdicts, contrasts and tables, against hand computation, simulation and the stored runs."""
+"""These tests compare the intervals, verdicts, contrasts and tables of results/ with hand computation, simulation and
+the stored runs."""
 
 import re
 import statistics
@@ -16,7 +17,7 @@ from results.horizon import METHODS, TEMPERATURES
 
 
 def run_line(method: str, seed: int, share: float, regime: str = "habit", **settings) -> dict:
-    """A run that solves each problem, and each of 4 samples, with chance `share`."""
+    """Returns a run that solves each problem, and each of 4 samples, with chance `share`."""
     rng = np.random.default_rng([seed, len(method), int(1000 * share)])
     counts = {"greedy": rng.binomial(1, share, 800), "sampled": rng.binomial(4, share, 800)}
     line = {"regime": regime, "method": method, "seed": seed, "trial": False}
@@ -48,7 +49,7 @@ def claim(more: str, less: str = "", regime: str = "habit", what: str = "accurac
 
 def test_the_interval_of_a_difference_by_hand():
     first, second = np.array([[1.0, 0.0, 1.0], [1.0, 1.0, 1.0]]), np.array([[0.0, 0.0, 1.0], [0.0, 1.0, 0.0]])
-    # by problem: 1, 0, 0.5 -> variance 0.25 / 3; runs of the first 2/3, 1, of the second 1/3, 1/3
+    # by problem 1, 0, 0.5, so the variance is 0.25 / 3; the first runs have 2/3 and 1, the second 1/3 and 1/3
     parts = [0.25 / 3, (1 / 3) ** 2 / 2 / 2]
     freedom = sum(parts) ** 2 / (parts[0] ** 2 / 2 + parts[1] ** 2 / 1)
     quantile = np.interp(freedom, [2.5, 3], [3.558, 3.182])  # a table of Student's t
@@ -61,7 +62,7 @@ def test_the_interval_of_a_difference_by_hand():
 def test_the_interval_covers_the_true_difference():
     rng, hits, draws = np.random.default_rng(0), 0, 400
     for _ in range(draws):
-        problems = rng.normal(0, 1, 200)  # how hard each is for both
+        problems = rng.normal(0, 1, 200)  # how hard each problem is for both
         liking = rng.normal(0, 0.5, 200)  # how much easier it is for the first
         groups = []
         for sign in (1, -1):

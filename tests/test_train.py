@@ -1,4 +1,4 @@
-"""train.py end to end, as a user runs it: files, resume, signals, wrong input."""
+"""train.py runs end to end, as a user runs it: files, resume, signals, wrong input."""
 
 import contextlib
 import io
@@ -46,7 +46,8 @@ SMALL = {
 
 @pytest.fixture(autouse=True)
 def no_figure(monkeypatch):
-    """Runs in this process draw none: it takes longer than their steps. The run of `whole` draws."""
+    """Runs in this process draw no figure, because that takes longer than their steps. The run of `whole` draws
+    one."""
     monkeypatch.setattr(train, "draw_curves", lambda folder: "")
 
 
@@ -57,7 +58,7 @@ def write_rows(path: Path, rows: list[dict]) -> Path:
 
 @pytest.fixture(scope="module")
 def task(tmp_path_factory):
-    """A few problems of the embedded task."""
+    """Makes a few problems of the embedded task."""
     folder = tmp_path_factory.mktemp("task")
     rows = [json.loads(line) for line in (ROOT / "data/recipes/train.jsonl").read_text().splitlines()]
     with_demonstration = [row for row in rows if row.get("demonstrations") and row["level"] == "medium"]
@@ -88,7 +89,8 @@ def weights(folder: Path) -> dict[str, torch.Tensor]:
 
 @pytest.fixture(scope="module")
 def whole(task, tmp_path_factory):
-    """An uninterrupted run, the reference of the resume tests: 4 steps -> (its folder, what it printed)."""
+    """Makes an uninterrupted run of 4 steps, the reference of the resume tests, and returns its folder and what it
+    printed."""
     out, printed, said = tmp_path_factory.mktemp("whole") / "run", io.StringIO(), io.StringIO()
     with pytest.MonkeyPatch.context() as patch, pytest.raises(SystemExit) as stop:
         patch.chdir(ROOT)
@@ -150,7 +152,7 @@ def assert_same_run(a: Path, b: Path) -> None:
 
 @pytest.mark.skipif(not hasattr(os, "fork"), reason="copies this process")
 def test_kill_9_and_resume_give_the_same_bits(task, whole, tmp_path, monkeypatch):
-    """Killed from outside, in its third step; test_faults.py kills before every operation on a file."""
+    """The run is killed from outside, in its third step. test_faults.py kills before every operation on a file."""
     monkeypatch.chdir(ROOT)
     argv, (reader, writer) = arguments(task, tmp_path / "run", resume="auto"), os.pipe()
 
@@ -172,14 +174,14 @@ def test_kill_9_and_resume_give_the_same_bits(task, whole, tmp_path, monkeypatch
     os.kill(process, signal.SIGKILL)
     assert os.waitstatus_to_exitcode(os.waitpid(process, 0)[1]) == -signal.SIGKILL
     with (tmp_path / "run" / "metrics.jsonl").open("a", encoding="utf-8") as log:
-        log.write('{"step": 9, "lo')  # a line cut short
+        log.write('{"step": 9, "lo')  # a line that was cut short
     assert train.train(parse_config(argv)) == 0
     assert_same_run(tmp_path / "run", whole[0])
 
 
 @pytest.fixture
 def signals(monkeypatch):
-    """signals(number, …): they come in this order during the second step."""
+    """signals(number, …) sends these signals in this order during the second step."""
     known = [getattr(signal, name) for name in train.ENDING if hasattr(signal, name)]
     before = {number: signal.getsignal(number) for number in known}
 
@@ -200,7 +202,7 @@ def signals(monkeypatch):
 def test_a_signal_ends_after_the_step_and_says_how_to_go_on(
     task, whole, tmp_path, monkeypatch, capsys, signals, name
 ):
-    number = getattr(signal, name, signal.SIGINT)  # Windows has few
+    number = getattr(signal, name, signal.SIGINT)  # Windows has only few of them
     monkeypatch.chdir(ROOT)
     out = tmp_path / "run"
     monkeypatch.setattr(sys, "argv", ["train.py", *arguments(task, out, save_every=0)])
@@ -214,7 +216,7 @@ def test_a_signal_ends_after_the_step_and_says_how_to_go_on(
     config = parse_config(line.split("python train.py ")[1].split())
     assert train.train(config) == 0 and "continued after step" in capsys.readouterr().out
     assert_same_run(out, whole[0])
-    assert train.train(config) == 0  # a finished run: nothing changes
+    assert train.train(config) == 0  # a finished run, in which nothing changes
     assert_same_run(out, whole[0])
 
 
@@ -247,7 +249,7 @@ def test_resume_refuses_other_settings_and_an_existing_folder(task, whole, monke
 
 @pytest.mark.parametrize("what", ["data", "model", "template", "reward", "record"])
 def test_resume_refuses_a_run_made_of_something_else(task, tmp_path, monkeypatch, what):
-    """The same names, other content: nothing is written, and the message says what changed."""
+    """The names are the same and the content is another. Nothing is written, and the message says what changed."""
     monkeypatch.chdir(ROOT)
     model, data, reward = tmp_path / "model", tmp_path / "train.jsonl", tmp_path / "own.py"
     shutil.copytree("data/base", model)
@@ -283,7 +285,8 @@ def test_resume_refuses_a_run_made_of_something_else(task, tmp_path, monkeypatch
 
 
 def test_a_reward_that_raises_loses_no_step_and_goes_on_mended(task, tmp_path, monkeypatch, capsys):
-    """Exit code 1 and the line that goes on; without its flag a changed reward is named before it grades anything."""
+    """The command ends with exit code 1 and the line that goes on. Without its flag a changed reward is named before
+    it grades anything."""
     monkeypatch.chdir(ROOT)
     reward, out = tmp_path / "own.py", tmp_path / "run"
     mended = "from reward import grade\n\ndef reward(text, problem):\n    return grade(text, problem.answer)\n"
@@ -309,7 +312,8 @@ def test_a_reward_that_raises_loses_no_step_and_goes_on_mended(task, tmp_path, m
 
 
 def test_a_reward_of_ones_own_is_used_everywhere(task, tmp_path, monkeypatch, capsys):
-    """Loader, rollouts and evaluation: half a point for a response with a box, a whole one for a 7 in it."""
+    """Loader, rollouts and evaluation use it: half a point for a response with a box, a whole one if there is a 7 in
+    it."""
     monkeypatch.chdir(ROOT)
     path = tmp_path / "sevens.py"
     path.write_text(
@@ -330,7 +334,7 @@ def test_a_reward_of_ones_own_is_used_everywhere(task, tmp_path, monkeypatch, ca
 
 @pytest.mark.parametrize("method", [name for name in ONE_OF_EACH if name != "prefix-rft"])
 def test_every_kind_of_method_runs(task, tmp_path, monkeypatch, capsys, method):
-    """Without an evaluation, which asks for no method."""
+    """There is no evaluation, because that does not depend on the method."""
     monkeypatch.chdir(ROOT)
     settings = {"method": method, "steps": 2, "sft_steps": 1, "eval_data": "", "test_data": ""}
     assert train.train(parse_config(arguments(task, tmp_path / "run", **settings))) == 0
@@ -338,12 +342,13 @@ def test_every_kind_of_method_runs(task, tmp_path, monkeypatch, capsys, method):
     assert len(rows) == ("sft" in METHODS[method].stages) + 2 * ("rl" in METHODS[method].stages)
     base, final = load_model("data/base")[0].state_dict(), weights(tmp_path / "run")
     learned = any(not torch.equal(base[name], final[name]) for name in base)
-    assert learned or all(row["equal_reward_groups"] == 1 for row in rows)  # dr-po: all right behind a long prefix
+    # in dr-po all rows are right behind a long prefix
+    assert learned or all(row["equal_reward_groups"] == 1 for row in rows)
 
 
 @pytest.mark.parametrize("fraction, count", [(1.0, 100), (0.1, 10), (0.07, 7), (0.001, 1), (0.0, 0)])
 def test_kept_demonstrations_are_chosen_by_id(fraction, count):
-    """In any order and company the same ids, and a smaller share is part of a larger one."""
+    """In any order and company the same ids are chosen, and a smaller share is part of a larger one."""
     problems = [Encoded(f"p{i}", [1], [[5]] if i < 100 else [], 2) for i in range(120)]
 
     def kept(problems, fraction):
@@ -358,7 +363,7 @@ def test_kept_demonstrations_are_chosen_by_id(fraction, count):
 
 
 def refused(monkeypatch, capsys, words: list[str]) -> str:
-    """What train.py says to a command line it refuses."""
+    """Returns what train.py says to a command line that it refuses."""
     monkeypatch.chdir(ROOT)
     monkeypatch.setattr(sys, "argv", ["train.py", *words])
     with pytest.raises(SystemExit) as stop:
@@ -452,15 +457,15 @@ def test_tensorboard_shows_the_metrics(task, tmp_path, monkeypatch):
 
 
 def test_demonstrations_that_cannot_be_used_are_counted(task, tmp_path, capsys):
-    """One is too long for the budget, one is wrong, one has no box. The start of the run says so and uses the
-    rest."""
+    """One is too long for the budget, one is wrong, one has no box. The start of the run says so, and the run uses
+    the rest."""
     rows = [json.loads(line) for line in (task / "train.jsonl").read_text().splitlines()]
     used = sum(bool(row.get("demonstrations")) for row in rows)
     rows[0]["demonstrations"] = ["1" * 99 + f"\\boxed{{{rows[0]['answer']}}}"]
     rows[1]["demonstrations"] = ["\\boxed{1000}"]
     rows[2]["demonstrations"] = ["no box"]
     data = write_rows(tmp_path / "train.jsonl", rows)
-    settings = {"data": data, "max_response_tokens": 80, "prompts_per_step": len(rows)}  # all of them: no less
+    settings = {"data": data, "max_response_tokens": 80, "prompts_per_step": len(rows)}  # all of them, no fewer
     half, _ = train.prepare(parse_config(arguments(task, tmp_path / "half", **settings, demonstration_fraction=0.5)))
     run, counts = train.prepare(parse_config(arguments(task, tmp_path / "run", **settings)))
     assert counts.left_out == {"too long": 1, "not right": 2}
@@ -483,7 +488,7 @@ def test_data_is_checked_before_weights_are_read(task, tmp_path, monkeypatch):
     "settings",
     [
         {"method": "sft", "sft_lr": 1e30, "sft_steps": 4},
-        {"method": "prefix-rft", "lr": 1e39},  # beyond float32, whatever the second update has
+        {"method": "prefix-rft", "lr": 1e39},  # it goes beyond float32, whatever the second update gives
         {"method": "sft", "sft_lr": 1e39, "sft_steps": 1},  # with its last update
         {"method": "sft", "sft_lr": 1e39, "sft_steps": 6, "save_every": 1},
     ],
@@ -514,7 +519,7 @@ def test_a_bug_in_a_step_shows_its_traceback(task, tmp_path, monkeypatch, error)
 
 
 def test_a_step_with_a_skipped_update_is_not_saved(task, tmp_path, monkeypatch):
-    """The run goes on; what it comes back to is a step whose updates were made."""
+    """The run goes on. When it comes back, it comes back to a step whose updates were made."""
     monkeypatch.setattr(train, "score", lambda run, who: {"validation": {}, "test": {}, "test_sampled": {}})
     saved, save = [], checkpoint.save
 
@@ -566,7 +571,7 @@ def test_the_optimizer_takes_its_settings():
 
 
 def test_the_evaluation_takes_its_settings(monkeypatch):
-    """Validation and test greedily, then the test problems with eval_samples at temperature 1."""
+    """Validation and test are greedy, and the test problems also have eval_samples at temperature 1."""
     calls = []
 
     def evaluate(model, tokenizer, problems, encoded, *, samples, temperature, **settings):
@@ -590,12 +595,13 @@ def test_the_evaluation_takes_its_settings(monkeypatch):
     assert train.score(run, "base")["validation"] == {}
 
 
-# what warnings look at
+# warnings look at these
 WATCHED = {"entropy": 1.0, "grad_norm": 1.0, "skipped_updates": 0, "truncated": 0.0, "unread": 0.0, "hybrid_rows": 0}
 
 
 def test_the_sft_stage_has_a_file_of_its_own(task, tmp_path, monkeypatch):
-    """sft_data feeds the sft stage, data the steps of reinforcement; the share of demonstrations is sft_data's."""
+    """sft_data feeds the sft stage, and data feeds the steps of reinforcement. The share of demonstrations is
+    sft_data's."""
     monkeypatch.chdir(ROOT)
     rows = [json.loads(line) for line in (task / "train.jsonl").read_text().splitlines()]
     bare = [{k: v for k, v in row.items() if k != "demonstrations"} for row in rows]
@@ -646,7 +652,7 @@ def test_the_sft_stage_has_a_file_of_its_own(task, tmp_path, monkeypatch):
     assert [id(o) for o in optimizers] == [id(optimizers[0])] * 4 + [id(optimizers[4])] * 4
     assert [title for title in titles if title.startswith("step")] == [f"step {n}: validation" for n in (3, 6, 8)]
     assert checkpoint.trained_with(tmp_path / "run" / "final") == {"reward": "math"}  # no system message is shared
-    assert seen["sft"] < {f"own-{row['id']}" for row in rows[:8]}  # without those that are too long
+    assert seen["sft"] < {f"own-{row['id']}" for row in rows[:8]}  # without demonstrations that are too long
     assert seen["rl"] == {row["id"] for row in rows}
     usable, first = len(seen["sft"]), order.copy()
     for seed in (0, 1):

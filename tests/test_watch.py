@@ -1,4 +1,4 @@
-"""What a run warns of, once each."""
+"""These tests check what a run warns of, once each."""
 
 import json
 
@@ -17,7 +17,7 @@ from support.watch import FIRST, LONG, SHORT, Watch
 
 
 def row(step: int, **changes) -> dict:
-    """A step at which there is nothing to warn of."""
+    """Returns a step at which there is nothing to warn of."""
     usual = {
         "grad_norm": 0.1,
         "skipped_updates": 0,
@@ -57,14 +57,14 @@ def test_each_warning_is_said_once_when_it_is_due(name, changes, at):
     assert [list(new) for new in said if new] == [[name]] and list(watch.said) == [name]
     assert due == [at] or (name == "surprise" and due[0] <= at), due
     assert watch.said[name].startswith(f"step {FIRST + due[0]}: ")
-    again = Watch(METHODS["prefix-rft"], {})  # a run that goes on, shown the rows of the first part
+    again = Watch(METHODS["prefix-rft"], {})  # a run that goes on, after it was shown the rows of the first part
     for number in range(1, FIRST + due[0]):
         again.recall(row(number, **(changes if number > FIRST else {})))
     assert again.look(row(FIRST + due[0], **changes)) == said[due[0] - 1]
 
 
 def test_a_run_that_goes_on_elsewhere_recalls_what_was_said_and_nothing_else():
-    """bf16 rounds more than fp32: what was no fault on a GPU is none on the CPU the run goes on with."""
+    """bf16 rounds more than fp32. What was no fault on a GPU is none on the CPU where the run goes on."""
     rounded = row(1, log_prob_gap=0.01)
     assert list(Watch(METHODS["rft"], {}).look(rounded)) == ["log_prob_gap"]
     assert Watch(METHODS["rft"], {}, torch.bfloat16).look(rounded) == {}
@@ -78,7 +78,7 @@ def test_a_run_that_goes_on_elsewhere_recalls_what_was_said_and_nothing_else():
 @pytest.mark.parametrize("method", ["sft-rft", "relift"])
 @pytest.mark.parametrize("weight", [zero, uncertain_means], ids=["zero", "zero without own tokens, as here"])
 def test_updates_on_demonstrations_without_weight_are_told(tokenizer, method, weight):
-    """Of the sft stage and of ReLIFT; an update that was skipped is not one of them."""
+    """These are updates of the sft stage and of ReLIFT. An update that was skipped is not one of them."""
     for given in (METHODS[method], variant(METHODS[method], demonstration_weight=weight)):
         run, watch = make_run(tokenizer, method, reward=ALL_WRONG, relift_buffer=2, lr=0.0), Watch(given, {})
         run.method = given
@@ -94,7 +94,7 @@ def test_updates_on_demonstrations_without_weight_are_told(tokenizer, method, we
 
 
 def test_nothing_is_said_of_a_run_without_faults():
-    """Nor of steps without hybrid rows where the method has none, nor of supervised steps."""
+    """Nothing is said either of steps without hybrid rows if the method has none, or of supervised steps."""
     watch = Watch(METHODS["rft"], {})
     supervised = {"skipped_updates": 0, "grad_norm": 0.0, "entropy": 0.0, "trained_tokens": 9}
     for number in range(1, 60):
@@ -104,7 +104,8 @@ def test_nothing_is_said_of_a_run_without_faults():
 
 @pytest.mark.parametrize("sampled_at, warned", [(1.0, False), (0.8, True)])
 def test_a_sampler_of_another_temperature_is_noticed(tokenizer, monkeypatch, sampled_at, warned):
-    """At once by the sampler's own log-probs; later also by those and entropies of the training pass alone."""
+    """The sampler's own log-probs show it at once. Later the log-probs and entropies of the training pass alone show
+    it too."""
     honest, watch = steps.generate, Watch(METHODS["rft"], {})
 
     def generate(model, tokenizer, rows, budget, temperature, **settings):

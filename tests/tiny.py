@@ -1,5 +1,5 @@
-"""What tests share: tiny models made in the test, rewards, errors that rounding explains, folders, one method of each
-kind."""
+"""This file has what tests share: tiny models made in the test, rewards, errors that rounding explains, folders, and
+one method of each kind."""
 
 import importlib
 import sys
@@ -16,20 +16,20 @@ from support import adapters
 from support.config import Config
 from support.distributed import trained
 
-# How a test starts a process that needs PyTorch: as a copy of one that has imported it and done nothing else. A copy
-# of the test's own process can die of what that process has done before.
+# A test starts a process that needs PyTorch in this way: as a copy of one that has imported it and done nothing else.
+# A copy of the test's own process can die of what that process has done before.
 START = "forkserver" if sys.platform == "linux" else "spawn"
 if START == "forkserver":
     set_forkserver_preload(["torch", "transformers", "matplotlib.pyplot", "IPython", "step"])
 
 BY_LENGTH = Reward(
     "by length", lambda text, problem: float(len(text) % 2), lambda problem: None, lambda text: True, "none"
-)  # about half right, the same for equal responses
+)  # about half are right, and equal responses are equally right
 ALL_WRONG = Reward("all wrong", lambda text, problem: 0.0, lambda problem: None, lambda text: True, "none")
 
 
 def random_model(vocab_size: int = 103, scale: float = 0.3, seed: int = 0, **config) -> LlamaForCausalLM:
-    """A random two-layer Llama whose next-token distributions are far from uniform."""
+    """Returns a random two-layer Llama whose next-token distributions are far from uniform."""
     torch.manual_seed(seed)
     shape = {"hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 2, "num_attention_heads": 4}
     shape |= {"num_key_value_heads": 2, "max_position_embeddings": 512, "tie_word_embeddings": False}
@@ -42,7 +42,7 @@ def random_model(vocab_size: int = 103, scale: float = 0.3, seed: int = 0, **con
 
 
 def with_adapters(model: LlamaForCausalLM, config: Config) -> LlamaForCausalLM:
-    """`model` with adapters that are not at their start, where they make no difference."""
+    """Returns `model` with adapters that are not at their start, because there they make no difference."""
     adapters.add(model, adapters.of(config))
     for name, parameter in trained(model).items():
         if "lora_B" in name:
@@ -51,27 +51,28 @@ def with_adapters(model: LlamaForCausalLM, config: Config) -> LlamaForCausalLM:
 
 
 def rounding(model: torch.nn.Module, columns: int = 0) -> float:
-    """The largest error of what `model` computes in float32, as a share of the largest number: a rounding of 2^-24
-    for each number that is summed on the way, forward and back through every matrix and over the batch's columns."""
+    """Returns the largest error of what `model` computes in float32, as a share of the largest number. It is a
+    rounding of 2^-24 for each number that is summed on the way, forward and back through every matrix and over the
+    batch's columns."""
     inner = sum(parameter.shape[-1] for parameter in model.parameters() if parameter.dim() > 1)
     return (2 * inner + columns) * 2**-24
 
 
 def contents(folder: Path) -> dict[str, bytes]:
-    """Every file and folder under `folder`, by its path."""
+    """Returns every file and folder under `folder`, by its path."""
     return {str(p.relative_to(folder)): p.read_bytes() if p.is_file() else b"" for p in folder.rglob("*")}
 
 
 def command_module(name: str) -> ModuleType:
-    """The module with the main() of a command."""
+    """Returns the module with the main() of a command."""
     return importlib.import_module({"sample": "evaluation.try_model"}.get(name, name))
 
 
 def mechanism(method: Method) -> tuple:
-    """What a run or several ranks have to do for a method beside its weights, which are functions of a batch's
-    tensors: test_loss and test_step try those of every method."""
+    """Returns what a run or several ranks have to do for a method beside its weights. The weights are functions of a
+    batch's tensors, and test_loss and test_step try those of every method."""
     return method.rows, method.stages, method.unsolved, method.entropy_clip == "random", method.hinted
 
 
-# the first method of each
+# the first method of each mechanism
 ONE_OF_EACH = sorted({mechanism(METHODS[name]): name for name in reversed(METHODS)}.values())

@@ -204,9 +204,9 @@ class Method:
     entropy_clip: str = ""  # which tokens the clip keeps: high | low | random entropy; "" for no clip
     coefficient: float | None = None  # c in its formulas, unless the setting `coefficient` is given
     coefficient_end: float | None = None  # c falls to this along half a cosine over FALL of the run
-    schedule: str = "cosine"  # of the prefix fraction (sample.SCHEDULES)
+    schedule: str = "cosine"  # the schedule of the prefix fraction (sample.SCHEDULES)
     baseline: str | None = None  # the method's own; None takes the setting's
-    scale_by_std: bool | None = None  # likewise
+    scale_by_std: bool | None = None  # the method's own; None takes the setting's
     stages: tuple[str, ...] = ("rl",)  # "sft": updates on demonstrations; "rl": steps on graded rollouts
     # what becomes of a group without a right row: replace (by a demonstration) | rescue (sample again) | collect
     unsolved: str = ""
@@ -267,7 +267,8 @@ METHODS: dict[str, Method] = {
     "srft": Method("2506.19767", "demonstration", srft_policy, srft_demonstration, coefficient=0.1, baseline="group"),
     "prefix-rft-trust": Method("2512.17636", "hybrid", unclipped, trust, baseline="group"),
     "rescue": Method("2507.10628, 2506.17211", baseline="group", unsolved="rescue"),
-    "sdft": Method("2601.19897", policy_weight=toward_hinted, scale_by_std=False, hinted=True),  # no reward
+    # it does not train on the reward
+    "sdft": Method("2601.19897", policy_weight=toward_hinted, scale_by_std=False, hinted=True),
 }
 
 

@@ -213,7 +213,7 @@ def last_hidden(model: PreTrainedModel, **arguments: Any) -> Tensor:
     """Returns the hidden states [B, T, H] that the model's head reads. An argument that the model has no name for is
     left out: some models take no positions and get them from the mask."""
     body = model.base_model
-    body = next(model.children()) if body is model else body  # this model calls its body by another name
+    body = next(model.children()) if body is model else body  # such a model calls its body by another name
     known = signature(type(body).forward).parameters
     return body(**{name: value for name, value in arguments.items() if name in known}).last_hidden_state
 
@@ -227,7 +227,8 @@ def head_stats(model: PreTrainedModel, hidden: Tensor, targets: Tensor, temperat
         scores = head(hidden).float()  # [chunk, V]
         log_p = torch.log_softmax(scores if temperature == 1 else scores / temperature, dim=-1)
         with torch.no_grad():
-            entropy = -log_p.exp().mul_(log_p).nan_to_num_().sum(-1)  # without it 0 * -inf would be NaN
+            # -inf logits give 0 * -inf = NaN, which has to be 0
+            entropy = -log_p.exp().mul_(log_p).nan_to_num_().sum(-1)
         return log_p.gather(1, targets[:, None]).squeeze(1), entropy
 
     size = max(1, LOGITS_PER_CHUNK // model.config.get_text_config().vocab_size)

@@ -356,7 +356,8 @@ def hours(config: Config, shape: Any, gpus: int, gpu: str, prompt: int, mean: fl
         result["response tokens a step"] = rows * mean
         result["response tokens of the run"] = config.steps * rows * mean
         result["seconds sampling"] = calls * config.max_response_tokens * token
-        result["seconds updating"] = (passes + 2) * n.passed * rows * length / flops  # + 2 for old log-probs
+        # the pass for old log-probs takes 2 more
+        result["seconds updating"] = (passes + 2) * n.passed * rows * length / flops
         seconds = result["seconds sampling"] + result["seconds updating"]
         if config.offload:
             part, updates = rows // config.updates_per_step, config.updates_per_step

@@ -79,7 +79,7 @@ def is_read(response: str | None) -> bool:
         return False
     try:
         read(boxed)
-    except Exception:  # as in is_equivalent
+    except Exception:  # for the same reasons as in is_equivalent
         return False
     return True
 
@@ -219,7 +219,7 @@ def grade_one(reward: Reward, response: str, problem: Any) -> float:
             value = reward.function(response, problem)
     except (Exception, SystemExit) as error:
         raise ValueError(f"reward {reward.name} failed on problem {problem.id!r}: {raised(error)}") from error
-    if getattr(value, "ndim", None) == 0:  # a number of NumPy or torch
+    if getattr(value, "ndim", None) == 0:  # so it is a number of NumPy or torch
         value = value.item()
     if not isinstance(value, int | float) or not 0 <= round(value, 6) <= 1:
         raise ValueError(

@@ -62,7 +62,8 @@ SCHEDULES = {  # progress of the run, 0 to 1 -> low, high
     "cosine": cosine,
     "uniform": lambda progress: (PREFIX_LOW, PREFIX_HIGH),  # ablation [paper Fig. 6]
     "constant": lambda progress: (0.5, 0.5),  # ablation: the mean of uniform
-    "uft": lambda progress: (0.0, float(progress < 0.6)),  # for 60% of the run, then nothing (prefix_fraction)
+    # for 60% of the run; after that no prefix (see prefix_fraction)
+    "uft": lambda progress: (0.0, float(progress < 0.6)),
 }
 
 
@@ -98,7 +99,7 @@ class Row:
     """One rollout has what is planned, then what was sampled and what it earned."""
 
     group: int  # which problem of the batch
-    key: tuple  # of its random draws
+    key: tuple  # names the row's random draws
     prompt_ids: list[int]
     prefix_ids: list[int]  # tokens of the demonstration, forced
     fraction: float = 0.0  # share of the demonstration that is given

@@ -41,15 +41,16 @@ def equal(prediction: Answer, gold: Answer) -> bool:
     if "text" in (prediction.node[0], gold.node[0]):
         return prediction.words is not None and prediction.words == gold.words
     conditions = {prediction.condition, gold.condition}
-    if len(conditions) > 1 and ("" not in conditions or len("".join(conditions)) > 1):  # but a domain may be left out
+    # only a domain may be left out on one side
+    if len(conditions) > 1 and ("" not in conditions or len("".join(conditions)) > 1):
         return False
-    # AD stands for A, D
+    # the letters AD stand for the list A, D
     if gold.node[0] == "list" and prediction.words and set("ABCDEFGH").issuperset(prediction.words):
         return same(("list", tuple(map(sym, prediction.words))), gold.node)
     pairs = [(prediction.node, gold.node), (prediction.second, gold.node), (prediction.node, gold.second)]
     try:
         return any(same(p, g) for p, g in pairs if p is not None and g is not None)
-    except Unreadable:  # the arithmetic on the two grew too large
+    except Unreadable:  # arithmetic on the two made numbers that are too large
         return False
 
 
@@ -72,7 +73,7 @@ def same(p: Node, g: Node) -> bool:
             return True
         (p, unit_p), (g, unit_g) = _without_unit(p), _without_unit(g)
         return (unit_p == unit_g or None in (unit_p, unit_g)) and same(p, g)
-    if p[0] == g[0] == "rel" and ("≡" in p[1]) != ("≡" in g[1]):  # x ≡ 2 is not x = 2
+    if p[0] == g[0] == "rel" and ("≡" in p[1]) != ("≡" in g[1]):  # so x ≡ 2 is not x = 2
         return False
     if p[0] == "rel" or g[0] == "rel" or "regions" in (p[0], g[0]) or REALS in (p, g):
         return _same_relations(p, g)
@@ -99,7 +100,7 @@ def _same_collections(p: Node, g: Node) -> bool:
         return len(p[-1]) > 2 and _same_in_order(p[-1], g[-1])
     if kinds == {"matrix"}:
         return len(p[1]) == len(g[1]) and all(_same_in_order(a, b) for a, b in zip(p[1], g[1]))
-    if kinds == {"matrix", "seq"}:  # a column vector as a point
+    if kinds == {"matrix", "seq"}:  # a column vector may be written as a point
         matrix, seq = (p, g) if p[0] == "matrix" else (g, p)
         column = tuple(row[0] for row in matrix[1])
         if len(matrix[1][0]) > 1 or seq[1] + seq[2] not in ("()", "[]"):
@@ -147,7 +148,8 @@ def _same_ratio(p: tuple[Node, ...], g: tuple[Node, ...]) -> bool:
 
 def _same_relations(p: Node, g: Node) -> bool:
     (name_p, value_p), (name_g, value_g) = _named_value(p), _named_value(g)
-    if (name_p is None and value_p != p) or (name_g is None and value_g != g):  # 2 + 3 = 5
+    # an equation of numbers, such as 2 + 3 = 5, has no name
+    if (name_p is None and value_p != p) or (name_g is None and value_g != g):
         return same(value_p if name_p is None else p, value_g if name_g is None else g)
     if name_p and name_g and name_p[0] == name_g[0] == "seq":
         return _same_assignments(name_p, value_p, name_g, value_g)
@@ -160,7 +162,8 @@ def _same_relations(p: Node, g: Node) -> bool:
         if name_p is None or name_g is None:
             assigned, other = (name_g, p) if name_p is None else (name_p, g)
             plain = other[0] == "list" and not any(x[0] == "rel" for x in other[1])
-            if assigned[0] == "seq" and plain and "seq" in (value_p[0], value_g[0]):  # x = 1, y = 2 for 1, 2
+            # "x = 1, y = 2" is right for "1, 2"
+            if assigned[0] == "seq" and plain and "seq" in (value_p[0], value_g[0]):
                 return _same_in_order(value_p[-1], value_g[-1])
     regions = regions_of(p), regions_of(g)
     if None not in regions:
@@ -180,14 +183,14 @@ def _named_value(node: Node) -> tuple[Node | None, Node]:
     if node[1][0] == "∈":
         return (name, sides[0]) if is_name(name) and len(sides) == 1 else (None, node)
     value = sides[-1]
-    if len(sides) == 1 and is_name(value) and not symbols(name):  # 5 = x
+    if len(sides) == 1 and is_name(value) and not symbols(name):  # 5 = x names x, too
         name, value = value, name
         sides = [value]
     constant = not symbols(value)
     if not is_name(name) and not (constant and _is_quantity(name)):
         if len(sides) == 1 and symbols(name):
             return None, node
-        sides, name = [name, *sides[:-1]], None  # 2 + 3 = 5
+        sides, name = [name, *sides[:-1]], None  # 2 + 3 = 5 has no name, so all its sides are compared
     agree = all((constant and symbols(side)) or same(side, value) for side in sides)
     if not agree or (name and name[0] == "sym" and name[1] in symbols(value)):
         return None, node
@@ -205,7 +208,7 @@ def _same_assignments(name_p: Node, value_p: Node, name_g: Node, value_g: Node) 
 def _is_quantity(node: Node) -> bool:
     """Returns whether an answer may name this quantity to state its value: a + b = 7, AB/CD = 1/2, |AB| = 5, cos A =
     1/2; but not |x| or 2x."""
-    if node[0] == "ratio":  # AB : CD
+    if node[0] == "ratio":  # a ratio such as AB : CD
         return all(_is_plain(x) or _is_quantity(x) for x in node[1])
     if node[0] == "fn" and node[1] == "abs":
         return node[2][0][0] == "mul" and all(_is_plain(x) for x in node[2][0][1])

@@ -34,10 +34,10 @@ class Reader(Cursor):
         super().__init__(tokens)
         self.depth = 0
         self.bars = 0  # number of open |, so that the next one closes
-        self.bar_separates = False  # in {x | x > 0}
+        self.bar_separates = False  # whether | separates, as in {x | x > 0}
         self.degrees = False
         self.currency: str | None = None
-        self.signs = 0  # ± seen
+        self.signs = 0  # number of ± so far
         self.congruence = re.search(r"≡|pmod|\(mod", "".join(value for _, value in tokens))  # whether = with mod is ≡
 
     def whole(self) -> Node:
@@ -49,10 +49,10 @@ class Reader(Cursor):
     def items(self) -> list[Node]:
         found = [self.item()]
         while self.token[0] == "SEP":
-            while self.token[0] == "SEP":  # "a, b, and c"
+            while self.token[0] == "SEP":  # a list may be written "a, b, and c"
                 separator = self.take()
             item = self.item()
-            if separator in ("or", "and") and is_region(found[-1], item):  # x < 1 or x > 2
+            if separator in ("or", "and") and is_region(found[-1], item):  # "x < 1 or x > 2" is one region
                 item = ("regions", "∪" if separator == "or" else "∩", (found.pop(), item))
             found.append(item)
         return found
@@ -93,7 +93,7 @@ class Reader(Cursor):
         scale, words = self.unit_words()
         if scale != 1:
             node = mul(node, num(scale))
-        if words and (unit_name(words) != unit or not unit):  # \\$5 dollars
+        if words and (unit_name(words) != unit or not unit):  # "\\$5 dollars" names its currency twice
             unit = unit_name((unit + " " if unit else "") + words)
         in_parentheses = self.is_op("(") and self.ahead(1)[1] in MODS and self.take()
         if self.accept(*MODS):
@@ -242,7 +242,8 @@ class Reader(Cursor):
                 part = self.primary()
                 mixed = part[0] == "num" and 0 < part[1] < 1
                 return add(node, part) if mixed else mul(node, part)
-            if [self.token[0], self.ahead(1), self.ahead(2)[0]] == ["NUM", ("OP", "/"), "NUM"]:  # 3 1/2
+            # 3 1/2 is a mixed number
+            if [self.token[0], self.ahead(1), self.ahead(2)[0]] == ["NUM", ("OP", "/"), "NUM"]:
                 top, bottom = read_literal(self.take()), read_literal(self.ahead(1)[1])
                 self.at += 2
                 return add(node, divide(top, bottom))
@@ -339,7 +340,7 @@ class Reader(Cursor):
             "".join(v for _, v in self.tokens[a:b] if v not in "{}") for a, b in ((start, middle), (middle, self.at))
         ]
         if all(t[:1] in ("d", "∂") for t in texts) and re.fullmatch(r"[d∂](\^\d)?\w'?(\^\d)?", texts[1]):
-            return sym("/".join(texts))  # dM/dt is one symbol
+            return sym("/".join(texts))  # dM/dt is one symbol, not a division
         return divide(top, bottom)
 
     def digit_or_group(self) -> Node:

@@ -105,7 +105,7 @@ def _of_relation(ops: tuple[str, ...], sides: tuple[Node, ...]) -> list[Part] | 
         op, left, right = FLIPPED[op], right, left
     line = _line(left) if left[0] in ("add", "mul") and _end(right) else None
     slope = _end(line[0]) if line else None
-    if slope and slope[0]:  # ax + b < c
+    if slope and slope[0]:  # an inequality ax + b < c
         op = op if slope[0] > 0 else FLIPPED[op]
         left, right = sym(*symbols(left)), divide(add(right, negative(line[1])), line[0])
     value = _end(right)

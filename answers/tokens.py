@@ -43,7 +43,8 @@ _BRACE = re.compile(r"\\.|[{}]", re.DOTALL)
 _PLAIN_OPERATORS = {"==": "=", "->": "→", "=>": "→", "...": "…"}
 _RELATIONS = word_set("= < > <= >= != ∈ ∉ ≈ ≡ ~ ≅ ∝ → ⊥ ∥ ⊂ ⊆")
 NO_UNIT = STOP_WORDS.union(NUMBER_WORDS, SCALES, (f"{scale}s" for scale in SCALES))
-_FOLLOWING = re.compile(r" (?:\d|([a-z]{2,3})(?![A-Za-z]))")  # behind a short word in prose: he has 12
+# what may follow a short word in prose, as in "he has 12"
+_FOLLOWING = re.compile(r" (?:\d|([a-z]{2,3})(?![A-Za-z]))")
 _NO_PROSE = KNOWN | SHORT_UNITS | {"or", "and"}
 NO_NAME = NO_UNIT | {"square", "squared", "cube", "cubed", "root", "twice", "double", "triple"}
 _SEPARATORS = {",", ";", "or", "and", "\\\\"}
@@ -69,8 +70,8 @@ _REWRITTEN = [(re.compile(pattern), spelling) for pattern, spelling in (  # spel
     (r"\^ *(?:\{ *(?:\\prime *|')+\}|\\prime)", lambda match: "'" * len(re.findall("prime|'", match[0]))),
     (r"\\left\s*\\\{\s*\\begin\s*\{array\}\s*(?:\{[lcr]+\})?((?s:.*?))\\end\s*\{array\}\s*\\right\s*\.",
      r"\\begin{cases}\1\\end{cases}"),
-    (r"\\cup(?= *[a-z] *(?:[<>=]|\\[gln]e))", r"\\text{ or }"),  # x < 1 ∪ x > 2
-    (r"([A-Za-z]) *\^ *(\w|\{[^{}]*\}) *_ *(\w|\{[^{}]*\})", r"\1_\3^\2"),  # E^2_0
+    (r"\\cup(?= *[a-z] *(?:[<>=]|\\[gln]e))", r"\\text{ or }"),  # "x < 1 ∪ x > 2" means "or"
+    (r"([A-Za-z]) *\^ *(\w|\{[^{}]*\}) *_ *(\w|\{[^{}]*\})", r"\1_\3^\2"),  # E^2_0 becomes E_0^2
     (r"\\mathop\s*\{((?:[^{}]|\{[^{}]*\})*)\}", r"\1 "),
     (r"^\*\*(.*)\*\*$", r"\1"),
     (r"\*\*", "^"),
@@ -82,12 +83,13 @@ _REWRITTEN = [(re.compile(pattern), spelling) for pattern, spelling in (  # spel
     (r"\s*(?:\\(?:text|mathrm|mbox)\s*\{)?[\s~]*\(?(?:in )?base[\s~]*\}?\s*\$?(\d{1,2})\$?\)?\s*\}?$", r"_{\1}"),
     (r"(?<=[\d)}])\s*\^\s*(?:\{?\s*\\(?:text|mathrm|mbox)\s*\{\s*o\s*\}\s*\}?|\{o\}|o\b)", r"^\\circ "),
     (r"(\d *(?:\\degree|\^ *\{? *\\circ *\}?)) *([CF])$", r"\1\\text{ \2}"),
-    (r"(?<=[)\]])\s*U\s*(?=[(\[][^()\[\]]*,)", r"\\cup "),  # (0, 1) U (2, 3)
+    (r"(?<=[)\]])\s*U\s*(?=[(\[][^()\[\]]*,)", r"\\cup "),  # in "(0, 1) U (2, 3)" the letter is a union
     (r"(?<=\d)\s*[xX]\s*(?=10\s*\^)", r"\\times "),
     (r"(\d{0,30})\.(\d{0,30})\\(?:overline|bar|dot)\s*\{(\d{1,30})\}", _repeating),
     (r"(?:\s|[.,;:]|\\[,;!\s]|\\\\|\\$)+$", ""),
     (r"(?<!\.[a-z])\.(?=\s*\}+$)|^(?:=|\\approx|\\simeq)\s*", ""),
-    (rf"(?<=\d)(?:\s|\\[,;: ])*\(\s*({_SHORT_UNIT})\s*(\^\{{?\d\}}?)?\s*\)", r"\\text{ \1}\2"),  # 12 (cm^2)
+    # a unit in parentheses, as in 12 (cm^2)
+    (rf"(?<=\d)(?:\s|\\[,;: ])*\(\s*({_SHORT_UNIT})\s*(\^\{{?\d\}}?)?\s*\)", r"\\text{ \1}\2"),
     # a unit that is written with a symbol, after the number that is the whole answer
     (r"^(?P<value>(?=[^\\]*\d)[-\d.eE+{},^\s]*+(?:\\(?:times|cdot)\s*+10\s*+\^[-\d{}\s]*+)?+)(?:\s|~|\\[,;: ])*+"
      r"(?P<unit>(?:\\(?:text|mathrm)\s*\{[~\s]*)?(?:[MLR]\s*\}?_\s*\{?\\odot|[kM]?\\Omega|\\AA|\\mathring\s*\{?A)"
@@ -204,7 +206,7 @@ def _run(run: str, before: list[tuple[str, str]], spaced: bool = False) -> list[
     if len(run) > 3 or (follows and run in SHORT_UNITS) or (spaced and run in NO_UNIT):
         return [("TEXT", run)]
     letters = [("NAME", letter) for letter in run]
-    if len(run) > 1 and before and before[-1] == ("OP", "/"):  # t/RC
+    if len(run) > 1 and before and before[-1] == ("OP", "/"):  # so t/RC is t/(RC)
         return [("OP", "("), *letters, ("OP", ")")]
     return letters
 

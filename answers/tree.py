@@ -65,7 +65,7 @@ def expression(node: Node) -> Node:
         return node
     if node[0] == "unit" and node[2] == "degree":
         return mul(node[1], DEGREE)
-    if is_modulo(node):  # (n mod 2) + 1
+    if is_modulo(node):  # "n mod 2" is a number in (n mod 2) + 1
         return node[1]
     raise Unreadable(f"a {node[0]} stands where a number or expression is expected")
 
@@ -177,7 +177,7 @@ def power(base: Node, exponent: Node) -> Node:
 
 
 _OF_NUMBERS = {"abs": abs, "floor": math.floor, "ceil": math.ceil, "min": lambda *x: min(x), "max": lambda *x: max(x)}
-_OF_WHOLE_NUMBERS = {  # up to a limit, with or without negative ones
+_OF_WHOLE_NUMBERS = {  # name: (largest argument, whether it may be negative, function)
     "gcd": (10**100, True, math.gcd), "lcm": (10**100, True, math.lcm), "mod": (10**100, True, lambda n, m: n % m),
     "binom": (2500, False, math.comb), "!": (1400, False, math.factorial),
     "!!": (1400, False, lambda n: math.prod(range(n, 0, -2))),
@@ -336,7 +336,7 @@ def written_out(name: str, low: Node, high: Node, body: Node) -> Node | None:
 def set_of(items: list[Node]) -> Node:
     """Returns a set; {x | x > 0} and {x : x > 0} are their condition."""
     first = items[0]
-    if len(items) == 1 and first[0] == "rel" and first[2][0][0] == "ratio":  # {x : x > 0}
+    if len(items) == 1 and first[0] == "rel" and first[2][0][0] == "ratio":  # in {x : x > 0} the colon is no ratio
         variable, start = first[2][0][1]
         first = ("builder", variable, (("rel", first[1], (start, *first[2][1:])),))
     if first[0] == "builder" and len(first[2]) == 1 and first[1][0] in ("sym", "rel"):

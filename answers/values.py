@@ -144,7 +144,7 @@ def _function(name: str, args: list):
         raise _NoValue
     if name == "ln" and not value:
         raise _NoValue
-    if name == "!!" and not is_real(value):  # it takes a hundred times longer
+    if name == "!!" and not is_real(value):  # !! of a number that is not real takes a hundred times longer
         raise _NoValue
     return _FUNCTION_OF[name](*args)
 

@@ -92,7 +92,7 @@ def unit_name(words: str) -> str:
     )
     words = re.sub(r"\bsquared\b", "^2", re.sub(r"\bcubed\b", "^3", words))
     words = words.replace(" per ", "/").replace("·", " ").replace(".", "")
-    words = re.sub(r"\s*([A-Za-z]+)\s*\^\s*\{?-(\d)\}?", r"/\1^\2", words).replace("^1", "")  # m s^-1
+    words = re.sub(r"\s*([A-Za-z]+)\s*\^\s*\{?-(\d)\}?", r"/\1^\2", words).replace("^1", "")  # m s^-1 is m/s
     return re.sub(r"[\s{}]+", "", re.sub(r"[A-Za-z%$¢]+", _one_unit, words)).replace("mi/h", "mph")
 
 
@@ -113,7 +113,7 @@ COMMANDS |= {"frac", "dfrac", "tfrac", "cfrac", "dbinom", "tbinom"}
 MATRICES = "pmatrix|bmatrix|matrix|smallmatrix|Bmatrix|vmatrix|array"
 LISTS = "aligned|align|cases|gathered|split"
 KNOWN = set(NAMED) | set(OPERATORS) | SPACING | FONTS | TEXTS | COMMANDS | FUNCTION_NAMES | set(ALIASES)
-# Without \\text, after a number.
+# these are units without \\text, too, if they follow a number
 SHORT_UNITS = word_set(
     "cm mm km in ft yd mi kg mg lb lbs oz mL ml dL dl cL cl gal mol min sec hr hrs wk wks yr yrs deg rad pct mph kph "
     "rpm kHz MHz GHz kWh men sq cu per"

@@ -16,7 +16,8 @@ from .tree import NUMBER_WORDS, REALS, Node, Unreadable, in_base, num, sym
 from .vocabulary import FONTS, KNOWN, LISTS, SHORT_WORDS, SPACING, TEXTS
 
 _NO_LETTERS = re.compile(
-    rf"\\(?:{'|'.join(FONTS | TEXTS | SPACING)})(?![A-Za-z])|\\[,;:! ]|[{{}}~\s]+"  # what is not seen of words
+    # commands and blanks, which are no part of the words
+    rf"\\(?:{'|'.join(FONTS | TEXTS | SPACING)})(?![A-Za-z])|\\[,;:! ]|[{{}}~\s]+"
 )
 _CHOICE = re.compile(r"(?:(?i:the |correct |answer|option|choice|is|:| )+[ :])?\(? ?([A-Z]) ?\)?[.:]?")
 _OPTION = re.compile(r"(?:\( ?([A-Z]) ?\)[.:]? ?|([A-Z]) ?(?:\)[.:]? ?|[.:] ))(?P<text>[^,/ ].*)")
@@ -96,7 +97,7 @@ def _read(text: str) -> Answer:
     try:
         node = _tree(value, True)
     except Unreadable:
-        if letter:  # B)
+        if letter:  # a letter of a choice alone, as in "B)"
             return Answer(sym(letter), choice=letter)
         if words:
             return Answer(("text", words), words=words)
@@ -119,7 +120,7 @@ def _split(text: str) -> tuple[str, str]:
     condition = re.sub(r"\\(?:text|mathrm|mbox|q?quad|[,;: ])|[ {}]", "", text[match.start() :]).rstrip(")")
     says_domain = _DOMAIN.fullmatch(condition)
     unnamed = set(re.findall("[a-z]", match["names"] or "")).difference(re.sub(r"\\[A-Za-z]+", "", value))
-    if unnamed or (match["names"] and not says_domain):  # x = 1, y \in \mathbb{R}
+    if unnamed or (match["names"] and not says_domain):  # "x = 1, y \in \mathbb{R}" is no answer with a domain
         return text, ""
     if not says_domain:
         return value, condition
@@ -130,7 +131,7 @@ def _split(text: str) -> tuple[str, str]:
 def _tree(text: str, grouped: bool) -> Node:
     tokens = tokenize(text, grouped)
     if not any(kind == "BEGIN" and not re.fullmatch(LISTS, value) for kind, value in tokens):
-        tokens = [t for t in tokens if t != ("OP", "&")]  # alignment marks
+        tokens = [t for t in tokens if t != ("OP", "&")]  # & marks only an alignment
     return Reader(tokens).whole()
 
 

@@ -77,7 +77,8 @@ def bench_update(model: Qwen2ForCausalLM) -> dict[str, float]:
         model.zero_grad()
 
     measured = measure(update)
-    attention = 12 * model.config.num_hidden_layers * model.config.hidden_size * LENGTH / 2  # per token
+    # FLOPs of attention for a token
+    attention = 12 * model.config.num_hidden_layers * model.config.hidden_size * LENGTH / 2
     flops = BATCH * LENGTH * (6 * model.num_parameters() + attention)
     utilisation = flops / measured["seconds"] / peak
     return measured | {"model_flops_utilisation": utilisation, "bf16_flops_per_s": peak}

@@ -248,7 +248,7 @@ def encode(tokenizer: Tokenizer, text: str, what: str = "text") -> list[int]:
 
     _check_text(text, what, "it")
     unknown, ids = tokenizer.unk_token_id, ids_of(text)
-    rows = getattr(tokenizer, "embedding_rows", math.inf)  # known once a model was loaded
+    rows = getattr(tokenizer, "embedding_rows", math.inf)  # the number of rows is known once a model was loaded
     if beyond := [token for token in ids if token >= rows]:
         found = f"{tokenizer.convert_ids_to_tokens(beyond[0])!r} has the id {beyond[0]}"
         raise InputError(f"{what}: {found}, the model's embedding {rows} rows: remove it or use another model")

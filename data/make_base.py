@@ -62,8 +62,8 @@ class Stage:
     name: str
     share: float
     exercises: float  # share of reading exercises among the documents; the rest are solved recipes
-    sizes: dict[int, float]  # k -> weight
-    styles: dict[int, dict[str, float]]  # k -> {style: weight}
+    sizes: dict[int, float]  # number of instructions k -> its weight
+    styles: dict[int, dict[str, float]]  # number of instructions k -> {style: weight}
 
 
 TEXTBOOK_STYLES = {"careful": 0.6, "unlabelled": 0.25, "hasty": 0.15}
@@ -169,7 +169,7 @@ def documents(rng: random.Random, stage: Stage, held_out: set[str]) -> Iterator[
     """Yields (question, solution) texts of one stage without end."""
     most = len(LABELS)
     while True:
-        if rng.random() < stage.exercises:  # `F+8;E-5;G+2?` -> `E-5;F+8;G+2`
+        if rng.random() < stage.exercises:  # a reading exercise: `F+8;E-5;G+2?` -> `E-5;F+8;G+2`
             k = rng.randint(2, most)
             recipe = make_recipe(rng, k, first=rng.randint(0, most - k))
             yield recipe.problem[4:], ";".join(step[0] + instruction(step) for step in recipe.steps)

@@ -241,7 +241,7 @@ def main() -> None:
     for name in names:
         try:
             prepare(name)
-        except (InputError, Broken) as error:  # continue with the other sets
+        except (InputError, Broken) as error:  # then the other sets are still fetched
             print(f"prepare.py: {error}", file=sys.stderr)
             failed = True
     sys.exit(2 if failed else 0)

@@ -25,7 +25,7 @@ from support.checkpoint import write_text
 from support.errors import InputError
 from support.files import read_json
 
-Results = dict[str, Any]  # a results.json
+Results = dict[str, Any]  # the content of a results.json
 
 SIX = ("aime24", "aime25", "amc23", "math500", "minerva", "olympiad")  # the paper's "avg" is the mean of these six
 COLUMNS = (*SIX, "arc_c", "gpqa_diamond", "mmlu_pro")

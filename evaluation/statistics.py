@@ -122,7 +122,7 @@ def paired_difference(first: Sequence[float], second: Sequence[float]) -> tuple[
     scores = np.array([first, second], dtype=float)
     values = scores[1] - scores[0]
     sizes, step = np.abs(values), 1.0
-    if sizes.max() > 1e-9:  # a difference above rounding
+    if sizes.max() > 1e-9:  # if a difference is larger than rounding
         step = float(sizes @ sizes / sizes.sum() / np.ptp(scores))
     low, high = limits([values], -step, -1)[0], limits([values], step, 1)[0]
     return float(values.mean()), max(-1.0, low), min(1.0, high)

@@ -172,7 +172,7 @@ class LiveRows:
     Their tensors change in place, because a recording refers to them; only `keep` makes new ones.
     """
 
-    places: Tensor  # [b] rows of the output
+    places: Tensor  # [b] the live rows' places in the output
     token: Tensor  # [b] the newest tokens
     ended: Tensor  # [b] bool
     position_ids: Tensor  # [b, 1] of the newest tokens

@@ -36,7 +36,7 @@ class Panel:
     unit: str  # label of the vertical axis
     metrics: tuple[tuple[str, str], ...]  # (metric's name, its words in the legend)
     top: float = 0.0  # the axis reaches at least this value
-    share: bool = True  # in percent
+    share: bool = True  # whether values are shown in percent
 
 
 REWARD = Panel("reward", "mean reward", (("reward_on_policy", "on-policy"), ("reward_hybrid", "hybrid")), 1, False)
@@ -243,7 +243,8 @@ def draw_panel(axis: Axes, runs: list[Run], panel: Panel) -> None:
             highest = max([highest, *values])
         if end := sft_end(run):
             axis.axvline(end, color="grey", linestyle=":", linewidth=0.8)
-    axis.set_ylim(0, highest * (1 if panel.top == 1 and highest <= 1 else 1.05))  # no drawn value is negative
+    # the axis begins at 0, because no drawn value is negative
+    axis.set_ylim(0, highest * (1 if panel.top == 1 and highest <= 1 else 1.05))
     if panel.share:
         axis.yaxis.set_major_formatter(in_percent)
     named = bool(axis.get_legend_handles_labels()[1]) and not panel.metrics[0][0].startswith("eval_")

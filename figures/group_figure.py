@@ -27,8 +27,8 @@ LEFT, RIGHT = 100.0, PAGE - 8  # edges of the tokens; words on their left name t
 # type sizes of the tokens; the largest is used that leaves every row on one line, else the last
 SIZES = (10.5, 10.0, 9.5, 9.0, 8.5, 8.0)
 TEXT, SMALL = 8.0, 7.0  # type sizes of words
-KEPT, ENTROPY, WEIGHT, BETWEEN, BRACKET = 6.0, 9.0, 13.0, 6.0, 11.0  # heights
-NOTE = 50.0  # room for "… 312 more"
+KEPT, ENTROPY, WEIGHT, BETWEEN, BRACKET = 6.0, 9.0, 13.0, 6.0, 11.0  # heights of the parts of a row
+NOTE = 50.0  # width of the note "… 312 more"
 MONO = "DejaVu Sans Mono"  # matplotlib brings this font
 
 

@@ -64,7 +64,7 @@ def page_content(models: list[Path], wanted: str | None = None) -> dict[str, Any
     """
     run = next(filter(is_run, models), None)
     config = parse_config(["--config", str(run / "config.json")]) if run else Config()
-    config = dataclasses.replace(config, coefficient=None)  # each method has its own value
+    config = dataclasses.replace(config, coefficient=None)  # so that each method has its own c
     if config.reward not in ("math", "exact"):
         raise InputError(f"{run} was graded by {config.reward}, and code that a run names is not run: give a model")
     reward = load_reward(config.reward)
@@ -130,7 +130,7 @@ def describe(name: str, method: Method) -> dict[str, Any]:
         "own": formula(method.policy_weight),
         "given": formula(method.demonstration_weight),
         "clip": method.entropy_clip,
-        "clips_all": method.rows == "on_policy",  # as loss.weighted_tokens does
+        "clips_all": method.rows == "on_policy",  # which tokens are ranked, as in loss.weighted_tokens
         "c": coefficient_at(method, 0.0, None),
     }
 

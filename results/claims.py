@@ -22,7 +22,7 @@ from results.records import KINDS, Line, Stored, accuracies, prefix_lead, runs_o
 
 Interval = tuple[float, float, float]  # estimate, low, high
 CLAIMS = Path("results/claims.csv")
-ENOUGH = 0.03  # a loss of accuracy that counts as none
+ENOUGH = 0.03  # a loss of accuracy that is no larger counts as none
 # decimals of numbers that are not in points
 UNITS = {"length": (1, " tokens", 1), "lead": (1, "", 2), "narrowing": (1, "", 2)}
 

@@ -118,7 +118,7 @@ def draw_groups(axis: Axes, labels: Sequence[str], groups: dict[str, list[np.nda
     for place, (name, values) in enumerate(groups.items()):
         draw_points(axis, np.arange(len(labels)) + 0.12 * (place - (len(groups) - 1) / 2), values, name)
     axis.set_xticks(range(len(labels)), labels)
-    axis.margins(y=0.4)  # for the legend
+    axis.margins(y=0.4)  # leaves room for the legend
     axis.set_ylim(max(0, axis.get_ylim()[0]), None)
     finish(axis, title, x, "% right, test", columns=3)
 
@@ -173,7 +173,7 @@ def draw_all(stored: Stored, runs: pd.DataFrame, folder: Path) -> list[Path]:
     questions = question_panels(stored)
     figures = {"study/demonstrations": questions[:4], "study/parts": questions[4:6], "study/ceiling": questions[6:]}
     pairs = [(regime, name) for regime in ("habit", "silent", "twin") for name in ("rft", "sft-rft", "sft", "luffy")]
-    rivals = {"pairs": pairs[:-1], "title": "Prefix-RFT minus another"}  # no LUFFY in twin
+    rivals = {"pairs": pairs[:-1], "title": "Prefix-RFT minus another"}  # twin has no runs of LUFFY
     figures["study/forest"] = [partial(draw_forest, stored=stored, kind=kind, **rivals) for kind in KINDS]
     told = {"lines": stored["habit"], "methods": ("rft", OURS)}
     figures["first-hour"] = [

@@ -23,7 +23,7 @@ from data.make_recipes import LEVELS, PROBLEMS_PER_LEVEL
 from evaluation.statistics import pass_at_k
 
 Line = dict[str, Any]
-Stored = dict[str, list[Line]]  # by regime
+Stored = dict[str, list[Line]]  # lines of the stored runs, by regime
 
 STUDY = Path("results/study")
 REGIMES = {

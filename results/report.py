@@ -72,7 +72,8 @@ def difference_table(lines: Sequence[Line]) -> str:
         cells = []
         for reference in REFERENCES:
             other = reference + name[name.index("@") :] if "@" in name else reference
-            same_runs = other == name or (name, other) == ("sft-rft-equal", "sft-rft")  # stopped earlier
+            # sft-rft-equal is sft-rft stopped earlier
+            same_runs = other == name or (name, other) == ("sft-rft-equal", "sft-rft")
             pair = runs_of(lines, name), runs_of(lines, other)
             cells += ["–" if same_runs or not pair[1] else difference_text(*pair, kind) for kind in KINDS]
         if set(cells) != {"–"}:

@@ -40,7 +40,8 @@ FREE = {
     "save_dtype",
     "device",
 }  # settings that may change when a run is resumed
-FREE |= {"tensorboard", "recompute", "offload", "rows_per_call", "micro_batch_tokens"}  # at most rounding changes
+# changing these changes at most rounding
+FREE |= {"tensorboard", "recompute", "offload", "rows_per_call", "micro_batch_tokens"}
 # only these are left of a run that was killed before its config.json was whole
 OURS = {"lock", "config.json.partial"}
 

@@ -33,7 +33,7 @@ def command(name: str, who: Callable[[], str] = str) -> Iterator[None]:
     Characters that the standard output's encoding lacks are shown as "?". If the output is closed (as by | head),
     the command ends quietly, as a signal would end it.
     """
-    if isinstance(sys.stdout, io.TextIOWrapper):  # in a notebook it is another class
+    if isinstance(sys.stdout, io.TextIOWrapper):  # in a notebook sys.stdout is another class
         sys.stdout.reconfigure(errors="replace")
     try:
         try:

@@ -163,7 +163,7 @@ def shard(model: nn.Module, plain: nn.Module, device: torch.device, offload: boo
     for parameter in settings["ignored_params"] if rank() == 0 else ():
         parameter.data = parameter.data.to(device)
     layers = [module for module in model.modules() if isinstance(module, GradientCheckpointingLayer)]
-    for module in (*reversed(layers), model):  # inner layers first
+    for module in (*reversed(layers), model):  # FSDP wants inner layers first
         fully_shard(module, **settings)
         module.set_gradient_divide_factor(1.0)
         module.set_force_sum_reduction_for_comms(True)  # gloo has no scaled sum

@@ -89,7 +89,7 @@ def old_rope(config: dict[str, Any]) -> dict[str, Any]:
     """Returns the content of `rope_parameters` as the fields that transformers 4 reads."""
     new = config.get("rope_parameters") or {}
     old = {}
-    if new and "gemma3" in config["model_type"]:  # it has one RoPE for each kind of layer
+    if new and "gemma3" in config["model_type"]:  # Gemma 3 has one RoPE for each kind of layer
         old["rope_local_base_freq"] = new["sliding_attention"]["rope_theta"]
         new = new["full_attention"]
     scaling = dict(new)

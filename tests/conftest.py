@@ -70,7 +70,7 @@ def without_a_gpu(request):
     torch.set_num_threads(1)
     with pytest.MonkeyPatch.context() as patch:
         if not request.node.get_closest_marker("cuda"):
-            patch.setenv("CUDA_VISIBLE_DEVICES", "")  # for processes that a test starts
+            patch.setenv("CUDA_VISIBLE_DEVICES", "")  # hides the GPU from processes that a test starts
             patch.setattr(torch.cuda, "is_available", lambda: False)
         yield
 

@@ -33,7 +33,7 @@ class Life(NamedTuple):
 
     code: int  # exit code; a negative number is the signal
     operations: int  # operations on files in its folder, if it was not killed
-    said: str  # on stdout and stderr
+    said: str  # what the process printed on stdout and stderr
 
 
 def count_operations(folder: Path, kill_at: int | None) -> list[int]:

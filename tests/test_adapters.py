@@ -40,7 +40,7 @@ def test_what_is_saved_is_the_model_that_was_trained(tokenizer, tmp_path, dtype)
     save_model(model, tokenizer, tmp_path / "final")
     adapters.save(model, tmp_path / "adapter")
     final = AutoModelForCausalLM.from_pretrained(tmp_path / "final")
-    assert (tmp_path / "final" / "merges.txt").exists()  # the base's files, as in any run
+    assert (tmp_path / "final" / "merges.txt").exists()  # final/ has the base's tokenizer files, as in any run
     assert final.dtype == torch.float32 and final.state_dict().keys() == random_model().state_dict().keys()
     base = AutoModelForCausalLM.from_pretrained(tmp_path / "base", dtype=getattr(torch, dtype))
     by_peft = peft.PeftModel.from_pretrained(base, str(tmp_path / "adapter")).base_model.model
@@ -131,7 +131,8 @@ def test_adapters_that_cannot_be_are_one_line(refused, words, said):
 
 
 def test_a_model_without_linear_layers_in_its_blocks_is_one_line():
-    model = GPT2LMHeadModel(GPT2Config(n_embd=8, n_layer=1, n_head=2, vocab_size=9))  # has Conv1D
+    # GPT-2 has Conv1D layers in place of linear ones
+    model = GPT2LMHeadModel(GPT2Config(n_embd=8, n_layer=1, n_head=2, vocab_size=9))
     with pytest.raises(InputError, match=r"no linear layer \(any\), expected of these: none"):
         adapters.add(model, adapters.of(from_dict({"lora_rank": 1})))
 

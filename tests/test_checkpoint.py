@@ -47,7 +47,7 @@ def test_every_state_of_a_run_is_restored(tokenizer, tmp_path):
         for run in (saved, resumed)
     ]
     assert equal(*states) and resumed.collector.waiting == ["p1"]
-    assert not equal(states[1][1]["state"], states[1][2]["state"])  # neither file takes the other's place
+    assert not equal(states[1][1]["state"], states[1][2]["state"])  # the two optimizers have different states
 
 
 def test_a_checkpoint_that_cannot_be_written_leaves_the_old_one(tokenizer, tmp_path, monkeypatch):
@@ -117,7 +117,8 @@ def test_a_fingerprint_covers_every_byte_of_every_file(tmp_path):
     content = {name: bytes([number]) * (2**24 + 1) for number, name in enumerate(("a", "b"))}
     for name, data in content.items():
         (tmp_path / f"{name}.safetensors").write_bytes(data)
-    (tmp_path / "config.json").write_text("{}", encoding="utf-8")  # this is none of the weights
+    # config.json is no file of weights, so the fingerprint stays
+    (tmp_path / "config.json").write_text("{}", encoding="utf-8")
     wanted = hashlib.sha256(b"".join(content.values())).hexdigest()
     assert checkpoint.weights_fingerprint(str(tmp_path), None) == wanted
     (tmp_path / "b.safetensors").write_bytes(content["b"][:-1] + b"x")

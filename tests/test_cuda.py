@@ -187,7 +187,7 @@ def test_compute_in_bf16_is_as_exact_as_that_of_a_plain_model(folder, one_gpu, n
     assert off["single"] < off["ours"] / 2**9, off
 
 
-@pytest.mark.parametrize("head_width", [32, 64, 128])  # kernels of attention are chosen by this number
+@pytest.mark.parametrize("head_width", [32, 64, 128])  # CUDA chooses kernels of attention by the width of a head
 def test_the_gradient_of_a_batch_that_is_mostly_padding_is_finite(tokenizer, one_gpu, tmp_path, head_width):
     """In bf16, twenty batches of eight rows have 1 to 250 tokens of prompt and 1 to 250 of response. (Three updates
     in a hundred of the runs on GSM8K had no finite gradient: results/smollm2.)"""
@@ -236,7 +236,8 @@ def test_a_step_with_recompute_and_offload(folder, one_gpu, tmp_path, offload):
     for saving in (False, True):
         how = {"recompute": saving, "offload": saving and offload}
         model, tokenizer = load_trained(str(folder / "qwen"), one_gpu, **how)
-        several = {"micro_batch_tokens": 60} if saving else {}  # passes of an update, whose gradients add up
+        # the update then has several passes, whose gradients add up
+        several = {"micro_batch_tokens": 60} if saving else {}
         run = make_run(tokenizer, "prefix-rft", model, lr=1e-6, **several)
         run.optimizer = new_optimizer(model, run.config)
         norms[saving] = [rl_metrics(run, rl_step(run, number))["grad_norm"] for number in range(2)]
@@ -270,7 +271,7 @@ def test_tokens_follow_the_distribution_of_the_model(folder, request, name, comp
         p = (exact(name)(input_ids=pairs).logits[:, 2:] / temperature).softmax(-1)  # [103, 2, V]
     expected = count * p[0, 0][:, None] * p[:, 1]  # [first, second]
     expected[ENDS] = 0.0
-    expected[ENDS, 0] = count * p[0, 0][ENDS]  # nothing follows, which is counted as a 0
+    expected[ENDS, 0] = count * p[0, 0][ENDS]  # nothing follows an end token, which is counted as token 0
     found = torch.zeros_like(expected)
     for response in responses:
         first, second = (*response, 0)[:2]
@@ -358,7 +359,7 @@ def test_log_probs_as_drawn_are_those_of_the_training_pass(folder, one_gpu, toke
         _, drawn, trained = both(model)
         assert (drawn - trained).abs().mean() < close, step
         metrics = rl_metrics(run, rl_step(run, step))
-        # old memory would be seen in it
+        # memory that `litter` has left would be seen in the gradient
         assert metrics["grad_norm"] > 0 and (found(model, first) - before).abs().mean() > 4 * close
 
 

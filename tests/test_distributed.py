@@ -186,7 +186,7 @@ def evaluated(folder: Path) -> dict[int, str]:
 def work(number: int, folder: Path, port: int) -> None:
     """Does what each of two ranks has to do."""
     torch.set_num_threads(1)
-    loaded.cache_clear()  # a model that a rank inherits is not split
+    loaded.cache_clear()  # a model that a forked rank inherits is not split, so each rank loads its own
     os.environ |= {"RANK": str(number), "WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
     distributed.start(torch.device("cpu"))
     found = {method: some_steps(folder, method) for method in CASES}
@@ -231,7 +231,7 @@ def assert_same(method: str, one: dict, two: dict) -> None:
         assert shown == shown_two
     for metrics, _ in one["log"]:
         norm += 2 * metrics["grad_norm"] + metrics.get("relift_grad_norm", 0.0)  # two updates a step
-    step = 1e-3 / ADAM_EPS if method in RESUMED else 0.1  # what an update makes of a gradient, at most
+    step = 1e-3 / ADAM_EPS if method in RESUMED else 0.1  # the longest step that an update makes of a gradient
     for name, weight in one["weights"].items():
         torch.testing.assert_close(two["weights"][name], weight, atol=step * norm * close, rtol=2**-22)
 
@@ -259,13 +259,13 @@ def test_a_checkpoint_resumes_on_any_number_of_ranks(results, method):
         assert_same(method, one[method], found)
 
 
-@pytest.mark.parametrize("max_norm", [0.5, 1e6, 0])  # 0 means that it is not scaled
+@pytest.mark.parametrize("max_norm", [0.5, 1e6, 0])  # 0 means that the gradient is not scaled
 def test_a_gradient_is_scaled_down_by_its_norm_over_all_ranks(results, max_norm):
     folder, _, two = results
     weights = dict(AutoModelForCausalLM.from_pretrained(folder / "model").named_parameters())
     norm = math.sqrt(sum(float(weight.detach().double().square().sum()) for weight in weights.values()))
     found = two["scaled down"][max_norm]
-    close = sum(weight.numel() for weight in weights.values()) * 2**-24  # terms of the sum
+    close = sum(weight.numel() for weight in weights.values()) * 2**-24  # one rounding for each term of the sum
     assert found["norm"] == pytest.approx(norm, rel=close)
     for name, weight in weights.items():
         wanted = weight.detach() * min(1.0, (max_norm or norm) / norm)
@@ -275,7 +275,8 @@ def test_a_gradient_is_scaled_down_by_its_norm_over_all_ranks(results, max_norm)
 def test_two_ranks_save_a_plain_model_folder(results):
     folder, _, two = results
     model = AutoModelForCausalLM.from_pretrained(folder / "prefix-rft-2" / "final")
-    assert (folder / "prefix-rft-2" / "final" / "merges.txt").read_text() == "a b\n"  # the base's files
+    # final/ has the base's tokenizer files
+    assert (folder / "prefix-rft-2" / "final" / "merges.txt").read_text() == "a b\n"
     assert type(model) is LlamaForCausalLM and model.config.architectures == ["LlamaForCausalLM"]
     assert model.lm_head.weight is model.model.embed_tokens.weight
     for name, weight in model.state_dict().items():
@@ -345,7 +346,8 @@ def test_gradients_of_micro_batches_add_up_in_host_memory(results, alone, monkey
     passes, forward = [], steps.forward
     monkeypatch.setattr(steps, "forward", lambda *words: passes.append(words[2]) or forward(*words))
     assert_same(method, one[method], some_steps(folder, method))
-    assert isinstance(loaded(folder, method)[0], FSDPModule) and len(passes) > 4  # updates: 2 and 4
+    # several passes in each of the two updates
+    assert isinstance(loaded(folder, method)[0], FSDPModule) and len(passes) > 4
 
 
 def test_bf16_compute_keeps_fp32_weights(results, alone, monkeypatch):

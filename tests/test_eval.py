@@ -111,7 +111,7 @@ OPTIONS = ["iron", "1/2", "the sum of A and B.", "0.5 m"]
         (" (B) ", "B"),
         ("\\text{C.}", "C"),
         ("$\\mathbf{D}$", "D"),
-        ("E", None),  # there are four options
+        ("E", None),  # E names no option, because there are four
         ("a", None),
         ("A) iron", "A"),
         ("(A) Iron.", "A"),
@@ -185,7 +185,7 @@ def test_regrading_draws_the_same_problems_and_reads_their_options(tmp_path, cap
     assert "2 responses graded again, 1 grades changed" in capsys.readouterr().out
     (answer,) = answers["mine"]
     assert (answer.samples, answer.right, answer.unread) == (2, 1, 0) and settings["reward"] == "math"
-    settings, answers = eval.regrade(tmp_path, "exact")  # this reward does not know options
+    settings, answers = eval.regrade(tmp_path, "exact")  # the reward "exact" does not know options
     assert (answers["mine"][0].right, settings["reward"]) == (0, "exact")
     assert json.loads((tmp_path / "settings.json").read_text())["reward"] == "exact"
     write_benchmark(tmp_path / "generations.jsonl", rows[:1])
@@ -279,7 +279,7 @@ def test_a_stopped_evaluation_continues_to_the_same_files(
         with pytest.raises(SystemExit) as stop:
             eval.main()
     assert stop.value.code == 130 and f"go on: python eval.py --samples 4 --out {folder}" in capsys.readouterr().err
-    assert max(batches) <= 10  # there is never more than one batch in memory
+    assert max(batches) <= 10  # never more than one batch is held in memory
     log, lines = folder / "generations.jsonl", (finished / "generations.jsonl").read_bytes().splitlines(keepends=True)
     done = 10 * stop_after
     whole = 3 if stop_after == 1 else 9
@@ -291,7 +291,7 @@ def test_a_stopped_evaluation_continues_to_the_same_files(
     with monkeypatch.context() as patch:
         patch.setattr(eval, "append_rows", lambda path, rows: (batches.append(len(rows)), append(path, rows)))
         eval.run(arguments(out=folder))
-    assert batches == [10 - whole] + [10] * (3 - stop_after) + [8]  # the file that stands there stays
+    assert batches == [10 - whole] + [10] * (3 - stop_after) + [8]  # the responses that are stored already stay
     assert log.read_bytes() == (finished / "generations.jsonl").read_bytes()
     assert without_date(folder) == without_date(finished)
 
@@ -347,7 +347,7 @@ def test_as_many_rows_share_a_call_as_a_gpu_holds(monkeypatch):
     )
     model = SimpleNamespace(config=config, device=torch.device("cuda"))
     cache = 256 * 3 * 2 * 2 * 16 * 2  # keys and values of 3 layers in bf16, of 100 columns in whole blocks
-    most = 256 * 2 * 4 * 16 * 2  # those of one layer, for all heads
+    most = 256 * 2 * 4 * 16 * 2  # keys and values of one layer, repeated for all heads
     for free, rows in ((1e10, 512), (10 * (cache + most) / 0.8 + 1, 10), (cache / 2, 1)):
         monkeypatch.setattr(torch.cuda, "mem_get_info", lambda _, free=free: (int(free), 0))
         assert eval.rows_that_fit(model, 100) == rows
@@ -569,7 +569,7 @@ def test_every_benchmark_has_to_fit_the_window(scripted, tokenizer, order):
         for text in ("1+1?", "1+1+1+1?")
     ][::order]
     lengths = [len(p.prompt_ids) for b in sets for p in encode_problems(tokenizer, b.problems, 9, [])[0]]
-    # a row without a token is not read
+    # the é has no token, but demonstrations are not read here
     sets[0].problems[0] = dataclasses.replace(sets[0].problems[0], demonstrations=("é",))
     assert eval.encode_benchmarks(model, tokenizer, sets, 40 - max(lengths)) == max(lengths) > min(lengths)
     with pytest.raises(

@@ -40,7 +40,7 @@ def whole(tmp_path_factory):
     """Returns a folder with a task and, in `whole`, a run that was never killed; and how that run ended."""
     patch = pytest.MonkeyPatch()
     patch.chdir(ROOT)
-    patch.setattr(train, "draw_curves", lambda folder: "")  # these take a second each
+    patch.setattr(train, "draw_curves", lambda folder: "")  # drawing takes a second for each run
     folder = tmp_path_factory.mktemp("faults")
     life = lives.live(lives.training(folder / "whole", **lives.task(folder), **TINY), folder / "whole")
     assert life.code == 0 and lives.learned(folder / "whole"), life.said
@@ -56,7 +56,7 @@ def test_killed_at_file_operations_again_and_again(whole, tmp_path, first):
     out, kills = tmp_path / "0", range(first, life.operations, 9)
     for number, kill_at in enumerate(kills, 1):
         killed = lives.live(lives.training(out, **lives.task(folder), **TINY), out, kill_at=kill_at)
-        if killed.code == 0:  # what was left to do took fewer operations
+        if killed.code == 0:  # the life ended by itself, because it had fewer operations left
             break
         assert killed.code == -signal.SIGKILL, killed.said
         out = out.rename(tmp_path / str(number)) if out.exists() else out
@@ -141,7 +141,8 @@ def test_a_closed_output_is_not_taken_for_a_full_disk(whole, tmp_path):
             return work()
 
         life = lives.live(unread, place)
-        assert life.code in (1, 141) and life.said.count("\n") == 1, life.said  # 141 if something was left to print
+        # the exit code is 141 if something was left to print
+        assert life.code in (1, 141) and life.said.count("\n") == 1, life.said
         assert "its output was closed; to go on: python " in life.said and str(place) in life.said
     assert lives.live(training, out).code == 0
     assert lives.differences(folder / "whole", out) == []
@@ -227,7 +228,7 @@ def test_checkpoints_of_others_are_refused(tokenizer, tmp_path):
         checkpoint.load(tmp_path, other)
     with pytest.raises(ValueError, match=r"of a run with other settings \(lr, seed\)"):
         checkpoint.load(tmp_path, make_run(tokenizer, lr=1.0, seed=3))
-    run = make_run(tokenizer, micro_batch_tokens=60, out="moved")  # the settings that may change
+    run = make_run(tokenizer, micro_batch_tokens=60, out="moved")  # these two settings may change when a run goes on
     run.optimizer = new_optimizer(run.model, run.config)
     assert checkpoint.load(tmp_path, run) == 1
 

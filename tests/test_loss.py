@@ -176,7 +176,8 @@ def test_ppo_weight_is_the_gradient_of_the_surrogate(moved):
     weight = ppo_weight(log_probs, old, advantage, 0.2, 0.3)
     torch.testing.assert_close(weight, log_probs.grad)
     if moved:
-        assert 0.1 < ((weight == 0) & (advantage != 0)).float().mean() < 0.9  # so the clip was at work, both ways
+        # the clip has stopped some tokens and let others pass
+        assert 0.1 < ((weight == 0) & (advantage != 0)).float().mean() < 0.9
 
 
 @pytest.mark.parametrize("advantage", [1.0, -1.0])
@@ -238,7 +239,8 @@ class Group:
         shift = 0.4 * torch.randn(self.B, self.R) if moved else 0.0
         self.old = self.log_probs.detach() + shift
         hinted = self.log_probs.detach() + torch.randn(self.B, self.R)
-        self.hinted = torch.where(first_group[:, None], math.nan, hinted)  # its problem has no demonstration
+        # the first group's problem has no demonstration
+        self.hinted = torch.where(first_group[:, None], math.nan, hinted)
         self.T_d = int(self.prefix_mask.sum())
         self.T_own = int(self.mask.sum()) - self.T_d
         self.Z = float(self.T_d if self.supervised else self.B * self.R)
@@ -304,7 +306,8 @@ def textbook(name: str, g: Group, coefficient: float | None = None) -> torch.Ten
             *map(torch.Tensor.tolist, (g.rewards, g.group, g.hybrid)), "group" if group_baseline else "on_policy"
         )
     )
-    if name in ("uft", "chord-mu", "chord-phi"):  # advantages over the deviation of the baseline's rows
+    # these methods divide advantages by the deviation of the baseline's rows
+    if name in ("uft", "chord-mu", "chord-phi"):
         for k in range(4):
             members = (g.group == k) & (torch.ones_like(g.hybrid) if group_baseline else ~g.hybrid)
             std = g.rewards[members].std()
@@ -357,7 +360,7 @@ def textbook(name: str, g: Group, coefficient: float | None = None) -> torch.Ten
         ("srft",): lambda: (
             (
                 -(torch.where(g.rewards[:, None] == 1, 0.1 * entropy.exp(), -1.0) * g.log_probs * policy).sum() / L
-                - (p / (p + 0.1) * given * prefix).sum() / L  # gamma stays
+                - (p / (p + 0.1) * given * prefix).sum() / L  # γ stays 0.1 when `coefficient` is set
                 + c(0.1) * g.B * cross_entropy(g, (0.5 * (-entropy).exp()).expand_as(q)).mean()
             )
             / g.B
@@ -381,7 +384,8 @@ def test_gradient_equals_the_textbook_objective(name, moved):
         g = Group(name, moved, seed)
         want = torch.autograd.grad(textbook(name, g), g.logits, retain_graph=True)[0]
         assert want.abs().max() > 0
-        torch.testing.assert_close(g.ours(), want, rtol=1e-9, atol=1e-12)  # float64: 1e-16 times some hundred terms
+        # rounding in float64 is 1e-16 for each of some hundred terms
+        torch.testing.assert_close(g.ours(), want, rtol=1e-9, atol=1e-12)
 
 
 def test_sdft_is_the_gradient_of_the_divergence_in_the_mean_over_tokens():
@@ -401,7 +405,7 @@ def test_sdft_is_the_gradient_of_the_divergence_in_the_mean_over_tokens():
 def test_sum_over_micro_batches_is_the_whole_gradient(name):
     g = Group(name, moved=True)
     chunks = torch.randperm(g.B, generator=torch.Generator().manual_seed(0)).split(5)
-    parts = sum(g.ours(rows) for rows in chunks)  # mask and denominators are those of the mini-batch
+    parts = sum(g.ours(rows) for rows in chunks)  # each chunk has the mask and the denominators of the mini-batch
     torch.testing.assert_close(parts, g.ours(), rtol=1e-9, atol=1e-12)
 
 
@@ -421,7 +425,7 @@ def test_the_shaped_weight_is_finite_where_a_probability_underflows(c):
     log_p = torch.tensor([[-200.0, -100.0, -87.0, -60.0, -3.0, 0.0]])
     g = Tokens(*[log_p] * 3, *[log_p < 1] * 3, torch.ones(1, 6), torch.ones(1), 0.2, 0.2, c, 0, 6, 6.0, 6)
     p = [Fraction(value) for value in log_p.exp().flatten().tolist()]
-    assert p[0] == 0 < p[1]  # the second number is below the smallest normal number
+    assert p[0] == 0 < p[1]  # p[1] is smaller than the smallest normal number, p[0] is 0
     want = [float(Fraction(c) * x / (x + Fraction(c)) ** 2) if x else 0.0 for x in p]
     assert token_weights(METHODS["luffy"], g)[0].tolist() == pytest.approx(want, rel=1e-5)
 
@@ -432,7 +436,8 @@ def test_a_coefficient_falls_along_half_a_cosine_in_the_first_fifth_of_a_run():
     assert found == pytest.approx([0.6, 0.6 * (1 + 0.5**0.5) / 2, 0.3, 0.0, 0.0, 0.0])
     assert coefficient_at(method, 0.0, 0.3) == 0.3 and coefficient_at(method, 1.0, 0.3) == 0.0
     ends_above = dataclasses.replace(method, coefficient_end=0.05)
-    assert coefficient_at(ends_above, 0.0, 0.01) == coefficient_at(ends_above, 1.0, 0.01) == 0.01  # it never rises
+    # c never rises, so it stays where it is below its end
+    assert coefficient_at(ends_above, 0.0, 0.01) == coefficient_at(ends_above, 1.0, 0.01) == 0.01
     assert coefficient_at(METHODS["luffy"], 0.7, None) == 0.1 and coefficient_at(METHODS["rft"], 0.7, None) == 1.0
 
 

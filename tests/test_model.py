@@ -72,7 +72,7 @@ def test_padding_ids_do_not_matter():
     first = token_stats(model, ids, mask, R, 1.0)
     second = token_stats(model, torch.where(mask == 1, ids, 7), mask, R, 1.0)
     for a, b in zip(first, second):
-        assert torch.equal(a, b)  # the same sums, in the same order
+        assert torch.equal(a, b)  # both compute the same sums in the same order
 
 
 def test_a_loaded_model_has_fp32_weights_no_dropout_and_a_neutral_generation_config(tmp_path, tokenizer):
@@ -124,7 +124,7 @@ def test_a_head_of_its_own_stays_one(tmp_path, tokenizer, monkeypatch):
 def test_save_then_load_gives_the_same_weights(tmp_path, tokenizer):
     model = random_model(vocab_size=len(tokenizer))
     save_model(model, tokenizer, tmp_path / "final")
-    save_model(model, tokenizer, tmp_path / "final")  # it is written over an old one
+    save_model(model, tokenizer, tmp_path / "final")  # this save replaces an older one
     again, _ = load_model(str(tmp_path / "final"))
     for (name, a), b in zip(model.state_dict().items(), again.state_dict().values()):
         assert (a == b).all(), name
@@ -163,7 +163,8 @@ def test_a_token_that_cannot_come_adds_no_entropy():
     model.lm_head.bias = torch.nn.Parameter(torch.zeros(103))
     model.lm_head.bias.data[50:] = -torch.inf
     log_probs, entropy = token_stats(model, ids, torch.ones_like(ids), 2, 1.0)
-    logits = random_model()(ids).logits[0, :2, :50].detach()  # the same model, without those tokens
+    # the same model with a vocabulary that lacks those tokens
+    logits = random_model()(ids).logits[0, :2, :50].detach()
     torch.testing.assert_close(entropy[0], torch.distributions.Categorical(logits=logits).entropy())
     assert log_probs.isfinite().all()
 

@@ -48,13 +48,13 @@ def test_the_bases_fields_and_tokenizer_files_are_kept(tmp_path, old_base):
     config = read(tmp_path / "final" / "config.json")
     assert config["rope_theta"] == 5e5 and config["rope_scaling"] == LLAMA3 and config["num_experts"] == 4
     assert config["dtype"] == config["torch_dtype"] == "float32"
-    assert config["rope_parameters"] == LLAMA3 | {"rope_theta": 5e5}  # what transformers 5 reads
+    assert config["rope_parameters"] == LLAMA3 | {"rope_theta": 5e5}  # transformers 5 still reads its own field
     for name in ("tokenizer.json", "vocab.json", "merges.txt", "special_tokens_map.json", "chat_template.jinja"):
         assert (tmp_path / "final" / name).read_bytes() == (old_base / name).read_bytes(), name
     assert read(tmp_path / "final" / "tokenizer_config.json") == read(old_base / "tokenizer_config.json")
     assert not (tmp_path / "final" / "README.md").exists()
     modes = {file.stat().st_mode for file in (tmp_path / "final").iterdir()}
-    assert len(modes) == 1  # safetensors files are written for their owner only
+    assert len(modes) == 1  # safetensors would let only the owner read its files
     again = AutoConfig.from_pretrained(tmp_path / "final")
     assert again.rope_parameters == AutoConfig.from_pretrained(old_base).rope_parameters
 
@@ -62,7 +62,8 @@ def test_the_bases_fields_and_tokenizer_files_are_kept(tmp_path, old_base):
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
 def test_weights_are_saved_in_the_dtype_that_the_config_names(tmp_path, tokenizer, dtype):
     """A weight's update of 1e-6 is seen in fp32 and rounded away in bf16."""
-    base = random_model(vocab_size=len(tokenizer), scale=0.0).bfloat16()  # matrices are 0, norms 1
+    # in this model all matrices are 0 and all norms 1
+    base = random_model(vocab_size=len(tokenizer), scale=0.0).bfloat16()
     save_model(base, tokenizer, tmp_path / "base")
     model, _ = load_model(str(tmp_path / "base"), training=True)
     norms = [parameter for parameter in model.parameters() if parameter.dim() == 1]
@@ -97,7 +98,7 @@ def test_old_fields_are_made_where_the_base_has_none(tmp_path, config, old):
     new = read(tmp_path / "config.json")
     assert old_rope(new) == old
     (tmp_path / "config.json").write_text(json.dumps(with_old_fields(new, {})))
-    # version 5 reads what it read before
+    # transformers 5 reads the same RoPE as before
     assert AutoConfig.from_pretrained(tmp_path).rope_parameters == config.rope_parameters
 
 

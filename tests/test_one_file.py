@@ -107,4 +107,5 @@ def test_a_run_trains_and_prints_the_accuracies(tmp_path, monkeypatch, capsys):
     one_file.main()
     assert "greedy accuracy on 3 validation problems: 33.3% before, 66.7% after" in capsys.readouterr().out
     change = (weights[0] - weights[1]).abs().max()
-    assert 0 < change <= 2.1 * one_file.LEARNING_RATE  # AdamW's first two updates
+    # each of AdamW's first two updates moves a weight by at most the rate
+    assert 0 < change <= 2.1 * one_file.LEARNING_RATE

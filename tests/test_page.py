@@ -55,7 +55,7 @@ def shown(tmp_path_factory):
     def show(content: dict):
         (folder / "page.html").write_text(page_html(content), encoding="utf-8")
         browser.get((folder / "page.html").as_uri())
-        assert not browser.get_log("browser")  # no error
+        assert not browser.get_log("browser")  # the page ran without an error
         return browser
 
     yield show
@@ -86,11 +86,11 @@ def test_every_weight_is_that_of_a_training_step(content, shown):
     for name in names:
         method = METHODS[name]
         batch = sampled(method.rows, method.baseline, method.scale_by_std)
-        rows = torch.arange(8) if "rl" in method.stages else torch.tensor([7])  # the demonstration
+        rows = torch.arange(8) if "rl" in method.stages else torch.tensor([7])  # row 7 is the demonstration
         demonstration_tokens = int(batch.rollouts.prefix_mask[rows].sum())
         normalizer = 8 * Config.max_response_tokens if len(rows) == 8 else demonstration_tokens
         weights = token_weights(method, mini_batch_tokens(a_run(method), batch, rows, normalizer, 0.0, ()))
-        on_page = sorted(page.execute_script(WEIGHTS, name, CUTS.index(50)))  # rows by their numbers
+        on_page = sorted(page.execute_script(WEIGHTS, name, CUTS.index(50)))  # the rows are sorted by their numbers
         for i, (_, row) in zip(rows, on_page, strict=True):
             expected = weights[i, batch.rollouts.response_mask[i]].tolist()
             assert row == pytest.approx(expected, rel=1e-4, abs=1e-9), name
@@ -99,7 +99,7 @@ def test_every_weight_is_that_of_a_training_step(content, shown):
 def test_the_clip_ranks_as_the_loss_does(content, shown):
     page, generator = shown(content), torch.Generator().manual_seed(0)
     for n in (0, 1, 7, 37):  # n + n // 2 tokens are ranked; if these are 10, (1 - 0.9) * 10 is below 1
-        entropy = (torch.rand(3, 60, generator=generator) * 8).round() / 8  # many ties
+        entropy = (torch.rand(3, 60, generator=generator) * 8).round() / 8  # rounding to eighths makes many ties
         mask = torch.zeros(3, 60, dtype=torch.bool)
         mask[2, :n] = mask[0, : n // 2] = True
         rows = [{"entropy": e.tolist(), "given": int(m.sum()), "ids": [0] * 60} for e, m in zip(entropy, mask)]

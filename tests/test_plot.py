@@ -84,7 +84,7 @@ def test_partial_rewards_are_kept_and_paired(two, tmp_path, monkeypatch, capsys)
     results = read_results(tmp_path / "partial")
     assert results["rewards"]["aime24"] == {"easy": {"p": 1.5, "r": 2.0}, "hard": {"q": 0.75, "s": 4.0}}
     assert results["average"]["accuracy"] == (8.25 / 16 + 0.25) / 2
-    assert "rewards" not in read_results(two[0])  # the rewards there are what "right" says
+    assert "rewards" not in read_results(two[0])  # without "rewards" the rewards are the counts of "right"
     assert problem_scores(results, "aime24", "all") == {"p": 0.375, "q": 0.1875, "r": 0.5, "s": 1}
     assert problem_scores(results, "aime24", "all", 1) == problem_scores(read_results(two[0]), "aime24", "all")
     capsys.readouterr()
@@ -197,7 +197,7 @@ def test_a_target_that_cannot_be_written_is_named_and_nothing_is_left(tmp_path, 
     (tmp_path / "data").mkdir()
     before = sorted(tmp_path.rglob("*"))
     with monkeypatch.context() as patch:
-        patch.setattr(plot, "draw", None)  # it is refused before anything is drawn
+        patch.setattr(plot, "draw", None)  # drawing would fail, but the command refuses its words before that
         for out, said in (
             ("data", "is a folder"),
             ("file/c.png", "is a file"),
@@ -212,11 +212,12 @@ def test_a_target_that_cannot_be_written_is_named_and_nothing_is_left(tmp_path, 
     assert f"writing to {folder / 'curves.png'} failed (Is a directory)" in capsys.readouterr().err
     (folder / "curves.png").rmdir()
     assert sorted(tmp_path.rglob("*")) == before
-    assert run(monkeypatch, folder, "--out", tmp_path / "new" / "c.png") == 0  # other tools make folders in this way
+    # the figure's folder is made if it is not there
+    assert run(monkeypatch, folder, "--out", tmp_path / "new" / "c.png") == 0
 
 
 def test_a_dollar_in_a_name_is_a_dollar(tmp_path, monkeypatch):
-    name = "$^$"  # mathematics that cannot be read
+    name = "$^$"  # matplotlib could not read this as mathematics
     log = [{"step": step, f"eval_{name}": 0.5, "eval_all": 0.5} for step in (1, 2)]
     runs = [with_base(run_folder(tmp_path / (name + i), log), **{name: 2, "all": 2}) for i in "ab"]
     for samples in (1, 4):
@@ -352,7 +353,7 @@ def test_legends_stand_outside_of_the_panels(tmp_path, monkeypatch):
     for shown in (folders[:1], folders):
         panels = panels_of(monkeypatch, *shown).values()
         figure = next(iter(panels)).figure
-        figure.draw_without_rendering()  # places everything
+        figure.draw_without_rendering()  # this call gives every text its place
         areas = [axis.get_tightbbox() if figure.legends else axis.get_window_extent() for axis in panels]
         legends = figure.legends or [axis.get_legend() for axis in panels if axis.get_legend()]
         assert legends

@@ -152,7 +152,8 @@ def test_a_template_that_refuses_a_system_message_is_one_line(tokenizer):
 
 def test_a_template_that_leaves_a_message_out_is_one_line(tokenizer):
     tokenizer = copy.deepcopy(tokenizer)
-    parts = "{% for part in messages[-1]['content'] %}{{ part['text'] }}{% endfor %}"  # of a text: nothing
+    # such a template gives nothing for a content that is plain text
+    parts = "{% for part in messages[-1]['content'] %}{{ part['text'] }}{% endfor %}"
     tokenizer.chat_template = "user:" + parts
     with pytest.raises(ValueError, match=r"leaves the user message out of the prompt: give it one that takes text$"):
         render_prompt(tokenizer, "1+1")
@@ -175,7 +176,7 @@ def test_a_template_that_writes_the_date_writes_the_same_on_any_day(tokenizer):
 def test_an_unknown_token_that_is_written_or_has_other_work_is_no_unknown_character(tokenizer):
     assert encode(tokenizer, "1<unk>2") == [*encode(tokenizer, "1"), tokenizer.unk_token_id, *encode(tokenizer, "2")]
     tokenizer = copy.deepcopy(tokenizer)
-    tokenizer.unk_token = tokenizer.bos_token  # as GPT-2's
+    tokenizer.unk_token = tokenizer.bos_token  # GPT-2's unknown token is its first token, too
     assert encode(tokenizer, tokenizer.bos_token + "1")[0] == tokenizer.bos_token_id
     for text in ("12é4", "\\boxed{é}"):
         with pytest.raises(ValueError, match="problem: the tokenizer cannot encode 'é'"):
@@ -232,7 +233,7 @@ def test_from_weights_to_weights(task, method, capsys, monkeypatch):
     rows = read_log(out)
     assert [row["step"] for row in rows] == [1, 2] and rows[0]["grad_norm"] > 0
     said = capsys.readouterr().out
-    assert said.count("ids [") == 2  # the first prompt, once a start
+    assert said.count("ids [") == 2  # each start of the run prints its first prompt once
     folders = (out / "final", folder / "model")
     final, start = (AutoModelForCausalLM.from_pretrained(path, dtype=torch.float32) for path in folders)
     assert final.config.architectures == start.config.architectures
@@ -278,9 +279,9 @@ def test_a_tokenizer_without_an_end_token_is_one_line(task, tmp_path):
         ("opt", "masks of ours, recordable"),
         ("bloom", "masks of ours"),  # this model takes no positions
         ("falcon, alibi", "masks of the model"),  # this model reads positions off the mask
-        ("gemma3", "masks of ours, recordable"),  # sliding windows; a folder with vision settings
-        ("phimoe", "masks of ours, recordable"),  # noise in its router
-        ("qwen3_next", "masks of ours, recordable"),  # recurrent states that can be selected
+        ("gemma3", "masks of ours, recordable"),  # Gemma 3 has sliding windows, and its folder has vision settings
+        ("phimoe", "masks of ours, recordable"),  # its router has noise, which is switched off
+        ("qwen3_next", "masks of ours, recordable"),  # its recurrent states can be cut down to some rows
         ("mamba", None),
     ],
 )
@@ -296,8 +297,8 @@ def test_another_architecture_is_sampled_and_trained(tmp_path, monkeypatch, name
 @pytest.mark.parametrize(
     "name, said",
     [
-        ("gemma2", "its logits are not those of its output head"),  # capped
-        ("cohere", "its logits are not those of its output head"),  # scaled
+        ("gemma2", "its logits are not those of its output head"),  # its logits are capped
+        ("cohere", "its logits are not those of its output head"),  # its logits are scaled
         ("granite", "its logits are not those of its output head"),
         ("rwkv", "rows sampled in a batch are not what they are alone"),
     ],
@@ -403,7 +404,7 @@ def test_with_adapters_the_weights_are_frozen_and_the_rest_is_small():
 PLAIN = ["gpt2", "bloom", "opt", "gpt_neox", "llama", "qwen2", "qwen3_moe", "deepseek_v3"]
 WINDOWS = ["mixtral", "gemma2", "gemma3", "phi3", "mistral", "gpt_oss"]
 MIXTURES = ["qwen3_moe", "deepseek_v3", "mixtral", "gpt_oss"]
-NOT_PLANNED = ["falcon", "mamba", "mamba2", "falcon_mamba", "ctrl"]  # these have an attention of their own, or none
+NOT_PLANNED = ["falcon", "mamba", "mamba2", "falcon_mamba", "ctrl"]  # their attention is unusual, or they have none
 
 
 @pytest.mark.parametrize("name", PLAIN + WINDOWS + NOT_PLANNED)
@@ -481,7 +482,7 @@ def test_a_plan_reads_the_config_only(tmp_path, capsys, monkeypatch):
     left = (
         79.2 * 2**30 * 0.92 - (2 + 12 / 8) * 8.0303e9
     )  # weights in bf16; those in fp32 and the optimizer over 8 GPUs
-    block = 2**14 * 2 * (3 * 14336 + 6 * 4096)  # a pass over prompts
+    block = 2**14 * 2 * (3 * 14336 + 6 * 4096)  # the bytes of a pass over prompts
     fit = int((left - block) / (8192 * 2 * 32 * 8 * 128 * 2))
     assert "512 x 8192 tokens" in said and f"--rows_per_call {fit}\n" in said
 

@@ -186,7 +186,7 @@ def test_streams_are_independent_and_stable():
 # ---- generate
 
 TOKENIZER = AutoTokenizer.from_pretrained("data/base")
-LOOPS_OF_BOTH = [None, decode_rows]  # HF's own, ours
+LOOPS_OF_BOTH = [None, decode_rows]  # None is HF's own loop
 
 
 def sampled(model, rows, budget, temperature=1.0, **settings) -> list[list[int]]:
@@ -296,7 +296,7 @@ def test_a_hostile_generation_config_changes_nothing(model, tmp_path, tokenizer)
     loaded, _ = load_model(str(tmp_path), check=check_model)
     assert sampled(loaded, rows, 24) == want
     loaded.generation_config = GenerationConfig(**(hostile | {"do_sample": False, "eos_token_id": [2]}))
-    assert sampled(loaded, rows, 24) == want  # also if we did not load it
+    assert sampled(loaded, rows, 24) == want  # a model that we did not load samples the same
     loaded.generation_config.no_repeat_ngram_size = 1
     for decode in LOOPS_OF_BOTH:
         with pytest.raises(ValueError, match="not neutral"):
@@ -346,6 +346,6 @@ def test_the_end_token_may_be_the_last_of_the_budget(model):
     for row, response in zip(rows, long):
         if response[-1] == 2 and len(response) > len(row.prefix_ids) + 1:
             again = sampled(model, [row], len(response))[0]
-            assert again == response  # the same row with a budget it fills exactly
+            assert again == response  # the row is the same if its budget is just long enough
             return
     pytest.fail("no row ended: the test model is wrong")

@@ -263,7 +263,8 @@ def test_nothing_is_nan_in_the_corner_cases(tokenizer, method, case):
     compared = (clipped, unclipped, zero)
     weights = (METHODS[method].policy_weight, METHODS[method].demonstration_weight)
     if case == "all wrong" and all(weight in compared for weight in weights):
-        assert all((a == b).all() for a, b in zip(before, run.model.parameters()))  # no signal, so no step
+        # no row has a weight, so no weight of the model moves
+        assert all((a == b).all() for a, b in zip(before, run.model.parameters()))
 
 
 @pytest.mark.parametrize("baseline", ["on_policy", "group"])
@@ -447,7 +448,7 @@ def test_a_step_is_two_unequal_updates_one_after_the_other(tokenizer, method, ma
     assert metrics["loss"] == pytest.approx(sum(losses) / 2, rel=1e-3)
     assert metrics["grad_norm"] == pytest.approx(sum(norms) / 2, rel=1e-3)
     assert metrics["clip_fraction"] == pytest.approx(1 - left / planned) and metrics["trained_tokens"] == planned
-    if max_grad_norm > 1 and method != "hpt":  # which has no clip
+    if max_grad_norm > 1 and method != "hpt":  # HPT has no PPO clip
         assert left < planned
     for before, found, want in zip(start, run.model.parameters(), hand.model.parameters()):
         change = want - before
@@ -588,7 +589,8 @@ def test_hpt_puts_a_demonstration_in_the_place_of_an_unsolved_group(tokenizer):
 def test_the_gate_decides_what_is_unsolved(tokenizer):
     rewards = ((0, 1.0), (0, 1.0), (1, 1.0), (1, 0.5), (2, 0.0), (2, 0.5))
     rows = [Row(group, (), [], [], reward=reward) for group, reward in rewards]
-    assert [unsolved_groups(rows, gate) for gate in (0, 1, 2)] == [[2], [1, 2], [0, 1, 2]]  # right is a reward of 1
+    # a row counts as right if its reward is 1
+    assert [unsolved_groups(rows, gate) for gate in (0, 1, 2)] == [[2], [1, 2], [0, 1, 2]]
 
 
 def test_rescue_samples_unsolved_groups_again_behind_longer_prefixes(tokenizer, monkeypatch):
@@ -671,7 +673,7 @@ def test_a_recorded_group_is_what_the_update_reads(tokenizer):
 
 
 def test_a_group_with_a_demonstration_is_recorded_wherever_the_step_has_one(tokenizer):
-    run = make_run(tokenizer, demonstrated=1, updates_per_step=4, seed=1)  # one problem in each update
+    run = make_run(tokenizer, demonstrated=1, updates_per_step=4, seed=1)  # each of the four updates has one problem
     places = []
     for step in range(5):
         picked = problems_of_step(6, 4, step, 1, "order")
@@ -687,7 +689,7 @@ def test_every_problem_comes_once_an_epoch():
         epoch = [i for s in range(count // size_used) for i in problems_of_step(count, size, s, 0)]
         assert len(set(epoch)) == len(epoch) == count - count % size_used
     orders = [problems_of_step(12, 4, step, seed) for step, seed in ((0, 0), (3, 0), (0, 1))]
-    assert orders[0] != orders[1] and orders[0] != orders[2]  # another epoch, another seed
+    assert orders[0] != orders[1] and orders[0] != orders[2]  # another epoch or another seed has another order
 
 
 def test_sft_learning_rate_warms_up_and_falls_to_zero():

@@ -52,7 +52,7 @@ def test_the_interval_of_a_difference_by_hand():
     # by problem 1, 0, 0.5, so the variance is 0.25 / 3; the first runs have 2/3 and 1, the second 1/3 and 1/3
     parts = [0.25 / 3, (1 / 3) ** 2 / 2 / 2]
     freedom = sum(parts) ** 2 / (parts[0] ** 2 / 2 + parts[1] ** 2 / 1)
-    quantile = np.interp(freedom, [2.5, 3], [3.558, 3.182])  # a table of Student's t
+    quantile = np.interp(freedom, [2.5, 3], [3.558, 3.182])  # 97.5% quantiles from a table of Student's t
     middle, low, high = difference(first, second)
     assert middle == pytest.approx(0.5) and 2.5 < freedom < 3
     assert high - middle == pytest.approx(quantile * sum(parts) ** 0.5, rel=0.01) == middle - low
@@ -62,8 +62,8 @@ def test_the_interval_of_a_difference_by_hand():
 def test_the_interval_covers_the_true_difference():
     rng, hits, draws = np.random.default_rng(0), 0, 400
     for _ in range(draws):
-        problems = rng.normal(0, 1, 200)  # how hard each problem is for both
-        liking = rng.normal(0, 0.5, 200)  # how much easier it is for the first
+        problems = rng.normal(0, 1, 200)  # how hard each problem is for both methods
+        liking = rng.normal(0, 0.5, 200)  # how much easier each problem is for the first method
         groups = []
         for sign in (1, -1):
             seeds = rng.normal(0, 0.2, (3, 1))
@@ -118,7 +118,8 @@ def test_ranks_are_told_where_one_failed_run_widens_the_interval():
     found = measured(asked, stored)
     assert found["greedy"][1] < 0 < found["greedy"][2]
     assert f"every run of prefix-rft is above, greedy, p = {2 / 252:.2g}" in by_ranks(asked, found, stored)
-    assert by_ranks(asked, found, {"habit": [*ours[:3], *others[:3]]}) == ""  # 3 against 3: p = 0.1
+    # with three runs against three, p is at least 0.1
+    assert by_ranks(asked, found, {"habit": [*ours[:3], *others[:3]]}) == ""
 
 
 # ---- the second study
@@ -152,7 +153,8 @@ def test_contrasts_are_those_of_students_t_over_bases():
 
 def test_holm_stops_at_the_first_that_is_not_significant():
     found = contrasts.holm(pd.Series({"a": 0.04, "b": 0.001, "c": 0.03, "d": 0.012}))
-    assert found.to_dict() == {"b": True, "d": True, "c": False, "a": False}  # 0.05 over 4, 3, 2, 1
+    # Holm compares them with 0.05 over 4, 3, 2 and 1
+    assert found.to_dict() == {"b": True, "d": True, "c": False, "a": False}
 
 
 def test_the_report_and_the_figure_of_the_second_study_before_and_after_its_runs():

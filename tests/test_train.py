@@ -174,7 +174,7 @@ def test_kill_9_and_resume_give_the_same_bits(task, whole, tmp_path, monkeypatch
     os.kill(process, signal.SIGKILL)
     assert os.waitstatus_to_exitcode(os.waitpid(process, 0)[1]) == -signal.SIGKILL
     with (tmp_path / "run" / "metrics.jsonl").open("a", encoding="utf-8") as log:
-        log.write('{"step": 9, "lo')  # a line that was cut short
+        log.write('{"step": 9, "lo')  # the process was killed while it wrote this line
     assert train.train(parse_config(argv)) == 0
     assert_same_run(tmp_path / "run", whole[0])
 
@@ -202,7 +202,7 @@ def signals(monkeypatch):
 def test_a_signal_ends_after_the_step_and_says_how_to_go_on(
     task, whole, tmp_path, monkeypatch, capsys, signals, name
 ):
-    number = getattr(signal, name, signal.SIGINT)  # Windows has only few of them
+    number = getattr(signal, name, signal.SIGINT)  # Windows has only few of these signals
     monkeypatch.chdir(ROOT)
     out = tmp_path / "run"
     monkeypatch.setattr(sys, "argv", ["train.py", *arguments(task, out, save_every=0)])
@@ -216,7 +216,7 @@ def test_a_signal_ends_after_the_step_and_says_how_to_go_on(
     config = parse_config(line.split("python train.py ")[1].split())
     assert train.train(config) == 0 and "continued after step" in capsys.readouterr().out
     assert_same_run(out, whole[0])
-    assert train.train(config) == 0  # a finished run, in which nothing changes
+    assert train.train(config) == 0  # the run is finished, so nothing changes
     assert_same_run(out, whole[0])
 
 
@@ -322,7 +322,7 @@ def test_a_reward_of_ones_own_is_used_everywhere(task, tmp_path, monkeypatch, ca
     argv = arguments(task, tmp_path / "run", reward=f"{path}:sevens", method="prefix-rft", steps=2)
     assert train.train(parse_config(argv)) == 0
     said = capsys.readouterr().out
-    assert "left out (not right)" in said  # demonstrations without a 7
+    assert "left out (not right)" in said  # demonstrations without a 7 are not right by this reward
     rows = read_log(tmp_path / "run")
     assert 0.3 < rows[0]["reward_on_policy"] < 1 and rows[0]["unread"] == 0
     scores = json.loads((tmp_path / "run" / "eval.json").read_text())
@@ -465,7 +465,8 @@ def test_demonstrations_that_cannot_be_used_are_counted(task, tmp_path, capsys):
     rows[1]["demonstrations"] = ["\\boxed{1000}"]
     rows[2]["demonstrations"] = ["no box"]
     data = write_rows(tmp_path / "train.jsonl", rows)
-    settings = {"data": data, "max_response_tokens": 80, "prompts_per_step": len(rows)}  # all of them, no fewer
+    # a step takes all problems, also those without a usable demonstration
+    settings = {"data": data, "max_response_tokens": 80, "prompts_per_step": len(rows)}
     half, _ = train.prepare(parse_config(arguments(task, tmp_path / "half", **settings, demonstration_fraction=0.5)))
     run, counts = train.prepare(parse_config(arguments(task, tmp_path / "run", **settings)))
     assert counts.left_out == {"too long": 1, "not right": 2}
@@ -488,8 +489,8 @@ def test_data_is_checked_before_weights_are_read(task, tmp_path, monkeypatch):
     "settings",
     [
         {"method": "sft", "sft_lr": 1e30, "sft_steps": 4},
-        {"method": "prefix-rft", "lr": 1e39},  # it goes beyond float32, whatever the second update gives
-        {"method": "sft", "sft_lr": 1e39, "sft_steps": 1},  # with its last update
+        {"method": "prefix-rft", "lr": 1e39},  # 1e39 is beyond float32, so the first update alone loses the weights
+        {"method": "sft", "sft_lr": 1e39, "sft_steps": 1},  # here the last update of the run loses the weights
         {"method": "sft", "sft_lr": 1e39, "sft_steps": 6, "save_every": 1},
     ],
 )
@@ -595,7 +596,7 @@ def test_the_evaluation_takes_its_settings(monkeypatch):
     assert train.score(run, "base")["validation"] == {}
 
 
-# warnings look at these
+# the metrics that warnings look at
 WATCHED = {"entropy": 1.0, "grad_norm": 1.0, "skipped_updates": 0, "truncated": 0.0, "unread": 0.0, "hybrid_rows": 0}
 
 
@@ -645,14 +646,15 @@ def test_the_sft_stage_has_a_file_of_its_own(task, tmp_path, monkeypatch):
     rates = [0.5, 0.5, 0.5 * 0.75, 0.5 * 0.25]  # one step of warm-up, half a cosine over the others
     assert calls == [
         *[("sft", step, int(step > 0), pytest.approx(rate)) for step, rate in enumerate(rates)],
-        ("rl", 0, 0),  # a fresh optimizer
+        ("rl", 0, 0),  # each stage starts with a fresh optimizer
         *[("rl", step, 1) for step in (1, 2, 3)],
     ]
     assert recorded == [0, 1, 3]  # a group at the first step and with every evaluation
     assert [id(o) for o in optimizers] == [id(optimizers[0])] * 4 + [id(optimizers[4])] * 4
     assert [title for title in titles if title.startswith("step")] == [f"step {n}: validation" for n in (3, 6, 8)]
-    assert checkpoint.trained_with(tmp_path / "run" / "final") == {"reward": "math"}  # no system message is shared
-    assert seen["sft"] < {f"own-{row['id']}" for row in rows[:8]}  # without demonstrations that are too long
+    # no system message is remembered, because the rows have several
+    assert checkpoint.trained_with(tmp_path / "run" / "final") == {"reward": "math"}
+    assert seen["sft"] < {f"own-{row['id']}" for row in rows[:8]}  # demonstrations that are too long are left out
     assert seen["rl"] == {row["id"] for row in rows}
     usable, first = len(seen["sft"]), order.copy()
     for seed in (0, 1):

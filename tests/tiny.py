@@ -74,5 +74,5 @@ def mechanism(method: Method) -> tuple:
     return method.rows, method.stages, method.unsolved, method.entropy_clip == "random", method.hinted
 
 
-# the first method of each mechanism
+# for each mechanism, the first method in the table
 ONE_OF_EACH = sorted({mechanism(METHODS[name]): name for name in reversed(METHODS)}.values())

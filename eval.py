@@ -212,7 +212,7 @@ def parse_args(argv: Sequence[str]) -> argparse.Namespace:
     parser.add_argument(
         "--max_response_tokens", type=int, default=8192, help="most tokens of a response (default 8192, the paper's)"
     )
-    parser.add_argument("--problems", type=int, help="only the first N of each level")
+    parser.add_argument("--problems", type=int, help="evaluate only the first N problems of each level")
     parser.add_argument("--system", help="the system message (default: the model's in training, or else the rows')")
     parser.add_argument("--reward", help="math (default), exact, or FILE.py[:name], a function of your own")
     parser.add_argument("--seed", type=int, default=0)

@@ -117,7 +117,7 @@ def advantages(rewards: Tensor, hybrid: Tensor) -> tuple[Tensor, Tensor]:
     A continuation starts from the end of its prefix. No other row does, so it is compared with nothing and keeps
     the whole reward. There is no division by a standard deviation (Dr. GRPO).
     """
-    mean = (rewards * ~hybrid).sum(1, keepdim=True) / (~hybrid).sum(1, keepdim=True)  # of the on-policy rows
+    mean = (rewards * ~hybrid).sum(1, keepdim=True) / (~hybrid).sum(1, keepdim=True)  # mean of the on-policy rows
     compared = rewards - mean
     return torch.where(hybrid, rewards, compared), compared
 

@@ -291,7 +291,7 @@ class Step:
     batch: Batch
     mini_batches: list[Tokens]
     updates: list[dict[str, Any]]  # what `update` returned
-    seconds: tuple[float, float]  # of making the batch, of the updates
+    seconds: tuple[float, float]  # for making the batch, and for the updates
     picked: list[int]  # indices of its problems; [] in a supervised step
     collected: dict[str, Any]  # ReLIFT's metrics
 

@@ -244,7 +244,7 @@ def pretrain(model: Qwen3ForCausalLM, tokenizer: PreTrainedTokenizerFast, rng: r
 def main() -> None:
     parser = Parser(description="Pretrains the tiny base model of the embedded task.")
     parser.add_argument("--out", type=Path, default=Path("base"), help="folder to write (%(default)s)")
-    parser.add_argument("--seed", type=int, default=0, help="of the weights and the corpus (%(default)s)")
+    parser.add_argument("--seed", type=int, default=0, help="seed of the weights and the corpus (%(default)s)")
     arguments = parser.parse_args()
     check_range("--seed", arguments.seed, 0)
     out = arguments.out.resolve()

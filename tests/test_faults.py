@@ -1,5 +1,5 @@
 """These tests put faults into a run: kills, full disks, damaged files, a second process, numbers that are not finite.
-They also check what the sources never do."""
+They also check that our code never runs text or bytes from somewhere."""
 
 import ast
 import dataclasses

@@ -122,7 +122,7 @@ def _same_items(p: tuple[Node, ...], g: tuple[Node, ...]) -> bool:
     if len(p) != len(g) or len(p) > MAX_ITEMS:
         return False
     left, rest = list(g), []
-    for item in p:  # those that are written alike come first, because they cost nothing
+    for item in p:  # equal items are tried first, because they cost nothing
         left.remove(item) if item in left else rest.append(item)
     if len(rest) > MAX_RELATIONS and any(item[0] in ("rel", "regions") for item in rest):
         return False

@@ -248,7 +248,7 @@ def load(folder: Path, run: Any) -> int:
     if other:
         raise InputError(
             f"{path} is the checkpoint of another model: {min(other)} differs; give the model it was made with, "
-            "or another out"
+            "or another --out"
         )
     if changed := {name for name, value in settings_of(run.config).items() if state["settings"].get(name) != value}:
         raise InputError(

@@ -16,7 +16,7 @@ os.environ.setdefault("OMP_NUM_THREADS", "1")
 
 # ---- which process runs which tests
 
-LONGEST = (  # started first, so that no process waits for another at the end
+LONGEST = (  # these start first, so that no process waits for another at the end
     *("6_change_it", "9_to_real_models", "8_grading_and_evaluation", "2_every_method_is_a_weight"),
     *("test_distributed", "test_faults", "test_train", "5_one_step_with_shapes", "test_eval", "4_a_run"),
     *("test_hostile_folders", "test_hostile", "test_step", "test_real_models", "test_answers", "test_study"),

@@ -384,7 +384,7 @@ def test_the_log_probs_of_the_sampler_stand_beside_those_of_the_training_pass(to
 
 @pytest.mark.parametrize("method", ["hpt", "rescue"])
 def test_groups_that_are_replaced_do_not_hide_their_failures(tokenizer, method):
-    """What is sampled at first is what rft samples, and it is counted there. A group with one right row is unsolved
+    """At first these methods sample what rft samples, and the metrics count these rows. A group with one right row is unsolved
     too."""
     reward = dataclasses.replace(
         BY_LENGTH,

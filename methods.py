@@ -336,8 +336,9 @@ def hint(problem: Any, step: int) -> list[int]:
 def hinted_log_probs(
     run: Any, picked: list[int], rows: list[Any], step: int, pack: Callable[..., Any], old_stats: Callable[..., Any]
 ) -> Tensor | None:
-    """Returns log-probs [B, R] by SDFT's teacher, which is the policy that sampled `rows`, once its prompt shows a
-    demonstration. They are NaN where the problem has none. Returns None for methods that are not `hinted`.
+    """Returns the log-probs [B, R] that SDFT's teacher gives to `rows`. The teacher is the policy that sampled them,
+    with a demonstration in its prompt. They are NaN where the problem has none. Returns None for methods that are not
+    `hinted`.
 
     In the source the teacher is a running mean of the policy's weights (0.01 of them a step). Here it is the policy
     itself. `picked` are the step's problems; `pack` is sample.pack and `old_stats` is step.old_stats.

@@ -56,7 +56,7 @@ class Counts(NamedTuple):
 
 
 def keep_fraction(problems: Sequence[Encoded], fraction: float) -> list[Encoded]:
-    """Returns `problems`, of which only a share `fraction` of those with demonstrations keep them.
+    """Returns `problems` with fewer demonstrations: of those that have some, a share `fraction` keeps them.
 
     The problems are chosen by id. So the choice is the same in every run, and a smaller share is part of a larger
     one.

@@ -1,4 +1,5 @@
-"""This file shows the method in a browser: one problem's rollouts and every method's weights of their tokens, in one HTML file.
+"""This file shows the method in a browser. One HTML file has one problem's rollouts and every method's weights of
+their tokens.
 
 `page_html` puts `page_content` into figures/page.html, which shows it without a server, a network or a framework. The
 content has for each model

@@ -133,9 +133,10 @@ def record_group(run: Any, step: Any) -> dict[str, Any]:
     """Returns one group, token by token, for `plot.py --group`.
 
     The group comes from the first mini-batch that has demonstration tokens, or from the last mini-batch if none has.
-    There the first group is taken that has demonstration tokens and unequal rewards among its on-policy rows; else
-    the first with demonstration tokens; else the first group. At most RECORDED_TOKENS tokens of each row are kept,
-    each with its entropy in nats, whether the entropy clip keeps it, and its weight w before the update.
+    It is the first group there with demonstration tokens and unequal rewards among its on-policy rows. If there is
+    none, it is the first group with demonstration tokens, and else the first group. At most RECORDED_TOKENS tokens of
+    each row are kept, each with its entropy in nats, whether the entropy clip keeps it, and its weight w before the
+    update.
     """
     batch, rollouts = step.batch, step.batch.rollouts
 

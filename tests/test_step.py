@@ -384,8 +384,8 @@ def test_the_log_probs_of_the_sampler_stand_beside_those_of_the_training_pass(to
 
 @pytest.mark.parametrize("method", ["hpt", "rescue"])
 def test_groups_that_are_replaced_do_not_hide_their_failures(tokenizer, method):
-    """At first these methods sample what rft samples, and the metrics count these rows. A group with one right row is unsolved
-    too."""
+    """At first these methods sample what rft samples, and the metrics count those rows. A group with one right row is
+    unsolved too."""
     reward = dataclasses.replace(
         BY_LENGTH,
         function=lambda text, problem: float(problem.id in ("p0", "p1", "p5")),

@@ -25,7 +25,7 @@ _BARE = re.compile(r"[-+]?[\w.,/:^]{0,99}\w|\\[A-Za-z]+[^$\n]{0,199}?(?=\$|\\\)|
 
 
 def extract_boxed(text: str | None) -> str | None:
-    """Returns the content of the last complete ``\boxed{...}`` or ``\fbox{...}`` of `text`, or None if there is none.
+    """Returns the content of the last complete ``\\boxed{...}`` or ``\\fbox{...}`` of `text`; None if it has none.
 
     It is None also for anything that is not a string. The function reads the text once, so its time grows linearly
     with the text. Braces are balanced, and escaped ones are not counted. Of a box in a box the outer one counts.

@@ -60,7 +60,8 @@ class Answer:
     second: Node | None = None
     words: str | None = None  # only if the whole answer is letters
     choice: str | None = None  # the capital of a multiple-choice answer: B of (B), \\text{B}, B., option B
-    condition: str = ""  # behind the answer: a domain such as Z for "k is an integer", else its text without spaces
+    # the condition behind the answer: a domain such as Z for "k is an integer", else its text without spaces
+    condition: str = ""
     option: str | None = None  # the capital that stands before the text of an option: B of (B) 12, B. Mercury
 
 

@@ -270,7 +270,7 @@ def again(store: Path, name: str) -> bool:
 def main() -> None:
     parser = Parser(description="The runs of the study of the horizon.")
     parser.add_argument("command", choices=("run", "again"))
-    parser.add_argument("name", nargs="?", help="with again: the name of a stored run, for example habit-512-prefix-rft-base0-480")
+    parser.add_argument("name", nargs="?", help="for again: a stored run's name, as habit-512-prefix-rft-base0-480")
     parser.add_argument("--jobs", type=int, default=1, help="processes, one core each (%(default)s)")
     parser.add_argument("--store", type=Path, default=STORE, help="folder of the stored runs (%(default)s)")
     args = parser.parse_args()

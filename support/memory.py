@@ -1,4 +1,4 @@
-"""The memory that sampling takes, computed from a model's config alone.
+"""This file computes the memory that sampling takes, from a model's config alone.
 
 plan.py plans with these functions; eval.py uses them to choose how many rows it samples together. Layers that keep
 something else than keys and values of every token (`plain_caches`) are counted as if they kept those.

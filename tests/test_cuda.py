@@ -332,7 +332,8 @@ def test_graphs_change_no_token(name, monkeypatch):
 
 @pytest.mark.parametrize("name", MODELS)
 def test_log_probs_as_drawn_are_those_of_the_training_pass(folder, one_gpu, tokenizer, name):
-    """In fp32 the two agree up to rounding. In bf16 they agree as closely as those of a plain bf16 model. Updated weights agree too."""
+    """In fp32 both agree up to rounding. In bf16 they agree as closely as those of a plain bf16 model. Updated
+    weights agree too."""
     rows, single = some_rows(), MODELS[name]().to(one_gpu)
 
     @torch.no_grad()

@@ -74,7 +74,7 @@ def test_evaluate_and_summarize_match_a_hand_count(scripted, tokenizer):
     assert everything["truncated"] == pytest.approx(2 / 12)
     assert everything["unread"] == pytest.approx(3 / 12)
     assert everything["pass@1"] == pytest.approx(5 / 12)
-    # a: 3 of the 6 pairs of samples hold the right one; b: all do; c: none does
+    # of problem a 3 of the 6 pairs of samples hold a right one, of b all pairs, of c none
     assert everything["pass@2"] == pytest.approx((3 / 6 + 1 + 0) / 3)
     assert everything["pass@4"] == pytest.approx(2 / 3)
     assert "pass@8" not in everything

@@ -168,7 +168,8 @@ def test_the_picture_shows_what_the_log_says(group):
         return [patch for found, patch in above if found == colour.lower()]
 
     counts = {name: len(drawn(colour)) for name, (colour, _) in group_log.SOURCES.items()}
-    assert counts == {"prefix": 1, "demonstration": 1, "continuation": 1, "own": 5}  # two sources share a colour
+    # prefix and demonstration share a colour
+    assert counts == {"prefix": 1, "demonstration": 1, "continuation": 1, "own": 5}
     assert len(drawn(group_log.DROPPED)) == 2
     assert [text for text in texts if len(text) == 1 and text in "abcdeWXYz"] == list("abcdeWXYz")
     assert "1  on-policy" in texts and "✗ cut off" in texts and "A = −0.50" in texts

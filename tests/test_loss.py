@@ -127,7 +127,7 @@ def test_entropy_clip_keeps_the_highest(keep, n):
 
 
 def test_entropy_clip_breaks_ties_by_index():
-    mask = torch.ones(20, 50, dtype=torch.bool)  # so many that a sort that is not stable finds another order
+    mask = torch.ones(20, 50, dtype=torch.bool)  # with so many tokens a sort that is not stable finds another order
     for select in ("high", "low"):
         kept = entropy_clip(mask, torch.ones(20, 50), 0.3, select)
         assert kept.flatten().nonzero().flatten().tolist() == list(range(300))

@@ -38,13 +38,13 @@ from evaluation.statistics import Answers, pass_at_k
 from fast.check import check_model
 from fast.decode import loop_of, whole_blocks
 from model import load_model
-from reward import MATH, Reward, load_reward
+from reward import MATH, Reward, RewardError, load_reward
 from sample import Row, generate
 from support import distributed
 from support.checkpoint import append_rows, trained_with
 from support.command import Parser, command
 from support.config import check_range, given_settings
-from support.errors import Broken, InputError, as_input
+from support.errors import Broken, InputError
 from support.loading import check_window, pick_device, use_one_thread_if_small, window_of
 from support.memory import row_bytes
 
@@ -259,8 +259,7 @@ def run(args: argparse.Namespace) -> None:
     """Make a whole evaluation: load, check, sample what is missing, report. Every rank calls this; the first
     writes."""
     remembered = trained_with(args.model)
-    with as_input():
-        args.reward = load_reward(args.reward or "math")
+    args.reward = load_reward(args.reward or "math")
     args.system = remembered.get("system") if args.system is None else args.system
     benchmarks = choose_benchmarks(args.benchmarks, args.data, args.samples, args.problems, args.system, args.reward)
     if args.temperature == 0 and max(b.samples for b in benchmarks) > 1:
@@ -290,7 +289,7 @@ def go_on(args: argparse.Namespace) -> str:
     return f"{distributed.launcher()} {shlex.join([*sys.argv, *out])}"
 
 
-@command("eval.py", distributed.name)
+@command("eval.py", distributed.name, RewardError)
 def main() -> None:
     try:
         args = parse_args(sys.argv[1:])

@@ -18,6 +18,7 @@ from figures.figure import FORMATS, check_target
 from figures.group_figure import draw_group
 from figures.group_log import read_group
 from figures.page import is_run, page_content, page_html
+from reward import RewardError
 from support.checkpoint import write_text
 from support.command import Parser, command
 from support.errors import InputError
@@ -54,7 +55,7 @@ def plot_evaluations(folders: list[Path], out: Path | None, beside_paper: bool) 
     print(draw_pass_at_k(folders, out or Path("compare.png"), with_accuracy=True))
 
 
-@command("plot.py")
+@command("plot.py", shown=RewardError)
 def main() -> None:
     parser = Parser(
         description="Draw the curves of runs, a group of rollouts, a page for the browser, or compare evaluations.",

@@ -110,6 +110,10 @@ def check_gold(gold: str) -> None:
 # ---- what a run grades with
 
 
+class RewardError(ValueError):
+    """A reward cannot be loaded, or it failed on a response. Commands show the message as one line."""
+
+
 @dataclass(frozen=True)
 class Reward:
     """`function(response, problem)` gives a number in [0, 1]; `problem` is a data.loader.Problem. A response is right
@@ -186,10 +190,10 @@ def load_reward(name: str = "math") -> Reward:
         return Reward(name, _exact, _check_exact, _is_boxed, _sha256(here))
     file, colon, function = name.partition(".py:")
     if not (colon or name.endswith(".py")):
-        raise ValueError(f"reward is {name!r}, expected math, exact, or a Python file: FILE.py or FILE.py:function")
+        raise RewardError(f"reward is {name!r}, expected math, exact, or a Python file: FILE.py or FILE.py:function")
     path, function = Path(file.removesuffix(".py") + ".py"), function or "reward"
     if not path.is_file():
-        raise ValueError(f"reward {name!r}: the file {str(path)!r} does not exist")
+        raise RewardError(f"reward {name!r}: the file {str(path)!r} does not exist")
     spec = importlib.util.spec_from_file_location(f"reward {path.resolve()}", path)
     module = importlib.util.module_from_spec(spec)
     sys.modules[spec.name] = module  # dataclasses look their module up there
@@ -197,10 +201,10 @@ def load_reward(name: str = "math") -> Reward:
         with same_folder():
             spec.loader.exec_module(module)
     except (Exception, SystemExit) as error:
-        raise ValueError(f"reward {name!r}: {path} cannot be run: {raised(error)}") from error
+        raise RewardError(f"reward {name!r}: {path} cannot be run: {raised(error)}") from error
     own = getattr(module, function, None)
     if not callable(own):
-        raise ValueError(f"reward {name!r}: {path} has no function {function}(response, problem)")
+        raise RewardError(f"reward {name!r}: {path} has no function {function}(response, problem)")
     return Reward(f"{path}:{function}", own, getattr(module, "check", _anything), _anything, _sha256(path))
 
 
@@ -218,11 +222,11 @@ def grade_one(reward: Reward, response: str, problem: Any) -> float:
         with same_folder():
             value = reward.function(response, problem)
     except (Exception, SystemExit) as error:
-        raise ValueError(f"reward {reward.name} failed on problem {problem.id!r}: {raised(error)}") from error
+        raise RewardError(f"reward {reward.name} failed on problem {problem.id!r}: {raised(error)}") from error
     if getattr(value, "ndim", None) == 0:  # so it is a number of NumPy or torch
         value = value.item()
     if not isinstance(value, int | float) or not 0 <= round(value, 6) <= 1:
-        raise ValueError(
+        raise RewardError(
             f"reward {reward.name} gave {value!r} on problem {problem.id!r}, expected a number from 0 to 1"
         )
     return float(round(value, 6))

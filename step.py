@@ -35,7 +35,6 @@ from reward import Reward, grade_all
 from sample import Rollouts, Row, generate, pack, plan_group, prefix_fraction, torch_generator
 from support.config import Config
 from support.distributed import clip_gradients, micro_batches, sum_over_ranks, world_size
-from support.errors import as_input
 
 
 @dataclass
@@ -106,8 +105,7 @@ def sample_groups(
         decode=run.decode,
     )
     problems = [run.data.train[picked[row.group]] for row in sampled]
-    with as_input():
-        rewards = grade_all(run.reward, [row.text for row in sampled], problems)
+    rewards = grade_all(run.reward, [row.text for row in sampled], problems)
     return [replace(row, reward=0.0 if row.truncated else reward) for row, reward in zip(sampled, rewards)]
 
 

@@ -1,150 +1,61 @@
 """Train a model by any method of methods.METHODS: python train.py [--config FILE] [--FIELD VALUE ...]
 
-The data of a run come first, then the evaluation on its held-out problems, then `train`, the loop over steps. step.py
-has what happens in one step. A run folder gets config.json, metrics.jsonl (a row per step), samples.jsonl,
-groups.jsonl (a group every few steps), eval.json, curves.png, checkpoint/ and final/ (a HuggingFace model folder).
+Evaluation on a run's held-out problems comes first, then `train`, with the loop over steps in `train_in`. step.py has
+what happens in one step, data/run_data.py the data. A run folder gets config.json, metrics.jsonl (a row per step),
+samples.jsonl, groups.jsonl (a group every few steps), eval.json, curves.png, checkpoint/ and final/ (a HuggingFace
+model folder).
 Left out are a value model, a reference model and KL, mixed data sources, and asynchronous sampling.
 """
 
 import dataclasses
 import importlib.util
 import json
-import math
-import signal
 import sys
-from collections import Counter
-from collections.abc import Sequence
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 from transformers import PreTrainedModel
 
-from data.loader import Data, Encoded, encode_problems, encode_prompts, load_problems, odd_rows
+from data.loader import odd_rows
+from data.run_data import Counts, data_files, load_data
 from eval import evaluate
 from evaluation.statistics import summarize
 from fast.check import check_model
 from fast.decode import loop_of
-from methods import METHODS, Collector, hint, sft_learning_rate
+from methods import METHODS, Collector, sft_learning_rate
 from model import load_model, load_tokenizer, save_model
-from reward import Reward, load_reward
-from sample import prefix_range, seed_of
+from reward import RewardError, load_reward
+from sample import prefix_range
 from step import Run, Step, problems_of_step, rl_step, sft_step
 from support import adapters, checkpoint, console, distributed
-from support.command import command
-from support.config import TASK, Config, parse_config
-from support.errors import Broken, Diverged, InputError, Unwritten, as_input
+from support.command import catch_signals, command
+from support.config import Config, parse_config
+from support.errors import Broken, Diverged, InputError, Unwritten
 from support.files import writing
-from support.loading import check_window, load_config, pick_device, use_one_thread_if_small, window_of
+from support.loading import load_config, pick_device, use_one_thread_if_small, window_of
 from support.model_folder import share_changed
 from support.record import example_rows, record_group, rl_metrics, sft_metrics
 from support.watch import Watch
 
 TABLES = ("validation", "test", "test_sampled")  # the names of the tables in eval.json
-# signals at which a run saves a checkpoint and stops
-ENDING = ("SIGINT", "SIGTERM", "SIGUSR1", "SIGUSR2", "SIGXCPU", "SIGHUP")
 MOST_SKIPPED = 3  # so many updates in a row with numbers that are not finite end the run
-
-# ---- data
-
-
-class Counts(NamedTuple):
-    """How many demonstrations are `left_out`, by reason, and how many are used but `noted` for something else."""
-
-    left_out: Counter
-    noted: Counter
-
-
-def keep_fraction(problems: Sequence[Encoded], fraction: float) -> list[Encoded]:
-    """Returns `problems` with fewer demonstrations: of those that have some, a share `fraction` keeps them.
-
-    The problems are chosen by id. So the choice is the same in every run, and a smaller share is part of a larger
-    one.
-    """
-    demonstrated = [problem.id for problem in problems if problem.demonstrations]
-    ranked = sorted(demonstrated, key=lambda name: seed_of("demonstration", name))
-    keeping = set(ranked[: math.ceil(fraction * len(demonstrated) - 1e-9)])
-    return [
-        problem if problem.id in keeping else dataclasses.replace(problem, demonstrations=[]) for problem in problems
-    ]
-
-
-def data_files(config: Config) -> dict[str, str]:
-    """Returns the files of a run by their purpose. The embedded task has files of its own for evaluation."""
-    embedded = config.data == Config.data
-    files = {"data": config.data, "sft_data": config.sft_data}
-    files["validation"] = config.eval_data or (f"{TASK}/validation.jsonl" if embedded else "")
-    files["test"] = config.test_data or (f"{TASK}/test.jsonl" if embedded else "")
-    return {name: path for name, path in files.items() if path}
-
-
-def load_data(
-    config: Config, reward: Reward, tokenizer, end_ids: list[int], context: int | None
-) -> tuple[Data, Counts]:
-    """Returns the run's data, checked against its settings, and counts of its demonstrations."""
-    train = load_problems(config.data, reward)
-    held = {}
-    for name in ("validation", "test"):
-        if path := data_files(config).get(name):
-            problems = load_problems(path, reward)
-            held[name] = problems, encode_prompts(tokenizer, problems)
-    encoded, left_out, noted = encode_problems(tokenizer, train, config.max_response_tokens, end_ids, reward)
-    encoded = keep_fraction(encoded, config.demonstration_fraction)
-    supervised = encoded
-    if config.sft_data:
-        problems = load_problems(config.sft_data, reward)
-        supervised, *counted = encode_problems(tokenizer, problems, config.max_response_tokens, end_ids, reward)
-        supervised = keep_fraction(supervised, config.demonstration_fraction)
-        left_out, noted = left_out + counted[0], noted + counted[1]
-    supervised = [problem for problem in supervised if problem.demonstrations]
-    method = METHODS[config.method]
-    used = supervised if "sft" in method.stages else [problem for problem in encoded if problem.demonstrations]
-    if method.needs_demonstrations and config.demonstration_fraction == 0:
-        raise InputError(f"demonstration_fraction is 0, expected more: method {config.method} needs demonstrations")
-    if method.needs_demonstrations and not used:
-        file = (config.sft_data if "sft" in method.stages else "") or config.data
-        why = "".join(f", {count} left out ({why})" for why, count in left_out.items())
-        fix = ": raise max_response_tokens" if "too long" in left_out else ""
-        raise InputError(f"method {config.method} needs demonstrations and {file} has none it can use{why}{fix}")
-    if "rl" in method.stages and config.prompts_per_step > len(train):
-        raise InputError(
-            f"prompts_per_step is {config.prompts_per_step}, but {config.data} has only {len(train)} problems"
-        )
-    hinted = [
-        dataclasses.replace(p, id=f"{p.id} after its demonstration", prompt_ids=hint(p, i))
-        for p in used * method.hinted
-        for i in range(len(p.demonstrations))
-    ]
-    check_context(config, [*encoded, *supervised, *hinted], held, context)
-    return Data(train, encoded, supervised, held), Counts(left_out, noted)
-
-
-def check_context(config: Config, encoded: list[Encoded], held: dict, context: int | None) -> None:
-    """Raises InputError if a prompt and its response can be longer than the model's context."""
-    lists = {"max_response_tokens": encoded, "eval_response_tokens": [p for _, ids in held.values() for p in ids]}
-    for name, problems in lists.items():
-        longest = max(problems, key=lambda problem: len(problem.prompt_ids), default=None)
-        if longest:
-            budget, whose = getattr(config, name), f"the prompt of {longest.id!r}"
-            check_window(context, len(longest.prompt_ids), budget, name, whose)
 
 
 def check_ranks(config: Config) -> None:
     """Raises InputError if a rank would have nothing to do."""
     method, world = METHODS[config.method], distributed.world_size()
-    parts = {"prompts_per_step": config.prompts_per_step} if "rl" in method.stages else {}
-    if "sft" in method.stages:
-        parts["sft_batch"] = config.sft_batch
-    if method.unsolved == "collect":
-        parts["relift_buffer"] = config.relift_buffer
-    for name, value in parts.items():
-        if value < world:
+    parts = {
+        "prompts_per_step": "rl" in method.stages,
+        "sft_batch": "sft" in method.stages,
+        "relift_buffer": method.unsolved == "collect",
+    }
+    for name, used in parts.items():
+        value = getattr(config, name)
+        if used and value < world:
             raise InputError(
                 f"{name} is {value}, but there are {world} ranks: start at most {value}, or raise {name}"
             )
-
-
-# ---- the run
 
 
 def new_optimizer(model: PreTrainedModel, config: Config) -> torch.optim.Optimizer:
@@ -193,8 +104,7 @@ def prepare(config: Config) -> tuple[Run, Counts]:
     check_ranks(config)
     tokenizer, generation_config = load_tokenizer(config.model)
     context = window_of(load_config(config.model))
-    with as_input():
-        reward = load_reward(config.reward)
+    reward = load_reward(config.reward)
     # earlier than load_data, which grades demonstrations by the reward
     checkpoint.check_ingredients(config, {"reward": reward.fingerprint})
     ends = generation_config.eos_token_id
@@ -240,7 +150,7 @@ def train(config: Config) -> int:
             return train_in(folder, run, start, watch)
         except BrokenPipeError as error:
             raise Broken(f"its output was closed; to go on: {console.command(config, folder)}") from error
-        except InputError as error:  # the user's reward has failed
+        except RewardError as error:
             again = console.command(dataclasses.replace(config, accept_changed="reward"), folder)
             raise Broken(f"{error}; mend that, then: {again}") from error
         except Unwritten as error:
@@ -267,44 +177,30 @@ def one_step(run: Run, step: int) -> tuple[dict[str, Any], Step | None]:
     return rl_metrics(run, result), result
 
 
+def eval_scores(folder: Path, run: Run, who: str) -> dict[str, Any]:
+    """Returns eval.json with the tables of `who`, "base" or "trained", which are measured if they are missing."""
+    scores = distributed.from_rank_0(read_eval(folder) if distributed.rank() == 0 else None)
+    if who not in scores:
+        scores[who] = score(run, who)
+        checkpoint.write_text(folder / "eval.json", json.dumps(scores, indent=1) + "\n")
+    return scores
+
+
 def train_in(folder: Path, run: Run, start: int, watch: Watch) -> int:
     """Make the steps after `start`, write the result, and return the exit code."""
-    config, (sft_steps, rl_steps) = run.config, stages(run)
-    total = sft_steps + rl_steps
-    scores_file = folder / "eval.json"
-    scores = distributed.from_rank_0(read_eval(folder) if distributed.rank() == 0 else None)
-    if "base" not in scores:
-        scores = {"base": score(run, "base")}
-        checkpoint.write_text(scores_file, json.dumps(scores, indent=1) + "\n")
-        console.show_base(scores["base"])
-
-    def due(done: int) -> bool:
-        """Returns whether validation accuracy is measured, and a group recorded, after `done` steps."""
-        return done == total or bool(config.eval_every and done % config.eval_every == 0)
-
-    stopped = catch_signals()
+    config, total = run.config, sum(stages(run))
+    console.show_base(eval_scores(folder, run, "base")["base"])
+    stopped = catch_signals(alone=distributed.world_size() == 1)
     with console.Progress(folder, total, start, config.tensorboard, watch) as progress:
         for step in range(start, total):
             try:
                 metrics, result = one_step(run, step)
-            except InputError:  # the user's reward has failed, before any update of this step: no step is lost
+            except RewardError:  # it fails before any update of this step, so no step is lost
                 if step > start:
                     checkpoint.save(folder, step, run)
                 raise
-            shown = example_rows(run, result) if result else []
-            group = record_group(run, result) if result and (step == sft_steps or due(step + 1)) else None
             done, stop = step + 1, distributed.from_rank_0(stopped)
-            if due(done):
-                table = accuracy(run, "validation", 0.0, f"step {done}: validation")
-                for level, row in table.items():
-                    metrics |= {f"eval_{level}": row["accuracy"], f"eval_{level}_low": row["low"]}
-                    metrics |= {f"eval_{level}_high": row["high"]}
-            checkpoint.append_rows(folder / "samples.jsonl", [{"step": done, **sample} for sample in shown])
-            checkpoint.append_rows(folder / "groups.jsonl", [{"step": done, **group}] if group else [])
-            if new := watch.look({"step": done, **metrics}):
-                metrics["warnings"] = new
-            checkpoint.append_rows(folder / "metrics.jsonl", [{"step": done, **metrics}])
-            progress.step(done, metrics, shown)
+            record(folder, run, done, metrics, result, progress)
             save = (config.save_every and done % config.save_every == 0 and not run.skipped) or done == total or stop
             lost = save and not distributed.total_norm(list(distributed.trained(run.model).values())).isfinite()
             if run.skipped >= MOST_SKIPPED or lost:
@@ -315,19 +211,42 @@ def train_in(folder: Path, run: Run, start: int, watch: Watch) -> int:
                 progress.close()
                 console.show(f"stopped after step {done} of {total}; to go on: {console.command(config, folder)}")
                 return 128 + stop[0]
-    systems = {problem.system for problem in run.data.train}
+    write_result(folder, run, watch)
+    return 0
+
+
+def record(
+    folder: Path, run: Run, done: int, metrics: dict[str, Any], result: Step | None, progress: console.Progress
+) -> None:
+    """Write step `done` to the logs and show it. Every `eval_every` steps, and at the end, validation accuracy is
+    measured and a group recorded. A group of the first reinforcement step is recorded too."""
+    config, (sft_steps, rl_steps) = run.config, stages(run)
+    due = done == sft_steps + rl_steps or (config.eval_every and done % config.eval_every == 0)
+    samples = example_rows(run, result) if result else []
+    groups = [record_group(run, result)] if result and (due or done == sft_steps + 1) else []
+    if due:
+        for level, row in accuracy(run, "validation", 0.0, f"step {done}: validation").items():
+            metrics |= {f"eval_{level}": row["accuracy"], f"eval_{level}_low": row["low"]}
+            metrics |= {f"eval_{level}_high": row["high"]}
+    if new := progress.watch.look({"step": done, **metrics}):
+        metrics["warnings"] = new
+    for name, rows in {"samples": samples, "groups": groups, "metrics": [metrics]}.items():
+        checkpoint.append_rows(folder / f"{name}.jsonl", [{"step": done, **row} for row in rows])
+    progress.step(done, metrics, samples)
+
+
+def write_result(folder: Path, run: Run, watch: Watch) -> None:
+    """Write final/, measure the trained model, and show what the run has reached."""
+    config, systems = run.config, {problem.system for problem in run.data.train}
     with writing(folder / "final"):
         save_model(run.model, run.tokenizer, folder / "final", getattr(torch, config.save_dtype))
         adapters.save(run.model, folder / "adapter")
     checkpoint.remember(folder / "final", systems.pop() if len(systems) == 1 else None, run.reward.name)
-    if "trained" not in scores:
-        scores["trained"] = score(run, "trained")
-        checkpoint.write_text(scores_file, json.dumps(scores, indent=1) + "\n")
+    scores = eval_scores(folder, run, "trained")
     final = f"the model in {config.save_dtype}"
     if config.save_dtype != "float32" and distributed.rank() == 0:
         final += f", {share_changed(folder / 'final', config.model):.1%} of its weights changed"
     console.show_end(folder, scores, draw_curves(folder), run.data.train[0].problem, watch.said, final)
-    return 0
 
 
 def read_eval(folder: Path) -> dict[str, Any]:
@@ -374,27 +293,7 @@ def draw_curves(folder: Path) -> str:
     return draw([folder], folder / "curves.png").name
 
 
-def catch_signals() -> list[int]:
-    """Returns a list that SIGINT, SIGTERM and the signals by which clusters announce the end will fill.
-
-    The loop ends after its step when the list is not empty. A second signal ends the process at once.
-    """
-    caught: list[int] = []
-
-    def note(number: int, _: object) -> None:
-        if caught and distributed.world_size() == 1:  # torchrun sends a signal twice, and kills after 30 seconds
-            sys.exit(128 + number)
-        caught.append(number)
-
-    for name in ENDING:
-        number = getattr(signal, name, None)  # Windows lacks most of them
-        # SIGHUP stays ignored under nohup
-        if number and not (name == "SIGHUP" and signal.getsignal(number) == signal.SIG_IGN):
-            signal.signal(number, note)
-    return caught
-
-
-@command("train.py", distributed.name)
+@command("train.py", distributed.name, RewardError)
 def main() -> None:
     config = parse_config(sys.argv[1:])
     again = "start it again with --resume auto" if config.out and not config.resume else "start it again"

@@ -21,7 +21,7 @@ from transformers import PreTrainedTokenizerBase as Tokenizer
 
 from model import decode
 from reward import MATH, Reward, extract_boxed, grade_one, raised
-from support.errors import InputError, as_input
+from support.errors import InputError
 from support.files import reading
 
 TODAY = re.compile(r"""strftime_now\(\s*(['"])(.*?)\1\s*\)""")  # the call by which a chat template asks for the date
@@ -264,8 +264,7 @@ def encode(tokenizer: Tokenizer, text: str, what: str = "text") -> list[int]:
 
 
 def _is_right(reward: Reward, demonstration: str, problem: Problem) -> bool:
-    with as_input():
-        return grade_one(reward, demonstration, problem) == 1.0
+    return grade_one(reward, demonstration, problem) == 1.0
 
 
 def encode_problems(

@@ -26,7 +26,7 @@ from evaluation.statistics import Answers
 from reward import Reward, load_reward
 from support import distributed
 from support.checkpoint import json_line, locked, sha256, weights_fingerprint, write_text
-from support.errors import Broken, InputError, as_input
+from support.errors import Broken, InputError
 from support.files import make_folder, parse_object, read_json, reading, replacing, writing
 
 # fields of a stored line
@@ -210,8 +210,7 @@ def regrade(folder: Path, name: str | None = None) -> tuple[dict[str, Any], dict
     graded_by = settings.get("reward") or "math"
     if name is None and graded_by not in ("math", "exact"):
         raise InputError(f"{folder} was graded by {graded_by}, which is not run unasked: give --reward {graded_by}")
-    with as_input():
-        reward = load_reward(name or graded_by)
+    reward = load_reward(name or graded_by)
     benchmarks, how = [], (settings["problems_per_level"], settings["system"], reward)
     for benchmark, stored in settings["benchmarks"].items():
         benchmarks.append(load_benchmark(benchmark, Path(stored["file"]), stored["samples"], *how))

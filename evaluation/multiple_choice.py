@@ -13,7 +13,7 @@ import regex
 
 from data.loader import Problem
 from reward import Reward, extract_boxed, grade_one, is_equivalent, is_read
-from support.errors import InputError, as_input
+from support.errors import InputError
 
 LETTERS = string.ascii_uppercase
 _STYLE = regex.compile(r"\s*\\(?:text|textbf|textit|mathrm|mathbf|mbox|boxed)\s*\{([^{}]*)\}\s*")
@@ -77,8 +77,7 @@ def grade_response(
 ) -> tuple[float, bool]:
     """Returns the reward and whether the answer could be read. Only the default reward looks at `options`."""
     if not options or reward.name != "math":
-        with as_input():
-            return grade_one(reward, response, problem), reward.is_read(response)
+        return grade_one(reward, response, problem), reward.is_read(response)
     boxed = extract_boxed(response)
     letter = None if boxed is None else chosen(boxed, options)
     return float(letter == problem.answer), letter is not None or is_read(response)

@@ -1,9 +1,6 @@
 """The exceptions that a command shows as one line. Any other exception is a bug, ours or a student's, and shows its
 traceback."""
 
-import contextlib
-from collections.abc import Iterator
-
 
 class InputError(ValueError):
     """A user's input is wrong. The message is one line: field or file, what was found and expected, the fix. Exit
@@ -21,12 +18,3 @@ class Diverged(Broken):
 
 class Unwritten(Broken):
     """A file could not be written."""
-
-
-@contextlib.contextmanager
-def as_input() -> Iterator[None]:
-    """Turns a ValueError into an InputError. It wraps calls of reward.py, which does not import InputError."""
-    try:
-        yield
-    except ValueError as error:
-        raise InputError(str(error)) from error

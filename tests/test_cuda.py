@@ -381,7 +381,7 @@ def test_a_run_that_goes_on_is_one_that_was_not_stopped(one_gpu, tmp_path, monke
     settings |= {"device": DEVICE, "steps": 4, "prompts_per_step": 4, "rollouts_per_prompt": 4, "save_every": 0}
     settings |= {"max_response_tokens": 80, "eval_response_tokens": 48, "eval_every": 2, "micro_batch_tokens": 600}
     caught: list[int] = []
-    monkeypatch.setattr(train, "catch_signals", lambda: caught)
+    monkeypatch.setattr(train, "catch_signals", lambda alone: caught)
 
     def run(out: Path) -> int:
         words = [str(word) for item in (settings | {"out": out}).items() for word in (f"--{item[0]}", item[1])]

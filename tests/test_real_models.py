@@ -226,9 +226,9 @@ def test_from_weights_to_weights(task, method, capsys, monkeypatch):
     settings |= {"out": str(out), "resume": "auto", "recompute": shape == "llama"}
     config = from_dict(settings)
     monkeypatch.setattr(train, "load_reward", lambda name: DRAWN)
-    monkeypatch.setattr(train, "catch_signals", lambda: [15])  # the run ends after its first step
+    monkeypatch.setattr(train, "catch_signals", lambda alone: [15])  # the run ends after its first step
     assert train.train(config) == 128 + 15
-    monkeypatch.setattr(train, "catch_signals", list)
+    monkeypatch.setattr(train, "catch_signals", lambda alone: [])
     assert train.train(config) == 0
     rows = read_log(out)
     assert [row["step"] for row in rows] == [1, 2] and rows[0]["grad_norm"] > 0

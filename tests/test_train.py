@@ -20,12 +20,14 @@ from tiny import ONE_OF_EACH, random_model
 import eval as evaluation
 import train
 from data.loader import Encoded
+from data.run_data import keep_fraction
 from evaluation import try_model
 from evaluation.statistics import Answers
 from methods import METHODS
 from model import load_model, save_model
 from step import rl_step
 from support import checkpoint
+from support.command import ENDING
 from support.config import from_dict, parse_config
 from support.errors import Broken, InputError
 
@@ -182,7 +184,7 @@ def test_kill_9_and_resume_give_the_same_bits(task, whole, tmp_path, monkeypatch
 @pytest.fixture
 def signals(monkeypatch):
     """signals(number, …) sends these signals in this order during the second step."""
-    known = [getattr(signal, name) for name in train.ENDING if hasattr(signal, name)]
+    known = [getattr(signal, name) for name in ENDING if hasattr(signal, name)]
     before = {number: signal.getsignal(number) for number in known}
 
     def send(*numbers):
@@ -231,11 +233,11 @@ def test_a_second_signal_ends_at_once(task, tmp_path, monkeypatch, signals):
 @pytest.mark.skipif(not hasattr(signal, "SIGHUP"), reason="POSIX")
 def test_signals_that_announce_an_end_are_caught_but_not_what_nohup_ignores(signals):
     signal.signal(signal.SIGHUP, signal.SIG_IGN)
-    train.catch_signals()
+    train.catch_signals(alone=False)
     assert signal.getsignal(signal.SIGHUP) == signal.SIG_IGN
     signal.signal(signal.SIGHUP, signal.SIG_DFL)
     for number in (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1, signal.SIGUSR2, signal.SIGXCPU, signal.SIGHUP):
-        caught = train.catch_signals()
+        caught = train.catch_signals(alone=False)
         signal.raise_signal(number)
         assert caught == [number]
 
@@ -352,7 +354,7 @@ def test_kept_demonstrations_are_chosen_by_id(fraction, count):
     problems = [Encoded(f"p{i}", [1], [[5]] if i < 100 else [], 2) for i in range(120)]
 
     def kept(problems, fraction):
-        return {problem.id for problem in train.keep_fraction(problems, fraction) if problem.demonstrations}
+        return {problem.id for problem in keep_fraction(problems, fraction) if problem.demonstrations}
 
     found = kept(problems, fraction)
     assert len(found) == count and found == kept(problems[::-1], fraction)
@@ -637,7 +639,7 @@ def test_the_sft_stage_has_a_file_of_its_own(task, tmp_path, monkeypatch):
     metrics = {"loss": 0.0, "reward": 0.0, "reward_on_policy": 0.0, **WATCHED}
     monkeypatch.setattr(train, "rl_metrics", lambda run, result: metrics)
     monkeypatch.setattr(train, "example_rows", lambda run, result: [])
-    monkeypatch.setattr(train, "record_group", lambda run, result: recorded.extend(result))
+    monkeypatch.setattr(train, "record_group", lambda run, result: recorded.extend(result) or {})
     monkeypatch.setattr(train, "accuracy", lambda run, name, temperature, title: titles.append(title) or {})
     settings = {"method": "sft-rft", "data": data, "sft_data": sft, "sft_batch": 4, "sft_steps": 4, "steps": 4}
     settings |= {"save_every": 0, "eval_every": 3}

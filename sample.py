@@ -60,8 +60,8 @@ def cosine(progress: float) -> tuple[float, float]:
 
 SCHEDULES = {  # progress of the run, 0 to 1 -> low, high
     "cosine": cosine,
-    "uniform": lambda progress: (PREFIX_LOW, PREFIX_HIGH),  # ablation [paper Fig. 6]
-    "constant": lambda progress: (0.5, 0.5),  # ablation: the mean of uniform
+    "uniform": lambda progress: (PREFIX_LOW, PREFIX_HIGH),  # an ablation of the paper [Fig. 6]
+    "constant": lambda progress: (0.5, 0.5),  # an ablation: the mean of uniform
     # for 60% of the run; after that no prefix (see prefix_fraction)
     "uft": lambda progress: (0.0, float(progress < 0.6)),
 }
@@ -99,7 +99,7 @@ class Row:
     """One rollout has what is planned, then what was sampled and what it earned."""
 
     group: int  # which problem of the batch
-    key: tuple  # names the row's random draws
+    key: tuple  # (seed, step, problem, rollout, attempt), on which the row's random draws depend
     prompt_ids: list[int]
     prefix_ids: list[int]  # tokens of the demonstration, forced
     fraction: float = 0.0  # share of the demonstration that is given

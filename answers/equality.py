@@ -96,7 +96,8 @@ def _same_collections(p: Node, g: Node) -> bool:
     if kinds == {"seq"}:
         plain = {p[1] + p[2], g[1] + g[2]} <= {"()", "[]"} and len(p[3]) > 2  # [1, 2, 3] is (1, 2, 3)
         return (p[1:3] == g[1:3] or plain) and _same_in_order(p[3], g[3])
-    if kinds == {"seq", "list"} and {p[1], g[1]} & {"(", "["}:  # three or more numbers in order, with or without ( )
+    # three or more numbers in order are a tuple, with or without ( )
+    if kinds == {"seq", "list"} and {p[1], g[1]} & {"(", "["}:
         return len(p[-1]) > 2 and _same_in_order(p[-1], g[-1])
     if kinds == {"matrix"}:
         return len(p[1]) == len(g[1]) and all(_same_in_order(a, b) for a, b in zip(p[1], g[1]))

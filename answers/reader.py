@@ -20,7 +20,7 @@ from .tree import (
 from .vocabulary import ACCENTS, LISTS, unit_name
 
 MAX_DEPTH = 24
-CLOCK = re.compile(r"([01]?[0-9]|2[0-4])(:[0-5][0-9])+")  # 10:30, which may be a ratio
+CLOCK = re.compile(r"([01]?[0-9]|2[0-4])(:[0-5][0-9])+")  # a time such as 10:30, which may also be a ratio
 MODS = ("mod", "pmod")
 READERS = {"NUM": "number", "NAME": "name", "FUNC": "function", "TEXT": "words", "BEGIN": "environment"}
 READERS["COMMAND"] = "command"

@@ -193,7 +193,7 @@ def test_links(path):
         (torch.tensor([1.0, 3.0]), [1, 2], "not right: try"),
         (Fraction(1, 3), 1 / 3, "right"),
         (Fraction(1, 2), 1 / 3, "not right: try"),
-        (0.64, 1 - 0.95**20, "right"),  # 0.6415…, rounded as a text prints it
+        (0.64, 1 - 0.95**20, "right"),  # the text prints 0.6415… in this way
         (0.6, 1 - 0.95**20, "not right: try"),
         (0.39, 0.38728, "right"),
         (0.012, 0.01234, "right"),

@@ -224,7 +224,7 @@ def test_a_prefix_is_kept_at_every_cut(model, decode):
 
 
 def test_a_response_ends_at_the_first_end_token_after_its_prefix():
-    """An end token inside a prefix, or as its last token, was given, not sampled."""
+    """An end token inside a prefix, or at its end, was given and not sampled, so it does not count."""
     prefix = [5, 2, 7, 2]
     for tokens, length in (([9, 2, 0, 0], 6), ([2, 9, 2, 0], 5), ([9, 8, 7, 6], 8)):
         assert sample.end_of_response(prefix + tokens, len(prefix), {2}) == length

@@ -127,7 +127,7 @@ def plan_group(
     `rows` is "on_policy", "hybrid" (each hybrid row has a prefix), "demonstration" (the row is all of it and nothing
     is sampled) or "shared_prefix" (every row starts from the same prefix). A problem without demonstrations has
     on-policy rows only. `key` is (seed, step); `attempt` counts how often the group was sampled before. `share` draws
-    the fraction l, and max_response_tokens caps the prefix. Only prefixes need these two.
+    the fraction l of a prefix, and max_response_tokens caps its length.
     """
     planned = [Row(group, (*key, problem.id, i, attempt), problem.prompt_ids, []) for i in range(rollouts)]
     if rows == "on_policy" or not problem.demonstrations:

@@ -62,7 +62,7 @@ class Answer:
     choice: str | None = None  # the capital of a multiple-choice answer: B of (B), \\text{B}, B., option B
     # the condition behind the answer: a domain such as Z for "k is an integer", else its text without spaces
     condition: str = ""
-    option: str | None = None  # the capital that stands before the text of an option: B of (B) 12, B. Mercury
+    option: str | None = None  # the capital before the text of an option, such as the B in "(B) 12" Mercury
 
 
 def read(text: str) -> Answer:

@@ -113,7 +113,7 @@ def gsm8k_test(row: Row, index: int) -> Row:
 def openr1_46k(row: Row, index: int) -> Row:
     """Elliott/Openr1-Math-46k-8192: prompt [system, user], target [assistant], reward_model {ground_truth, style}.
 
-    The complement is read as if it had the same columns, with or without a target. Nobody has run that yet.
+    The complement is read as if it had the same columns, with or without a target, which nobody has tried yet.
     """
     said = {message["role"]: message["content"] for message in row["prompt"]}
     return {

@@ -184,7 +184,7 @@ class LiveRows:
 
 
 class OneTokenPass:
-    """The forward pass of every live row's newest token.
+    """Makes the forward pass of every live row's newest token.
 
     If `recorded`, the pass is made once for every GRAPH_COLUMNS columns of the cache, then recorded and replayed.
     """

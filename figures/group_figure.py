@@ -5,7 +5,8 @@
        entropy    grey bars
        weight     bars up (w > 0, more likely) or down (w < 0, less likely)
 
-All places are in points (1/72 inch), from the top left. A row is one line. What does not fit is counted, not drawn.
+All places are in points (1/72 inch), from the top left. Each rollout is one line, and the tokens that do not fit are
+counted, not drawn.
 """
 
 from dataclasses import dataclass

@@ -1,5 +1,5 @@
-"""When should one use Prefix-RFT? This file makes the runs that answer this: horizon x demonstrations, over base
-models (PROTOCOL.md).
+"""When should one use Prefix-RFT? This file makes the runs that answer it, over numbers of steps, numbers of
+demonstrations and base models (PROTOCOL.md).
 
     python results/horizon.py run [--jobs 2] [--store DIR]     do what is missing, in the protocol's order
     python results/horizon.py again NAME                       one stored run once more: the same to the bit?

@@ -1,4 +1,5 @@
-"""Low-rank adapters (LoRA, 2106.09685) on a frozen model. The package peft makes them and is imported only here.
+"""This file trains low-rank adapters (LoRA, 2106.09685) on a frozen model. The package peft makes them and is
+imported only here.
 
 `add` gives every linear layer of the blocks a product of two small matrices, alpha / rank · B·A, that starts at 0.
 The model keeps its class, so the loop does not know of adapters: sampling and log-probs read the same, unmerged

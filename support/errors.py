@@ -3,8 +3,8 @@ traceback."""
 
 
 class InputError(ValueError):
-    """A user's input is wrong. The message is one line: field or file, what was found and expected, the fix. Exit
-    code 2."""
+    """A user's input is wrong. The message is one line that names the field or file, what was found, what was
+    expected, and the fix. Exit code 2."""
 
 
 class Broken(Exception):

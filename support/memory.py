@@ -1,6 +1,6 @@
 """This file computes the memory that sampling takes, from a model's config alone.
 
-plan.py plans with these functions; eval.py uses them to choose how many rows it samples together. Layers that keep
+plan.py plans with these functions, and eval.py chooses with them how many rows it samples together. Layers that keep
 something else than keys and values of every token (`plain_caches`) are counted as if they kept those.
 """
 

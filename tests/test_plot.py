@@ -1,4 +1,5 @@
-"""The figures that plot.py writes of runs and evaluations show the right numbers, and unlike ones are refused.
+"""The figures that plot.py writes show the right numbers. It refuses to draw runs or evaluations of different
+problems together.
 
 test_group.py has the groups of rollouts."""
 

@@ -1,5 +1,5 @@
-"""These models are as they come from the hub: a byte-level BPE tokenizer, and Qwen2 and Llama shapes, from weights to
-weights."""
+"""These tests take models as they come from the hub, with a byte-level BPE tokenizer and the shapes of Qwen2 and
+Llama. They load, train, save and load them again."""
 
 import contextlib
 import copy

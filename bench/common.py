@@ -1,4 +1,4 @@
-"""What the benches share: a clock, and results as JSON with a description of the machine."""
+"""This file has what the benches share: a clock, and results as JSON with a description of the machine."""
 
 import json
 import platform

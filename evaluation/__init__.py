@@ -1,1 +1,1 @@
-"""The parts of eval.py: problems (benchmarks, multiple_choice), the folder, the report, the statistics."""
+"""This package has the parts of eval.py: problems (benchmarks, multiple_choice), folder, report and statistics."""

@@ -1,2 +1,2 @@
-"""The drawings of plot.py: curves of runs, comparisons of evaluations, one group token by token (picture and
-page)."""
+"""This package has the drawings of plot.py: curves of runs, comparisons of evaluations, and one group token by token
+(picture and page)."""

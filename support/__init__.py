@@ -1,1 +1,1 @@
-"""Everything that a run needs beside the method: settings, checkpoints, output, and several processes."""
+"""This package has what a run needs beside the method: settings, checkpoints, output, and several processes."""

@@ -5,7 +5,7 @@ imported only here.
 The model keeps its class, so the loop does not know of adapters: sampling and log-probs read the same, unmerged
 matrices. Only the adapters have gradients, optimizer state and a place in the checkpoint; ranks exchange nothing
 else. `merged` adds the products to the weights, for final/. `save` writes the matrices alone, in peft's own format.
-Left out: dropout, biases, embeddings, the head, quantised bases, and runs that begin with another run's adapters.
+Left out are dropout, biases, embeddings, the head, quantised bases, and runs that begin with another run's adapters.
 """
 
 import importlib.util

@@ -10,7 +10,7 @@ bf16 compute. eval.py shares the rows in the same way, but every rank has a whol
     gather_dict, sum_over_ranks, from_rank_0   exchange between ranks, on the CPU (gloo)
     run_forward, gathered                      the training pass; whole weights on every rank, for sampling
     clip_gradients, full_state, shard_like     norm, checkpoints and final/ of a sharded model
-Left out: tensor and pipeline parallelism, several nodes without a shared folder.
+Left out are tensor and pipeline parallelism, and several nodes without a shared folder.
 """
 
 import contextlib

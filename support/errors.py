@@ -4,12 +4,12 @@ traceback."""
 
 class InputError(ValueError):
     """A user's input is wrong. The message is one line that names the field or file, what was found, what was
-    expected, and the fix. Exit code 2."""
+    expected, and the fix. The exit code is 2."""
 
 
 class Broken(Exception):
-    """A fault that is no bug ended a run after its start: a full disk, or numbers that are not finite. Exit code
-    1."""
+    """A fault that is no bug ended a run after its start: a full disk, or numbers that are not finite. The exit code
+    is 1."""
 
 
 class Diverged(Broken):

@@ -31,7 +31,8 @@ def writing(path: Path) -> Iterator[None]:
 
 @contextlib.contextmanager
 def replacing(path: Path) -> Iterator[Path]:
-    """Gives a second path to write to, which is renamed to `path` at the end. If writing fails, it is removed."""
+    """Gives a second path to write to, which is renamed to `path` at the end. If writing fails, the second path is
+    removed."""
     partial = path.with_name(path.name + ".partial")
     with writing(path):
         try:

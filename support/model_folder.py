@@ -4,7 +4,7 @@ transformers 5 has moved fields of config.json (`rope_theta` into `rope_paramete
 a missing field, without a warning: RoPE's base 1e6 becomes 1e4. Training changes neither config nor tokenizer, so
 the base model's own fields are written beside the new ones, and its tokenizer files are copied.
 A base model that version 5 has written has no old fields. Its old RoPE fields are then made from the new ones.
-Left out: other fields that such a base may lack (`num_experts`), and RoPE of two kinds except Gemma 3's.
+Left out are other fields that such a base may lack (`num_experts`), and RoPE of two kinds except Gemma 3's.
 """
 
 import json

@@ -287,8 +287,8 @@ def test_resume_refuses_a_run_made_of_something_else(task, tmp_path, monkeypatch
 
 
 def test_a_reward_that_raises_loses_no_step_and_goes_on_mended(task, tmp_path, monkeypatch, capsys):
-    """The command ends with exit code 1 and the line that goes on. Without its flag a changed reward is named before
-    it grades anything."""
+    """The command ends with exit code 1 and prints the command that continues the run. Without its flag a changed
+    reward is named before it grades anything."""
     monkeypatch.chdir(ROOT)
     reward, out = tmp_path / "own.py", tmp_path / "run"
     mended = "from reward import grade\n\ndef reward(text, problem):\n    return grade(text, problem.answer)\n"

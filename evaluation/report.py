@@ -50,6 +50,11 @@ def percent(low: float, high: float | None = None) -> str:
     return f"{100 * low:.1f}" if high is None else f"[{100 * low:.1f}, {100 * high:.1f}]"
 
 
+def in_points(middle: float, low: float, high: float) -> str:
+    """Returns a difference of shares with its interval, in points: "+1.2 [-0.3, 2.7]"."""
+    return f"{100 * middle:+.1f} {percent(low, high)}"
+
+
 def markdown_table(rows: Sequence[Sequence[str]]) -> str:
     """Returns a Markdown table with aligned columns, which reads well in a terminal too. rows[0] is the header."""
     widths = [max(map(len, column)) for column in zip(*rows)]
@@ -179,8 +184,7 @@ def compare_tables(evaluations: Sequence[Results], beside_paper: bool) -> str:
         base = problem_scores(first, *key)
         for other in evaluations[1:]:
             scores = problem_scores(other, *key)
-            middle, low, high = paired_difference(list(base.values()), [scores[i] for i in base])
-            line.append(f"{100 * middle:+.1f} {percent(low, high)}")
+            line.append(in_points(*paired_difference(list(base.values()), [scores[i] for i in base])))
         rows.append(line)
     text = markdown_table(rows) + "\n"
     names = ("temperature", "max_response_tokens", "problems_per_level", "system", "chat_template", "grader")

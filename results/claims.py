@@ -72,69 +72,68 @@ def measured(claim: Any, stored: Stored) -> dict[str, Interval]:
         return {}
     if claim.what == "accuracy":
         pairs = {title: [scores(runs, kind, claim.level) for runs in (more, less)] for kind, title in KINDS.items()}
-        found = {title: difference(*pair) for title, pair in pairs.items()}
+        differences = {title: difference(*pair) for title, pair in pairs.items()}
     elif claim.what.startswith("pass@"):
         pair = [solved(runs, int(claim.what.removeprefix("pass@"))) for runs in (more, less)]
-        found = {claim.what: difference(*pair, (True, claim.less != "base"))}
+        differences = {claim.what: difference(*pair, (True, claim.less != "base"))}
     elif claim.what == "length":
         lengths = [[line["curve"]["length"][-1] for line in runs] for runs in (more, less)]
-        found = {"length": difference_of_runs(*lengths)}
+        differences = {"length": difference_of_runs(*lengths)}
     else:
         leads = [prefix_lead(line) for line in more]
         values = [float(np.mean(lead)) if claim.what == "lead" else lead[0] - lead[-1] for lead in leads]
-        found = {"reward": difference_of_runs(values)}
-    return {title: values for title, values in found.items() if values}
+        differences = {"reward": difference_of_runs(values)}
+    return {title: values for title, values in differences.items() if values}
 
 
-def verdict(found: dict[str, Interval], enough: bool = False) -> str:
+def verdict(differences: dict[str, Interval], enough: bool = False) -> str:
     """Returns "seen", "opposite", "split", "not seen" or "cannot be tested"."""
-    if not found:
+    if not differences:
         return "cannot be tested"
     if enough:
-        if all(high <= ENOUGH for _, _, high in found.values()):
+        if all(high <= ENOUGH for _, _, high in differences.values()):
             return "seen"
-        return "opposite" if any(low > ENOUGH for _, low, _ in found.values()) else "not seen"
-    above = any(low > 0 for _, low, _ in found.values())
-    below = any(high < 0 for _, _, high in found.values())
+        return "opposite" if any(low > ENOUGH for _, low, _ in differences.values()) else "not seen"
+    above = any(low > 0 for _, low, _ in differences.values())
+    below = any(high < 0 for _, _, high in differences.values())
     return {(True, True): "split", (True, False): "seen", (False, True): "opposite"}.get((above, below), "not seen")
 
 
-def by_ranks(claim: Any, found: dict[str, Interval], stored: Stored) -> str:
+def by_ranks(claim: Any, differences: dict[str, Interval], stored: Stored) -> str:
     """Returns what to add if a t interval holds 0 although every run of one group is above every run of the other.
     One run far from the rest widens the interval, but does not change ranks. (Ranks do not see the spread over
     problems either.)"""
-    told, groups = "", [group_of(stored, claim.regime, name) for name in (claim.more, claim.less)]
-    for kind, title in KINDS.items() if found and claim.what == "accuracy" and not claim.enough else ():
+    groups, text = [group_of(stored, claim.regime, name) for name in (claim.more, claim.less)], ""
+    for kind, title in KINDS.items() if differences and claim.what == "accuracy" and not claim.enough else ():
         more, less = (accuracies(runs, kind, claim.level) for runs in groups)
         p = mannwhitneyu(more, less, method="exact").pvalue
         above = claim.more if more.min() > less.max() else claim.less if less.min() > more.max() else ""
-        if above and p < 0.05 and found[title][1] <= 0 <= found[title][2]:
-            told += f"; by ranks every run of {above} is above, {title}, p = {p:.2g}"
-    return told
+        if above and p < 0.05 and differences[title][1] <= 0 <= differences[title][2]:
+            text += f"; by ranks every run of {above} is above, {title}, p = {p:.2g}"
+    return text
 
 
-def evidence(claim: Any, found: dict[str, Interval], stored: Stored) -> str:
+def evidence(claim: Any, differences: dict[str, Interval], stored: Stored) -> str:
     """Returns the differences as text: accuracies in points, others in their units."""
     counts = [len(group_of(stored, claim.regime, name)) for name in (claim.more, claim.less) if name]
-    if not found:
+    if not differences:
         return f"{claim.regime}: " + ("too few seeds for an interval" if all(counts) else "not run yet")
     scale, unit, digits = UNITS.get(claim.what, (100, "", 1))
-    shown = [
+    texts = [
         f"{title} {scale * mid:+.{digits}f}{unit} [{scale * low:+.{digits}f}, {scale * high:+.{digits}f}]"
-        for title, (mid, low, high) in found.items()
+        for title, (mid, low, high) in differences.items()
     ]
-    return (
-        f"{claim.regime}: {', '.join(shown)} (seeds: {', '.join(map(str, counts))}){by_ranks(claim, found, stored)}"
-    )
+    seeds, ranks = ", ".join(map(str, counts)), by_ranks(claim, differences, stored)
+    return f"{claim.regime}: {', '.join(texts)} (seeds: {seeds}){ranks}"
 
 
 def verdict_rows(stored: Stored) -> list[list[str]]:
     """Returns the table of all claims, with its header first."""
     rows = [["source", "claim", "our evidence: difference and 95% interval", "why it may differ", "verdict"]]
     for claim in read_claims():
-        found = measured(claim, stored)
-        told = evidence(claim, found, stored)
-        rows.append([claim.source, claim.claim, told, claim.why, verdict(found, claim.enough)])
+        differences = measured(claim, stored)
+        numbers, conclusion = evidence(claim, differences, stored), verdict(differences, claim.enough)
+        rows.append([claim.source, claim.claim, numbers, claim.why, conclusion])
     return rows
 
 
@@ -143,14 +142,15 @@ def question_rows(stored: Stored) -> list[list[str]]:
     directions of a contrast, it stands in the row once."""
     rows: dict[str, dict[frozenset, str]] = {}
     for claim in read_claims():
-        found, (scale, _, digits) = measured(claim, stored), UNITS.get(claim.what, (100, "", 1))
-        numbers = ", ".join(f"{scale * mid:+.{digits}f}" for mid, *_ in found.values())
+        differences, (scale, _, digits) = measured(claim, stored), UNITS.get(claim.what, (100, "", 1))
+        numbers = ", ".join(f"{scale * mid:+.{digits}f}" for mid, *_ in differences.values())
         pair = claim.what if claim.what in UNITS else f"{claim.more} − {claim.less}"
-        ranks = by_ranks(claim, found, stored)
-        told = f"{claim.regime}: `{pair}` {numbers} **{verdict(found, claim.enough)}**{ranks}"
+        conclusion, ranks = verdict(differences, claim.enough), by_ranks(claim, differences, stored)
         contrast = frozenset((claim.regime, claim.more, claim.less, claim.what, claim.level))
-        rows.setdefault(claim.question, {}).setdefault(contrast, told)
+        rows.setdefault(claim.question, {}).setdefault(
+            contrast, f"{claim.regime}: `{pair}` {numbers} **{conclusion}**{ranks}"
+        )
     return [
         ["question", "what was found"],
-        *([question, "<br>".join(told.values())] for question, told in rows.items()),
+        *([question, "<br>".join(answers.values())] for question, answers in rows.items()),
     ]

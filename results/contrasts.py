@@ -8,7 +8,7 @@ file.
 import pandas as pd
 from scipy.stats import t
 
-from evaluation.report import markdown_table, percent
+from evaluation.report import in_points, markdown_table, percent
 from results.horizon import BUDGETS, CELLS, METHODS, MOST, TEMPERATURES, Stored, plan, trial_score
 
 OURS, RIVALS = METHODS[0], METHODS[1:]
@@ -23,8 +23,8 @@ def run_frame(stored: Stored) -> pd.DataFrame:
     for line in (line for line in stored.values() if line["method"] != "base" and not line["trial"]):
         for budget, scores in line["budgets"].items():
             for name in TEMPERATURES:
-                told = [line["cell"], int(budget), name, line["base"], line["method"]]
-                rows.append([*told, scores.get(name, {"all": 0.0})["all"], *map(scores.get, costs)])
+                keys = [line["cell"], int(budget), name, line["base"], line["method"]]
+                rows.append([*keys, scores.get(name, {"all": 0.0})["all"], *map(scores.get, costs)])
     return pd.DataFrame(rows, columns=[*KEYS, "base", "method", "accuracy", *costs])
 
 
@@ -58,8 +58,8 @@ def cell_of(row: pd.Series) -> str:
     """Returns a contrast as text, in points. It is bold if Holm's correction leaves it significant."""
     if pd.isna(row["low"]):
         return f"{100 * row['mean']:+.1f}"
-    told = f"{100 * row['mean']:+.1f} {percent(row['low'], row['high'])}"
-    return f"**{told}**" if row["holm"] == 1 else told
+    text = in_points(row["mean"], row["low"], row["high"])
+    return f"**{text}**" if row["holm"] == 1 else text
 
 
 def contrast_table(contrasts: pd.DataFrame, cell: str) -> str:
@@ -67,10 +67,10 @@ def contrast_table(contrasts: pd.DataFrame, cell: str) -> str:
     for rival in RIVALS:
         for temperature in TEMPERATURES:
             keys = [(cell, budget, temperature, rival) for budget in BUDGETS]
-            told = [cell_of(contrasts.loc[key]) if key in contrasts.index else "–" for key in keys]
+            cells = [cell_of(contrasts.loc[key]) if key in contrasts.index else "–" for key in keys]
             counts = {f"{contrasts.loc[key]['bases']:.0f}" for key in keys if key in contrasts.index}
             if counts:
-                rows.append([rival, temperature, " to ".join(sorted(counts)), *told])
+                rows.append([rival, temperature, " to ".join(sorted(counts)), *cells])
     return markdown_table(rows) if len(rows) > 1 else "No contrast yet.\n"
 
 
@@ -79,9 +79,9 @@ def run_table(runs: pd.DataFrame, cell: str) -> str:
     rows = [["method", "steps", *TEMPERATURES, "sampled", "trained", "supervised, in 1000 tokens", "CPU seconds"]]
     for (method, budget), group in runs[runs["cell"] == cell].groupby(["method", "budget"]):
         by_temperature = group.sort_values("base").groupby("temperature")["accuracy"]
-        told = [", ".join(map(percent, by_temperature.get_group(name))) for name in TEMPERATURES]
+        accuracies = [", ".join(map(percent, by_temperature.get_group(name))) for name in TEMPERATURES]
         tokens = [f"{group[name].mean() / 1000:.0f}" for name in ("sampled", "trained", "supervised")]
-        rows.append([method, str(budget), *told, *tokens, f"{group['seconds'].mean():.0f}"])
+        rows.append([method, str(budget), *accuracies, *tokens, f"{group['seconds'].mean():.0f}"])
     return markdown_table(rows)
 
 
@@ -90,9 +90,9 @@ def trial_rows(stored: Stored, cell: str) -> list[list[str]]:
     for name, line in stored.items():
         if line["trial"] and line["cell"] == cell:
             (scores,) = line["budgets"].values()
-            told = ", ".join(f"{key} {value:g}" for key, value in line["settings"].items())
+            settings = ", ".join(f"{key} {value:g}" for key, value in line["settings"].items())
             each = [percent(scores[name]["all"]) if name in scores else "diverged" for name in TEMPERATURES]
-            rows.append([name.removeprefix(f"{cell}-"), told, percent(trial_score(line)), *each])
+            rows.append([name.removeprefix(f"{cell}-"), settings, percent(trial_score(line)), *each])
     return rows
 
 
@@ -101,12 +101,12 @@ def report_text(stored: Stored) -> str:
     runs = run_frame(stored)
     contrasts = contrast_frame(runs)
     primary = contrasts.loc[PRIMARY] if PRIMARY in contrasts.index else None
-    told = "no base yet" if primary is None else f"{cell_of(primary)}, {primary['bases']:.0f} of 6 bases"
+    contrast = "no base yet" if primary is None else f"{cell_of(primary)}, {primary['bases']:.0f} of 6 bases"
     jobs = plan()
     parts = [
         "# Horizon × demonstrations, over base models\n\nWritten by `python results/report.py`. So far "
         f"{sum(job.name in stored for job in jobs)} of {len(jobs)} jobs are done (trials, runs, base models).\n",
-        f"**Primary contrast** (Prefix-RFT − SFT→RFT, {PRIMARY[0]}, {PRIMARY[1]} steps, {PRIMARY[2]}): {told}\n",
+        f"**Primary contrast** (Prefix-RFT − SFT→RFT, {PRIMARY[0]}, {PRIMARY[1]} steps, {PRIMARY[2]}): {contrast}\n",
         "Differences in points with 95% intervals over bases; bold: significant after Holm's correction.\n",
     ]
     for cell in CELLS:

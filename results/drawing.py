@@ -139,24 +139,26 @@ def question_panels(stored: Stored) -> list[Panel]:
     """Returns the panels about few and weaker demonstrations (RFT sees none), about the parts of Prefix-RFT, and
     about many samples. Each question has two panels."""
 
-    def groups(names: dict[str, list[str]], kind: str) -> dict[str, Any]:
-        runs = {method: [group_of(stored, "weak", name) for name in found] for method, found in names.items()}
-        return {"groups": {method: [accuracies(lines, kind) for lines in found] for method, found in runs.items()}}
+    def runs(names: dict[str, list[str]], kind: str) -> dict[str, list[np.ndarray]]:
+        return {
+            method: [accuracies(group_of(stored, "weak", group), kind) for group in groups]
+            for method, groups in names.items()
+        }
 
     numbers, experts = ("2", "8", "32", "128", "512"), ("short", "slips", "several")
     few = {m: [f"scarce:{m}@{number}" for number in numbers] for m in ("sft-rft", OURS, "luffy", "uft")}
     weak = {m: [f"habit:{m}", *(f"{m}@{expert}" for expert in experts)] for m in ("sft", "sft-rft", OURS, "luffy")}
     few, weak = ({"rft": ["habit:rft"] * count} | names for count, names in ((5, few), (4, weak)))
     variants = [name for name in records.names_of(stored["habit"]) if name.startswith("prefix-rft-")]
-    told = {"pairs": [("habit", name) for name in variants], "title": "Prefix-RFT minus a variant"}
+    parts = {"pairs": [("habit", name) for name in variants], "title": "Prefix-RFT minus a variant"}
     panels = []
     for kind, title in KINDS.items():
         x = {"labels": numbers, "title": f"few demonstrations, {title}", "x": "demonstrations, of 512 problems"}
-        panels.append(partial(draw_groups, **x, **groups(few, kind)))
+        panels.append(partial(draw_groups, **x, groups=runs(few, kind)))
     for kind, title in KINDS.items():
         x = {"labels": ("expert", *experts), "title": f"weaker experts, {title}", "x": "demonstrations by"}
-        panels.append(partial(draw_groups, **x, **groups(weak, kind)))
-    panels += [partial(draw_forest, stored=stored, kind=kind, **told) for kind in KINDS]
+        panels.append(partial(draw_groups, **x, groups=runs(weak, kind)))
+    panels += [partial(draw_forest, stored=stored, kind=kind, **parts) for kind in KINDS]
     return panels + [partial(draw_ceiling, lines=stored["ceiling"], level=level) for level in records.CEILING_LEVELS]
 
 
@@ -175,10 +177,10 @@ def draw_all(stored: Stored, runs: pd.DataFrame, folder: Path) -> list[Path]:
     pairs = [(regime, name) for regime in ("habit", "silent", "twin") for name in ("rft", "sft-rft", "sft", "luffy")]
     rivals = {"pairs": pairs[:-1], "title": "Prefix-RFT minus another"}  # twin has no runs of LUFFY
     figures["study/forest"] = [partial(draw_forest, stored=stored, kind=kind, **rivals) for kind in KINDS]
-    told = {"lines": stored["habit"], "methods": ("rft", OURS)}
+    habit = {"lines": stored["habit"], "methods": ("rft", OURS)}
     figures["first-hour"] = [
-        partial(draw_curves, title="validation accuracy", curve="validation", label="% right, greedy", **told),
-        partial(draw_curves, title="reward of own rows", curve="on_policy", label="mean reward", **told),
+        partial(draw_curves, title="validation accuracy", curve="validation", label="% right, greedy", **habit),
+        partial(draw_curves, title="reward of own rows", curve="on_policy", label="mean reward", **habit),
     ]
     cells = set(contrasts.difference_frame(runs)["cell"])
     figures["horizon/contrasts"] = [partial(draw_contrast, runs=runs, cell=cell) for cell in CELLS if cell in cells]

@@ -14,7 +14,7 @@ from pathlib import Path
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from data.make_recipes import LEVELS
-from evaluation.report import markdown_table, percent
+from evaluation.report import in_points, markdown_table, percent
 from results import contrasts, horizon, records
 from results.claims import difference, question_rows, verdict_rows
 from results.drawing import draw_all
@@ -40,10 +40,10 @@ def settings_text(line: Line, hidden: Sequence[str]) -> str:
 
 def with_spread(values: Sequence[float]) -> str:
     """Returns shares as "51.2 ± 0.8 (50.4, 52.0)", in %; a single share stands alone."""
-    shown = percent(statistics.mean(values))
+    mean = percent(statistics.mean(values))
     if len(values) == 1:
-        return shown
-    return f"{shown} ± {percent(statistics.stdev(values))} ({', '.join(map(percent, values))})"
+        return mean
+    return f"{mean} ± {percent(statistics.stdev(values))} ({', '.join(map(percent, values))})"
 
 
 def accuracy_table(lines: Sequence[Line], kind: str) -> str:
@@ -59,10 +59,8 @@ def accuracy_table(lines: Sequence[Line], kind: str) -> str:
 def difference_text(first: Sequence[Line], second: Sequence[Line], kind: str) -> str:
     """Returns a difference in points with its 95% interval; without the interval if either has one seed."""
     pair = scores(first, kind), scores(second, kind)
-    found = difference(*pair, (first[0]["method"] != "base", True))
-    if not found:
-        return f"{100 * (pair[0].mean() - pair[1].mean()):+.1f}"
-    return f"{100 * found[0]:+.1f} {percent(*found[1:])}"
+    interval = difference(*pair, (first[0]["method"] != "base", True))
+    return in_points(*interval) if interval else f"{100 * (pair[0].mean() - pair[1].mean()):+.1f}"
 
 
 def difference_table(lines: Sequence[Line]) -> str:
@@ -88,8 +86,8 @@ def cost_table(lines: Sequence[Line]) -> str:
         runs = runs_of(lines, name)
         if name != "base":
             means = [statistics.mean(line["tokens"][kind] for line in runs) for kind in rows[0][2:5]]
-            told = settings_text(runs[0], ("demonstrations", "expert"))
-            rows.append([name, told, *(f"{value / 1000:.0f}" for value in (*means, sum(means)))])
+            settings = settings_text(runs[0], ("demonstrations", "expert"))
+            rows.append([name, settings, *(f"{value / 1000:.0f}" for value in (*means, sum(means)))])
     return markdown_table(rows)
 
 
@@ -97,25 +95,25 @@ def trial_table(trials: Sequence[Line]) -> str:
     """Returns every trial with the score by which it was judged."""
     rows = [["trial", "settings", "validation: mean", "greedy", "T = 1"]]
     for line in trials:
-        found = line["scores"].get("validation")
-        cells = [percent(value) for value in (trial_score(line), found["greedy"], found["sampled"])] if found else []
-        told = settings_text(line, ("demonstrations", "steps"))
-        rows.append([line["method"], told, *(cells or ["diverged", "–", "–"])])
+        validation, cells = line["scores"].get("validation"), ["diverged", "–", "–"]
+        if validation:
+            cells = [percent(trial_score(line)), percent(validation["greedy"]), percent(validation["sampled"])]
+        rows.append([line["method"], settings_text(line, ("demonstrations", "steps")), *cells])
     return markdown_table(rows)
 
 
 def ceiling_table(lines: Sequence[Line]) -> str:
     """Returns pass@k, as means over seeds and problems, and at the largest k by level and paired with the base."""
     most = records.CEILING_SAMPLES
-    asked = [(k, "all") for k in TRIES] + [(most, level) for level in records.CEILING_LEVELS]
+    columns = [(k, "all") for k in TRIES] + [(most, level) for level in records.CEILING_LEVELS]
     rows = [
-        ["method", "seeds", *(f"{level}: pass@{k}".removeprefix("all: ") for k, level in asked), "all minus base"]
+        ["method", "seeds", *(f"{level}: pass@{k}".removeprefix("all: ") for k, level in columns), "all minus base"]
     ]
     for name in names_of(lines):
         runs = runs_of(lines, name)
-        found = difference(solved(runs, most), solved(runs_of(lines, "base"), most), (True, False))
-        told = f"{100 * found[0]:+.1f} {percent(*found[1:])}" if found else "–"
-        rows.append([name, str(len(runs)), *(percent(solved(runs, *pair).mean()) for pair in asked), told])
+        interval = difference(solved(runs, most), solved(runs_of(lines, "base"), most), (True, False))
+        shares = [percent(solved(runs, *column).mean()) for column in columns]
+        rows.append([name, str(len(runs)), *shares, in_points(*interval) if interval else "–"])
     return markdown_table(rows)
 
 

@@ -20,9 +20,9 @@ surrogate and its weight; `Tokens` (what a weight may depend on), `token_weights
 weights and the table of methods are in methods.py.
 
 Questions readers ask:
-- *Which rows are in the baseline?* By default it is `on_policy`, as in the released code: the mean reward of the
-  group's on-policy rows is the baseline of these rows and of prefix tokens, and the continuation keeps r_h. With
-  `group` (the text of the paper's section 3) the mean over all N rows is the baseline of every token. See
+- *Which rows are in the baseline?* By default it is `on_policy`, as in the released code. The mean reward of the
+  group's on-policy rows is the baseline of these rows and of prefix tokens. The continuation has none and keeps r_h.
+  With `group` (the text of the paper's section 3) the mean over all N rows is the baseline of every token. See
   `advantages`.
 - *Why is r = 1 in the first update of a step?* Before this update pi is still the sampling policy, so r = exp(0) = 1
   and nothing is clipped. The gradient is not zero: w = A. From the second update of the step on, r moves. The

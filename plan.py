@@ -3,12 +3,12 @@
     python plan.py --config configs/qwen2.5-math-7b.json --gpu H100 --gpus 8 [--method sft] [--FIELD VALUE …]
 
 Only the model's config is read. configs/models/ has those of the models in configs/, so no network is needed. The
-memory of the update is counted, not computed by a formula: the layers and the head run forward and backward on the
+memory of the update is counted, not computed by a formula. The layers and the head run forward and backward on the
 meta device (shapes without data), and `update_bytes` adds up the tensors that are alive. Attention counts as a fused
-causal kernel that keeps queries, keys, values and output. All other memory is computed by formulas.
-Tests compare both with measured peaks. Times are estimates from data sheets and the shares below. The
-shares fit one H200 with Qwen2.5-1.5B's shape: 256 rows decoded, and one whole step [bench/results/gpu.md]. Other
-GPUs, models, numbers of GPUs and transfers were not measured.
+causal kernel that keeps queries, keys, values and output. All other memory is computed by formulas. Tests compare
+both with measured peaks. Times are estimates from data sheets and the shares below. The shares fit one H200 with
+Qwen2.5-1.5B's shape: 256 rows decoded, and one whole step [bench/results/gpu.md]. Other GPUs, models, numbers of GPUs
+and transfers were not measured.
 """
 
 import bisect

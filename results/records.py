@@ -1,10 +1,10 @@
 """This file reads the stored runs of the first study: what its files hold, and groups of runs by name.
 
-A line of study/REGIME.jsonl is a trial or a run. It has regime, method, seed, trial and settings; `made_of`,
-fingerprints of base and data; `scores`, accuracies: validation, and test by level, greedy and "sampled" (at
-temperature 1); `right`, a digit for each test problem that counts right samples (of 1, of 4); `tokens`; and `curve`,
-over the steps. The base has the method "base". Trials stand after the runs. Runs are in the protocol's order, which
-tables follow.
+A line of study/REGIME.jsonl is a trial or a run. It has regime, method, seed, trial, settings and tokens. `made_of`
+are fingerprints of base and data. `scores` are accuracies on validation problems and, by level, on test problems,
+greedy and "sampled" (at temperature 1). `right` has a digit for each test problem, which counts right samples (of 1,
+of 4). `curve` goes over the steps. The base has the method "base". Trials stand after the runs. Runs are in the
+protocol's order, which tables follow.
 
 A line of study/ceiling.jsonl is 256 samples of each of 100 hard and 100 ood problems from a model of habit. There
 `right` is a list, and `scores` are pass@k.

@@ -1,11 +1,11 @@
 """Every notebook runs in an interpreter of its own and shows figures, and its exercises can be solved.
 
-A notebook's exercises are found by the tags of its cells, in this order for each: "answer" (the cell a student edits;
-its metadata "wrong" holds two or more wrong answers), "check" (prints "not yet", "right" or "not right: …") and
-"solution" (Markdown with one folded Python block). After the whole notebook has run as it is, every exercise is tried
-in the same interpreter: unanswered, with each wrong answer, with the solution. NOTEBOOK_SIZE=4 shortens runs and
-takes fewer problems. The interpreter is IPython's shell without a kernel around it, because nine kernels that import
-PyTorch cost a minute. Its process starts with PyTorch imported, where it can.
+A notebook's exercises are found by the tags of its cells. Each has three cells, in this order. A student edits the
+cell "answer", whose metadata "wrong" holds two or more wrong answers. The cell "check" prints "not yet", "right" or
+"not right: …". The cell "solution" is Markdown with one folded Python block. After the whole notebook has run as it
+is, every exercise is tried in the same interpreter: unanswered, with each wrong answer, with the solution.
+NOTEBOOK_SIZE=4 shortens runs and takes fewer problems. The interpreter is IPython's shell without a kernel around it,
+because nine kernels that import PyTorch cost a minute. Its process starts with PyTorch imported, where it can.
 """
 
 import ast

@@ -78,7 +78,7 @@ def with_old_fields(config: dict[str, Any], original: dict[str, Any]) -> dict[st
         original = original.get("text_config", {})
     complete = old_rope(config) | original | config
     for name, part in config.items():
-        if isinstance(part, dict) and "model_type" in part:  # for example text_config or vision_config
+        if isinstance(part, dict) and "model_type" in part:  # such a part is text_config or vision_config
             complete[name] = with_old_fields(part, original.get(name, {}))
     if "dtype" in config:
         complete["torch_dtype"] = config["dtype"]

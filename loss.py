@@ -129,9 +129,9 @@ def entropy_clip(
         order = entropy.flatten()[index].sort(descending=select == "high", stable=True).indices
     else:
         raise ValueError(f"select is {select!r}, expected 'high', 'low' or 'random'")
-    kept = torch.zeros_like(flat)
-    kept[index[order[: len(index) - dropped]]] = True
-    return kept.view_as(prefix_mask)
+    keep_mask = torch.zeros_like(flat)
+    keep_mask[index[order[: len(index) - dropped]]] = True
+    return keep_mask.view_as(prefix_mask)
 
 
 def weighted_tokens(

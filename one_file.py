@@ -169,9 +169,9 @@ def entropy_clip(prefix_mask: Tensor, entropy: Tensor) -> Tensor:
     """
     count = int(prefix_mask.sum())
     ranked = entropy.masked_fill(~prefix_mask, -math.inf).flatten().sort(descending=True, stable=True).indices
-    kept = torch.zeros_like(prefix_mask)
-    kept.view(-1)[ranked[: count - int((1 - ENTROPY_KEEP) * count)]] = True
-    return kept
+    keep_mask = torch.zeros_like(prefix_mask)
+    keep_mask.view(-1)[ranked[: count - int((1 - ENTROPY_KEEP) * count)]] = True
+    return keep_mask
 
 
 def objective(model, batch: dict[str, Tensor]) -> Tensor:

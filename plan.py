@@ -69,15 +69,15 @@ class LiveBytes(TorchDispatchMode):
 
     def __torch_dispatch__(self, func, types, args=(), kwargs=None):
         result = func(*args, **(kwargs or {}))
-        given = {id(x.untyped_storage()) for x in tree_leaves((args, kwargs)) if isinstance(x, Tensor)}
+        inputs = {id(x.untyped_storage()) for x in tree_leaves((args, kwargs)) if isinstance(x, Tensor)}
         for tensor in tree_leaves(result):
             if isinstance(tensor, Tensor):
-                self.count(tensor.untyped_storage(), given)
+                self.count(tensor.untyped_storage(), inputs)
         return result
 
-    def count(self, storage: torch.UntypedStorage, given: set[int]) -> None:
+    def count(self, storage: torch.UntypedStorage, inputs: set[int]) -> None:
         key = id(storage)
-        if key in self.known or key in given:
+        if key in self.known or key in inputs:
             return
         self.known.add(key)
         self.live += storage.nbytes()
@@ -205,8 +205,8 @@ def experts_share(shape: Any) -> float:
     """Returns the share of a mixture's experts that a token passes; 1 for other models."""
     text = shape.get_text_config()
     numbers = [n for name in EXPERTS if (n := getattr(text, name, None))]
-    chosen = getattr(text, "num_experts_per_tok", None)
-    return chosen / numbers[0] if numbers and chosen else 1.0
+    passed = getattr(text, "num_experts_per_tok", None)
+    return passed / numbers[0] if numbers and passed else 1.0
 
 
 def count(shape: Any, low_rank: Config | None = None) -> Counts:
@@ -253,9 +253,9 @@ def plan(config: Config, shape: Any, gpus: int, prompt: int) -> dict[str, dict[s
     length = prompt + config.max_response_tokens
     rows = rows_of_a_pass(config, length)
     split = 0 if config.offload else n.trained / gpus
-    kept = {"frozen weights, bf16": 2 * n.total} if config.lora_rank else {}
-    kept |= {"weights, fp32": 4 * split, "optimizer, fp32": 8 * split}
-    update = kept | {
+    state = {"frozen weights, bf16": 2 * n.total} if config.lora_rank else {}
+    state |= {"weights, fp32": 4 * split, "optimizer, fp32": 8 * split}
+    update = state | {
         "gradients, fp32": 4 * split,
         "weights in bf16 (root and two layers)": 2 * n.root + 4 * n.layer,
         "gradients in bf16 and on their way": 2 * n.root + 8 * n.layer,
@@ -263,7 +263,7 @@ def plan(config: Config, shape: Any, gpus: int, prompt: int) -> dict[str, dict[s
     }
     if "rl" not in METHODS[config.method].stages:
         return {"update": update}
-    sampling = kept | {"weights in bf16 (all)": 2 * n.trained}
+    sampling = state | {"weights in bf16 (all)": 2 * n.trained}
     sampling |= sampling_bytes(shape, config.rows_per_call, whole_blocks(length))
     return {"update": update, "sampling": sampling}
 

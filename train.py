@@ -145,7 +145,7 @@ def train(config: Config) -> int:
         checkpoint.write_config(folder, config, ingredients)
         try:
             console.show_start(run, folder, counts, sum(stages(run)), start)
-            for text in watch.said.values():
+            for text in watch.warnings.values():
                 console.warn(text)
             return train_in(folder, run, start, watch)
         except BrokenPipeError as error:
@@ -246,7 +246,7 @@ def write_result(folder: Path, run: Run, watch: Watch) -> None:
     final = f"the model in {config.save_dtype}"
     if config.save_dtype != "float32" and distributed.rank() == 0:
         final += f", {share_changed(folder / 'final', config.model):.1%} of its weights changed"
-    console.show_end(folder, scores, draw_curves(folder), run.data.train[0].problem, watch.said, final)
+    console.show_end(folder, scores, draw_curves(folder), run.data.train[0].problem, watch.warnings, final)
 
 
 def read_eval(folder: Path) -> dict[str, Any]:
@@ -273,12 +273,12 @@ def restore(run: Run, folder: Path, watch: Watch) -> int:
 def diverged(run: Run, folder: Path) -> str:
     """Returns the error's text for a run whose updates were skipped in a row, or whose last update lost the
     weights."""
-    kept = " and ".join(str(file) for file in checkpoint.checkpoints(folder)) or "none: no step was saved"
+    saved = " and ".join(str(file) for file in checkpoint.checkpoints(folder)) or "none: no step was saved"
     skipped = f"the loss or gradient of {run.skipped} updates in a row was not finite"
     what = skipped if run.skipped >= MOST_SKIPPED else "the last update left weights that are not finite"
     return (
         f"{what}: the run has diverged; start again in a new folder, with a lower lr or sft_lr. "
-        f"The last checkpoints before that: {kept}"
+        f"The last checkpoints before that: {saved}"
     )
 
 

@@ -305,10 +305,10 @@ def _rounds_to(value: Node, decimal: Node, digits: int) -> bool:
     if value[0] == "num":
         no_decimal = pow(10, value[1].denominator.bit_length(), value[1].denominator) > 0
         return no_decimal and 2 * abs(value[1] - decimal[1]) < decimal[2]
-    found = value_at(value, 0, DIGITS)
-    if not found or not is_real(found[0]):
+    number = value_at(value, 0, DIGITS)
+    if not number or not is_real(number[0]):
         return False
-    return 2 * abs(context.re(found[0]) - exact(decimal[1])) < exact(decimal[2])
+    return 2 * abs(context.re(number[0]) - exact(decimal[1])) < exact(decimal[2])
 
 
 def _same_values(p: Node, g: Node) -> bool:
@@ -351,5 +351,5 @@ def _rounds(node: Node) -> bool:
 def _roots_only(node: Node) -> tuple[bool, bool]:
     """Returns whether a root is among the parts, and whether an absolute value is."""
     root = node[:1] == ("pow",) and node[2][0] == "num" and node[2][1].denominator > 1
-    found = [_roots_only(x) for x in node if isinstance(x, tuple)]
-    return root or any(f[0] for f in found), node[:2] == ("fn", "abs") or any(f[1] for f in found)
+    parts = [_roots_only(x) for x in node if isinstance(x, tuple)]
+    return root or any(f[0] for f in parts), node[:2] == ("fn", "abs") or any(f[1] for f in parts)

@@ -47,15 +47,15 @@ class Reader(Cursor):
         return usual_form([expanded for item in items for expanded in expand_signs(item)])
 
     def items(self) -> list[Node]:
-        found = [self.item()]
+        items = [self.item()]
         while self.token[0] == "SEP":
             while self.token[0] == "SEP":  # a list may be written "a, b, and c"
                 separator = self.take()
             item = self.item()
-            if separator in ("or", "and") and is_region(found[-1], item):  # "x < 1 or x > 2" is one region
-                item = ("regions", "∪" if separator == "or" else "∩", (found.pop(), item))
-            found.append(item)
-        return found
+            if separator in ("or", "and") and is_region(items[-1], item):  # "x < 1 or x > 2" is one region
+                item = ("regions", "∪" if separator == "or" else "∩", (items.pop(), item))
+            items.append(item)
+        return items
 
     def item(self) -> Node:
         sides, ops = [self.set_operation()], []

@@ -62,33 +62,33 @@ def _parts(node: Node) -> list[Part] | None:
     return _of_relation(node[1], node[2]) if node[0] == "rel" else None
 
 
-def _listed(found: list[list[Part] | None]) -> list[Part] | None:
+def _listed(sets: list[list[Part] | None]) -> list[Part] | None:
     """Returns the set of a list: x < 1, x > 2 are two pieces of a set, but x > 1, x < 2 and x > 1, x != 2 are
     conditions on the same x."""
-    if None in found:
+    if None in sets:
         return None
-    pieces = [part for parts in found for part in parts]
+    pieces = [part for parts in sets for part in parts]
     if len(_merged(pieces)) == len(pieces):
         return pieces
-    return functools.reduce(_common, found)
+    return functools.reduce(_common, sets)
 
 
 def _common(left: list[Part], right: list[Part]) -> list[Part]:
-    found = []
+    common = []
     for a in left:
         for b in right:
             low, low_closed = max((a[:2], b[:2]), key=lambda e: (e[0][0], not e[1]))
             high, high_closed = min((a[2:], b[2:]), key=lambda e: (e[0][0], e[1]))
             if low[0] < high[0] or (low[0] == high[0] and low_closed and high_closed):
-                found.append((low, low_closed, high, high_closed))
-    return found
+                common.append((low, low_closed, high, high_closed))
+    return common
 
 
 def _without(part: Part, points: list[Part]) -> list[Part]:
-    found = [part]
+    rest = [part]
     for point, *_ in points:
-        found = _common(found, [(LOWEST, False, point, False), (point, False, HIGHEST, False)])
-    return found
+        rest = _common(rest, [(LOWEST, False, point, False), (point, False, HIGHEST, False)])
+    return rest
 
 
 def _of_relation(ops: tuple[str, ...], sides: tuple[Node, ...]) -> list[Part] | None:

@@ -216,8 +216,8 @@ def symbols(node: Node) -> set[str]:
     """Returns the names of the variables and opaque functions of `node`, without constants."""
     if node and node[0] == "sym":
         return set() if node[1] in CONSTANTS else {node[1]}
-    found = {node[1]} if node and node[0] == "fn" and node[1] not in FUNCTIONS else set()
-    return found.union(*(symbols(x) for x in node if isinstance(x, tuple)))
+    names = {node[1]} if node and node[0] == "fn" and node[1] not in FUNCTIONS else set()
+    return names.union(*(symbols(x) for x in node if isinstance(x, tuple)))
 
 
 def size(node: Node) -> int:
@@ -288,15 +288,15 @@ def expand_signs(node: Node) -> list[Node]:
     names = sorted(name for name in symbols(node) if name.startswith("±"))
     if len(names) > 3:
         raise Unreadable("it has more than three ±")
-    found = []
+    values = []
     for signs in itertools.product((1, -1), repeat=len(names)):
         if "±0" in names and len(set(signs)) > 1:
             continue
         one = node
         for name, sign in zip(names, signs):
             one = substitute(one, sym(name), num(sign))
-        found.append(one)
-    return found
+        values.append(one)
+    return values
 
 
 def usual_form(items: list[Node]) -> Node:

@@ -154,15 +154,15 @@ def prove(folder: Path) -> str | None:
         assert logits.argmax(-1).tolist()[own] == row.response[own], "greedy tokens are not the argmax"
     model.train()
     rollouts = pack(sampled, model.generation_config.pad_token_id)
-    given = rollouts.input_ids, rollouts.attention_mask, rollouts.response_mask.shape[1], 1.0
-    (found, _), (again, _) = token_stats(model, *given), token_stats(model, *given)
+    batch = rollouts.input_ids, rollouts.attention_mask, rollouts.response_mask.shape[1], 1.0
+    (log_probs, _), (again, _) = token_stats(model, *batch), token_stats(model, *batch)
     # equal to the bit on most CPUs
-    assert torch.allclose(found, again, rtol=0, atol=1e-5), "two training passes differ"
+    assert torch.allclose(log_probs, again, rtol=0, atol=1e-5), "two training passes differ"
     for i, (row, response) in enumerate(zip(rows, together)):
         p = plain_logits(model.eval(), row, response).log_softmax(-1)
         want = p.gather(1, torch.tensor(response)[:, None])[:, 0]
-        assert torch.allclose(found[i, : len(response)], want, rtol=1e-4, atol=1e-4), (
-            f"log-probs are off by {(found[i, : len(response)] - want).abs().max():.1e}"
+        assert torch.allclose(log_probs[i, : len(response)], want, rtol=1e-4, atol=1e-4), (
+            f"log-probs are off by {(log_probs[i, : len(response)] - want).abs().max():.1e}"
         )
     save_model(model.train(), tokenizer, folder / "final")
     final = AutoModelForCausalLM.from_pretrained(folder / "final", dtype=torch.float32).eval()

@@ -115,11 +115,11 @@ def openr1_46k(row: Row, index: int) -> Row:
 
     The complement is read as if it had the same columns, with or without a target, which nobody has tried yet.
     """
-    said = {message["role"]: message["content"] for message in row["prompt"]}
+    messages = {message["role"]: message["content"] for message in row["prompt"]}
     return {
-        "problem": said["user"],
+        "problem": messages["user"],
         "answer": row["reward_model"]["ground_truth"],
-        "system": said.get("system", ""),
+        "system": messages.get("system", ""),
         "demonstrations": [message["content"] for message in row.get("target") or []],
     }
 
@@ -224,8 +224,8 @@ def prepare(name: str) -> Path:
         write_jsonl(aside, left_out)
     write_jsonl(path, rows)
     examples = ", ".join(f"{row['id']} {row['answer'][:40]!r}" for row in left_out[:5])
-    told = f"; {len(left_out)} left out, they cannot be graded: {examples}" if left_out else ""
-    print(f"{name}: {len(rows)} rows of {source.path} -> {path}{told}")
+    aside_text = f"; {len(left_out)} left out, they cannot be graded: {examples}" if left_out else ""
+    print(f"{name}: {len(rows)} rows of {source.path} -> {path}{aside_text}")
     return path
 
 

@@ -35,8 +35,8 @@ def check_options(options: object, gold: str) -> None:
     """
     texts = isinstance(options, list) and all(isinstance(option, str) and option.strip() for option in options)
     if not texts or not 2 <= len(options) <= len(LETTERS):
-        found, most = reprlib.repr(options), len(LETTERS)
-        raise InputError(f"options is {found}, expected a list of 2 to {most} non-empty strings (or no such field)")
+        expected = f"a list of 2 to {len(LETTERS)} non-empty strings (or no such field)"
+        raise InputError(f"options is {reprlib.repr(options)}, expected {expected}")
     letters = list(LETTERS[: len(options)])
     if gold not in letters:
         raise InputError(f"answer is {gold!r}, expected the letter of one of the options, {', '.join(letters)}")
@@ -55,7 +55,7 @@ def _plain(text: str) -> str:
     return " ".join(_bare(text).split()).rstrip(".").casefold()
 
 
-def chosen(boxed: str, options: Sequence[str]) -> str | None:
+def named_option(boxed: str, options: Sequence[str]) -> str | None:
     """Returns the letter of the option that `boxed` names; None if it names none, or more than one."""
     letters = LETTERS[: len(options)]
     text = _bare(boxed)
@@ -79,5 +79,5 @@ def grade_response(
     if not options or reward.name != "math":
         return grade_one(reward, response, problem), reward.is_read(response)
     boxed = extract_boxed(response)
-    letter = None if boxed is None else chosen(boxed, options)
+    letter = None if boxed is None else named_option(boxed, options)
     return float(letter == problem.answer), letter is not None or is_read(response)

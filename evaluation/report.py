@@ -107,7 +107,7 @@ def write_report(folder: Path, settings: dict[str, Any], answers: dict[str, list
     """Write the report on `answers` (by benchmark) into `folder`, and print its tables."""
     results: Results = {"settings": settings, "results": {n: summarize(a) for n, a in answers.items()}}
     if len(answers) > 1:
-        scores = [[a.accuracy for a in found] for found in answers.values()]
+        scores = [[a.accuracy for a in counted] for counted in answers.values()]
         low, high = average_interval(scores)
         results["average"] = {"accuracy": mean([mean(s) for s in scores]), "low": low, "high": high}
     results["right"] = by_problem(answers, "right")

@@ -171,7 +171,7 @@ def draw_lanes(picture: Picture, row: Row, cells: list[Cell], top: float) -> flo
     middle = floor + 1 + WEIGHT / 2
     picture.write(LEFT - 4, floor - 3, "entropy", 6.2, FAINT, ha="right")
     picture.write(LEFT - 4, middle, "weight", 6.2, FAINT, ha="right")
-    framed = log.chosen(row)
+    framed = log.framed(row)
     for cell in cells:
         t = cell.index
         kept = bool(row["kept"][t])

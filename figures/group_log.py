@@ -83,7 +83,7 @@ def drops(row: Row) -> bool:
     return not all(row["kept"])
 
 
-def chosen(row: Row) -> list[bool]:
+def framed(row: Row) -> list[bool]:
     """Returns for each token whether it is kept while other tokens of its source are not."""
     losing = {source(row, t) for t, kept in enumerate(row["kept"]) if not kept}
     return [bool(kept) and source(row, t) in losing for t, kept in enumerate(row["kept"])]

@@ -39,10 +39,10 @@ def equal(answer: Any, expected: Any) -> bool:
 def check(answer: Any | Callable[[], Any], expected: Any, hint: str = "look at the text above again") -> None:
     """Print what an answer is. A function to be tried is given as `lambda: [mine(1), mine(2)]`."""
     try:
-        found = answer() if callable(answer) else answer
-        if unanswered(found):
+        value = answer() if callable(answer) else answer
+        if unanswered(value):
             print("not yet")
-        elif equal(found, expected):
+        elif equal(value, expected):
             print("right")
         else:
             print(f"not right: {hint}")

@@ -285,13 +285,13 @@ def cut_logs(folder: Path, step: int) -> list[dict[str, Any]]:
     if rank() > 0:
         return []
     logs = [folder / name for name in ("metrics.jsonl", "samples.jsonl", "groups.jsonl")]
-    kept = {log: [row for row in read_log(log, "step") if row["step"] <= step] for log in logs if log.exists()}
-    metrics = kept.get(folder / "metrics.jsonl", [])
+    rows_of = {log: [row for row in read_log(log, "step") if row["step"] <= step] for log in logs if log.exists()}
+    metrics = rows_of.get(folder / "metrics.jsonl", [])
     if [row["step"] for row in metrics] != list(range(1, step + 1)):
         expected = f"expected the checkpoint's steps 1 to {step} once each"
         again = f"restore it, or delete {folder / 'checkpoint'} to start the run again from step 0"
         raise InputError(f"{folder / 'metrics.jsonl'}: found {len(metrics)} rows, {expected}: {again}")
-    for log, rows in kept.items():
+    for log, rows in rows_of.items():
         write_text(log, "".join(map(json_line, rows)))
     return metrics
 

@@ -58,7 +58,7 @@ class Progress:
 
     def __init__(self, folder: Path, total: int, done: int, tensorboard: bool, watch: Watch):
         self.total, self.watch, self.first = total, watch, done
-        self.begun = self.said = time.perf_counter()
+        self.begun = self.last_line = time.perf_counter()
         quiet = not sys.stderr.isatty() or rank() > 0
         self.bar = tqdm(total=total, initial=done, unit="step", disable=quiet, dynamic_ncols=True)
         self.writer = None
@@ -81,13 +81,13 @@ class Progress:
     def step(self, step: int, metrics: dict[str, Any], samples: list[dict[str, Any]]) -> None:
         for text in metrics.get("warnings", {}).values():
             warn(text)
-        shown = figures(metrics) | ({"warnings": str(len(self.watch.said))} if self.watch.said else {})
+        shown = figures(metrics) | ({"warnings": str(len(self.watch.warnings))} if self.watch.warnings else {})
         self.bar.set_postfix_str(" ".join(f"{name} {value}" for name, value in shown.items()), refresh=False)
         self.bar.update()
         if not sys.stdout.isatty():
             now = time.perf_counter()
-            if step % LINE_EVERY == 0 or step == self.total or now - self.said > LINE_SECONDS:
-                self.said = now
+            if step % LINE_EVERY == 0 or step == self.total or now - self.last_line > LINE_SECONDS:
+                self.last_line = now
                 show(f"step={step}/{self.total} " + " ".join(f"{k}={v}" for k, v in shown.items()))
         elif step % SAMPLE_EVERY == 0:
             for sample in samples:

@@ -34,10 +34,10 @@ LOST = 0.2, 6.0
 
 
 class Watch:
-    """The warnings of a run by `method` that computes in `dtype`. `said` holds all warnings so far, by name."""
+    """The warnings of a run by `method` that computes in `dtype`. `warnings` holds all warnings so far, by name."""
 
-    def __init__(self, method: Method, said: dict[str, str], dtype: torch.dtype = torch.float32):
-        self.method, self.said = method, dict(said)
+    def __init__(self, method: Method, warnings: dict[str, str], dtype: torch.dtype = torch.float32):
+        self.method, self.warnings = method, dict(warnings)
         self.largest_gap = torch.finfo(dtype).eps ** GAP_POWER
         self.rows: deque[dict[str, Any]] = deque(maxlen=LONG)
         self.first_entropies: list[float] = []
@@ -51,16 +51,18 @@ class Watch:
             if len(self.first_entropies) < FIRST and row["entropy"] is not None:
                 self.first_entropies.append(row["entropy"])
         due = {**of_step(row, self.largest_gap), **self.of_window()}
-        new = {name: f"step {row['step']}: {text}" for name, text in due.items() if text and name not in self.said}
-        self.said |= new
+        new = {
+            name: f"step {row['step']}: {text}" for name, text in due.items() if text and name not in self.warnings
+        }
+        self.warnings |= new
         return new
 
     def recall(self, row: dict[str, Any]) -> None:
         """Take a step's row from a log. It keeps the warnings that were given at that step, maybe on another
         device."""
-        said = self.said | row.get("warnings", {})
+        warnings = self.warnings | row.get("warnings", {})
         self.look(row)
-        self.said = said
+        self.warnings = warnings
 
     def of_window(self) -> dict[str, str]:
         long = list(self.rows)

@@ -20,7 +20,7 @@ from data.loader import Problem, encode_problems
 from eval import evaluate
 from evaluation import folder as folder_of_evaluation
 from evaluation.benchmarks import PAPER, Benchmark, choose_benchmarks
-from evaluation.multiple_choice import chosen, grade_response, question
+from evaluation.multiple_choice import grade_response, named_option, question
 from evaluation.statistics import summarize
 from reward import MATH
 from sample import Row
@@ -124,12 +124,12 @@ OPTIONS = ["iron", "1/2", "the sum of A and B.", "0.5 m"]
     ],
 )
 def test_an_option_is_named_by_letter_or_text(boxed, letter):
-    assert chosen(boxed, OPTIONS) == letter
+    assert named_option(boxed, OPTIONS) == letter
 
 
 def test_two_options_of_the_same_value_are_told_apart_by_words_or_letter():
     options = ["2", "2.0", "3"]
-    assert [chosen(boxed, options) for boxed in ("2", "2.0", "B", "\\frac{4}{2}")] == ["A", "B", "B", None]
+    assert [named_option(boxed, options) for boxed in ("2", "2.0", "B", "\\frac{4}{2}")] == ["A", "B", "B", None]
 
 
 def test_grading_a_choice():

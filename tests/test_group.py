@@ -124,7 +124,7 @@ def test_whose_a_token_is(group):
     assert group_log.verdict(a_row("a", reward=0.4)) == "reward 0.40"
     assert [part[2] for part in group_log.parts(rows[2])] == [0.25, 0.5]
     # no token of the continuation is dropped, so none is marked as kept
-    assert group_log.chosen(rows[2]) == [False, True, False, False]
+    assert group_log.framed(rows[2]) == [False, True, False, False]
 
 
 def test_every_token_is_seen():

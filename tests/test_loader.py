@@ -25,13 +25,13 @@ ROW = {"problem": "1+1?", "answer": "2"}
         (json.dumps(ROW | {"level": "all"}), "level is 'all', which reports call the total: give it another name"),
         (json.dumps(ROW | {"level": "a_low"}), "level is 'a_low', as a limit of the accuracy of level 'a' is called"),
         (json.dumps(ROW | {"level": "all_high"}), "level is 'all_high', as a limit of the accuracy of level 'all'"),
-        ("[" * 100_000, "nested too deeply"),
-        ('{"problem": ' * 100_000, "nested too deeply"),
+        ("[" * 100_000, "not valid JSON"),
+        ('{"problem": ' * 100_000, "not valid JSON"),
         (
             '{"problem": ' + "[" * 200 + "]" * 200 + ', "answer": "2"}',
             r"problem is \[{7}\.\.\.\]{7}, expected a string",
         ),
-        ('{"problem": "1+1?", "answer": ' + "1" * 5000 + "}", "a number has more than 4300 digits: put it in quotes"),
+        ('{"problem": "1+1?", "answer": ' + "1" * 5000 + "}", "not valid JSON: .*4300 digits"),
     ],
     ids=range(10),
 )

@@ -54,9 +54,9 @@ def test_each_warning_is_said_once_when_it_is_due(name, changes, at):
         assert watch.look(row(number)) == {}
     said = [watch.look(row(FIRST + number, **changes)) for number in range(1, 3 * LONG)]
     due = [number for number, new in enumerate(said, 1) if new]
-    assert [list(new) for new in said if new] == [[name]] and list(watch.said) == [name]
+    assert [list(new) for new in said if new] == [[name]] and list(watch.warnings) == [name]
     assert due == [at] or (name == "surprise" and due[0] <= at), due
-    assert watch.said[name].startswith(f"step {FIRST + due[0]}: ")
+    assert watch.warnings[name].startswith(f"step {FIRST + due[0]}: ")
     again = Watch(METHODS["prefix-rft"], {})  # a run that goes on, after it was shown the rows of the first part
     for number in range(1, FIRST + due[0]):
         again.recall(row(number, **(changes if number > FIRST else {})))
@@ -72,7 +72,7 @@ def test_a_run_that_goes_on_elsewhere_recalls_what_was_said_and_nothing_else():
     watch = Watch(METHODS["rft"], {})
     watch.recall(rounded)
     watch.recall(row(2, skipped_updates=1, warnings={"skipped": "step 2: as it was said"}))
-    assert watch.said == {"skipped": "step 2: as it was said"}
+    assert watch.warnings == {"skipped": "step 2: as it was said"}
 
 
 @pytest.mark.parametrize("method", ["sft-rft", "relift"])
@@ -115,9 +115,9 @@ def test_a_sampler_of_another_temperature_is_noticed(tokenizer, monkeypatch, sam
     run = make_run(tokenizer, "rft", prompts_per_step=2, updates_per_step=1, lr=0.0)
     for number in range(LONG):
         watch.look({"step": number + 1, **rl_metrics(run, rl_step(run, number))})
-        assert ("log_prob_gap" in watch.said) is warned
-    assert ("surprise" in watch.said) is warned
-    assert not warned or "less surprising than the training pass expects" in watch.said["surprise"]
+        assert ("log_prob_gap" in watch.warnings) is warned
+    assert ("surprise" in watch.warnings) is warned
+    assert not warned or "less surprising than the training pass expects" in watch.warnings["surprise"]
 
 
 def test_rejected_demonstrations_are_told_at_the_start_and_at_the_end(tmp_path, monkeypatch, capsys):

@@ -165,7 +165,7 @@ class DrawTokenLogitsProcessor(LogitsProcessor):
         cdf, place = probabilities.cumsum(-1), (self.rows, input_ids.shape[1] - self.prompt_length)
         # u * total, not u, because rounding may leave the total below u; right=True skips tokens of probability 0
         token = torch.searchsorted(cdf, self.uniforms[place][:, None] * cdf[:, -1:], right=True)
-        # it is too large for NaN, once a run has diverged; step.update says so
+        # the index is too large for NaN, once a run has diverged; step.update reports that
         token = token.clamp(max=scores.shape[1] - 1)
         self.drawn[place] = probabilities.gather(1, token).squeeze(1)
         return torch.full_like(scores, -torch.inf).scatter_(1, token, 0.0)

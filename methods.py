@@ -373,6 +373,8 @@ def collect(run: Any, picked: list[int], rows: list[Any], sft_step: Callable[...
     Here there is one token mean over the buffer, and `max_grad_norm` is for both.
     """
     config, collector, encoded = run.config, run.collector, run.data.encoded
+    if not collector:
+        return {}
     unsolved = [picked[group] for group in unsolved_groups(rows, config.gate)]
     collector.waiting[:0] = [i for i in unsolved if encoded[i].demonstrations]
     metrics: dict[str, Any] = {"relift_updates": 0, "relift_lr": config.relift_lr}

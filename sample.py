@@ -1,5 +1,4 @@
-"""This file makes rollouts: which rows a group has, their prefixes, batched sampling, and the tensors that the update
-reads.
+"""This file makes rollouts: the rows of a group, their prefixes, sampling, and the tensors that the update reads.
 
     plan_group(problem) -> [Row(prompt_ids, prefix_ids), …]    ids only: text is never decoded and encoded again
     generate(model, rows) -> [Row(…, response), …]             prefix + continuation, by model.generate
@@ -35,8 +34,7 @@ PREFIX_LOW, PREFIX_HIGH = 0.05, 0.95  # bounds of the prefix fraction [paper A.2
 
 def seed_of(*key: object) -> int:
     """Returns a 128-bit seed that depends on `key` only. (It is the same on every machine, unlike hash().)"""
-    # so that NumPy's 3 counts as 3
-    plain = tuple(part.item() if isinstance(part, np.generic) else part for part in key)
+    plain = tuple(part.item() if isinstance(part, np.generic) else part for part in key)  # so NumPy's 3 counts as 3
     return int.from_bytes(hashlib.blake2b(repr(plain).encode(), digest_size=16).digest(), "big")
 
 
@@ -45,8 +43,7 @@ def torch_generator(*key: object) -> torch.Generator:
 
 
 def uniforms(key: tuple, count: int) -> np.ndarray:
-    """Returns `count` float32 numbers from [0, 1), from a counter-based stream (Philox) that each key has for
-    itself."""
+    """Returns `count` float32 numbers from [0, 1). Each key has a counter-based stream (Philox) of its own."""
     return np.random.Generator(np.random.Philox(key=seed_of(*key))).random(count, dtype=np.float32)
 
 
@@ -62,8 +59,7 @@ SCHEDULES = {  # progress of the run, 0 to 1 -> low, high
     "cosine": cosine,
     "uniform": lambda progress: (PREFIX_LOW, PREFIX_HIGH),  # an ablation of the paper [Fig. 6]
     "constant": lambda progress: (0.5, 0.5),  # an ablation: the mean of uniform
-    # for 60% of the run; after that no prefix (see prefix_fraction)
-    "uft": lambda progress: (0.0, float(progress < 0.6)),
+    "uft": lambda progress: (0.0, float(progress < 0.6)),  # no prefix after 60% of the run; see prefix_fraction
 }
 
 
@@ -195,8 +191,7 @@ class PrefixForcingLogitsProcessor(LogitsProcessor):
 
 
 def padded(sequences: Iterable[Sequence[int]], value: int, side: str) -> tuple[Tensor, Tensor]:
-    """Returns ids [B, longest], in which shorter sequences have `value` on the given side, and a mask of the real
-    ids."""
+    """Returns ids [B, longest], filled up with `value` on the "left" or "right", and a mask of the real ids."""
     tensors = [torch.tensor(sequence, dtype=torch.long) for sequence in sequences]
     pad = functools.partial(pad_sequence, batch_first=True, padding_side=side)
     return pad(tensors, padding_value=value), pad([torch.ones_like(ids, dtype=torch.bool) for ids in tensors])
@@ -222,8 +217,7 @@ def end_of_response(tokens: list[int], start: int, ends: set[int]) -> int:
 def generate_call(
     model: PreTrainedModel, rows: Sequence[Row], max_response_tokens: int, temperature: float, decode: Callable | None
 ) -> list[Row]:
-    """Calls HF's generate once and returns `rows` with their responses and the log-probs of the drawn tokens (none if
-    greedy)."""
+    """Calls HF's generate once. Returns `rows` with responses and the log-probs of drawn tokens (none if greedy)."""
     config, device = model.generation_config, model.device
     ids, mask = padded((row.prompt_ids for row in rows), config.pad_token_id, "left")
     prefixes, is_prefix = padded((row.prefix_ids for row in rows), 0, "right")
@@ -235,8 +229,7 @@ def generate_call(
         attention_mask=mask.long().to(device),
         generation_config=GenerationConfig(
             max_new_tokens=max_response_tokens,
-            # our processor draws and generate takes the argmax, so there is no temperature, top_k or top_p here
-            do_sample=False,
+            do_sample=False,  # our processor draws, generate takes the argmax: no temperature, top_k or top_p here
             repetition_penalty=1.0,
             eos_token_id=config.eos_token_id,
             pad_token_id=config.pad_token_id,
@@ -270,8 +263,7 @@ def generate(
 
     temperature 0 is greedy. `decode` is a loop in place of HF's own, with the same tokens (fast.decode.decode_rows).
     `progress` names a tqdm bar. Rows of similar length share a call. This changes no token, up to rounding of the
-    logits. With several ranks each samples the groups g = rank (mod ranks) and gets the others' rows, so all ranks
-    must call.
+    logits. With several ranks each samples the groups g = rank (mod ranks) and gets the others' rows: all must call.
     """
     mine = [i for i, row in enumerate(rows) if not row.response and row.group % world_size() == rank()]
     mine.sort(key=lambda i: (len(rows[i].prompt_ids), len(rows[i].prefix_ids)))
@@ -308,8 +300,7 @@ class Rollouts:
 
 
 def pack(rows: Sequence[Row], pad_id: int) -> Rollouts:
-    """Returns rows with their responses as tensors on the CPU. Masks come from what was generated, never from ids ==
-    pad."""
+    """Returns the rows as tensors on the CPU. Masks come from what was generated, never from ids == pad."""
     prompts, prompt_mask = padded((row.prompt_ids for row in rows), pad_id, "left")
     responses, response_mask = padded((row.response for row in rows), pad_id, "right")
     prefix_lengths = torch.tensor([len(row.prefix_ids) for row in rows])

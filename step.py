@@ -54,8 +54,7 @@ class Run:
 
 
 def problems_of_step(count: int, per_step: int, step: int, *key: object) -> list[int]:
-    """Returns the indices of step `step`'s problems. Each epoch has a fresh random order, whose remainder is
-    skipped."""
+    """Returns the indices of step `step`'s problems: a fresh random order each epoch, whose remainder is skipped."""
     per_step = min(per_step, count)
     epoch, place = divmod(step, count // per_step)
     order = torch.randperm(count, generator=torch_generator(*key, epoch)).tolist()
@@ -77,8 +76,8 @@ def sample_groups(
     attempt: int = 0,
 ) -> list[Row]:
     """Returns graded rows of some groups; `picked` are the step's problems. `share` takes the place of the schedule's
-    draw, and `rollouts` that of the setting. plan_group explains `rows` and `attempt`. A row that is cut off gets 0.
-    The release grades its text (configs/README.md has what that would change)."""
+    draw, `rollouts` that of the setting. plan_group explains `rows` and `attempt`. A row that is cut off gets 0; the
+    release grades its text (configs/README.md has what that would change)."""
     config = run.config
     rollouts = rollouts or config.rollouts_per_prompt
     schedule = partial(prefix_fraction, step, config.steps, run.method.schedule)
@@ -119,8 +118,7 @@ class Batch:
     prefix_advantage: Tensor  # [B]
     old_log_probs: Tensor  # [B, R] of the sampling policy
     entropy: Tensor  # [B, R] of the sampling policy
-    # [B] bool: the old log-probs were taken before the update, which fills in those of the other rows
-    old_known: Tensor
+    old_known: Tensor  # [B] bool: old log-probs were taken before the update, which fills in those of other rows
     rows: list[Row]
     first_rows: list[Row]  # the rows as they were sampled at first, before any second chance
     sampled_tokens: int  # tokens of all rows, also of those that a second chance has replaced
@@ -147,8 +145,7 @@ def old_stats(model: PreTrainedModel, rollouts: Rollouts, config: Config, rows: 
 
 
 def known_before(method: Method, config: Config, rollouts: Rollouts, response_advantage: Tensor) -> Tensor:
-    """Returns the rows, [B] bool, whose old log-probs are taken before the first update. If a step has several
-    updates, these are all rows.
+    """Returns the rows, [B] bool, whose old log-probs are taken before the first update: all, if a step has several.
 
     If a step has one update, on one process, the update's own pass gives the old log-probs, because pi has not moved
     yet. Two kinds of rows are exceptions: those that an entropy clip ranks before the update, and those with
@@ -204,6 +201,7 @@ def mini_batch_tokens(run: Run, batch: Batch, rows: Tensor, normalizer: float, p
     so that micro-batches and ranks cannot change it. The tensors have all rows of the batch, but outside `rows` no
     token weighs anything."""
     config, rollouts = run.config, batch.rollouts
+    prefix_advantage, own_advantage = batch.prefix_advantage[:, None], batch.response_advantage[:, None]
     demonstration_tokens = int(rollouts.prefix_mask[rows].sum())
     weight_mask = torch.zeros_like(rollouts.response_mask)
     weight_mask[rows] = weighted_tokens(
@@ -221,9 +219,7 @@ def mini_batch_tokens(run: Run, batch: Batch, rows: Tensor, normalizer: float, p
         response_mask=rollouts.response_mask,
         prefix_mask=rollouts.prefix_mask,
         weight_mask=weight_mask,
-        advantages=torch.where(
-            rollouts.prefix_mask, batch.prefix_advantage[:, None], batch.response_advantage[:, None]
-        ),
+        advantages=torch.where(rollouts.prefix_mask, prefix_advantage, own_advantage),
         rewards=batch.rewards,
         clip_low=config.clip_low,
         clip_high=config.clip_high,
@@ -239,14 +235,15 @@ def mini_batch_tokens(run: Run, batch: Batch, rows: Tensor, normalizer: float, p
 def update(
     run: Run, batch: Batch, tokens: Tokens, temperature: float, optimizer: torch.optim.Optimizer, lr: float
 ) -> dict[str, Any]:
-    """Make one optimizer step on a mini-batch and return loss, gradient norm, sum of entropies, tokens with a weight,
-    and skipped.
+    """Make one optimizer step on a mini-batch, and return its loss, gradient norm and sums for metrics.
 
     The gradient is that of the whole mini-batch, whatever the micro-batches are. Rows without any weight do not pass
     through the model, but Z counts them. If an old log-prob, the loss or the gradient is not finite, the update is
     skipped on every rank.
     """
-    active = (token_weights(run.method, tokens) != 0).any(1) | (~batch.old_known & tokens.weight_mask.any(1))
+    has_weight = (token_weights(run.method, tokens) != 0).any(1)
+    may_have_weight = ~batch.old_known & tokens.weight_mask.any(1)  # it depends on old log-probs that come later
+    active = has_weight | may_have_weight
     if not batch.old_log_probs.isfinite().all():
         return skipped_update(run)
     if not active.any():
@@ -258,8 +255,7 @@ def update(
         late = ~batch.old_known[rows]  # pi is still the policy that sampled these rows, so r = 1
         batch.old_log_probs[rows[late]] = log_probs.detach().cpu()[late]
         batch.entropy[rows[late]] = entropy.cpu()[late]
-        # tokens.old_log_probs is the batch's tensor, which was just filled in
-        part = tokens.at(rows, log_probs, entropy)
+        part = tokens.at(rows, log_probs, entropy)  # its old_log_probs are the batch's, which were just filled in
         weights = token_weights(run.method, part)
         loss = weighted_loss(log_probs, weights, part.response_mask, tokens.normalizer)
         loss.backward()
@@ -320,5 +316,5 @@ def rl_step(run: Run, step: int) -> Step:
         tokens = mini_batch_tokens(run, batch, rows, normalizer, step / config.steps, (step, part))
         updates.append(update(run, batch, tokens, config.temperature, run.optimizer, config.lr))
         mini_batches.append(tokens)
-    collected = collect(run, picked, batch.first_rows, partial(sft_step, run, step=step)) if run.collector else {}
+    collected = collect(run, picked, batch.first_rows, partial(sft_step, run, step=step))
     return Step(batch, mini_batches, updates, (ready - start, time.perf_counter() - ready), picked, collected)

@@ -198,9 +198,7 @@ class Method:
     source: str  # the paper
     rows: str = "on_policy"  # on_policy | hybrid | demonstration | shared_prefix (sample.plan_group)
     policy_weight: Callable[[Tokens], Tensor] = clipped  # w of the policy's own tokens
-    demonstration_weight: Callable[[Tokens], Tensor] = (
-        zero  # w of demonstration tokens, also in batches of them alone
-    )
+    demonstration_weight: Callable[[Tokens], Tensor] = zero  # w of demonstration tokens, also if they are alone
     entropy_clip: str = ""  # which tokens the clip keeps: high | low | random entropy; "" for no clip
     coefficient: float | None = None  # c in its formulas, unless the setting `coefficient` is given
     coefficient_end: float | None = None  # c falls to this along half a cosine over FALL of the run
@@ -223,6 +221,7 @@ def variant(method: Method, **changes: object) -> Method:
 
 RFT = Method("2503.20783 (Dr.GRPO)")
 PREFIX_RFT = Method("2507.01679", "hybrid", clipped, clipped, entropy_clip="high")
+PREFIX_RFT_FROZEN = variant(PREFIX_RFT, demonstration_weight=zero, entropy_clip="")
 SFT = Method("token-mean cross-entropy", "demonstration", demonstration_weight=token_mean, stages=("sft",))
 SFT_THEN_RFT = Method("2504.14945", demonstration_weight=token_mean, stages=("sft", "rl"))
 CHORD = Method("2508.11408", "demonstration", remaining_clipped, baseline="on_policy", scale_by_std=True)
@@ -236,7 +235,7 @@ METHODS: dict[str, Method] = {
     "dft-rft": variant(SFT_THEN_RFT, source="2508.05629", demonstration_weight=probability_mean),
     # ---- Prefix-RFT and its ablations [paper Table 8 and Figure 6]
     "prefix-rft": PREFIX_RFT,
-    "prefix-rft-frozen": variant(PREFIX_RFT, demonstration_weight=zero, entropy_clip=""),
+    "prefix-rft-frozen": PREFIX_RFT_FROZEN,
     "prefix-rft-all": variant(PREFIX_RFT, entropy_clip=""),
     "prefix-rft-static": variant(PREFIX_RFT, demonstration_weight=constant, entropy_clip="", coefficient=0.001),
     "prefix-rft-low": variant(PREFIX_RFT, entropy_clip="low"),
@@ -244,9 +243,8 @@ METHODS: dict[str, Method] = {
     "prefix-rft-uniform": variant(PREFIX_RFT, schedule="uniform"),
     "prefix-rft-constant": variant(PREFIX_RFT, schedule="constant"),
     "rft-entropy-clip": variant(RFT, source="2507.01679", entropy_clip="high"),
-    "dr-po": variant(
-        PREFIX_RFT, rows="shared_prefix", demonstration_weight=zero, entropy_clip="", baseline="group"
-    ),  # all 8 rows start behind one prefix, which is not in the loss
+    # all 8 rows start behind one prefix, which is not in the loss
+    "dr-po": variant(PREFIX_RFT_FROZEN, rows="shared_prefix", baseline="group"),
     # ---- the methods it is compared with, and those that came after
     "rft+sft": Method("2504.14945", "demonstration", unclipped, token_mean, coefficient=0.1, baseline="on_policy"),
     "luffy": Method("2504.14945", "demonstration", unclipped, shaped, coefficient=0.1, baseline="group"),

@@ -246,9 +246,8 @@ def encode(tokenizer: Tokenizer, text: str, what: str = "text") -> list[int]:
         raise InputError(f"{what}: {token}, the model's embedding {rows} rows: remove it or use another model")
     if unknown is None or unknown not in ids:
         return ids
-    for part in text.split(
-        tokenizer.unk_token
-    ):  # unknown tokens, unless the text itself writes that token (it can be bos, eos or pad too)
+    # the text itself may write the unknown token, which can be bos, eos or pad too
+    for part in text.split(tokenizer.unk_token):
         if unknown in ids_of(part):
             good = max(n for n in range(len(part)) if unknown not in ids_of(part[:n]))
             raise InputError(f"{what}: the tokenizer cannot encode {part[good]!r}: remove it or use another model")

@@ -65,9 +65,8 @@ def convert(source: Path, out: Path) -> None:
     tokenizer.eos_token = tokenizer.pad_token = END
     read = AutoModelForCausalLM.from_pretrained(**file, dtype="float32")
     del read.config.quantization_config
-    model = AutoModelForCausalLM.from_config(
-        read.config
-    )  # a model read from GGUF counts as quantised, and transformers refuses to save it
+    # a model read from GGUF counts as quantised, and transformers refuses to save it
+    model = AutoModelForCausalLM.from_config(read.config)
     model.load_state_dict(read.state_dict())
     model.generation_config = read.generation_config
     for config in (model.config, model.generation_config):

@@ -32,14 +32,8 @@ from support.files import make_folder, read_json, read_log, reading, replacing, 
 
 REMEMBERED = "trained_with.json"
 
-FREE = {
-    "resume",
-    "accept_changed",
-    "out",
-    "save_every",
-    "save_dtype",
-    "device",
-}  # settings that may change when a run is resumed
+# settings that may change when a run is resumed
+FREE = {"resume", "accept_changed", "out", "save_every", "save_dtype", "device"}
 # changing these changes at most rounding
 FREE |= {"tensorboard", "recompute", "offload", "rows_per_call", "micro_batch_tokens"}
 # only these are left of a run that was killed before its config.json was whole

@@ -59,7 +59,8 @@ def load_tokenizer(path: str) -> tuple[Tokenizer, GenerationConfig]:
             raise InputError("its tokenizer has no eos_token, so no response could end: set one")
         ends = [tokenizer.eos_token_id, *end_tokens(path, config)]
         limit_ids(tokenizer, config)
-    pad = tokenizer.eos_token_id if tokenizer.pad_token_id is None else tokenizer.pad_token_id
+    pads = tokenizer.pad_token_id, tokenizer.eos_token_id
+    pad = next(pad for pad in pads if pad is not None and pad < tokenizer.embedding_rows)
     return tokenizer, GenerationConfig(eos_token_id=list(dict.fromkeys(ends)), pad_token_id=pad)
 
 

@@ -9,9 +9,11 @@ reader is bounded).
 import contextlib
 import hashlib
 import importlib.util
+import math
 import os
 import re
 import sys
+import traceback
 from collections import deque
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
@@ -156,12 +158,13 @@ def _sha256(*paths: Path) -> str:
     return hashlib.sha256(b"".join(path.read_bytes() for path in paths)).hexdigest()
 
 
-def raised(error: BaseException) -> str:
-    """Returns what a user's code raised, in one line. The text of a ValueError stands alone, without the error's
-    name."""
-    if type(error) is ValueError:
-        return " ".join(str(error).splitlines())
-    return " ".join(f"{type(error).__name__}: {error}".splitlines())
+def raised(error: BaseException, file: str) -> str:
+    """Returns what a user's code in `file` raised, in one line with its place. The text of a ValueError stands alone,
+    without the error's name."""
+    name = "" if type(error) is ValueError else f"{type(error).__name__}: "
+    frames = [f for f in traceback.extract_tb(error.__traceback__) if Path(f.filename).name == Path(file).name]
+    place = f" ({file}:{frames[-1].lineno})" if frames else ""
+    return " ".join(f"{name}{error}".splitlines()) + place
 
 
 @contextlib.contextmanager
@@ -201,7 +204,7 @@ def load_reward(name: str = "math") -> Reward:
         with same_folder():
             spec.loader.exec_module(module)
     except (Exception, SystemExit) as error:
-        raise RewardError(f"reward {name!r}: {path} cannot be run: {raised(error)}") from error
+        raise RewardError(f"reward {name!r}: {path} cannot be run: {raised(error, str(path))}") from error
     own = getattr(module, function, None)
     if not callable(own):
         raise RewardError(f"reward {name!r}: {path} has no function {function}(response, problem)")
@@ -216,20 +219,20 @@ def grade_one(reward: Reward, response: str, problem: Any) -> float:
     number is not in [0, 1].
 
     The reward is rounded to six digits, so that 0.7 + 0.2 + 0.1 is 1 and right, and equal sums are equal in every
-    order.
+    order. Fractions, decimals, numbers of NumPy and tensors without a dimension are numbers too; texts are not.
     """
+    place = f"on problem {problem.id!r}"
     try:
         with same_folder():
             value = reward.function(response, problem)
+        number = float(value) if hasattr(value, "__float__") and not getattr(value, "ndim", 0) else math.nan
     except (Exception, SystemExit) as error:
-        raise RewardError(f"reward {reward.name} failed on problem {problem.id!r}: {raised(error)}") from error
-    if getattr(value, "ndim", None) == 0:  # so it is a number of NumPy or torch
-        value = value.item()
-    if not isinstance(value, int | float) or not 0 <= round(value, 6) <= 1:
-        raise RewardError(
-            f"reward {reward.name} gave {value!r} on problem {problem.id!r}, expected a number from 0 to 1"
-        )
-    return float(round(value, 6))
+        what = raised(error, reward.name.rpartition(":")[0])
+        raise RewardError(f"reward {reward.name} failed {place}: {what}") from error
+    if not 0 <= round(number, 6) <= 1:
+        text = " ".join(repr(value).split())
+        raise RewardError(f"reward {reward.name} gave {text:.80} {place}, expected a number from 0 to 1")
+    return round(number, 6)
 
 
 def grade_all(reward: Reward, responses: Sequence[str], problems: Sequence[Any]) -> list[float]:

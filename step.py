@@ -241,7 +241,9 @@ def update(
     through the model, but Z counts them. If an old log-prob, the loss or the gradient is not finite, the update is
     skipped on every rank.
     """
-    has_weight = (token_weights(run.method, tokens) != 0).any(1)
+    # a weight that is 0 at r = 1 matters from the second update on, so rows are asked a nat around it too
+    moved = [replace(tokens, log_probs=tokens.old_log_probs + nats) for nats in (-1, 0, 1)]
+    has_weight = torch.stack([token_weights(run.method, part) != 0 for part in moved]).any(0).any(1)
     may_have_weight = ~batch.old_known & tokens.weight_mask.any(1)  # it depends on old log-probs that come later
     active = has_weight | may_have_weight
     if not batch.old_log_probs.isfinite().all():

@@ -193,14 +193,15 @@ def train_in(folder: Path, run: Run, start: int, watch: Watch) -> int:
     stopped = catch_signals(alone=distributed.world_size() == 1)
     with console.Progress(folder, total, start, config.tensorboard, watch) as progress:
         for step in range(start, total):
+            done = step
             try:
                 metrics, result = one_step(run, step)
-            except RewardError:  # it fails before any update of this step, so no step is lost
-                if step > start:
-                    checkpoint.save(folder, step, run)
+                done, stop = step + 1, distributed.from_rank_0(stopped)
+                record(folder, run, done, metrics, result, progress)
+            except RewardError:  # it fails before any update of a step, or in validation, so no step is lost
+                if done > start:
+                    checkpoint.save(folder, done, run)
                 raise
-            done, stop = step + 1, distributed.from_rank_0(stopped)
-            record(folder, run, done, metrics, result, progress)
             save = (config.save_every and done % config.save_every == 0 and not run.skipped) or done == total or stop
             lost = save and not distributed.total_norm(list(distributed.trained(run.model).values())).isfinite()
             if run.skipped >= MOST_SKIPPED or lost:
@@ -224,15 +225,16 @@ def record(
     due = done == sft_steps + rl_steps or (config.eval_every and done % config.eval_every == 0)
     samples = example_rows(run, result) if result else []
     groups = [record_group(run, result)] if result and (due or done == sft_steps + 1) else []
-    if due:
-        for level, row in accuracy(run, "validation", 0.0, f"step {done}: validation").items():
+    try:
+        for level, row in (accuracy(run, "validation", 0.0, f"step {done}: validation") if due else {}).items():
             metrics |= {f"eval_{level}": row["accuracy"], f"eval_{level}_low": row["low"]}
             metrics |= {f"eval_{level}_high": row["high"]}
-    if new := progress.watch.look({"step": done, **metrics}):
-        metrics["warnings"] = new
-    for name, rows in {"samples": samples, "groups": groups, "metrics": [metrics]}.items():
-        checkpoint.append_rows(folder / f"{name}.jsonl", [{"step": done, **row} for row in rows])
-    progress.step(done, metrics, samples)
+    finally:  # the step is made, also if the reward fails in its validation
+        if new := progress.watch.look({"step": done, **metrics}):
+            metrics["warnings"] = new
+        for name, rows in {"samples": samples, "groups": groups, "metrics": [metrics]}.items():
+            checkpoint.append_rows(folder / f"{name}.jsonl", [{"step": done, **row} for row in rows])
+        progress.step(done, metrics, samples)
 
 
 def write_result(folder: Path, run: Run, watch: Watch) -> None:

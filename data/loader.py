@@ -25,12 +25,19 @@ from support.files import reading
 
 TODAY = re.compile(r"""strftime_now\(\s*(['"])(.*?)\1\s*\)""")  # the call by which a chat template asks for the date
 LAST_TAG = re.compile(r"<[^<>\s]+>\s*\Z")  # a tag at the end of the prompt: <think> and a line end, <|assistant|>, …
+PANDAS = "python -c \"import pandas; pandas.%s('{0}').to_json('{1}', orient='records', lines=True)\""
 CONVERTED = {  # the first bytes of a file -> its format, and the command that makes JSONL of it
-    b"\x1f\x8b": ("gzip", "gunzip --keep {0}"),
-    b"PAR1": (
-        "Parquet",
-        "python -c \"import pandas; pandas.read_parquet('{0}').to_json('{1}', orient='records', lines=True)\"",
-    ),
+    b"\x1f\x8b": ("gzip", "gunzip < '{0}' > '{1}'"),
+    b"BZh": ("bzip2", "bunzip2 < '{0}' > '{1}'"),
+    b"\xfd7zXZ": ("xz", "unxz < '{0}' > '{1}'"),
+    b"\x28\xb5\x2f\xfd": ("Zstandard", "unzstd < '{0}' > '{1}'"),
+    b"PK": ("zip or Excel", "unzip '{0}', or  " + PANDAS % "read_excel"),
+    b"PAR1": ("Parquet", PANDAS % "read_parquet"),
+    b"ARROW1": ("Arrow", PANDAS % "read_feather"),
+    b"\xff" * 4: ("Arrow", "python -c \"import datasets; datasets.Dataset.from_file('{0}').to_json('{1}')\""),
+    b"\xff\xfe\0\0": ("UTF-32", "iconv -f UTF-32 -t UTF-8 < '{0}' > '{1}'"),
+    b"\xff\xfe": ("UTF-16", "iconv -f UTF-16 -t UTF-8 < '{0}' > '{1}'"),
+    b"\xfe\xff": ("UTF-16", "iconv -f UTF-16 -t UTF-8 < '{0}' > '{1}'"),
 }
 DATE = datetime.datetime(2024, 7, 26)  # every template gets this date, which is Llama 3's own default
 
@@ -111,7 +118,7 @@ def _read_row(row: object, where: str, default_id: str, reward: Reward) -> Probl
     try:
         reward.check(problem)
     except (Exception, SystemExit) as error:  # a user's own check can raise anything
-        raise InputError(f"{where}: {raised(error)}") from error
+        raise InputError(f"{where}: {raised(error, reward.name.rpartition(':')[0])}") from error
     return problem
 
 
@@ -151,8 +158,8 @@ def read_rows(path: str | Path) -> dict[int, Any]:
     except UnicodeDecodeError as error:
         for begin, (form, fix) in CONVERTED.items():
             if error.object.startswith(begin):
-                line = fix.format(path, path.with_suffix(".jsonl"))
-                raise InputError(f"{path} is a {form} file, expected JSONL: convert it with  {line}") from error
+                line = fix.format(path, path.with_suffix(".converted.jsonl"))
+                raise InputError(f"{path} is {form}, expected JSONL: convert it with  {line}") from error
         raise InputError(f"{path}: not UTF-8 text ({error.reason} at byte {error.start})") from error
     lines = enumerate(text.split("\n"), 1)  # splitlines() would also split at U+2028, which JSON allows
     return {number: _parse(line, f"{path}:{number}") for number, line in lines if line.strip()}
@@ -226,8 +233,8 @@ def render_prompt(tokenizer: Tokenizer, problem: str, system: str = "") -> str:
         raise InputError(f"the model's chat template refuses {roles} (it says: {message})") from error
     for message in messages:
         if "".join(message["content"].split()) not in "".join(prompt.split()):
-            role, fix = message["role"], "remove the field system" if system else "give it one that takes text"
-            raise InputError(f"the model's chat template leaves the {role} message out of the prompt: {fix}")
+            fix = {"system": "remove the field system", "user": "give it one that takes text"}[message["role"]]
+            raise InputError(f"the model's chat template leaves out or changes the {message['role']} message: {fix}")
     return prompt
 
 

@@ -14,6 +14,7 @@ from typing import Any
 from data.loader import Encoded, Problem, check_rows, read_rows
 from evaluation.multiple_choice import check_options
 from reward import MATH, Reward
+from support.config import TASK, in_project
 from support.errors import InputError
 
 PAPER = {  # the paper's benchmarks and its samples per problem [paper 4.1]
@@ -27,8 +28,8 @@ PAPER = {  # the paper's benchmarks and its samples per problem [paper 4.1]
     "gpqa_diamond": 1,
     "mmlu_pro": 1,
 }
-FILES = {name: Path(f"data/benchmarks/{name}.jsonl") for name in (*PAPER, "gsm8k_test")}
-FILES["embedded"] = Path("data/recipes/test.jsonl")
+FILES = {name: Path(in_project(f"data/benchmarks/{name}.jsonl")) for name in (*PAPER, "gsm8k_test")}
+FILES["embedded"] = Path(f"{TASK}/test.jsonl")
 
 
 @dataclass

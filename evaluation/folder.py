@@ -117,6 +117,8 @@ def choose_folder(args: argparse.Namespace, settings: dict[str, Any]) -> tuple[P
         args.out = next(f for i in itertools.count(1) if not (f := Path("evals") / f"{name}-{i:03d}").exists())
     if stored := stored_settings(args.out):
         changed = [k for k in settings if k not in (*FREE, "date") and settings[k] != stored.get(k)]
+        if changed == ["grader"] and not (args.out / "generations.jsonl").exists():  # so nothing is graded yet
+            return args.out, settings
         if changed == ["grader"]:
             raise InputError(f"{args.out} was graded by another version: first run  eval.py --regrade {args.out}")
         if changed:

@@ -9,6 +9,7 @@ import argparse
 import dataclasses
 import difflib
 import math
+import os
 from collections.abc import Callable, Collection
 from dataclasses import dataclass
 from pathlib import Path
@@ -23,11 +24,13 @@ PROJECT = Path(__file__).parents[1]
 
 
 def in_project(path: str) -> str:
-    """Returns the path of one of the project's files, as seen from the current folder."""
-    return path if Path(path).exists() else str(PROJECT / path)
+    """Returns the path; or, if the project has such a file and the current folder has none, the path in the
+    project."""
+    return path if os.path.exists(path) or not os.path.exists(PROJECT / path) else str(PROJECT / path)
 
 
 TASK = in_project("data/recipes")  # the embedded task
+PATHS = ("model", "data", "eval_data", "test_data", "sft_data")  # settings whose value in a file can be the project's
 MOST = 10**9  # upper limit of whole numbers that have no limit of their own; more steps, rows or tokens are a mistake
 
 
@@ -166,15 +169,6 @@ def check_range(name: str, value: float, low: float, high: float = math.inf) -> 
         raise InputError(f"{name} is {value!r:.80}, expected {bounds}")
 
 
-def check_options(args: argparse.Namespace, **least: int) -> None:
-    """Raises InputError if an option is below its least value, or the temperature is not 0 (greedy) or 0.01 to 10."""
-    for name, low in least.items():
-        if (value := getattr(args, name)) is not None:
-            check_range(name, value, low)
-    if args.temperature:
-        check_range("temperature", args.temperature, 0.01, 10)
-
-
 def check_together(config: Config) -> Config:
     """Raises InputError for settings that contradict each other."""
     method = METHODS[config.method]
@@ -210,6 +204,11 @@ def check_together(config: Config) -> Config:
     if config.resume and not config.out:
         raise InputError("resume needs the run's folder: give --out")
     return config
+
+
+def given_settings(argv: list[str]) -> list[str]:
+    """Returns the names of the settings on a command line that `parse_config` has read."""
+    return [word[2:].partition("=")[0] for word in argv if word.startswith("--")]
 
 
 def from_dict(values: dict[str, Any]) -> Config:
@@ -276,6 +275,8 @@ def parse_config(argv: list[str]) -> Config:
         raise InputError(f"found {rest[0]!r:.80}{suggest(rest[0], names)}")
     values = vars(options)
     if "config" in values:
-        values = read_json(Path(values.pop("config"))) | values
+        file = read_json(Path(values.pop("config")))
+        file |= {name: in_project(file[name]) for name in PATHS if isinstance(file.get(name), str)}
+        values = file | values
     values.pop("made_of", None)  # a run's config.json has this key
     return from_dict(values)

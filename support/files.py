@@ -38,9 +38,8 @@ def replacing(path: Path) -> Iterator[Path]:
         try:
             yield partial
             os.replace(partial, path)
-        except OSError:
+        finally:
             partial.unlink(missing_ok=True)
-            raise
 
 
 def write_jsonl(path: Path, rows: Iterable[dict[str, Any]]) -> None:

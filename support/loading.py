@@ -64,18 +64,22 @@ def load_config(path: str) -> PreTrainedConfig:
     if not sys.stderr.isatty():
         logging.disable_progress_bar()
     hub_logging.set_verbosity_error()  # without a network the hub would log every retry before our one line
-    if not Path(path).exists() and path.count("/") != 1:
+    folder, final = Path(path), Path(path) / "final"
+    if not folder.exists() and (path.count("/") != 1 or path.startswith("data/")):
         raise InputError(f"model {path!r} is neither a folder that exists nor a hub name (ORGANISATION/NAME)")
-    final = Path(path) / "final"
-    if final.is_dir() and not any(Path(path).glob("*.safetensors")):
+    if final.is_dir() and not any(folder.glob("*.safetensors")):
         raise InputError(f"model {path!r} is a run's folder, its model is in {final}: give --model {final}")
-    if (Path(path) / "adapter_config.json").exists() and not (Path(path) / "config.json").exists():
+    if (folder / "adapter_config.json").exists() and not (folder / "config.json").exists():
         raise InputError(f"model {path!r} is an adapter (LoRA): merge it into its model, and give that folder")
+    if folder.is_dir() and not (folder / "config.json").exists():
+        fix = "if the hub's model is meant, rename this folder"
+        raise InputError(f"model {path!r} is a folder here, but holds no model (no config.json): {fix}")
     with one_line(path):
         config = AutoConfig.from_pretrained(path, trust_remote_code=False)
-        if quantised := getattr(config, "quantization_config", None):
-            kind = dict(quantised).get("quant_method", "its quantization_config")
-            raise InputError(f"its weights are quantised ({kind}): give the model that it was made from")
+        for field in ("quantization_config", "quantization", "compression_config"):
+            if quantised := getattr(config, field, None):
+                kind = dict(quantised).get("quant_method", field)
+                raise InputError(f"its weights are quantised ({kind}): give the model that it was made from")
         if config.is_encoder_decoder:
             raise InputError("it is an encoder-decoder model: give a causal one")
         return config
@@ -131,9 +135,10 @@ def end_tokens(path: str, config: PreTrainedConfig) -> list[int]:
         ends = GenerationConfig.from_model_config(config).eos_token_id
     listed = [] if ends is None else ends if isinstance(ends, list) else [ends]
     size = config.get_text_config().vocab_size
-    if ends == [] or any(type(end) is not int or not 0 <= end < size for end in listed):
+    usable = [end for end in listed if type(end) is int and end < size]  # a larger one is never sampled
+    if any(type(end) is not int or end < 0 for end in listed) or (ends is not None and not usable):
         raise InputError(f"its eos_token_id is {ends!r:.80}, expected a token from 0 to {size - 1} or a list of them")
-    return listed
+    return usable
 
 
 def limit_ids(tokenizer: PreTrainedTokenizerBase, config: PreTrainedConfig) -> None:
@@ -142,10 +147,9 @@ def limit_ids(tokenizer: PreTrainedTokenizerBase, config: PreTrainedConfig) -> N
     Some tokenizers have more tokens than that; loader.encode refuses such a token only where it is used.
     """
     tokenizer.embedding_rows = config.get_text_config().vocab_size
-    used = max(tokenizer.eos_token_id, tokenizer.pad_token_id or 0)
-    if used >= tokenizer.embedding_rows:
-        rows = f"its embedding {tokenizer.embedding_rows} rows"
-        raise InputError(f"its end or padding token has the id {used}, {rows}: set another one")
+    end, rows = tokenizer.eos_token_id, tokenizer.embedding_rows
+    if end >= rows:
+        raise InputError(f"its end token has the id {end}, its embedding {rows} rows: set another one")
 
 
 def switch_off_noise(config: PreTrainedConfig) -> PreTrainedConfig:

@@ -3,8 +3,9 @@
 transformers 5 has moved fields of config.json (`rope_theta` into `rope_parameters`). Version 4 takes its default for
 a missing field, without a warning: RoPE's base 1e6 becomes 1e4. Training changes neither config nor tokenizer, so
 the base model's own fields are written beside the new ones, and its tokenizer files are copied.
-A base model that version 5 has written has no old fields. Its old RoPE fields are then made from the new ones.
-Left out are other fields that such a base may lack (`num_experts`), and RoPE of two kinds except Gemma 3's.
+A base model that version 5 has written has no old fields. They are then made from the new ones: RoPE's and, of
+Qwen3-MoE, the number of experts. No other field is missing, in any model that both versions know
+[tests/transformers_4.py]. If the old fields cannot say what the new ones do, a warning says so.
 """
 
 import json
@@ -15,9 +16,16 @@ from typing import Any
 
 import torch
 from safetensors.torch import load_file
-from transformers import PreTrainedConfig
-from transformers.utils import cached_file
+from transformers import AutoConfig, PreTrainedConfig
+from transformers.utils import cached_file, logging
 
+MOVED = ("rope_theta", "partial_rotary_factor")  # from the config to its rope_parameters
+OLD_NAMES = {  # a part of the model's type -> fields that transformers 4 calls otherwise
+    "gemma3": {"local_rope_theta": "rope_local_base_freq"},  # local: of sliding attention
+    "gpt_neox": {"rope_theta": "rotary_emb_base", "partial_rotary_factor": "rotary_pct"},
+    "modernbert": {"rope_theta": "global_rope_theta", "local_rope_theta": "local_rope_theta"},
+    "qwen3_moe": {"num_local_experts": "num_experts"},
+}
 TOKENIZER_FILES = (
     "tokenizer*",
     "vocab*",
@@ -41,6 +49,8 @@ def make_readable(folder: Path, base: str = "", dtype: torch.dtype = torch.float
             shutil.copyfile(file, folder / file.name)
     stored = {"dtype": str(dtype).removeprefix("torch.")}
     rewrite(folder / "config.json", lambda config: with_old_fields(config | stored, original))
+    if not says_the_same(PreTrainedConfig.get_config_dict(folder)[0]):
+        logging.get_logger("transformers").warning(f"{base}: once saved, transformers 4 reads its RoPE otherwise")
     rewrite(folder / "tokenizer_config.json", as_old_tokenizer)
     # safetensors files can be read by their owner alone; give them config.json's permissions
     for weights in folder.glob("*.safetensors"):
@@ -76,7 +86,7 @@ def with_old_fields(config: dict[str, Any], original: dict[str, Any]) -> dict[st
     config."""
     if original.get("model_type") != config.get("model_type"):  # then only the text part of the base was loaded
         original = original.get("text_config", {})
-    complete = old_rope(config) | original | config
+    complete = old_fields(config) | original | config
     for name, part in config.items():
         if isinstance(part, dict) and "model_type" in part:  # such a part is text_config or vision_config
             complete[name] = with_old_fields(part, original.get(name, {}))
@@ -85,20 +95,32 @@ def with_old_fields(config: dict[str, Any], original: dict[str, Any]) -> dict[st
     return complete
 
 
-def old_rope(config: dict[str, Any]) -> dict[str, Any]:
-    """Returns the content of `rope_parameters` as the fields that transformers 4 reads."""
+def old_fields(config: dict[str, Any]) -> dict[str, Any]:
+    """Returns what transformers 5 has moved or renamed as the fields that transformers 4 reads."""
+    names = next((names for kind, names in OLD_NAMES.items() if kind in config["model_type"]), {})
     new = config.get("rope_parameters") or {}
-    old = {}
-    if new and "gemma3" in config["model_type"]:  # Gemma 3 has one RoPE for each kind of layer
-        old["rope_local_base_freq"] = new["sliding_attention"]["rope_theta"]
-        new = new["full_attention"]
-    scaling = dict(new)
-    for name in ("rope_theta", "partial_rotary_factor"):
-        if name in new:
-            old[name] = scaling.pop(name)
-    if scaling.get("rope_type", "default") != "default":
+    local, new = new.get("sliding_attention") or {}, new.get("full_attention", new) or {}
+    fields = config | new | {"local_rope_theta": local.get("rope_theta")}
+    old = {names.get(name, name): fields[name] for name in (*MOVED, *names) if fields.get(name) is not None}
+    scaling = {name: value for name, value in new.items() if name not in MOVED}
+    if "long_factor" in scaling:
+        old["original_max_position_embeddings"] = scaling.get("original_max_position_embeddings")
+        if config["model_type"] == "phi3":  # it refuses other fields
+            scaling = {"type": "longrope"} | {name: scaling[name] for name in ("short_factor", "long_factor")}
+    if scaling.get("rope_type", scaling.get("type", "default")) != "default":
         old["rope_scaling"] = scaling
     return old
+
+
+def says_the_same(config: dict[str, Any]) -> bool:
+    """Returns whether the old fields alone describe the RoPE of the new ones. transformers 5 reads them as 4 does."""
+    old = dict(config.get("text_config", config))
+    new = old.pop("rope_parameters", None)
+    try:
+        read = new and AutoConfig.for_model(**old).rope_parameters | {"type": ""}
+    except Exception:  # an unusual config can raise anything
+        return False
+    return not new or read == new | {"type": ""}  # type is an older name of rope_type
 
 
 def as_old_tokenizer(config: dict[str, Any]) -> dict[str, Any]:

@@ -83,7 +83,7 @@ def rl_metrics(run: Any, step: Any) -> dict[str, Any]:
         "copied": average([row.reward == 1 and is_copied(row.text, problem_of(row)) for row in sampled]),
         "unsolved": len(unsolved_groups(first_rows, run.config.gate if run.method.unsolved else 0)) / len(groups),
         "sampled_tokens": batch.sampled_tokens,
-        "trained_tokens": weighted,
+        "trained_tokens": max(weighted, with_weight),
         "equal_reward_groups": fmean(float(r.min() == r.max()) for r in groups),
         **step.collected,
         "tokens_per_second": int(rollouts.response_mask.sum()) / sum(step.seconds),

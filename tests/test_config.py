@@ -6,7 +6,7 @@ import math
 
 import pytest
 
-from support.config import Config, from_dict, new_parser, parse_config
+from support.config import PROJECT, Config, from_dict, new_parser, parse_config
 
 FIELDS = dataclasses.fields(Config)
 OPTIONAL = [f for f in FIELDS if f.type == float | None]
@@ -49,6 +49,16 @@ def test_every_default_is_allowed_and_read_back_from_text(field):
     if field.name not in ("resume",):
         text = "" if field.default is None else str(field.default)
         assert parse_config([f"--{field.name}", text]) == Config()
+
+
+def test_a_file_names_files_of_the_project_from_any_folder(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    files = {"data": "data/recipes/train.jsonl", "model": "a/hub-name", "eval_data": "own.jsonl"}
+    (tmp_path / "own.jsonl").touch()
+    (tmp_path / "c.json").write_text(json.dumps(files))
+    config = parse_config(["--config", "c.json"])
+    assert config.data == str(PROJECT / files["data"])
+    assert (config.model, config.eval_data) == ("a/hub-name", "own.jsonl")
 
 
 @pytest.mark.parametrize("mark", [b"", b"\xef\xbb\xbf"])  # Windows editors begin a file with this character

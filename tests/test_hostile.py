@@ -6,8 +6,11 @@ made by damaging a good file, and the property-based tests draw them. The comman
 (conftest.refused).
 """
 
+import bz2
 import contextlib
+import gzip
 import json
+import lzma
 import shutil
 from pathlib import Path
 
@@ -80,8 +83,8 @@ def test_a_bad_line_of_a_data_file(tmp_path, refused, case):
     line, message = LINES[case]
     path = tmp_path / "data.jsonl"
     path.write_text(f"{json.dumps(GOOD)}\n{line}\n", encoding="utf-8", errors="surrogatepass")
-    output = refused("train.py", "--data", path, "--out", tmp_path / "run")
-    assert f"{path}:2: " in output and message in output
+    said = refused("train.py", "--data", path, "--out", tmp_path / "run")
+    assert f"{path}:2: " in said and message in said
 
 
 FILES = {
@@ -89,10 +92,16 @@ FILES = {
     "empty": (b"", "no problems in it"),
     "blank lines": (b"\n \n\t\n", "no problems in it"),
     "binary": (bytes(range(256)), "not UTF-8 text"),
-    "UTF-16": (json.dumps(GOOD).encode("utf-16"), "not UTF-8 text"),
+    "UTF-16": (json.dumps(GOOD).encode("utf-16"), "is UTF-16, expected JSONL: convert it with  iconv -f UTF-16"),
+    "UTF-32": (json.dumps(GOOD).encode("utf-32"), "is UTF-32, expected JSONL: convert it with  iconv -f UTF-32"),
     "Latin-1": (b'{"problem": "caf\xe9?", "answer": "1"}', "not UTF-8 text"),
-    "gzip": (b"\x1f\x8b\x08\x00", "is a gzip file, expected JSONL: convert it with  gunzip --keep"),
-    "Parquet": (b"PAR1\x15\x04\x15\x80", "is a Parquet file, expected JSONL: convert it with  python -c"),
+    "gzip": (gzip.compress(b"{}"), "is gzip, expected JSONL: convert it with  gunzip < '"),
+    "bzip2": (bz2.compress(b"{}"), "is bzip2, expected JSONL: convert it with  bunzip2 < '"),
+    "xz": (lzma.compress(b"{}"), "is xz, expected JSONL: convert it with  unxz < '"),
+    "Excel": (b"PK\x03\x04\x14\x00\x00\x00\x08\x00\xa8", "is zip or Excel, expected JSONL: convert it with  unzip '"),
+    "Parquet": (b"PAR1\x15\x04\x15\x80", "is Parquet, expected JSONL: convert it with  python -c"),
+    "Arrow": (b"ARROW1\0\0\xff\xff", "is Arrow, expected JSONL: convert it with  python -c"),
+    "Arrow stream": (b"\xff\xff\xff\xff\x10", "is Arrow, expected JSONL: convert it with  python -c"),
     "an array": (json.dumps([GOOD], indent=1).encode(), ":1: not valid JSON"),
     "csv": (b"problem,answer\n1+1,2\n", ":1: not valid JSON"),
     "a folder": ("folder", "is a folder: give a JSONL file"),
@@ -108,8 +117,8 @@ def test_a_bad_data_file(tmp_path, refused, case, option):
         path.mkdir()
     elif content is not None:
         path.write_bytes(content)
-    output = refused("train.py", f"--{option}", path, "--method", "sft", "--out", tmp_path / "run")
-    assert str(path) in output and message in output
+    said = refused("train.py", f"--{option}", path, "--method", "sft", "--out", tmp_path / "run")
+    assert str(path) in said and message in said
 
 
 JSON = st.recursive(
@@ -187,8 +196,8 @@ NUMBERS = [field.name for field in Config.__dataclass_fields__.values() if field
 
 @pytest.mark.parametrize("name", NUMBERS)
 def test_a_bad_number_on_the_command_line(tmp_path, refused, name):
-    output = refused("train.py", f"--{name}", "1e999x", "--out", tmp_path / "run")
-    assert f"{name} is '1e999x'" in output
+    said = refused("train.py", f"--{name}", "1e999x", "--out", tmp_path / "run")
+    assert f"{name} is '1e999x'" in said
 
 
 LINES_OF_COMMANDS = {
@@ -327,13 +336,13 @@ def test_a_folder_that_cannot_be_made_is_one_line_with_the_fix(refused, command,
     words = ["--model", "data/base", "--out", out]
     words += ["--resume", "auto"] if command == "train.py" else ["--benchmarks", "embedded", "--temperature", "0"]
     words += ["--max_response_tokens", "40"]
-    output = refused(command, *words)
-    assert out in output and ("give another --out" in output or "choose another" in output) and "Errno" not in output
+    said = refused(command, *words)
+    assert out in said and ("give another --out" in said or "choose another" in said) and "Errno" not in said
 
 
 @pytest.mark.parametrize("command", ["sample.py", "eval.py", "plan.py"])
 @pytest.mark.parametrize(
-    "words, output",
+    "words, said",
     [
         ("--samples 0", "samples is 0, expected at least 1"),
         ("--samples 10000000000000000000", "samples is 10000000000000000000, expected 1 to 1000000000"),
@@ -343,11 +352,11 @@ def test_a_folder_that_cannot_be_made_is_one_line_with_the_fix(refused, command,
         ("--max_response_tokens 512", "(512) exceed the model's 512 positions: lower max_response_tokens to "),
     ],
 )
-def test_a_number_that_cannot_be_is_named(refused, command, words, output):
+def test_a_number_that_cannot_be_is_named(refused, command, words, said):
     if command == "plan.py" and "--samples" in words:
         pytest.skip("plan.py samples nothing")
     rest = {"sample.py": ["1;A+2?"], "eval.py": ["--benchmarks", "embedded"], "plan.py": []}[command]
-    assert output in refused(command, "--model", "data/base", *words.split(), *rest)
+    assert said in refused(command, "--model", "data/base", *words.split(), *rest)
 
 
 WORD = st.sampled_from([f"--{name}" for name in Config.__dataclass_fields__]) | st.text()

@@ -1,9 +1,9 @@
 """These tests give data/loader.py and benchmarks.py what other editors, languages and programs write into JSONL
 files."""
 
+import gzip
 import json
 import re
-import shlex
 import subprocess
 import sys
 from pathlib import Path
@@ -17,7 +17,7 @@ ROW = {"problem": "1+1?", "answer": "2"}
 
 
 @pytest.mark.parametrize(
-    "line, message",
+    "line, said",
     [
         (json.dumps(ROW | {"problem": "a\ud800"}), r"problem has '\\ud800' at character 1, half of a pair"),
         (json.dumps(ROW | {"demonstrations": ["x", "\udc00"]}), r"demonstrations has '\\udc00' at character 0"),
@@ -35,10 +35,10 @@ ROW = {"problem": "1+1?", "answer": "2"}
     ],
     ids=range(10),
 )
-def test_a_bad_line_is_named(line, message, tmp_path):
+def test_a_bad_line_is_named(line, said, tmp_path):
     path = tmp_path / "bad.jsonl"
     path.write_text(f"{json.dumps(ROW | {'level': 'a'})}\n\n{line}\n")
-    with pytest.raises(ValueError, match=f"^{re.escape(str(path))}:3: {message}") as caught:
+    with pytest.raises(ValueError, match=f"^{re.escape(str(path))}:3: {said}") as caught:
         load_problems(path)
     assert "\n" not in str(caught.value) and len(str(caught.value)) < len(str(path)) + 150
 
@@ -51,7 +51,7 @@ def test_text_of_any_language_and_a_byte_order_mark_are_read(tmp_path):
 
 
 @pytest.mark.parametrize(
-    "path, message",
+    "path, said",
     [
         ("data/train/gsm8k.jsonl", "gsm8k is not here yet: run  python data/prepare.py gsm8k"),
         ("data/benchmarks/aime24.jsonl", "run  python data/prepare.py aime24"),
@@ -60,8 +60,8 @@ def test_text_of_any_language_and_a_byte_order_mark_are_read(tmp_path):
         ("/dev/null", "data file '/dev/null' is not a regular file: give a JSONL file"),
     ],
 )
-def test_a_missing_file_is_one_line_with_the_fix(path, message, tmp_path):
-    with pytest.raises(ValueError, match=re.escape(message)):
+def test_a_missing_file_is_one_line_with_the_fix(path, said, tmp_path):
+    with pytest.raises(ValueError, match=re.escape(said)):
         load_problems(tmp_path / path)
 
 
@@ -72,7 +72,7 @@ def test_no_name_of_a_file_is_not_called_a_folder():
 
 
 @pytest.mark.parametrize(
-    "options, answer, message",
+    "options, answer, said",
     [
         ([1, 2], "A", "options is [1, 2], expected a list of 2 to 26 non-empty strings"),
         ("abc", "A", "options is 'abc', expected a list"),
@@ -85,10 +85,10 @@ def test_no_name_of_a_file_is_not_called_a_folder():
         (["x", "y"], "AB", "answer is 'AB', expected the letter"),
     ],
 )
-def test_options_that_cannot_be_graded_are_refused(options, answer, message, tmp_path):
+def test_options_that_cannot_be_graded_are_refused(options, answer, said, tmp_path):
     path = tmp_path / "mine.jsonl"
     path.write_text("\n" + json.dumps({"problem": "?", "answer": answer, "options": options}))
-    with pytest.raises(ValueError, match="^" + re.escape(f"{path}:2: {message}")):
+    with pytest.raises(ValueError, match="^" + re.escape(f"{path}:2: {said}")):
         choose_benchmarks("", path)
 
 
@@ -101,15 +101,15 @@ def test_options_belong_to_their_line_whatever_stands_between(tmp_path):
     path: Path = tmp_path / "mine.jsonl"
     path.write_text("\n\n".join(json.dumps(row, ensure_ascii=False) for row in rows), encoding="utf-8-sig")
     (tmp_path / "mine.left_out.jsonl").write_text(json.dumps(rows[0], ensure_ascii=False) + "\n", encoding="utf-8")
-    (result,) = choose_benchmarks("", path)
-    assert result.options == {"mine-3": rows[1]["options"]} and len(result.problems) == 3 and result.left_out == 1
+    (found,) = choose_benchmarks("", path)
+    assert found.options == {"mine-3": rows[1]["options"]} and len(found.problems) == 3 and found.left_out == 1
 
 
 THINKING = "{% for m in messages %}<|{{ m['role'] }}|>{{ m['content'] }}{% endfor %}<|assistant|><think>{{ '\n' }}"
 
 
 @pytest.mark.parametrize(
-    "text, left, message",
+    "text, left, said",
     [
         ("<think>\n1+1\\boxed{2}", "1+1\\boxed{2}", "lost the <think> that their prompt ends with"),
         ("<think>1+1\\boxed{2}", "<think>1+1\\boxed{2}", "WARNING: repeat the <think> that their prompt ends with"),
@@ -118,14 +118,14 @@ THINKING = "{% for m in messages %}<|{{ m['role'] }}|>{{ m['content'] }}{% endfo
         ("$\\boxed{2}$.", "$\\boxed{2}$.", None),
     ],
 )
-def test_the_seam_between_prompt_and_demonstration(tokenizer, monkeypatch, text, left, message):
+def test_the_seam_between_prompt_and_demonstration(tokenizer, monkeypatch, text, left, said):
     """A tag at the end of the prompt is not taught a second time. Other doubles, and text after the box, are
     counted."""
     monkeypatch.setattr(tokenizer, "chat_template", THINKING)
     (encoded,), left_out, noted = encode_problems(tokenizer, [Problem("p", "1+1", "2", (text,))], 99, [2])
     assert tokenizer.decode(encoded.prompt_ids).endswith("<|assistant|><think>\n")
     assert tokenizer.decode(encoded.demonstrations[0]) == left
-    assert not left_out and noted == ({message: 1} if message else {})
+    assert not left_out and noted == ({said: 1} if said else {})
 
 
 def test_a_demonstration_fits_its_budget_with_its_end_token(tokenizer):
@@ -155,17 +155,23 @@ def test_null_is_an_absent_field(tmp_path, absent):
     assert odd_rows(path) == []
 
 
-def test_the_line_that_converts_parquet_makes_rows_that_load(tmp_path):
-    pandas = pytest.importorskip("pandas")
-    pytest.importorskip("pyarrow")
-    path = tmp_path / "it is.parquet"
+@pytest.mark.skipif(sys.platform == "win32", reason="the lines are for a shell of POSIX")
+@pytest.mark.parametrize("form", ["Parquet", "Arrow", "gzip", "UTF-16"])
+def test_the_line_that_converts_a_file_makes_rows_that_load(tmp_path, form):
+    path = tmp_path / "it is.data"
     rows = [{"problem": "1+1", "answer": "2", "demonstrations": ["\\boxed{2}"]}, {"problem": "2+2", "answer": "4"}]
-    pandas.DataFrame(rows).to_parquet(path)
-    with pytest.raises(ValueError, match="is a Parquet file") as error:
+    text = "".join(json.dumps(row) + "\n" for row in rows)
+    if form in ("gzip", "UTF-16"):
+        path.write_bytes(gzip.compress(text.encode()) if form == "gzip" else text.encode("utf-16"))
+    else:
+        pytest.importorskip("pyarrow")
+        table = pytest.importorskip("pandas").DataFrame(rows)
+        table.to_parquet(path) if form == "Parquet" else table.to_feather(path)
+    with pytest.raises(ValueError, match=f" is {form}, expected JSONL") as error:
         load_problems(path)
     line = str(error.value).split("convert it with  ")[1]
-    subprocess.run(shlex.split(line.replace("python", sys.executable, 1)), check=True)
-    first, second = load_problems(path.with_suffix(".jsonl"))
+    subprocess.run(["sh", "-c", line.replace("python", sys.executable, 1)], check=True)
+    first, second = load_problems(path.with_suffix(".converted.jsonl"))
     assert first.demonstrations == ("\\boxed{2}",) and second.demonstrations == ()
 
 

@@ -8,7 +8,7 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 from tiny import contents, random_model
-from transformers import AutoTokenizer, GPT2Config, GPT2LMHeadModel
+from transformers import AutoTokenizer, GenerationConfig, GPT2Config, GPT2LMHeadModel
 from transformers.models.llama.modeling_llama import LlamaRMSNorm
 
 import model as models
@@ -40,11 +40,11 @@ def direct(model, ids, mask, R, temperature):
     return log_probs, entropy
 
 
-def assert_rounded(result: torch.Tensor, exact: torch.Tensor) -> None:
+def assert_rounded(found: torch.Tensor, exact: torch.Tensor) -> None:
     """Checks that `found`, in fp32, is the float64 `exact` up to rounding. That is 2**9 units in the last place of
     its largest entry, for some 20 sums of 32 to 103 terms one after the other (measured: up to 60)."""
     close = 2**9 * torch.finfo(torch.float32).eps * float(exact.abs().max())
-    torch.testing.assert_close(result, exact.float(), rtol=0, atol=close)
+    torch.testing.assert_close(found, exact.float(), rtol=0, atol=close)
 
 
 @pytest.mark.parametrize("temperature", [1.0, 0.7])
@@ -290,7 +290,13 @@ def test_a_token_without_a_row_is_refused_only_where_it_is_used(tmp_path, tokeni
         encode(longer, "1<image>", "problem 'p'")
     longer.pad_token = "<image>"
     longer.save_pretrained(tmp_path / "m")
-    with pytest.raises(ValueError, match="its end or padding token has the id 101, its embedding 101 rows"):
+    GenerationConfig(eos_token_id=[101, 6]).save_pretrained(tmp_path / "m")
+    model, _ = load_model(str(tmp_path / "m"), check=check_model)
+    assert model.generation_config.eos_token_id == [2, 6]  # token 101 is never sampled
+    assert model.generation_config.pad_token_id == 2
+    longer.eos_token = "<image>"
+    longer.save_pretrained(tmp_path / "m")
+    with pytest.raises(ValueError, match="its end token has the id 101, its embedding 101 rows"):
         load_model(str(tmp_path / "m"))
 
 
@@ -302,6 +308,8 @@ def test_a_token_without_a_row_is_refused_only_where_it_is_used(tmp_path, tokeni
             r"its weights are quantised \(bitsandbytes\): give the model that it was made from$",
         ),
         ({"quantization_config": {"quant_method": "gptq", "bits": 4}}, r"quantised \(gptq\)"),
+        ({"quantization": {"group_size": 64, "bits": 4}}, r"quantised \(quantization\)"),  # MLX
+        ({"compression_config": {"quant_method": "sparseml"}}, r"quantised \(sparseml\)"),
         ({"model_type": "t5"}, "it is an encoder-decoder model: give a causal one$"),
     ],
 )
@@ -318,8 +326,14 @@ def test_a_folder_of_an_organisations_name_does_not_hide_the_hub(tmp_path, monke
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr(loading.AutoConfig, "from_pretrained", lambda path, **_: GPT2Config(name_or_path=path))
     assert load_config("Qwen/Qwen2.5-0.5B").name_or_path == "Qwen/Qwen2.5-0.5B"
-    with pytest.raises(ValueError, match="neither a folder that exists nor a hub name"):
-        load_config("no/such/folder")
+    for name in ("no/such/folder", "data/base"):  # the hub has no such models
+        with pytest.raises(ValueError, match="neither a folder that exists nor a hub name"):
+            load_config(name)
+    (tmp_path / "Qwen" / "Qwen2.5-0.5B").mkdir()
+    with pytest.raises(
+        ValueError, match=r"is a folder here, but holds no model .*: if the hub's model is meant, rename"
+    ):
+        load_config("Qwen/Qwen2.5-0.5B")
 
 
 def test_an_adapter_is_called_one(tmp_path):
@@ -342,11 +356,11 @@ def test_norms_are_fused_where_that_changes_nothing():
     """This is as on CUDA. Every norm of a Llama is fused, but not one that computes something else, takes other
     arguments or has no weight."""
     model, ids = random_model(), torch.arange(3, 13)[None]
-    arguments = ids, torch.ones_like(ids), 6, 1.0
+    given = ids, torch.ones_like(ids), 6, 1.0
 
     def log_probs_and_gradient() -> tuple[torch.Tensor, torch.Tensor]:
         model.zero_grad()
-        log_probs, _ = token_stats(model, *arguments)
+        log_probs, _ = token_stats(model, *given)
         log_probs.sum().backward()
         return log_probs.detach(), model.model.norm.weight.grad
 
@@ -354,8 +368,8 @@ def test_norms_are_fused_where_that_changes_nothing():
     fuse_norms(model)
     fused = [name for name, module in model.named_modules() if "forward" in vars(module)]
     assert len(fused) == 2 * model.config.num_hidden_layers + 1 and all("norm" in name for name in fused)
-    for result, expected in zip(log_probs_and_gradient(), want):
-        assert torch.allclose(result, expected, atol=1e-5)
+    for found, expected in zip(log_probs_and_gradient(), want):
+        assert torch.allclose(found, expected, atol=1e-5)
     other = torch.nn.Sequential(AddsItsInput(8), TakesAGate(8), type(model.model.norm)(8))
     other[2].weight = None
     fuse_norms(other)

@@ -5,6 +5,7 @@ compared too."""
 import copy
 import json
 import os
+import shutil
 import subprocess
 from pathlib import Path
 
@@ -12,10 +13,20 @@ import pytest
 import torch
 from safetensors.torch import load_file
 from tiny import random_model
-from transformers import AutoConfig, AutoModelForCausalLM, Gemma3TextConfig, LlamaConfig, StableLmConfig
+from transformers import (
+    AutoConfig,
+    AutoModelForCausalLM,
+    Gemma3TextConfig,
+    GPTNeoXConfig,
+    LlamaConfig,
+    ModernBertDecoderConfig,
+    Phi3Config,
+    Qwen3MoeConfig,
+    StableLmConfig,
+)
 
 from model import load_model, save_model
-from support.model_folder import make_readable, old_rope, share_changed, with_old_fields
+from support.model_folder import make_readable, old_fields, says_the_same, share_changed, with_old_fields
 
 LLAMA3 = {"rope_type": "llama3", "factor": 8.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0}
 LLAMA3 |= {"original_max_position_embeddings": 16}
@@ -80,6 +91,12 @@ def test_weights_are_saved_in_the_dtype_that_the_config_names(tmp_path, tokenize
     assert share_changed(tmp_path / "final", str(tmp_path / "base")) == pytest.approx(changed / count)
 
 
+NEOX = {"rotary_emb_base": 5e4, "rotary_pct": 0.5}
+BERT = {"global_rope_theta": 2e6, "local_rope_theta": 2e4}
+LONG = {"type": "longrope", "short_factor": [1.0] * 16, "long_factor": [2.0] * 16}
+PHI = {"hidden_size": 128, "num_attention_heads": 4, "original_max_position_embeddings": 16}
+
+
 @pytest.mark.parametrize(
     "config, old",
     [
@@ -90,15 +107,29 @@ def test_weights_are_saved_in_the_dtype_that_the_config_names(tmp_path, tokenize
             {"rope_theta": 2e4, "partial_rotary_factor": 0.5},
         ),
         (Gemma3TextConfig(**copy.deepcopy(GEMMA3)), GEMMA3),
+        (GPTNeoXConfig(**NEOX), NEOX),
+        (ModernBertDecoderConfig(**BERT), BERT),
+        (
+            Phi3Config(rope_theta=2e4, rope_scaling=copy.deepcopy(LONG), pad_token_id=0, **PHI),
+            {
+                "rope_theta": 2e4,
+                "rope_scaling": LONG,
+                "partial_rotary_factor": 1.0,
+                "original_max_position_embeddings": 16,
+            },
+        ),
+        (Qwen3MoeConfig(num_experts=5, rope_theta=1e6), {"rope_theta": 1e6, "num_experts": 5}),
     ],
-    ids=["plain", "llama3", "partial", "two kinds of layer"],
+    ids=["plain", "llama3", "partial", "two kinds of layer", "gpt_neox", "modernbert", "longrope", "experts"],
 )
 def test_old_fields_are_made_where_the_base_has_none(tmp_path, config, old):
     config.save_pretrained(tmp_path)
     new = read(tmp_path / "config.json")
-    assert old_rope(new) == old
-    (tmp_path / "config.json").write_text(json.dumps(with_old_fields(new, {})))
-    # transformers 5 reads the same RoPE as before
+    assert old_fields(new) == old
+    both = with_old_fields(new, {})
+    (tmp_path / "config.json").write_text(json.dumps(both))
+    other = copy.deepcopy(both) | {name: 7.0 for name in old if "theta" in name or "base" in name}
+    assert says_the_same(both) and not says_the_same(other)
     assert AutoConfig.from_pretrained(tmp_path).rope_parameters == config.rope_parameters
 
 
@@ -133,8 +164,9 @@ def read_base(name):
 
 @pytest.mark.skipif("TRANSFORMERS_4" not in os.environ, reason="TRANSFORMERS_4 names no Python with transformers 4")
 def test_transformers_4_reads_the_same_log_probs_and_tokens(tmp_path):
-    """Before and after our load and save, of models that transformers 4 itself has made."""
-    made, final = tmp_path / "made", tmp_path / "final"
+    """Before and after our load and save, of models that transformers 4 itself has made, and of the same models with
+    a config that transformers 5 has written, which lacks the old fields."""
+    made, five, final = tmp_path / "made", tmp_path / "five", tmp_path / "final"
 
     def run(what, folder):
         subprocess.run(
@@ -143,12 +175,14 @@ def test_transformers_4_reads_the_same_log_probs_and_tokens(tmp_path):
 
     run("make", made)
     run("read", made)
+    shutil.copytree(made, five)
     for folder in made.iterdir():
-        save_model(*load_model(str(folder), training=True), final / folder.name)
+        AutoModelForCausalLM.from_pretrained(folder).save_pretrained(five / folder.name)
+        for base in (made, five):
+            save_model(*load_model(str(base / folder.name), training=True), final / f"{folder.name} {base.name}")
     run("read", final)
-    for folder in made.iterdir():
-        (before, ids), (after, other_ids) = (
-            torch.load(root / folder.name / "read.pt", weights_only=True) for root in (made, final)
-        )
+    for folder in final.iterdir():
+        first = made / folder.name.rpartition(" ")[0]
+        (before, ids), (after, other_ids) = (torch.load(f / "read.pt", weights_only=True) for f in (first, folder))
         assert ids == other_ids, folder.name
         assert torch.allclose(before, after, rtol=0, atol=1e-5), folder.name

@@ -150,16 +150,25 @@ def test_a_template_that_refuses_a_system_message_is_one_line(tokenizer):
         render_prompt(tokenizer, "1+1", "Think.")
 
 
+@pytest.mark.parametrize("problem", ["content | upper", "content[:3]", "content | tojson", "role"])
+def test_a_template_that_changes_the_problem_is_one_line(tokenizer, problem):
+    """Advice to remove the system message would not help."""
+    tokenizer = copy.deepcopy(tokenizer)
+    tokenizer.chat_template = "{{ messages[0].content }}{{ messages[-1]." + problem + " }}"
+    with pytest.raises(ValueError, match=r"leaves out or changes the user message: give it one that takes text$"):
+        render_prompt(tokenizer, 'Is "a\nb" long?', "Think.")
+
+
 def test_a_template_that_leaves_a_message_out_is_one_line(tokenizer):
     tokenizer = copy.deepcopy(tokenizer)
     # such a template gives nothing for a content that is plain text
     parts = "{% for part in messages[-1]['content'] %}{{ part['text'] }}{% endfor %}"
     tokenizer.chat_template = "user:" + parts
-    with pytest.raises(ValueError, match=r"leaves the user message out of the prompt: give it one that takes text$"):
+    with pytest.raises(ValueError, match=r"leaves out or changes the user message: give it one that takes text$"):
         render_prompt(tokenizer, "1+1")
     tokenizer.chat_template = "{{ messages[-1]['content'] | trim }}"
     assert render_prompt(tokenizer, " 1+1\n") == "1+1"
-    with pytest.raises(ValueError, match=r"leaves the system message out of the prompt: remove the field system$"):
+    with pytest.raises(ValueError, match=r"leaves out or changes the system message: remove the field system$"):
         render_prompt(tokenizer, "1+1", "Think.")
 
 
@@ -232,8 +241,8 @@ def test_from_weights_to_weights(task, method, capsys, monkeypatch):
     assert train.train(config) == 0
     rows = read_log(out)
     assert [row["step"] for row in rows] == [1, 2] and rows[0]["grad_norm"] > 0
-    message = capsys.readouterr().out
-    assert message.count("ids [") == 2  # each start of the run prints its first prompt once
+    said = capsys.readouterr().out
+    assert said.count("ids [") == 2  # each start of the run prints its first prompt once
     folders = (out / "final", folder / "model")
     final, start = (AutoModelForCausalLM.from_pretrained(path, dtype=torch.float32) for path in folders)
     assert final.config.architectures == start.config.architectures
@@ -295,7 +304,7 @@ def test_another_architecture_is_sampled_and_trained(tmp_path, monkeypatch, name
 
 
 @pytest.mark.parametrize(
-    "name, message",
+    "name, said",
     [
         ("gemma2", "its logits are not those of its output head"),  # its logits are capped
         ("cohere", "its logits are not those of its output head"),  # its logits are scaled
@@ -303,10 +312,10 @@ def test_another_architecture_is_sampled_and_trained(tmp_path, monkeypatch, name
         ("rwkv", "rows sampled in a batch are not what they are alone"),
     ],
 )
-def test_what_cannot_work_is_one_line_and_nothing_written(tmp_path, task, name, message):
+def test_what_cannot_work_is_one_line_and_nothing_written(tmp_path, task, name, said):
     make(name, tmp_path / "model")
     values = SETTINGS | {"model": str(tmp_path / "model"), "out": str(tmp_path / "run"), "method": "sft"}
-    with pytest.raises(ValueError, match=f"model '.*' cannot be loaded: {message}") as error:
+    with pytest.raises(ValueError, match=f"model '.*' cannot be loaded: {said}") as error:
         train.train(from_dict(values))
     assert "\n" not in str(error.value) and not (tmp_path / "run").exists()
 
@@ -363,8 +372,8 @@ def test_the_rows_of_a_pass_are_those_whose_own_count_fits():
     config, shape = from_dict({}), plan.shape_of("data/base")
     sizes = [plan.update_bytes(shape, rows, 100, 96, torch.bfloat16, False) for rows in range(1, 17)]
     for left in (sizes[0] - 1, sizes[0], sizes[1], sizes[7] + 1, sizes[14], 2 * sizes[15]):
-        result = plan.rows_updated_at_once(config, shape, {"static": 5, "activations": 7}, left + 5, 100, 16)
-        assert result == sum(size <= left for size in sizes)
+        found = plan.rows_updated_at_once(config, shape, {"static": 5, "activations": 7}, left + 5, 100, 16)
+        assert found == sum(size <= left for size in sizes)
 
 
 def test_offloading_moves_16_bytes_a_parameter_and_pays_for_every_pass(monkeypatch):
@@ -415,10 +424,10 @@ def test_a_model_is_planned_or_refused_in_one_line(monkeypatch, capsys, name):
             begin = rf"^model 'data/base' \({name}\) cannot be planned \([^\n]*\): try a short run[^\n]*$"
             stack.enter_context(pytest.raises(ValueError, match=begin))
         plan.show(from_dict({"max_response_tokens": 20}), "H100", 1, None, None)
-    message = capsys.readouterr().out
-    assert message.count("rows that can be sampled at once") == (name not in NOT_PLANNED) == bool(message)
-    assert ("a sliding window or a state" in message) == (name in WINDOWS)
-    assert ("the mixture's other experts" in message) == (name in MIXTURES)
+    said = capsys.readouterr().out
+    assert said.count("rows that can be sampled at once") == (name not in NOT_PLANNED) == bool(said)
+    assert ("a sliding window or a state" in said) == (name in WINDOWS)
+    assert ("the mixture's other experts" in said) == (name in MIXTURES)
 
 
 def test_of_a_mixture_only_the_experts_of_a_token_take_time():
@@ -450,7 +459,7 @@ def test_a_plan_counts_the_keys_that_are_repeated_for_a_sliding_window():
 
 
 @pytest.mark.parametrize(
-    "words, message",
+    "words, said",
     [
         ("--mean_response 97", "mean_response is 97, expected above 0 and at most max_response_tokens (96)"),
         ("--mean_response 0", "mean_response is 0, expected above 0"),
@@ -460,8 +469,8 @@ def test_a_plan_counts_the_keys_that_are_repeated_for_a_sliding_window():
         ("--gpus x", "argument --gpus: invalid int value: 'x' (see python plan.py --help)"),
     ],
 )
-def test_a_plan_that_contradicts_itself_is_refused(refused, words, message):
-    assert message in refused("plan.py", *words.split())
+def test_a_plan_that_contradicts_itself_is_refused(refused, words, said):
+    assert said in refused("plan.py", *words.split())
 
 
 def test_a_plan_reads_the_config_only(tmp_path, capsys, monkeypatch):
@@ -471,28 +480,27 @@ def test_a_plan_reads_the_config_only(tmp_path, capsys, monkeypatch):
     LlamaConfig(**size, num_key_value_heads=8, vocab_size=128256).save_pretrained(tmp_path)
     values = json.loads((ROOT / "configs" / "llama-3.1-8b.json").read_text()) | {"model": str(tmp_path)}
     plan.show(from_dict(values), "H100", 8, 1024, None)
-    message = capsys.readouterr().out
-    assert "8.03 billion parameters" in message and message.count("   fits ") == 2 and "change" not in message
-    assert "host memory\n  to load                                                29.92 GiB\n" in message
+    said = capsys.readouterr().out
+    assert "8.03 billion parameters" in said and said.count("   fits ") == 2 and "change" not in said
+    assert "host memory\n  to load                                                29.92 GiB\n" in said
     plan.show(from_dict(values), "4090", 1, 1024, None)
-    message = capsys.readouterr().out
-    assert message.count("DOES NOT FIT") == 2 and "--offload true" in message and "--rows_per_call" not in message
+    said = capsys.readouterr().out
+    assert said.count("DOES NOT FIT") == 2 and "--offload true" in said and "--rows_per_call" not in said
     plan.show(from_dict(values | {"rows_per_call": 512, "max_response_tokens": 7100}), "H100", 8, 900, None)
-    message = capsys.readouterr().out  # 8,000 columns are 8,192 where passes are recorded, also for the rows that fit
+    said = capsys.readouterr().out  # 8,000 columns are 8,192 where passes are recorded, also for the rows that fit
     left = (
         79.2 * 2**30 * 0.92 - (2 + 12 / 8) * 8.0303e9
     )  # weights in bf16; those in fp32 and the optimizer over 8 GPUs
     block = 2**14 * 2 * (3 * 14336 + 6 * 4096)  # the bytes of a pass over prompts
     fit = int((left - block) / (8192 * 2 * 32 * 8 * 128 * 2))
-    assert "512 x 8192 tokens" in message and f"--rows_per_call {fit}\n" in message
+    assert "512 x 8192 tokens" in said and f"--rows_per_call {fit}\n" in said
 
 
 def test_the_plan_of_the_embedded_task_has_units_to_read(capsys):
     plan.show(from_dict({}), "4090", 1, None, None)
-    message = capsys.readouterr().out
-    assert message.startswith("data/base: 0.29 million parameters")
-    assert " MiB" in message and "seconds of the run" in message
-    assert not re.search(r"[^\d.]0\.0+ (GiB|hours)", message) and "hours" not in message
+    said = capsys.readouterr().out
+    assert said.startswith("data/base: 0.29 million parameters") and " MiB" in said and "seconds of the run" in said
+    assert not re.search(r"[^\d.]0\.0+ (GiB|hours)", said) and "hours" not in said
 
 
 SIZES = {

@@ -247,13 +247,13 @@ def own(tmp_path, value="2"):
 
 def test_a_reward_of_ones_own_gives_partial_credit(tmp_path):
     path = own(tmp_path)
-    result = load_reward(str(path))
-    assert result.name == f"{path}:reward" and result.function("cat", PROBLEM) == 1.0
-    assert grade_all(result, ["cat", "act", "xc"], [PROBLEM] * 3) == [1.0, 1.0, 0.5]
+    found = load_reward(str(path))
+    assert found.name == f"{path}:reward" and found.function("cat", PROBLEM) == 1.0
+    assert grade_all(found, ["cat", "act", "xc"], [PROBLEM] * 3) == [1.0, 1.0, 0.5]
     with pytest.raises(ValueError, match="no dogs"):
-        result.check(Problem("p", "x", "dog"))
-    assert result.fingerprint != load_reward("math").fingerprint
-    before = result.fingerprint
+        found.check(Problem("p", "x", "dog"))
+    assert found.fingerprint != load_reward("math").fingerprint
+    before = found.fingerprint
     path.write_text(path.read_text() + "\n")
     assert load_reward(f"{path}:reward").fingerprint != before
 
@@ -272,11 +272,15 @@ def test_a_reward_of_ones_own_gives_partial_credit(tmp_path):
         ("np.array(0.5)", 0.5),
         ("torch.tensor(0.3)", 0.3),
         ("torch.tensor(True)", 1.0),
+        ("Decimal('0.7') + Decimal('0.3')", 1.0),
+        ("Fraction(1, 4)", 0.25),
+        ("np.int64(1)", 1.0),
     ],
 )
 def test_a_reward_is_a_number_whatever_made_it(tmp_path, value, want):
     path = own(tmp_path, value)
-    path.write_text(path.read_text() + "\nimport numpy as np\nimport torch\n")
+    names = "import numpy as np\nimport torch\nfrom decimal import Decimal\nfrom fractions import Fraction\n"
+    path.write_text(f"{path.read_text()}\n{names}")
     rewards = grade_all(load_reward(f"{path}:wrong"), ["x"], [PROBLEM])
     assert rewards == [want] and type(rewards[0]) is float
 
@@ -288,16 +292,16 @@ def test_the_fingerprint_of_math_is_that_of_all_its_code(tmp_path, monkeypatch):
     (tmp_path / "answers").mkdir()
     copies = [shutil.copy(file, tmp_path / file.relative_to(here.parent)) for file in files]
     monkeypatch.setattr(reward, "__file__", str(copies[0]))
-    result = [load_reward("math").fingerprint]
-    assert len(files) > 8 and result[0] == reward.MATH.fingerprint
+    found = [load_reward("math").fingerprint]
+    assert len(files) > 8 and found[0] == reward.MATH.fingerprint
     for copy in copies:
         copy.write_text(copy.read_text() + "# another\n")
-        result.append(load_reward("math").fingerprint)
-    assert len(set(result)) == len(files) + 1
+        found.append(load_reward("math").fingerprint)
+    assert len(set(found)) == len(files) + 1
 
 
 @pytest.mark.parametrize(
-    "spec, message",
+    "spec, said",
     [
         ("maths", "reward is 'maths', expected math, exact, or a Python file"),
         ("{folder}/none.py", "does not exist"),
@@ -307,7 +311,7 @@ def test_the_fingerprint_of_math_is_that_of_all_its_code(tmp_path, monkeypatch):
         ("{folder}/lines.py", "cannot be run: one two"),
     ],
 )
-def test_a_reward_that_cannot_be_had_is_one_line(tmp_path, spec, message):
+def test_a_reward_that_cannot_be_had_is_one_line(tmp_path, spec, said):
     own(tmp_path)
     for name, code in {
         "broken": "def reward(:",
@@ -315,7 +319,7 @@ def test_a_reward_that_cannot_be_had_is_one_line(tmp_path, spec, message):
         "lines": "raise ValueError('one\\ntwo')",
     }.items():
         (tmp_path / f"{name}.py").write_text(code)
-    with pytest.raises(ValueError, match=message) as error:
+    with pytest.raises(ValueError, match=said) as error:
         load_reward(spec.replace("{folder}", str(tmp_path)))
     assert "\n" not in str(error.value)
 
@@ -332,11 +336,16 @@ def test_a_reward_that_changes_the_working_directory_is_told(tmp_path):
 
 
 @pytest.mark.parametrize(
-    "name, value, message",
+    "name, value, said",
     [
-        ("fails", "0", "failed on problem 'p7': ZeroDivisionError"),
+        ("fails", "0", r"failed on problem 'p7': ZeroDivisionError: .* \(\S+own.py:\d+\)$"),
         ("ends", "0", "failed on problem 'p7': SystemExit"),
-        ("lines", "0", "failed on problem 'p7': one two"),
+        ("lines", "0", r"failed on problem 'p7': one two \(\S+own.py:\d+\)$"),
+        ("wrong", "int('x')", r"failed on problem 'p7': invalid literal .*: 'x' \(\S+own.py:\d+\)$"),
+        ("wrong", "10 ** 400", "failed on problem 'p7': OverflowError"),
+        ("wrong", "1j", "gave 1j on problem 'p7'"),
+        ("wrong", "__import__('numpy').zeros((3, 3))", r"gave array\(\[\[0., 0., 0.\], \[0."),
+        ("wrong", "'long' * 1000", "gave 'long.{0,80} on problem"),
         ("wrong", "2", "gave 2 on problem 'p7', expected a number from 0 to 1"),
         ("wrong", "-0.1", "gave -0.1"),
         ("wrong", "float('nan')", "gave nan"),
@@ -346,24 +355,24 @@ def test_a_reward_that_changes_the_working_directory_is_told(tmp_path):
         ("wrong", "[1.0]", r"gave \[1.0\]"),
     ],
 )
-def test_what_a_reward_gives_is_checked(tmp_path, name, value, message):
-    with pytest.raises(ValueError, match=message) as error:
+def test_what_a_reward_gives_is_checked(tmp_path, name, value, said):
+    with pytest.raises(ValueError, match=said) as error:
         grade_all(load_reward(f"{own(tmp_path, value)}:{name}"), ["x"], [PROBLEM])
     assert "\n" not in str(error.value)
 
 
 def test_a_check_of_ones_own_that_ends_the_program_is_one_line(tmp_path):
     (tmp_path / "a.jsonl").write_text('{"problem": "?", "answer": "cow"}')
-    with pytest.raises(ValueError, match=r"a.jsonl:1: SystemExit: no cows$"):
+    with pytest.raises(ValueError, match=r"a.jsonl:1: SystemExit: no cows \(\S+own.py:\d+\)$"):
         load_problems(tmp_path / "a.jsonl", load_reward(str(own(tmp_path))))
 
 
 def test_exact_compares_the_text_in_the_box():
-    result = load_reward("exact")
+    found = load_reward("exact")
     golds = [Problem("p", "?", "cat")] * 4
-    assert grade_all(result, ["\\boxed{ cat }", "\\boxed{act}", "cat", "\\boxed{cat"], golds) == [1.0, 0.0, 0.0, 0.0]
+    assert grade_all(found, ["\\boxed{ cat }", "\\boxed{act}", "cat", "\\boxed{cat"], golds) == [1.0, 0.0, 0.0, 0.0]
     # in mathematics letters are variables, so their order does not matter
     assert grade_all(load_reward("math"), ["\\boxed{act}"], golds[:1]) == [1.0]
-    assert not result.is_read("cat") and result.is_read("\\boxed{x}")
+    assert not found.is_read("cat") and found.is_read("\\boxed{x}")
     with pytest.raises(ValueError, match="answer is empty"):
-        result.check(Problem("p", "?", " "))
+        found.check(Problem("p", "?", " "))

@@ -36,10 +36,15 @@ MODELS = {
     "gemma3_text, linear": GEMMA | {"rope_scaling": {"rope_type": "linear", "factor": 8.0}},
     "phi3": {"rope_theta": 2e4},
     "phi3, longrope": PRETRAINED | {"rope_scaling": LONG},
+    "phi3, partial": {"rope_theta": 2e4, "partial_rotary_factor": 0.5},
+    "llama, longrope": PRETRAINED | {"rope_scaling": LONG},
     "stablelm": {"rope_theta": 2e4, "partial_rotary_factor": 0.5},
     "olmo2": {"rope_theta": 5e5},
     "smollm3": {"rope_theta": 5e6},
+    "olmo3": {"rope_theta": 5e5, "layer_types": GEMMA["layer_types"]},
     "gpt_neox": {"rotary_pct": 0.5, "rotary_emb_base": 50_000},
+    "gpt_neox_japanese": {"rotary_pct": 0.5, "rotary_emb_base": 50_000},
+    "modernbert-decoder": {"global_rope_theta": 2e6, "local_rope_theta": 2e4, "layer_types": GEMMA["layer_types"]},
     "gpt2": {},
 }
 TEXT = "\\boxed{12}\n A+b<eos>"

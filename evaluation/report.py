@@ -188,14 +188,21 @@ def compare_tables(evaluations: Sequence[Results], beside_paper: bool) -> str:
         rows.append(line)
     text = markdown_table(rows) + "\n"
     names = ("temperature", "max_response_tokens", "problems_per_level", "system", "chat_template", "grader")
-    told_of = {name: [e["settings"].get(name) for e in evaluations] for name in names}
+    settings = {name: [e["settings"].get(name) for e in evaluations] for name in names}
     for benchmark, _ in shared:
-        told_of[f"samples of {benchmark}"] = [e["results"][benchmark]["all"]["samples"] for e in evaluations]
-    for name, values in told_of.items():
-        if any(value != values[0] for value in values):
-            values_text = ", ".join(f"{e['name']} {str(value)[:40]}" for e, value in zip(evaluations, values))
-            text += f"Not alike: {name} ({values_text})\n"
+        settings[f"samples of {benchmark}"] = [e["results"][benchmark]["all"]["samples"] for e in evaluations]
+    text += not_alike([e["name"] for e in evaluations], settings)
     return text + (paper_table(evaluations) if beside_paper else "")
+
+
+def not_alike(names: Sequence[str], settings: dict[str, list[Any]]) -> str:
+    """Returns a line for each setting that is not the same in all evaluations, or runs, with these names."""
+    text = ""
+    for setting, values in settings.items():
+        if any(value != values[0] for value in values):
+            pairs = ", ".join(f"{name} {str(value)[:80]}" for name, value in zip(names, values))
+            text += f"Not alike: {setting} ({pairs})\n"
+    return text
 
 
 def paper_table(evaluations: Sequence[Results]) -> str:

@@ -14,7 +14,7 @@ import matplotlib
 from matplotlib.axes import Axes
 from matplotlib.ticker import MaxNLocator
 
-from evaluation.report import markdown_table, percent
+from evaluation.report import markdown_table, not_alike, percent
 from evaluation.statistics import natural_order
 from figures.figure import COLOURS, MARKERS, STYLES, TYPE, in_percent, save, sheet
 from support.errors import InputError
@@ -124,7 +124,7 @@ def sft_end(run: Run) -> int | None:
 # ---- comparing
 
 
-def check_alike(runs: list[Run]) -> list[str]:
+def check_alike(runs: list[Run]) -> str:
     """Returns a line for each setting, other than the method, in which the runs differ.
 
     Raises InputError for runs that were evaluated on different problems.
@@ -136,13 +136,9 @@ def check_alike(runs: list[Run]) -> list[str]:
     if len(set(sizes.values())) > 1:
         numbers = "; ".join(f"{name}: {size}" for name, size in sizes.items())
         raise InputError(f"{' and '.join(sizes)} were evaluated on different problems ({numbers}): draw them apart")
-    lines = []
-    for name in ("data", "eval_data", "model", "reward", "eval_response_tokens"):
-        values = [str(run["config"].get(name)) for run in runs]
-        if len(set(values)) > 1:
-            pairs = ", ".join(f"{run['name']} {value}" for run, value in zip(runs, values))
-            lines.append(f"Not alike: {name} ({pairs})")
-    return lines
+    names = ("data", "eval_data", "model", "reward", "eval_response_tokens")
+    settings = {name: [run["config"].get(name) for run in runs] for name in names}
+    return not_alike([run["name"] for run in runs], settings)
 
 
 def compare_runs(folders: list[Path]) -> str:
@@ -163,7 +159,7 @@ def compare_runs(folders: list[Path]) -> str:
         rows.append(
             [run["name"], base, percent(accuracy), bounds, str(step), "–" if reached is None else str(reached)]
         )
-    return markdown_table(rows) + "".join(line + "\n" for line in check_alike(runs))
+    return markdown_table(rows) + check_alike(runs)
 
 
 # ---- drawing
@@ -201,7 +197,7 @@ def draw(folders: list[Path], target: Path) -> Path:
         else:
             lines, words = run_handles(axes[0], runs)
             figure.legend(lines, words, loc="outside upper left", ncols=min(4, len(runs)), frameon=False)
-        figure.supxlabel("\n".join([NOTE, *unlike]), x=0.01, ha="left", fontsize=7.5)
+        figure.supxlabel(f"{NOTE}\n{unlike}".strip(), x=0.01, ha="left", fontsize=7.5)
     return save(figure, target)
 
 

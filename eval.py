@@ -43,7 +43,7 @@ from sample import Row, generate
 from support import distributed
 from support.checkpoint import append_rows, trained_with
 from support.command import Parser, command
-from support.config import check_range, given_settings
+from support.config import check_options
 from support.errors import Broken, InputError
 from support.loading import check_window, pick_device, use_one_thread_if_small, window_of
 from support.memory import row_bytes
@@ -227,14 +227,11 @@ def parse_args(argv: Sequence[str]) -> argparse.Namespace:
         "--rows_per_call", type=int, help=f"number of responses sampled together (default {ROWS}, or what fits)"
     )
     args = parser.parse_args(argv)
-    unread = [name for name in given_settings(argv) if name not in ("regrade", "reward")]
-    if args.regrade and unread:
-        raise InputError(f"--regrade does not read --{unread[0]}: leave it out")
-    for name, least in {"samples": 1, "max_response_tokens": 1, "problems": 1, "rows_per_call": 1, "seed": 0}.items():
-        if (value := getattr(args, name)) is not None:
-            check_range(name, value, least)
-    if args.temperature:  # 0 is greedy
-        check_range("temperature", args.temperature, 0.01, 10)
+    for word in argv:
+        option = word.partition("=")[0]
+        if args.regrade and option.startswith("--") and option not in ("--regrade", "--reward"):
+            raise InputError(f"--regrade does not read {option}: leave it out")
+    check_options(args, samples=1, max_response_tokens=1, problems=1, rows_per_call=1, seed=0)
     if not args.model and not args.regrade:
         raise InputError("give --model, a HuggingFace model folder or hub name (see python eval.py --help)")
     return args

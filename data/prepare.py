@@ -205,14 +205,10 @@ def convert(name: str, source: Source, rows: list[Row]) -> tuple[list[Row], list
     return ours, left_out
 
 
-def file_of(name: str) -> Path:
-    return FOLDER / SOURCES[name].folder / f"{name}.jsonl"
-
-
 def prepare(name: str) -> Path:
     """Make the JSONL file of `name` if it is not here, and return its path. Raises InputError if that fails."""
     source = SOURCES[name]
-    path = file_of(name)
+    path = FOLDER / source.folder / f"{name}.jsonl"
     if path.exists():
         print(f"{name}: {path} is there already (delete it to fetch it again)")
         return path

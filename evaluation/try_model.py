@@ -7,7 +7,7 @@ from model import load_model
 from sample import Row, generate
 from support.checkpoint import trained_with
 from support.command import Parser, command
-from support.config import check_range
+from support.config import check_options
 from support.loading import check_window, pick_device, use_one_thread_if_small, window_of
 
 
@@ -25,10 +25,7 @@ def main() -> None:
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--device", default="auto", choices=("auto", "cpu", "cuda", "mps"))
     args = parser.parse_args()
-    for name, least in {"samples": 1, "max_response_tokens": 1, "seed": 0}.items():
-        check_range(name, getattr(args, name), least)
-    if args.temperature:  # 0 is greedy
-        check_range("temperature", args.temperature, 0.01, 10)
+    check_options(args, samples=1, max_response_tokens=1, seed=0)
     system = trained_with(args.model).get("system", "") if args.system is None else args.system
     model, tokenizer = load_model(args.model, pick_device(args.device), check=check_model)
     use_one_thread_if_small(model)

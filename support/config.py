@@ -169,6 +169,15 @@ def check_range(name: str, value: float, low: float, high: float = math.inf) -> 
         raise InputError(f"{name} is {value!r:.80}, expected {bounds}")
 
 
+def check_options(args: argparse.Namespace, **least: int) -> None:
+    """Raises InputError if an option is below its least value, or the temperature is not 0 (greedy) or 0.01 to 10."""
+    for name, low in least.items():
+        if (value := getattr(args, name)) is not None:
+            check_range(name, value, low)
+    if args.temperature:
+        check_range("temperature", args.temperature, 0.01, 10)
+
+
 def check_together(config: Config) -> Config:
     """Raises InputError for settings that contradict each other."""
     method = METHODS[config.method]
@@ -204,11 +213,6 @@ def check_together(config: Config) -> Config:
     if config.resume and not config.out:
         raise InputError("resume needs the run's folder: give --out")
     return config
-
-
-def given_settings(argv: list[str]) -> list[str]:
-    """Returns the names of the settings on a command line that `parse_config` has read."""
-    return [word[2:].partition("=")[0] for word in argv if word.startswith("--")]
 
 
 def from_dict(values: dict[str, Any]) -> Config:

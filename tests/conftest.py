@@ -99,10 +99,10 @@ def refused(tmp_path, monkeypatch, capsys):
         monkeypatch.setattr(sys, "argv", [command, *map(str, words)])
         with pytest.raises(SystemExit) as stop:
             command_module(command.removesuffix(".py")).main()
-        said = capsys.readouterr().err
-        assert stop.value.code == 2 and said.count("\n") == 1 and len(said) < 1000, said
-        assert said.startswith(f"{command}: ") and "Traceback" not in said, said
+        message = capsys.readouterr().err
+        assert stop.value.code == 2 and message.count("\n") == 1 and len(message) < 1000, message
+        assert message.startswith(f"{command}: ") and "Traceback" not in message, message
         assert (contents(tmp_path), listed()) == before
-        return said
+        return message
 
     return ask

@@ -33,7 +33,7 @@ class Life(NamedTuple):
 
     code: int  # exit code; a negative number is the signal
     operations: int  # operations on files in its folder, if it was not killed
-    said: str  # what the process printed on stdout and stderr
+    output: str  # what the process printed on stdout and stderr
 
 
 def count_operations(folder: Path, kill_at: int | None) -> list[int]:
@@ -63,9 +63,9 @@ def start(work: Callable[[], int], folder: Path, notes: Path, kill_at: int | Non
     code, counted = 1, [0]
     try:
         os.environ |= env
-        with notes.open("w", buffering=1) as said:
-            sys.stdout = sys.stderr = said
-            os.dup2(said.fileno(), 2)
+        with notes.open("w", buffering=1) as stream:
+            sys.stdout = sys.stderr = stream
+            os.dup2(stream.fileno(), 2)
             counted = count_operations(folder, kill_at)
             code = work()
     except SystemExit as stop:
@@ -103,8 +103,8 @@ def live(work: Callable[[], int], folder: Path, *, kill_at: int | None = None, r
                     os.kill(pids[rank], signal.SIGKILL)
         code = next((code for code in codes.values() if code), 0)
         count = Path(f"{notes[0]}.count")
-        said = "".join(note.read_text() for note in notes)
-        return Life(code, int(count.read_text()) if count.exists() else 0, said)
+        output = "".join(note.read_text() for note in notes)
+        return Life(code, int(count.read_text()) if count.exists() else 0, output)
 
 
 def training(folder: Path, **settings: Any) -> Callable[[], int]:
@@ -136,25 +136,25 @@ def evaluating(folder: Path, words: Sequence[str]) -> Callable[[], int]:
 
 def rows(path: Path) -> list[dict]:
     """Returns the rows of a log, without times."""
-    found = [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
-    return [{k: v for k, v in row.items() if not k.startswith(("seconds_", "tokens_per_"))} for row in found]
+    lines = [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
+    return [{k: v for k, v in row.items() if not k.startswith(("seconds_", "tokens_per_"))} for row in lines]
 
 
 def differences(one: Path, two: Path) -> list[str]:
     """Returns in what two finished runs differ; [] if they do not differ."""
     logs = [f"{name}.jsonl" for name in ("metrics", "samples", "groups")]
-    found = [log for log in logs if rows(one / log) != rows(two / log)]
+    names = [log for log in logs if rows(one / log) != rows(two / log)]
     steps = [row["step"] for row in rows(two / "metrics.jsonl")]
     if steps != list(range(1, len(steps) + 1)):
-        found.append("steps")
+        names.append("steps")
     for name in ("eval.json", "final/model.safetensors"):
         if (one / name).read_bytes() != (two / name).read_bytes():
-            found.append(name)
-    found += [] if learned(one) else ["nothing was learned"]
+            names.append(name)
+    names += [] if learned(one) else ["nothing was learned"]
     states = [torch.load(checkpoints(folder)[0], weights_only=True) for folder in (one, two)]
     if not equal(*states):
-        found.append("checkpoint")
-    return found
+        names.append("checkpoint")
+    return names
 
 
 def learned(folder: Path) -> bool:
@@ -196,9 +196,9 @@ def task(folder: Path) -> dict[str, Any]:
     """Make a few problems of the embedded task, half of them with a demonstration, and return the settings that name
     them."""
     lines = (ROOT / TASK / "train.jsonl").read_text().splitlines()
-    given = [line for line in lines if json.loads(line).get("demonstrations")]
+    demonstrated = [line for line in lines if json.loads(line).get("demonstrations")]
     bare = [line for line in lines if not json.loads(line).get("demonstrations")]
-    (folder / "train.jsonl").write_text("\n".join([*given[:8], *bare[:4]]) + "\n")
+    (folder / "train.jsonl").write_text("\n".join([*demonstrated[:8], *bare[:4]]) + "\n")
     (folder / "held.jsonl").write_text("\n".join(bare[-4:]) + "\n")
     return {"data": folder / "train.jsonl", "eval_data": folder / "held.jsonl", "test_data": folder / "held.jsonl"}
 

@@ -114,7 +114,7 @@ def test_a_run_with_adapters_goes_on_to_the_bit(tokenizer, tmp_path):
 
 
 @pytest.mark.parametrize(
-    "words, said",
+    "words, message",
     [
         ("--lora_rank 97", "lora_rank is 97, expected at most 96, the smaller side of down_proj"),
         (
@@ -126,8 +126,8 @@ def test_a_run_with_adapters_goes_on_to_the_bit(tokenizer, tmp_path):
         ("--lora_rank 4 --base_dtype float16", "base_dtype is 'float16'"),
     ],
 )
-def test_adapters_that_cannot_be_are_one_line(refused, words, said):
-    assert said in refused("train.py", *words.split())
+def test_adapters_that_cannot_be_are_one_line(refused, words, message):
+    assert message in refused("train.py", *words.split())
 
 
 def test_a_model_without_linear_layers_in_its_blocks_is_one_line():

@@ -34,8 +34,8 @@ def test_an_end_is_one_line(does):
     words = [sys.executable, "-c", code]
     ended = subprocess.run(words, stdout=writer, stderr=subprocess.PIPE, text=True, env=env, cwd=os.curdir)
     os.close(writer)
-    want, printed, said = ENDS.get(does, (141, "", ""))
-    assert (ended.returncode, ended.stderr) == (want, said)
+    want, printed, message = ENDS.get(does, (141, "", ""))
+    assert (ended.returncode, ended.stderr) == (want, message)
     if does in ENDS:
         with open(reader) as pipe:
             assert pipe.read() == printed
@@ -77,9 +77,9 @@ def test_an_option_that_is_none_is_one_line(name, monkeypatch, capsys):
     monkeypatch.setattr(sys, "argv", [f"{name}.py", "--nonsense", "1"])
     with pytest.raises(SystemExit) as stop:
         command_module(name).main()
-    said = capsys.readouterr().err
-    assert stop.value.code == 2 and said.count("\n") == 1 and "usage" not in said, said
-    assert "--nonsense" in said or "required" in said or "invalid" in said
+    message = capsys.readouterr().err
+    assert stop.value.code == 2 and message.count("\n") == 1 and "usage" not in message, message
+    assert "--nonsense" in message or "required" in message or "invalid" in message
 
 
 def test_a_problem_may_begin_with_a_minus_sign(capsys, monkeypatch):

@@ -116,24 +116,24 @@ def assert_drawn(
     likeliest."""
     ends = set(exact(name).generation_config.eos_token_id)
     for row, response in zip(rows, responses, strict=True):
-        given = len(row.prefix_ids)
-        assert response[:given] == row.prefix_ids and not ends & {*response[given:-1]}
+        inputs = len(row.prefix_ids)
+        assert response[:inputs] == row.prefix_ids and not ends & {*response[inputs:-1]}
         assert response[-1] in ends or len(response) == budget
-        p = plain_log_p(exact(name), row, response, temperature or 1.0)[given:].exp()
-        token = torch.tensor(response)[given:, None]
+        p = plain_log_p(exact(name), row, response, temperature or 1.0)[inputs:].exp()
+        token = torch.tensor(response)[inputs:, None]
         if temperature == 0:
             assert (p.gather(1, token)[:, 0] > p.max(1).values - NEAR).all()
             continue
-        u = torch.from_numpy(uniforms(row.key, budget)[given : len(response)].astype(np.float64))
+        u = torch.from_numpy(uniforms(row.key, budget)[inputs : len(response)].astype(np.float64))
         above = p.cumsum(1).gather(1, token)[:, 0]
         below = above - p.gather(1, token)[:, 0]
         assert ((below - NEAR < u) & (u < above + NEAR)).all(), (row.key, len(response))
 
 
-def assert_same(found: Sequence[list[int]], want: Sequence[list[int]]) -> None:
+def assert_same(result: Sequence[list[int]], want: Sequence[list[int]]) -> None:
     """Checks that rows are the same, except one in sixteen: rounding decides where a draw falls on the edge of a
     token."""
-    assert len(found) == len(want) and sum(a != b for a, b in zip(found, want)) <= len(want) // 16
+    assert len(result) == len(want) and sum(a != b for a, b in zip(result, want)) <= len(want) // 16
 
 
 # ---- the training pass
@@ -175,7 +175,7 @@ def test_compute_in_bf16_is_as_exact_as_that_of_a_plain_model(folder, one_gpu, n
     passes = {"ours": ours, "half": direct, "single": ours}
     stats = {key: passes[key](models[key]) for key in models} | {"exact": direct(exact(name))}
     for which in (0, 1):
-        values = {key: found[which].detach().double() for key, found in stats.items()}
+        values = {key: result[which].detach().double() for key, result in stats.items()}
         off = {key: float((values[key] - values["exact"]).abs().mean()) for key in models}
         assert off["half"] / 4 < off["ours"] < 4 * off["half"], off
         assert off["single"] < off["ours"] / 2**9, off
@@ -272,13 +272,13 @@ def test_tokens_follow_the_distribution_of_the_model(folder, request, name, comp
     expected = count * p[0, 0][:, None] * p[:, 1]  # [first, second]
     expected[ENDS] = 0.0
     expected[ENDS, 0] = count * p[0, 0][ENDS]  # nothing follows an end token, which is counted as token 0
-    found = torch.zeros_like(expected)
+    result = torch.zeros_like(expected)
     for response in responses:
         first, second = (*response, 0)[:2]
-        found[first, second] += 1
+        result[first, second] += 1
     often = expected >= 5
     cells = torch.cat([expected[often], expected[~often].sum()[None]])
-    counts = torch.cat([found[often], found[~often].sum()[None]])
+    counts = torch.cat([result[often], result[~often].sum()[None]])
     chi_square, free = float(((counts - cells) ** 2 / cells).sum()), len(cells) - 1
     assert free > 50 and abs(chi_square - free) < 5 * math.sqrt(2 * free), (chi_square, free)
 
@@ -317,16 +317,16 @@ def test_graphs_change_no_token(name, monkeypatch):
     ends = GenerationConfig(eos_token_id=[2], pad_token_id=0)
     for one in (model, exact(name)):
         monkeypatch.setattr(one, "generation_config", ends)
-    found = {}
+    result = {}
     for graphs in (False, True):
         monkeypatch.setattr(decode, "GRAPHS", graphs)
         for i, rows in enumerate(batches):
             litter()
-            found[graphs, i] = ours(model, rows, budget)
+            result[graphs, i] = ours(model, rows, budget)
     for i, rows in enumerate(batches):
-        assert_drawn(name, rows, found[True, i], budget)
-        assert len(rows) == 1 or sum(a != b for a, b in zip(found[True, i], found[False, i])) <= len(rows) // 8
-    lengths = [len(response) for response in found[True, 0]]
+        assert_drawn(name, rows, result[True, i], budget)
+        assert len(rows) == 1 or sum(a != b for a, b in zip(result[True, i], result[False, i])) <= len(rows) // 8
+    lengths = [len(response) for response in result[True, 0]]
     assert min(lengths) < 64 and max(lengths) == budget and len(set(lengths)) > 12
 
 
@@ -342,26 +342,26 @@ def test_log_probs_as_drawn_are_those_of_the_training_pass(folder, one_gpu, toke
         drawn = generate(model, TOKENIZER, rows, 24, 0.7, decode=decode.decode_rows)
         assert all(len(row.log_probs) == len(row.response) - len(row.prefix_ids) for row in drawn)
         rollouts = pack(drawn, pad_id=0)
-        return rollouts, torch.tensor([value for row in drawn for value in row.log_probs]), found(model, rollouts)
+        return rollouts, torch.tensor([value for row in drawn for value in row.log_probs]), result(model, rollouts)
 
     @torch.no_grad()
-    def found(model: PreTrainedModel, rollouts: Rollouts) -> Tensor:
+    def result(model: PreTrainedModel, rollouts: Rollouts) -> Tensor:
         log_probs, _ = forward(model, rollouts, torch.arange(len(rows)), 0.7)
         return log_probs.cpu()[rollouts.response_mask & ~rollouts.prefix_mask]
 
     first, drawn, trained = both(single)
     torch.testing.assert_close(drawn, trained, atol=1e-4, rtol=0)
-    close = 4 * (found(MODELS[name]().bfloat16().to(one_gpu), first) - trained).abs().mean()
+    close = 4 * (result(MODELS[name]().bfloat16().to(one_gpu), first) - trained).abs().mean()
     model, _ = load_trained(str(folder / name), one_gpu)
     run = make_run(tokenizer, "prefix-rft", model, lr=0.01)
     run.optimizer = new_optimizer(model, run.config)
     for step in range(3):
-        before = found(model, first)
+        before = result(model, first)
         _, drawn, trained = both(model)
         assert (drawn - trained).abs().mean() < close, step
         metrics = rl_metrics(run, rl_step(run, step))
         # memory that `litter` has left would be seen in the gradient
-        assert metrics["grad_norm"] > 0 and (found(model, first) - before).abs().mean() > 4 * close
+        assert metrics["grad_norm"] > 0 and (result(model, first) - before).abs().mean() > 4 * close
 
 
 # ---- a run

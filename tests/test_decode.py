@@ -53,8 +53,8 @@ def test_both_loops_give_equal_rows_on_the_base(method):
     rows = [row for i, problem in enumerate(encoded) for row in plan_group(problem, i, **settings)]
     loop = decode.loop_of(model)
     assert loop is decode.decode_rows and sampled(model, rows, 20) == sampled(model, rows, 20, decode=loop)
-    want, found = (generate(model.double(), tokenizer, rows, 20, decode=one) for one in (None, loop))
-    assert found == want and sum(len(row.log_probs) for row in want) > 60
+    want, result = (generate(model.double(), tokenizer, rows, 20, decode=one) for one in (None, loop))
+    assert result == want and sum(len(row.log_probs) for row in want) > 60
 
 
 @pytest.mark.parametrize("drop_at", [0.01, 0.5, 0.999])
@@ -110,9 +110,9 @@ def test_a_pass_that_reads_values_is_not_recorded(tmp_path, tokenizer, monkeypat
         "a shape": (lambda x: x[x > 0].sum() * x, True),
         "places": (lambda x: x + len(x.nonzero()), True),
     }
-    for name, (does, found) in reads.items():
+    for name, (does, result) in reads.items():
         monkeypatch.setattr(LlamaMLP, "forward", lambda self, x, does=does: own(self, does(x)))
-        assert decode.reads_values(random_model(), ids) == found, name
+        assert decode.reads_values(random_model(), ids) == result, name
     monkeypatch.setattr(LlamaMLP, "forward", lambda self, x: own(self, x if x.sum() > 0 else x * 1))
     assert load_model(str(tmp_path / "m"), check=check_model)[0].loop == "masks of ours"
 
@@ -158,12 +158,12 @@ def test_a_loop_that_samples_something_else_is_not_used(tmp_path, tokenizer, mon
     monkeypatch.setattr(decode.RoomyLayer, "reorder_cache", lambda self, rows: reorder(self, rows.flip(0)))
     model, _ = load()
     assert model.loop is None and decode.loop_of(model) is None
-    found = sampled(model, some_rows(12), 12, 0.0)
+    result = sampled(model, some_rows(12), 12, 0.0)
     monkeypatch.setattr(type(model), "_sample", lambda model, input_ids, **_: input_ids)
     with pytest.raises(ValueError, match="rows sampled in a batch are not what they are alone"):
         load()
     monkeypatch.undo()
-    assert found == ours(right, some_rows(12), 12, 0.0)
+    assert result == ours(right, some_rows(12), 12, 0.0)
 
 
 @pytest.mark.parametrize("tokens", [1, 30, 100])

@@ -147,10 +147,10 @@ def scaled_down(folder: Path, max_norm: float) -> dict:
     for parameter in parameters.values():
         parameter.grad = parameter.detach().clone()
     norm = distributed.clip_gradients(parameters.values(), max_norm)
-    found = {"norm": norm, "gradient": distributed.full_state({n: p.grad for n, p in parameters.items()})}
+    actual = {"norm": norm, "gradient": distributed.full_state({n: p.grad for n, p in parameters.items()})}
     for parameter in parameters.values():
         parameter.grad = None
-    return found
+    return actual
 
 
 def a_rank_dies(folder: Path) -> dict:
@@ -167,12 +167,12 @@ def a_rank_dies(folder: Path) -> dict:
             os._exit(0)
         return rl_step(run, number)
 
-    train.rl_step, said = step, io.StringIO()
-    with contextlib.redirect_stdout(io.StringIO()), contextlib.redirect_stderr(said):
+    train.rl_step, message = step, io.StringIO()
+    with contextlib.redirect_stdout(io.StringIO()), contextlib.redirect_stderr(message):
         try:
             train.main()
         except SystemExit as stop:
-            return {"code": stop.code, "said": said.getvalue()}
+            return {"code": stop.code, "said": message.getvalue()}
 
 
 def evaluated(folder: Path) -> dict[int, str]:
@@ -189,18 +189,18 @@ def work(number: int, folder: Path, port: int) -> None:
     loaded.cache_clear()  # a model that a forked rank inherits is not split, so each rank loads its own
     os.environ |= {"RANK": str(number), "WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
     distributed.start(torch.device("cpu"))
-    found = {method: some_steps(folder, method) for method in CASES}
-    found["resumed"] = {method: resumed(folder, method, saved_by=1) for method in RESUMED}
-    found["equal"] = equal_rewards(folder)
-    found["scaled down"] = {max_norm: scaled_down(folder, max_norm) for max_norm in (0.5, 1e6, 0)}
-    found["split"] = all(isinstance(p, DTensor) for p in started(folder, "sft").model.parameters())
+    actual = {method: some_steps(folder, method) for method in CASES}
+    actual["resumed"] = {method: resumed(folder, method, saved_by=1) for method in RESUMED}
+    actual["equal"] = equal_rewards(folder)
+    actual["scaled down"] = {max_norm: scaled_down(folder, max_norm) for max_norm in (0.5, 1e6, 0)}
+    actual["split"] = all(isinstance(p, DTensor) for p in started(folder, "sft").model.parameters())
     try:
         train.check_ranks(from_dict({"prompts_per_step": 1, "updates_per_step": 1}))
     except ValueError as error:
-        found["refused"] = str(error)
-    found["evaluated"] = evaluated(folder)
-    found["died"] = a_rank_dies(folder)
-    torch.save(found, folder / "found.pt")  # the first rank writes it, because the other is gone
+        actual["refused"] = str(error)
+    actual["evaluated"] = evaluated(folder)
+    actual["died"] = a_rank_dies(folder)
+    torch.save(actual, folder / "found.pt")  # the first rank writes it, because the other is gone
 
 
 @pytest.fixture(scope="module")
@@ -255,8 +255,8 @@ def test_a_checkpoint_resumes_on_any_number_of_ranks(results, method):
     _, one, two = results
     third, _ = one[method]["log"][2]
     assert third["grad_norm"] > 0 and third.get("relift_updates", 1) == 1
-    for found in (one["resumed"][method], two["resumed"][method]):
-        assert_same(method, one[method], found)
+    for actual in (one["resumed"][method], two["resumed"][method]):
+        assert_same(method, one[method], actual)
 
 
 @pytest.mark.parametrize("max_norm", [0.5, 1e6, 0])  # 0 means that the gradient is not scaled
@@ -264,12 +264,12 @@ def test_a_gradient_is_scaled_down_by_its_norm_over_all_ranks(results, max_norm)
     folder, _, two = results
     weights = dict(AutoModelForCausalLM.from_pretrained(folder / "model").named_parameters())
     norm = math.sqrt(sum(float(weight.detach().double().square().sum()) for weight in weights.values()))
-    found = two["scaled down"][max_norm]
+    actual = two["scaled down"][max_norm]
     close = sum(weight.numel() for weight in weights.values()) * 2**-24  # one rounding for each term of the sum
-    assert found["norm"] == pytest.approx(norm, rel=close)
+    assert actual["norm"] == pytest.approx(norm, rel=close)
     for name, weight in weights.items():
         wanted = weight.detach() * min(1.0, (max_norm or norm) / norm)
-        torch.testing.assert_close(found["gradient"][name], wanted, rtol=close, atol=0)
+        torch.testing.assert_close(actual["gradient"][name], wanted, rtol=close, atol=0)
 
 
 def test_two_ranks_save_a_plain_model_folder(results):
@@ -293,9 +293,9 @@ def test_equal_rewards_stop_nobody(results):
 def test_a_rank_that_dies_ends_the_others_with_a_message(results):
     """The message comes in the exchange in which the others wait. The steps before it stand in the log."""
     folder, _, two = results
-    said = two["died"]["said"]
-    assert two["died"]["code"] == 1 and said.count("\n") == 1
-    assert said.startswith("train.py: rank 0: lost another rank (") and said.endswith(
+    message = two["died"]["said"]
+    assert two["died"]["code"] == 1 and message.count("\n") == 1
+    assert message.startswith("train.py: rank 0: lost another rank (") and message.endswith(
         "; --resume auto goes on from the last checkpoint\n"
     )
     log = (folder / "run" / "metrics.jsonl").read_text().splitlines()

@@ -93,9 +93,9 @@ def test_draws_belong_to_seed_problem_and_sample(scripted, tokenizer, monkeypatc
 
     monkeypatch.setattr(eval, "generate", noting)
     for seed, order in ((7, (0, 1, 2)), (7, (2, 1)), (8, (0, 1, 2))):
-        chosen = [PROBLEMS[i] for i in order], [encoded[i] for i in order]
-        evaluate(model, tokenizer, *chosen, samples=2, temperature=0.7, max_response_tokens=99, seed=seed)
-    assert [len(found) for found in keys] == [6, 4, 6]
+        choice = [PROBLEMS[i] for i in order], [encoded[i] for i in order]
+        evaluate(model, tokenizer, *choice, samples=2, temperature=0.7, max_response_tokens=99, seed=seed)
+    assert [len(result) for result in keys] == [6, 4, 6]
     assert keys[1] < keys[0] and not keys[0] & keys[2]
 
 
@@ -144,11 +144,11 @@ def test_grading_a_choice():
 
 def test_options_and_settings_reach_the_sampler(tmp_path, monkeypatch):
     """The sampler gets whole batches: what is left of the first, and the rest."""
-    found: list[tuple] = []
+    result: list[tuple] = []
 
     def respond(model, tokenizer, draws, **settings):
         assert (model, tokenizer) == ("model", "tokenizer") and settings == how
-        found.append(tuple(draws))
+        result.append(tuple(draws))
         rest = {"reward": 0.0, "read": True, "truncated": False, "tokens": 3, "response": ""}
         return [{"id": draw.problem.id, "sample": draw.sample} | rest for draw in draws]
 
@@ -160,13 +160,13 @@ def test_options_and_settings_reach_the_sampler(tmp_path, monkeypatch):
     draws = [(problems[i], "pq"[i] + " ids", [(), ["x", "y"]][i], k) for i in (0, 1) for k in (0, 1)]
     for _ in range(2):  # it is complete, so the second time nothing is sampled
         eval.sample_missing("model", "tokenizer", tmp_path, [benchmark], SimpleNamespace(**how))
-        assert found == [tuple(draws[:3]), tuple(draws[3:])]
+        assert result == [tuple(draws[:3]), tuple(draws[3:])]
     (tmp_path / "generations.jsonl").write_text(
         "".join((tmp_path / "generations.jsonl").read_text().splitlines(keepends=True)[:1])
     )
-    found.clear()
+    result.clear()
     eval.sample_missing("model", "tokenizer", tmp_path, [benchmark], SimpleNamespace(**how))
-    assert found == [tuple(draws[1:3]), tuple(draws[3:])]
+    assert result == [tuple(draws[1:3]), tuple(draws[3:])]
 
 
 def test_regrading_draws_the_same_problems_and_reads_their_options(tmp_path, capsys):
@@ -202,9 +202,9 @@ WORDS = (
 )
 
 
-def arguments(**given) -> argparse.Namespace:
+def arguments(**inputs) -> argparse.Namespace:
     args = eval.parse_args(WORDS.split())
-    for name, value in given.items():
+    for name, value in inputs.items():
         setattr(args, name, value)
     return args
 
@@ -248,15 +248,15 @@ def test_a_run_keeps_every_response_and_setting(finished, tokenizer):
 @pytest.mark.usefixtures("no_figure")
 def test_the_seed_of_the_command_line_decides_what_is_sampled(finished, tmp_path):
     """Another seed gives other responses. The same seed gives the same ones, also to fewer problems and samples."""
-    found = {}
+    result = {}
     for seed in ("0", "1"):
         words = f"--seed {seed} --problems 1 --samples 2 --out {tmp_path / seed}"
         eval.run(eval.parse_args([*WORDS.split(), *words.split()]))
-        found[seed] = (tmp_path / seed / "generations.jsonl").read_text().splitlines()
+        result[seed] = (tmp_path / seed / "generations.jsonl").read_text().splitlines()
         assert json.loads((tmp_path / seed / "settings.json").read_text())["seed"] == int(seed)
-    assert set(found["0"]) < set((finished / "generations.jsonl").read_text().splitlines())
+    assert set(result["0"]) < set((finished / "generations.jsonl").read_text().splitlines())
     # some have the same scores: easy problems
-    assert len(found["1"]) == 8 and len(set(found["0"]) & set(found["1"])) < 4
+    assert len(result["1"]) == 8 and len(set(result["0"]) & set(result["1"])) < 4
 
 
 @pytest.mark.parametrize("stop_after", [1, 3])
@@ -422,7 +422,7 @@ def test_more_responses_than_problems_are_refused(finished, tmp_path, regrade):
 
 
 @pytest.mark.parametrize(
-    "bad, said",
+    "bad, message",
     [
         (b"garbage", "not valid JSON"),
         (b"", "not valid JSON"),
@@ -431,12 +431,12 @@ def test_more_responses_than_problems_are_refused(finished, tmp_path, regrade):
     ],
 )
 @pytest.mark.parametrize("regrade", [False, True])
-def test_a_damaged_line_is_named_and_nothing_is_lost(finished, tmp_path, bad, said, regrade):
+def test_a_damaged_line_is_named_and_nothing_is_lost(finished, tmp_path, bad, message, regrade):
     folder = copy(finished, tmp_path / "damaged")
     lines = (folder / "generations.jsonl").read_bytes().splitlines(keepends=True)
     damaged = b"".join([*lines[:2], bad + b"\n", *lines[3:]])
     (folder / "generations.jsonl").write_bytes(damaged)
-    with pytest.raises(ValueError, match=f"generations.jsonl:3: .*{re.escape(said)}.*: restore it"):
+    with pytest.raises(ValueError, match=f"generations.jsonl:3: .*{re.escape(message)}.*: restore it"):
         eval.regrade(folder) if regrade else eval.run(arguments(out=folder))
     assert (folder / "generations.jsonl").read_bytes() == damaged
     assert sorted(path.name for path in folder.iterdir() if path.name != "lock") == [
@@ -501,9 +501,9 @@ def test_a_full_disk_leaves_the_grades_as_they_were(finished, tmp_path, monkeypa
     monkeypatch.setattr(sys, "argv", ["eval.py", "--regrade", str(folder)])
     with pytest.raises(SystemExit) as stop:
         eval.main()
-    said = f"writing to {folder}/generations.jsonl failed (No space left on device); "
-    said += f"to go on: python eval.py --regrade {folder}\n"
-    assert stop.value.code == 1 and capsys.readouterr().err == f"eval.py: {said}"
+    message = f"writing to {folder}/generations.jsonl failed (No space left on device); "
+    message += f"to go on: python eval.py --regrade {folder}\n"
+    assert stop.value.code == 1 and capsys.readouterr().err == f"eval.py: {message}"
     assert contents(folder) | {"lock": b""} == before | {"lock": b""}
 
 
@@ -553,8 +553,8 @@ def test_the_folder_of_another_evaluation_is_left_alone(finished, tmp_path, monk
 
 def test_without_matplotlib_the_report_says_how_to_draw_later(monkeypatch):
     monkeypatch.setitem(sys.modules, "plot", None)
-    said = eval.figure(Path("evals/x"))
-    assert said == "(no passk.png: pip install matplotlib, then python plot.py --compare evals/x)"
+    message = eval.figure(Path("evals/x"))
+    assert message == "(no passk.png: pip install matplotlib, then python plot.py --compare evals/x)"
 
 
 # ---- benchmarks and input
@@ -569,10 +569,10 @@ def test_a_file_of_ones_own_with_options_system_and_levels(tmp_path):
     row = {"problem": "2?", "answer": "A", "system": "s", "options": ["two", "three"]}
     path = write_benchmark(tmp_path / "mine.jsonl", [row | {"level": level} for level in "xxyyx"])
     write_benchmark(tmp_path / "mine.left_out.jsonl", [row])
-    (found,) = choose_benchmarks("", path, per_level=2)
-    assert (found.name, found.samples, found.left_out) == ("mine", 1, 1)
-    assert [p.level for p in found.problems] == ["x", "x", "y", "y"]
-    assert found.options[found.problems[3].id] == ["two", "three"] and found.problems[0].system == "s"
+    (result,) = choose_benchmarks("", path, per_level=2)
+    assert (result.name, result.samples, result.left_out) == ("mine", 1, 1)
+    assert [p.level for p in result.problems] == ["x", "x", "y", "y"]
+    assert result.options[result.problems[3].id] == ["two", "three"] and result.problems[0].system == "s"
     assert choose_benchmarks("", path, system="t")[0].problems[0].system == "t"
 
 
@@ -614,7 +614,7 @@ def test_what_is_not_given_is_the_papers():
 
 
 @pytest.mark.parametrize(
-    "words, said",
+    "words, message",
     [
         ("--benchmarks aime", "unknown benchmark 'aime': choose from aime24, .*mmlu_pro.*embedded"),
         ("", "nothing to evaluate on"),
@@ -637,13 +637,13 @@ def test_what_is_not_given_is_the_papers():
         ("--model ./nowhere --benchmarks embedded", "model './nowhere'"),
     ],
 )
-def test_bad_input_is_one_line_and_exit_code_2(words, said, monkeypatch, capsys, tmp_path):
-    given = words.split() if "--model" in words else ["--model", "data/base", *words.split()]
-    given = words.split() if "--regrade" in words else [*given, "--out", str(tmp_path / "x")]
-    monkeypatch.setattr(sys, "argv", ["eval.py", *given])
+def test_bad_input_is_one_line_and_exit_code_2(words, message, monkeypatch, capsys, tmp_path):
+    inputs = words.split() if "--model" in words else ["--model", "data/base", *words.split()]
+    inputs = words.split() if "--regrade" in words else [*inputs, "--out", str(tmp_path / "x")]
+    monkeypatch.setattr(sys, "argv", ["eval.py", *inputs])
     with pytest.raises(SystemExit) as stop:
         eval.main()
     error = capsys.readouterr().err
     assert stop.value.code == 2 and error.count("\n") == 1 and error.startswith("eval.py: ")
-    assert re.search(said, error), error
+    assert re.search(message, error), error
     assert not (tmp_path / "x").exists()

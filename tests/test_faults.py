@@ -43,7 +43,7 @@ def whole(tmp_path_factory):
     patch.setattr(train, "draw_curves", lambda folder: "")  # drawing takes a second for each run
     folder = tmp_path_factory.mktemp("faults")
     life = lives.live(lives.training(folder / "whole", **lives.task(folder), **TINY), folder / "whole")
-    assert life.code == 0 and lives.learned(folder / "whole"), life.said
+    assert life.code == 0 and lives.learned(folder / "whole"), life.output
     yield folder, life
     patch.undo()
 
@@ -58,10 +58,10 @@ def test_killed_at_file_operations_again_and_again(whole, tmp_path, first):
         killed = lives.live(lives.training(out, **lives.task(folder), **TINY), out, kill_at=kill_at)
         if killed.code == 0:  # the life ended by itself, because it had fewer operations left
             break
-        assert killed.code == -signal.SIGKILL, killed.said
+        assert killed.code == -signal.SIGKILL, killed.output
         out = out.rename(tmp_path / str(number)) if out.exists() else out
     last = lives.live(lives.training(out, **lives.task(folder), **TINY), out)
-    assert last.code == 0 and lives.differences(folder / "whole", out) == [], last.said
+    assert last.code == 0 and lives.differences(folder / "whole", out) == [], last.output
     assert len(kills) >= 3
 
 
@@ -87,7 +87,7 @@ def test_a_killed_evaluation_goes_on(tmp_path, monkeypatch):
     before = contents(tmp_path / "one")
     with checkpoint.locked(tmp_path / "one"):
         second = lives.live(lives.evaluating(tmp_path / "one", words), tmp_path / "one")
-    assert second.code == 2 and "another process is at work in it" in second.said
+    assert second.code == 2 and "another process is at work in it" in second.output
     assert contents(tmp_path / "one") == before
 
 
@@ -101,8 +101,8 @@ def test_a_second_process_is_kept_out(whole):
     before = contents(folder / "whole")
     with checkpoint.locked(folder / "whole"):
         second = lives.live(lives.training(folder / "whole", **lives.task(folder), **TINY), folder / "whole")
-    assert second.code == 2 and second.said.count("\n") == 1
-    assert f"{folder / 'whole'}: another process is at work in it" in second.said
+    assert second.code == 2 and second.output.count("\n") == 1
+    assert f"{folder / 'whole'}: another process is at work in it" in second.output
     assert contents(folder / "whole") == before
 
 
@@ -118,7 +118,7 @@ def test_a_full_disk_ends_a_run_in_one_line(whole, tmp_path, largest):
         return work()
 
     with_limit = lives.live(limited, out)
-    line = with_limit.said.splitlines()[-1]
+    line = with_limit.output.splitlines()[-1]
     assert with_limit.code == 1 and "File too large" in line and "Traceback" not in line
     left = {path.name for path in out.rglob("*")}
     assert not any(name.endswith("partial") for name in left) and "final" not in left
@@ -142,8 +142,8 @@ def test_a_closed_output_is_not_taken_for_a_full_disk(whole, tmp_path):
 
         life = lives.live(unread, place)
         # the exit code is 141 if something was left to print
-        assert life.code in (1, 141) and life.said.count("\n") == 1, life.said
-        assert "its output was closed; to go on: python " in life.said and str(place) in life.said
+        assert life.code in (1, 141) and life.output.count("\n") == 1, life.output
+        assert "its output was closed; to go on: python " in life.output and str(place) in life.output
     assert lives.live(training, out).code == 0
     assert lives.differences(folder / "whole", out) == []
 
@@ -154,7 +154,7 @@ def test_a_folder_that_may_not_be_written(whole, tmp_path):
     (tmp_path / "closed").mkdir(mode=0o500)
     out = tmp_path / "closed" / "run"
     life = lives.live(lives.training(out, **lives.task(folder), **TINY), out)
-    assert life.code == 2 and "Permission denied" in life.said and life.said.count("\n") == 1
+    assert life.code == 2 and "Permission denied" in life.output and life.output.count("\n") == 1
 
 
 # ---- the checkpoint
@@ -208,7 +208,7 @@ def test_no_flipped_bit_goes_unseen(tokenizer, tmp_path):
     """A bit is flipped anywhere in the file. It is found, or it has no effect (padding)."""
     saved(tokenizer, tmp_path, done=(1,))
     path = checkpoint.checkpoints(tmp_path)[0]
-    data, draw, found = path.read_bytes(), random.Random(0), 0
+    data, draw, result = path.read_bytes(), random.Random(0), 0
     want = torch.load(path, weights_only=True)
     places = [draw.randrange(len(data)) for _ in range(60)] + [
         len(data) - draw.randrange(3000) - 1 for _ in range(60)
@@ -216,9 +216,9 @@ def test_no_flipped_bit_goes_unseen(tokenizer, tmp_path):
     for place in places:
         path.write_bytes(data[:place] + bytes([data[place] ^ 1 << draw.randrange(8)]) + data[place + 1 :])
         got = checkpoint.read_checkpoint(path)
-        found += got is None
+        result += got is None
         assert got is None or lives.equal(got, want)
-    assert found > 60
+    assert result > 60
 
 
 def test_checkpoints_of_others_are_refused(tokenizer, tmp_path):
@@ -338,9 +338,9 @@ def test_full_memory_names_the_settings(whole, tmp_path, monkeypatch, capsys, mo
     monkeypatch.setattr(train, "score", lambda run, who: {"validation": {}, "test": {}, "test_sampled": {}})
     with pytest.raises(SystemExit) as stop:
         lives.training(tmp_path / "run", **lives.task(folder), **TINY)()
-    said = capsys.readouterr().err
-    assert stop.value.code == 1 and said.count("\n") == 1 and "Tried to allocate 2.00 GiB" in said
-    assert "micro_batch_tokens (2048)" in said and "python plan.py" in said
+    message = capsys.readouterr().err
+    assert stop.value.code == 1 and message.count("\n") == 1 and "Tried to allocate 2.00 GiB" in message
+    assert "micro_batch_tokens (2048)" in message and "python plan.py" in message
 
 
 # ---- what the sources never do
@@ -351,20 +351,20 @@ SOURCES = [path for path in ROOT.rglob("*.py") if not {"runs", "tests", ".venv"}
 
 def unsafe(tree: ast.AST) -> list[str]:
     """Returns calls that run text or bytes from somewhere; they are found by their names and arguments."""
-    found = []
+    result = []
     for node in ast.walk(tree):
         if isinstance(node, ast.Import | ast.ImportFrom):
             names = [alias.name for alias in node.names] + [getattr(node, "module", None) or ""]
-            found += [name for name in names if name.split(".")[0] in ("pickle", "marshal", "shelve", "dill")]
+            result += [name for name in names if name.split(".")[0] in ("pickle", "marshal", "shelve", "dill")]
         if not isinstance(node, ast.Call):
             continue
-        called, given = ast.unparse(node.func), {word.arg: ast.unparse(word.value) for word in node.keywords}
-        found += [called] if called in FORBIDDEN | {"os.system", "os.popen"} else []
-        found += ["shell=True"] if given.get("shell", "False") != "False" else []
-        found += ["trust_remote_code"] if given.get("trust_remote_code", "False") != "False" else []
-        found += ["torch.load"] if called == "torch.load" and given.get("weights_only") != "True" else []
-        found += ["numpy.load"] if given.get("allow_pickle", "False") != "False" else []
-    return found
+        called, inputs = ast.unparse(node.func), {word.arg: ast.unparse(word.value) for word in node.keywords}
+        result += [called] if called in FORBIDDEN | {"os.system", "os.popen"} else []
+        result += ["shell=True"] if inputs.get("shell", "False") != "False" else []
+        result += ["trust_remote_code"] if inputs.get("trust_remote_code", "False") != "False" else []
+        result += ["torch.load"] if called == "torch.load" and inputs.get("weights_only") != "True" else []
+        result += ["numpy.load"] if inputs.get("allow_pickle", "False") != "False" else []
+    return result
 
 
 @pytest.mark.parametrize("path", SOURCES, ids=lambda path: str(path.relative_to(ROOT)))

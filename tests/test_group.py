@@ -14,19 +14,19 @@ from figures.group_figure import LEFT, NOTE, RIGHT, draw_group, flow, group_figu
 HOSTILE = "</title></style><script>window.hacked=1</script>\"'><img src=x onerror=hacked()>&lt;"
 
 
-def a_row(tokens: str, given: int = 0, **fields) -> dict:
+def a_row(tokens: str, inputs: int = 0, **fields) -> dict:
     """Returns a row whose tokens are single characters, of which the first `given` come from a demonstration."""
     n = len(tokens)
     return {
-        "hybrid": given > 0,
-        "complete": given == n,
+        "hybrid": inputs > 0,
+        "complete": inputs == n,
         "reward": 1.0,
         "truncated": False,
         "advantage": 0.5,
         "prefix_advantage": 0.25,
         "tokens": list(tokens),
         "ids": list(range(100, 100 + n)),
-        "source": [1] * given + [0] * (n - given),
+        "source": [1] * inputs + [0] * (n - inputs),
         "entropy": [0.25] * n,
         "kept": [1] * n,
         "weight": [0.5] * n,
@@ -40,7 +40,7 @@ def group() -> dict:
     rows = [
         a_row("abc"),
         a_row("de", reward=0.0, truncated=True, advantage=-0.5, weight=[-0.5, -0.5]),
-        a_row("WXYz", given=3, kept=[0, 1, 0, 1], weight=[0.0, 0.25, 0.0, 1.0], entropy=[0.0, 2.0, 0.5, 1.0]),
+        a_row("WXYz", inputs=3, kept=[0, 1, 0, 1], weight=[0.0, 0.25, 0.0, 1.0], entropy=[0.0, 2.0, 0.5, 1.0]),
     ]
     names = {"step": 20, "method": "prefix-rft", "id": "p1", "problem": "1+1?", "answer": "2"}
     return names | {"prompt": ["1", "+", "1", "?"], "rows": rows}
@@ -66,7 +66,7 @@ def test_a_group_is_found_by_its_step_and_the_last_is_the_default(folder, group)
 
 def test_a_damaged_log_is_told_by_its_line(folder, group, monkeypatch, capsys):
     without = {name: value for name, value in group.items() if name != "method"}
-    for text, said in (
+    for text, output in (
         ('{"step": 1,', "not valid JSON"),
         ("[" * 100_000, "not valid JSON"),
         ("3", "found b'3', expected a JSON object with step, method"),
@@ -76,7 +76,7 @@ def test_a_damaged_log_is_told_by_its_line(folder, group, monkeypatch, capsys):
         capsys.readouterr()
         assert run(monkeypatch, "--group", folder) == 2
         error = capsys.readouterr().err
-        assert error.startswith(f"plot.py: {folder}/groups.jsonl:2: ") and said in error and error.count("\n") == 1
+        assert error.startswith(f"plot.py: {folder}/groups.jsonl:2: ") and output in error and error.count("\n") == 1
     assert [file.name for file in folder.iterdir()] == ["groups.jsonl"]
 
 
@@ -90,7 +90,7 @@ def test_the_command_writes_a_picture(folder, monkeypatch, capsys):
 
 
 @pytest.mark.parametrize(
-    "words, said",
+    "words, output",
     [
         (["--group", "none"], "none has no groups.jsonl"),
         (["--group", "FOLDER", "last"], "--group takes a run folder and a step"),
@@ -99,11 +99,11 @@ def test_the_command_writes_a_picture(folder, monkeypatch, capsys):
         ([], "give run folders, or --group RUN [STEP]"),
     ],
 )
-def test_wrong_words_are_told_in_one_line(words, said, folder, monkeypatch, capsys):
+def test_wrong_words_are_told_in_one_line(words, output, folder, monkeypatch, capsys):
     before = sorted(folder.iterdir())
     assert run(monkeypatch, *[str(folder) if word == "FOLDER" else word for word in words]) == 2
     error = capsys.readouterr().err
-    assert said in error and error.count("\n") == 1
+    assert output in error and error.count("\n") == 1
     assert sorted(folder.iterdir()) == before
 
 
@@ -111,7 +111,7 @@ def test_wrong_words_are_told_in_one_line(words, said, folder, monkeypatch, caps
 
 
 def test_whose_a_token_is(group):
-    whole = a_row("ab", given=2)
+    whole = a_row("ab", inputs=2)
     rows = [*group["rows"], whole]
     assert [[group_log.source(row, t) for t in range(len(row["tokens"]))] for row in rows] == [
         ["own"] * 3,
@@ -165,7 +165,7 @@ def test_the_picture_shows_what_the_log_says(group):
     above = [(colour, patch) for colour, patch in boxes if patch.get_y() + patch.get_height() < legend - 6]
 
     def drawn(colour: str) -> list:
-        return [patch for found, patch in above if found == colour.lower()]
+        return [patch for result, patch in above if result == colour.lower()]
 
     counts = {name: len(drawn(colour)) for name, (colour, _) in group_log.SOURCES.items()}
     # prefix and demonstration share a colour

@@ -83,9 +83,9 @@ def test_a_run_trains_as_train_py_does_and_again_finds_it_the_same(method, tmp_p
     monkeypatch.setattr(horizon, "SUPERVISED", 1)
     monkeypatch.setattr(horizon, "accuracy", lambda *_: {"all": {"accuracy": 0.5}})
     job = Job("habit-512", method, 0, 3)
-    said = horizon.make(job, {"lr": 1e-4, "prompts_per_step": 2, "sft_steps": 2}, tmp_path)
+    message = horizon.make(job, {"lr": 1e-4, "prompts_per_step": 2, "sft_steps": 2}, tmp_path)
     line = json.loads((tmp_path / f"{job.name}.json").read_text())
-    assert "T = 0.6 0.5" in said and list(line["budgets"]) == (["3"] if method == "prefix-rft" else ["2", "3"])
+    assert "T = 0.6 0.5" in message and list(line["budgets"]) == (["3"] if method == "prefix-rft" else ["2", "3"])
     last = line["budgets"]["3"]
     assert last["sampled"] > 0 and (last["supervised"] > 0) == (method == "sft-rft")
     assert horizon.again(tmp_path, job.name)

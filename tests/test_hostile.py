@@ -83,8 +83,8 @@ def test_a_bad_line_of_a_data_file(tmp_path, refused, case):
     line, message = LINES[case]
     path = tmp_path / "data.jsonl"
     path.write_text(f"{json.dumps(GOOD)}\n{line}\n", encoding="utf-8", errors="surrogatepass")
-    said = refused("train.py", "--data", path, "--out", tmp_path / "run")
-    assert f"{path}:2: " in said and message in said
+    output = refused("train.py", "--data", path, "--out", tmp_path / "run")
+    assert f"{path}:2: " in output and message in output
 
 
 FILES = {
@@ -117,8 +117,8 @@ def test_a_bad_data_file(tmp_path, refused, case, option):
         path.mkdir()
     elif content is not None:
         path.write_bytes(content)
-    said = refused("train.py", f"--{option}", path, "--method", "sft", "--out", tmp_path / "run")
-    assert str(path) in said and message in said
+    output = refused("train.py", f"--{option}", path, "--method", "sft", "--out", tmp_path / "run")
+    assert str(path) in output and message in output
 
 
 JSON = st.recursive(
@@ -196,8 +196,8 @@ NUMBERS = [field.name for field in Config.__dataclass_fields__.values() if field
 
 @pytest.mark.parametrize("name", NUMBERS)
 def test_a_bad_number_on_the_command_line(tmp_path, refused, name):
-    said = refused("train.py", f"--{name}", "1e999x", "--out", tmp_path / "run")
-    assert f"{name} is '1e999x'" in said
+    output = refused("train.py", f"--{name}", "1e999x", "--out", tmp_path / "run")
+    assert f"{name} is '1e999x'" in output
 
 
 LINES_OF_COMMANDS = {
@@ -336,13 +336,13 @@ def test_a_folder_that_cannot_be_made_is_one_line_with_the_fix(refused, command,
     words = ["--model", "data/base", "--out", out]
     words += ["--resume", "auto"] if command == "train.py" else ["--benchmarks", "embedded", "--temperature", "0"]
     words += ["--max_response_tokens", "40"]
-    said = refused(command, *words)
-    assert out in said and ("give another --out" in said or "choose another" in said) and "Errno" not in said
+    output = refused(command, *words)
+    assert out in output and ("give another --out" in output or "choose another" in output) and "Errno" not in output
 
 
 @pytest.mark.parametrize("command", ["sample.py", "eval.py", "plan.py"])
 @pytest.mark.parametrize(
-    "words, said",
+    "words, output",
     [
         ("--samples 0", "samples is 0, expected at least 1"),
         ("--samples 10000000000000000000", "samples is 10000000000000000000, expected 1 to 1000000000"),
@@ -352,11 +352,11 @@ def test_a_folder_that_cannot_be_made_is_one_line_with_the_fix(refused, command,
         ("--max_response_tokens 512", "(512) exceed the model's 512 positions: lower max_response_tokens to "),
     ],
 )
-def test_a_number_that_cannot_be_is_named(refused, command, words, said):
+def test_a_number_that_cannot_be_is_named(refused, command, words, output):
     if command == "plan.py" and "--samples" in words:
         pytest.skip("plan.py samples nothing")
     rest = {"sample.py": ["1;A+2?"], "eval.py": ["--benchmarks", "embedded"], "plan.py": []}[command]
-    assert said in refused(command, "--model", "data/base", *words.split(), *rest)
+    assert output in refused(command, "--model", "data/base", *words.split(), *rest)
 
 
 WORD = st.sampled_from([f"--{name}" for name in Config.__dataclass_fields__]) | st.text()

@@ -116,11 +116,11 @@ def finished(tmp_path_factory):
     patch.chdir(ROOT)
     patch.setattr(train, "draw_curves", lambda folder: "")
     folder = tmp_path_factory.mktemp("finished")
-    given = lives.SETTINGS | {"method": "rft", "steps": 1, **lives.task(folder)}
-    words = [word for name, value in given.items() for word in (f"--{name}", str(value))]
-    for work in (lives.training(folder / "run", **given), lives.evaluating(folder / "eval", EVAL)):
+    inputs = lives.SETTINGS | {"method": "rft", "steps": 1, **lives.task(folder)}
+    words = [word for name, value in inputs.items() for word in (f"--{name}", str(value))]
+    for work in (lives.training(folder / "run", **inputs), lives.evaluating(folder / "eval", EVAL)):
         life = lives.live(work, folder)
-        assert life.code == 0, life.said
+        assert life.code == 0, life.output
     yield folder, words
     patch.undo()
 
@@ -134,8 +134,8 @@ def test_a_damaged_run_does_not_go_on(tmp_path, refused, finished, file, name):
     out = tmp_path / "run"
     shutil.copytree(folder / "run", out)
     damage(out / file, OF_RUNS[file, name])
-    said = refused("train.py", *words, "--out", out, "--resume", "auto")
-    assert (file == "config.json" and str(out) in said) or str(out / file) in said
+    message = refused("train.py", *words, "--out", out, "--resume", "auto")
+    assert (file == "config.json" and str(out) in message) or str(out / file) in message
 
 
 DRAWN = [key for key in OF_RUNS if key[0] in ("config.json", "metrics.jsonl")]
@@ -151,8 +151,8 @@ def test_a_damaged_run_is_drawn_or_refused(tmp_path, finished, monkeypatch, caps
     try:
         plot.main()
     except SystemExit as stop:
-        said = capsys.readouterr().err
-        assert stop.code == 2 and said.count("\n") == 1 and str(out) in said
+        message = capsys.readouterr().err
+        assert stop.code == 2 and message.count("\n") == 1 and str(out) in message
 
 
 RESPONSES = ROWS | {"no response": b'{"benchmark": "embedded", "id": "a", "sample": 0}', "another": b'{"id": "x"}'}
@@ -245,5 +245,5 @@ def test_a_damaged_model_is_refused(tmp_path, refused, finished, file, name):
     model = tmp_path / "model"
     shutil.copytree(ROOT / "data/base", model)
     damage(model / file, OF_MODELS[file, name])
-    said = refused("train.py", *words, "--model", model, "--out", tmp_path / "run")
-    assert "model" in said
+    message = refused("train.py", *words, "--model", model, "--out", tmp_path / "run")
+    assert "model" in message

@@ -17,7 +17,7 @@ ROW = {"problem": "1+1?", "answer": "2"}
 
 
 @pytest.mark.parametrize(
-    "line, said",
+    "line, message",
     [
         (json.dumps(ROW | {"problem": "a\ud800"}), r"problem has '\\ud800' at character 1, half of a pair"),
         (json.dumps(ROW | {"demonstrations": ["x", "\udc00"]}), r"demonstrations has '\\udc00' at character 0"),
@@ -35,10 +35,10 @@ ROW = {"problem": "1+1?", "answer": "2"}
     ],
     ids=range(10),
 )
-def test_a_bad_line_is_named(line, said, tmp_path):
+def test_a_bad_line_is_named(line, message, tmp_path):
     path = tmp_path / "bad.jsonl"
     path.write_text(f"{json.dumps(ROW | {'level': 'a'})}\n\n{line}\n")
-    with pytest.raises(ValueError, match=f"^{re.escape(str(path))}:3: {said}") as caught:
+    with pytest.raises(ValueError, match=f"^{re.escape(str(path))}:3: {message}") as caught:
         load_problems(path)
     assert "\n" not in str(caught.value) and len(str(caught.value)) < len(str(path)) + 150
 
@@ -51,7 +51,7 @@ def test_text_of_any_language_and_a_byte_order_mark_are_read(tmp_path):
 
 
 @pytest.mark.parametrize(
-    "path, said",
+    "path, message",
     [
         ("data/train/gsm8k.jsonl", "gsm8k is not here yet: run  python data/prepare.py gsm8k"),
         ("data/benchmarks/aime24.jsonl", "run  python data/prepare.py aime24"),
@@ -60,8 +60,8 @@ def test_text_of_any_language_and_a_byte_order_mark_are_read(tmp_path):
         ("/dev/null", "data file '/dev/null' is not a regular file: give a JSONL file"),
     ],
 )
-def test_a_missing_file_is_one_line_with_the_fix(path, said, tmp_path):
-    with pytest.raises(ValueError, match=re.escape(said)):
+def test_a_missing_file_is_one_line_with_the_fix(path, message, tmp_path):
+    with pytest.raises(ValueError, match=re.escape(message)):
         load_problems(tmp_path / path)
 
 
@@ -72,7 +72,7 @@ def test_no_name_of_a_file_is_not_called_a_folder():
 
 
 @pytest.mark.parametrize(
-    "options, answer, said",
+    "options, answer, message",
     [
         ([1, 2], "A", "options is [1, 2], expected a list of 2 to 26 non-empty strings"),
         ("abc", "A", "options is 'abc', expected a list"),
@@ -85,10 +85,10 @@ def test_no_name_of_a_file_is_not_called_a_folder():
         (["x", "y"], "AB", "answer is 'AB', expected the letter"),
     ],
 )
-def test_options_that_cannot_be_graded_are_refused(options, answer, said, tmp_path):
+def test_options_that_cannot_be_graded_are_refused(options, answer, message, tmp_path):
     path = tmp_path / "mine.jsonl"
     path.write_text("\n" + json.dumps({"problem": "?", "answer": answer, "options": options}))
-    with pytest.raises(ValueError, match="^" + re.escape(f"{path}:2: {said}")):
+    with pytest.raises(ValueError, match="^" + re.escape(f"{path}:2: {message}")):
         choose_benchmarks("", path)
 
 
@@ -101,15 +101,15 @@ def test_options_belong_to_their_line_whatever_stands_between(tmp_path):
     path: Path = tmp_path / "mine.jsonl"
     path.write_text("\n\n".join(json.dumps(row, ensure_ascii=False) for row in rows), encoding="utf-8-sig")
     (tmp_path / "mine.left_out.jsonl").write_text(json.dumps(rows[0], ensure_ascii=False) + "\n", encoding="utf-8")
-    (found,) = choose_benchmarks("", path)
-    assert found.options == {"mine-3": rows[1]["options"]} and len(found.problems) == 3 and found.left_out == 1
+    (result,) = choose_benchmarks("", path)
+    assert result.options == {"mine-3": rows[1]["options"]} and len(result.problems) == 3 and result.left_out == 1
 
 
 THINKING = "{% for m in messages %}<|{{ m['role'] }}|>{{ m['content'] }}{% endfor %}<|assistant|><think>{{ '\n' }}"
 
 
 @pytest.mark.parametrize(
-    "text, left, said",
+    "text, left, message",
     [
         ("<think>\n1+1\\boxed{2}", "1+1\\boxed{2}", "lost the <think> that their prompt ends with"),
         ("<think>1+1\\boxed{2}", "<think>1+1\\boxed{2}", "WARNING: repeat the <think> that their prompt ends with"),
@@ -118,14 +118,14 @@ THINKING = "{% for m in messages %}<|{{ m['role'] }}|>{{ m['content'] }}{% endfo
         ("$\\boxed{2}$.", "$\\boxed{2}$.", None),
     ],
 )
-def test_the_seam_between_prompt_and_demonstration(tokenizer, monkeypatch, text, left, said):
+def test_the_seam_between_prompt_and_demonstration(tokenizer, monkeypatch, text, left, message):
     """A tag at the end of the prompt is not taught a second time. Other doubles, and text after the box, are
     counted."""
     monkeypatch.setattr(tokenizer, "chat_template", THINKING)
     (encoded,), left_out, noted = encode_problems(tokenizer, [Problem("p", "1+1", "2", (text,))], 99, [2])
     assert tokenizer.decode(encoded.prompt_ids).endswith("<|assistant|><think>\n")
     assert tokenizer.decode(encoded.demonstrations[0]) == left
-    assert not left_out and noted == ({said: 1} if said else {})
+    assert not left_out and noted == ({message: 1} if message else {})
 
 
 def test_a_demonstration_fits_its_budget_with_its_end_token(tokenizer):

@@ -300,7 +300,7 @@ def textbook(name: str, g: Group, coefficient: float | None = None) -> torch.Ten
     ratio, p = (g.log_probs - g.old).exp(), g.log_probs.exp()
     policy, prefix = g.mask & ~g.prefix_mask, g.prefix_mask
     group_baseline = name in ("luffy", "uft", "srft", "rescue", "prefix-rft-trust", "dr-po")
-    own, given = (
+    own, inputs = (
         torch.tensor(a, dtype=torch.float64)[:, None]
         for a in by_hand(
             *map(torch.Tensor.tolist, (g.rewards, g.group, g.hybrid)), "group" if group_baseline else "on_policy"
@@ -314,7 +314,7 @@ def textbook(name: str, g: Group, coefficient: float | None = None) -> torch.Ten
             own = torch.where((members & (std > 0))[:, None], own / (std + 1e-6), own)
     surrogate, plain = ppo_surrogate(ratio, own, 0.2, 0.2), ratio * own
     clipped_rl, plain_rl = -(surrogate * policy).sum(), -(plain * policy).sum()
-    of_prefix = ppo_surrogate(ratio, given, 0.2, 0.2)
+    of_prefix = ppo_surrogate(ratio, inputs, 0.2, 0.2)
     entropy = (g.entropy * g.mask).sum(1, keepdim=True) / g.mask.sum(1, keepdim=True)  # H of each row
     q = p.detach()
     L, shown = g.R, g.mask & (g.group != 0)[:, None]  # tokens whose problem has a demonstration for the prompt
@@ -336,7 +336,7 @@ def textbook(name: str, g: Group, coefficient: float | None = None) -> torch.Ten
         # RL is summed over rows and tokens / L and not divided by rows, and SFT is a token mean with coefficient c *
         # rows. So the source's gradient is `rows` times ours.
         ("rft+sft",): lambda: (plain_rl / L + c(0.1) * g.B * cross_entropy(g).mean()) / g.B,
-        ("luffy",): lambda: -((plain * policy).sum() + (p / (p + c(0.1)) * given * prefix).sum()) / g.Z,
+        ("luffy",): lambda: -((plain * policy).sum() + (p / (p + c(0.1)) * inputs * prefix).sum()) / g.Z,
         # both terms are token means; their common factor T_own / Z only scales the step
         ("uft",): lambda: (clipped_rl / g.T_own + c(0.001) * cross_entropy(g).mean()) * g.T_own / g.Z,
         ("chord-mu",): lambda: (
@@ -360,7 +360,7 @@ def textbook(name: str, g: Group, coefficient: float | None = None) -> torch.Ten
         ("srft",): lambda: (
             (
                 -(torch.where(g.rewards[:, None] == 1, 0.1 * entropy.exp(), -1.0) * g.log_probs * policy).sum() / L
-                - (p / (p + 0.1) * given * prefix).sum() / L  # γ stays 0.1 when `coefficient` is set
+                - (p / (p + 0.1) * inputs * prefix).sum() / L  # γ stays 0.1 when `coefficient` is set
                 + c(0.1) * g.B * cross_entropy(g, (0.5 * (-entropy).exp()).expand_as(q)).mean()
             )
             / g.B
@@ -371,10 +371,10 @@ def textbook(name: str, g: Group, coefficient: float | None = None) -> torch.Ten
         ("prefix-rft-static",): lambda: (clipped_rl - c(0.001) * (g.log_probs * prefix).sum()) / g.Z,
         of_the_paper: lambda: (clipped_rl - (of_prefix * kept()).sum()) / g.Z,
     }
-    found = [loss for names, loss in losses.items() if name in names]
-    if not found:
+    result = [loss for names, loss in losses.items() if name in names]
+    if not result:
         pytest.skip(f"the loss of {name} as its source states it is not written here yet: add it to `losses`")
-    return found[0]()
+    return result[0]()
 
 
 @pytest.mark.parametrize("moved", [False, True], ids=["before an update", "after an update"])
@@ -397,8 +397,8 @@ def test_sdft_is_the_gradient_of_the_divergence_in_the_mean_over_tokens():
     for sampled in (log_p.detach(), old):
         t = Tokens(log_p, sampled, *[log_p.exp()] * 6, 0.2, 0.2, 1.0, 7, 0, 1.0, 1, hinted)
         weights = METHODS["sdft"].policy_weight(t).detach()
-        found = torch.autograd.grad(-(sampled.exp() * weights * log_p).sum(), logits, retain_graph=True)[0]
-        torch.testing.assert_close(found, want, rtol=1e-9, atol=1e-12)
+        result = torch.autograd.grad(-(sampled.exp() * weights * log_p).sum(), logits, retain_graph=True)[0]
+        torch.testing.assert_close(result, want, rtol=1e-9, atol=1e-12)
 
 
 @pytest.mark.parametrize("name", METHODS)
@@ -432,8 +432,8 @@ def test_the_shaped_weight_is_finite_where_a_probability_underflows(c):
 
 def test_a_coefficient_falls_along_half_a_cosine_in_the_first_fifth_of_a_run():
     method = METHODS["chord-mu"]
-    found = [coefficient_at(method, progress, None) for progress in (0, 0.05, 0.1, 0.2, 0.3, 1)]
-    assert found == pytest.approx([0.6, 0.6 * (1 + 0.5**0.5) / 2, 0.3, 0.0, 0.0, 0.0])
+    result = [coefficient_at(method, progress, None) for progress in (0, 0.05, 0.1, 0.2, 0.3, 1)]
+    assert result == pytest.approx([0.6, 0.6 * (1 + 0.5**0.5) / 2, 0.3, 0.0, 0.0, 0.0])
     assert coefficient_at(method, 0.0, 0.3) == 0.3 and coefficient_at(method, 1.0, 0.3) == 0.0
     ends_above = dataclasses.replace(method, coefficient_end=0.05)
     # c never rises, so it stays where it is below its end

@@ -40,11 +40,11 @@ def direct(model, ids, mask, R, temperature):
     return log_probs, entropy
 
 
-def assert_rounded(found: torch.Tensor, exact: torch.Tensor) -> None:
+def assert_rounded(result: torch.Tensor, exact: torch.Tensor) -> None:
     """Checks that `found`, in fp32, is the float64 `exact` up to rounding. That is 2**9 units in the last place of
     its largest entry, for some 20 sums of 32 to 103 terms one after the other (measured: up to 60)."""
     close = 2**9 * torch.finfo(torch.float32).eps * float(exact.abs().max())
-    torch.testing.assert_close(found, exact.float(), rtol=0, atol=close)
+    torch.testing.assert_close(result, exact.float(), rtol=0, atol=close)
 
 
 @pytest.mark.parametrize("temperature", [1.0, 0.7])
@@ -356,11 +356,11 @@ def test_norms_are_fused_where_that_changes_nothing():
     """This is as on CUDA. Every norm of a Llama is fused, but not one that computes something else, takes other
     arguments or has no weight."""
     model, ids = random_model(), torch.arange(3, 13)[None]
-    given = ids, torch.ones_like(ids), 6, 1.0
+    arguments = ids, torch.ones_like(ids), 6, 1.0
 
     def log_probs_and_gradient() -> tuple[torch.Tensor, torch.Tensor]:
         model.zero_grad()
-        log_probs, _ = token_stats(model, *given)
+        log_probs, _ = token_stats(model, *arguments)
         log_probs.sum().backward()
         return log_probs.detach(), model.model.norm.weight.grad
 
@@ -368,8 +368,8 @@ def test_norms_are_fused_where_that_changes_nothing():
     fuse_norms(model)
     fused = [name for name, module in model.named_modules() if "forward" in vars(module)]
     assert len(fused) == 2 * model.config.num_hidden_layers + 1 and all("norm" in name for name in fused)
-    for found, expected in zip(log_probs_and_gradient(), want):
-        assert torch.allclose(found, expected, atol=1e-5)
+    for result, expected in zip(log_probs_and_gradient(), want):
+        assert torch.allclose(result, expected, atol=1e-5)
     other = torch.nn.Sequential(AddsItsInput(8), TakesAGate(8), type(model.model.norm)(8))
     other[2].weight = None
     fuse_norms(other)

@@ -202,14 +202,14 @@ def test_a_run_without_demonstrations_and_a_new_method_are_shown(folder, monkeyp
 
 
 def test_what_cannot_be_shown_is_one_line(folder, refused):
-    def said(*words: object) -> str:
+    def message(*words: object) -> str:
         return refused("plot.py", "--page", folder, *words)
 
-    assert "'1' has no demonstration" in said("--problem", "1")
-    assert "'11' is not in the data: did you mean 1?" in said("--problem", "11")
+    assert "'1' has no demonstration" in message("--problem", "1")
+    assert "'11' is not in the data: did you mean 1?" in message("--problem", "11")
     next((folder / "final").glob("*.safetensors")).unlink()
-    assert "holds no *.safetensors" in said()
+    assert "holds no *.safetensors" in message()
     (folder / "groups.jsonl").unlink()
-    assert "has no groups.jsonl" in said()
+    assert "has no groups.jsonl" in message()
     (folder / "config.json").write_text('{"reward": "own.py"}')
-    assert "was graded by own.py" in said()
+    assert "was graded by own.py" in message()

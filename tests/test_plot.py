@@ -113,9 +113,9 @@ def test_published_rows_are_marked_as_published(two, tmp_path, monkeypatch, caps
 
 def test_the_published_averages_are_those_of_the_accuracies():
     """They agree to the paper's rounding. UFT has an average only."""
-    assert [len(found) for found, _ in PUBLISHED.values()] == [6, 6, 6, 6, 6, 0, 6, 6, 9]
-    for method, (found, average) in PUBLISHED.items():
-        assert not found or sum(found[: len(SIX)]) / 6 == pytest.approx(average, abs=0.06), method
+    assert [len(result) for result, _ in PUBLISHED.values()] == [6, 6, 6, 6, 6, 0, 6, 6, 9]
+    for method, (result, average) in PUBLISHED.items():
+        assert not result or sum(result[: len(SIX)]) / 6 == pytest.approx(average, abs=0.06), method
 
 
 def test_results_have_an_average_over_benchmarks(two):
@@ -128,7 +128,7 @@ def test_unlike_evaluations_are_refused_in_one_line(two, tmp_path, monkeypatch, 
     other = evaluation(tmp_path / "other", {"minerva": {"x": 1, "y": 1}})
     fewer = evaluation(tmp_path / "fewer", {"aime24": {"p": 1, "q": 0, "r": 2}})
     (tmp_path / "empty").mkdir()
-    for folders, said in (
+    for folders, message in (
         ([two[0], other], "no benchmark in common (a: aime24, math500; other: minerva)"),
         ([two[0], fewer], "a and fewer were evaluated on other problems of aime24"),
         ([tmp_path / "empty"], "empty is not a finished evaluation: no results.json"),
@@ -136,7 +136,7 @@ def test_unlike_evaluations_are_refused_in_one_line(two, tmp_path, monkeypatch, 
         capsys.readouterr()
         assert run(monkeypatch, "--compare", *folders, "--out", tmp_path / "c.png") == 2
         error = capsys.readouterr().err
-        assert said in error and error.count("\n") == 1
+        assert message in error and error.count("\n") == 1
     assert run(monkeypatch, two[0], "--beside-paper") == 2
     assert run(monkeypatch, tmp_path / "empty") == 2
     assert "not a run folder with steps" in capsys.readouterr().err
@@ -147,8 +147,8 @@ def test_other_numbers_of_samples_are_told(two, tmp_path, monkeypatch, capsys):
     half = evaluation(tmp_path / "half", {"aime24": {"p": 1, "q": 0, "r": 2, "s": 2}}, samples=2)
     capsys.readouterr()
     assert run(monkeypatch, "--compare", two[0], half, "--out", tmp_path / "c.png") == 0
-    told = [line for line in capsys.readouterr().out.splitlines() if line.startswith("Not alike")]
-    assert told == ["Not alike: samples of aime24 (a 4, half 2)"]
+    note = [line for line in capsys.readouterr().out.splitlines() if line.startswith("Not alike")]
+    assert note == ["Not alike: samples of aime24 (a 4, half 2)"]
 
 
 def test_a_folder_given_twice_is_refused(tmp_path, monkeypatch, capsys):
@@ -163,7 +163,7 @@ def test_damaged_files_are_named_in_one_line(tmp_path, monkeypatch, capsys):
     results, scores = tmp_path / "a" / "results.json", tmp_path / "x" / "eval.json"
     config = tmp_path / "x" / "config.json"
     results.parent.mkdir()
-    for file, text, said in (
+    for file, text, message in (
         (results, '{"settings": {', f"{results}: not valid JSON"),
         (results, "{}", f"{results}: found b'{{}}', expected a JSON object with results, right, settings"),
         (scores, '{"base": {', f"{scores}: not valid JSON"),
@@ -179,7 +179,7 @@ def test_damaged_files_are_named_in_one_line(tmp_path, monkeypatch, capsys):
         words = ["--compare", results.parent] if file == results else [tmp_path / "x"]
         assert run(monkeypatch, *words, "--out", tmp_path / "c.png") == 2
         error = capsys.readouterr().err
-        assert error.startswith(f"plot.py: {said}") and error.count("\n") == 1
+        assert error.startswith(f"plot.py: {message}") and error.count("\n") == 1
     assert not (tmp_path / "c.png").exists()
 
 
@@ -199,7 +199,7 @@ def test_a_target_that_cannot_be_written_is_named_and_nothing_is_left(tmp_path, 
     before = sorted(tmp_path.rglob("*"))
     with monkeypatch.context() as patch:
         patch.setattr(plot, "draw", None)  # drawing would fail, but the command refuses its words before that
-        for out, said in (
+        for out, message in (
             ("data", "is a folder"),
             ("file/c.png", "is a file"),
             ("c.foo", "as .foo"),
@@ -207,7 +207,7 @@ def test_a_target_that_cannot_be_written_is_named_and_nothing_is_left(tmp_path, 
         ):
             assert run(patch, folder, "--out", tmp_path / out) == 2
             error = capsys.readouterr().err
-            assert error.startswith(f"plot.py: {tmp_path / out}") and said in error and error.count("\n") == 1
+            assert error.startswith(f"plot.py: {tmp_path / out}") and message in error and error.count("\n") == 1
     (folder / "curves.png").mkdir()
     assert run(monkeypatch, folder) == 1
     assert f"writing to {folder / 'curves.png'} failed (Is a directory)" in capsys.readouterr().err
@@ -222,8 +222,8 @@ def test_a_dollar_in_a_name_is_a_dollar(tmp_path, monkeypatch):
     log = [{"step": step, f"eval_{name}": 0.5, "eval_all": 0.5} for step in (1, 2)]
     runs = [with_base(run_folder(tmp_path / (name + i), log), **{name: 2, "all": 2}) for i in "ab"]
     for samples in (1, 4):
-        found = evaluation(tmp_path / f"{name}{samples}", {name: {"x": 1, "y": 0}}, samples=samples)
-        assert run(monkeypatch, "--compare", found, "--out", tmp_path / "c.png") == 0
+        result = evaluation(tmp_path / f"{name}{samples}", {name: {"x": 1, "y": 0}}, samples=samples)
+        assert run(monkeypatch, "--compare", result, "--out", tmp_path / "c.png") == 0
     assert run(monkeypatch, runs[0]) == run(monkeypatch, *runs, "--out", tmp_path / "c.png") == 0
 
 
@@ -390,8 +390,8 @@ def test_runs_on_different_problems_are_refused_or_told_apart(tmp_path, monkeypa
     for folder, data in ((first, Config.data), (other, "mine.jsonl")):
         (folder / "config.json").write_text(json.dumps({"data": data, "model": "m"}))
     assert run(monkeypatch, first, other, "--out", tmp_path / "c.png") == 0
-    told = [line for line in capsys.readouterr().out.splitlines() if line.startswith("Not alike")]
-    assert told == [
+    note = [line for line in capsys.readouterr().out.splitlines() if line.startswith("Not alike")]
+    assert note == [
         f"Not alike: data (x {Config.data}, y mine.jsonl)",
     ]
 

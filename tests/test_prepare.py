@@ -181,8 +181,8 @@ def test_a_question_with_an_empty_option_is_set_aside(hub):
     row = HUB["mmlu_pro"][0]
     hub[0]["mmlu_pro"][1] = row | {"options": ["a b", "N/A", "c", " ", *"efghij"]}
     prepare.prepare("mmlu_pro")
-    (found,) = choose_benchmarks("mmlu_pro", None)
-    assert [p.id for p in found.problems] == ["mmlu_pro-0"] and found.left_out == 1
+    (result,) = choose_benchmarks("mmlu_pro", None)
+    assert [p.id for p in result.problems] == ["mmlu_pro-0"] and result.left_out == 1
 
 
 def run(monkeypatch, *words: str) -> int:
@@ -209,11 +209,11 @@ def test_a_set_that_cannot_be_had_is_one_line_and_the_others_are_fetched(hub, mo
 
 
 def test_without_a_network_no_retry_is_told_and_a_gated_set_is_not_blamed(hub, monkeypatch, capsys):
-    said = []
+    message = []
 
     def unreachable(path, config, split):
         logger = hub_logging.get_logger("huggingface_hub.utils._http")
-        said.append(logger.isEnabledFor(logging.WARNING))  # the hub warns of every retry
+        message.append(logger.isEnabledFor(logging.WARNING))  # the hub warns of every retry
         raise ConnectionError(f"Couldn't reach '{path}' on the Hub (LocalEntryNotFoundError)")
 
     monkeypatch.setattr(sys.modules["datasets"], "load_dataset", unreachable)
@@ -221,7 +221,7 @@ def test_without_a_network_no_retry_is_told_and_a_gated_set_is_not_blamed(hub, m
     assert run(monkeypatch, "gpqa_diamond", "aime24") == 2
     error = capsys.readouterr().err
     assert error.count("\n") == 2 == error.count("check the network") and "gated" not in error
-    assert said == [False, False]
+    assert message == [False, False]
 
 
 def test_changed_sets_and_wrong_names_are_one_line(hub, monkeypatch, capsys):
@@ -231,8 +231,8 @@ def test_changed_sets_and_wrong_names_are_one_line(hub, monkeypatch, capsys):
     assert "HuggingFaceH4/aime_2024 has 3 rows, expected 2" in capsys.readouterr().err
     rows["minerva"][1] = {"problem": "Q", "answer": "5"}
     assert run(monkeypatch, "minerva") == 2
-    said = "minerva: row 1 of math-ai/minervamath has not the fields expected (KeyError('question'))"
-    assert said in capsys.readouterr().err
+    message = "minerva: row 1 of math-ai/minervamath has not the fields expected (KeyError('question'))"
+    assert message in capsys.readouterr().err
     assert run(monkeypatch, "aime") == 2
     assert "unknown set 'aime': choose from aime24" in capsys.readouterr().err
     monkeypatch.setitem(sys.modules, "datasets", None)

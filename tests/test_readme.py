@@ -52,8 +52,8 @@ def test_every_file_that_is_linked_or_named_exists(document):
 def test_every_file_that_a_comment_or_docstring_names_exists(source):
     with source.open("rb") as file:
         tokens = [t for t in tokenize.tokenize(file.readline) if t.type in (tokenize.COMMENT, tokenize.STRING)]
-    told = [t.string for t in tokens if t.type == tokenize.COMMENT or t.string.lstrip("rRbB").startswith('"""')]
-    for folder, name in re.findall(r"(?<![\w/])(\w+)/((?:\w+/)*\w+\.py)\b", "\n".join(told)):
+    note = [t.string for t in tokens if t.type == tokenize.COMMENT or t.string.lstrip("rRbB").startswith('"""')]
+    for folder, name in re.findall(r"(?<![\w/])(\w+)/((?:\w+/)*\w+\.py)\b", "\n".join(note)):
         assert (ROOT / folder / name).exists(), f"{folder}/{name}"
 
 
@@ -74,14 +74,14 @@ def test_imports_point_one_way():
     graph: dict[str, set[str]] = {}
     for path in [*ROOT.glob("*.py"), *(p for folder in ours for p in (ROOT / folder).glob("*.py"))]:
         name = ".".join(path.relative_to(ROOT).with_suffix("").parts).removesuffix(".__init__")
-        found = set()
+        result = set()
         for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
             if isinstance(node, ast.ImportFrom) and node.module and not node.level:
                 whole = [f"{node.module}.{alias.name}" for alias in node.names]
-                found |= {w if (ROOT / (w.replace(".", "/") + ".py")).exists() else node.module for w in whole}
+                result |= {w if (ROOT / (w.replace(".", "/") + ".py")).exists() else node.module for w in whole}
             elif isinstance(node, ast.Import):
-                found |= {alias.name for alias in node.names}
-        graph[name] = {target for target in found if target.split(".")[0] in ours}
+                result |= {alias.name for alias in node.names}
+        graph[name] = {target for target in result if target.split(".")[0] in ours}
     scripts = {"data.prepare", "data.make_base", "data.make_recipes"}  # they are commands in a folder
     for name, targets in graph.items():
         folder = name.split(".")[0]

@@ -241,8 +241,8 @@ def test_from_weights_to_weights(task, method, capsys, monkeypatch):
     assert train.train(config) == 0
     rows = read_log(out)
     assert [row["step"] for row in rows] == [1, 2] and rows[0]["grad_norm"] > 0
-    said = capsys.readouterr().out
-    assert said.count("ids [") == 2  # each start of the run prints its first prompt once
+    message = capsys.readouterr().out
+    assert message.count("ids [") == 2  # each start of the run prints its first prompt once
     folders = (out / "final", folder / "model")
     final, start = (AutoModelForCausalLM.from_pretrained(path, dtype=torch.float32) for path in folders)
     assert final.config.architectures == start.config.architectures
@@ -304,7 +304,7 @@ def test_another_architecture_is_sampled_and_trained(tmp_path, monkeypatch, name
 
 
 @pytest.mark.parametrize(
-    "name, said",
+    "name, message",
     [
         ("gemma2", "its logits are not those of its output head"),  # its logits are capped
         ("cohere", "its logits are not those of its output head"),  # its logits are scaled
@@ -312,10 +312,10 @@ def test_another_architecture_is_sampled_and_trained(tmp_path, monkeypatch, name
         ("rwkv", "rows sampled in a batch are not what they are alone"),
     ],
 )
-def test_what_cannot_work_is_one_line_and_nothing_written(tmp_path, task, name, said):
+def test_what_cannot_work_is_one_line_and_nothing_written(tmp_path, task, name, message):
     make(name, tmp_path / "model")
     values = SETTINGS | {"model": str(tmp_path / "model"), "out": str(tmp_path / "run"), "method": "sft"}
-    with pytest.raises(ValueError, match=f"model '.*' cannot be loaded: {said}") as error:
+    with pytest.raises(ValueError, match=f"model '.*' cannot be loaded: {message}") as error:
         train.train(from_dict(values))
     assert "\n" not in str(error.value) and not (tmp_path / "run").exists()
 
@@ -372,8 +372,8 @@ def test_the_rows_of_a_pass_are_those_whose_own_count_fits():
     config, shape = from_dict({}), plan.shape_of("data/base")
     sizes = [plan.update_bytes(shape, rows, 100, 96, torch.bfloat16, False) for rows in range(1, 17)]
     for left in (sizes[0] - 1, sizes[0], sizes[1], sizes[7] + 1, sizes[14], 2 * sizes[15]):
-        found = plan.rows_updated_at_once(config, shape, {"static": 5, "activations": 7}, left + 5, 100, 16)
-        assert found == sum(size <= left for size in sizes)
+        result = plan.rows_updated_at_once(config, shape, {"static": 5, "activations": 7}, left + 5, 100, 16)
+        assert result == sum(size <= left for size in sizes)
 
 
 def test_offloading_moves_16_bytes_a_parameter_and_pays_for_every_pass(monkeypatch):
@@ -424,10 +424,10 @@ def test_a_model_is_planned_or_refused_in_one_line(monkeypatch, capsys, name):
             begin = rf"^model 'data/base' \({name}\) cannot be planned \([^\n]*\): try a short run[^\n]*$"
             stack.enter_context(pytest.raises(ValueError, match=begin))
         plan.show(from_dict({"max_response_tokens": 20}), "H100", 1, None, None)
-    said = capsys.readouterr().out
-    assert said.count("rows that can be sampled at once") == (name not in NOT_PLANNED) == bool(said)
-    assert ("a sliding window or a state" in said) == (name in WINDOWS)
-    assert ("the mixture's other experts" in said) == (name in MIXTURES)
+    message = capsys.readouterr().out
+    assert message.count("rows that can be sampled at once") == (name not in NOT_PLANNED) == bool(message)
+    assert ("a sliding window or a state" in message) == (name in WINDOWS)
+    assert ("the mixture's other experts" in message) == (name in MIXTURES)
 
 
 def test_of_a_mixture_only_the_experts_of_a_token_take_time():
@@ -459,7 +459,7 @@ def test_a_plan_counts_the_keys_that_are_repeated_for_a_sliding_window():
 
 
 @pytest.mark.parametrize(
-    "words, said",
+    "words, message",
     [
         ("--mean_response 97", "mean_response is 97, expected above 0 and at most max_response_tokens (96)"),
         ("--mean_response 0", "mean_response is 0, expected above 0"),
@@ -469,8 +469,8 @@ def test_a_plan_counts_the_keys_that_are_repeated_for_a_sliding_window():
         ("--gpus x", "argument --gpus: invalid int value: 'x' (see python plan.py --help)"),
     ],
 )
-def test_a_plan_that_contradicts_itself_is_refused(refused, words, said):
-    assert said in refused("plan.py", *words.split())
+def test_a_plan_that_contradicts_itself_is_refused(refused, words, message):
+    assert message in refused("plan.py", *words.split())
 
 
 def test_a_plan_reads_the_config_only(tmp_path, capsys, monkeypatch):
@@ -480,27 +480,28 @@ def test_a_plan_reads_the_config_only(tmp_path, capsys, monkeypatch):
     LlamaConfig(**size, num_key_value_heads=8, vocab_size=128256).save_pretrained(tmp_path)
     values = json.loads((ROOT / "configs" / "llama-3.1-8b.json").read_text()) | {"model": str(tmp_path)}
     plan.show(from_dict(values), "H100", 8, 1024, None)
-    said = capsys.readouterr().out
-    assert "8.03 billion parameters" in said and said.count("   fits ") == 2 and "change" not in said
-    assert "host memory\n  to load                                                29.92 GiB\n" in said
+    message = capsys.readouterr().out
+    assert "8.03 billion parameters" in message and message.count("   fits ") == 2 and "change" not in message
+    assert "host memory\n  to load                                                29.92 GiB\n" in message
     plan.show(from_dict(values), "4090", 1, 1024, None)
-    said = capsys.readouterr().out
-    assert said.count("DOES NOT FIT") == 2 and "--offload true" in said and "--rows_per_call" not in said
+    message = capsys.readouterr().out
+    assert message.count("DOES NOT FIT") == 2 and "--offload true" in message and "--rows_per_call" not in message
     plan.show(from_dict(values | {"rows_per_call": 512, "max_response_tokens": 7100}), "H100", 8, 900, None)
-    said = capsys.readouterr().out  # 8,000 columns are 8,192 where passes are recorded, also for the rows that fit
+    message = capsys.readouterr().out  # 8,000 columns are 8,192 where passes are recorded, also for the rows that fit
     left = (
         79.2 * 2**30 * 0.92 - (2 + 12 / 8) * 8.0303e9
     )  # weights in bf16; those in fp32 and the optimizer over 8 GPUs
     block = 2**14 * 2 * (3 * 14336 + 6 * 4096)  # the bytes of a pass over prompts
     fit = int((left - block) / (8192 * 2 * 32 * 8 * 128 * 2))
-    assert "512 x 8192 tokens" in said and f"--rows_per_call {fit}\n" in said
+    assert "512 x 8192 tokens" in message and f"--rows_per_call {fit}\n" in message
 
 
 def test_the_plan_of_the_embedded_task_has_units_to_read(capsys):
     plan.show(from_dict({}), "4090", 1, None, None)
-    said = capsys.readouterr().out
-    assert said.startswith("data/base: 0.29 million parameters") and " MiB" in said and "seconds of the run" in said
-    assert not re.search(r"[^\d.]0\.0+ (GiB|hours)", said) and "hours" not in said
+    message = capsys.readouterr().out
+    assert message.startswith("data/base: 0.29 million parameters")
+    assert " MiB" in message and "seconds of the run" in message
+    assert not re.search(r"[^\d.]0\.0+ (GiB|hours)", message) and "hours" not in message
 
 
 SIZES = {

@@ -247,13 +247,13 @@ def own(tmp_path, value="2"):
 
 def test_a_reward_of_ones_own_gives_partial_credit(tmp_path):
     path = own(tmp_path)
-    found = load_reward(str(path))
-    assert found.name == f"{path}:reward" and found.function("cat", PROBLEM) == 1.0
-    assert grade_all(found, ["cat", "act", "xc"], [PROBLEM] * 3) == [1.0, 1.0, 0.5]
+    result = load_reward(str(path))
+    assert result.name == f"{path}:reward" and result.function("cat", PROBLEM) == 1.0
+    assert grade_all(result, ["cat", "act", "xc"], [PROBLEM] * 3) == [1.0, 1.0, 0.5]
     with pytest.raises(ValueError, match="no dogs"):
-        found.check(Problem("p", "x", "dog"))
-    assert found.fingerprint != load_reward("math").fingerprint
-    before = found.fingerprint
+        result.check(Problem("p", "x", "dog"))
+    assert result.fingerprint != load_reward("math").fingerprint
+    before = result.fingerprint
     path.write_text(path.read_text() + "\n")
     assert load_reward(f"{path}:reward").fingerprint != before
 
@@ -292,16 +292,16 @@ def test_the_fingerprint_of_math_is_that_of_all_its_code(tmp_path, monkeypatch):
     (tmp_path / "answers").mkdir()
     copies = [shutil.copy(file, tmp_path / file.relative_to(here.parent)) for file in files]
     monkeypatch.setattr(reward, "__file__", str(copies[0]))
-    found = [load_reward("math").fingerprint]
-    assert len(files) > 8 and found[0] == reward.MATH.fingerprint
+    result = [load_reward("math").fingerprint]
+    assert len(files) > 8 and result[0] == reward.MATH.fingerprint
     for copy in copies:
         copy.write_text(copy.read_text() + "# another\n")
-        found.append(load_reward("math").fingerprint)
-    assert len(set(found)) == len(files) + 1
+        result.append(load_reward("math").fingerprint)
+    assert len(set(result)) == len(files) + 1
 
 
 @pytest.mark.parametrize(
-    "spec, said",
+    "spec, message",
     [
         ("maths", "reward is 'maths', expected math, exact, or a Python file"),
         ("{folder}/none.py", "does not exist"),
@@ -311,7 +311,7 @@ def test_the_fingerprint_of_math_is_that_of_all_its_code(tmp_path, monkeypatch):
         ("{folder}/lines.py", "cannot be run: one two"),
     ],
 )
-def test_a_reward_that_cannot_be_had_is_one_line(tmp_path, spec, said):
+def test_a_reward_that_cannot_be_had_is_one_line(tmp_path, spec, message):
     own(tmp_path)
     for name, code in {
         "broken": "def reward(:",
@@ -319,7 +319,7 @@ def test_a_reward_that_cannot_be_had_is_one_line(tmp_path, spec, said):
         "lines": "raise ValueError('one\\ntwo')",
     }.items():
         (tmp_path / f"{name}.py").write_text(code)
-    with pytest.raises(ValueError, match=said) as error:
+    with pytest.raises(ValueError, match=message) as error:
         load_reward(spec.replace("{folder}", str(tmp_path)))
     assert "\n" not in str(error.value)
 
@@ -336,7 +336,7 @@ def test_a_reward_that_changes_the_working_directory_is_told(tmp_path):
 
 
 @pytest.mark.parametrize(
-    "name, value, said",
+    "name, value, message",
     [
         ("fails", "0", r"failed on problem 'p7': ZeroDivisionError: .* \(\S+own.py:\d+\)$"),
         ("ends", "0", "failed on problem 'p7': SystemExit"),
@@ -355,8 +355,8 @@ def test_a_reward_that_changes_the_working_directory_is_told(tmp_path):
         ("wrong", "[1.0]", r"gave \[1.0\]"),
     ],
 )
-def test_what_a_reward_gives_is_checked(tmp_path, name, value, said):
-    with pytest.raises(ValueError, match=said) as error:
+def test_what_a_reward_gives_is_checked(tmp_path, name, value, message):
+    with pytest.raises(ValueError, match=message) as error:
         grade_all(load_reward(f"{own(tmp_path, value)}:{name}"), ["x"], [PROBLEM])
     assert "\n" not in str(error.value)
 
@@ -368,11 +368,11 @@ def test_a_check_of_ones_own_that_ends_the_program_is_one_line(tmp_path):
 
 
 def test_exact_compares_the_text_in_the_box():
-    found = load_reward("exact")
+    result = load_reward("exact")
     golds = [Problem("p", "?", "cat")] * 4
-    assert grade_all(found, ["\\boxed{ cat }", "\\boxed{act}", "cat", "\\boxed{cat"], golds) == [1.0, 0.0, 0.0, 0.0]
+    assert grade_all(result, ["\\boxed{ cat }", "\\boxed{act}", "cat", "\\boxed{cat"], golds) == [1.0, 0.0, 0.0, 0.0]
     # in mathematics letters are variables, so their order does not matter
     assert grade_all(load_reward("math"), ["\\boxed{act}"], golds[:1]) == [1.0]
-    assert not found.is_read("cat") and found.is_read("\\boxed{x}")
+    assert not result.is_read("cat") and result.is_read("\\boxed{x}")
     with pytest.raises(ValueError, match="answer is empty"):
-        found.check(Problem("p", "?", " "))
+        result.check(Problem("p", "?", " "))

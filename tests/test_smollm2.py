@@ -58,7 +58,7 @@ def test_a_whole_file_is_found_without_importing_the_package(package):
 
 
 @pytest.mark.parametrize(
-    "harm, said",
+    "harm, message",
     [
         (
             lambda path, patch: patch.setattr(metadata, "distribution", absent),
@@ -83,11 +83,11 @@ def test_a_whole_file_is_found_without_importing_the_package(package):
     ],
     ids=["no package", "no file", "nothing recorded", "no readers", "full disk"],
 )
-def test_what_is_missing_is_one_line_with_the_fix(harm, said, package, monkeypatch, tmp_path, capsys):
+def test_what_is_missing_is_one_line_with_the_fix(harm, message, package, monkeypatch, tmp_path, capsys):
     harm(package, monkeypatch)
-    assert run(monkeypatch, "--out", tmp_path / "out") == (1 if "No space" in said else 2)
+    assert run(monkeypatch, "--out", tmp_path / "out") == (1 if "No space" in message else 2)
     error = capsys.readouterr().err
-    assert error.startswith("smollm2.py: ") and said in error and error.count("\n") == 1
+    assert error.startswith("smollm2.py: ") and message in error and error.count("\n") == 1
     assert [path.name for path in tmp_path.iterdir()] == ["site"]
 
 

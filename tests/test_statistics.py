@@ -32,8 +32,8 @@ def test_pass_at_k_refuses_more_draws_than_samples(n, c, k):
         pass_at_k(n, c, k)
 
 
-def holds(found: tuple[float, float], truth: float) -> bool:
-    return found[0] - 1e-9 <= truth <= found[1] + 1e-9
+def holds(result: tuple[float, float], truth: float) -> bool:
+    return result[0] - 1e-9 <= truth <= result[1] + 1e-9
 
 
 def test_the_ends_of_an_interval_by_hand():
@@ -56,24 +56,24 @@ def test_the_ends_of_an_interval_by_hand():
 @pytest.mark.parametrize("n", [30, 83, 300])
 def test_the_interval_of_one_sample_a_problem_holds_the_truth_in_94_percent(n):
     """This is exact: it goes over all counts of right answers, weighted by their binomial chances."""
-    found = [interval([1.0] * right + [0.0] * (n - right)) for right in range(n + 1)]
+    result = [interval([1.0] * right + [0.0] * (n - right)) for right in range(n + 1)]
     for p in np.arange(0.01, 0.995, 0.005):
         chances = [math.comb(n, c) * p**c * (1 - p) ** (n - c) for c in range(n + 1)]
-        assert sum(chance for chance, ends in zip(chances, found) if holds(ends, p)) >= 0.94, p
+        assert sum(chance for chance, ends in zip(chances, result) if holds(ends, p)) >= 0.94, p
 
 
 @pytest.mark.parametrize("better", [0.5, 0.8, 1.0])
 def test_the_interval_of_a_difference_holds_the_truth_in_94_percent(better):
     """This is exact. Two models have one sample of each of 30 problems. They differ on a share of the problems, and
     on `better` of these the second is better."""
-    n, found = 30, {}
+    n, result = 30, {}
     for up, down in itertools.product(range(n + 1), repeat=2):
         if up + down <= n:
             second = [1.0] * up + [0.0] * (n - up)
-            found[up, down] = paired_difference([0.0] * (n - down) + [1.0] * down, second)
+            result[up, down] = paired_difference([0.0] * (n - down) + [1.0] * down, second)
     for share in (0.005, 0.01, 0.02, 0.04, 0.08, 0.12, 0.16, 0.25, 0.4, 0.6, 0.8, 0.99):
         p, q, covered = share * better, share * (1 - better), 0.0
-        for (up, down), (_, *ends) in found.items():
+        for (up, down), (_, *ends) in result.items():
             ways = math.comb(n, up) * math.comb(n - up, down)
             covered += ways * p**up * q**down * (1 - share) ** (n - up - down) * holds(ends, p - q)
         assert covered >= 0.94, share

@@ -72,19 +72,19 @@ def whole_batch(run: Run, moved: bool) -> tuple[steps.Batch, Tokens]:
 def gradients(run: Run, batch: steps.Batch, tokens: Tokens, budget: int) -> list[torch.Tensor]:
     """Returns the gradient that `update` leaves before the optimizer's step, on micro-batches of `budget` tokens."""
     config = dataclasses.replace(run.config, micro_batch_tokens=budget, max_grad_norm=1e9)
-    found: list[torch.Tensor] = []
+    actual: list[torch.Tensor] = []
 
     class Spy:
         param_groups = ()
 
         def step(self):
-            found.extend(p.grad.clone() for p in trained(run.model).values())
+            actual.extend(p.grad.clone() for p in trained(run.model).values())
 
         def zero_grad(self):
             run.model.zero_grad()
 
     update(dataclasses.replace(run, config=config), batch, tokens, TEMPERATURE, Spy(), 1.0)
-    return found
+    return actual
 
 
 def exact(run: Run, batch: steps.Batch, tokens: Tokens) -> tuple[torch.Tensor, torch.Tensor, list[torch.Tensor]]:
@@ -116,9 +116,9 @@ def test_gradient_is_the_same_for_any_micro_batches(tokenizer, method, rank, mov
     want = exact_gradients(run, batch, tokens)
     close = rounding(run.model, batch.rollouts.input_ids.numel())
     for budget in (1, 60, 120, 10**6):
-        for found, exact in zip(gradients(run, batch, tokens, budget), want, strict=True):
+        for actual, exact in zip(gradients(run, batch, tokens, budget), want, strict=True):
             assert exact.abs().max() > 0
-            torch.testing.assert_close(found.double(), exact, rtol=0, atol=close * float(exact.abs().max()))
+            torch.testing.assert_close(actual.double(), exact, rtol=0, atol=close * float(exact.abs().max()))
 
 
 def passes(monkeypatch) -> list[tuple[bool, list[int]]]:
@@ -220,16 +220,16 @@ def test_sdfts_teacher_has_seen_the_demonstration(tokenizer):
     run = make_run(tokenizer, "sdft", temperature=TEMPERATURE)
     picked = [0, 1, 2, 5]
     batch = rollout_batch(run, picked, 3)
-    for row, found in zip(batch.rows, batch.hinted_log_probs):
+    for row, actual in zip(batch.rows, batch.hinted_log_probs):
         problem = run.data.encoded[picked[row.group]]
-        assert found.isnan().all() == (row.group == 3)
+        assert actual.isnan().all() == (row.group == 3)
         if problem.demonstrations:
             shown = [*problem.prompt_ids, *problem.demonstrations[0], 2, *problem.prompt_ids, *row.response]
             n = len(row.response)
             with torch.no_grad():
                 p = (run.model(torch.tensor([shown])).logits[0, -n - 1 : -1] / TEMPERATURE).log_softmax(-1)
             want = p[range(n), row.response]
-            torch.testing.assert_close(found[:n], want, atol=1e-4, rtol=1e-4)
+            torch.testing.assert_close(actual[:n], want, atol=1e-4, rtol=1e-4)
 
 
 def test_the_kept_prefix_tokens_do_not_depend_on_micro_batches(tokenizer):
@@ -455,10 +455,10 @@ def test_a_step_is_two_unequal_updates_one_after_the_other(tokenizer, method, ma
     assert metrics["clip_fraction"] == pytest.approx(1 - left / planned) and metrics["trained_tokens"] == planned
     if max_grad_norm > 1 and method != "hpt":  # HPT has no PPO clip
         assert left < planned
-    for before, found, want in zip(start, run.model.parameters(), hand.model.parameters()):
+    for before, actual, want in zip(start, run.model.parameters(), hand.model.parameters()):
         change = want - before
         torch.testing.assert_close(
-            found.detach() - before, change.float(), rtol=0, atol=2e-3 * float(change.abs().max())
+            actual.detach() - before, change.float(), rtol=0, atol=2e-3 * float(change.abs().max())
         )
 
 
@@ -515,12 +515,12 @@ def test_an_sft_step_draws_among_a_problems_demonstrations(tokenizer):
     run = make_run(tokenizer, "sft")
     problem = dataclasses.replace(run.data.encoded[0], demonstrations=[[5, 6], [7, 8]])
 
-    def given(step: int) -> list[int]:
+    def inputs(step: int) -> list[int]:
         return steps.demonstration_batch(run, [problem], step).rollouts.input_ids[0, -3:].tolist()
 
-    drawn = [given(step) for step in range(12)]
+    drawn = [inputs(step) for step in range(12)]
     assert {tuple(ids) for ids in drawn} == {(5, 6, 2), (7, 8, 2)}
-    assert drawn == [given(step) for step in range(12)]
+    assert drawn == [inputs(step) for step in range(12)]
 
 
 def test_truncated_responses_get_no_reward(tokenizer):
@@ -565,10 +565,10 @@ def test_relift_collects_unsolved_problems_newest_first_and_spends_a_full_buffer
         waiting = met + waiting
         expected, updates = waiting, 0
         if len(waiting) >= 4:
-            expected, updates, chosen = waiting[4:], 1, waiting[:4]
+            expected, updates, choice = waiting[4:], 1, waiting[:4]
         metrics = rl_metrics(run, rl_step(run, step))
         if updates:
-            assert spent[-1] == [f"p{i}" for i in chosen] and metrics["relift_loss"] == 0.5
+            assert spent[-1] == [f"p{i}" for i in choice] and metrics["relift_loss"] == 0.5
         assert (metrics["relift_updates"], metrics["relift_buffer"]) == (updates, len(expected))
         assert run.collector.waiting == expected
         waiting = expected

@@ -78,7 +78,7 @@ def test_the_interval_covers_the_true_difference():
 
 
 @pytest.mark.parametrize(
-    ("found", "enough", "want"),
+    ("actual", "enough", "want"),
     [
         ({}, False, "cannot be tested"),
         ({"greedy": (2, 1, 3), "T = 1": (1, -1, 3)}, False, "seen"),
@@ -90,36 +90,36 @@ def test_the_interval_covers_the_true_difference():
         ({"greedy": (0, -0.01, 0.02), "T = 1": (0.1, 0.05, 0.15)}, True, "opposite"),
     ],
 )
-def test_verdicts(found, enough, want):
-    assert verdict(found, enough) == want
+def test_verdicts(actual, enough, want):
+    assert verdict(actual, enough) == want
 
 
 def test_what_is_measured_for_a_claim(stored):
     def judge(*args, **kwargs):
-        found = measured(claim(*args, **kwargs), stored)
-        return verdict(found, kwargs.get("enough", False)), found
+        actual = measured(claim(*args, **kwargs), stored)
+        return verdict(actual, kwargs.get("enough", False)), actual
 
     assert judge("prefix-rft", "rft")[0] == "seen" and judge("sft", "prefix-rft")[0] == "opposite"
     assert judge("prefix-rft", "luffy")[0] == "cannot be tested"
-    result, found = judge("prefix-rft-all", "prefix-rft", what="length")
-    assert result == "seen" and found["length"][0] == 91 - 50
-    result, found = judge("prefix-rft", what="lead")
-    assert result == "seen" and found["reward"][0] == pytest.approx((0.8 + 0.3 + 0.1) / 3)
+    result, actual = judge("prefix-rft-all", "prefix-rft", what="length")
+    assert result == "seen" and actual["length"][0] == 91 - 50
+    result, actual = judge("prefix-rft", what="lead")
+    assert result == "seen" and actual["reward"][0] == pytest.approx((0.8 + 0.3 + 0.1) / 3)
     assert judge("prefix-rft", what="narrowing")[1]["reward"][0] == pytest.approx(0.8 - 0.1)
     assert judge("prefix-rft@512", "prefix-rft@2", "scarce", enough=True)[0] == "opposite"
-    found = judge("habit:prefix-rft", "prefix-rft@slips", "weak")[1]
-    assert found["greedy"][0] == pytest.approx(0.2, abs=0.05)
+    actual = judge("habit:prefix-rft", "prefix-rft@slips", "weak")[1]
+    assert actual["greedy"][0] == pytest.approx(0.2, abs=0.05)
 
 
 def test_ranks_are_told_where_one_failed_run_widens_the_interval():
     ours = [run_line("prefix-rft", seed, 0.7) for seed in range(5)]
     others = [run_line("rft", seed, 0.6 if seed else 0.1) for seed in range(5)]
     asked, stored = claim("prefix-rft", "rft"), {"habit": [*ours, *others]}
-    found = measured(asked, stored)
-    assert found["greedy"][1] < 0 < found["greedy"][2]
-    assert f"every run of prefix-rft is above, greedy, p = {2 / 252:.2g}" in by_ranks(asked, found, stored)
+    actual = measured(asked, stored)
+    assert actual["greedy"][1] < 0 < actual["greedy"][2]
+    assert f"every run of prefix-rft is above, greedy, p = {2 / 252:.2g}" in by_ranks(asked, actual, stored)
     # with three runs against three, p is at least 0.1
-    assert by_ranks(asked, found, {"habit": [*ours[:3], *others[:3]]}) == ""
+    assert by_ranks(asked, actual, {"habit": [*ours[:3], *others[:3]]}) == ""
 
 
 # ---- the second study
@@ -134,27 +134,27 @@ def horizon_line(method: str, base: int, accuracies: dict[str, float]) -> dict:
 def second_study(bases: int) -> dict[str, dict]:
     rng = np.random.default_rng(0)
     values = {(m, b): dict(zip(TEMPERATURES, rng.uniform(0.5, 0.6, 3))) for m in METHODS[:3] for b in range(bases)}
-    return {f"{method}-{base}": horizon_line(method, base, found) for (method, base), found in values.items()}
+    return {f"{method}-{base}": horizon_line(method, base, actual) for (method, base), actual in values.items()}
 
 
 def test_contrasts_are_those_of_students_t_over_bases():
     runs = contrasts.run_frame(second_study(6))
-    found = contrasts.contrast_frame(runs).loc[contrasts.PRIMARY]
+    actual = contrasts.contrast_frame(runs).loc[contrasts.PRIMARY]
     at = runs[runs.temperature == "T = 0.6"].pivot(index="base", columns="method", values="accuracy")
     each = (at["prefix-rft"] - at["sft-rft"]).tolist()
     reach = 2.5706 * statistics.stdev(each) / 6**0.5
-    told = [statistics.mean(each), statistics.mean(each) - reach, statistics.mean(each) + reach]
-    assert found["bases"] == 6 and [found[name] for name in ("mean", "low", "high")] == pytest.approx(told, abs=1e-5)
-    assert found["p"] == pytest.approx(ttest_1samp(each, 0).pvalue)
-    assert pd.isna(found["holm"])  # the primary contrast is not corrected
+    mean, ends = statistics.mean(each), [actual[name] for name in ("mean", "low", "high")]
+    assert actual["bases"] == 6 and ends == pytest.approx([mean, mean - reach, mean + reach], abs=1e-5)
+    assert actual["p"] == pytest.approx(ttest_1samp(each, 0).pvalue)
+    assert pd.isna(actual["holm"])  # the primary contrast is not corrected
     one = contrasts.contrast_frame(contrasts.run_frame(second_study(1))).loc[contrasts.PRIMARY]
     assert pd.isna(one["low"]) and contrasts.cell_of(one) == f"{100 * one['mean']:+.1f}"
 
 
 def test_holm_stops_at_the_first_that_is_not_significant():
-    found = contrasts.holm(pd.Series({"a": 0.04, "b": 0.001, "c": 0.03, "d": 0.012}))
+    actual = contrasts.holm(pd.Series({"a": 0.04, "b": 0.001, "c": 0.03, "d": 0.012}))
     # Holm compares them with 0.05 over 4, 3, 2 and 1
-    assert found.to_dict() == {"b": True, "d": True, "c": False, "a": False}
+    assert actual.to_dict() == {"b": True, "d": True, "c": False, "a": False}
 
 
 def test_the_report_and_the_figure_of_the_second_study_before_and_after_its_runs():
@@ -181,9 +181,9 @@ def test_tables_agree_with_the_runs(stored):
         counts = [list(map(int, line["right"][kind])) for line in records.runs_of(lines, "rft")]
         each = [100 * sum(right) / 800 / samples for right in counts]
         seeds, spread, easy = cells_of(report.accuracy_table(lines, kind), "rft")[:3]
-        told = [float(number) for number in re.findall(r"[\d.]+", spread)]
+        note = [float(number) for number in re.findall(r"[\d.]+", spread)]
         want = [statistics.mean(each), statistics.stdev(each), *each]
-        assert seeds == "3" and told == pytest.approx(want, abs=0.051)
+        assert seeds == "3" and note == pytest.approx(want, abs=0.051)
         assert float(easy) == pytest.approx(sum(sum(right[:200]) for right in counts) / 6 / samples, abs=0.051)
     assert cells_of(report.cost_table(lines), "rft")[1:] == ["1", "2", "0", "4"]
     assert cells_of(report.accuracy_table(stored["scarce"], "greedy"), "prefix-rft@8")[0] == "3"

@@ -93,13 +93,13 @@ def weights(folder: Path) -> dict[str, torch.Tensor]:
 def whole(task, tmp_path_factory):
     """Makes an uninterrupted run of 4 steps, the reference of the resume tests, and returns its folder and what it
     printed."""
-    out, printed, said = tmp_path_factory.mktemp("whole") / "run", io.StringIO(), io.StringIO()
+    out, printed, output = tmp_path_factory.mktemp("whole") / "run", io.StringIO(), io.StringIO()
     with pytest.MonkeyPatch.context() as patch, pytest.raises(SystemExit) as stop:
         patch.chdir(ROOT)
         patch.setattr(sys, "argv", ["train.py", *arguments(task, out)])
-        with contextlib.redirect_stdout(printed), contextlib.redirect_stderr(said):
+        with contextlib.redirect_stdout(printed), contextlib.redirect_stderr(output):
             train.main()
-    assert (stop.value.code, said.getvalue()) == (0, "")
+    assert (stop.value.code, output.getvalue()) == (0, "")
     return out, printed.getvalue()
 
 
@@ -279,9 +279,9 @@ def test_resume_refuses_a_run_made_of_something_else(task, tmp_path, monkeypatch
         config = json.loads(saved.read_text())
         saved.write_text(json.dumps({name: value for name, value in config.items() if name != "made_of"}))
     before = {p: p.stat().st_mtime_ns for p in (tmp_path / "run").rglob("*")}
-    said = {"data": rf"data \({data}\)", "model": rf"model \({model}\) ", "reward": rf"reward \({reward}\) "}
-    said["record"] = said["reward"]
-    with pytest.raises(ValueError, match=said.get(what, "prompts as token ids changed since")):
+    output = {"data": rf"data \({data}\)", "model": rf"model \({model}\) ", "reward": rf"reward \({reward}\) "}
+    output["record"] = output["reward"]
+    with pytest.raises(ValueError, match=output.get(what, "prompts as token ids changed since")):
         train.train(parse_config(argv))
     assert before == {p: p.stat().st_mtime_ns for p in (tmp_path / "run").rglob("*")}
 
@@ -335,8 +335,8 @@ def test_a_reward_of_ones_own_is_used_everywhere(task, tmp_path, monkeypatch, ca
     )
     argv = arguments(task, tmp_path / "run", reward=f"{path}:sevens", method="prefix-rft", steps=2)
     assert train.train(parse_config(argv)) == 0
-    said = capsys.readouterr().out
-    assert "left out (not right)" in said  # demonstrations without a 7 are not right by this reward
+    output = capsys.readouterr().out
+    assert "left out (not right)" in output  # demonstrations without a 7 are not right by this reward
     rows = read_log(tmp_path / "run")
     assert 0.3 < rows[0]["reward_on_policy"] < 1 and rows[0]["unread"] == 0
     scores = json.loads((tmp_path / "run" / "eval.json").read_text())
@@ -368,9 +368,9 @@ def test_kept_demonstrations_are_chosen_by_id(fraction, count):
     def kept(problems, fraction):
         return {problem.id for problem in keep_fraction(problems, fraction) if problem.demonstrations}
 
-    found = kept(problems, fraction)
-    assert len(found) == count and found == kept(problems[::-1], fraction)
-    assert found <= kept(problems, 0.5) or fraction == 1.0
+    actual = kept(problems, fraction)
+    assert len(actual) == count and actual == kept(problems[::-1], fraction)
+    assert actual <= kept(problems, 0.5) or fraction == 1.0
 
 
 # ---- wrong input: one line on stderr, exit code 2, nothing written
@@ -487,9 +487,9 @@ def test_demonstrations_that_cannot_be_used_are_counted(task, tmp_path, capsys):
     kept = [sum(bool(problem.demonstrations) for problem in r.data.encoded) for r in (run, half)]
     assert kept == [used - 3, math.ceil((used - 3) / 2)]
     train.console.show_start(run, tmp_path, counts, 4, 0)
-    said = capsys.readouterr().out
-    assert f"{used - 3} with demonstrations, 1 left out (too long), 2 left out (not right)" in said
-    assert f"ids {run.data.encoded[0].prompt_ids}" in said
+    output = capsys.readouterr().out
+    assert f"{used - 3} with demonstrations, 1 left out (too long), 2 left out (not right)" in output
+    assert f"ids {run.data.encoded[0].prompt_ids}" in output
 
 
 def test_data_is_checked_before_weights_are_read(task, tmp_path, monkeypatch):
@@ -596,9 +596,9 @@ def test_the_evaluation_takes_its_settings(monkeypatch):
         return [Answers("p", samples=samples, right=1, rewards=1)]
 
     monkeypatch.setattr(train, "evaluate", evaluate)
-    given = {"eval_samples": 3, "eval_response_tokens": 33, "seed": 5, "rows_per_call": 6}
+    inputs = {"eval_samples": 3, "eval_response_tokens": 33, "seed": 5, "rows_per_call": 6}
     data = SimpleNamespace(held={"validation": ("v", "v ids"), "test": ("t", "t ids")})
-    run = SimpleNamespace(config=from_dict(given), data=data, model=None, tokenizer=None, reward="r", decode="loop")
+    run = SimpleNamespace(config=from_dict(inputs), data=data, model=None, tokenizer=None, reward="r", decode="loop")
     tables = train.score(run, "base")
     assert calls == [("v", "v ids", 1, 0.0), ("t", "t ids", 1, 0.0), ("t", "t ids", 3, 1.0)]
     assert {name: table["all"]["samples"] for name, table in tables.items()} == {
@@ -695,13 +695,13 @@ def test_a_model_remembers_its_system_message_for_evaluation(task, tmp_path, mon
     evaluation.run(evaluation.parse_args([*words, "--out", str(tmp_path / "as-trained")]))
     settings = json.loads((tmp_path / "as-trained" / "settings.json").read_text())
     assert settings["system"] == "Step by step." and "Step by step." in settings["first_prompt"]
-    for given, system in ([], "Step by step."), (["--system", "Be brief."], "Be brief."), (["--system", ""], None):
-        argv = ["sample.py", *words[:2], "--samples", "1", "--max_response_tokens", "2", *given, rows[0]["problem"]]
+    for inputs, system in ([], "Step by step."), (["--system", "Be brief."], "Be brief."), (["--system", ""], None):
+        argv = ["sample.py", *words[:2], "--samples", "1", "--max_response_tokens", "2", *inputs, rows[0]["problem"]]
         monkeypatch.setattr(sys, "argv", argv)
         capsys.readouterr()
         try_model.main()
-        said = capsys.readouterr().out
-        assert system in said if system else "Step by step." not in said
+        output = capsys.readouterr().out
+        assert system in output if system else "Step by step." not in output
     evaluation.run(evaluation.parse_args([*words, "--system", "Be brief.", "--out", str(tmp_path / "other")]))
     assert 'the model was trained with another system: "Step by step."' in capsys.readouterr().out
     evaluation.run(evaluation.parse_args([*words, "--reward", "exact", "--out", str(tmp_path / "exact")]))

@@ -52,15 +52,15 @@ def test_each_warning_is_said_once_when_it_is_due(name, changes, at):
     watch = Watch(METHODS["prefix-rft"], {})
     for number in range(1, FIRST + 1):
         assert watch.look(row(number)) == {}
-    said = [watch.look(row(FIRST + number, **changes)) for number in range(1, 3 * LONG)]
-    due = [number for number, new in enumerate(said, 1) if new]
-    assert [list(new) for new in said if new] == [[name]] and list(watch.warnings) == [name]
+    message = [watch.look(row(FIRST + number, **changes)) for number in range(1, 3 * LONG)]
+    due = [number for number, new in enumerate(message, 1) if new]
+    assert [list(new) for new in message if new] == [[name]] and list(watch.warnings) == [name]
     assert due == [at] or (name == "surprise" and due[0] <= at), due
     assert watch.warnings[name].startswith(f"step {FIRST + due[0]}: ")
     again = Watch(METHODS["prefix-rft"], {})  # a run that goes on, after it was shown the rows of the first part
     for number in range(1, FIRST + due[0]):
         again.recall(row(number, **(changes if number > FIRST else {})))
-    assert again.look(row(FIRST + due[0], **changes)) == said[due[0] - 1]
+    assert again.look(row(FIRST + due[0], **changes)) == message[due[0] - 1]
 
 
 def test_a_run_that_goes_on_elsewhere_recalls_what_was_said_and_nothing_else():
@@ -79,18 +79,18 @@ def test_a_run_that_goes_on_elsewhere_recalls_what_was_said_and_nothing_else():
 @pytest.mark.parametrize("weight", [zero, uncertain_means], ids=["zero", "zero without own tokens, as here"])
 def test_updates_on_demonstrations_without_weight_are_told(tokenizer, method, weight):
     """These are updates of the sft stage and of ReLIFT. An update that was skipped is not one of them."""
-    for given in (METHODS[method], variant(METHODS[method], demonstration_weight=weight)):
-        run, watch = make_run(tokenizer, method, reward=ALL_WRONG, relift_buffer=2, lr=0.0), Watch(given, {})
-        run.method = given
+    for inputs in (METHODS[method], variant(METHODS[method], demonstration_weight=weight)):
+        run, watch = make_run(tokenizer, method, reward=ALL_WRONG, relift_buffer=2, lr=0.0), Watch(inputs, {})
+        run.method = inputs
         if run.collector:
             metrics = rl_metrics(run, rl_step(run, 0))
             assert metrics["relift_updates"] == 1
         else:
             metrics = sft_metrics(sft_step(run, run.data.supervised[:3], 0, run.optimizer, 0.1), 0.1)
-        told = watch.look({"step": 1, **metrics}).get("no_weight", "")
-        assert ("demonstration_weight (methods.METHODS) is 0" in told) is (given is not METHODS[method])
+        text = watch.look({"step": 1, **metrics}).get("no_weight", "")
+        assert ("demonstration_weight (methods.METHODS) is 0" in text) is (inputs is not METHODS[method])
     skipped = {"trained_tokens": 0, "skipped_updates": 1}
-    assert list(Watch(given, {}).look({"step": 1, "grad_norm": 0.0, "entropy": 0.0} | skipped)) == ["skipped"]
+    assert list(Watch(inputs, {}).look({"step": 1, "grad_norm": 0.0, "entropy": 0.0} | skipped)) == ["skipped"]
 
 
 def test_nothing_is_said_of_a_run_without_faults():
@@ -98,8 +98,8 @@ def test_nothing_is_said_of_a_run_without_faults():
     watch = Watch(METHODS["rft"], {})
     supervised = {"skipped_updates": 0, "grad_norm": 0.0, "entropy": 0.0, "trained_tokens": 9}
     for number in range(1, 60):
-        found = watch.look({"step": number, **supervised} if number < 20 else row(number, hybrid_rows=0))
-        assert found == {}
+        result = watch.look({"step": number, **supervised} if number < 20 else row(number, hybrid_rows=0))
+        assert result == {}
 
 
 @pytest.mark.parametrize("sampled_at, warned", [(1.0, False), (0.8, True)])
@@ -127,9 +127,9 @@ def test_rejected_demonstrations_are_told_at_the_start_and_at_the_end(tmp_path, 
     rows = [json.loads(line) for line in files["data"].read_text().splitlines()]
     rows[0]["demonstrations"] = ["\\boxed{no}"]
     files["data"].write_text("".join(json.dumps(row) + "\n" for row in rows))
-    given = lives.SETTINGS | {"method": "rft", "steps": 1}
+    inputs = lives.SETTINGS | {"method": "rft", "steps": 1}
     with pytest.raises(SystemExit) as stop:
-        lives.training(tmp_path / "run", **files, **given)()
-    said = [line for line in capsys.readouterr().out.splitlines() if line.startswith("warning")]
+        lives.training(tmp_path / "run", **files, **inputs)()
+    message = [line for line in capsys.readouterr().out.splitlines() if line.startswith("warning")]
     assert stop.value.code == 0
-    assert said.count("warning: 1 demonstrations are left out: their own reward says they are not right") == 2
+    assert message.count("warning: 1 demonstrations are left out: their own reward says they are not right") == 2

@@ -162,8 +162,10 @@ def raised(error: BaseException, file: str) -> str:
     """Returns what a user's code in `file` raised, in one line with its place. The text of a ValueError stands alone,
     without the error's name."""
     name = "" if type(error) is ValueError else f"{type(error).__name__}: "
-    frames = [f for f in traceback.extract_tb(error.__traceback__) if Path(f.filename).name == Path(file).name]
-    place = f" ({file}:{frames[-1].lineno})" if frames else ""
+    place = ""
+    for frame in traceback.extract_tb(error.__traceback__):
+        if Path(frame.filename).name == Path(file).name:
+            place = f" ({file}:{frame.lineno})"
     return " ".join(f"{name}{error}".splitlines()) + place
 
 

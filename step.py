@@ -238,14 +238,12 @@ def update(
     """Make one optimizer step on a mini-batch, and return its loss, gradient norm and sums for metrics.
 
     The gradient is that of the whole mini-batch, whatever the micro-batches are. Rows without any weight do not pass
-    through the model, but Z counts them. If an old log-prob, the loss or the gradient is not finite, the update is
-    skipped on every rank.
+    the model; Z counts them. If an old log-prob, the loss or the gradient is not finite, every rank skips the update.
     """
-    # a weight that is 0 at r = 1 matters from the second update on, so rows are asked a nat around it too
-    moved = [replace(tokens, log_probs=tokens.old_log_probs + nats) for nats in (-1, 0, 1)]
-    has_weight = torch.stack([token_weights(run.method, part) != 0 for part in moved]).any(0).any(1)
-    may_have_weight = ~batch.old_known & tokens.weight_mask.any(1)  # it depends on old log-probs that come later
-    active = has_weight | may_have_weight
+    active = ~batch.old_known & tokens.weight_mask.any(1)  # their weights depend on old log-probs that come later
+    for nats in (-1, 0, 1):  # a weight that is 0 at r = 1 matters from the second update on
+        moved = replace(tokens, log_probs=tokens.old_log_probs + nats)
+        active |= (token_weights(run.method, moved) != 0).any(1)
     if not batch.old_log_probs.isfinite().all():
         return skipped_update(run)
     if not active.any():

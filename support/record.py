@@ -129,26 +129,28 @@ def example_rows(run: Any, step: Any) -> list[dict[str, Any]]:
     return examples
 
 
-def record_group(run: Any, step: Any) -> dict[str, Any]:
-    """Returns one group, token by token, for `plot.py --group`.
-
-    The group comes from the first mini-batch that has demonstration tokens, or from the last mini-batch if none has.
-    It is the first group there with demonstration tokens and unequal rewards among its on-policy rows. If there is
-    none, it is the first group with demonstration tokens, and else the first group. At most RECORDED_TOKENS tokens of
-    each row are kept, each with its entropy in nats, whether the entropy clip keeps it, and its weight w before the
-    update.
-    """
-    batch, rollouts = step.batch, step.batch.rollouts
+def telling_group(step: Any) -> int:
+    """Returns the first group of a step with demonstration tokens and unequal rewards among its on-policy rows. If
+    there is none, it is the first group with demonstration tokens, and else the first group."""
+    rollouts = step.batch.rollouts
 
     def interest(group: int) -> tuple[bool, bool]:
         members = rollouts.group == group
         hybrid = rollouts.hybrid[members]
-        return bool(hybrid.any()), len(batch.rewards[members][~hybrid].unique()) > 1
+        return bool(hybrid.any()), len(step.batch.rewards[members][~hybrid].unique()) > 1
 
+    return max(range(len(step.picked)), key=interest)
+
+
+def record_group(run: Any, step: Any) -> dict[str, Any]:
+    """Returns a step's telling_group, token by token, for `plot.py --group`.
+
+    At most RECORDED_TOKENS tokens of each row are kept, each with its entropy in nats, whether the entropy clip keeps
+    it, and its weight w before the update.
+    """
+    batch, rollouts, group = step.batch, step.batch.rollouts, telling_group(step)
     parts = torch.arange(len(step.picked)).tensor_split(len(step.mini_batches))
-    candidates = [max(groups.tolist(), key=interest) for groups in parts]
-    part = next((i for i, group in enumerate(candidates) if interest(group)[0]), len(parts) - 1)
-    group, tokens = candidates[part], step.mini_batches[part]
+    tokens = next(tokens for tokens, groups in zip(step.mini_batches, parts) if group in groups)
     problem = run.data.train[step.picked[group]]
     weights = token_weights(run.method, tokens)
 

@@ -129,7 +129,8 @@ def read_prompts(model: PreTrainedModel, cache: Cache, ids: Tensor, mask: Tensor
             "attention_mask": mask[:, : new.stop],
             "position_ids": positions[:, new],
         }
-        hidden = last_hidden(model, **block_of_prompts, past_key_values=cache, use_cache=True)
+        # by both names: last_hidden leaves out the one that this version of transformers does not know
+        hidden = last_hidden(model, **block_of_prompts, cache=cache, past_key_values=cache, use_cache=True)
     cache.reorder_cache(which)
     return model.get_output_embeddings()(hidden[:, -1])[which]
 
@@ -202,8 +203,8 @@ class OneTokenPass:
     def forward(self) -> Tensor:
         live = self.live
         new = {"input_ids": live.token[:, None], "position_ids": live.position_ids}
-        new["attention_mask"] = live.mask[..., : self.columns]
-        return self.head(last_hidden(self.model, **new, past_key_values=self.cache, use_cache=True)[:, -1])
+        new |= {"attention_mask": live.mask[..., : self.columns], "cache": self.cache, "past_key_values": self.cache}
+        return self.head(last_hidden(self.model, **new, use_cache=True)[:, -1])
 
     def __call__(self, column: int) -> Tensor:
         """Returns the scores [b, V] after the newest token, which is in `column`."""
@@ -227,9 +228,8 @@ def decode_rows(model: PreTrainedModel, input_ids: Tensor, block: int | None = N
     It differs from HuggingFace's loop in three ways: equal prompts are read once, ended rows leave the batch, and
     neither the cache nor the attention mask is made again at every token.
     """
-    logits_processor, settings, cache = (
-        arguments[k] for k in ("logits_processor", "generation_config", "past_key_values")
-    )
+    logits_processor, settings = arguments["logits_processor"], arguments["generation_config"]
+    cache = arguments.get("cache", arguments.get("past_key_values"))  # `cache` since transformers 5.24
     prompt, end = input_ids.shape[1], settings.max_length
     plain = all(type(layer) is DynamicLayer for layer in cache.layers)  # layers of other kinds stay as they are
     config = model.config.get_text_config()

@@ -186,10 +186,10 @@ def evaluation_differences(one: Path, two: Path) -> list[str]:
 # ---- a small task
 
 SETTINGS = {"prompts_per_step": 4, "rollouts_per_prompt": 4, "device": "cpu", "eval_samples": 1}
-SETTINGS |= {"max_response_tokens": 80, "eval_response_tokens": 48}
+SETTINGS |= {"max_response_tokens": 80, "eval_response_tokens": 8}  # what a life costs is the tokens it waits for
 RELIFT = SETTINGS | {"method": "relift", "relift_buffer": 2, "steps": 3, "save_every": 1, "eval_every": 2}
 EVALUATION = "--model data/base --benchmarks embedded --problems 4 --samples 2 --temperature 1"
-EVALUATION += " --max_response_tokens 40 --rows_per_call 8"
+EVALUATION += " --max_response_tokens 16 --rows_per_call 8"
 
 
 def task(folder: Path) -> dict[str, Any]:

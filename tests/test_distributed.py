@@ -15,7 +15,7 @@ import test_eval
 import torch
 import torch.multiprocessing as processes
 from test_step import make_run
-from tiny import ALL_WRONG, BY_LENGTH, START, rounding
+from tiny import ALL_WRONG, BY_LENGTH, ONE_OF_EACH, START, rounding
 from torch.distributed.fsdp import CPUOffloadPolicy, FSDPModule
 from torch.distributed.tensor import DTensor
 from transformers import AutoModelForCausalLM, AutoTokenizer, GenerationConfig, LlamaConfig, LlamaForCausalLM
@@ -23,7 +23,6 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, GenerationConfig, 
 import eval as evaluation
 import step as steps
 import train
-from methods import METHODS
 from model import load_model, save_model, token_stats
 from reward import Reward
 from step import rl_step, sft_step
@@ -35,7 +34,7 @@ from train import new_optimizer
 ROOT = Path(__file__).parents[1]
 
 
-CASES = {name: {} for name in METHODS} | {
+CASES = {name: {} for name in ONE_OF_EACH} | {
     # three prompts on two ranks give unequal shares of rows, of lengths and of micro-batches
     "prefix-rft": {"prompts_per_step": 3, "micro_batch_tokens": 60},
     "luffy": {"micro_batch_tokens": 100, "recompute": True},

@@ -4,24 +4,36 @@ A notebook's exercises are found by the tags of its cells. Each has three cells,
 cell "answer", whose metadata "wrong" holds two or more wrong answers. The cell "check" prints "not yet", "right" or
 "not right: …". The cell "solution" is Markdown with one folded Python block. After the whole notebook has run as it
 is, every exercise is tried in the same interpreter: unanswered, with each wrong answer, with the solution.
-NOTEBOOK_SIZE=4 shortens runs and takes fewer problems. The interpreter is IPython's shell without a kernel around it,
-because nine kernels that import PyTorch cost a minute. Its process starts with PyTorch imported, where it can.
+NOTEBOOK_SIZE=4 shortens runs and takes fewer problems; of the held-out ones every eighth is enough. The interpreter
+is IPython's shell without a kernel around it, because nine kernels that import PyTorch cost a
+minute. Its process starts with PyTorch imported, where it can, and the commands that a notebook starts run in copies
+of it, too.
 """
 
 import ast
+import contextlib
+import dataclasses
 import json
 import os
 import re
+import runpy
+import subprocess
+import sys
+import tempfile
+from collections.abc import Iterator
 from concurrent.futures import ProcessPoolExecutor
 from fractions import Fraction
 from multiprocessing import get_context
 from pathlib import Path
 
+import lives
 import numpy as np
 import pytest
 import torch
 from tiny import START
 
+import step as steps
+import train
 from notebooks.exercise import check
 
 pytest.importorskip("IPython", reason="pip install -r requirements-dev.txt")
@@ -70,6 +82,48 @@ def solution_of(cell: dict) -> str:
     return block
 
 
+def run_script(words: list[str], ranks: int) -> tuple[int, str, str]:
+    """`python WORDS`, or as many ranks of it as torchrun would start, as copies of this process -> exit code, what it
+    printed, its stderr."""
+    with tempfile.TemporaryDirectory() as name:
+        printed = Path(name) / "stdout"
+
+        def work() -> int:
+            sys.argv = words
+            with printed.open("a") as sys.stdout:
+                runpy.run_path(words[0], run_name="__main__")
+            return 0
+
+        life = lives.live(work, Path(os.devnull), ranks=ranks)
+        return life.code, printed.read_text(), life.said
+
+
+@contextlib.contextmanager
+def commands_in_copies() -> Iterator[None]:
+    """Takes the place of subprocess.run for Python's scripts: a process that runs no cell starts copies of itself."""
+    with ProcessPoolExecutor(1, get_context("fork")) as launcher:
+        launcher.submit(int).result()  # it starts now, when this process has run no cell either
+
+        def run(words: list[str], **_: object) -> subprocess.CompletedProcess:
+            script = next(place for place, word in enumerate(words) if word.endswith(".py"))
+            ranks = int(words[words.index("--nproc_per_node") + 1]) if "--nproc_per_node" in words else 1
+            return subprocess.CompletedProcess(words, *launcher.submit(run_script, words[script:], ranks).result())
+
+        subprocess.run = run
+        yield
+
+
+def measure_less() -> None:
+    """From now on accuracy is measured on every eighth held-out problem."""
+    accuracy = train.accuracy
+
+    def of_every_eighth(run: steps.Run, *words: object) -> dict:
+        held = {name: (problems[::8], encoded[::8]) for name, (problems, encoded) in run.data.held.items()}
+        return accuracy(dataclasses.replace(run, data=dataclasses.replace(run.data, held=held)), *words)
+
+    train.accuracy = of_every_eighth
+
+
 def run_sources(folder: Path, sources: list[str]) -> list[tuple[str, str, list[dict]]]:
     """Run cells one after the other in `folder`, and return for each what it printed, its stderr, and what it
     displayed."""
@@ -81,14 +135,17 @@ def run_sources(folder: Path, sources: list[str]) -> list[tuple[str, str, list[d
             """There is no window; the figures of `%matplotlib inline` need none."""
 
     os.environ["NOTEBOOK_SIZE"] = "4"
-    os.chdir(folder)
-    shell, told = Shell.instance(colors="nocolor"), []
-    for text in sources:
-        with capture_output() as captured:
-            done = shell.run_cell(text)
-        assert done.success, f"{text}\n{captured.stdout}"
-        shown = [] if done.result is None else [{"data": shell.display_formatter.format(done.result)[0]}]
-        told.append((captured.stdout, captured.stderr, [*captured._outputs, *shown]))
+    measure_less()
+    told = []
+    with commands_in_copies() if START == "forkserver" else contextlib.nullcontext():
+        os.chdir(folder)
+        shell = Shell.instance(colors="nocolor")
+        for text in sources:
+            with capture_output() as captured:
+                done = shell.run_cell(text)
+            assert done.success, f"{text}\n{captured.stdout}"
+            shown = [] if done.result is None else [{"data": shell.display_formatter.format(done.result)[0]}]
+            told.append((captured.stdout, captured.stderr, [*captured._outputs, *shown]))
     return told
 
 

@@ -62,7 +62,8 @@ def test_the_bounds_of_every_schedule_at_the_beginning_in_the_middle_and_at_the_
     for name, bounds in want.items():
         found = [bound for step in (0, 250, 500) for bound in sample.prefix_range(step, 500, name)]
         assert found == pytest.approx(bounds, abs=1e-12), name
-    assert [sample.prefix_range(step, 500, "uft")[1] for step in (299, 300, 900)] == [1.0, 0.0, 0.0]
+        assert sample.prefix_range(900, 500, name) == sample.prefix_range(500, 500, name)
+    assert [sample.prefix_range(step, 500, "uft")[1] for step in (299, 300)] == [1.0, 0.0]
 
 
 def test_other_schedules():
@@ -167,6 +168,13 @@ def test_a_token_of_probability_zero_is_never_drawn():
     u = torch.tensor([[0.0], [0.5 - 2**-24], [0.5], [1 - 2**-24]])
     drawn = DrawTokenLogitsProcessor(u, 0, 1.0)(torch.zeros(4, 0), scores).argmax(-1)
     assert drawn.tolist() == [1, 1, 3, 3]
+    largest, rounded = 1 - 2**-24, 0
+    for words in range(3, 100):
+        scores = torch.zeros(1, words).index_fill(1, torch.tensor(words - 1), -torch.inf)
+        rounded += int(scores.softmax(-1).cumsum(-1)[0, -1] <= largest)  # the sum of all is not above the largest u
+        drawn = DrawTokenLogitsProcessor(torch.tensor([[largest]]), 0, 1.0)(torch.zeros(1, 0), scores).argmax(-1)
+        assert drawn < words - 1
+    assert rounded
 
 
 def test_forcing_touches_only_the_rows_and_places_of_a_prefix():

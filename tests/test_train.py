@@ -41,7 +41,7 @@ SMALL = {
     "eval_every": 0,
     "save_every": 1,
     "max_response_tokens": 48,
-    "eval_response_tokens": 48,
+    "eval_response_tokens": 12,
     "eval_samples": 1,
 }
 

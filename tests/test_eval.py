@@ -542,9 +542,10 @@ def test_the_folder_of_another_evaluation_is_left_alone(finished, tmp_path, monk
             eval.run(arguments(out=finished))
     foreign = copy(finished, tmp_path / "foreign")
     lines = (foreign / "generations.jsonl").read_text().splitlines(keepends=True)
-    (foreign / "generations.jsonl").write_text("".join([lines[0], lines[5], *lines[2:]]))
-    with pytest.raises(ValueError, match=r"generations.jsonl:2: found response .*expected .*another evaluation"):
-        eval.run(arguments(out=foreign))
+    for wrong, first_two in (2, [lines[0], lines[5]]), (1, [lines[1], lines[0]]):  # of another problem, two samples
+        (foreign / "generations.jsonl").write_text("".join([*first_two, *lines[2:]]))
+        with pytest.raises(ValueError, match=rf"jsonl:{wrong}: found response .*expected .*another evaluation"):
+            eval.run(arguments(out=foreign))
     (tmp_path / "letters").mkdir()
     (tmp_path / "letters" / "a.txt").write_text("dear")
     with pytest.raises(ValueError, match="holds no evaluation"):

@@ -19,6 +19,7 @@ from tiny import BY_LENGTH, contents, random_model
 
 import step as steps
 import train
+from loss import weighted_loss
 from step import rl_step, sft_step
 from support import checkpoint
 from support.config import from_dict
@@ -285,6 +286,15 @@ def test_an_update_without_finite_gradient_is_skipped(tokenizer, value):
     assert not run.optimizer.state
     metrics = rl_metrics(run, rl_step(run, 2))
     assert metrics["skipped_updates"] == 0 and run.skipped == 0 and metrics["grad_norm"] > 0
+
+
+def test_an_update_with_an_infinite_loss_is_skipped(tokenizer, monkeypatch):
+    """Whose gradient is finite."""
+    run = make_run(tokenizer, updates_per_step=1, micro_batch_tokens=10**6)
+    run.optimizer = new_optimizer(run.model, run.config)
+    monkeypatch.setattr(steps, "weighted_loss", lambda *words: weighted_loss(*words) + torch.inf)
+    assert rl_metrics(run, rl_step(run, 0))["skipped_updates"] == 1
+    assert not run.optimizer.state
 
 
 def test_a_model_that_gives_nan_is_never_updated(tokenizer):

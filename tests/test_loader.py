@@ -132,8 +132,9 @@ def test_a_demonstration_fits_its_budget_with_its_end_token(tokenizer):
     text = "1+1=2;\\boxed{2}"
     tokens = len(tokenizer(text, add_special_tokens=False)["input_ids"])
     for budget, left in ((tokens, {"too long": 1}), (tokens + 1, {})):
-        (encoded,), left_out, _ = encode_problems(tokenizer, [Problem("p", "1+1", "2", (text,))], budget, [2])
+        (encoded,), left_out, _ = encode_problems(tokenizer, [Problem("p", "1+1", "2", (text,))], budget, [2, 100])
         assert left_out == left and len(encoded.demonstrations) == 1 - len(left)
+        assert encoded.end_id == tokenizer.eos_token_id == 2  # of several
 
 
 @pytest.mark.parametrize("end", [0, 1])

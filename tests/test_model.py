@@ -14,7 +14,7 @@ from transformers.models.llama.modeling_llama import LlamaRMSNorm
 import model as models
 from data.loader import encode
 from fast.check import check_model
-from model import load_model, save_model, token_stats
+from model import load_model, response_text, save_model, token_stats
 from support import distributed, loading
 from support.loading import fuse_norms, load_config, pick_device
 
@@ -45,6 +45,12 @@ def assert_rounded(result: torch.Tensor, exact: torch.Tensor) -> None:
     its largest entry, for some 20 sums of 32 to 103 terms one after the other (measured: up to 60)."""
     close = 2**9 * torch.finfo(torch.float32).eps * float(exact.abs().max())
     torch.testing.assert_close(result, exact.float(), rtol=0, atol=close)
+
+
+def test_a_response_as_text_lacks_its_end_token_and_no_space(tokenizer):
+    text, ends = "1 .2 , it 's", [tokenizer.eos_token_id, 50, 51]
+    for last in ([], *([end] for end in ends)):
+        assert response_text(tokenizer, [*encode(tokenizer, text), *last], ends) == text
 
 
 @pytest.mark.parametrize("temperature", [1.0, 0.7])

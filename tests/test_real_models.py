@@ -210,20 +210,24 @@ def test_a_demonstration_whose_answer_the_tokenizer_loses_is_named(tokenizer):
     encode_problems(tokenizer, [problem], 50, [2])
 
     class Forgetful:
-        """This tokenizer reads a box back without its number."""
+        """This tokenizer reads a text back without a part of it."""
 
         chat_template, eos_token_id, unk_token_id, bos_token_id = None, 2, None, -1
+        lost = "2}", "}"
 
         def __call__(self, text, **_):
             return {"input_ids": list(text.encode())}
 
         def decode(self, ids, **_):
-            return bytes(ids).decode().replace("{2}", "{}")
+            return bytes(ids).decode().replace(*self.lost)
 
     with pytest.raises(
         ValueError, match=r"demonstration of 'p': the tokenizer loses '2}' \(character 13; it gives back '}'"
     ):
         encode_problems(Forgetful(), [problem], 50, [2])
+    Forgetful.lost = "1+1=", ""  # without it the answer is as right
+    (encoded,), left_out, _ = encode_problems(Forgetful(), [problem], 50, [2])
+    assert encoded.demonstrations and not left_out
 
 
 @pytest.mark.parametrize("method", ["sft", "rft", "luffy", "prefix-rft"])

@@ -333,7 +333,9 @@ def test_a_reward_of_ones_own_is_used_everywhere(task, tmp_path, monkeypatch, ca
     path.write_text(
         "def sevens(response, problem):\n    return 0.5 * ('boxed' in response) + 0.5 * ('7' in response)\n"
     )
-    argv = arguments(task, tmp_path / "run", reward=f"{path}:sevens", method="prefix-rft", steps=2)
+    argv = arguments(
+        task, tmp_path / "run", reward=f"{path}:sevens", method="prefix-rft", steps=2, eval_response_tokens=48
+    )
     assert train.train(parse_config(argv)) == 0
     output = capsys.readouterr().out
     assert "left out (not right)" in output  # demonstrations without a 7 are not right by this reward
@@ -704,5 +706,7 @@ def test_a_model_remembers_its_system_message_for_evaluation(task, tmp_path, mon
         assert system in output if system else "Step by step." not in output
     evaluation.run(evaluation.parse_args([*words, "--system", "Be brief.", "--out", str(tmp_path / "other")]))
     assert 'the model was trained with another system: "Step by step."' in capsys.readouterr().out
+    evaluation.run(evaluation.parse_args([*words, "--system", "", "--out", str(tmp_path / "none")]))
+    assert "Step by step." not in json.loads((tmp_path / "none" / "settings.json").read_text())["first_prompt"]
     evaluation.run(evaluation.parse_args([*words, "--reward", "exact", "--out", str(tmp_path / "exact")]))
     assert 'the model was trained with another reward: "math"' in capsys.readouterr().out

@@ -5,9 +5,8 @@ cell "answer", whose metadata "wrong" holds two or more wrong answers. The cell 
 "not right: …". The cell "solution" is Markdown with one folded Python block. After the whole notebook has run as it
 is, every exercise is tried in the same interpreter: unanswered, with each wrong answer, with the solution.
 NOTEBOOK_SIZE=4 shortens runs and takes fewer problems; of the held-out ones every eighth is enough. The interpreter
-is IPython's shell without a kernel around it, because nine kernels that import PyTorch cost a
-minute. Its process starts with PyTorch imported, where it can, and the commands that a notebook starts run in copies
-of it, too.
+is IPython's shell without a kernel around it, because nine kernels that import PyTorch cost a minute. Its process
+starts with PyTorch imported, where it can, and the commands that a notebook starts run in copies of it, too.
 """
 
 import ast

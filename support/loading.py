@@ -69,11 +69,11 @@ def load_config(path: str) -> PreTrainedConfig:
         raise InputError(f"model {path!r} is neither a folder that exists nor a hub name (ORGANISATION/NAME)")
     if final.is_dir() and not any(folder.glob("*.safetensors")):
         raise InputError(f"model {path!r} is a run's folder, its model is in {final}: give --model {final}")
-    if (folder / "adapter_config.json").exists() and not (folder / "config.json").exists():
-        raise InputError(f"model {path!r} is an adapter (LoRA): merge it into its model, and give that folder")
     if folder.is_dir() and not (folder / "config.json").exists():
-        fix = "if the hub's model is meant, rename this folder"
-        raise InputError(f"model {path!r} is a folder here, but holds no model (no config.json): {fix}")
+        what = "a folder here, but holds no model (no config.json): if the hub's model is meant, rename this folder"
+        if (folder / "adapter_config.json").exists():
+            what = "an adapter (LoRA): merge it into its model, and give that folder"
+        raise InputError(f"model {path!r} is {what}")
     with one_line(path):
         config = AutoConfig.from_pretrained(path, trust_remote_code=False)
         for field in ("quantization_config", "quantization", "compression_config"):

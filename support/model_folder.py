@@ -26,16 +26,7 @@ OLD_NAMES = {  # a part of the model's type -> fields that transformers 4 calls 
     "modernbert": {"rope_theta": "global_rope_theta", "local_rope_theta": "local_rope_theta"},
     "qwen3_moe": {"num_local_experts": "num_experts"},
 }
-TOKENIZER_FILES = (
-    "tokenizer*",
-    "vocab*",
-    "merges.txt",
-    "*.model",
-    "*.tiktoken",
-    "added_tokens.json",
-    "special_tokens_map.json",
-    "chat_template*",
-)
+TOKENIZER_FILES = ("tokenizer*", "vocab*", "merges.txt", "*.model", "*.tiktoken", "*_tokens*.json", "chat_template*")
 
 
 def make_readable(folder: Path, base: str = "", dtype: torch.dtype = torch.float32) -> None:

@@ -20,6 +20,7 @@ from transformers.utils import logging
 from support.adapters import add
 from support.config import Config
 from support.errors import InputError
+from support.files import reading
 
 NOISE = ("drop", "jitter", "noise")  # a config field with one of these in its name changes training at random
 signature = functools.cache(inspect.signature)
@@ -65,7 +66,9 @@ def load_config(path: str) -> PreTrainedConfig:
         logging.disable_progress_bar()
     hub_logging.set_verbosity_error()  # without a network the hub would log every retry before our one line
     folder, final = Path(path), Path(path) / "final"
-    if not folder.exists() and (path.count("/") != 1 or path.startswith("data/")):
+    with reading(folder):
+        is_here = folder.exists()
+    if not is_here and (path.count("/") != 1 or path.startswith("data/")):
         raise InputError(f"model {path!r} is neither a folder that exists nor a hub name (ORGANISATION/NAME)")
     if final.is_dir() and not any(folder.glob("*.safetensors")):
         raise InputError(f"model {path!r} is a run's folder, its model is in {final}: give --model {final}")

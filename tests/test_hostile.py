@@ -216,6 +216,7 @@ LINES_OF_COMMANDS = {
         "--method sfft",
         "--model nowhere --out OUT",
         "--model no/such/model/here --out OUT",
+        f"--model {'long' * 100} --out OUT",
         "--reward nothing --out OUT",
         "--reward nothing.py --out OUT",
         "--reward OUT/a.py:f --out OUT",

@@ -3,6 +3,7 @@ and wrong input."""
 
 import argparse
 import dataclasses
+import hashlib
 import json
 import random
 import re
@@ -22,7 +23,7 @@ from evaluation import folder as folder_of_evaluation
 from evaluation.benchmarks import PAPER, Benchmark, choose_benchmarks
 from evaluation.multiple_choice import grade_response, named_option, question
 from evaluation.statistics import summarize
-from reward import MATH
+from reward import MATH, load_reward
 from sample import Row
 
 # ---- a scripted model
@@ -173,7 +174,7 @@ def test_regrading_draws_the_same_problems_and_reads_their_options(tmp_path, cap
     row = {"problem": "Which?", "answer": "A", "options": ["iron", "lead"], "level": "easy"}
     data = write_benchmark(tmp_path / "mine.jsonl", [row, row | {"problem": "The second of its level?"}])
     stored = {"model": "m", "problems_per_level": 1, "system": None, "reward": "math"}
-    stored |= {"benchmarks": {"mine": {"file": str(data), "samples": 2}}}
+    stored |= {"benchmarks": {"mine": {"file": str(data), "samples": 2, "sha256": "of the file before a correction"}}}
     (tmp_path / "settings.json").write_text(json.dumps(stored))
     rest = {"reward": 0.0, "read": False, "truncated": False, "tokens": 3}
     rows = [
@@ -185,12 +186,22 @@ def test_regrading_draws_the_same_problems_and_reads_their_options(tmp_path, cap
     assert "2 responses graded again, 1 grades changed" in capsys.readouterr().out
     (answer,) = answers["mine"]
     assert (answer.samples, answer.right, answer.unread) == (2, 1, 0) and settings["reward"] == "math"
+    assert settings["benchmarks"]["mine"]["sha256"] == hashlib.sha256(data.read_bytes()).hexdigest()
     settings, answers = eval.regrade(tmp_path, "exact")  # the reward "exact" does not know options
     assert (answers["mine"][0].right, settings["reward"]) == (0, "exact")
     assert json.loads((tmp_path / "settings.json").read_text())["reward"] == "exact"
     write_benchmark(tmp_path / "generations.jsonl", rows[:1])
     with pytest.raises(ValueError, match="is not complete, so it has no results yet"):
         eval.regrade(tmp_path)
+
+
+def test_the_graders_version_is_also_that_of_multiple_choice_where_options_are_read(monkeypatch):
+    def versions() -> list[str]:
+        return [folder_of_evaluation.grader_version(load_reward(name)) for name in ("math", "exact")]
+
+    before = versions()
+    monkeypatch.setattr(folder_of_evaluation, "sha256", lambda *paths: "of a changed file")
+    assert [old != new for old, new in zip(before, versions())] == [True, False]
 
 
 # ---- the evaluation folder

@@ -14,7 +14,7 @@ from transformers.models.llama.modeling_llama import LlamaRMSNorm
 import model as models
 from data.loader import encode
 from fast.check import check_model
-from model import load_model, response_text, save_model, token_stats
+from model import load_model, response_text, sampling, save_model, token_stats
 from support import distributed, loading
 from support.loading import fuse_norms, load_config, pick_device
 
@@ -45,6 +45,14 @@ def assert_rounded(result: torch.Tensor, exact: torch.Tensor) -> None:
     its largest entry, for some 20 sums of 32 to 103 terms one after the other (measured: up to 60)."""
     close = 2**9 * torch.finfo(torch.float32).eps * float(exact.abs().max())
     torch.testing.assert_close(result, exact.float(), rtol=0, atol=close)
+
+
+def test_a_model_samples_in_eval_mode_and_is_trained_in_train_mode():
+    """In train mode gradient checkpointing turns the cache off, in eval mode it is off itself."""
+    model = random_model()
+    with sampling(model) as policy:
+        assert not policy.training and not torch.is_grad_enabled()
+    assert model.training and torch.is_grad_enabled()
 
 
 def test_a_response_as_text_lacks_its_end_token_and_no_space(tokenizer):

@@ -198,7 +198,7 @@ PARTS = {"sampling": bench_sampling, "step": bench_step}
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0], allow_abbrev=False)
     parser.add_argument("parts", nargs="+", choices=PARTS)
-    parser.add_argument("--name", default="", help="of the results, where there are settings")
+    parser.add_argument("--name", default="", help="name of the result files, if settings are given")
     args, words = parser.parse_known_args()
     for part in args.parts:
         place = ["throughput", "cuda" * CUDA, part, args.name]

@@ -51,8 +51,8 @@ def is_run(folder: Path) -> bool:
 
 
 def page_html(content: dict[str, Any]) -> str:
-    """Returns the HTML page of a page_content. Others wrote its texts, so none of them may end the script around
-    it."""
+    """Returns the HTML page of a page_content. Its texts may come from anyone, so no text may end the page's
+    script."""
     data = json.dumps(content, separators=(",", ":")).replace("<", "\\u003c")
     return TEMPLATE.read_text(encoding="utf-8").replace("DATA", data)
 

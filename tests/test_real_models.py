@@ -494,7 +494,7 @@ def test_a_plan_reads_the_config_only(tmp_path, capsys, monkeypatch):
     message = capsys.readouterr().out  # 8,000 columns are 8,192 where passes are recorded, also for the rows that fit
     left = (
         79.2 * 2**30 * 0.92 - (2 + 12 / 8) * 8.0303e9
-    )  # weights in bf16; those in fp32 and the optimizer over 8 GPUs
+    )  # the weights in bf16, and an eighth of the fp32 weights and of the optimizer
     block = 2**14 * 2 * (3 * 14336 + 6 * 4096)  # the bytes of a pass over prompts
     fit = int((left - block) / (8192 * 2 * 32 * 8 * 128 * 2))
     assert "512 x 8192 tokens" in message and f"--rows_per_call {fit}\n" in message

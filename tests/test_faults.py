@@ -15,7 +15,7 @@ import lives
 import pytest
 import torch
 from test_step import make_run
-from tiny import BY_LENGTH, contents, random_model
+from tiny import ALL_WRONG, BY_LENGTH, contents, random_model
 
 import step as steps
 import train
@@ -295,6 +295,16 @@ def test_an_update_with_an_infinite_loss_is_skipped(tokenizer, monkeypatch):
     monkeypatch.setattr(steps, "weighted_loss", lambda *words: weighted_loss(*words) + torch.inf)
     assert rl_metrics(run, rl_step(run, 0))["skipped_updates"] == 1
     assert not run.optimizer.state
+
+
+def test_an_update_in_which_no_token_has_a_weight_moves_nothing(tokenizer):
+    """AdamW's moments of the step before do not move the weights either."""
+    run = make_run(tokenizer, updates_per_step=1, micro_batch_tokens=10**6)
+    run.optimizer = new_optimizer(run.model, run.config)
+    assert rl_metrics(run, rl_step(run, 0))["grad_norm"] > 0
+    before, run.reward = [p.clone() for p in run.model.parameters()], ALL_WRONG
+    assert rl_metrics(run, rl_step(run, 1))["grad_norm"] == 0
+    assert all(map(torch.equal, run.model.parameters(), before))
 
 
 def test_a_model_that_gives_nan_is_never_updated(tokenizer):

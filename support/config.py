@@ -111,7 +111,7 @@ class Config:
     lora_targets: str = knob(
         "", "names of the linear layers that get an adapter, as q_proj,v_proj; empty: all layers of the blocks"
     )
-    lora_lr_times: float = knob(3.0, "the adapters' learning rates are this many times lr, sft_lr and relift_lr", 0)
+    lora_lr_times: float = knob(10.0, "the adapters' learning rates are this many times lr, sft_lr and relift_lr", 0)
     base_dtype: str = knob(
         "float32", "dtype of the frozen weights on a CPU; on CUDA it is bfloat16", choices=("float32", "bfloat16")
     )

@@ -79,7 +79,7 @@ def test_only_adapters_of_the_target_layers_are_trained_and_stand_in_a_checkpoin
 
 def test_the_rate_of_adapters_is_a_multiple(tokenizer):
     """The first step of AdamW has the size of the rate, whatever the gradient is."""
-    for settings, rate in (({"lora_rank": 3}, 3e-4), ({"lora_rank": 3, "lora_lr_times": 2}, 2e-4), ({}, 1e-4)):
+    for settings, rate in (({"lora_rank": 3}, 1e-3), ({"lora_rank": 3, "lora_lr_times": 2}, 2e-4), ({}, 1e-4)):
         run = make_run(tokenizer, lr=1e-4, updates_per_step=1, **settings)
         run.optimizer = new_optimizer(run.model, run.config)
         before = [parameter.clone() for parameter in trained(run.model).values()]

@@ -94,7 +94,7 @@ def run_script(words: list[str], ranks: int) -> tuple[int, str, str]:
             return 0
 
         life = lives.live(work, Path(os.devnull), ranks=ranks)
-        return life.code, printed.read_text(), life.said
+        return life.code, printed.read_text(), life.output
 
 
 @contextlib.contextmanager

@@ -176,8 +176,9 @@ def trust(t: Tokens) -> Tensor:
 def toward_hinted(t: Tokens) -> Tensor:
     """r·(log q − log p)
 
-    SDFT's teacher is q = π(y | x, y*), the policy with a demonstration y* in the prompt x. In the mean over sampled
-    tokens this is the gradient of KL(p ‖ q), and r corrects for the updates since the sampling. A problem without a
+    SDFT's teacher is q = π(y | x, y*), the policy with a demonstration y* in the prompt x; p = π(y | x) is the policy
+    without it. On average over sampled tokens, this weight gives the gradient of KL(p ‖ q). The ratio r corrects for
+    the updates since the sampling. A problem without a
     demonstration has weight 0. There the divergence is summed over the vocabulary; here the sampled token stands for
     it. There the loss is a mean over rows of each row's token mean, without its first 3 tokens. Here it is a sum over
     Z, so a row weighs len(y)/L of that. The repository's README of April 2026 says that the paper's results are those

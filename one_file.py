@@ -41,7 +41,7 @@ from reward import grade
 MODEL = "data/base"  # Qwen2.5-Math-7B
 DATA = "data/recipes"  # OpenR1-Math-46k
 STEPS = 60  # 500
-PROBLEMS = 16  # 128 per step
+PROBLEMS = 16  # in each step; the paper takes 128
 ROWS = 8  # 8, the N of a group
 UPDATES = 2  # 2 per step, each on a mini-batch of its own
 MAX_TOKENS = 96  # 8192 per response, prefix included

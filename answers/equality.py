@@ -94,7 +94,7 @@ def _same_collections(p: Node, g: Node) -> bool:
     if kinds <= {"set", "list"}:
         return _same_items(p[1], g[1])
     if kinds == {"seq"}:
-        plain = {p[1] + p[2], g[1] + g[2]} <= {"()", "[]"} and len(p[3]) > 2  # [1, 2, 3] is (1, 2, 3)
+        plain = {p[1] + p[2], g[1] + g[2]} <= {"()", "[]"} and len(p[3]) > 2  # [1, 2, 3] counts as (1, 2, 3)
         return (p[1:3] == g[1:3] or plain) and _same_in_order(p[3], g[3])
     # three or more numbers in order are a tuple, with or without ( )
     if kinds == {"seq", "list"} and {p[1], g[1]} & {"(", "["}:

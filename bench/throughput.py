@@ -10,8 +10,8 @@ repeat starts from the same weights. All contenders of a repeat see the same pro
 seconds on CUDA. Ratios are medians over the repeats. In `step` every group has made-up rewards of 0 and 1, so that
 every row has a weight.
 
-On CUDA `step` computes in bf16 on fp32 weights, in ours and in TRL. TRL passes as many rows at once as its update
-has, at most 64. bench/gpu.py measures the limits of decoding.
+On CUDA the part `step` lets both our code and TRL compute in bf16 on fp32 weights. TRL passes as many rows at once as
+its update has, at most 64. bench/gpu.py measures the limits of decoding.
 """
 
 import argparse

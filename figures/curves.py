@@ -202,7 +202,7 @@ def draw(folders: list[Path], target: Path) -> Path:
 
 
 def run_handles(axis: Axes, runs: list[Run]) -> tuple[list[Any], list[str]]:
-    """Returns a line of each run for the sheet's legend, and its words."""
+    """Returns what the sheet's legend shows: one drawn line per run, and one label per run."""
     lines, words = [], []
     for r, run in enumerate(runs):
         reached = steps_to(run, REACHED)

@@ -45,7 +45,8 @@ def difference(first: np.ndarray, second: np.ndarray, trained: tuple[bool, bool]
 
 
 def difference_of_runs(first: Sequence[float], second: Sequence[float] | None = None) -> Interval:
-    """Returns the difference of two means of one number a run, or the mean of `first` if there is no `second`."""
+    """Returns the mean of `first` minus the mean of `second`, each with one number per run, and its 95% interval.
+    Without `second` it is the mean of `first`."""
     test = ttest_1samp(first, 0) if second is None else ttest_ind(first, second, equal_var=False)
     low, high = map(float, test.confidence_interval(0.95))
     return (low + high) / 2, low, high

@@ -97,7 +97,7 @@ def locked(folder: Path) -> Iterator[None]:
 def sha256(*paths: Path) -> str:
     """Returns the SHA-256 of the files' contents, one file after the other.
 
-    reward.py, which imports nothing of ours but answers/, has a small function of its own for source files.
+    reward.py, which imports nothing of ours but answers/, hashes its source files by a small function of its own.
     """
     digest = hashlib.sha256()
     for path in paths:
@@ -154,7 +154,7 @@ def checkpoint_file(folder: Path, step: int) -> Path:
 
 
 def checkpoints(folder: Path) -> list[Path]:
-    """Returns the run's checkpoint files, the newest first. Copies under other names are not the run's."""
+    """Returns the run's checkpoint files, the newest first. A file with another name is no checkpoint of the run."""
     return sorted((folder / "checkpoint").glob(f"step-{'[0-9]' * 8}.pt"), reverse=True)
 
 
@@ -320,7 +320,7 @@ def earlier_ingredients(folder: Path) -> dict[str, str] | None:
 
 
 def check_ingredients(config: Config, ingredients: dict[str, str]) -> None:
-    """Raises InputError if the run in --out was made of other ingredients.
+    """Raises InputError if the run in --out started from another model, other data or another reward.
 
     A changed reward is allowed if the settings accept it; a new reward may also leave out other demonstrations.
     """

@@ -152,7 +152,8 @@ def limit_ids(tokenizer: PreTrainedTokenizerBase, config: PreTrainedConfig) -> N
     tokenizer.embedding_rows = config.get_text_config().vocab_size
     end, rows = tokenizer.eos_token_id, tokenizer.embedding_rows
     if end >= rows:
-        raise InputError(f"its end token has the id {end}, its embedding {rows} rows: set another one")
+        fix = "set another eos_token in tokenizer_config.json"
+        raise InputError(f"the tokenizer's end token has the id {end}, but the embedding has only {rows} rows: {fix}")
 
 
 def switch_off_noise(config: PreTrainedConfig) -> PreTrainedConfig:

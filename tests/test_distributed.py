@@ -113,8 +113,8 @@ def whole_weights(run: steps.Run) -> dict | None:
 
 
 def some_steps(folder: Path, method: str) -> dict:
-    """Returns metrics, samples and weights of two steps. The methods of RESUMED also make a third step, after a
-    checkpoint in `folder`/METHOD-RANKS."""
+    """Returns metrics, samples and weights of two steps. A method that RESUMED names
+    also writes a checkpoint into `folder`/METHOD-RANKS, resumes from it and makes a third step."""
     run = started(folder, method)
     log = [one_step(run, number) for number in (0, 1)]
     if method in RESUMED:

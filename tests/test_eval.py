@@ -598,7 +598,7 @@ def test_every_benchmark_has_to_fit_the_window(scripted, tokenizer, order):
         for text in ("1+1?", "1+1+1+1?")
     ][::order]
     lengths = [len(p.prompt_ids) for b in sets for p in encode_problems(tokenizer, b.problems, 9, [])[0]]
-    # the é has no token, but demonstrations are not read here
+    # the model has no token for the demonstration's é, but an evaluation reads no demonstrations
     sets[0].problems[0] = dataclasses.replace(sets[0].problems[0], demonstrations=("é",))
     assert eval.encode_benchmarks(model, tokenizer, sets, 40 - max(lengths)) == max(lengths) > min(lengths)
     with pytest.raises(

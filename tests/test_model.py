@@ -313,7 +313,7 @@ def test_a_token_without_a_row_is_refused_only_where_it_is_used(tmp_path, tokeni
     assert model.generation_config.pad_token_id == 2
     longer.eos_token = "<image>"
     longer.save_pretrained(tmp_path / "m")
-    with pytest.raises(ValueError, match="its end token has the id 101, its embedding 101 rows"):
+    with pytest.raises(ValueError, match="end token has the id 101, but the embedding has only 101 rows"):
         load_model(str(tmp_path / "m"))
 
 

@@ -1,5 +1,5 @@
-"""These tests check results/horizon.py: the plan, what the trials choose, that a run is train.py's own, and that a
-stop loses nothing."""
+"""These tests check results/horizon.py: the order of the jobs, and the settings that the trials choose. Each run
+trains as train.py does, and a command that was stopped repeats no finished job."""
 
 import json
 from collections import Counter
@@ -23,7 +23,8 @@ def stored_trial(job: Job, settings: dict, score: float) -> dict:
 
 
 def play(method: str, score) -> tuple[list[dict], dict]:
-    """Returns the settings of four trials, each with the score `score(settings)`, and what they choose."""
+    """Returns the settings of four trials with the accuracy `score(settings)`, and the settings that runs take over
+    from these trials."""
     stored, tried = {}, []
     for number in (1, 2, 3, 4):
         job = Job("habit-512", method, 0, trial=number)
@@ -70,7 +71,7 @@ def test_each_base_has_test_problems_of_its_own_that_no_run_trains_on(tmp_path, 
         tests.append([json.loads(text)["problem"] for text in (tmp_path / f"test{base}.jsonl").open()])
     old = {row["problem"] for rows in make_splits().values() for row in rows}
     assert all(len(set(problems)) == 800 and not old & set(problems) for problems in tests)
-    # bases share only a few easy test problems
+    # the test problems of two base models have only a few easy ones in common
     assert sum(len(set(tests[0]) & set(other)) for other in tests[1:]) < 20
     rows = [json.loads(text) for text in (tmp_path / "silent-8.jsonl").open()]
     assert len(rows) == 128 and all("demonstrations" in row and row["problem"].count(";") == 6 for row in rows)

@@ -17,7 +17,8 @@ from results.horizon import METHODS, TEMPERATURES
 
 
 def run_line(method: str, seed: int, share: float, regime: str = "habit", **settings) -> dict:
-    """Returns a run that solves each problem, and each of 4 samples, with chance `share`."""
+    """Returns a simulated run: the greedy response to each problem, and each of 4 samples, is right with chance
+    `share`."""
     rng = np.random.default_rng([seed, len(method), int(1000 * share)])
     counts = {"greedy": rng.binomial(1, share, 800), "sampled": rng.binomial(4, share, 800)}
     line = {"regime": regime, "method": method, "seed": seed, "trial": False}
@@ -49,10 +50,12 @@ def claim(more: str, less: str = "", regime: str = "habit", what: str = "accurac
 
 def test_the_interval_of_a_difference_by_hand():
     first, second = np.array([[1.0, 0.0, 1.0], [1.0, 1.0, 1.0]]), np.array([[0.0, 0.0, 1.0], [0.0, 1.0, 0.0]])
-    # by problem 1, 0, 0.5, so the variance is 0.25 / 3; the first runs have 2/3 and 1, the second 1/3 and 1/3
+    # The two groups of runs differ by 1, 0 and 0.5 on the three problems, so the variance of the mean difference is
+    # 0.25 / 3. The runs of the first group have the accuracies 2/3 and 1, those of the second group 1/3 and 1/3.
     parts = [0.25 / 3, (1 / 3) ** 2 / 2 / 2]
     freedom = sum(parts) ** 2 / (parts[0] ** 2 / 2 + parts[1] ** 2 / 1)
-    quantile = np.interp(freedom, [2.5, 3], [3.558, 3.182])  # 97.5% quantiles from a table of Student's t
+    # the 97.5% quantiles of Student's t for 2.5 and 3 degrees of freedom are from a table
+    quantile = np.interp(freedom, [2.5, 3], [3.558, 3.182])
     middle, low, high = difference(first, second)
     assert middle == pytest.approx(0.5) and 2.5 < freedom < 3
     assert high - middle == pytest.approx(quantile * sum(parts) ** 0.5, rel=0.01) == middle - low
@@ -62,15 +65,15 @@ def test_the_interval_of_a_difference_by_hand():
 def test_the_interval_covers_the_true_difference():
     rng, hits, draws = np.random.default_rng(0), 0, 400
     for _ in range(draws):
-        problems = rng.normal(0, 1, 200)  # how hard each problem is for both methods
-        liking = rng.normal(0, 0.5, 200)  # how much easier each problem is for the first method
+        problems = rng.normal(0, 1, 200)  # how easy each problem is for both methods
+        liking = rng.normal(0, 0.5, 200)  # how much easier each problem is for the first method than for the second
         groups = []
         for sign in (1, -1):
             seeds = rng.normal(0, 0.2, (3, 1))
             chance = 1 / (1 + np.exp(-(problems + sign * liking / 2 + seeds)))
             groups.append((rng.random(chance.shape) < chance).astype(float))
         _, low, high = difference(*groups)
-        hits += low <= 0 <= high  # the two are alike on average over problems and seeds
+        hits += low <= 0 <= high  # the true difference of the methods is 0
     assert hits / draws >= 0.95 - 2.5 * (0.95 * 0.05 / draws) ** 0.5
 
 
@@ -118,7 +121,7 @@ def test_ranks_are_told_where_one_failed_run_widens_the_interval():
     actual = measured(asked, stored)
     assert actual["greedy"][1] < 0 < actual["greedy"][2]
     assert f"every run of prefix-rft is above, greedy, p = {2 / 252:.2g}" in by_ranks(asked, actual, stored)
-    # with three runs against three, p is at least 0.1
+    # p is at least 0.1 in a rank test of three runs against three, so by_ranks has nothing to add
     assert by_ranks(asked, actual, {"habit": [*ours[:3], *others[:3]]}) == ""
 
 
@@ -146,14 +149,14 @@ def test_contrasts_are_those_of_students_t_over_bases():
     mean, ends = statistics.mean(each), [actual[name] for name in ("mean", "low", "high")]
     assert actual["bases"] == 6 and ends == pytest.approx([mean, mean - reach, mean + reach], abs=1e-5)
     assert actual["p"] == pytest.approx(ttest_1samp(each, 0).pvalue)
-    assert pd.isna(actual["holm"])  # the primary contrast is not corrected
+    assert pd.isna(actual["holm"])  # Holm's correction leaves out the primary contrast
     one = contrasts.contrast_frame(contrasts.run_frame(second_study(1))).loc[contrasts.PRIMARY]
     assert pd.isna(one["low"]) and contrasts.cell_of(one) == f"{100 * one['mean']:+.1f}"
 
 
 def test_holm_stops_at_the_first_that_is_not_significant():
     actual = contrasts.holm(pd.Series({"a": 0.04, "b": 0.001, "c": 0.03, "d": 0.012}))
-    # Holm compares them with 0.05 over 4, 3, 2 and 1
+    # Holm compares the p-values, from the smallest on, with 0.05 divided by 4, 3, 2 and 1
     assert actual.to_dict() == {"b": True, "d": True, "c": False, "a": False}
 
 

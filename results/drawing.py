@@ -15,9 +15,8 @@ from matplotlib.figure import Figure
 from scipy.stats import t
 
 from figures.figure import COLOURS, COLUMNS, STYLES, TYPE, in_percent, save, sheet
-from results import contrasts, records
+from results import horizon, records
 from results.claims import difference, group_of
-from results.horizon import BUDGETS, CELLS
 from results.records import KINDS, Line, Stored, accuracies, runs_of, scores
 
 # each method has a colour; more curves would hide each other
@@ -74,16 +73,16 @@ def draw_points(axis: Axes, x: Sequence[float], groups: Sequence[np.ndarray], na
 def draw_contrast(axis: Axes, runs: pd.DataFrame, cell: str) -> None:
     """Draw Prefix-RFT minus the others over the budget, at the primary contrast's temperature, with a dot for each
     base."""
-    each = contrasts.difference_frame(runs)
-    each = each[(each.cell == cell) & (each.temperature == contrasts.PRIMARY[2])]
+    each = horizon.difference_frame(runs)
+    each = each[(each.cell == cell) & (each.temperature == horizon.PRIMARY[2])]
     for rival, rows in each.groupby("rival"):
         x, values = zip(*((budget, group.difference.to_numpy()) for budget, group in rows.groupby("budget")))
         draw_band(axis, x, values, rival)
         axis.plot(rows.budget, rows.difference, ".", markersize=2.5, alpha=0.5, color=style_of(rival)["color"])
     axis.axhline(0, color="black", linewidth=0.8)
     axis.set_xscale("log", base=2)
-    axis.set_xticks(BUDGETS, map(str, BUDGETS))
-    finish(axis, f"{cell}, {contrasts.PRIMARY[2]}", "steps", "Prefix-RFT minus another, points")
+    axis.set_xticks(horizon.BUDGETS, map(str, horizon.BUDGETS))
+    finish(axis, f"{cell}, {horizon.PRIMARY[2]}", "steps", "Prefix-RFT minus another, points")
 
 
 # ---- the first study
@@ -182,8 +181,10 @@ def draw_all(stored: Stored, runs: pd.DataFrame, folder: Path) -> list[Path]:
         partial(draw_curves, title="validation accuracy", curve="validation", label="% right, greedy", **habit),
         partial(draw_curves, title="reward of own rows", curve="on_policy", label="mean reward", **habit),
     ]
-    cells = set(contrasts.difference_frame(runs)["cell"])
-    figures["horizon/contrasts"] = [partial(draw_contrast, runs=runs, cell=cell) for cell in CELLS if cell in cells]
+    cells = set(horizon.difference_frame(runs)["cell"])
+    figures["horizon/contrasts"] = [
+        partial(draw_contrast, runs=runs, cell=cell) for cell in horizon.CELLS if cell in cells
+    ]
     drawn = {folder / f"{name}.png": panels for name, panels in figures.items() if panels}
     with matplotlib.rc_context(TYPE):
         return [save(draw_panels(panels, most=2), path) for path, panels in drawn.items()]

@@ -2,7 +2,7 @@
 
 It writes study/report.md (tables of every run, every claim), horizon/report.md, the table of questions in README.md
 and the figures. All of them are computed from the stored runs again, and a test compares the files with them.
-Intervals and claims are in claims.py, the contrasts of the second study in contrasts.py, and figures in drawing.py.
+Intervals and claims are in claims.py, those of the second study in horizon.py, and figures in drawing.py.
 """
 
 import os
@@ -15,7 +15,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from data.make_recipes import LEVELS
 from evaluation.report import in_points, markdown_table, percent
-from results import contrasts, horizon, records
+from results import horizon, records
 from results.claims import difference, question_rows, verdict_rows
 from results.drawing import draw_all
 from results.records import KINDS, STUDY, Line, Stored, accuracies, names_of, runs_of, scores, solved, trial_score
@@ -149,12 +149,12 @@ def with_questions(readme: str, stored: Stored) -> str:
 
 def main() -> None:
     os.chdir(Path(__file__).resolve().parents[1])
-    stored, second = records.read_store(), horizon.read_stored(horizon.STORE)
-    texts = {STUDY / "report.md": report_text(stored), horizon.STORE / "report.md": contrasts.report_text(second)}
+    stored, second = records.read_store(), horizon.read_stored()
+    texts = {STUDY / "report.md": report_text(stored), horizon.STORE / "report.md": horizon.report_text(second)}
     texts[README] = with_questions(README.read_text(encoding="utf-8"), stored)
     for path, text in texts.items():
         write_text(path, text)
-    for path in [*texts, *draw_all(stored, contrasts.run_frame(second), README.parent)]:
+    for path in [*texts, *draw_all(stored, horizon.run_frame(second), README.parent)]:
         print(path)
 
 

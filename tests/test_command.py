@@ -70,9 +70,7 @@ def test_ctrl_c_is_one_line(name, function, words, monkeypatch, capsys):
     assert stop.value.code == 130 and capsys.readouterr().err == f"\n{name.removeprefix('data.')}.py: stopped\n"
 
 
-@pytest.mark.parametrize(
-    "name", [*COMMANDS[1:], "results.horizon", "data.make_base", "data.make_sums", "data.smollm2"]
-)
+@pytest.mark.parametrize("name", [*COMMANDS[1:], "data.make_base", "data.make_sums", "data.smollm2"])
 def test_an_option_that_is_none_is_one_line(name, monkeypatch, capsys):
     monkeypatch.setattr(sys, "argv", [f"{name}.py", "--nonsense", "1"])
     with pytest.raises(SystemExit) as stop:

@@ -11,9 +11,9 @@ import pytest
 from matplotlib.figure import Figure
 from scipy.stats import ttest_1samp
 
-from results import claims, contrasts, drawing, horizon, records, report
+from results import claims, drawing, horizon, records, report
 from results.claims import by_ranks, difference, measured, verdict
-from results.horizon import METHODS, TEMPERATURES
+from results.horizon import OURS, RIVALS, TEMPERATURES
 
 
 def run_line(method: str, seed: int, share: float, regime: str = "habit", **settings) -> dict:
@@ -136,13 +136,15 @@ def horizon_line(method: str, base: int, accuracies: dict[str, float]) -> dict:
 
 def second_study(bases: int) -> dict[str, dict]:
     rng = np.random.default_rng(0)
-    values = {(m, b): dict(zip(TEMPERATURES, rng.uniform(0.5, 0.6, 3))) for m in METHODS[:3] for b in range(bases)}
+    values = {
+        (m, b): dict(zip(TEMPERATURES, rng.uniform(0.5, 0.6, 3))) for m in (OURS, *RIVALS[:2]) for b in range(bases)
+    }
     return {f"{method}-{base}": horizon_line(method, base, actual) for (method, base), actual in values.items()}
 
 
 def test_contrasts_are_those_of_students_t_over_bases():
-    runs = contrasts.run_frame(second_study(6))
-    actual = contrasts.contrast_frame(runs).loc[contrasts.PRIMARY]
+    runs = horizon.run_frame(second_study(6))
+    actual = horizon.contrast_frame(runs).loc[horizon.PRIMARY]
     at = runs[runs.temperature == "T = 0.6"].pivot(index="base", columns="method", values="accuracy")
     each = (at["prefix-rft"] - at["sft-rft"]).tolist()
     reach = 2.5706 * statistics.stdev(each) / 6**0.5
@@ -150,25 +152,37 @@ def test_contrasts_are_those_of_students_t_over_bases():
     assert actual["bases"] == 6 and ends == pytest.approx([mean, mean - reach, mean + reach], abs=1e-5)
     assert actual["p"] == pytest.approx(ttest_1samp(each, 0).pvalue)
     assert pd.isna(actual["holm"])  # Holm's correction leaves out the primary contrast
-    one = contrasts.contrast_frame(contrasts.run_frame(second_study(1))).loc[contrasts.PRIMARY]
-    assert pd.isna(one["low"]) and contrasts.cell_of(one) == f"{100 * one['mean']:+.1f}"
+    one = horizon.contrast_frame(horizon.run_frame(second_study(1))).loc[horizon.PRIMARY]
+    assert pd.isna(one["low"]) and horizon.cell_of(one) == f"{100 * one['mean']:+.1f}"
 
 
 def test_holm_stops_at_the_first_that_is_not_significant():
-    actual = contrasts.holm(pd.Series({"a": 0.04, "b": 0.001, "c": 0.03, "d": 0.012}))
+    actual = horizon.holm(pd.Series({"a": 0.04, "b": 0.001, "c": 0.03, "d": 0.012}))
     # Holm compares the p-values, from the smallest on, with 0.05 divided by 4, 3, 2 and 1
     assert actual.to_dict() == {"b": True, "d": True, "c": False, "a": False}
 
 
 def test_the_report_and_the_figure_of_the_second_study_before_and_after_its_runs():
-    text = contrasts.report_text({})
-    assert "So far 0 of" in text and "no base yet" in text
+    text = horizon.report_text({})
+    assert "0 runs" in text and "no base yet" in text
     stored = second_study(3)
-    assert "3 of 6 bases" in contrasts.report_text(stored)
-    runs, axis = contrasts.run_frame(stored), Figure().subplots()
+    assert "3 of 6 bases" in horizon.report_text(stored)
+    runs, axis = horizon.run_frame(stored), Figure().subplots()
     drawing.draw_contrast(axis, runs, "habit-512")
     means = {line.get_label(): line.get_ydata()[0] for line in axis.lines}
-    assert means["sft-rft"] == pytest.approx(contrasts.contrast_frame(runs).loc[contrasts.PRIMARY, "mean"])
+    assert means["sft-rft"] == pytest.approx(horizon.contrast_frame(runs).loc[horizon.PRIMARY, "mean"])
+
+
+def test_runs_have_the_settings_of_the_best_trial_and_all_jobs_are_of_the_protocols_commit():
+    stored = horizon.read_stored()
+    for name, line in stored.items():
+        assert line["commit"] == "c5e0165ecce8", name
+        if line["method"] == "base" or line["trial"]:
+            continue
+        tuned_in = "silent-128" if line["cell"].startswith("silent") else "habit-512"
+        trials = [stored[f"{tuned_in}-{line['method']}-trial{number}"] for number in (1, 2, 3, 4)]
+        means = [statistics.mean(trial["budgets"]["480"][at]["all"] for at in TEMPERATURES) for trial in trials]
+        assert line["settings"] == trials[means.index(max(means))]["settings"], name
 
 
 # ---- tables, and what this repository holds
@@ -217,7 +231,7 @@ def test_the_stored_runs_their_scores_and_their_reports():
     readme = report.README.read_text(encoding="utf-8")
     assert report.with_questions(readme, held) == readme, renew
     assert (records.STUDY / "report.md").read_text(encoding="utf-8") == report.report_text(held), renew
-    second = horizon.read_stored(horizon.STORE)
-    assert (horizon.STORE / "report.md").read_text(encoding="utf-8") == contrasts.report_text(second), renew
+    second = horizon.read_stored()
+    assert (horizon.STORE / "report.md").read_text(encoding="utf-8") == horizon.report_text(second), renew
     with pytest.raises(ValueError, match="found no single pair"):
         report.with_questions("no place", held)

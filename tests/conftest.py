@@ -1,7 +1,7 @@
-"""This file says which process runs which tests, and what a command must refuse.
+"""This file distributes the tests over processes and has the fixtures that test files share.
 
-Nothing is imported here that takes a second, because pytest-xdist's first process only hands out tests. tiny.py has
-what else tests share."""
+PyTorch and other slow packages are imported inside the fixtures, because pytest-xdist's first process only hands out
+tests and needs none of them. The functions that test files share are in tiny.py."""
 
 import os
 import re
@@ -11,12 +11,12 @@ from pathlib import Path
 
 import pytest
 
-# one thread, so that sums have one order; it is set before PyTorch is imported
+# With one thread PyTorch always adds numbers in the same order. PyTorch reads this variable when it is imported.
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 
 # ---- which process runs which tests
 
-LONGEST = (  # these start first, so that no process waits for another at the end
+LONGEST = (  # the longest groups of tests start first, so that no process waits for another at the end
     *("6_change_it", "9_to_real_models", "8_grading_and_evaluation", "2_every_method_is_a_weight"),
     *("test_distributed", "test_faults", "test_train", "5_one_step_with_shapes", "test_eval", "4_a_run"),
     *("test_hostile_folders", "test_hostile", "test_step", "test_real_models", "test_answers", "test_study"),
@@ -25,23 +25,23 @@ QUICK = ("test_loss", "test_sample", "test_step", "test_model", "test_reward", "
 
 
 def pytest_xdist_auto_num_workers(config: pytest.Config) -> int:
-    """Test files that are named run in this process, where a debugger works. All tests together run in up to four
-    processes."""
+    """Returns the number of processes. If the command line names test files, they run in pytest's own process, where
+    a debugger works. The whole suite runs in up to four processes."""
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
     return 0 if config.option.file_or_dir else min(4, cores)
 
 
 def group(test: str) -> str:
-    """Returns the name of the tests that stay in one process because they share something: those of a file, or in the
-    notebooks' file those of a notebook."""
+    """Returns the group that a test belongs to: its file, or its notebook in test_notebooks.py. The tests of a group
+    share fixtures, so they run in one process."""
     file, _, name = test.partition("::")
     notebook = re.search(r"\[(\d+_\w+)\]$", name) if "test_notebooks" in file else None
     return notebook[1] if notebook else Path(file).stem
 
 
 def pytest_xdist_make_scheduler(config: pytest.Config, log: Callable) -> object:
-    """Hands out tests by `group`. xdist's own groups do not work with pytest 9.2, because xdist writes them into a
-    field that is no longer read."""
+    """Hands out the tests of each `group` to one process. pytest-xdist's own option for groups does not work with
+    pytest 9.2, because pytest no longer reads the field into which pytest-xdist writes them."""
     from xdist.scheduler import LoadScopeScheduling
 
     class ByGroup(LoadScopeScheduling):
@@ -64,7 +64,7 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
 
 @pytest.fixture(autouse=True, scope="module")
 def without_a_gpu(request):
-    """If there is a GPU, only the files marked cuda see it, because the other tests are written for the CPU."""
+    """Hides a GPU from all test files but those marked cuda, because the other tests are written for the CPU."""
     import torch
 
     torch.set_num_threads(1)
@@ -84,8 +84,9 @@ def tokenizer():
 
 @pytest.fixture
 def refused(tmp_path, monkeypatch, capsys):
-    """refused("train.py", word, …) runs the command on words that it must refuse, and returns what it says. It checks
-    for exit code 2, one line, and nothing written in tmp_path, runs/ or evals/."""
+    """refused("train.py", word, …) runs the command with arguments that it must refuse, and returns its error
+    message. The fixture checks that the exit code is 2, that the message is one line, and that nothing was written in
+    tmp_path, runs/ or evals/."""
     from tiny import command_module, contents
 
     root = Path(__file__).parents[1]

@@ -1,8 +1,9 @@
-"""Labelled answer pairs, written for this project, are (form, prediction, gold, equal). Each form has its near
-misses.
+"""This file has labelled pairs of answers, written for this project, as tuples (form, prediction, gold, equal). Each
+form, such as fractions or intervals, also has pairs that look alike and are not equal.
 
-Labels say what a careful reader of a final answer would say. Where usage is divided they follow the rules in
-answers/reader.py (how an answer is read) and answers/equality.py (decimals, what may be left out).
+The label `equal` is what a careful reader would say of the two answers. Where mathematicians write differently,
+labels follow the rules in answers/reader.py (how an answer is read) and answers/equality.py (decimals, what may be
+left out).
 """
 
 import json

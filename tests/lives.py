@@ -1,8 +1,10 @@
-"""A life of a run or an evaluation is a forked process that ends by itself, or by SIGKILL before a file operation.
-This file makes lives and compares what they leave, for the tests of faults. A life does what the command does without
-importing PyTorch again, so that the run is measured and not the import. Two lives leave the same if three things
-hold. Every row of metrics.jsonl (except times), samples.jsonl and groups.jsonl stands there once and is equal.
-eval.json is equal. The weights in final/ and the last checkpoint (weights, optimizer, step) are equal bit for bit.
+"""This file runs train.py and eval.py in forked processes for the tests of faults, and compares the folders that they
+leave. Such a process, a "life" of the run, ends by itself or by SIGKILL before an operation on a file. A forked
+process need not import PyTorch again, so the tests spend their time on runs.
+
+Two run folders are equal if metrics.jsonl (without times), samples.jsonl and groups.jsonl have equal rows, and
+metrics.jsonl has each step once. Besides, eval.json, the weights in final/ and the last checkpoint (weights,
+optimizer, step) must be equal bit for bit.
 """
 
 import json
@@ -29,16 +31,17 @@ OPERATIONS = ("open", "os.rename", "os.remove", "os.mkdir", "os.rmdir", "os.trun
 
 
 class Life(NamedTuple):
-    """How a process ended, and what it printed."""
+    """How a forked process ended, and what it printed."""
 
-    code: int  # exit code; a negative number is the signal
-    operations: int  # operations on files in its folder, if it was not killed
+    code: int  # the process's exit code, or minus the number of the signal that killed it
+    operations: int  # number of operations on files in the run's folder; 0 if the process was killed
     output: str  # what the process printed on stdout and stderr
 
 
 def count_operations(folder: Path, kill_at: int | None) -> list[int]:
-    """From now on, count this process's writing operations on files under `folder`. Before operation number `kill_at`
-    (from 1) the process dies by SIGKILL."""
+    """Starts to count this process's writing operations on files under `folder`; the only item of the returned list
+    is the count so far. The process kills itself by SIGKILL before operation number `kill_at`, where 1 is the
+    first."""
     counted = [0]
 
     def hook(event: str, arguments: tuple) -> None:
@@ -55,8 +58,8 @@ def count_operations(folder: Path, kill_at: int | None) -> list[int]:
 
 
 def start(work: Callable[[], int], folder: Path, notes: Path, kill_at: int | None, env: dict) -> int:
-    """Fork a process that does `work`, and return its id. What it says, and how many operations it made, are written
-    to `notes`."""
+    """Fork a process that does `work`, and return its id. The process's output is written to the file `notes`, and
+    its number of file operations to the file `notes`.count."""
     sys.stdout.flush()
     if pid := os.fork():
         return pid
@@ -78,8 +81,8 @@ def start(work: Callable[[], int], folder: Path, notes: Path, kill_at: int | Non
 
 
 def live(work: Callable[[], int], folder: Path, *, kill_at: int | None = None, ranks: int = 1) -> Life:
-    """Make one life of a run, to its end or to a kill at a file operation. When one rank has died the others are
-    killed, as torchrun does."""
+    """Do `work` in `ranks` forked processes until they end or are killed at file operation `kill_at`. When one rank
+    has died, the other ranks are killed, as torchrun does."""
     with tempfile.TemporaryDirectory() as name:
         notes = [Path(name) / str(rank) for rank in range(ranks)]
         with socket.socket() as free:
@@ -108,7 +111,7 @@ def live(work: Callable[[], int], folder: Path, *, kill_at: int | None = None, r
 
 
 def training(folder: Path, **settings: Any) -> Callable[[], int]:
-    """Returns the work of `python train.py --out FOLDER --resume auto …`"""
+    """Returns a function that does what `python train.py --out FOLDER --resume auto …` does."""
     words = [word for name, value in settings.items() for word in (f"--{name}", str(value))]
     argv = [*words, "--out", str(folder), "--resume", "auto"]
 
@@ -121,7 +124,7 @@ def training(folder: Path, **settings: Any) -> Callable[[], int]:
 
 
 def evaluating(folder: Path, words: Sequence[str]) -> Callable[[], int]:
-    """Returns the work of `python eval.py … --out FOLDER`"""
+    """Returns a function that does what `python eval.py … --out FOLDER` does."""
 
     def work() -> int:
         sys.argv = ["eval.py", *words, "--out", str(folder)]
@@ -135,13 +138,13 @@ def evaluating(folder: Path, words: Sequence[str]) -> Callable[[], int]:
 
 
 def rows(path: Path) -> list[dict]:
-    """Returns the rows of a log, without times."""
+    """Returns the rows of a log file, without times and speeds."""
     lines = [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
     return [{k: v for k, v in row.items() if not k.startswith(("seconds_", "tokens_per_"))} for row in lines]
 
 
 def differences(one: Path, two: Path) -> list[str]:
-    """Returns in what two finished runs differ; [] if they do not differ."""
+    """Returns the names of the logs and files in which two finished runs differ; [] if the runs are equal."""
     logs = [f"{name}.jsonl" for name in ("metrics", "samples", "groups")]
     names = [log for log in logs if rows(one / log) != rows(two / log)]
     steps = [row["step"] for row in rows(two / "metrics.jsonl")]
@@ -158,12 +161,12 @@ def differences(one: Path, two: Path) -> list[str]:
 
 
 def learned(folder: Path) -> bool:
-    """Returns whether a run has made an update at all, because the end of a run without updates says little."""
+    """Returns whether a run has made an update at all. Two runs without updates are equal whatever else is wrong."""
     return any(row["grad_norm"] + row.get("relift_grad_norm", 0) for row in rows(folder / "metrics.jsonl"))
 
 
 def equal(one: Any, two: Any) -> bool:
-    """Returns whether two values are equal to the bit, through dicts and lists."""
+    """Returns whether two values are equal to the bit; dicts and lists are compared item by item."""
     if isinstance(one, torch.Tensor):
         return torch.equal(one, two)
     if isinstance(one, dict):
@@ -174,7 +177,8 @@ def equal(one: Any, two: Any) -> bool:
 
 
 def evaluation_differences(one: Path, two: Path) -> list[str]:
-    """Returns in what two finished evaluations differ: responses, and results except dates."""
+    """Returns the names of the files in which two finished evaluations differ: "generations" for the responses,
+    "results" for the results without their dates."""
     responses = [(folder / "generations.jsonl").read_bytes() for folder in (one, two)]
     results = [json.loads((folder / "results.json").read_text()) for folder in (one, two)]
     for result in results:
@@ -186,15 +190,16 @@ def evaluation_differences(one: Path, two: Path) -> list[str]:
 # ---- a small task
 
 SETTINGS = {"prompts_per_step": 4, "rollouts_per_prompt": 4, "device": "cpu", "eval_samples": 1}
-SETTINGS |= {"max_response_tokens": 80, "eval_response_tokens": 8}  # what a life costs is the tokens it waits for
+# responses are short, because sampling takes most of a test's time
+SETTINGS |= {"max_response_tokens": 80, "eval_response_tokens": 8}
 RELIFT = SETTINGS | {"method": "relift", "relift_buffer": 2, "steps": 3, "save_every": 1, "eval_every": 2}
 EVALUATION = "--model data/base --benchmarks embedded --problems 4 --samples 2 --temperature 1"
 EVALUATION += " --max_response_tokens 16 --rows_per_call 8"
 
 
 def task(folder: Path) -> dict[str, Any]:
-    """Make a few problems of the embedded task, half of them with a demonstration, and return the settings that name
-    them."""
+    """Write 12 training problems of the embedded task, 8 of them with a demonstration, and 4 held-out problems.
+    Returns the settings that name the files."""
     lines = (ROOT / TASK / "train.jsonl").read_text().splitlines()
     demonstrated = [line for line in lines if json.loads(line).get("demonstrations")]
     bare = [line for line in lines if not json.loads(line).get("demonstrations")]
@@ -207,7 +212,7 @@ def task(folder: Path) -> dict[str, Any]:
 
 
 def flip(path: Path) -> None:
-    """Flip one bit, in the middle of a file."""
+    """Flip one bit in the middle of a file."""
     data = bytearray(path.read_bytes())
     data[len(data) // 2] ^= 1
     path.write_bytes(data)

@@ -1,4 +1,5 @@
-"""The memory that updates and sampling really take on this CPU, for the tests of plan.py."""
+"""This file measures the memory that an update and a call of generate take on the CPU. Tests compare it with what
+plan.py says."""
 
 from collections.abc import Callable
 from typing import Any
@@ -16,9 +17,9 @@ from support.loading import prepare_layers
 
 
 def peak_bytes(work: Callable[[], object]) -> int:
-    """Returns the most bytes of tensors that `work` holds at once, beyond those that existed before.
+    """Returns the most bytes of tensors that `work` holds at once, beyond the tensors that existed before.
 
-    Every allocation counts, also those inside kernels: the profiler records them.
+    PyTorch's profiler records every allocation, also those inside kernels.
     """
     with profile(activities=[ProfilerActivity.CPU], profile_memory=True, acc_events=True) as record:
         work()
@@ -39,24 +40,25 @@ def new_model(shape: Any) -> PreTrainedModel:
 def measured_update(
     shape: Any, rows: int, prompt: int, response: int, recompute: bool, low_rank: Config | None = None
 ) -> int:
-    """Returns the peak of an update beyond weights, gradients and optimizer, which exist before it."""
+    """Returns the most bytes that an update needs beside weights, gradients and optimizer state, which exist before
+    the update."""
     model = new_model(shape).train()
     prepare_layers(model, torch.device("cpu"), recompute, low_rank)
     optimizer = torch.optim.AdamW(trained(model).values(), fused=True)
     ids = torch.randint(0, shape.vocab_size, (rows, prompt + response))
     mask = torch.ones_like(ids)
-    mask[0, :3] = 0  # padding, as a batch without it would need no mask
+    mask[0, :3] = 0  # the first row has padding, because a batch without padding needs no mask
 
     def update() -> None:
         token_stats(model, ids, mask, response, 1.0)[0].sum().backward()
         optimizer.step()
 
-    update()  # from now on gradients and the optimizer's state exist
+    update()  # the first update allocates the gradients and the optimizer's state
     return peak_bytes(update)
 
 
 def measured_sampling(shape: Any, rows: int, prompt: int, response: int) -> int:
-    """Returns the peak of a call of generate in which no row ends."""
+    """Returns the most bytes that a call of generate needs beside the weights, if all rows have `response` tokens."""
     model = new_model(shape)
     model.generation_config = GenerationConfig(eos_token_id=[shape.vocab_size], pad_token_id=0)
     prompts = torch.randint(0, shape.vocab_size, (rows, prompt)).tolist()

@@ -1,5 +1,5 @@
-"""These tests check support/adapters.py. test_step.py and test_distributed.py try every method, micro-batches and
-ranks with adapters, beside the same with all weights."""
+"""These tests check support/adapters.py. Every method, micro-batches and several ranks are tried with adapters in
+test_step.py and test_distributed.py."""
 
 import importlib.util
 
@@ -27,7 +27,8 @@ def log_probs(model: torch.nn.Module) -> torch.Tensor:
 
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
 def test_what_is_saved_is_the_model_that_was_trained(tokenizer, tmp_path, dtype):
-    """final/ is saved without adapters, in fp32; peft can read adapter/ on the base."""
+    """The folder final/ is a plain fp32 model, into whose weights the adapters are merged. peft can read the folder
+    adapter/ and put its matrices on the base model."""
     save_model(random_model(), tokenizer, tmp_path / "base")
     (tmp_path / "base" / "merges.txt").write_text("a b\n")
     config = from_dict({"lora_rank": 3, "lora_alpha": 5, "base_dtype": dtype})
@@ -40,7 +41,7 @@ def test_what_is_saved_is_the_model_that_was_trained(tokenizer, tmp_path, dtype)
     save_model(model, tokenizer, tmp_path / "final")
     adapters.save(model, tmp_path / "adapter")
     final = AutoModelForCausalLM.from_pretrained(tmp_path / "final")
-    assert (tmp_path / "final" / "merges.txt").exists()  # final/ has the base's tokenizer files, as in any run
+    assert (tmp_path / "final" / "merges.txt").exists()  # final/ also has the base model's tokenizer files
     assert final.dtype == torch.float32 and final.state_dict().keys() == random_model().state_dict().keys()
     base = AutoModelForCausalLM.from_pretrained(tmp_path / "base", dtype=getattr(torch, dtype))
     by_peft = peft.PeftModel.from_pretrained(base, str(tmp_path / "adapter")).base_model.model
@@ -78,7 +79,8 @@ def test_only_adapters_of_the_target_layers_are_trained_and_stand_in_a_checkpoin
 
 
 def test_the_rate_of_adapters_is_a_multiple(tokenizer):
-    """The first step of AdamW has the size of the rate, whatever the gradient is."""
+    """The learning rate of adapters is read off AdamW's first step, which moves a weight by the rate whatever the
+    gradient is."""
     for settings, rate in (({"lora_rank": 3}, 1e-3), ({"lora_rank": 3, "lora_lr_times": 2}, 2e-4), ({}, 1e-4)):
         run = make_run(tokenizer, lr=1e-4, updates_per_step=1, **settings)
         run.optimizer = new_optimizer(run.model, run.config)
@@ -89,7 +91,7 @@ def test_the_rate_of_adapters_is_a_multiple(tokenizer):
 
 
 def test_a_run_with_adapters_goes_on_to_the_bit(tokenizer, tmp_path):
-    """Two steps, a checkpoint, a fresh run and two more steps give the same as four steps."""
+    """Two steps, a checkpoint and two more steps of a fresh run give the same weights as four steps of one run."""
 
     def started(rank=3):
         run = make_run(tokenizer, lora_rank=rank, lr=1e-4)
@@ -131,7 +133,7 @@ def test_adapters_that_cannot_be_are_one_line(refused, words, message):
 
 
 def test_a_model_without_linear_layers_in_its_blocks_is_one_line():
-    # GPT-2 has Conv1D layers in place of linear ones
+    # the blocks of GPT-2 have Conv1D layers in place of nn.Linear
     model = GPT2LMHeadModel(GPT2Config(n_embd=8, n_layer=1, n_head=2, vocab_size=9))
     with pytest.raises(InputError, match=r"no linear layer \(any\), expected of these: none"):
         adapters.add(model, adapters.of(from_dict({"lora_rank": 1})))

@@ -1,6 +1,6 @@
-"""These tests read and compare answers: the labelled pairs, properties of random expressions, hostile strings.
+"""These tests check how answers/ reads and compares answers: labelled pairs, random expressions, hostile strings.
 
-The properties are checked against sympy, which the reader does not use.
+For random expressions sympy, which answers/ does not use, says what is equal.
 """
 
 import random
@@ -13,11 +13,11 @@ from grading_pairs import ALL_PAIRS
 from answers import Unreadable, equal, read
 from reward import check_gold, is_equivalent
 
-MOST_CALLS = 500_000  # most calls of functions to compare a text with four answers; they take 0.2 seconds
+MOST_CALLS = 500_000  # function calls that comparing a text with four answers may make, in about 0.2 seconds
 LETTERS = sympy.symbols("x y z")
 
 
-# the pairs of a form are one test: a test costs more than a comparison
+# one test compares all pairs of a form, because starting a test takes longer than a comparison
 @pytest.mark.parametrize("form", sorted({form for form, *_ in ALL_PAIRS}))
 def test_labelled_pairs(form):
     pairs = [pair[1:] for pair in ALL_PAIRS if pair[0] == form]
@@ -38,14 +38,15 @@ def test_every_gold_is_read_and_equals_itself_in_dollars_and_parentheses():
 
 
 def test_equality_is_symmetric_but_for_decimals_names_and_bases():
-    """What may be left out may be left out on either side, so only the stated exceptions are one-sided."""
+    """A unit or another part that may be left out may be missing in the prediction or in the gold. So equal answers
+    stay equal when they change places, except decimals, letters of choices and answers with "not"."""
     for a, b in [(prediction, gold) for _, prediction, gold, same in ALL_PAIRS if same]:
         one_sided = "\\text{not" in a or "." in b or "." in a or read(a).option is not None
         assert is_equivalent(b, a) or one_sided, (a, b)
 
 
 def strictly_equal(prediction: str, gold: str) -> bool:
-    """This is is_equivalent without its net: only Unreadable is caught."""
+    """Returns what is_equivalent returns, but catches no exception except Unreadable."""
     try:
         return equal(read(prediction), read(gold))
     except Unreadable:
@@ -239,7 +240,7 @@ def hostile() -> list[str]:
 
 @pytest.mark.parametrize("text", hostile(), ids=lambda text: repr(text[:20]) + str(len(text)))
 def test_hostile_strings_are_wrong_and_quick(text):
-    """Work is counted, because time depends on what else the machine does."""
+    """The test counts function calls instead of seconds, which depend on what else the machine does."""
     calls = 0
 
     def count(frame, event, argument):

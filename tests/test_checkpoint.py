@@ -1,6 +1,6 @@
-"""These tests take each promise of checkpoint.py alone. A checkpoint is written beside the old file, every state is
-restored, some settings may change on resume, a fingerprint covers everything, and a folder belongs to one run.
-test_faults.py has whole lives of a run, with kills."""
+"""These tests check each promise of support/checkpoint.py by itself. A checkpoint is written beside the older one and
+restores every state of a run. Only some settings may change on resume, a fingerprint covers every byte of the
+weights, and a folder belongs to one run. Whole runs that are killed and resumed are in test_faults.py."""
 
 import contextlib
 import hashlib
@@ -17,14 +17,14 @@ from support.config import Config, from_dict
 from support.errors import InputError, Unwritten
 from train import new_optimizer
 
-# the settings that a run may change when it goes on: files, devices, and settings that move results by a rounding
+# settings that may change on resume, because they choose files or devices, or change results only by rounding
 MAY_CHANGE = "accept_changed device micro_batch_tokens offload out recompute resume rows_per_call save_dtype"
 MAY_CHANGE += " save_every tensorboard"
 
 
 def with_moments(tokenizer, **settings):
-    """Returns a ReLIFT run whose two optimizers have each made an update, on different gradients, and in which one
-    problem waits."""
+    """Returns a ReLIFT run with one problem in its buffer. Both of its optimizers have made an update, each on
+    another gradient."""
     run = make_run(tokenizer, "relift", **settings)
     run.optimizer, run.collector.optimizer = (new_optimizer(run.model, run.config) for _ in range(2))
     for scale, optimizer in ((1.0, run.optimizer), (3.0, run.collector.optimizer)):
@@ -47,12 +47,12 @@ def test_every_state_of_a_run_is_restored(tokenizer, tmp_path):
         for run in (saved, resumed)
     ]
     assert equal(*states) and resumed.collector.waiting == ["p1"]
-    assert not equal(states[1][1]["state"], states[1][2]["state"])  # the two optimizers have different states
+    assert not equal(states[1][1]["state"], states[1][2]["state"])  # ReLIFT's second optimizer has a state of its own
 
 
 def test_a_checkpoint_that_cannot_be_written_leaves_the_old_one(tokenizer, tmp_path, monkeypatch):
-    """This also holds for a checkpoint of the same step, which is written beside the old one and renamed when it is
-    whole."""
+    """The old checkpoint also stays if the new one is of the same step: the new one is written to another file and
+    renamed when it is whole."""
     run = make_run(tokenizer)
     checkpoint.save(tmp_path, 1, run)
     before = contents(tmp_path)
@@ -75,7 +75,7 @@ def test_the_settings_that_may_change_are_these():
 
 @pytest.mark.parametrize("name", ["temperature", "eval_samples", "seed", "data"])
 def test_a_run_goes_on_with_its_own_settings_only(tokenizer, tmp_path, name):
-    """Settings are compared with config.json, and with the checkpoint's."""
+    """A run that resumes compares its settings with those in config.json and with those in the checkpoint."""
     config = from_dict({"out": str(tmp_path), "resume": "auto"})
     checkpoint.write_config(tmp_path, config, {})
     checkpoint.save(tmp_path, 1, make_run(tokenizer))
@@ -106,18 +106,20 @@ def test_a_checkpoint_without_a_parameter_is_refused(tokenizer, tmp_path, missin
 
 @pytest.mark.parametrize("steps", [[1, 1, 3], [1, 3, 2], [2, 3, 4], [1, 2]])
 def test_rows_of_metrics_are_compared_with_the_steps(tmp_path, steps):
-    """It is not enough that there are as many rows as steps."""
+    """metrics.jsonl must have the steps in order, each once. It is not enough that there are as many rows as
+    steps."""
     checkpoint.append_rows(tmp_path / "metrics.jsonl", [{"step": step} for step in steps])
     with pytest.raises(InputError, match="steps 1 to 3 once each"):
         checkpoint.cut_logs(tmp_path, 3)
 
 
 def test_a_fingerprint_covers_every_byte_of_every_file(tmp_path):
-    """The test changes the last byte of the second file, behind 16 MiB, which are read at once."""
+    """The test changes the last byte of the second file. This byte is in the file's second block, because a file is
+    read in blocks of 16 MiB."""
     content = {name: bytes([number]) * (2**24 + 1) for number, name in enumerate(("a", "b"))}
     for name, data in content.items():
         (tmp_path / f"{name}.safetensors").write_bytes(data)
-    # config.json is no file of weights, so the fingerprint stays
+    # config.json does not change the fingerprint, because it holds no weights
     (tmp_path / "config.json").write_text("{}", encoding="utf-8")
     wanted = hashlib.sha256(b"".join(content.values())).hexdigest()
     assert checkpoint.weights_fingerprint(str(tmp_path), None) == wanted
@@ -133,7 +135,7 @@ def test_a_new_run_takes_a_folder_that_nobody_has(tmp_path, monkeypatch):
 
 
 def test_a_run_that_another_process_began_meanwhile_is_left_alone(tmp_path, monkeypatch):
-    """The other process begins between the first look at the folder and its lock."""
+    """The other process begins its run after this process has checked the folder and before it locks the folder."""
     config, locked = from_dict({"out": str(tmp_path / "run"), "resume": "auto"}), checkpoint.locked
 
     @contextlib.contextmanager
@@ -149,7 +151,7 @@ def test_a_run_that_another_process_began_meanwhile_is_left_alone(tmp_path, monk
 
 
 def test_a_folder_that_cannot_be_written_is_told_at_the_start(tmp_path, monkeypatch):
-    """This also holds for a folder that is there already, before anything is loaded into it."""
+    """new_folder raises the error, before a model is loaded, also for a folder that exists already."""
 
     def closed(*_, **__):
         raise OSError(30, "Read-only file system")

@@ -1,5 +1,5 @@
-"""These tests show how commands end: with an output that is closed, with Ctrl-C, on a terminal that has few
-characters, on a full disk."""
+"""These tests check how commands end: with a closed output, with Ctrl-C, on a terminal that shows only ASCII, and on
+a full disk."""
 
 import io
 import os
@@ -13,7 +13,7 @@ from support.errors import Unwritten
 from support.files import replacing
 
 COMMANDS = ["train", "eval", "sample", "plot", "data.prepare"]
-ENDS = {  # what a main does -> the exit code, what it prints in ASCII, what it says on stderr
+ENDS = {  # each key is the body of a command's main(); its values are exit code, output in ASCII and error message
     "print('é▁')": (0, "??\n", ""),
     "raise InputError('lr is 0')": (2, "", "x.py: lr is 0\n"),
     "raise Broken('the disk is full')": (1, "", "x.py: the disk is full\n"),
@@ -24,7 +24,7 @@ ENDS = {  # what a main does -> the exit code, what it prints in ASCII, what it 
 
 @pytest.mark.parametrize("does", [*ENDS, "print('x')", "print('x' * 100_000)", "print('x'), sys.exit(0)"])
 def test_an_end_is_one_line(does):
-    """A main that is not in ENDS prints into a pipe that nobody reads any more."""
+    """A body of main() that is not in ENDS prints into a pipe that nobody reads any more."""
     code = "import sys\nfrom support.command import command\n"
     code += f"from support.errors import Broken, InputError\nwith command('x.py'):\n    {does}"
     reader, writer = os.pipe()

@@ -1,4 +1,5 @@
-"""Every wrong setting is one clear line; the cases are made from the fields of config.py themselves."""
+"""These tests check that every wrong setting gives a clear error of one line. The wrong values are made from the
+fields of support/config.py."""
 
 import dataclasses
 import json
@@ -60,7 +61,7 @@ def test_a_file_names_files_of_the_project_from_any_folder(tmp_path, monkeypatch
     assert (config.model, config.eval_data) == ("a/hub-name", "own.jsonl")
 
 
-@pytest.mark.parametrize("mark", [b"", b"\xef\xbb\xbf"])  # Windows editors begin a file with this character
+@pytest.mark.parametrize("mark", [b"", b"\xef\xbb\xbf"])  # Windows editors may begin a file with this byte order mark
 def test_the_command_line_wins_over_the_file(tmp_path, mark):
     path = tmp_path / "c.json"
     path.write_bytes(mark + json.dumps({"steps": 7, "lr": 1}).encode())

@@ -1,4 +1,5 @@
-"""README.md and configs/README.md must say what the code does."""
+"""These tests check that README.md, the other Markdown files and the comments agree with the code, and that imports
+point one way."""
 
 import ast
 import re
@@ -17,14 +18,16 @@ DOCUMENTS = [path for path in ROOT.rglob("*.md") if not any(part in ("runs", "ev
 
 
 def test_the_table_of_methods_is_generated():
-    """Each row shows its method as it is. A method that was added since is no error."""
+    """Each row of the table in configs/README.md must be as the code writes it. A method without a row is no
+    error."""
     documented = (ROOT / "configs" / "README.md").read_text(encoding="utf-8").splitlines()
     rows = [line for line in documented if line.startswith("| `") and "·" in line]
     assert len(rows) > 20 and set(rows) <= set(methods_table().splitlines())
 
 
 def test_readme_has_no_gap_left_to_fill_in():
-    assert "@" not in re.sub(r"@[0-9k]", "", README)  # avg@k and pass@k may stand there
+    # an @ marks a gap to fill in, except in avg@k and pass@k
+    assert "@" not in re.sub(r"@[0-9k]", "", README)
 
 
 @pytest.mark.parametrize(
@@ -68,8 +71,9 @@ def test_every_setting_on_a_command_line_exists():
 
 
 def test_imports_point_one_way():
-    """Details never import a command, loss.py and answers/ import nothing of ours, reward.py no data, the path
-    nothing of fast/, and there is no circle anywhere."""
+    """No file of answers/, evaluation/, figures/ or support/ imports a command. loss.py and answers/ import nothing
+    else of this project, and reward.py only answers/. step.py, sample.py and model.py import nothing of fast/. No
+    imports form a circle."""
     ours = {path.stem for path in ROOT.glob("*.py")} | {"answers", "data", "evaluation", "fast", "figures", "support"}
     graph: dict[str, set[str]] = {}
     for path in [*ROOT.glob("*.py"), *(p for folder in ours for p in (ROOT / folder).glob("*.py"))]:
@@ -82,7 +86,7 @@ def test_imports_point_one_way():
             elif isinstance(node, ast.Import):
                 result |= {alias.name for alias in node.names}
         graph[name] = {target for target in result if target.split(".")[0] in ours}
-    scripts = {"data.prepare", "data.make_base", "data.make_recipes"}  # they are commands in a folder
+    scripts = {"data.prepare", "data.make_base", "data.make_recipes"}  # these files of data/ are commands
     for name, targets in graph.items():
         folder = name.split(".")[0]
         if folder in ("answers", "evaluation", "figures", "support") or name == "data.loader":

@@ -1,5 +1,5 @@
-"""This file has what tests share: tiny models made in the test, rewards, errors that rounding explains, folders, and
-one method of each kind."""
+"""This file has what test files share: tiny random models, rewards, a bound on rounding errors, the contents of a
+folder, and one method of each kind."""
 
 import importlib
 import sys
@@ -16,15 +16,15 @@ from support import adapters
 from support.config import Config
 from support.distributed import trained
 
-# A test starts a process that needs PyTorch in this way: as a copy of one that has imported it and done nothing else.
-# A copy of the test's own process can die of what that process has done before.
+# Tests that need other processes fork them from a server process, which has only imported PyTorch. A fork of the test
+# process itself can crash because of what earlier tests have done in it.
 START = "forkserver" if sys.platform == "linux" else "spawn"
 if START == "forkserver":
     set_forkserver_preload(["torch", "transformers", "matplotlib.pyplot", "IPython", "step"])
 
 BY_LENGTH = Reward(
     "by length", lambda text, problem: float(len(text) % 2), lambda problem: None, lambda text: True, "none"
-)  # about half are right, and equal responses are equally right
+)  # a response of odd length is right: about half of them are, and equal responses have equal rewards
 ALL_WRONG = Reward("all wrong", lambda text, problem: 0.0, lambda problem: None, lambda text: True, "none")
 
 
@@ -42,7 +42,8 @@ def random_model(vocab_size: int = 103, scale: float = 0.3, seed: int = 0, **con
 
 
 def with_adapters(model: LlamaForCausalLM, config: Config) -> LlamaForCausalLM:
-    """Returns `model` with adapters that are not at their start, because there they make no difference."""
+    """Returns `model` with LoRA adapters whose matrices B are random: at their start, B = 0, adapters change
+    nothing."""
     adapters.add(model, adapters.of(config))
     for name, parameter in trained(model).items():
         if "lora_B" in name:
@@ -51,28 +52,28 @@ def with_adapters(model: LlamaForCausalLM, config: Config) -> LlamaForCausalLM:
 
 
 def rounding(model: torch.nn.Module, columns: int = 0) -> float:
-    """Returns the largest error of what `model` computes in float32, as a share of the largest number. It is a
-    rounding of 2^-24 for each number that is summed on the way, forward and back through every matrix and over the
+    """Returns a bound on the rounding error of what `model` computes in float32, as a share of the largest number.
+    The bound counts 2^-24 for each number that is summed, forward and backward through every matrix and over the
     batch's columns."""
     inner = sum(parameter.shape[-1] for parameter in model.parameters() if parameter.dim() > 1)
     return (2 * inner + columns) * 2**-24
 
 
 def contents(folder: Path) -> dict[str, bytes]:
-    """Returns every file and folder under `folder`, by its path."""
+    """Returns the bytes of every file under `folder`, by path; a folder is listed too, with no bytes."""
     return {str(p.relative_to(folder)): p.read_bytes() if p.is_file() else b"" for p in folder.rglob("*")}
 
 
 def command_module(name: str) -> ModuleType:
-    """Returns the module with the main() of a command."""
+    """Returns the module whose main() is the command `name`."""
     return importlib.import_module({"sample": "evaluation.try_model"}.get(name, name))
 
 
 def mechanism(method: Method) -> tuple:
-    """Returns what a run or several ranks have to do for a method beside its weights. The weights are functions of a
-    batch's tensors, and test_loss and test_step try those of every method."""
+    """Returns what a method needs of the training loop beside its token weights: rows, stages, the handling of
+    unsolved groups, random numbers, hints. The weights of every method are tried in test_loss.py and test_step.py."""
     return method.rows, method.stages, method.unsolved, method.entropy_clip == "random", method.hinted
 
 
-# for each mechanism, the first method in the table
+# of all methods with the same mechanism, only the first in METHODS is listed
 ONE_OF_EACH = sorted({mechanism(METHODS[name]): name for name in reversed(METHODS)}.values())

@@ -1,9 +1,9 @@
-"""A script that transformers 4 runs in an environment of its own, for a test of test_model_folder.py.
+"""A test in test_model_folder.py runs this script in another Python environment, which has transformers 4.
 
     v4/bin/python tests/transformers_4.py make FOLDER      makes tiny random models, like most of the hub's
     v4/bin/python tests/transformers_4.py read FOLDER      stores beside each model what version 4 reads of it
 
-Left out are models for which version 4 has no code.
+Left out are models for which transformers 4 has no code.
 """
 
 import sys
@@ -51,7 +51,7 @@ TEXT = "\\boxed{12}\n A+b<eos>"
 
 
 def make(root: Path) -> None:
-    """Writes a folder of each model, by the transformers version that runs this."""
+    """Saves a random model and a tokenizer for each entry of MODELS, in the format of the installed transformers."""
     file = str(PROJECT / "data" / "base" / "tokenizer.json")
     tokenizer = PreTrainedTokenizerFast(tokenizer_file=file, pad_token="<pad>", eos_token="<eos>")
     tokenizer.add_special_tokens({"additional_special_tokens": ["<bos>"]})
@@ -71,7 +71,7 @@ def make(root: Path) -> None:
 
 @torch.no_grad()
 def read(root: Path) -> None:
-    """Returns what is compared: the log-probs of a text of 40 tokens, and the ids of TEXT."""
+    """Stores in each model's folder what the test compares: log-probs of a text of 40 tokens, and the ids of TEXT."""
     ids = torch.randint(4, 100, (1, 40), generator=torch.Generator().manual_seed(0))
     for folder in root.iterdir():
         model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32).eval()

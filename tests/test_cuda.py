@@ -1,4 +1,5 @@
-"""On a GPU, compute in bf16, kernels, graphs and a run give what the CPU gives in fp32 or float64, up to rounding."""
+"""These tests compare a GPU with the CPU: bf16 passes, CUDA kernels and graphs, and a run must agree up to
+rounding."""
 
 import functools
 import json
@@ -32,13 +33,15 @@ DEVICE = "cuda"
 pytestmark = [pytest.mark.cuda, pytest.mark.skipif(not torch.cuda.is_available(), reason="needs CUDA")]
 
 ROOT = Path(__file__).parents[1]
-ENDS = [2, 100, 101, 102]  # many end tokens, so that rows end at different times; none is in a prompt or prefix
-# distance to the edge of a token where rounding in fp32 may decide: a hundred times its distance on a CPU
+# four tokens end a response, so that rows have different lengths; prompts and prefixes contain none of them
+ENDS = [2, 100, 101, 102]
+# A draw this close to the border between two tokens may give either token, because fp32 sums are rounded. The
+# distance is a hundred times that on a CPU.
 NEAR = 2e-5
 
 
 def llama() -> PreTrainedModel:
-    """In this model two query heads share a key."""
+    """Returns a random Llama in which two query heads share a key head."""
     shape = {"hidden_size": 128, "intermediate_size": 256, "num_attention_heads": 4, "num_key_value_heads": 2}
     model = random_model(scale=0.15, **shape)
     model.generation_config, model.loop = GenerationConfig(eos_token_id=ENDS, pad_token_id=0), decode.LOOPS[0]
@@ -46,7 +49,7 @@ def llama() -> PreTrainedModel:
 
 
 def qwen() -> PreTrainedModel:
-    """This model has three layers, four query heads to a key, biases, and a tied head."""
+    """Returns a random Qwen2 with three layers, four query heads per key head, biases and tied embeddings."""
     shape = {"hidden_size": 128, "intermediate_size": 192, "num_hidden_layers": 3, "num_attention_heads": 4}
     shape |= {"num_key_value_heads": 1, "max_position_embeddings": 512, "tie_word_embeddings": True}
     torch.manual_seed(1)
@@ -65,13 +68,13 @@ load_trained = functools.partial(load_model, training=True, check=check_model)
 
 @functools.cache
 def exact(name: str) -> PreTrainedModel:
-    """Returns the model on the CPU in float64."""
+    """Returns the model `name` on the CPU in float64."""
     return MODELS[name]().double()
 
 
 @pytest.fixture(scope="module")
 def folder(tokenizer, tmp_path_factory):
-    """Returns a folder with every model."""
+    """Returns a folder in which every model of MODELS is saved."""
     folder = tmp_path_factory.mktemp("models")
     for name, make in MODELS.items():
         save_model(make(), tokenizer, folder / name)
@@ -80,15 +83,15 @@ def folder(tokenizer, tmp_path_factory):
 
 @pytest.fixture
 def one_gpu():
-    """Makes a group of one rank, as in training on one GPU."""
+    """Starts a process group of one rank, as training on one GPU does."""
     distributed.start(pick_device(DEVICE))
     yield pick_device(DEVICE)
     distributed.stop()
 
 
 def some_rows(prompt: int = 9, prefix: int = 12, groups: int = 6, size: int = 4) -> list[Row]:
-    """Returns groups with a prompt of at most so many tokens each. The last row of a group has a prefix of at most so
-    many tokens."""
+    """Returns the rows of `groups` groups, each with a random prompt of at most `prompt` tokens. The last row of each
+    group has a prefix of at most `prefix` tokens."""
     generator = torch.Generator().manual_seed(0)
 
     def ids(longest: int) -> list[int]:
@@ -101,7 +104,8 @@ def some_rows(prompt: int = 9, prefix: int = 12, groups: int = 6, size: int = 4)
 
 
 def plain_log_p(model: PreTrainedModel, row: Row, response: Sequence[int], temperature: float = 1.0) -> Tensor:
-    """Returns log softmax at every token of a response [R, V], of the row alone in a plain pass."""
+    """Returns the log-probs of the whole vocabulary at every token of `response` [R, V], from a plain forward pass of
+    this row alone."""
     ids = torch.tensor([row.prompt_ids + list(response)], device=model.device)
     logits = model(input_ids=ids, use_cache=False).logits[0, len(row.prompt_ids) - 1 : -1]
     return (logits / temperature).double().log_softmax(-1).cpu()
@@ -111,8 +115,8 @@ def plain_log_p(model: PreTrainedModel, row: Row, response: Sequence[int], tempe
 def assert_drawn(
     name: str, rows: Sequence[Row], responses: Sequence[list[int]], budget: int, temperature: float = 1.0
 ) -> None:
-    """Checks that every response is what the row's random numbers make of the float64 model's distributions, token by
-    token. It must end at the first end token or with the budget. At temperature 0 every token must be the
+    """Checks that every token is the one that the row's random number draws from the float64 model's distribution. A
+    response must end at the first end token or with the budget. At temperature 0 every token must be the
     likeliest."""
     ends = set(exact(name).generation_config.eos_token_id)
     for row, response in zip(rows, responses, strict=True):
@@ -131,8 +135,7 @@ def assert_drawn(
 
 
 def assert_same(result: Sequence[list[int]], want: Sequence[list[int]]) -> None:
-    """Checks that rows are the same, except one in sixteen: rounding decides where a draw falls on the edge of a
-    token."""
+    """Checks that responses are equal, except one in sixteen: rounding decides a draw at the border of two tokens."""
     assert len(result) == len(want) and sum(a != b for a, b in zip(result, want)) <= len(want) // 16
 
 
@@ -140,15 +143,15 @@ def assert_same(result: Sequence[list[int]], want: Sequence[list[int]]) -> None:
 
 
 def litter() -> None:
-    """Leave NaN in memory that is free again, because an empty tensor is not one of zeros."""
+    """Leave NaN in freed memory, so that code fails if it takes an empty tensor for one of zeros."""
     held = [torch.full((size,), math.nan, device=DEVICE) for size in (2**24, *[2**20] * 16, *[2**14] * 64)]
     del held
 
 
 @pytest.mark.parametrize("name", MODELS)
 def test_compute_in_bf16_is_as_exact_as_that_of_a_plain_model(folder, one_gpu, name):
-    """Log-probs, entropies and the gradient of sharded fp32 weights are compared in a padded batch. In fp32 they are
-    2^9 times as exact; with TF32 they would only be 2^3 times as exact."""
+    """Log-probs, entropies and the gradient of a padded batch are compared with float64; the weights are sharded
+    fp32. Compute in fp32 is 2^9 times as exact as in bf16; with TF32 it would be only 2^3 times as exact."""
     rows = some_rows()
     responses = [[*row.prefix_ids, 7, 50, 11, 99 - i, 2] for i, row in enumerate(rows)]
     model, _ = load_trained(str(folder / name), one_gpu)
@@ -187,10 +190,10 @@ def test_compute_in_bf16_is_as_exact_as_that_of_a_plain_model(folder, one_gpu, n
     assert off["single"] < off["ours"] / 2**9, off
 
 
-@pytest.mark.parametrize("head_width", [32, 64, 128])  # CUDA chooses kernels of attention by the width of a head
+@pytest.mark.parametrize("head_width", [32, 64, 128])  # CUDA chooses the attention kernel by the head's width
 def test_the_gradient_of_a_batch_that_is_mostly_padding_is_finite(tokenizer, one_gpu, tmp_path, head_width):
-    """In bf16, twenty batches of eight rows have 1 to 250 tokens of prompt and 1 to 250 of response. (Three updates
-    in a hundred of the runs on GSM8K had no finite gradient: results/smollm2.)"""
+    """Twenty bf16 batches of eight rows have 1 to 250 prompt tokens and 1 to 250 response tokens per row. (In the
+    runs on GSM8K, three updates in a hundred had no finite gradient: results/smollm2.)"""
     shape = {"hidden_size": 128, "num_attention_heads": 4, "num_key_value_heads": 2, "head_dim": head_width}
     save_model(random_model(scale=0.15, **shape), tokenizer, tmp_path / "model")
     model, _ = load_trained(str(tmp_path / "model"), one_gpu)
@@ -210,7 +213,7 @@ def test_the_gradient_of_a_batch_that_is_mostly_padding_is_finite(tokenizer, one
 
 
 def test_updates_that_bf16_weights_would_lose_are_kept(folder, one_gpu):
-    """Two updates of AdamW move a weight by about lr each, at most."""
+    """Two updates of AdamW move a weight by about 2 lr at most. bf16 weights would lose over 90% of these moves."""
     model, tokenizer = load_trained(str(folder / "llama"), one_gpu)
     run = make_run(tokenizer, "prefix-rft", model, lr=1e-6, temperature=0.8)
     run.optimizer = new_optimizer(model, run.config)
@@ -230,13 +233,13 @@ def test_updates_that_bf16_weights_would_lose_are_kept(folder, one_gpu):
 
 @pytest.mark.parametrize("offload", [False, True])
 def test_a_step_with_recompute_and_offload(folder, one_gpu, tmp_path, offload):
-    """The first gradient, of several passes, is that of one pass without them. The model is saved and can be loaded
-    again."""
+    """With recompute, offload and several passes an update has the gradient of one plain pass. The trained model can
+    be saved and loaded again."""
     norms = {}
     for saving in (False, True):
         how = {"recompute": saving, "offload": saving and offload}
         model, tokenizer = load_trained(str(folder / "qwen"), one_gpu, **how)
-        # the update then has several passes, whose gradients add up
+        # with so few tokens per pass an update has several passes, whose gradients add up
         several = {"micro_batch_tokens": 60} if saving else {}
         run = make_run(tokenizer, "prefix-rft", model, lr=1e-6, **several)
         run.optimizer = new_optimizer(model, run.config)
@@ -258,7 +261,8 @@ def test_a_step_with_recompute_and_offload(folder, one_gpu, tmp_path, offload):
 @pytest.mark.parametrize("compute", ["fp32", "bf16"])
 @pytest.mark.parametrize("name", MODELS)
 def test_tokens_follow_the_distribution_of_the_model(folder, request, name, compute):
-    """The first two tokens of 4096 rows, ends included, have a chi square of mean d and deviation sqrt(2 d)."""
+    """The first two tokens of 4096 rows are compared with the float64 model by a chi-square test. With d degrees of
+    freedom chi square has the mean d and the standard deviation sqrt(2 d)."""
     if compute == "bf16":
         model, _ = load_trained(str(folder / name), request.getfixturevalue("one_gpu"))
     else:
@@ -268,10 +272,10 @@ def test_tokens_follow_the_distribution_of_the_model(folder, request, name, comp
     responses = ours(model, rows, 2, temperature, rows_per_call=count)
     pairs = torch.tensor([[*prompt, token] for token in range(103)])
     with torch.no_grad():
-        p = (exact(name)(input_ids=pairs).logits[:, 2:] / temperature).softmax(-1)  # [103, 2, V]
+        p = (exact(name)(input_ids=pairs).logits[:, 2:] / temperature).softmax(-1)  # [first token, position, V]
     expected = count * p[0, 0][:, None] * p[:, 1]  # [first, second]
     expected[ENDS] = 0.0
-    expected[ENDS, 0] = count * p[0, 0][ENDS]  # nothing follows an end token, which is counted as token 0
+    expected[ENDS, 0] = count * p[0, 0][ENDS]  # "no second token" is counted as token 0
     result = torch.zeros_like(expected)
     for response in responses:
         first, second = (*response, 0)[:2]
@@ -286,7 +290,8 @@ def test_tokens_follow_the_distribution_of_the_model(folder, request, name, comp
 @pytest.mark.parametrize("how", [{}, {"decode": None}, {"rows_per_call": 5}, {"temperature": 0.0}], ids=str)
 @pytest.mark.parametrize("name", MODELS)
 def test_a_response_is_what_the_cpu_draws(name, how):
-    """In fp32 the rows are drawn with our loop and with HF's own, in one call or several, and greedily."""
+    """In fp32 the GPU draws the CPU's tokens: with the loop of fast/decode.py and with HuggingFace's, in one call or
+    several, and greedily."""
     rows, settings = some_rows(), {"temperature": 1.0} | how
     responses = ours(MODELS[name]().to(DEVICE), rows, 24, **settings)
     assert len({len(response) for response in responses}) > 3
@@ -295,7 +300,8 @@ def test_a_response_is_what_the_cpu_draws(name, how):
 
 
 def test_a_row_does_not_depend_on_its_batch():
-    """Rows are sampled together, alone, in another order and in calls of 5, with equal and with different prompts."""
+    """Rows give the same responses together, alone, in another order and 5 per call, behind equal and different
+    prompts."""
     model = llama().to(DEVICE)
     for rows in (some_rows(groups=1, size=12), some_rows(groups=12, size=1), some_rows()):
         together = ours(model, rows, 24)
@@ -308,9 +314,9 @@ def test_a_row_does_not_depend_on_its_batch():
 
 @pytest.mark.parametrize("name", MODELS)
 def test_graphs_change_no_token(name, monkeypatch):
-    """Rows of 1 to 300 tokens stand behind prompts of up to 40 and prefixes of up to 60 tokens, with graphs and
-    without. They are sampled twice, because a graph that is kept for the next call has to read that call's cache.
-    Then they stand behind one prompt, and one row alone."""
+    """With and without CUDA graphs, prompts of up to 40 and prefixes of up to 60 tokens get the same responses of 1
+    to 300 tokens. The prompts are sampled in two calls, because a graph that is kept for the second call must read
+    the second call's cache. Other calls sample several rows of one prompt, and a single row."""
     model, budget = MODELS[name]().to(DEVICE), 300
     batches = [some_rows(40, 60, groups=9), some_rows(40, 60, groups=1, size=8), some_rows(7, groups=1)[:1]]
     batches.append([replace(row, key=(*row.key, "again")) for row in batches[0]])
@@ -332,13 +338,14 @@ def test_graphs_change_no_token(name, monkeypatch):
 
 @pytest.mark.parametrize("name", MODELS)
 def test_log_probs_as_drawn_are_those_of_the_training_pass(folder, one_gpu, tokenizer, name):
-    """In fp32 both agree up to rounding. In bf16 they agree as closely as those of a plain bf16 model. Updated
-    weights agree too."""
+    """The log-probs that sampling notes equal those of the training pass, in fp32 up to rounding. In bf16 they differ
+    by at most 4 times the error of a plain bf16 model, also after updates."""
     rows, single = some_rows(), MODELS[name]().to(one_gpu)
 
     @torch.no_grad()
     def both(model: PreTrainedModel) -> tuple[Rollouts, Tensor, Tensor]:
-        """Returns rollouts, and the log-probs of their own tokens in sampling and in the training pass."""
+        """Returns rollouts and the log-probs of their sampled tokens, as sampling and as the training pass has
+        them."""
         drawn = generate(model, TOKENIZER, rows, 24, 0.7, decode=decode.decode_rows)
         assert all(len(row.log_probs) == len(row.response) - len(row.prefix_ids) for row in drawn)
         rollouts = pack(drawn, pad_id=0)
@@ -360,7 +367,7 @@ def test_log_probs_as_drawn_are_those_of_the_training_pass(folder, one_gpu, toke
         _, drawn, trained = both(model)
         assert (drawn - trained).abs().mean() < close, step
         metrics = rl_metrics(run, rl_step(run, step))
-        # memory that `litter` has left would be seen in the gradient
+        # NaN that `litter` has left in freed memory would show in the gradient
         assert metrics["grad_norm"] > 0 and (result(model, first) - before).abs().mean() > 4 * close
 
 
@@ -368,8 +375,9 @@ def test_log_probs_as_drawn_are_those_of_the_training_pass(folder, one_gpu, toke
 
 
 def test_a_run_that_goes_on_is_one_that_was_not_stopped(one_gpu, tmp_path, monkeypatch):
-    """The run was stopped after step 2 of 4. Kernels that add in no fixed order (attention, backward) may change the
-    last bits of a gradient, so metrics agree to 1e-3. If AdamW's state were lost, a weight would move by about lr."""
+    """One run is stopped after step 2 of 4 and resumed. Some CUDA kernels (attention, backward) add in no fixed order
+    and may change the last bits of a gradient, so its metrics agree with those of a whole run to 1e-3. If AdamW's
+    state were lost, the weights would differ by about lr."""
     monkeypatch.chdir(ROOT)
     monkeypatch.setattr(train, "draw_curves", lambda folder: "")
     lines = (ROOT / "data/recipes/train.jsonl").read_text().splitlines(keepends=True)
@@ -404,7 +412,7 @@ def test_a_run_that_goes_on_is_one_that_was_not_stopped(one_gpu, tmp_path, monke
         return [[json.loads(line) for line in text.splitlines()] for text in texts]
 
     whole, parts = read("metrics.jsonl")
-    assert "not the policy" not in str(whole)  # the warning that the sampler is another model
+    assert "not the policy" not in str(whole)  # a warning says this if sampling and training differ
     assert [row["step"] for row in parts] == [1, 2, 3, 4] and any(row["grad_norm"] > 0 for row in parts[2:])
     for row, other in zip(whole, parts, strict=True):
         for name, value in row.items():

@@ -1,4 +1,4 @@
-"""What makes sampling fast in fast/decode.py changes no token."""
+"""These tests check that the faster decoding loop in fast/decode.py changes no token."""
 
 import contextlib
 import copy
@@ -32,7 +32,7 @@ def ready_model():
 
 
 def seen_batches(model, rows, budget=24, **settings) -> tuple[list[list[int]], list[tuple[int, int]]]:
-    """Returns the responses, and the shape of the ids of every forward pass."""
+    """Returns the responses, and the shape of the input ids of every forward pass."""
     shapes = []
     hook_ids = model.model.embed_tokens.register_forward_pre_hook(lambda _, args: shapes.append(tuple(args[0].shape)))
     try:
@@ -43,8 +43,9 @@ def seen_batches(model, rows, budget=24, **settings) -> tuple[list[list[int]], l
 
 @pytest.mark.parametrize("method", ["rft", "prefix-rft", "luffy"])
 def test_both_loops_give_equal_rows_on_the_base(method):
-    """The loop of transformers gives the same tokens. In float64 it also gives the same log-probs, to the bit of the
-    float32 in which they are kept. (In float32, sums in another order may differ in the last bits.)"""
+    """The loops of fast/decode.py and of transformers give the same tokens. A float64 model also gets the same
+    log-probs, to the bit of the float32 in which they are kept. (In a float32 model, sums in another order may differ
+    in the last bits.)"""
     model, tokenizer = load_model("data/base", check=check_model)
     problems = [p for p in load_problems("data/recipes/train.jsonl") if p.demonstrations][:3]
     encoded, *_ = encode_problems(tokenizer, problems, 96, model.generation_config.eos_token_id)
@@ -66,7 +67,7 @@ def test_when_ended_rows_leave_changes_nothing(model, monkeypatch, drop_at):
 
 
 def frozen(forward):
-    """Returns what a recording holds: every tensor that `forward` has when it is made, those of the cache too."""
+    """Returns a copy of `forward` that keeps the tensors it has now, the cache's too, as a CUDA recording does."""
     held = copy.copy(forward.__self__)
     held.live, held.cache = copy.copy(held.live), copy.copy(held.cache)
     held.cache.layers = [copy.copy(layer) for layer in held.cache.layers]
@@ -74,8 +75,8 @@ def frozen(forward):
 
 
 def test_passes_that_are_recorded_give_the_same_tokens(monkeypatch):
-    """This imitates CUDA: blocks of columns, tensors that a recording must find where they were, and rows that leave
-    seldom."""
+    """The test imitates CUDA on the CPU: columns of the cache are read in blocks, a recording keeps the tensors it
+    was made with, and ended rows seldom leave the batch."""
     rows, model, recordings = some_rows(24), ready_model(), []
     model.generation_config.eos_token_id = [2, 11, 23, 40, 57, 80]
     want = ours(model, rows, 40)
@@ -84,7 +85,8 @@ def test_passes_that_are_recorded_give_the_same_tokens(monkeypatch):
     monkeypatch.setattr(decode, "GRAPH_COLUMNS", 8)
     monkeypatch.setattr(decode, "LOOK_EVERY", 3)
     assert ours(model, rows, 40) == want
-    assert 5 < len(recordings) < 10  # after six blocks of columns or so, and after each time that rows left
+    # a recording is made for each of about six blocks of columns, and whenever ended rows have left the batch
+    assert 5 < len(recordings) < 10
 
 
 def test_a_pass_that_cannot_be_recorded_is_one_line(monkeypatch):
@@ -100,7 +102,7 @@ def test_a_pass_that_cannot_be_recorded_is_one_line(monkeypatch):
 
 
 def test_a_pass_that_reads_values_is_not_recorded(tmp_path, tokenizer, monkeypatch):
-    """A CUDA graph keeps the branches and the shapes with which it was recorded."""
+    """A CUDA graph keeps the branches and shapes with which it was recorded, even if the values change."""
     save_model(random_model(vocab_size=103), tokenizer, tmp_path / "m")
     own, ids = LlamaMLP.forward, torch.tensor([[3], [4]])
     reads = {
@@ -136,20 +138,21 @@ def test_equal_prompts_are_read_once_and_ended_rows_leave(model):
     assert shapes[0] == (3, 3) and {width for _, width in shapes[1:]} == {1}
     counts = [count for count, _ in shapes[1:]]
     assert counts == sorted(counts, reverse=True) and counts[0] <= 24 and len({len(r) for r in responses}) > 1
-    for t, count in enumerate(counts, start=1):  # at most 1 / DROP_AT times the rows that go on
+    for t, count in enumerate(counts, start=1):  # at most 1 / DROP_AT rows per unfinished row
         assert count <= sum(len(r) > t for r in responses) / decode.DROP_AT
     assert [ours(model, [row], 24)[0] for row in rows] == responses
 
 
 def test_the_same_ids_behind_other_masks_are_other_prompts(model):
-    """The padding id stands inside a prompt, so [pad, 9] and a padded [9] have equal ids and unequal masks."""
+    """A prompt may contain the padding id: the prompts [pad, 9] and [9] then have equal padded ids but other
+    masks."""
     rows = [Row(0, (0, 0, "p", 0), [0, 9], []), Row(0, (0, 0, "p", 1), [9], [])]
     assert ours(model, rows, 24) == [ours(model, [row], 24)[0] for row in rows]
 
 
 def test_a_loop_that_samples_something_else_is_not_used(tmp_path, tokenizer, monkeypatch):
-    """A cache mixes its rows up, so our loops give other log-probs, which load_model notices. transformers' own loop
-    gives the right ones. If that does not work either, the model is refused."""
+    """With a cache that mixes up its rows, the loops of fast/decode.py give wrong log-probs. load_model notices this
+    and takes transformers' own loop. If transformers' loop is wrong too, load_model refuses the model."""
     save_model(random_model(vocab_size=103), tokenizer, tmp_path / "m")
     load = functools.partial(load_model, str(tmp_path / "m"), check=check_model)
     right, _ = load()

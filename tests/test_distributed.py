@@ -1,4 +1,5 @@
-"""Two ranks give the rollouts, gradients, metrics and weights of one, and no rank waits for ever."""
+"""These tests check that two ranks give the rollouts, gradients, metrics and weights of one, and that no rank waits
+for ever."""
 
 import contextlib
 import functools
@@ -35,30 +36,32 @@ ROOT = Path(__file__).parents[1]
 
 
 CASES = {name: {} for name in ONE_OF_EACH} | {
-    # three prompts on two ranks give unequal shares of rows, of lengths and of micro-batches
+    # with three prompts, two ranks have unequal numbers of rows, tokens and micro-batches
     "prefix-rft": {"prompts_per_step": 3, "micro_batch_tokens": 60},
     "luffy": {"micro_batch_tokens": 100, "recompute": True},
     "sft": {"micro_batch_tokens": 40},
-    # a group with at most so many right rows is unsolved
+    # a group is unsolved if at most `gate` of its rows are right
     "relift": {"relift_buffer": 2, "gate": 2},
     "hpt": {"gate": 1},
     "rescue": {"gate": 2},
-    "uft": {"max_grad_norm": 0.02},  # here the gradient is scaled down
+    "uft": {"max_grad_norm": 0.02},  # so small that every gradient is scaled down
     "prefix-rft with adapters": {"lora_rank": 3, "lora_lr_times": 1.0, "micro_batch_tokens": 60},
 }
-# these methods step by AdamW, the others by plain descent
+# these methods update by AdamW, the others by SGD
 RESUMED = ("prefix-rft", "relift", "prefix-rft with adapters")
-# far above the rounding of a gradient, of which AdamW's own eps of 1e-8 would make a whole step
+# This eps is far above the rounding errors of gradients. With AdamW's default of 1e-8 such an error would move a
+# weight by lr.
 ADAM_EPS = 1e-3
 
 
-# many end tokens, so that most rows end within the budget and not all earn 0; none is in a demonstration of make_run
+# Many tokens end a response, so that most rows end within the budget and some are right. The demonstrations of
+# make_run contain none of them.
 ENDS = [2, *range(60, 69)]
 
 
 def small_llama() -> LlamaForCausalLM:
-    """This model is tied and has no biases, because the gradient of a key's bias is rounding noise, which AdamW blows
-    up."""
+    """Returns a model with tied embeddings. It has no biases, because the gradient of a key's bias is rounding noise,
+    which AdamW blows up."""
     torch.manual_seed(0)
     shape = {"hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 2, "num_attention_heads": 4}
     model = LlamaForCausalLM(
@@ -73,7 +76,7 @@ def small_llama() -> LlamaForCausalLM:
 
 @functools.cache
 def loaded(folder: Path, case: str = "") -> tuple:
-    """Returns the model, its tokenizer, and its weights before any step."""
+    """Returns the model in `folder`, its tokenizer, and a copy of its weights before any step."""
     recompute, rank = (CASES.get(case, {}).get(name) for name in ("recompute", "lora_rank"))
     low_rank = adapters.of(from_dict({"lora_rank": rank or 0}))
     model, tokenizer = load_model(str(folder / "model"), training=True, recompute=bool(recompute), adapters=low_rank)
@@ -98,7 +101,7 @@ def started(folder: Path, method: str, reward: Reward = BY_LENGTH) -> steps.Run:
 
 
 def one_step(run: steps.Run, number: int) -> tuple[dict, list]:
-    """Make a step of the method's first stage."""
+    """Make one step of the method's first stage, and return its metrics and its samples."""
     if run.method.stages[0] == "sft":
         problems = [run.data.supervised[i] for i in (number, 3, 4)]
         return sft_metrics(sft_step(run, problems, number, run.optimizer, 0.1), 0.1), []
@@ -107,14 +110,14 @@ def one_step(run: steps.Run, number: int) -> tuple[dict, list]:
 
 
 def whole_weights(run: steps.Run) -> dict | None:
-    """Returns a copy of the weights, on the first rank."""
+    """Returns a copy of all weights on the first rank, and None on the others."""
     state = distributed.full_state(run.model.state_dict())
     return {name: tensor.clone() for name, tensor in state.items()} if distributed.rank() == 0 else None
 
 
 def some_steps(folder: Path, method: str) -> dict:
-    """Returns metrics, samples and weights of two steps. A method that RESUMED names
-    also writes a checkpoint into `folder`/METHOD-RANKS, resumes from it and makes a third step."""
+    """Returns metrics, samples and weights of two steps. With a method in RESUMED, a checkpoint is then saved in
+    `folder`/METHOD-RANKS and a third step follows."""
     run = started(folder, method)
     log = [one_step(run, number) for number in (0, 1)]
     if method in RESUMED:
@@ -127,21 +130,21 @@ def some_steps(folder: Path, method: str) -> dict:
 
 
 def resumed(folder: Path, method: str, saved_by: int) -> dict:
-    """Makes the third step, from the checkpoint that so many ranks saved."""
+    """Make the third step after loading the checkpoint that `saved_by` ranks have saved."""
     run = started(folder, method)
     done = checkpoint.load(folder / f"{method}-{saved_by}", run)
     return {"log": [one_step(run, done)], "weights": whole_weights(run)}
 
 
 def equal_rewards(folder: Path) -> dict:
-    """All rows are wrong, so no row has a weight, no rank makes a step, and none waits."""
+    """Make a step in which all rows are wrong. No token has a weight, so no rank makes an update or waits for one."""
     run = started(folder, "prefix-rft", ALL_WRONG)
     metrics = rl_metrics(run, rl_step(run, 0))
     return {"grad_norm": metrics["grad_norm"], "weights": whole_weights(run)}
 
 
 def scaled_down(folder: Path, max_norm: float) -> dict:
-    """Returns what clip_gradients makes of a gradient that equals the weights."""
+    """Returns the norm and the gradient that clip_gradients makes of a gradient that equals the weights."""
     parameters = dict(started(folder, "prefix-rft").model.named_parameters())
     for parameter in parameters.values():
         parameter.grad = parameter.detach().clone()
@@ -153,8 +156,8 @@ def scaled_down(folder: Path, max_norm: float) -> dict:
 
 
 def a_rank_dies(folder: Path) -> dict:
-    """Makes a run whose second rank ends without a word in its third step. Returns what the first rank says, and its
-    exit code."""
+    """Make a run whose second rank exits without a message in its third step. Returns the first rank's error message
+    and exit code."""
     rows = (ROOT / "data/recipes/train.jsonl").read_text().splitlines(keepends=True)[:8]
     (folder / "train.jsonl").write_text("".join(rows))
     settings = {"method": "rft", "data": folder / "train.jsonl", "out": folder / "run", "device": "cpu"}
@@ -175,7 +178,7 @@ def a_rank_dies(folder: Path) -> dict:
 
 
 def evaluated(folder: Path) -> dict[int, str]:
-    """Makes an evaluation in `folder`/eval-RANKS and returns what each rank printed."""
+    """Make an evaluation in `folder`/eval-RANKS, and return what each rank printed."""
     words = [*test_eval.WORDS.split(), "--device", "cpu", "--out", str(folder / f"eval-{distributed.world_size()}")]
     with contextlib.redirect_stdout(io.StringIO()) as printed:
         evaluation.run(evaluation.parse_args(words))
@@ -183,9 +186,9 @@ def evaluated(folder: Path) -> dict[int, str]:
 
 
 def work(number: int, folder: Path, port: int) -> None:
-    """Does what each of two ranks has to do."""
+    """Make all runs that are compared, as rank `number` of two, and save their results in found.pt."""
     torch.set_num_threads(1)
-    loaded.cache_clear()  # a model that a forked rank inherits is not split, so each rank loads its own
+    loaded.cache_clear()  # a model from before the fork is not split over the ranks, so each rank loads it again
     os.environ |= {"RANK": str(number), "WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
     distributed.start(torch.device("cpu"))
     actual = {method: some_steps(folder, method) for method in CASES}
@@ -199,7 +202,7 @@ def work(number: int, folder: Path, port: int) -> None:
         actual["refused"] = str(error)
     actual["evaluated"] = evaluated(folder)
     actual["died"] = a_rank_dies(folder)
-    torch.save(actual, folder / "found.pt")  # the first rank writes it, because the other is gone
+    torch.save(actual, folder / "found.pt")  # only the first rank does this, because the second has ended
 
 
 @pytest.fixture(scope="module")
@@ -218,9 +221,9 @@ def results(tmp_path_factory):
 
 
 def assert_same(method: str, one: dict, two: dict) -> None:
-    """Checks that metrics (except times) and samples of the steps of `two` are the last of those of `one`. Weights
-    may differ by the rounding of all their gradients."""
-    # 16 rows of a step of at most 40 tokens; metrics are sums of numbers near 1
+    """Checks that the steps of `two` have the metrics (except times) and samples of the last steps of `one`. Weights
+    may differ by the rounding errors of all gradients."""
+    # a step has 16 rows of at most 40 tokens, and its metrics are sums of numbers near 1
     close, norm = rounding(small_llama(), columns=16 * 40), 0.0
     for (metrics, shown), (metrics_two, shown_two) in zip(one["log"][-len(two["log"]) :], two["log"], strict=True):
         for name, value in metrics.items():
@@ -229,16 +232,17 @@ def assert_same(method: str, one: dict, two: dict) -> None:
                 assert same is True or metrics_two[name] == same, name
         assert shown == shown_two
     for metrics, _ in one["log"]:
-        norm += 2 * metrics["grad_norm"] + metrics.get("relift_grad_norm", 0.0)  # two updates a step
-    step = 1e-3 / ADAM_EPS if method in RESUMED else 0.1  # the longest step that an update makes of a gradient
+        norm += 2 * metrics["grad_norm"] + metrics.get("relift_grad_norm", 0.0)  # each step has two updates
+    # an update moves a weight by at most this much per unit of gradient
+    step = 1e-3 / ADAM_EPS if method in RESUMED else 0.1
     for name, weight in one["weights"].items():
         torch.testing.assert_close(two["weights"][name], weight, atol=step * norm * close, rtol=2**-22)
 
 
 @pytest.mark.parametrize("method", CASES)
 def test_two_ranks_equal_one(results, method):
-    """Samples, loss, gradient norm, entropy and kept tokens are compared, and the weights after two or three
-    steps."""
+    """The samples and metrics of all steps are equal, among them loss, gradient norm, entropy and kept tokens. So are
+    the weights after two or three steps."""
     folder, one, two = results
     assert_same(method, one[method], two[method])
     assert any(metrics["grad_norm"] > 0 for metrics, _ in one[method]["log"])
@@ -249,8 +253,8 @@ def test_two_ranks_equal_one(results, method):
 
 @pytest.mark.parametrize("method", RESUMED)
 def test_a_checkpoint_resumes_on_any_number_of_ranks(results, method):
-    """A checkpoint is saved by one rank and resumed by two, and the other way round. The third step is that of the
-    whole run."""
+    """A checkpoint is saved by one rank and resumed by two, and the other way round. The third step equals that of a
+    run that was not stopped."""
     _, one, two = results
     third, _ = one[method]["log"][2]
     assert third["grad_norm"] > 0 and third.get("relift_updates", 1) == 1
@@ -258,13 +262,13 @@ def test_a_checkpoint_resumes_on_any_number_of_ranks(results, method):
         assert_same(method, one[method], actual)
 
 
-@pytest.mark.parametrize("max_norm", [0.5, 1e6, 0])  # 0 means that the gradient is not scaled
+@pytest.mark.parametrize("max_norm", [0.5, 1e6, 0])  # a max_norm of 0 leaves the gradient as it is
 def test_a_gradient_is_scaled_down_by_its_norm_over_all_ranks(results, max_norm):
     folder, _, two = results
     weights = dict(AutoModelForCausalLM.from_pretrained(folder / "model").named_parameters())
     norm = math.sqrt(sum(float(weight.detach().double().square().sum()) for weight in weights.values()))
     actual = two["scaled down"][max_norm]
-    close = sum(weight.numel() for weight in weights.values()) * 2**-24  # one rounding for each term of the sum
+    close = sum(weight.numel() for weight in weights.values()) * 2**-24  # each square in the norm is rounded once
     assert actual["norm"] == pytest.approx(norm, rel=close)
     for name, weight in weights.items():
         wanted = weight.detach() * min(1.0, (max_norm or norm) / norm)
@@ -274,7 +278,7 @@ def test_a_gradient_is_scaled_down_by_its_norm_over_all_ranks(results, max_norm)
 def test_two_ranks_save_a_plain_model_folder(results):
     folder, _, two = results
     model = AutoModelForCausalLM.from_pretrained(folder / "prefix-rft-2" / "final")
-    # final/ has the base's tokenizer files
+    # final/ also has the base model's tokenizer files
     assert (folder / "prefix-rft-2" / "final" / "merges.txt").read_text() == "a b\n"
     assert type(model) is LlamaForCausalLM and model.config.architectures == ["LlamaForCausalLM"]
     assert model.lm_head.weight is model.model.embed_tokens.weight
@@ -290,7 +294,7 @@ def test_equal_rewards_stop_nobody(results):
 
 
 def test_a_rank_that_dies_ends_the_others_with_a_message(results):
-    """The message comes in the exchange in which the others wait. The steps before it stand in the log."""
+    """The message comes in the exchange in which the other ranks wait. Steps that were done are in metrics.jsonl."""
     folder, _, two = results
     message = two["died"]["said"]
     assert two["died"]["code"] == 1 and message.count("\n") == 1
@@ -318,15 +322,15 @@ def test_more_ranks_than_problems_are_refused(results):
 
 
 def test_a_tied_weight_stands_once_in_the_state():
-    """It stands under its first name. A checkpoint or final/ that held both would be larger, and could contradict
-    itself."""
+    """A tied weight is stored under its first name only. A checkpoint or final/ with both names would be larger, and
+    the two copies could differ."""
     names = set(distributed.state_of(small_llama()))
     assert "model.embed_tokens.weight" in names and "lm_head.weight" not in names
 
 
 @pytest.fixture
 def alone():
-    """Makes a group of one rank, as on a single GPU."""
+    """Starts a process group of one rank, as on a single GPU."""
     loaded.cache_clear()
     torch.distributed.init_process_group("gloo", store=torch.distributed.HashStore(), rank=0, world_size=1)
     yield
@@ -336,21 +340,20 @@ def alone():
 
 @pytest.mark.parametrize("method", ["sft", "luffy"])
 def test_gradients_of_micro_batches_add_up_in_host_memory(results, alone, monkeypatch, method):
-    """This tests --offload without a GPU: two steps with several passes an update are compared with the same steps in
-    one process without it. (SFT baselines were published that had lost all gradients but the last pass's
-    [2604.23747].)"""
+    """This tests --offload without a GPU: two steps with several passes per update equal the same steps without
+    --offload. (Published SFT baselines had lost the gradients of all passes but the last [2604.23747].)"""
     in_host_memory = functools.partial(CPUOffloadPolicy, pin_memory=False)
     monkeypatch.setattr(distributed, "OffloadPolicy", in_host_memory)
     folder, one, _ = results
     passes, forward = [], steps.forward
     monkeypatch.setattr(steps, "forward", lambda *words: passes.append(words[2]) or forward(*words))
     assert_same(method, one[method], some_steps(folder, method))
-    # several passes in each of the two updates
+    # there are more passes than updates, of which each step has at most two
     assert isinstance(loaded(folder, method)[0], FSDPModule) and len(passes) > 4
 
 
 def test_bf16_compute_keeps_fp32_weights(results, alone, monkeypatch):
-    """This is as on one GPU, with a mesh of one rank. An update of 1e-6 is not lost, and sampling runs in bf16."""
+    """On a mesh of one rank, as on one GPU, fp32 weights keep updates of 1e-6, and sampling computes in bf16."""
     folder, *_ = results
     half = functools.partial(distributed.MixedPrecisionPolicy, param_dtype=torch.bfloat16, reduce_dtype=torch.float32)
     monkeypatch.setattr(distributed, "MixedPrecisionPolicy", half)
@@ -362,14 +365,14 @@ def test_bf16_compute_keeps_fp32_weights(results, alone, monkeypatch):
     metrics = rl_metrics(run, rl_step(run, 0))
     assert metrics["grad_norm"] > 0
     moved = [(p.full_tensor() - before[name]).abs().max().item() for name, p in run.model.named_parameters()]
-    assert all(0 < m < 4e-6 for m in moved)  # two updates of AdamW, each of about lr at most
+    assert all(0 < m < 4e-6 for m in moved)  # each of two AdamW updates moves a weight by about lr at most
     run.model.load_state_dict(loaded(folder)[2])
     ids = torch.arange(3, 13)[None]
     models = run.model, small_llama().bfloat16(), small_llama()
     log_probs, half, exact = (token_stats(m, ids, torch.ones_like(ids), 6, 1.0)[0] for m in models)
     off, plain_off = (log_probs - exact).abs().max(), (half - exact).abs().max()
-    # it is as far from fp32, which is 2^16 times finer, as a plain model in bf16 is
+    # its distance from fp32, which is 2^16 times finer, is about that of a plain bf16 model
     assert plain_off / 10 < off < 10 * plain_off
     assert all(row.response for row in steps.sample_groups(run, [0, 1], 0, [0, 1], rows="hybrid", rollouts=4))
-    read = list(run.model.plain.parameters())  # the model that samples is in bf16, and no memory is held afterwards
+    read = list(run.model.plain.parameters())  # the copy that samples is in bf16, and holds no memory afterwards
     assert {p.dtype for p in read} == {torch.bfloat16} and not any(p.untyped_storage().size() for p in read)

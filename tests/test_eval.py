@@ -1,5 +1,5 @@
-"""These tests compare eval.py with a hand count on a scripted model, and try multiple choice, the evaluation folder,
-and wrong input."""
+"""These tests check eval.py: its counts for scripted responses against counts by hand, multiple choice, the
+evaluation folder, and wrong input."""
 
 import argparse
 import dataclasses
@@ -42,7 +42,7 @@ PROBLEMS = [
 
 @pytest.fixture
 def scripted(monkeypatch, tokenizer):
-    """Makes `eval` take its responses from SCRIPT, and returns (model, encoded problems)."""
+    """Makes eval.py take responses from SCRIPT in place of a model's, and returns (model, encoded problems)."""
     ends = [tokenizer.eos_token_id]
     config = SimpleNamespace(eos_token_id=ends, pad_token_id=tokenizer.pad_token_id)
 
@@ -65,7 +65,7 @@ def test_evaluate_and_summarize_match_a_hand_count(scripted, tokenizer):
     assert [a.right for a in answers] == [1, 4, 0]
     assert [a.truncated for a in answers] == [1, 0, 1]
     assert [a.unread for a in answers] == [1, 0, 2]
-    # the number of characters, where \boxed{ is one token, and an end token unless the response was cut off
+    # every character is a token, and so is \boxed{; a response that was not cut off also has an end token
     assert answers[0].tokens == (4 + 1 + 2 + 1 + 1) + (1 + 2 + 1 + 1) + (6 + 1) + (1 + 2 + 1)
     table = summarize(answers)
     assert list(table) == ["easy", "hard", "all"]
@@ -75,7 +75,7 @@ def test_evaluate_and_summarize_match_a_hand_count(scripted, tokenizer):
     assert everything["truncated"] == pytest.approx(2 / 12)
     assert everything["unread"] == pytest.approx(3 / 12)
     assert everything["pass@1"] == pytest.approx(5 / 12)
-    # of problem a 3 of the 6 pairs of samples hold a right one, of b all pairs, of c none
+    # a right sample is in 3 of the 6 pairs of samples of problem a, in all pairs of b, and in none of c
     assert everything["pass@2"] == pytest.approx((3 / 6 + 1 + 0) / 3)
     assert everything["pass@4"] == pytest.approx(2 / 3)
     assert "pass@8" not in everything
@@ -84,11 +84,11 @@ def test_evaluate_and_summarize_match_a_hand_count(scripted, tokenizer):
 
 
 def test_draws_belong_to_seed_problem_and_sample(scripted, tokenizer, monkeypatch):
-    """The draws are the same whatever the order and the company of the problems is."""
+    """A sample's random numbers depend neither on the order of the problems nor on which others are evaluated."""
     (model, encoded), answer, keys = scripted, eval.generate, []
 
     def noting(model, tokenizer, rows, *args, **settings):
-        assert args == (99, 0.7)  # budget and temperature
+        assert args == (99, 0.7)
         keys.append({row.key for row in rows})
         return answer(model, tokenizer, rows, *args, **settings)
 
@@ -112,7 +112,7 @@ OPTIONS = ["iron", "1/2", "the sum of A and B.", "0.5 m"]
         (" (B) ", "B"),
         ("\\text{C.}", "C"),
         ("$\\mathbf{D}$", "D"),
-        ("E", None),  # E names no option, because there are four
+        ("E", None),  # E is no option, because there are four
         ("a", None),
         ("A) iron", "A"),
         ("(A) Iron.", "A"),
@@ -144,7 +144,7 @@ def test_grading_a_choice():
 
 
 def test_options_and_settings_reach_the_sampler(tmp_path, monkeypatch):
-    """The sampler gets whole batches: what is left of the first, and the rest."""
+    """The sampler gets whole batches. After a stop it first gets what is missing of the batch that was begun."""
     result: list[tuple] = []
 
     def respond(model, tokenizer, draws, **settings):
@@ -159,7 +159,7 @@ def test_options_and_settings_reach_the_sampler(tmp_path, monkeypatch):
     problems = [Problem("p", "1+1?", "2"), Problem("q", "Which?", "A")]
     benchmark = Benchmark("mine", Path(), 2, problems, {"q": ["x", "y"]}, 0, ["p ids", "q ids"])
     draws = [(problems[i], "pq"[i] + " ids", [(), ["x", "y"]][i], k) for i in (0, 1) for k in (0, 1)]
-    for _ in range(2):  # it is complete, so the second time nothing is sampled
+    for _ in range(2):  # the second time nothing is sampled, because the evaluation is complete
         eval.sample_missing("model", "tokenizer", tmp_path, [benchmark], SimpleNamespace(**how))
         assert result == [tuple(draws[:3]), tuple(draws[3:])]
     (tmp_path / "generations.jsonl").write_text(
@@ -187,7 +187,7 @@ def test_regrading_draws_the_same_problems_and_reads_their_options(tmp_path, cap
     (answer,) = answers["mine"]
     assert (answer.samples, answer.right, answer.unread) == (2, 1, 0) and settings["reward"] == "math"
     assert settings["benchmarks"]["mine"]["sha256"] == hashlib.sha256(data.read_bytes()).hexdigest()
-    settings, answers = eval.regrade(tmp_path, "exact")  # the reward "exact" does not know options
+    settings, answers = eval.regrade(tmp_path, "exact")  # the reward "exact" does not read options
     assert (answers["mine"][0].right, settings["reward"]) == (0, "exact")
     assert json.loads((tmp_path / "settings.json").read_text())["reward"] == "exact"
     write_benchmark(tmp_path / "generations.jsonl", rows[:1])
@@ -258,7 +258,8 @@ def test_a_run_keeps_every_response_and_setting(finished, tokenizer):
 
 @pytest.mark.usefixtures("no_figure")
 def test_the_seed_of_the_command_line_decides_what_is_sampled(finished, tmp_path):
-    """Another seed gives other responses. The same seed gives the same ones, also to fewer problems and samples."""
+    """Another seed gives other responses. The same seed gives the same responses, also to fewer problems and with
+    fewer samples."""
     result = {}
     for seed in ("0", "1"):
         words = f"--seed {seed} --problems 1 --samples 2 --out {tmp_path / seed}"
@@ -266,7 +267,7 @@ def test_the_seed_of_the_command_line_decides_what_is_sampled(finished, tmp_path
         result[seed] = (tmp_path / seed / "generations.jsonl").read_text().splitlines()
         assert json.loads((tmp_path / seed / "settings.json").read_text())["seed"] == int(seed)
     assert set(result["0"]) < set((finished / "generations.jsonl").read_text().splitlines())
-    # some have the same scores: easy problems
+    # both seeds may give the same response to an easy problem
     assert len(result["1"]) == 8 and len(set(result["0"]) & set(result["1"])) < 4
 
 
@@ -290,11 +291,11 @@ def test_a_stopped_evaluation_continues_to_the_same_files(
         with pytest.raises(SystemExit) as stop:
             eval.main()
     assert stop.value.code == 130 and f"go on: python eval.py --samples 4 --out {folder}" in capsys.readouterr().err
-    assert max(batches) <= 10  # never more than one batch is held in memory
+    assert max(batches) <= 10  # each batch of responses is written before the next is sampled
     log, lines = folder / "generations.jsonl", (finished / "generations.jsonl").read_bytes().splitlines(keepends=True)
     done = 10 * stop_after
     whole = 3 if stop_after == 1 else 9
-    # the last line is cut short, or only its line feed is missing
+    # the log's last line is cut short, or only its line feed is missing
     last = lines[done + whole][: 25 if stop_after == 1 else -1]
     with log.open("ab") as file:
         file.write(b"".join(lines[done : done + whole]) + last)
@@ -302,14 +303,15 @@ def test_a_stopped_evaluation_continues_to_the_same_files(
     with monkeypatch.context() as patch:
         patch.setattr(eval, "append_rows", lambda path, rows: (batches.append(len(rows)), append(path, rows)))
         eval.run(arguments(out=folder))
-    assert batches == [10 - whole] + [10] * (3 - stop_after) + [8]  # the responses that are stored already stay
+    assert batches == [10 - whole] + [10] * (3 - stop_after) + [8]  # stored responses stay
     assert log.read_bytes() == (finished / "generations.jsonl").read_bytes()
     assert without_date(folder) == without_date(finished)
 
 
 @pytest.mark.usefixtures("no_figure")
 def test_an_evaluation_may_go_on_with_other_batches(finished, tmp_path, monkeypatch):
-    """On other ranks or another device the tokens are the same, and what was used is noted."""
+    """An evaluation that continues on other ranks or another device samples the same tokens, and notes what it
+    used."""
     folder = copy(finished, tmp_path / "begun")
     lines = (finished / "generations.jsonl").read_bytes().splitlines(keepends=True)
     (folder / "generations.jsonl").write_bytes(b"".join(lines[:25]))
@@ -318,7 +320,7 @@ def test_an_evaluation_may_go_on_with_other_batches(finished, tmp_path, monkeypa
     decoded, generate = [], eval.generate
     monkeypatch.setattr(eval, "generate", lambda *a, **k: decoded.append(len(a[2])) or generate(*a, **k))
     eval.run(arguments(out=folder, rows_per_call=None))
-    assert decoded == [15, 8]  # the stored rows_per_call is the default, so batches end at 20, 40, 48
+    assert decoded == [15, 8]  # the default is the stored rows_per_call, 20, so batches end at rows 20, 40 and 48
     assert (folder / "generations.jsonl").read_bytes() == b"".join(lines)
     settings = json.loads((folder / "results.json").read_text())["settings"]
     (went_on,) = settings["continued"]
@@ -329,9 +331,9 @@ def test_an_evaluation_may_go_on_with_other_batches(finished, tmp_path, monkeypa
         "date": "",
     }
     assert settings["ranks"] == 8
-    eval.run(arguments(out=folder))  # it is complete, so nothing goes on and nothing is noted
+    eval.run(arguments(out=folder))  # the evaluation is complete, so this call samples and notes nothing
     assert folder_of_evaluation.stored_settings(folder)["continued"] == [went_on]
-    # settings that differ from the last time are noted beside those before, and equal ones are not
+    # settings are noted beside the earlier ones only if they differ from those of the last call
     for _ in range(2):
         (folder / "generations.jsonl").write_bytes(b"".join(lines[:40]))
         (folder / "results.json").unlink(missing_ok=True)
@@ -341,7 +343,7 @@ def test_an_evaluation_may_go_on_with_other_batches(finished, tmp_path, monkeypa
 
 @pytest.mark.usefixtures("no_figure")
 def test_each_rank_gets_full_calls(finished, tmp_path, monkeypatch):
-    """Two ranks take 20 responses at a time where one takes 10."""
+    """Two ranks sample 20 responses per batch, if rows_per_call is 10."""
     batches, append = [], eval.append_rows
     monkeypatch.setattr(eval.distributed, "world_size", lambda: 2)
     monkeypatch.setattr(eval.distributed, "from_rank_0", lambda value: value)
@@ -357,12 +359,13 @@ def test_as_many_rows_share_a_call_as_a_gpu_holds(monkeypatch):
         vocab_size=1000, hidden_size=64, num_hidden_layers=3, num_attention_heads=4, num_key_value_heads=2
     )
     model = SimpleNamespace(config=config, device=torch.device("cuda"))
-    cache = 256 * 3 * 2 * 2 * 16 * 2  # keys and values of 3 layers in bf16, of 100 columns in whole blocks
-    most = 256 * 2 * 4 * 16 * 2  # keys and values of one layer, repeated for all heads
+    # bytes of a row's keys and values in 3 bf16 layers, whose 100 columns are rounded up to a block of 256
+    cache = 256 * 3 * 2 * 2 * 16 * 2
+    most = 256 * 2 * 4 * 16 * 2  # bytes of the keys and values of one layer, repeated for all heads
     for free, rows in ((1e10, 512), (10 * (cache + most) / 0.8 + 1, 10), (cache / 2, 1)):
         monkeypatch.setattr(torch.cuda, "mem_get_info", lambda _, free=free: (int(free), 0))
         assert eval.rows_that_fit(model, 100) == rows
-    monkeypatch.setattr(eval.distributed, "gather_dict", lambda mine: mine | {1: 7})  # another rank's GPU is fuller
+    monkeypatch.setattr(eval.distributed, "gather_dict", lambda mine: mine | {1: 7})  # rank 1's GPU has room for 7
     monkeypatch.setattr(torch.cuda, "mem_get_info", lambda _: (10**9, 0))
     assert eval.rows_that_fit(model, 100) == 7
     model.config = MambaConfig()
@@ -376,7 +379,7 @@ def test_as_many_rows_share_a_call_as_a_gpu_holds(monkeypatch):
 
 
 def test_a_reward_that_raises_is_one_line_and_goes_on_mended(tmp_path, monkeypatch, capsys, no_figure):
-    """Nothing is graded yet, so the mended reward takes the other's place."""
+    """The mended reward may take the place of the faulty one, because no response has a grade yet."""
     reward = tmp_path / "own.py"
     words = ["--model", "data/base", "--benchmarks", "embedded", "--problems", "1", "--temperature", "0"]
     words += ["--max_response_tokens", "40", "--reward", str(reward), "--out", str(tmp_path / "run")]
@@ -489,7 +492,7 @@ def test_regrading_restores_changed_grades(finished, tmp_path, monkeypatch, caps
 
 
 def test_a_response_that_was_cut_off_stays_wrong_when_it_is_graded_again(finished, tmp_path, capsys):
-    """It stays wrong although it holds the right box."""
+    """The response that was cut off stays wrong although its box has the right answer."""
     folder = copy(finished, tmp_path / "regraded")
     rows = [json.loads(line) for line in (folder / "generations.jsonl").read_text().splitlines()]
     place = next(i for i, row in enumerate(rows) if row["reward"] == 1)
@@ -520,8 +523,8 @@ def test_a_full_disk_leaves_the_grades_as_they_were(finished, tmp_path, monkeypa
 
 @pytest.mark.parametrize("written", [1, 2])
 def test_grading_that_was_cut_off_has_to_be_done_again(finished, tmp_path, monkeypatch, written):
-    """Before the new grades stand there, the old ones do. In between, neither the old grader's name nor the new one's
-    stands there."""
+    """A stop before the new grades are written leaves the old ones. After a stop between the grades and the settings,
+    the settings name no grader."""
     folder, plain, calls = copy(finished, tmp_path / "cut"), folder_of_evaluation.write_settings, []
     (tmp_path / "own.py").write_text("def reward(response, problem):\n    return 0.25\n")
 
@@ -553,7 +556,8 @@ def test_the_folder_of_another_evaluation_is_left_alone(finished, tmp_path, monk
             eval.run(arguments(out=finished))
     foreign = copy(finished, tmp_path / "foreign")
     lines = (foreign / "generations.jsonl").read_text().splitlines(keepends=True)
-    for wrong, first_two in (2, [lines[0], lines[5]]), (1, [lines[1], lines[0]]):  # of another problem, two samples
+    # line 2 answers another problem, or the first two samples have changed places
+    for wrong, first_two in (2, [lines[0], lines[5]]), (1, [lines[1], lines[0]]):
         (foreign / "generations.jsonl").write_text("".join([*first_two, *lines[2:]]))
         with pytest.raises(ValueError, match=rf"jsonl:{wrong}: found response .*expected .*another evaluation"):
             eval.run(arguments(out=foreign))
@@ -590,7 +594,7 @@ def test_a_file_of_ones_own_with_options_system_and_levels(tmp_path):
 
 @pytest.mark.parametrize("order", [1, -1])
 def test_every_benchmark_has_to_fit_the_window(scripted, tokenizer, order):
-    """The longest prompt is that of any benchmark, wherever it stands."""
+    """The longest prompt of all benchmarks counts, whichever benchmark it is in."""
     model, _ = scripted
     model.config = SimpleNamespace(get_text_config=lambda: SimpleNamespace(max_position_embeddings=40))
     sets = [

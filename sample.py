@@ -1,13 +1,13 @@
-"""This file makes rollouts: the rows of a group, their prefixes, sampling, and the tensors that the update reads.
+"""This file makes rollouts: rows are planned, responses sampled, and both packed into the tensors that updates read.
 
     plan_group(problem) -> [Row(prompt_ids, prefix_ids), …]    ids only: text is never decoded and encoded again
     generate(model, rows) -> [Row(…, response), …]             prefix + continuation, by model.generate
     pack(rows) -> Rollouts                                     left-padded prompts | right-padded responses
 
-Every draw is a pure function of (seed, step, problem, rollout, attempt). One uniform number per row and position is
-turned into a token by inverting the CDF. So a row does not depend on its neighbours, its batch or other ranks. Left
-out are top-k, top-p and penalties (the sampler must be the policy that is trained), beams, and speculative decoding.
-A faster loop than HuggingFace's own is in fast/decode.py, and a command hands it in.
+Every random draw is a pure function of (seed, step, problem, rollout, attempt). For each row and position one uniform
+number is turned into a token by inverting the CDF. So the sampled tokens do not depend on the batch or the ranks.
+Left out are top-k, top-p and penalties (the sampler must be the policy that is trained), beams, and speculative
+decoding. Commands pass a faster decoding loop (fast/decode.py) to `generate`.
 """
 
 import dataclasses
@@ -29,12 +29,12 @@ from data.loader import Encoded
 from model import response_text, sampling
 from support.distributed import gather_dict, rank, world_size
 
-PREFIX_LOW, PREFIX_HIGH = 0.05, 0.95  # bounds of the prefix fraction [paper A.2]
+PREFIX_LOW, PREFIX_HIGH = 0.05, 0.95  # smallest and largest prefix fraction [paper A.2]
 
 
 def seed_of(*key: object) -> int:
-    """Returns a 128-bit seed that depends on `key` only. (It is the same on every machine, unlike hash().)"""
-    plain = tuple(part.item() if isinstance(part, np.generic) else part for part in key)  # so NumPy's 3 counts as 3
+    """Returns a 128-bit seed that depends on `key` only. (Unlike hash(), it is equal on every machine.)"""
+    plain = tuple(part.item() if isinstance(part, np.generic) else part for part in key)  # np.int64(3) is taken as 3
     return int.from_bytes(hashlib.blake2b(repr(plain).encode(), digest_size=16).digest(), "big")
 
 
@@ -43,7 +43,7 @@ def torch_generator(*key: object) -> torch.Generator:
 
 
 def uniforms(key: tuple, count: int) -> np.ndarray:
-    """Returns `count` float32 numbers from [0, 1). Each key has a counter-based stream (Philox) of its own."""
+    """Returns `count` float32 numbers from [0, 1). Each `key` has a counter-based random stream (Philox)."""
     return np.random.Generator(np.random.Philox(key=seed_of(*key))).random(count, dtype=np.float32)
 
 
@@ -51,29 +51,29 @@ def uniforms(key: tuple, count: int) -> np.ndarray:
 
 
 def cosine(progress: float) -> tuple[float, float]:
-    """Returns (low, high). Low falls from 0.95 to 0.05 along half a cosine; high stays 0.95. [paper 3.3, A.2]"""
+    """Returns the prefix fraction's (low, high); low falls from 0.95 to 0.05 along half a cosine. [paper 3.3, A.2]"""
     return PREFIX_LOW + (PREFIX_HIGH - PREFIX_LOW) * (1 + math.cos(math.pi * progress)) / 2, PREFIX_HIGH
 
 
-SCHEDULES = {  # progress of the run, 0 to 1 -> low, high
+SCHEDULES = {  # each maps the run's progress (0 to 1) to (low, high), the bounds of the prefix fraction
     "cosine": cosine,
-    "uniform": lambda progress: (PREFIX_LOW, PREFIX_HIGH),  # an ablation of the paper [Fig. 6]
-    "constant": lambda progress: (0.5, 0.5),  # an ablation: the mean of uniform
+    "uniform": lambda progress: (PREFIX_LOW, PREFIX_HIGH),  # an ablation: bounds that stay [paper Fig. 6]
+    "constant": lambda progress: (0.5, 0.5),  # an ablation: always the mean fraction of "uniform"
     "uft": lambda progress: (0.0, float(progress < 0.6)),  # no prefix after 60% of the run; see prefix_fraction
 }
 
 
 def prefix_range(step: int, total_steps: int, schedule: str) -> tuple[float, float]:
-    """Returns the smallest and the largest share of the demonstration that may be given at `step` (from 0)."""
+    """Returns the smallest and the largest share of a demonstration that a prefix may have at `step` (from 0)."""
     if schedule not in SCHEDULES:
         raise ValueError(f"schedule is {schedule!r}, expected one of {', '.join(SCHEDULES)}")
     return SCHEDULES[schedule](min(1.0, step / total_steps))
 
 
 def prefix_fraction(step: int, total_steps: int, schedule: str, generator: torch.Generator) -> float:
-    """Returns the share l of the demonstration that is given at `step` (from 0) of `total_steps`. It is l ~ U(low,
-    high) of the schedule. For uft it is Binomial(5, p_t) / 5, where p_t falls from 0.95 to 0.05 along half a cosine
-    over its range."""
+    """Draws l, the share of a demonstration that becomes the prefix, at `step` (from 0) of `total_steps`. It is l ~
+    U(low, high) with the bounds of `schedule`. For "uft" l is Binomial(5, p_t) / 5 in the first 60% of the steps,
+    where p_t falls from 0.95 to 0.05 along half a cosine; later l is 0."""
     low, high = prefix_range(step, total_steps, schedule)
     if schedule == "uft":
         chance, _ = cosine(min(1.0, step / (0.6 * total_steps)))
@@ -82,8 +82,8 @@ def prefix_fraction(step: int, total_steps: int, schedule: str, generator: torch
 
 
 def prefix_length(fraction: float, demonstration_tokens: int, max_response_tokens: int) -> int:
-    """Returns L = floor(l |y*|), at least 1 and at most min(|y*| - 1, max_response_tokens - 1). It is 0 for l = 0 or
-    where there is no room."""
+    """Returns L = floor(l |y*|), at least 1 and at most min(|y*| - 1, max_response_tokens - 1). L is 0 if l is 0, or
+    if a token of the demonstration or of the budget would not be left for the policy."""
     if fraction <= 0:
         return 0
     longest = min(demonstration_tokens - 1, max_response_tokens - 1)
@@ -92,16 +92,16 @@ def prefix_length(fraction: float, demonstration_tokens: int, max_response_token
 
 @dataclass(frozen=True)
 class Row:
-    """One rollout has what is planned, then what was sampled and what it earned."""
+    """One rollout: its plan (prompt and prefix), then the sampled response and its reward."""
 
     group: int  # which problem of the batch
     key: tuple  # (seed, step, problem, rollout, attempt), on which the row's random draws depend
     prompt_ids: list[int]
-    prefix_ids: list[int]  # tokens of the demonstration, forced
-    fraction: float = 0.0  # share of the demonstration that is given
-    response: Sequence[int] = ()  # prefix and continuation; a whole demonstration is planned with its response
-    log_probs: Sequence[float] = ()  # of the continuation's tokens, as drawn; for metrics only, updates use Batch's
-    truncated: bool = False  # cut off by the budget, without an end token
+    prefix_ids: list[int]  # tokens of the demonstration with which the response must begin
+    fraction: float = 0.0  # len(prefix_ids) as a share of the demonstration
+    response: Sequence[int] = ()  # prefix and continuation, or a whole demonstration (not sampled)
+    log_probs: Sequence[float] = ()  # of the continuation, recorded in sampling; read by metrics only
+    truncated: bool = False  # True if the budget cut the response off before an end token
     text: str = ""
     reward: float = 0.0
 
@@ -118,19 +118,19 @@ def plan_group(
     share: Callable[[torch.Generator], float] | None = None,
     max_response_tokens: int = 0,
 ) -> list[Row]:
-    """Returns the rows of one problem's group: on-policy rows first, then `hybrid` rows that see a demonstration.
+    """Returns the rows of one problem's group: on-policy rows, then `hybrid` rows with demonstration tokens.
 
-    `rows` is "on_policy", "hybrid" (each hybrid row has a prefix), "demonstration" (the row is all of it and nothing
-    is sampled) or "shared_prefix" (every row starts from the same prefix). A problem without demonstrations has
-    on-policy rows only. `key` is (seed, step); `attempt` counts how often the group was sampled before. `share` draws
-    the fraction l of a prefix, and max_response_tokens caps its length.
+    `rows` is "on_policy", "hybrid" (hybrid rows have a prefix), "demonstration" (such rows are a whole demonstration
+    and are not sampled) or "shared_prefix" (all rows of the group have the same prefix). A problem without
+    demonstrations has on-policy rows only. `key` is (seed, step); `attempt` counts how often the group was sampled
+    before. `share` draws the fraction l of each prefix; max_response_tokens - 1 is the longest prefix.
     """
     planned = [Row(group, (*key, problem.id, i, attempt), problem.prompt_ids, []) for i in range(rollouts)]
     if rows == "on_policy" or not problem.demonstrations:
         return planned
     shared = rows == "shared_prefix"
     for i in range(0 if shared else rollouts - hybrid, rollouts):
-        # a shared prefix is drawn once, so its key names the first row for all rows
+        # all rows draw a shared prefix with the first row's key, so they draw the same one
         generator = torch_generator(*key, problem.id, 0 if shared else i, attempt)
         which = int(torch.randint(len(problem.demonstrations), (), generator=generator))
         demonstration = problem.demonstrations[which]
@@ -145,10 +145,10 @@ def plan_group(
 
 
 class DrawTokenLogitsProcessor(LogitsProcessor):
-    """Samples by token = CDF^-1(u) of softmax(scores / temperature). uniforms [B, R] has one u per row and position.
+    """Draws each token as CDF^-1(u) of softmax(scores / temperature). uniforms [B, R] has one u per row and position.
 
-    The drawn token gets score 0 and all others -inf, so that `generate` takes it by argmax. drawn [B, R] is its
-    probability. `rows` are the indices of the rows still in the batch, because a loop may drop rows that have ended.
+    The drawn token gets score 0 and all others -inf, so that `generate` takes it by argmax. drawn [B, R] has their
+    probabilities. `rows` are the indices of the rows still in the batch; a decoding loop may drop ended rows.
     """
 
     def __init__(self, uniforms: Tensor, prompt_length: int, temperature: float):
@@ -159,9 +159,9 @@ class DrawTokenLogitsProcessor(LogitsProcessor):
         scores = scores if self.temperature == 1 else scores.float() / self.temperature
         probabilities = scores.softmax(-1, dtype=torch.float32)  # [B, V]
         cdf, place = probabilities.cumsum(-1), (self.rows, input_ids.shape[1] - self.prompt_length)
-        # u * total, not u, because rounding may leave the total below u; right=True skips tokens of probability 0
+        # u is scaled to the CDF's last value, which rounding may leave below u; right=True skips tokens of zero mass
         token = torch.searchsorted(cdf, self.uniforms[place][:, None] * cdf[:, -1:], right=True)
-        # the index is too large for NaN, once a run has diverged; step.update reports that
+        # NaN scores of a diverged run give an index behind the last token; step.update reports such a run
         token = token.clamp(max=scores.shape[1] - 1)
         self.drawn[place] = probabilities.gather(1, token).squeeze(1)
         return torch.full_like(scores, -torch.inf).scatter_(1, token, 0.0)
@@ -170,8 +170,8 @@ class DrawTokenLogitsProcessor(LogitsProcessor):
 class PrefixForcingLogitsProcessor(LogitsProcessor):
     """Forces row i's first prefix_lengths[i] tokens to be prefix_ids[i] and leaves later tokens to the policy.
 
-    prefix_ids [B, L] may be padded with anything. prompt_length counts the columns before the response. `rows` is as
-    in DrawTokenLogitsProcessor.
+    prefix_ids [B, L] may be padded with anything. prompt_length counts the columns before the response. `rows` has
+    the meaning that it has in DrawTokenLogitsProcessor.
     """
 
     def __init__(self, prefix_ids: Tensor, prefix_lengths: Tensor, prompt_length: int):
@@ -191,15 +191,15 @@ class PrefixForcingLogitsProcessor(LogitsProcessor):
 
 
 def padded(sequences: Iterable[Sequence[int]], value: int, side: str) -> tuple[Tensor, Tensor]:
-    """Returns ids [B, longest], filled up with `value` on the "left" or "right", and a mask of the real ids."""
+    """Returns `sequences` as ids [B, longest], padded with `value` on the "left" or "right", and their mask."""
     tensors = [torch.tensor(sequence, dtype=torch.long) for sequence in sequences]
     pad = functools.partial(pad_sequence, batch_first=True, padding_side=side)
     return pad(tensors, padding_value=value), pad([torch.ones_like(ids, dtype=torch.bool) for ids in tensors])
 
 
 def decoding_loop(model: PreTrainedModel, input_ids: Tensor, decode: Callable | None, **arguments) -> Tensor:
-    """Decodes with `decode`, or with the loop of `generate`. Raises ValueError if a setting of the model folder has
-    added a processor to ours: then the sampler would not be the policy that is trained."""
+    """Samples with the loop `decode`, or with HF's if it is None. Raises ValueError if transformers has added a
+    logits processor for a setting of the model folder: then the sampler would not be the policy that is trained."""
     for processor in arguments["logits_processor"]:
         if not isinstance(processor, DrawTokenLogitsProcessor | PrefixForcingLogitsProcessor):
             raise ValueError(f"the sampler is not neutral: transformers has added {type(processor).__name__}")
@@ -207,7 +207,7 @@ def decoding_loop(model: PreTrainedModel, input_ids: Tensor, decode: Callable | 
 
 
 def end_of_response(tokens: list[int], start: int, ends: set[int]) -> int:
-    """Returns the place behind the first end token from `start` on, or behind the last token of the budget."""
+    """Returns the index after the first end token at or after `start`; len(tokens) if there is none."""
     for place in range(start, len(tokens)):
         if tokens[place] in ends:
             return place + 1
@@ -217,7 +217,7 @@ def end_of_response(tokens: list[int], start: int, ends: set[int]) -> int:
 def generate_call(
     model: PreTrainedModel, rows: Sequence[Row], max_response_tokens: int, temperature: float, decode: Callable | None
 ) -> list[Row]:
-    """Calls HF's generate once. Returns `rows` with responses and the log-probs of drawn tokens (none if greedy)."""
+    """Calls HF's `generate` once. Returns `rows` with responses and, unless greedy, the log-probs of drawn tokens."""
     config, device = model.generation_config, model.device
     ids, mask = padded((row.prompt_ids for row in rows), config.pad_token_id, "left")
     prefixes, is_prefix = padded((row.prefix_ids for row in rows), 0, "right")
@@ -229,14 +229,14 @@ def generate_call(
         attention_mask=mask.long().to(device),
         generation_config=GenerationConfig(
             max_new_tokens=max_response_tokens,
-            do_sample=False,  # our processor draws, generate takes the argmax: no temperature, top_k or top_p here
+            do_sample=False,  # DrawTokenLogitsProcessor draws, and generate only takes its argmax
             repetition_penalty=1.0,
             eos_token_id=config.eos_token_id,
             pad_token_id=config.pad_token_id,
         ),
         logits_processor=LogitsProcessorList([draw, force] if temperature > 0 else [force]),
         custom_generate=functools.partial(decoding_loop, decode=decode),
-        synced_gpus=False,  # because ranks sample on their own
+        synced_gpus=False,  # because each rank samples without the others
     )[:, ids.shape[1] :].tolist()
     ends, sampled = set(config.eos_token_id), []
     for row, tokens, drawn in zip(rows, output, draw.drawn.log().tolist()):
@@ -259,11 +259,11 @@ def generate(
     decode: Callable | None = None,
     progress: str | None = None,
 ) -> list[Row]:
-    """Returns `rows` with their responses: prefix, continuation and, unless the budget cut it off, an end token.
+    """Returns `rows` with responses: prefix, continuation and an end token (unless the budget cut the response off).
 
-    temperature 0 is greedy. `decode` is a loop in place of HF's own, with the same tokens (fast.decode.decode_rows).
-    `progress` names a tqdm bar. Rows of similar length share a call. This changes no token, up to rounding of the
-    logits. With several ranks each samples the groups g = rank (mod ranks) and gets the others' rows: all must call.
+    Temperature 0 is greedy. `decode` replaces HF's decoding loop (fast.decode.decode_rows gives the same tokens).
+    `progress` names a tqdm bar. Rows of similar length share a call of HF's `generate`, which changes no token but by
+    rounding. Every rank must call this; rank r samples the groups g = r (mod ranks) and gets the other rows.
     """
     mine = [i for i, row in enumerate(rows) if not row.response and row.group % world_size() == rank()]
     mine.sort(key=lambda i: (len(rows[i].prompt_ids), len(rows[i].prefix_ids)))
@@ -287,20 +287,20 @@ def generate(
 
 @dataclass
 class Rollouts:
-    """A batch of B rows has P prompt columns (left-padded) and R response columns (right-padded)."""
+    """A batch of B rows as tensors: P prompt columns (left-padded), then R response columns (right-padded)."""
 
     input_ids: Tensor  # [B, P+R]
-    attention_mask: Tensor  # [B, P+R] 1 at real tokens
-    response_mask: Tensor  # [B, R] bool: prefix + generated + end token
+    attention_mask: Tensor  # [B, P+R] 1 at real tokens, 0 at padding
+    response_mask: Tensor  # [B, R] bool: True at prefix, generated tokens and end token
     prefix_mask: Tensor  # [B, R] bool: tokens of the demonstration
-    group: Tensor  # [B] which problem of the batch
-    hybrid: Tensor  # [B] bool: the row has demonstration tokens
-    truncated: Tensor  # [B] bool: cut off by the budget without an end token
+    group: Tensor  # [B] index of the row's problem in the batch
+    hybrid: Tensor  # [B] bool: True for rows with demonstration tokens
+    truncated: Tensor  # [B] bool: True if the budget cut the response off before an end token
     texts: list[str]  # the responses as text, prefix included
 
 
 def pack(rows: Sequence[Row], pad_id: int) -> Rollouts:
-    """Returns the rows as tensors on the CPU. Masks come from what was generated, never from ids == pad."""
+    """Returns the rows as tensors on the CPU. Masks come from the rows' lengths, never from ids == pad_id."""
     prompts, prompt_mask = padded((row.prompt_ids for row in rows), pad_id, "left")
     responses, response_mask = padded((row.response for row in rows), pad_id, "right")
     prefix_lengths = torch.tensor([len(row.prefix_ids) for row in rows])

@@ -12,8 +12,8 @@ A step of reinforcement (`rl_step`) does this:
                  clip the gradient, AdamW
               -> (relift) one update on demonstrations of collected problems
 
-A supervised step (`sft_step`) has whole demonstrations as rows and nothing to sample. Every method is an entry of
-methods.METHODS, and nothing here asks which one it is. support/record.py makes metrics of what a step did.
+In a supervised step (`sft_step`) the rows are whole demonstrations and nothing is sampled. Methods differ in the
+fields of methods.METHODS, and no code here asks for a method's name. support/record.py computes metrics.
 """
 
 import math
@@ -39,7 +39,7 @@ from support.distributed import clip_gradients, micro_batches, sum_over_ranks, w
 
 @dataclass
 class Run:
-    """What a run in progress has."""
+    """The parts of a run in progress that its steps use."""
 
     config: Config
     method: Method
@@ -48,13 +48,13 @@ class Run:
     reward: Reward
     data: Data
     optimizer: torch.optim.Optimizer
-    decode: Callable | None = None  # a decoding loop (fast.decode) in place of HF's own
+    decode: Callable | None = None  # a decoding loop (fast.decode) that replaces HF's
     collector: Collector | None = None  # ReLIFT
-    skipped: int = 0  # how many updates in a row, up to now, were left out because their numbers were not finite
+    skipped: int = 0  # number of updates, up to the newest, that were skipped in a row as not finite
 
 
 def problems_of_step(count: int, per_step: int, step: int, *key: object) -> list[int]:
-    """Returns the indices of step `step`'s problems: a fresh random order each epoch, whose remainder is skipped."""
+    """Returns the indices of the problems of `step`. Each epoch has a random order and only whole steps."""
     per_step = min(per_step, count)
     epoch, place = divmod(step, count // per_step)
     order = torch.randperm(count, generator=torch_generator(*key, epoch)).tolist()
@@ -75,9 +75,9 @@ def sample_groups(
     share: Callable[[torch.Generator], float] | None = None,
     attempt: int = 0,
 ) -> list[Row]:
-    """Returns graded rows of some groups; `picked` are the step's problems. `share` takes the place of the schedule's
-    draw, `rollouts` that of the setting. plan_group explains `rows` and `attempt`. A row that is cut off gets 0; the
-    release grades its text (configs/README.md has what that would change)."""
+    """Returns sampled and graded rows of `groups`. `picked` are the step's problems. `share` replaces the schedule's
+    draw of the prefix fraction, `rollouts` replaces rollouts_per_prompt; plan_group explains `rows` and `attempt`. A
+    truncated response gets 0; the release grades it (configs/README.md has the consequences)."""
     config = run.config
     rollouts = rollouts or config.rollouts_per_prompt
     schedule = partial(prefix_fraction, step, config.steps, run.method.schedule)
@@ -110,7 +110,7 @@ def sample_groups(
 
 @dataclass
 class Batch:
-    """What a step's updates read, on the CPU; B rows, R response columns."""
+    """What the updates of one step read: tensors on the CPU with B rows and R response columns."""
 
     rollouts: Rollouts
     rewards: Tensor  # [B]
@@ -118,16 +118,16 @@ class Batch:
     prefix_advantage: Tensor  # [B]
     old_log_probs: Tensor  # [B, R] of the sampling policy
     entropy: Tensor  # [B, R] of the sampling policy
-    old_known: Tensor  # [B] bool: old log-probs were taken before the update, which fills in those of other rows
+    old_known: Tensor  # [B] bool: True if old_log_probs were taken before the first update (known_before)
     rows: list[Row]
-    first_rows: list[Row]  # the rows as they were sampled at first, before any second chance
-    sampled_tokens: int  # tokens of all rows, also of those that a second chance has replaced
-    hinted_log_probs: Tensor | None = None  # [B, R] as in loss.Tokens, for SDFT
+    first_rows: list[Row]  # the rows before second_chance replaces or resamples some of them
+    sampled_tokens: int  # number of sampled tokens, those of replaced rows too
+    hinted_log_probs: Tensor | None = None  # [B, R] log-probs of SDFT's teacher (methods.hinted_log_probs)
 
 
 def forward(model: PreTrainedModel, rollouts: Rollouts, rows: Tensor, temperature: float) -> tuple[Tensor, Tensor]:
-    """Returns token_stats of some rows: log_probs and entropy [b, R]. If `rows` is empty, row 0 passes through the
-    model and its result is dropped, because FSDP needs equally many passes on every rank."""
+    """Returns token_stats of the b given `rows`: log_probs and entropy [b, R]. If `rows` is empty, row 0 passes
+    through the model and its result is dropped, because FSDP needs equally many passes on every rank."""
     passing = rows if len(rows) else torch.tensor([0])
     ids, mask = rollouts.input_ids[passing].to(model.device), rollouts.attention_mask[passing].to(model.device)
     log_probs, entropy = token_stats(model, ids, mask, rollouts.response_mask.shape[1], temperature)
@@ -136,7 +136,7 @@ def forward(model: PreTrainedModel, rollouts: Rollouts, rows: Tensor, temperatur
 
 @torch.no_grad()
 def old_stats(model: PreTrainedModel, rollouts: Rollouts, config: Config, rows: Tensor) -> tuple[Tensor, Tensor]:
-    """Returns log-probs and entropies of the sampling policy, [B, R]; they are 0 outside `rows`."""
+    """Returns the sampling policy's log-probs and entropies of all tokens, [B, R]; outside `rows` they are 0."""
     log_probs, entropy = torch.zeros(2, *rollouts.response_mask.shape)
     for part in micro_batches(rollouts, rows, config.micro_batch_tokens):
         part_log_probs, part_entropy = forward(model, rollouts, part, config.temperature)
@@ -145,11 +145,11 @@ def old_stats(model: PreTrainedModel, rollouts: Rollouts, config: Config, rows: 
 
 
 def known_before(method: Method, config: Config, rollouts: Rollouts, response_advantage: Tensor) -> Tensor:
-    """Returns the rows, [B] bool, whose old log-probs are taken before the first update: all, if a step has several.
+    """Returns a mask [B] of rows whose old log-probs are taken before a step's first update: all if it has several.
 
-    If a step has one update, on one process, the update's own pass gives the old log-probs, because pi has not moved
-    yet. Two kinds of rows are exceptions: those that an entropy clip ranks before the update, and those with
-    advantage 0, which the update leaves out.
+    If a step has one update, on one process, the forward pass of the update itself gives the old log-probs, because
+    pi has not changed yet. Then only two kinds of rows are in the mask: those that the entropy clip ranks before the
+    update, and those with advantage 0, which the update leaves out.
     """
     several = config.updates_per_step > 1 or world_size() > 1
     if several or (method.entropy_clip and method.rows == "on_policy"):
@@ -158,7 +158,7 @@ def known_before(method: Method, config: Config, rollouts: Rollouts, response_ad
 
 
 def rollout_batch(run: Run, picked: Sequence[int], step: int) -> Batch:
-    """Sample, grade and compare, and return the batch of one step of reinforcement."""
+    """Samples and grades the rows of one step of reinforcement; returns them with advantages and old log-probs."""
     config, method = run.config, run.method
     sample = partial(sample_groups, run, picked, step)
     first_rows = sample(range(len(picked)), rows=method.rows)
@@ -187,7 +187,7 @@ def rollout_batch(run: Run, picked: Sequence[int], step: int) -> Batch:
 
 
 def demonstration_batch(run: Run, problems: Sequence[Encoded], step: int) -> Batch:
-    """Returns a batch of whole demonstrations, one per problem, for an SFT update. Nothing is sampled or graded."""
+    """Returns a batch for an SFT update: one whole demonstration per problem. Nothing is sampled or graded."""
     rows: list[Row] = []
     for i, problem in enumerate(problems):
         rows += plan_group(problem, i, rows="demonstration", rollouts=1, hybrid=1, key=(run.config.seed, step))
@@ -197,9 +197,9 @@ def demonstration_batch(run: Run, problems: Sequence[Encoded], step: int) -> Bat
 
 
 def mini_batch_tokens(run: Run, batch: Batch, rows: Tensor, normalizer: float, progress: float, key: tuple) -> Tokens:
-    """Returns everything on which the weights of the mini-batch `rows` depend. It is taken from the whole mini-batch,
-    so that micro-batches and ranks cannot change it. The tensors have all rows of the batch, but outside `rows` no
-    token weighs anything."""
+    """Returns all that the token weights of the mini-batch `rows` depend on. Its numbers are taken over the whole
+    mini-batch, so that micro-batches and ranks cannot change them. The tensors have all rows of the batch, but
+    weight_mask is False outside `rows`."""
     config, rollouts = run.config, batch.rollouts
     prefix_advantage, own_advantage = batch.prefix_advantage[:, None], batch.response_advantage[:, None]
     demonstration_tokens = int(rollouts.prefix_mask[rows].sum())
@@ -235,13 +235,14 @@ def mini_batch_tokens(run: Run, batch: Batch, rows: Tensor, normalizer: float, p
 def update(
     run: Run, batch: Batch, tokens: Tokens, temperature: float, optimizer: torch.optim.Optimizer, lr: float
 ) -> dict[str, Any]:
-    """Make one optimizer step on a mini-batch, and return its loss, gradient norm and sums for metrics.
+    """Make one optimizer step on a mini-batch, and returns its loss, gradient norm and sums for metrics.
 
-    The gradient is that of the whole mini-batch, whatever the micro-batches are. Rows without any weight do not pass
-    the model; Z counts them. If an old log-prob, the loss or the gradient is not finite, every rank skips the update.
+    The gradient is that of the whole mini-batch, however it is cut into micro-batches. Z counts rows whose weights
+    are all 0, but they skip the passes. If an old log-prob, the loss or the gradient is not finite, every rank skips
+    the update.
     """
-    active = ~batch.old_known & tokens.weight_mask.any(1)  # their weights depend on old log-probs that come later
-    for nats in (-1, 0, 1):  # a weight that is 0 at r = 1 matters from the second update on
+    active = ~batch.old_known & tokens.weight_mask.any(1)  # rows whose old log-probs this pass gives
+    for nats in (-1, 0, 1):  # a weight may be 0 at r = 1 and not 0 after an update
         moved = replace(tokens, log_probs=tokens.old_log_probs + nats)
         active |= (token_weights(run.method, moved) != 0).any(1)
     if not batch.old_log_probs.isfinite().all():
@@ -249,13 +250,13 @@ def update(
     if not active.any():
         run.skipped = 0
         return {"loss": 0.0, "grad_norm": 0.0, "entropy": 0.0, "with_weight": 0, "skipped": 0}
-    totals = torch.zeros(3, dtype=torch.float64)  # loss, entropy, tokens with a weight
+    totals = torch.zeros(3, dtype=torch.float64)  # sums of loss, entropy and tokens with a weight
     for rows in micro_batches(batch.rollouts, active.nonzero().squeeze(1), run.config.micro_batch_tokens):
         log_probs, entropy = forward(run.model, batch.rollouts, rows, temperature)
-        late = ~batch.old_known[rows]  # pi is still the policy that sampled these rows, so r = 1
+        late = ~batch.old_known[rows]  # rows that have no old log-probs yet; pi has not changed, so r = 1
         batch.old_log_probs[rows[late]] = log_probs.detach().cpu()[late]
         batch.entropy[rows[late]] = entropy.cpu()[late]
-        part = tokens.at(rows, log_probs, entropy)  # its old_log_probs are the batch's, which were just filled in
+        part = tokens.at(rows, log_probs, entropy)  # tokens.old_log_probs is the batch's tensor, just filled in
         weights = token_weights(run.method, part)
         loss = weighted_loss(log_probs, weights, part.response_mask, tokens.normalizer)
         loss.backward()
@@ -280,18 +281,18 @@ def skipped_update(run: Run) -> dict[str, Any]:
 
 @dataclass
 class Step:
-    """What a step did, from which support/record.py makes metrics."""
+    """What one step did: support/record.py computes its metrics from these fields."""
 
     batch: Batch
     mini_batches: list[Tokens]
-    updates: list[dict[str, Any]]  # what `update` returned
-    seconds: tuple[float, float]  # for making the batch, and for the updates
-    picked: list[int]  # indices of its problems; [] in a supervised step
+    updates: list[dict[str, Any]]  # what `update` returned for each mini-batch
+    seconds: tuple[float, float]  # seconds to make the batch, and of the updates
+    picked: list[int]  # indices of the step's problems; [] in a supervised step
     collected: dict[str, Any]  # ReLIFT's metrics
 
 
 def sft_step(run: Run, problems: Sequence[Encoded], step: int, optimizer: torch.optim.Optimizer, lr: float) -> Step:
-    """Make one update on the demonstrations of `problems`, at temperature 1."""
+    """Make one SFT update on the demonstrations of `problems`, with log-probs at temperature 1."""
     start = time.perf_counter()
     batch = demonstration_batch(run, problems, step)
     ready = time.perf_counter()
@@ -311,7 +312,7 @@ def rl_step(run: Run, step: int) -> Step:
     mini_batches, updates = [], []
     for part, groups in enumerate(torch.arange(len(picked)).tensor_split(config.updates_per_step)):
         rows = torch.isin(batch.rollouts.group, groups).nonzero().squeeze(1)
-        # Z counts the planned rows, also where a demonstration has taken a group's place and fewer are left
+        # Z counts all planned rows, also those of a group that one demonstration has replaced
         normalizer = len(groups) * config.rollouts_per_prompt * config.max_response_tokens
         tokens = mini_batch_tokens(run, batch, rows, normalizer, step / config.steps, (step, part))
         updates.append(update(run, batch, tokens, config.temperature, run.optimizer, config.lr))

@@ -1,11 +1,11 @@
 """This file loads and saves a HuggingFace causal LM with its tokenizer, and gives log-probs and entropies of
 responses.
 
-The functions stand in this order: `load_tokenizer`, `load_model`, `save_model`, `sampling`; `response_text`;
-`token_stats`, the training forward pass. On CUDA, or with several processes, support/distributed.py shards a model in
-training. Devices and the errors of libraries are in support/loading.py. fast/check.py asks a model, on a few tokens,
-for what the code relies on. Left out are quantisation, remote code, encoder-decoder models, and models that change
-their logits after the head.
+The order of this file: `load_tokenizer`, `load_model`, `save_model`, `sampling`; `response_text`; `token_stats`,
+which is the training forward pass. On CUDA, or with several processes, support/distributed.py shards a model in
+training. support/loading.py picks the device and turns errors of libraries into one line. fast/check.py tests on a
+few tokens that a loaded model behaves as this code assumes. Left out are quantisation, remote code, encoder-decoder
+models, and models that change their logits after the head.
 """
 
 import contextlib
@@ -38,15 +38,15 @@ from support.loading import (
 )
 from support.model_folder import make_readable
 
-LOGITS_PER_CHUNK = 2**25  # elements of a chunk of logits [tokens, V]: 128 MiB in fp32, whatever B, R and V are
+LOGITS_PER_CHUNK = 2**25  # number of logits computed at once: 128 MiB in fp32, whatever the vocabulary
 
 
 # ---- load and save
 
 
 def load_tokenizer(path: str) -> tuple[Tokenizer, GenerationConfig]:
-    """Returns the tokenizer and the folder's generation config, reduced to its end and padding ids. So a top_k or
-    repetition_penalty in the folder cannot change the sampling distribution.
+    """Returns the tokenizer, and a generation config that has only the end and padding ids. So a top_k or
+    repetition_penalty in the model folder cannot change the sampling distribution.
 
     Raises InputError for a folder without a tokenizer, and for a tokenizer without an end token.
     """
@@ -56,7 +56,7 @@ def load_tokenizer(path: str) -> tuple[Tokenizer, GenerationConfig]:
     with one_line(path):
         tokenizer = AutoTokenizer.from_pretrained(path, trust_remote_code=False)
         if tokenizer.eos_token_id is None:
-            raise InputError("its tokenizer has no eos_token, so no response could end: set one")
+            raise InputError("the tokenizer has no eos_token, so no response could end: set an eos_token")
         ends = [tokenizer.eos_token_id, *end_tokens(path, config)]
         limit_ids(tokenizer, config)
     pads = tokenizer.pad_token_id, tokenizer.eos_token_id
@@ -78,13 +78,13 @@ def load_model(
     is never run.
 
     With `training` the weights are fp32 whatever the file holds, because an update of 1e-6 vanishes in bf16. After
-    distributed.start() they are sharded over the ranks, and rank 0 alone reads them. Without `training` every process
-    has all weights. On CUDA they are then bf16, in which training computes too. All dropout is off, so that the
-    training forward pass gives the log-probs that the sampler had. With `recompute` a layer's activations are not
-    kept but made again in the backward pass. distributed.shard explains `offload`. If `adapters` are given, they
-    alone are trained (support/adapters.py). `check` asks the model for what this file takes for granted
-    (fast.check.check_model). Raises InputError for a folder without weights, and where load_tokenizer, `adapters` or
-    `check` raise it.
+    distributed.start() the trained weights are sharded over the ranks, and only rank 0 reads the file. Without
+    `training` every process has all weights; on CUDA they are bf16, the dtype in which training computes. All dropout
+    is off, so that training and sampling give the same log-probs. With `recompute` activations are computed again in
+    the backward pass instead of kept. distributed.shard explains `offload`. If `adapters` (a Config) is given, only
+    low-rank adapters are trained (support/adapters.py). `check` tests that the model behaves as this file assumes
+    (fast.check.check_model). Raises InputError for a folder without weights, and for what load_tokenizer,
+    adapters.add or `check` reject.
     """
     device, sharded = torch.device(device), training and torch.distributed.is_initialized()
     tokenizer, generation_config = load_tokenizer(path)
@@ -106,8 +106,8 @@ def load_model(
 
 
 def read_model(path: str, dtype: torch.dtype) -> PreTrainedModel:
-    """Returns the model with its weights. Its config is corrected where the file's is wrong. Dropout is 0, and
-    embedding and head count as tied only if they are one tensor."""
+    """Returns the model with its weights. In its config all dropout is set to 0, and tie_word_embeddings to whether
+    embedding and head really are one tensor."""
     folder, config = Path(path), switch_off_noise(load_config(path))
     if folder.exists() and not any(folder.glob("*.safetensors")):
         raise InputError(f"model {path!r} holds no *.safetensors weights: give a HuggingFace model folder")
@@ -115,7 +115,7 @@ def read_model(path: str, dtype: torch.dtype) -> PreTrainedModel:
         settings = {"config": config, "dtype": dtype, "use_safetensors": True, "trust_remote_code": False}
         model, info = AutoModelForCausalLM.from_pretrained(path, output_loading_info=True, **settings)
         if info["missing_keys"]:
-            raise InputError(f"its weights lack {min(info['missing_keys'])}: the file is not whole")
+            raise InputError(f"the weights lack {min(info['missing_keys'])}: the file is not whole")
     head = model.get_output_embeddings()
     model.config.tie_word_embeddings = head is not None and head.weight is model.get_input_embeddings().weight
     return model
@@ -124,8 +124,8 @@ def read_model(path: str, dtype: torch.dtype) -> PreTrainedModel:
 def save_model(
     model: PreTrainedModel, tokenizer: Tokenizer, folder: str | Path, dtype: torch.dtype = torch.float32
 ) -> None:
-    """Write a HF model folder. It gets a temporary name first and is then renamed, so nobody ever sees a half-written
-    one. Every rank calls this; rank 0 writes."""
+    """Write a HF model folder. The folder is written under a temporary name and then renamed, so nobody sees a
+    half-written folder. Every rank calls this function; rank 0 writes."""
     state = distributed.full_state(distributed.state_of(model))
     if distributed.rank():
         return
@@ -143,7 +143,7 @@ def save_model(
 @contextlib.contextmanager
 def sampling(model: PreTrainedModel) -> Iterator[PreTrainedModel]:
     """Gives the model to sample with, in eval mode and without gradients. (In train mode gradient checkpointing would
-    turn the key-value cache off.) One `sampling` must not stand inside another."""
+    turn the key-value cache off.) Two `sampling` blocks must not be nested."""
     model.eval()
     try:
         with torch.no_grad(), distributed.gathered(model) as whole:
@@ -153,9 +153,9 @@ def sampling(model: PreTrainedModel) -> Iterator[PreTrainedModel]:
 
 
 def response_text(tokenizer: Tokenizer, ids: list[int], end_ids: list[int]) -> str:
-    """Returns a response as the text that is graded and shown. The end token is left out. Every other token stays,
-    special or not, and an id that the tokenizer does not know becomes \ufffd (an embedding often has more rows).
-    Nothing vanishes, because "\\boxed{25", such an id, "1}" must not read as 251."""
+    """Returns a response as the text that is graded and shown, without its end token. Every other token stays,
+    special or not. An id without a token becomes \ufffd; embeddings often have more rows than the tokenizer has
+    tokens. If such an id between "\\boxed{25" and "1}" vanished, the answer would read as 251."""
     inner = ids[:-1] if ids and ids[-1] in end_ids else ids
     text = ""
     for known, run in itertools.groupby(inner, known_ids(tokenizer).__contains__):
@@ -178,12 +178,12 @@ def decode(tokenizer: Tokenizer, ids: list[int]) -> str:
 def token_stats(
     model: PreTrainedModel, input_ids: Tensor, attention_mask: Tensor, response_length: int, temperature: float
 ) -> tuple[Tensor, Tensor]:
-    """Returns the log-probability of each response token, and the entropy of the distribution from which it came.
+    """Returns the log-probability of each response token, and the entropy of the model's distribution at that place.
 
     input_ids and attention_mask are [B, P+R], and the response is in the last R = response_length columns. Both
     results are [B, R], in nats, of softmax(logits / temperature), and 0 where attention_mask is 0. Only log_probs
-    have a gradient. Logits are made in fp32, used, and (in the backward pass) made again for a chunk of tokens at a
-    time. [B, R, V] never exists, and padding costs nothing here.
+    have a gradient. The fp32 logits are computed for a chunk of real tokens at a time, and again in the backward
+    pass, so a tensor [B, R, V] never exists.
     """
     return distributed.run_forward(model, response_stats, input_ids, attention_mask, response_length, temperature)
 
@@ -191,16 +191,17 @@ def token_stats(
 def response_stats(
     model: PreTrainedModel, input_ids: Tensor, attention_mask: Tensor, response_length: int, temperature: float
 ) -> tuple[Tensor, Tensor]:
-    """Returns what token_stats returns, once the weights are whole (distributed.run_forward).
+    """Returns the log-probs and entropies of token_stats. It needs a model with whole weights
+    (distributed.run_forward).
 
-    Every row is moved to the first column, so that padding stands behind it. There padding disturbs no token and
-    shifts no position, and a causal pass needs no mask. Columns that no row uses are left out.
+    Every row is moved to the left, so that its padding is on the right. There padding changes no token and no
+    position, and a causal model needs no mask for it. Columns that no row uses are left out.
     """
     mask = attention_mask[:, -response_length:].bool()
     width, length = input_ids.shape[1], int(attention_mask.sum(1).max())
     column = torch.arange(width, device=input_ids.device)
     first = attention_mask.argmax(1, keepdim=True)
-    source = (first + column[:length]) % width  # [B, length] the column that moves to this place
+    source = (first + column[:length]) % width  # [B, length] the column that each token comes from
     ids = input_ids.gather(1, source)
     response = (attention_mask.bool() & (column >= width - response_length)).gather(1, source)[:, 1:]
     hidden = last_hidden(model, input_ids=ids, attention_mask=torch.ones_like(ids), use_cache=False)
@@ -211,24 +212,24 @@ def response_stats(
 
 
 def last_hidden(model: PreTrainedModel, **arguments: Any) -> Tensor:
-    """Returns the hidden states [B, T, H] that the model's head reads. An argument that the model has no name for is
-    left out: some models take no positions and get them from the mask."""
+    """Returns the hidden states [B, T, H] that the model's head reads. Arguments that the model's forward does not
+    know are left out: some models take no position_ids and compute them from the mask."""
     body = model.base_model
-    body = next(model.children()) if body is model else body  # such a model calls its body by another name
+    body = next(model.children()) if body is model else body  # a model whose body base_model cannot find
     known = signature(type(body).forward).parameters
     return body(**{name: value for name, value in arguments.items() if name in known}).last_hidden_state
 
 
 def head_stats(model: PreTrainedModel, hidden: Tensor, targets: Tensor, temperature: float) -> tuple[Tensor, Tensor]:
-    """Returns what token_stats computes after the last layer, in chunks of n: hidden [n, H], targets [n] -> log_probs
-    [n], entropy [n]."""
+    """Returns log-probs [n] of `targets` [n] and entropies [n], from the last layer's `hidden` states [n, H]. They
+    are computed in chunks of LOGITS_PER_CHUNK logits."""
     head = model.get_output_embeddings()
 
     def stats(hidden: Tensor, targets: Tensor) -> tuple[Tensor, Tensor]:
         scores = head(hidden).float()  # [chunk, V]
         log_p = torch.log_softmax(scores if temperature == 1 else scores / temperature, dim=-1)
         with torch.no_grad():
-            # -inf logits give 0 * -inf = NaN, which has to be 0
+            # a logit of -inf gives 0 * -inf = NaN, and its part of the entropy is 0
             entropy = -log_p.exp().mul_(log_p).nan_to_num_().sum(-1)
         return log_p.gather(1, targets[:, None]).squeeze(1), entropy
 

@@ -148,8 +148,8 @@ def known_before(method: Method, config: Config, rollouts: Rollouts, response_ad
     """Returns a mask [B] of rows whose old log-probs are taken before a step's first update: all if it has several.
 
     If a step has one update, on one process, the forward pass of the update itself gives the old log-probs, because
-    pi has not changed yet. Then only two kinds of rows are in the mask: those that the entropy clip ranks before the
-    update, and those with advantage 0, which the update leaves out.
+    pi has not changed yet. Then the mask has only rows with a prefix, which the entropy clip ranks before the update,
+    and rows with advantage 0, which the update leaves out.
     """
     several = config.updates_per_step > 1 or world_size() > 1
     if several or (method.entropy_clip and method.rows == "on_policy"):
@@ -237,9 +237,8 @@ def update(
 ) -> dict[str, Any]:
     """Make one optimizer step on a mini-batch, and returns its loss, gradient norm and sums for metrics.
 
-    The gradient is that of the whole mini-batch, however it is cut into micro-batches. Z counts rows whose weights
-    are all 0, but they skip the passes. If an old log-prob, the loss or the gradient is not finite, every rank skips
-    the update.
+    The gradient does not depend on the micro-batches. Rows whose weights are all 0 skip the passes, but Z counts
+    them. If an old log-prob, the loss or the gradient is not finite, every rank skips the update.
     """
     active = ~batch.old_known & tokens.weight_mask.any(1)  # rows whose old log-probs this pass gives
     for nats in (-1, 0, 1):  # a weight may be 0 at r = 1 and not 0 after an update

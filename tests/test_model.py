@@ -276,7 +276,7 @@ def test_missing_weights_and_a_damaged_generation_config_are_refused(tmp_path, t
     weights = load_file(tmp_path / "m" / "model.safetensors")
     lost = weights.pop("model.layers.1.mlp.up_proj.weight")
     save_file(weights, tmp_path / "m" / "model.safetensors", metadata={"format": "pt"})
-    with pytest.raises(ValueError, match=r"its weights lack model.layers.1.mlp.up_proj.weight"):
+    with pytest.raises(ValueError, match=r"the weights lack model.layers.1.mlp.up_proj.weight"):
         load_model(str(tmp_path / "m"))
     weights["model.layers.1.mlp.up_proj.weight"] = lost
     save_file(weights, tmp_path / "m" / "model.safetensors", metadata={"format": "pt"})

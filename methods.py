@@ -1,19 +1,20 @@
 """This file has the table of methods: the rows of a group, and the weight of every token. Prefix-RFT's own formulas
 are in loss.py.
 
-A new method is one entry of METHODS. If no function here or in loss.py has its formula, it is one function more.
+A new method is one entry of METHODS, and one weight function more if no function here or in loss.py has its formula.
 
-The weights come first, each formula beside its source, then `Method` and METHODS. After them comes what some methods
-do besides: `coefficient_at` (CHORD's mu falls), `second_chance` (HPT, rescue), `hint` and `hinted_log_probs` (SDFT),
-`Collector` and `collect` (ReLIFT), and the rate of the supervised stage.
+The order of this file: the weight functions, each with its source; `Method` and METHODS; then what only some methods
+do. These are `coefficient_at` (CHORD's mu falls), `second_chance` (HPT, rescue), `hint` and `hinted_log_probs`
+(SDFT), `Collector` and `collect` (ReLIFT), and the learning rate of the supervised stage.
 
-In the formulas p = pi(y), r = p / pi_old(y) and A is the advantage. The first line of a weight's docstring is its
-formula. A coefficient means something only together with the denominators of the two terms that it mixes. Here all
-tokens are summed and divided by Z. Where a source takes the mean of each of two terms over its tokens, T_own / T_d
-turns them into our sum. Where it has a token mean beside a sum over Z, Z / T_d does. "There" is the source, "here" is
-this project. We looked at these and left them out: RL-PLUS (LUFFY's rows, another shaping), AMPO, Scaf-GRPO, Guide
-(hints in the prompt, several teachers), QuestA (`rescue` with a constant share), and distillation from a larger
-teacher. configs/README.md says what the family's next members would need.
+In the formulas p = pi(y), r = p / pi_old(y) and A is the advantage. T_own and T_d are the numbers of policy and of
+demonstration tokens in the mini-batch. The first line of a weight function's docstring is its formula. A coefficient
+c mixes an RL term and a demonstration term, and its value depends on the denominators of the two terms. In this
+project all tokens are summed and divided by Z. If a source takes the token mean of both terms, T_own / T_d turns its
+c into a weight of our sum. If a source adds a token mean to a sum over Z, Z / T_d does so. Left out are RL-PLUS
+(LUFFY's rows, another shaping), AMPO, Scaf-GRPO, Guide (hints in the prompt, several teachers), QuestA (`rescue` with
+a constant share), and distillation from a larger teacher. configs/README.md says what would be needed to add such
+methods.
 """
 
 import dataclasses
@@ -27,10 +28,11 @@ from torch import Tensor
 
 from loss import Tokens, clipped
 
-# shares of a demonstration, tried one after the other [GHPO counts characters, we count tokens]
+# rescue tries prefixes of these shares of a demonstration, in this order [GHPO counts characters, we count tokens]
 RESCUE_SHARES = (0.25, 0.5, 0.75)
-# A coefficient falls over this share of the run. [CHORD: mu falls from 0.6 to 0 over 20 of 100 steps in Trinity-RFT's
-# mix_chord_toolace.yaml. In its mix_chord.yaml it falls from 0.9 to 0.05 over 200 steps of a longer run.]
+# A coefficient with a `coefficient_end` falls over this share of the run. [CHORD's mu falls from 0.6 to 0 over 20 of
+# 100 steps in Trinity-RFT's mix_chord_toolace.yaml, and from 0.9 to 0.05 over 200 steps of a longer run in
+# mix_chord.yaml.]
 FALL = 0.2
 
 # ---- the weights
@@ -40,8 +42,9 @@ def unclipped(t: Tokens) -> Tensor:
     """A·r
 
     This is the policy gradient without PPO's clip, as the scripts of LUFFY, ReLIFT, HPT and TRAPO take it. These
-    scripts do not divide their sums by the rows of a mini-batch, so their gradient is 64 times ours. Their gradient
-    clip at 1.0 (ReLIFT: 0.7) therefore acts nearly always, ours rarely. AdamW does not see the factor.
+    scripts do not divide the sum by the number of rows in a mini-batch, so their gradient is 64 times ours. Their
+    gradient clip at 1.0 (ReLIFT: 0.7) therefore acts nearly always, and ours rarely. AdamW's step does not depend on
+    such a constant factor.
     """
     return torch.where(t.advantages != 0, t.advantages * (t.log_probs - t.old_log_probs).exp(), 0.0)
 
@@ -62,12 +65,13 @@ def constant(t: Tokens) -> Tensor:
 def token_mean(t: Tokens) -> Tensor:
     """c·Z/T_d
 
-    This is c times the mean of -log p over the demonstration's tokens, beside a sum over Z. In a batch of nothing but
+    The demonstration term is c times the token mean of -log p, added to an RL sum over Z. In a batch that holds only
     demonstrations Z = T_d and c = 1, so w = 1: this is plain SFT. In RFT + SFT loss [LUFFY, train_rl_sft_loss.sh] the
-    RL term is a sum over tokens / L per micro-batch, not divided by rows. The SFT term is a token mean per
-    micro-batch with coefficient 1. So c = K/B over our denominators: K of the step's micro-batches hold a
-    demonstration, and B = 512 rows. That is at most 0.125, and about 0.07 at 8 GPUs x 32768 tokens. Ours is 0.1.
-    Where few groups have a demonstration, as in the embedded task, K and so c would be smaller: tune it.
+    RL term of each micro-batch is a sum over tokens / L, not divided by the number of rows. LUFFY's SFT term is the
+    token mean of each micro-batch, with coefficient 1. With our denominators this is c = K/B, where K is the number
+    of micro-batches in a step that hold a demonstration, and B = 512 rows. K/B is at most 0.125, and about 0.07 at 8
+    GPUs x 32768 tokens; c is 0.1 here. Where few groups have a demonstration, as in the embedded task, K/B would be
+    smaller, so tune c.
     """
     return torch.full_like(t.log_probs, t.coefficient * t.normalizer / max(1, t.demonstration_tokens))
 
@@ -75,10 +79,11 @@ def token_mean(t: Tokens) -> Tensor:
 def matched_means(t: Tokens) -> Tensor:
     """c·T_own/T_d
 
-    The source takes a token mean of each term and multiplies the demonstration's by c. [UFT; CHORD's mu] UFT has the
-    same weight there and here. Its KL and entropy terms (0.001 each) and its cuts at sentences are left out. Here the
-    prefix counts in the response budget, and the last token of a demonstration is never given. UFT's script has 4
-    rollouts of 256 problems and 4 updates a step; rows and updates are settings here.
+    UFT and CHORD take the token mean of each term and multiply the mean of the demonstration term by c. [UFT; CHORD's
+    mu] This weight is exactly that of UFT's code. UFT's KL and entropy terms (0.001 each) and its cuts of prefixes at
+    sentences are left out. Unlike in UFT, the prefix counts in the response budget, and a prefix never has the last
+    token of a demonstration. UFT's script has 4 rollouts of 256 problems and 4 updates per step; here these numbers
+    are settings.
     """
     return torch.full_like(t.log_probs, t.coefficient * t.policy_tokens / max(1, t.demonstration_tokens))
 
@@ -86,8 +91,8 @@ def matched_means(t: Tokens) -> Tensor:
 def probability_mean(t: Tokens) -> Tensor:
     """p·Z/T_d
 
-    This is SFT in which each token is weighted by its own probability. Both there and here the sum is divided by T_d.
-    [DFT Eq. 9; trl's dft_loss]
+    This is SFT in which each token is weighted by its own probability. As in DFT, the sum is divided by T_d. [DFT Eq.
+    9; trl's dft_loss]
     """
     return t.log_probs.exp() * t.normalizer / max(1, t.demonstration_tokens)
 
@@ -95,11 +100,11 @@ def probability_mean(t: Tokens) -> Tensor:
 def shaped(t: Tokens) -> Tensor:
     """A·cp/(p + c)²
 
-    This is the gradient of A f(p), where f(p) = p / (p + c) and c is LUFFY's gamma. [LUFFY Eq. 7] There and here
-    these tokens are in the same sum as own tokens.
+    This is the gradient of A f(p), where f(p) = p / (p + c) and c is LUFFY's gamma. [LUFFY Eq. 7] As in LUFFY,
+    demonstration tokens are in the same sum as the policy's own tokens.
     """
     p = t.log_probs.exp()
-    # where p underflows and c = 0 this gives 0, not 0 / 0
+    # this makes the weight 0, not 0 / 0, if p underflows and c = 0
     below = (p + t.coefficient).clamp(min=torch.finfo(p.dtype).tiny)
     return t.advantages * (t.coefficient / below) * (p / below)
 
@@ -116,8 +121,8 @@ def remaining_clipped(t: Tokens) -> Tensor:
 def uncertain_means(t: Tokens) -> Tensor:
     """c·p(1 − p)·T_own/T_d
 
-    CHORD's phi favours demonstration tokens that are neither known nor hopeless. Both of its terms are token means.
-    [2508.11408 Eq. 7]
+    CHORD's phi = p(1 − p) gives most weight to demonstration tokens with p near 1/2. CHORD takes the token mean of
+    the RL term and of the demonstration term. [2508.11408 Eq. 7]
     """
     p = t.log_probs.exp()
     return p * (1 - p) * matched_means(t)
@@ -126,19 +131,19 @@ def uncertain_means(t: Tokens) -> Tensor:
 def row_mean(t: Tokens) -> Tensor:
     """c·L/len(y*)
 
-    This is the token mean of each demonstration that stands in a group's place. [HPT] There the RL term is a sum / L,
-    and the SFT term is c times a token mean per micro-batch. If such a demonstration is alone in its micro-batch,
-    this is the source's weight; if it is not, the source's is smaller. The term grows with the number of replaced
-    groups; a constant over Z would not. There the rows that are left after the replacement are cut into mini-batches
-    of 512 rows. That is one update if more than 73 of 128 problems are unsolved, else one update of 512 rows and one
-    of the rest. Here each update has half of the problems.
+    Each demonstration that replaces an unsolved group contributes the token mean of its row. [HPT] In HPT's code the
+    RL term is a sum / L, and the SFT term is c times the token mean of each micro-batch. This weight equals HPT's if
+    a demonstration is alone in its micro-batch; otherwise HPT's is smaller. The SFT term grows with the number of
+    replaced groups. HPT cuts the rows that are left after the replacement into mini-batches of 512 rows. So HPT makes
+    one update if more than 73 of 128 problems are unsolved, else one update of 512 rows and one of the rest. Here
+    each update has half of the problems.
     """
     lengths = t.prefix_mask.sum(1, keepdim=True).clamp(min=1).to(t.log_probs)
     return (t.coefficient * t.max_response_tokens / lengths).expand_as(t.log_probs)
 
 
 def row_entropy(t: Tokens) -> Tensor:
-    """[B, 1] H is the mean entropy of a row's response tokens"""
+    """[B, 1] H, the mean entropy of each row's response tokens"""
     total = torch.where(t.response_mask, t.entropy, 0.0).sum(1, keepdim=True)
     return total / t.response_mask.sum(1, keepdim=True).clamp(min=1)
 
@@ -146,8 +151,8 @@ def row_entropy(t: Tokens) -> Tensor:
 def srft_policy(t: Tokens) -> Tensor:
     """0.1·e^H where the reward is 1, else −1
 
-    SRFT's own tokens have no baseline and no ratio. H is the entropy of the present policy. There and here the tokens
-    are summed.
+    In SRFT the policy's own tokens have no baseline and no ratio. H is the mean entropy of the row's tokens under the
+    present policy. As in SRFT, the tokens are summed.
     """
     return torch.where(t.rewards[:, None] == 1, 0.1 * row_entropy(t).exp(), -1.0).expand_as(t.log_probs)
 
@@ -155,8 +160,9 @@ def srft_policy(t: Tokens) -> Tensor:
 def srft_demonstration(t: Tokens) -> Tensor:
     """c·0.5·e^(−H)·Z/T_d + A·γp/(p + γ)², γ = 0.1
 
-    SRFT's demonstration. There the first term is a token mean per micro-batch and the second a sum, so c is chosen as
-    for RFT + SFT. [2506.19767 has no official code: these are the weights of Unify-Post-Training's re-implementation]
+    This is the weight of SRFT's demonstration tokens. In the source the first term is the token mean of a micro-batch
+    and the second a sum, so c is chosen as for RFT + SFT. [2506.19767 has no official code: these are the weights of
+    Unify-Post-Training's re-implementation]
     """
     return 0.5 * (-row_entropy(t)).exp() * token_mean(t) + shaped(dataclasses.replace(t, coefficient=0.1))
 
@@ -164,11 +170,11 @@ def srft_demonstration(t: Tokens) -> Tensor:
 def trust(t: Tokens) -> Tensor:
     """min(1, 10p)
 
-    TRAPO's prefix tokens have advantage 1 and are not graded. They have little weight where the policy would hardly
-    go. There and here they are in the same sum as own tokens. Only this weight and the baseline over all 8 rows are
-    taken from TRAPO. There a group gets prefixes of 25, 50 and 100% of a demonstration, one after the other, as long
-    as its rows fail, and the loss has an entropy bonus of 0.001. Here a group has one hybrid row with Prefix-RFT's
-    share. [2512.17636; Su-my/TRAPO, "clip_low"]
+    In TRAPO the advantage of prefix tokens is 1, whatever the row's reward. Prefix tokens with p below 0.1 have less
+    weight. As in TRAPO, prefix tokens are in the same sum as the policy's own tokens. Only this weight and the
+    baseline over all 8 rows are taken from TRAPO. In TRAPO a group gets prefixes of 25, 50 and 100% of a
+    demonstration, one after the other, as long as its rows fail, and the loss has an entropy bonus of 0.001. Here a
+    group has one hybrid row, and its prefix has Prefix-RFT's length. [2512.17636; Su-my/TRAPO, "clip_low"]
     """
     return (10 * t.log_probs.exp()).clamp(max=1.0)
 
@@ -178,12 +184,11 @@ def toward_hinted(t: Tokens) -> Tensor:
 
     SDFT's teacher is q = π(y | x, y*), the policy with a demonstration y* in the prompt x; p = π(y | x) is the policy
     without it. On average over sampled tokens, this weight gives the gradient of KL(p ‖ q). The ratio r corrects for
-    the updates since the sampling. A problem without a
-    demonstration has weight 0. There the divergence is summed over the vocabulary; here the sampled token stands for
-    it. There the loss is a mean over rows of each row's token mean, without its first 3 tokens. Here it is a sum over
-    Z, so a row weighs len(y)/L of that. The repository's README of April 2026 says that the paper's results are those
-    of the forward KL, the default of its code. [2601.19897; idanshen/Self-Distillation, distil_trainer.py
-    `_compute_loss`, as a fork has it]
+    the updates since the sampling. Rows of a problem without a demonstration have weight 0. SDFT's code sums the
+    divergence over the vocabulary; here it is estimated from the sampled token. SDFT's loss is the mean over rows of
+    each row's token mean, without its first 3 tokens. Here the loss is a sum over Z, so a row weighs len(y)/L times
+    as much. The README of SDFT's repository (April 2026) says that the paper's results used the forward KL, the
+    default of its code. [2601.19897; idanshen/Self-Distillation, distil_trainer.py `_compute_loss`, as a fork has it]
     """
     gain = t.hinted_log_probs - t.log_probs
     return torch.where(gain.isnan(), 0.0, (t.log_probs - t.old_log_probs).exp() * gain)
@@ -194,22 +199,23 @@ def toward_hinted(t: Tokens) -> Tensor:
 
 @dataclass(frozen=True)
 class Method:
-    """One row of the table of methods: which rows a group has, and what their tokens weigh."""
+    """One entry of the table of methods: which rows a group has, and which weights their tokens have."""
 
     source: str  # the paper
     rows: str = "on_policy"  # on_policy | hybrid | demonstration | shared_prefix (sample.plan_group)
-    policy_weight: Callable[[Tokens], Tensor] = clipped  # w of the policy's own tokens
-    demonstration_weight: Callable[[Tokens], Tensor] = zero  # w of demonstration tokens, also if they are alone
-    entropy_clip: str = ""  # which tokens the clip keeps: high | low | random entropy; "" for no clip
-    coefficient: float | None = None  # c in its formulas, unless the setting `coefficient` is given
-    coefficient_end: float | None = None  # c falls to this along half a cosine over FALL of the run
+    policy_weight: Callable[[Tokens], Tensor] = clipped  # gives the weights of the policy's own tokens
+    demonstration_weight: Callable[[Tokens], Tensor] = zero  # weights of demonstration tokens
+    entropy_clip: str = ""  # which tokens the entropy clip keeps: those of high | low | random entropy; "" for all
+    coefficient: float | None = None  # c in the weights' formulas; the setting `coefficient` overrides it
+    coefficient_end: float | None = None  # c falls to this value along half a cosine over the share FALL of the run
     schedule: str = "cosine"  # the schedule of the prefix fraction (sample.SCHEDULES)
-    baseline: str | None = None  # the method's own; None takes the setting's
-    scale_by_std: bool | None = None  # the method's own; None takes the setting's
-    stages: tuple[str, ...] = ("rl",)  # "sft": updates on demonstrations; "rl": steps on graded rollouts
-    # what becomes of a group without a right row: replace (by a demonstration) | rescue (sample again) | collect
+    baseline: str | None = None  # the method's own baseline; None: the setting `baseline`
+    scale_by_std: bool | None = None  # the method's own value; None: the setting `scale_by_std`
+    stages: tuple[str, ...] = ("rl",)  # in order; "sft": updates on demonstrations, "rl": steps on graded rollouts
+    # what happens to a group without a right row: replace (by a demonstration) | rescue (sample it again behind a
+    # prefix) | collect (train on a demonstration later)
     unsolved: str = ""
-    hinted: bool = False  # whether its weights read hinted_log_probs
+    hinted: bool = False  # whether the weights need hinted_log_probs (SDFT)
 
     @property
     def needs_demonstrations(self) -> bool:
@@ -232,7 +238,7 @@ METHODS: dict[str, Method] = {
     "dft": variant(SFT, source="2508.05629", demonstration_weight=probability_mean),
     "rft": RFT,
     "sft-rft": SFT_THEN_RFT,
-    # no source has this sequence, in which DFT's stage takes the place of SFT's
+    # SFT→RFT with DFT in place of SFT; this combination is ours, from no paper
     "dft-rft": variant(SFT_THEN_RFT, source="2508.05629", demonstration_weight=probability_mean),
     # ---- Prefix-RFT and its ablations [paper Table 8 and Figure 6]
     "prefix-rft": PREFIX_RFT,
@@ -244,7 +250,7 @@ METHODS: dict[str, Method] = {
     "prefix-rft-uniform": variant(PREFIX_RFT, schedule="uniform"),
     "prefix-rft-constant": variant(PREFIX_RFT, schedule="constant"),
     "rft-entropy-clip": variant(RFT, source="2507.01679", entropy_clip="high"),
-    # all 8 rows start behind one prefix, which is not in the loss
+    # all 8 rows of a group have the same prefix, and prefix tokens are not in the loss
     "dr-po": variant(PREFIX_RFT_FROZEN, rows="shared_prefix", baseline="group"),
     # ---- the methods it is compared with, and those that came after
     "rft+sft": Method("2504.14945", "demonstration", unclipped, token_mean, coefficient=0.1, baseline="on_policy"),
@@ -266,7 +272,7 @@ METHODS: dict[str, Method] = {
     "srft": Method("2506.19767", "demonstration", srft_policy, srft_demonstration, coefficient=0.1, baseline="group"),
     "prefix-rft-trust": Method("2512.17636", "hybrid", unclipped, trust, baseline="group"),
     "rescue": Method("2507.10628, 2506.17211", baseline="group", unsolved="rescue"),
-    # it does not train on the reward
+    # SDFT does not train on the reward
     "sdft": Method("2601.19897", policy_weight=toward_hinted, scale_by_std=False, hinted=True),
 }
 
@@ -275,9 +281,11 @@ METHODS: dict[str, Method] = {
 
 
 def coefficient_at(method: Method, progress: float, setting: float | None) -> float:
-    """Returns c at `progress` (0 to 1) of the run: the `setting`, or the method's own c, or 1 for a method without c.
+    """Returns the coefficient c at `progress` (0 to 1) of the run: the `setting`, or else the method's own c, or 1
+    for a method without c.
 
-    If the method has a coefficient_end, c falls to it along half a cosine over the first FALL of the run.
+    If the method has a coefficient_end, c falls to coefficient_end along half a cosine over the first share FALL of
+    the run.
     """
     start = method.coefficient if setting is None else setting
     if start is None or method.coefficient_end is None:
@@ -297,15 +305,15 @@ def unsolved_groups(rows: Sequence[Any], gate: int) -> list[int]:
 def second_chance(
     method: Method, rows: list[Any], gate: int, demonstrated: Sequence[bool], sample: Callable[..., list[Any]]
 ) -> tuple[list[Any], int]:
-    """Samples or replaces, before any update, groups that no rollout solved and that have a demonstration
-    (`demonstrated` says which). Returns the step's rows, and how many tokens were sampled here.
+    """Replaces or samples again, before any update, unsolved groups whose problem has a demonstration (`demonstrated`
+    says which have). Returns all rows of the step, and how many tokens this function sampled.
 
     replace   one whole demonstration in the group's place [HPT]
     rescue    all rows again behind the same first 25%, then 50%, then 75% of a demonstration, until one is right
               [GHPO, BREAD; GHPO puts the hint into the prompt, adds 0.5 to the reward for the format, divides
               advantages by the deviation, takes a token mean and a cosine rate with warm-up: none of it here]
 
-    `sample(groups, rows=…, rollouts=…, …)` is step.sample_groups and gives graded rows of groups.
+    `sample(groups, rows=…, rollouts=…, …)` is step.sample_groups, which returns graded rows of `groups`.
     """
     tries: list[dict[str, Any]] = []
     if method.unsolved == "replace":
@@ -326,8 +334,8 @@ def second_chance(
 
 def hint(problem: Any, step: int) -> list[int]:
     """Returns the ids of a prompt that shows a demonstration: the problem (data.loader.Encoded), a demonstration as
-    its answer, and the problem again. If there are several demonstrations, they take turns. [SDFT puts both into one
-    user message and asks there for a response of the model's own.]"""
+    its answer, and the problem again. Several demonstrations of a problem take turns. [SDFT puts problem and
+    demonstration into one user message, which asks for a response of the model's own.]"""
     demonstration = problem.demonstrations[step % len(problem.demonstrations)]
     return [*problem.prompt_ids, *demonstration, problem.end_id, *problem.prompt_ids]
 
@@ -335,12 +343,13 @@ def hint(problem: Any, step: int) -> list[int]:
 def hinted_log_probs(
     run: Any, picked: list[int], rows: list[Any], step: int, pack: Callable[..., Any], old_stats: Callable[..., Any]
 ) -> Tensor | None:
-    """Returns the log-probs [B, R] that SDFT's teacher gives to `rows`. The teacher is the policy that sampled them,
-    with a demonstration in its prompt. They are NaN where the problem has none. Returns None for methods that are not
-    `hinted`.
+    """Returns the log-probs [B, R] that SDFT's teacher gives to the tokens of `rows`. The teacher is the policy that
+    sampled the rows, with a demonstration in its prompt. Rows of a problem without a demonstration have NaN. Returns
+    None for methods that are not `hinted`.
 
-    In the source the teacher is a running mean of the policy's weights (0.01 of them a step). Here it is the policy
-    itself. `picked` are the step's problems; `pack` is sample.pack and `old_stats` is step.old_stats.
+    In SDFT's code the teacher's weights are a running mean of the policy's (it moves by 0.01 per step). Here the
+    teacher is the policy itself. `picked` are the step's problems; `pack` is sample.pack and `old_stats` is
+    step.old_stats.
     """
     if not run.method.hinted:
         return None
@@ -359,17 +368,19 @@ class Collector:
     """What ReLIFT keeps between steps: unsolved problems that wait for an update on their demonstrations, newest
     first, and the optimizer of that update."""
 
-    waiting: list[int]  # indices of training problems
+    waiting: list[int]  # the buffer: indices of training problems
     optimizer: torch.optim.Optimizer
 
 
 def collect(run: Any, picked: list[int], rows: list[Any], sft_step: Callable[..., Any]) -> dict[str, Any]:
-    """Collects ReLIFT's unsolved problems. A problem of `picked` that the step's graded `rows` did not solve waits;
-    the newest come first, and each waits as often as it was met. Once `relift_buffer` problems wait, the first
-    `relift_buffer` give one supervised update with an optimizer of its own. Returns what metrics.jsonl says of this.
+    """Collects ReLIFT's unsolved problems in a buffer. A problem of `picked` that has a demonstration and that no
+    graded row solved is put at its front, each time it is unsolved. Once the buffer has `relift_buffer` problems, the
+    first `relift_buffer` of them give one supervised update, with an optimizer of its own. Returns the metrics of
+    ReLIFT's buffer and update for metrics.jsonl.
 
-    The source takes the mean of the token means of 4 rows. It clips this gradient at 1.0 and reinforcement's at 0.7.
-    Here there is one token mean over the buffer, and `max_grad_norm` is for both.
+    ReLIFT's code takes token means over 4 rows each and averages them. It clips the gradient of the supervised update
+    at 1.0 and that of reinforcement at 0.7. Here there is one token mean over the buffer, and `max_grad_norm` clips
+    both gradients.
     """
     config, collector, encoded = run.config, run.collector, run.data.encoded
     if not collector:
@@ -387,8 +398,8 @@ def collect(run: Any, picked: list[int], rows: list[Any], sft_step: Callable[...
 
 
 def sft_learning_rate(step: int, config: Any) -> float:
-    """Returns the learning rate of supervised step `step` (from 0): it rises linearly over the first 10% of the
-    steps, then falls along half a cosine from sft_lr to the share `sft_lr_end` of it."""
+    """Returns the learning rate of supervised step `step` (from 0): it rises linearly to sft_lr over the first 10% of
+    the supervised steps, then falls along half a cosine to sft_lr_end times sft_lr."""
     warm_up = max(1, round(0.1 * config.sft_steps))
     if step < warm_up:
         return config.sft_lr * (step + 1) / warm_up

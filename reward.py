@@ -1,9 +1,9 @@
-"""A reward is `math` (the last boxed answer is equivalent to the gold one), `exact` (it is the same text), or your
-own function.
+"""A reward is `math` (1 if the last boxed answer is equivalent to the gold answer), `exact` (1 if the last boxed
+answer is the same text as the gold answer), or a function of your own.
 
-answers/ says what a mathematical answer means and when two are equal; `Reward` is what a run grades with. Left out
-are rewards for the format, answers outside a box (a policy would learn to shower numbers), and time limits (the
-reader is bounded).
+The package answers/ reads mathematical answers and decides when two answers are equal. A `Reward` is the function
+that a run grades with, and what belongs to it. Left out are rewards for the format, answers outside a box (a policy
+would learn to write many numbers), and time limits (answers/ bounds its own work).
 """
 
 import contextlib
@@ -29,16 +29,16 @@ _BARE = re.compile(r"[-+]?[\w.,/:^]{0,99}\w|\\[A-Za-z]+[^$\n]{0,199}?(?=\$|\\\)|
 def extract_boxed(text: str | None) -> str | None:
     """Returns the content of the last complete ``\\boxed{...}`` or ``\\fbox{...}`` of `text`; None if it has none.
 
-    It is None also for anything that is not a string. The function reads the text once, so its time grows linearly
-    with the text. Braces are balanced, and escaped ones are not counted. Of a box in a box the outer one counts.
-    ``\\boxed 5`` without braces gives "5". A box that never closes (in a truncated response) is no answer; the last
-    complete box before it is.
+    Returns None also if `text` is not a string. The function reads the text once, so its time grows linearly with the
+    text. Braces inside a box must balance; escaped braces are not counted. If a box stands inside another, the outer
+    box is taken. ``\\boxed 5`` without braces gives "5". A box that never closes (in a truncated response) is
+    ignored, and the last complete box before it is taken.
     """
     if not isinstance(text, str) or ("\\boxed" not in text and "\\fbox" not in text):
         return None
     best, depth = (-1, -1), 0
-    boxes: list[tuple[int, int]] = []  # of each open box: where its content starts, and how deep it is
-    bare: deque[int] = deque(maxlen=20)  # where the last boxes without a brace end
+    boxes: list[tuple[int, int]] = []  # for each open box, where its content starts and its brace depth
+    bare: deque[int] = deque(maxlen=20)  # where the last \boxed commands without a brace end
     for mark in _MARKS.finditer(text):
         if mark["in"]:
             depth += len(mark["in"])
@@ -70,18 +70,18 @@ def is_equivalent(prediction: str, gold: str) -> bool:
         return False
     try:
         return equal(read(prediction), read(gold))
-    except Exception:  # Unreadable, or a bug of the reader, which must not end a run (tests call the reader directly)
+    except Exception:  # Unreadable, or a bug in answers/, which must not end a run (tests call answers/ directly)
         return False
 
 
 def is_read(response: str | None) -> bool:
-    """Returns whether `response` has a complete box whose content the reader can read."""
+    """Returns whether `response` has a complete box whose content answers/ can read."""
     boxed = extract_boxed(response)
     if boxed is None:
         return False
     try:
         read(boxed)
-    except Exception:  # for the same reasons as in is_equivalent
+    except Exception:  # Unreadable, or a bug in answers/, which must not end a run
         return False
     return True
 
@@ -89,7 +89,8 @@ def is_read(response: str | None) -> bool:
 def grade(response: str | None, gold: str) -> float:
     """Returns 1.0 if the last boxed answer of `response` is equivalent to `gold`, else 0.0.
 
-    A response that is no string is a model's fault and gets 0.0. A gold that is no string raises TypeError.
+    A response that is no string gets 0.0. A gold answer that is no string is a fault in the data and raises
+    TypeError.
     """
     if not isinstance(gold, str):
         raise TypeError(f"gold must be a string, got {type(gold).__name__}: {gold!r:.80}; pass the answer as text")
@@ -98,7 +99,8 @@ def grade(response: str | None, gold: str) -> float:
 
 
 def check_gold(gold: str) -> None:
-    """Raises ValueError if `gold` is not an answer that can be graded against. The loader calls it."""
+    """Raises ValueError if no response can be graded against `gold`, because it cannot be read. The data loader calls
+    this function."""
     if not isinstance(gold, str):
         raise ValueError(f"answer must be a string, got {type(gold).__name__}: {gold!r:.80}; write it as text")
     try:
@@ -113,19 +115,19 @@ def check_gold(gold: str) -> None:
 
 
 class RewardError(ValueError):
-    """A reward cannot be loaded, or it failed on a response. Commands show the message as one line."""
+    """A reward cannot be loaded, or its function failed on a response. Commands show this error as one line."""
 
 
 @dataclass(frozen=True)
 class Reward:
-    """`function(response, problem)` gives a number in [0, 1]; `problem` is a data.loader.Problem. A response is right
-    if it gets 1."""
+    """A reward: `function(response, problem)` returns a number in [0, 1] for a data.loader.Problem. A response counts
+    as right if its reward is 1."""
 
-    name: str  # math | exact | FILE.py:function
+    name: str  # "math", "exact" or "FILE.py:function"
     function: Callable[[str, Any], float]
-    check: Callable[[Any], None]  # called for each problem when data is loaded; ValueError if it cannot be graded
-    is_read: Callable[[str], bool]  # whether the response states an answer, right or wrong
-    fingerprint: str  # sha256 of the code
+    check: Callable[[Any], None]  # called for each loaded problem; raises ValueError if it cannot be graded
+    is_read: Callable[[str], bool]  # whether a response states a readable answer, right or wrong
+    fingerprint: str  # sha256 of the reward's source files
 
 
 def _math(response: str, problem: Any) -> float:
@@ -159,8 +161,8 @@ def _sha256(*paths: Path) -> str:
 
 
 def raised(error: BaseException, file: str) -> str:
-    """Returns what a user's code in `file` raised, in one line with its place. The text of a ValueError stands alone,
-    without the error's name."""
+    """Returns an error that a user's code in `file` raised as one line, with its file and line. The name of the
+    error's class is left out for a ValueError."""
     name = "" if type(error) is ValueError else f"{type(error).__name__}: "
     place = ""
     for frame in traceback.extract_tb(error.__traceback__):
@@ -171,21 +173,21 @@ def raised(error: BaseException, file: str) -> str:
 
 @contextlib.contextmanager
 def same_folder() -> Iterator[None]:
-    """Raises ValueError if a user's code changes the working directory, because paths are relative to it. The old
-    directory is restored."""
+    """Raises ValueError if the user's code in this context changes the working directory, to which the run's paths
+    are relative. The old directory is restored."""
     before = os.getcwd()
     yield
     if os.getcwd() != before:
         os.chdir(before)
-        raise ValueError("it changes the working directory: name files by Path(__file__).parent instead")
+        raise ValueError("the code changes the working directory: name files by Path(__file__).parent instead")
 
 
 def load_reward(name: str = "math") -> Reward:
-    """Returns a built-in reward, or that of FILE.py[:function]. The file is run, and `function` (default: reward) is
-    taken from it.
+    """Returns the built-in reward called `name`, or the reward of FILE.py[:function]. FILE.py is run, and `function`
+    (default: reward) is taken from it.
 
-    If the file has a function `check(problem)`, it is called for every problem when data is loaded. Raises ValueError
-    for an unknown name, a missing file or function, or an error while the file runs.
+    If FILE.py has a function `check(problem)`, that function is called for every problem when data is loaded. Raises
+    RewardError for an unknown name, a missing file or function, or an error while FILE.py runs.
     """
     here = Path(__file__)
     if name == "math":
@@ -201,7 +203,7 @@ def load_reward(name: str = "math") -> Reward:
         raise RewardError(f"reward {name!r}: the file {str(path)!r} does not exist")
     spec = importlib.util.spec_from_file_location(f"reward {path.resolve()}", path)
     module = importlib.util.module_from_spec(spec)
-    sys.modules[spec.name] = module  # dataclasses look their module up there
+    sys.modules[spec.name] = module  # dataclasses in the file look up their module here
     try:
         with same_folder():
             spec.loader.exec_module(module)
@@ -217,11 +219,12 @@ MATH = load_reward()
 
 
 def grade_one(reward: Reward, response: str, problem: Any) -> float:
-    """Returns the reward of a response. Raises ValueError, which names the problem, if the function fails or its
-    number is not in [0, 1].
+    """Returns the reward of a response. Raises RewardError, which names the problem, if the reward's function fails
+    or returns no number in [0, 1].
 
-    The reward is rounded to six digits, so that 0.7 + 0.2 + 0.1 is 1 and right, and equal sums are equal in every
-    order. Fractions, decimals, numbers of NumPy and tensors without a dimension are numbers too; texts are not.
+    The reward is rounded to six digits, so that 0.7 + 0.2 + 0.1 counts as 1, and sums of the same numbers are equal
+    in any order. A function may also return a Fraction, a Decimal, a NumPy number or a tensor without dimensions, but
+    no text.
     """
     place = f"on problem {problem.id!r}"
     try:
@@ -238,5 +241,5 @@ def grade_one(reward: Reward, response: str, problem: Any) -> float:
 
 
 def grade_all(reward: Reward, responses: Sequence[str], problems: Sequence[Any]) -> list[float]:
-    """Returns `grade_one` for each response and its problem."""
+    """Returns the rewards of all responses, each graded by `grade_one` with its problem."""
     return [grade_one(reward, response, problem) for response, problem in zip(responses, problems, strict=True)]

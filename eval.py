@@ -1,18 +1,17 @@
-"""Evaluation samples responses to benchmark problems, grades them, and reports accuracy and pass@k with their
-settings.
+"""This command samples a model's responses to benchmark problems, grades them, and reports accuracy and pass@k.
 
     python eval.py --model DIR_OR_NAME --benchmarks math500,aime24 | paper | embedded    -> a fresh evals/MODEL-NNN/
     torchrun --nproc_per_node 8 eval.py …             does so on 8 processes (ranks); each samples its share
     python eval.py … --out evals/MODEL-NNN            continues an evaluation where it was stopped
     python eval.py --regrade evals/MODEL-NNN          grades its stored responses again and samples nothing
 
-`evaluate` comes first (all that train.py needs), then the checks, sampling what is missing, and the command line. The
-folder gets settings.json and generations.jsonl, a line per response (evaluation/folder.py), then results.json,
-results.md (evaluation/report.py) and passk.png. A response that is cut off by the budget is wrong, as in training.
-`unread` is the share of the other responses that have no readable boxed answer. Draws are a pure function of (seed,
-problem, sample). So a stopped evaluation continues to the same files. Several ranks write the same files as one
-process, up to rounding (because other rows share a batch). Left out are top-p below 1, majority voting, tools, and
-models too large for one GPU.
+The order of this file: `evaluate` (all that train.py needs), the checks, sampling the missing responses, and the
+command line. An evaluation's folder gets settings.json and generations.jsonl with a line per response
+(evaluation/folder.py), then results.json, results.md (evaluation/report.py) and passk.png. A response that is cut off
+by the budget is wrong, as in training. The metric `unread` is the share of the other responses that have no readable
+boxed answer. Random draws are a pure function of (seed, problem, sample), so a stopped evaluation continues to the
+files of an uninterrupted one. Several ranks write the same files as one process, up to rounding (because other rows
+share a batch). Left out are top-p below 1, majority voting, tools, and models too large for one GPU.
 """
 
 import argparse
@@ -50,12 +49,12 @@ from support.memory import row_bytes
 
 __all__ = ["evaluate", "pass_at_k"]
 
-LINE_SECONDS = 15  # seconds between updates of the progress where there is no terminal
-ROWS = 512  # responses that are sampled together if memory allows
+LINE_SECONDS = 15  # seconds between progress lines if the output is not a terminal
+ROWS = 512  # number of responses that are sampled together if memory allows
 
 
 class Draw(NamedTuple):
-    """One response to be sampled."""
+    """One response that is to be sampled: its problem and the number of the sample."""
 
     problem: Problem
     encoded: Encoded
@@ -76,7 +75,7 @@ def respond(
     decode: Callable | None = None,
     progress: str | None = None,
 ) -> list[dict[str, Any]]:
-    """Returns a graded response to each draw: {"id", "sample", "reward", "read", "truncated", "tokens",
+    """Returns a graded response for each draw: {"id", "sample", "reward", "read", "truncated", "tokens",
     "response"}."""
     rows = [Row(i, (seed, "eval", d.problem.id, d.sample), d.encoded.prompt_ids, []) for i, d in enumerate(draws)]
     settings = {"rows_per_call": rows_per_call, "decode": decode, "progress": progress}
@@ -104,9 +103,10 @@ def evaluate(
     decode: Callable | None = None,
     progress: str | None = None,
 ) -> list[Answers]:
-    """Returns the counts of `samples` graded responses to each problem, for `statistics.summarize`.
+    """Samples and grades `samples` responses to each problem. Returns an Answers per problem, for
+    `statistics.summarize`.
 
-    Temperature 0 is greedy.
+    With temperature 0 the responses are greedy.
     """
     draws = [Draw(p, e, (), k) for p, e in zip(problems, encoded) for k in range(samples)]
     settings = {"reward": reward, "temperature": temperature, "max_response_tokens": max_response_tokens}
@@ -123,7 +123,8 @@ def evaluate(
 
 
 def encode_benchmarks(model, tokenizer, benchmarks: list[Benchmark], max_response_tokens: int) -> int:
-    """Sets each benchmark's `encoded` and returns the length of the longest prompt in tokens.
+    """Encodes the prompts of all benchmarks (Benchmark.encoded) and returns the length of the longest prompt in
+    tokens.
 
     Raises InputError if a prompt and its response can be longer than the model's window.
     """
@@ -135,15 +136,16 @@ def encode_benchmarks(model, tokenizer, benchmarks: list[Benchmark], max_respons
 
 
 def rows_that_fit(model: PreTrainedModel, columns: int) -> int:
-    """Returns how many rows of `columns` tokens are sampled together: ROWS or, on CUDA, what fits on every GPU."""
+    """Returns how many rows of `columns` tokens are sampled together: ROWS or, on CUDA, at most as many as fit on
+    every GPU."""
     fit = ROWS
     if model.device.type == "cuda":
         free, _ = torch.cuda.mem_get_info(model.device)
         try:
-            # caches of sliding windows are read by HF's attention, which repeats them
+            # HF's attention reads sliding-window caches, and it repeats keys and values for all heads
             row = row_bytes(model.config, whole_blocks(columns), repeated=True)
         except Exception as error:  # the config of an unusual model can raise anything
-            raise InputError(f"what a row takes is not known ({error}): give --rows_per_call") from error
+            raise InputError(f"the memory that a row takes is not known ({error}): give --rows_per_call") from error
         fit = max(1, min(ROWS, int(0.8 * free / row)))
     return min(distributed.gather_dict({distributed.rank(): fit}).values())
 
@@ -160,7 +162,7 @@ def sample_missing(model, tokenizer, folder: Path, benchmarks: list[Benchmark], 
     start, tokens = time.perf_counter(), 0
     quiet, seldom = distributed.rank() > 0, 0.1 if sys.stderr.isatty() else LINE_SECONDS
     with tqdm(total=total, initial=done, unit="response", file=sys.stdout, disable=quiet, mininterval=seldom) as bar:
-        # so the batches are the same as without a stop
+        # a first, shorter batch after a stop makes the later batches the same as without the stop
         while batch := list(itertools.islice(draws, size - done % size)):
             rows = respond(
                 model,
@@ -181,7 +183,7 @@ def sample_missing(model, tokenizer, folder: Path, benchmarks: list[Benchmark], 
 
 
 def report(folder: Path, settings: dict[str, Any], answers: dict[str, list[Answers]]) -> None:
-    """Write the report of a finished evaluation and its figure, and print it."""
+    """Write and print the report of a finished evaluation, and draw its figure."""
     write_report(folder, settings, answers)
     print(f"written to {folder}/: generations.jsonl, settings.json, results.json, results.md, {figure(folder)}")
 
@@ -204,27 +206,27 @@ def parse_args(argv: Sequence[str]) -> argparse.Namespace:
     parser.add_argument("--benchmarks", default="", help=f"{', '.join(FILES)}, or paper for the first nine")
     parser.add_argument("--data", type=Path, help="problems of your own, JSONL (format: data/README.md)")
     parser.add_argument(
-        "--samples", type=int, help="number of samples for each problem (default: the paper's, 32 or 1)"
+        "--samples", type=int, help="number of samples for each problem (default: as in the paper, 32 or 1)"
     )
     parser.add_argument(
-        "--temperature", type=float, default=0.6, help="sampling temperature, 0 is greedy (default 0.6, the paper's)"
+        "--temperature", type=float, default=0.6, help="sampling temperature; 0 is greedy (default 0.6, as in the paper)"
     )
     parser.add_argument(
-        "--max_response_tokens", type=int, default=8192, help="most tokens of a response (default 8192, the paper's)"
+        "--max_response_tokens", type=int, default=8192, help="most tokens of a response (default 8192, as in the paper)"
     )
-    parser.add_argument("--problems", type=int, help="evaluate only the first N problems of each level")
-    parser.add_argument("--system", help="the system message (default: the model's in training, or else the rows')")
+    parser.add_argument("--problems", type=int, help="evaluate only the first N problems of each level of difficulty")
+    parser.add_argument("--system", help="system message (default: the one used in training, or else each problem's)")
     parser.add_argument("--reward", help="math (default), exact, or FILE.py[:name], a function of your own")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument(
-        "--out", type=Path, help="folder of the evaluation, new or to be continued (default: a new evals/MODEL-NNN)"
+        "--out", type=Path, help="a new folder, or an evaluation to continue (default: a new evals/MODEL-NNN)"
     )
     parser.add_argument(
-        "--regrade", type=Path, metavar="DIR", help="grade what is stored in DIR again; only --reward beside it"
+        "--regrade", type=Path, metavar="DIR", help="grade again what is stored in DIR; allows no option but --reward"
     )
     parser.add_argument("--device", default="auto", choices=("auto", "cpu", "cuda", "mps"))
     parser.add_argument(
-        "--rows_per_call", type=int, help=f"number of responses sampled together (default {ROWS}, or what fits)"
+        "--rows_per_call", type=int, help=f"number of responses sampled together (default {ROWS} if they fit)"
     )
     args = parser.parse_args(argv)
     for word in argv:
@@ -238,7 +240,7 @@ def parse_args(argv: Sequence[str]) -> argparse.Namespace:
 
 
 def show(folder: Path, settings: dict[str, Any], remembered: dict[str, Any]) -> None:
-    """Print what will run, and where it differs from what the model was trained with."""
+    """Print the evaluation's settings, and which of them differ from those the model was trained with."""
     print(f"evaluation -> {folder}/")
     for key, value in settings.items():
         print(f"  {key:<20} {json.dumps(value, ensure_ascii=False)[:300]}")
@@ -253,8 +255,8 @@ def show(folder: Path, settings: dict[str, Any], remembered: dict[str, Any]) -> 
 
 
 def run(args: argparse.Namespace) -> None:
-    """Make a whole evaluation: load, check, sample what is missing, report. Every rank calls this; the first
-    writes."""
+    """Make a whole evaluation: load, check, sample the missing responses, report. Every rank calls this function;
+    rank 0 writes."""
     remembered = trained_with(args.model)
     args.reward = load_reward(args.reward or "math")
     args.system = remembered.get("system") if args.system is None else args.system

@@ -4,8 +4,8 @@
 
 Reinforcement learns nothing where the model never succeeds. Imitation copies everything, also what the model could do
 already. Prefix-RFT (arXiv 2507.01679) begins one of the N responses to a problem with a prefix of an expert's
-demonstration, and the policy writes the rest. All N responses together are a group. They are graded and trained by
-one objective:
+demonstration, and the policy writes the rest. All N responses together are a group. All N responses are graded and
+trained by one objective:
 
     prompt | on-policy response ........... <eos>    reward r_1
     prompt | on-policy response ..... <eos>          reward r_2
@@ -17,9 +17,9 @@ The task is to carry out instructions in the order of their labels A, B, C (`r` 
     problem        137;B+9;Cr;A+6?
     demonstration  137A+6=143;143B+9=152;152Cr=251;\\boxed{251}       (one training problem in four has one)
 
-Read from top to bottom. loss.py, sample.py and step.py are the same method with everything around it: other methods,
-micro-batches, several GPUs, exact resume. tests/test_one_file.py shows that both have the same gradient. In the
-shapes B is the number of rows, T the tokens of the longest row, and V the tokens of the vocabulary.
+Read this file from top to bottom. loss.py, sample.py and step.py have the same method beside other methods,
+micro-batches, several GPUs and exact resume. tests/test_one_file.py shows that their gradient equals that of this
+file. In the shapes B is the number of rows, T the number of tokens of the longest row, and V that of the vocabulary.
 """
 
 import json
@@ -36,23 +36,23 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from reward import grade
 
-# ---- settings, each with the paper's value behind it (clip and gradient norm: the release's)
+# ---- settings, each with the value of the paper or of its released code
 
-MODEL = "data/base"  # Qwen2.5-Math-7B
-DATA = "data/recipes"  # OpenR1-Math-46k
-STEPS = 60  # 500
-PROBLEMS = 16  # in each step; the paper takes 128
-ROWS = 8  # 8, the N of a group
-UPDATES = 2  # 2 per step, each on a mini-batch of its own
-MAX_TOKENS = 96  # 8192 per response, prefix included
-SHORTEST, LONGEST = 0.05, 0.95  # 0.05 and 0.95 of the demonstration become the prefix
-ENTROPY_KEEP = 0.2  # 0.2 of the prefix tokens are trained
-CLIP = 0.2  # 0.2, of PPO's ratio
-LEARNING_RATE = 1e-4  # 1e-6
-MAX_GRAD_NORM = 1.0  # 1.0
+MODEL = "data/base"  # paper: Qwen2.5-Math-7B
+DATA = "data/recipes"  # paper: OpenR1-Math-46k
+STEPS = 60  # paper: 500
+PROBLEMS = 16  # number of problems in each step; paper: 128
+ROWS = 8  # N, the number of rows of a group; paper: 8
+UPDATES = 2  # number of updates per step, each on a mini-batch of its own; paper: 2
+MAX_TOKENS = 96  # most tokens of a response, prefix included; paper: 8192
+SHORTEST, LONGEST = 0.05, 0.95  # bounds of a prefix's share of the demonstration; paper: 0.05, 0.95
+ENTROPY_KEEP = 0.2  # share of the prefix tokens that are trained; paper: 0.2
+CLIP = 0.2  # PPO clips the ratio outside 1 - CLIP to 1 + CLIP; release: 0.2
+LEARNING_RATE = 1e-4  # paper: 1e-6
+MAX_GRAD_NORM = 1.0  # release: 1.0
 
-# Draw from softmax(logits) itself, because that is the distribution whose log-probs are trained. Every field is
-# named: a field that is left out takes the value in the model's folder, and top_k would be 50 if that has none.
+# Tokens are drawn from softmax(logits) itself, because its log-probs are trained. Every sampling setting is passed:
+# HF takes a missing one from the model's folder, and a top_k that is missing there too would be 50.
 SAMPLED = {"do_sample": True, "temperature": 1.0, "top_k": 0, "top_p": 1.0, "repetition_penalty": 1.0}
 GREEDY = {"do_sample": False, "repetition_penalty": 1.0}
 
@@ -61,7 +61,8 @@ GREEDY = {"do_sample": False, "repetition_penalty": 1.0}
 
 @dataclass
 class Row:
-    """One response to one problem, as token ids. They are never decoded and encoded again, which can change them."""
+    """One response to one problem, as token ids. The ids are never decoded and encoded again, because that can change
+    them."""
 
     prompt: list[int]
     answer: str
@@ -76,10 +77,11 @@ def new_row(problem: dict, tokenizer) -> Row:
 
 
 def new_group(problem: dict, progress: float, tokenizer) -> list[Row]:
-    """Returns N rows to sample. If the problem has a demonstration, the last one is hybrid: it starts from a prefix.
+    """Returns N rows to sample. If the problem has a demonstration, the last row is hybrid: it starts with a prefix.
 
     The prefix is a random share of the demonstration, at most 95%. The smallest share falls from 95% to 5% along half
-    a cosine while `progress` goes from 0 to 1. So the policy first ends solutions, then writes more and more of them.
+    a cosine while `progress` goes from 0 to 1. So the policy first writes only the ends of solutions, and later more
+    and more of each solution.
     """
     rows = [new_row(problem, tokenizer) for _ in range(ROWS)]
     if "demonstrations" in problem:
@@ -92,9 +94,9 @@ def new_group(problem: dict, progress: float, tokenizer) -> list[Row]:
 
 @torch.no_grad()
 def respond(model, tokenizer, rows: list[Row], sampler: dict) -> None:
-    """Write and grade the response of every row. To `generate` a prefix is just the end of the prompt."""
+    """Write and grade the response of every row. For `generate` the prefix is simply the end of the prompt."""
     inputs = [torch.tensor(row.prompt + row.prefix) for row in rows]
-    left = {"batch_first": True, "padding_side": "left"}  # so that all rows go on in the same column
+    left = {"batch_first": True, "padding_side": "left"}  # so all rows continue in the same column
     output = model.generate(
         input_ids=pad_sequence(inputs, padding_value=tokenizer.pad_token_id, **left),
         attention_mask=pad_sequence([torch.ones_like(ids) for ids in inputs], **left),
@@ -105,17 +107,17 @@ def respond(model, tokenizer, rows: list[Row], sampler: dict) -> None:
     for row, written in zip(rows, output[:, max(map(len, inputs)) :].tolist()):
         length = written.index(end) + 1 if end in written else len(written)
         row.response = (row.prefix + written[:length])[:MAX_TOKENS]
-        cut_off = row.response[-1] != end  # then the response counts as wrong, with or without an answer
+        cut_off = row.response[-1] != end  # a response that is cut off counts as wrong, even with an answer
         row.reward = 0.0 if cut_off else grade(tokenizer.decode(row.response[:-1]), row.answer)
 
 
 def advantages(rewards: Tensor, hybrid: Tensor) -> tuple[Tensor, Tensor]:
-    """Returns how much better each row did than expected: for its own tokens, and for its prefix. All are [groups,
-    N].
+    """Returns two advantages of each row: that of the tokens the policy wrote, and that of its prefix. All tensors
+    are [groups, N].
 
-    An on-policy row and a prefix start from the prompt, so they are compared with the mean of the on-policy rows.
-    A continuation starts from the end of its prefix. No other row does, so it is compared with nothing and keeps
-    the whole reward. There is no division by a standard deviation (Dr. GRPO).
+    An on-policy row and a prefix start from the prompt, so their reward is compared with the mean of the on-policy
+    rows. A continuation starts from the end of its prefix, where no other row starts. So its reward is compared with
+    nothing and is the whole advantage. Advantages are not divided by a standard deviation, as in Dr. GRPO.
     """
     mean = (rewards * ~hybrid).sum(1, keepdim=True) / (~hybrid).sum(1, keepdim=True)  # mean of the on-policy rows
     compared = rewards - mean
@@ -123,10 +125,10 @@ def advantages(rewards: Tensor, hybrid: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def token_stats(model, input_ids: Tensor) -> tuple[Tensor, Tensor]:
-    """Returns the log-prob of every token but the first, and the entropy of the distribution from which it was drawn:
-    [B, T] -> two of [B, T - 1].
+    """Returns the log-prob of every token but the first, and the entropy of the model's distribution there: input_ids
+    [B, T] -> two tensors [B, T - 1].
 
-    Rows are padded on the right, where no token of a causal model looks, so they need no attention mask.
+    Rows are padded on the right. A causal model never looks to the right, so it needs no attention mask.
     """
     log_p = model(input_ids=input_ids, use_cache=False).logits[:, :-1].log_softmax(-1)  # [B, T - 1, V]
     log_probs = log_p.gather(2, input_ids[:, 1:, None]).squeeze(2)
@@ -135,21 +137,22 @@ def token_stats(model, input_ids: Tensor) -> tuple[Tensor, Tensor]:
 
 @torch.no_grad()
 def new_batch(model, tokenizer, rows: list[Row]) -> dict[str, Tensor]:
-    """Returns all that the updates read of the rows, group after group. Column t is about token t + 1: [B, T - 1]."""
+    """Returns the tensors that the updates read, with all rows, group after group. Except for input_ids they are [B,
+    T - 1], and column t is about token t + 1."""
     ids = [torch.tensor(row.prompt + row.response) for row in rows]
     ids = pad_sequence(ids, batch_first=True, padding_value=tokenizer.pad_token_id)  # [B, T]
     token = torch.arange(1, ids.shape[1])
-    begin = torch.tensor([[len(row.prompt)] for row in rows])  # [B, 1]: first token of the response,
-    own = begin + torch.tensor([[len(row.prefix)] for row in rows])  # of what the policy wrote,
-    end = begin + torch.tensor([[len(row.response)] for row in rows])  # and of the padding
+    begin = torch.tensor([[len(row.prompt)] for row in rows])  # [B, 1]: place of the first response token
+    own = begin + torch.tensor([[len(row.prefix)] for row in rows])  # place of the first token that the policy wrote
+    end = begin + torch.tensor([[len(row.response)] for row in rows])  # place of the first padding token
     prefix_mask = (begin <= token) & (token < own)
     rewards = torch.tensor([row.reward for row in rows])
     own_advantage, prefix_advantage = advantages(rewards.view(-1, ROWS), (own > begin).view(-1, ROWS))
-    # the old log-prob of a prefix token is what the policy gave it, too, so its ratio starts at 1 like all others
+    # a prefix token's old log-prob, too, is the one that the policy gives it, so its ratio starts at 1
     old_log_probs, entropy = token_stats(model, ids)
     return {
         "input_ids": ids,
-        # by position, with <eos>, because <pad> can have the same id
+        # the mask is made by position and includes <eos>, because <pad> can have the id of <eos>
         "response_mask": (begin <= token) & (token < end),
         "prefix_mask": prefix_mask,
         "advantages": torch.where(prefix_mask, prefix_advantage.view(-1, 1), own_advantage.view(-1, 1)),
@@ -164,8 +167,8 @@ def new_batch(model, tokenizer, rows: list[Row]) -> dict[str, Tensor]:
 def entropy_clip(prefix_mask: Tensor, entropy: Tensor) -> Tensor:
     """Returns which prefix tokens of a mini-batch are trained: the fifth with the highest entropy.
 
-    There the solution could have gone on in several ways, so the demonstration says most. All tokens of the long
-    prefixes would outweigh what the policy writes itself.
+    At these tokens the policy was unsure how the solution goes on, so the demonstration teaches most. If all prefix
+    tokens were trained, long prefixes would outweigh the tokens that the policy writes itself.
     """
     count = int(prefix_mask.sum())
     ranked = entropy.masked_fill(~prefix_mask, -math.inf).flatten().sort(descending=True, stable=True).indices
@@ -177,12 +180,12 @@ def entropy_clip(prefix_mask: Tensor, entropy: Tensor) -> Tensor:
 def objective(model, batch: dict[str, Tensor]) -> Tensor:
     """Returns PPO's clipped surrogate of a mini-batch, as a loss. A prefix token is trained like any other."""
     log_probs, _ = token_stats(model, batch["input_ids"])
-    # it is 1 in the first update of a step, but its gradient is not 0
+    # the ratio is 1 in the first update of a step, but its gradient is not 0
     ratio = (log_probs - batch["old_log_probs"]).exp()
     advantage = batch["advantages"]
     surrogate = torch.minimum(ratio * advantage, ratio.clamp(1 - CLIP, 1 + CLIP) * advantage)
     dropped = batch["prefix_mask"] & ~entropy_clip(batch["prefix_mask"], batch["entropy"])
-    # divided by a constant, because a mean over tokens would blame each token of a wrong response less if it is long
+    # the sum is divided by a constant: a mean over tokens would blame each token of a long wrong response less
     return -surrogate[batch["response_mask"] & ~dropped].sum() / (len(ratio) * MAX_TOKENS)
 
 
@@ -198,9 +201,9 @@ def accuracy(model, tokenizer, problems: list[dict]) -> float:
 def main() -> None:
     random.seed(0)
     torch.manual_seed(0)
-    torch.set_num_threads(1)  # the model is too small to gain from a second one
+    torch.set_num_threads(1)  # the model is too small to gain from a second thread
     tokenizer = AutoTokenizer.from_pretrained(MODEL)
-    # because bf16 would round small updates away
+    # the weights are fp32, because bf16 would round small updates away
     model = AutoModelForCausalLM.from_pretrained(MODEL, dtype=torch.float32)
     optimizer = torch.optim.AdamW(model.parameters(), LEARNING_RATE, betas=(0.9, 0.99), weight_decay=0.0)
     files = [Path(DATA, name).read_text().splitlines() for name in ("train.jsonl", "validation.jsonl")]

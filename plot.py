@@ -1,4 +1,4 @@
-"""Figures: the curves of one run or several, a group of rollouts token by token, a web page, evaluations.
+"""This command draws figures: curves of runs, a group of rollouts token by token, a web page, and evaluations.
 
     python plot.py runs/prefix-rft-001                           -> runs/prefix-rft-001/curves.png
     python plot.py runs/rft-001 runs/prefix-rft-001              -> curves.png and a table of several runs
@@ -6,7 +6,7 @@
     python plot.py --page data/base runs/prefix-rft-001          -> page.html, the method in a browser
     python plot.py --compare evals/a evals/b [--beside-paper]    -> compare.png, and tables of evaluations
 
-The drawing itself is in figures/curves.py, figures/comparison.py, figures/group_*.py and figures/page.py.
+The code that draws is in figures/curves.py, figures/comparison.py, figures/group_*.py and figures/page.py.
 """
 
 from pathlib import Path
@@ -25,7 +25,8 @@ from support.errors import InputError
 
 
 def plot_runs(folders: list[Path], out: Path | None) -> None:
-    """Draw the sheet of one run into its folder, or the sheet of several runs here and print their table."""
+    """Draw the curves of one run into its folder. For several runs, print their table and draw their curves into the
+    current folder."""
     target = out or (folders[0] / "curves.png" if len(folders) == 1 else Path("curves.png"))
     if len(folders) > 1:
         print(compare_runs(folders))
@@ -33,7 +34,7 @@ def plot_runs(folders: list[Path], out: Path | None) -> None:
 
 
 def plot_group(words: list[str], out: Path | None) -> None:
-    """Draw the recorded group of a step; the last recorded group if no step is named."""
+    """Draw the group of rollouts that a run recorded at a step; the last recorded group if `words` name no step."""
     folder, step = Path(words[0]), words[1] if len(words) > 1 else None
     if len(words) > 2 or (step and not step.isdecimal()):
         raise InputError(f"--group takes a run folder and a step, found {' '.join(words)!r}: --group RUN [STEP]")
@@ -42,7 +43,8 @@ def plot_group(words: list[str], out: Path | None) -> None:
 
 
 def write_page(folders: list[Path], problem: str | None, out: Path | None) -> None:
-    """Write a page for the browser: one problem, each model's rollouts on it, and every method's weights."""
+    """Write a page for the browser. It shows one problem, rollouts of each model on this problem, and the token
+    weights of every method."""
     target = out or (folders[0] / "page.html" if is_run(folders[0]) else Path("page.html"))
     page = page_html(page_content(folders, problem))
     target.parent.mkdir(parents=True, exist_ok=True)
@@ -63,14 +65,14 @@ def main() -> None:
     parser.add_argument(
         "folders", nargs="*", type=Path, metavar="FOLDER", help="folders of runs, or of evaluations with --compare"
     )
-    parser.add_argument("--group", nargs="+", metavar="RUN", help="draw the group of a run folder at a step")
+    parser.add_argument("--group", nargs="+", metavar="RUN", help="RUN [STEP]: draw the group recorded at a step")
     parser.add_argument(
         "--page",
         action="store_true",
         help="write a page for the browser about one problem; the folders are runs or models",
     )
     parser.add_argument("--problem", metavar="ID", help="with --page: the id of a problem that has a demonstration")
-    parser.add_argument("--compare", action="store_true", help="compare evaluations; the folders are evaluations")
+    parser.add_argument("--compare", action="store_true", help="compare evaluations; every FOLDER is an evaluation's")
     parser.add_argument("--beside-paper", action="store_true", help="with --compare: add the paper's results")
     parser.add_argument(
         "--out",
@@ -83,7 +85,7 @@ def main() -> None:
         check_target(args.out, (".html",) if args.page else FORMATS)
     resolved = [folder.resolve() for folder in args.folders]
     if twice := [folder for i, folder in enumerate(args.folders) if resolved[i] in resolved[:i]]:
-        raise InputError(f"{twice[0]} is given twice: name each folder once")
+        raise InputError(f"folder {twice[0]} is given twice: name each folder once")
     if args.beside_paper and not args.compare:
         raise InputError("--beside-paper needs --compare and evaluation folders")
     if args.problem and not args.page:

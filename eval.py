@@ -209,10 +209,10 @@ def parse_args(argv: Sequence[str]) -> argparse.Namespace:
         "--samples", type=int, help="number of samples for each problem (default: as in the paper, 32 or 1)"
     )
     parser.add_argument(
-        "--temperature", type=float, default=0.6, help="sampling temperature; 0 is greedy (default 0.6, as in the paper)"
+        "--temperature", type=float, default=0.6, help="sampling temperature; 0 is greedy (default: 0.6 [paper])"
     )
     parser.add_argument(
-        "--max_response_tokens", type=int, default=8192, help="most tokens of a response (default 8192, as in the paper)"
+        "--max_response_tokens", type=int, default=8192, help="most tokens of a response (default: 8192 [paper])"
     )
     parser.add_argument("--problems", type=int, help="evaluate only the first N problems of each level of difficulty")
     parser.add_argument("--system", help="system message (default: the one used in training, or else each problem's)")
@@ -280,7 +280,7 @@ def run(args: argparse.Namespace) -> None:
         try:
             sample_missing(model, tokenizer, args.out, benchmarks, args)
         except RewardError as error:
-            raise Broken(f"{error}; mend that") from error
+            raise Broken(f"{error}; mend this fault") from error
         if settings:
             report(args.out, settings, count(args.out, benchmarks))
 

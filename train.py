@@ -1,10 +1,10 @@
 """Train a model by any method of methods.METHODS: python train.py [--config FILE] [--FIELD VALUE ...]
 
-Evaluation on a run's held-out problems comes first, then `train`, with the loop over steps in `train_in`. step.py has
-what happens in one step, data/run_data.py the data. A run folder gets config.json, metrics.jsonl (a row per step),
-samples.jsonl, groups.jsonl (a group every few steps), eval.json, curves.png, checkpoint/ and final/ (a HuggingFace
-model folder).
-Left out are a value model, a reference model and KL, mixed data sources, and asynchronous sampling.
+The order of this file: evaluation on a run's held-out problems, then `train`, then the loop over steps in `train_in`.
+One step is in step.py, loading the data in data/run_data.py. A run folder gets config.json, metrics.jsonl (a row per
+step), samples.jsonl, groups.jsonl (a group every few steps), eval.json, curves.png, checkpoint/ and final/ (a
+HuggingFace model folder). Left out are a value model, a reference model and KL, mixed data sources, and asynchronous
+sampling.
 """
 
 import dataclasses
@@ -38,12 +38,12 @@ from support.model_folder import share_changed
 from support.record import example_rows, record_group, rl_metrics, sft_metrics
 from support.watch import Watch
 
-TABLES = ("validation", "test", "test_sampled")  # the names of the tables in eval.json
-MOST_SKIPPED = 3  # so many updates in a row with numbers that are not finite end the run
+TABLES = ("validation", "test", "test_sampled")  # names of the accuracy tables in eval.json
+MOST_SKIPPED = 3  # the run ends after so many skipped updates in a row (numbers that are not finite)
 
 
 def check_ranks(config: Config) -> None:
-    """Raises InputError if a rank would have nothing to do."""
+    """Raises InputError if a step or an update would leave a rank without rows."""
     method, world = METHODS[config.method], distributed.world_size()
     parts = {
         "prompts_per_step": "rl" in method.stages,
@@ -59,14 +59,16 @@ def check_ranks(config: Config) -> None:
 
 
 def new_optimizer(model: PreTrainedModel, config: Config) -> torch.optim.Optimizer:
-    """Returns an optimizer of what is trained: all weights, or the adapters at a learning rate of their own."""
+    """Returns AdamW for the trained parameters: all weights, or only adapters, whose learning rate is multiplied by
+    lora_lr_times."""
     betas = (0.9, config.adam_beta2)
     group = {"params": list(distributed.trained(model).values()), "lr_times": adapters.lr_times(config)}
     return torch.optim.AdamW([group], config.lr, betas, weight_decay=config.weight_decay, fused=True)
 
 
 def accuracy(run: Run, name: str, temperature: float, title: str) -> dict[str, dict[str, float]]:
-    """Returns statistics.summarize on the run's "validation" or "test" problems; {} if it has none."""
+    """Returns the run's accuracy by level (statistics.summarize) on the problems `name`, "validation" or "test"; {}
+    if there are no such problems."""
     if name not in run.data.held:
         return {}
     problems, encoded = run.data.held[name]
@@ -88,14 +90,14 @@ def accuracy(run: Run, name: str, temperature: float, title: str) -> dict[str, d
 
 
 def score(run: Run, who: str) -> dict[str, Any]:
-    """Returns the tables of eval.json: validation greedy, test greedy, and test at temperature 1."""
+    """Returns the accuracy tables of eval.json: validation greedy, test greedy, and test at temperature 1."""
     validation = accuracy(run, "validation", 0.0, f"{who}: validation")
     test = accuracy(run, "test", 0.0, f"{who}: test, greedy")
     return dict(zip(TABLES, (validation, test, accuracy(run, "test", 1.0, f"{who}: test, temperature 1"))))
 
 
 def prepare(config: Config) -> tuple[Run, Counts]:
-    """Load and check everything; write nothing. Raises InputError for wrong input."""
+    """Load and check everything that the run needs, and write nothing. Raises InputError for wrong input."""
     checkpoint.check_folder(config)
     if config.tensorboard and importlib.util.find_spec("tensorboard") is None:
         raise InputError("tensorboard is true, but it is not installed: pip install tensorboard")
@@ -105,10 +107,10 @@ def prepare(config: Config) -> tuple[Run, Counts]:
     tokenizer, generation_config = load_tokenizer(config.model)
     context = window_of(load_config(config.model))
     reward = load_reward(config.reward)
-    # earlier than load_data, which grades demonstrations by the reward
+    # checked before load_data, which grades demonstrations by the reward
     checkpoint.check_ingredients(config, {"reward": reward.fingerprint})
     ends = generation_config.eos_token_id
-    # earlier than load_model, because reading weights takes long
+    # data are loaded before the model, because reading weights takes long
     data, counts = load_data(config, reward, tokenizer, ends, context)
     model, _ = load_model(
         config.model,
@@ -121,7 +123,7 @@ def prepare(config: Config) -> tuple[Run, Counts]:
     )
     use_one_thread_if_small(model)
     method = METHODS[config.method]
-    prefix_range(0, 1, method.schedule)  # raises for an unknown schedule
+    prefix_range(0, 1, method.schedule)  # raises ValueError for an unknown schedule
     run = Run(config, method, model, tokenizer, reward, data, new_optimizer(model, config), loop_of(model))
     if method.unsolved == "collect":
         run.collector = Collector([], new_optimizer(model, config))
@@ -131,7 +133,7 @@ def prepare(config: Config) -> tuple[Run, Counts]:
 def train(config: Config) -> int:
     """Make a whole run and return the exit code: 0, or 128 + the number of the signal that stopped it.
 
-    Raises InputError for wrong input, before anything is written, and Broken for a fault of a run that had begun.
+    Raises InputError for wrong input, before anything is written, and Broken for a fault after the run has begun.
     """
     run, counts = prepare(config)
     warnings = {text: text for path in data_files(config).values() for text in odd_rows(path)}
@@ -149,36 +151,37 @@ def train(config: Config) -> int:
                 console.warn(text)
             return train_in(folder, run, start, watch)
         except BrokenPipeError as error:
-            raise Broken(f"its output was closed; to go on: {console.command(config, folder)}") from error
+            raise Broken(f"the output was closed; to go on: {console.command(config, folder)}") from error
         except RewardError as error:
             again = console.command(dataclasses.replace(config, accept_changed="reward"), folder)
-            raise Broken(f"{error}; mend that, then: {again}") from error
+            raise Broken(f"{error}; mend this fault, then run: {again}") from error
         except Unwritten as error:
-            raise Broken(f"{error}; mend that, then: {console.command(config, folder)}") from error
+            raise Broken(f"{error}; mend this fault, then run: {console.command(config, folder)}") from error
 
 
 def stages(run: Run) -> tuple[int, int]:
-    """Returns the numbers of supervised steps and of reinforcement steps."""
+    """Returns the numbers of supervised and of reinforcement steps in the run."""
     wanted = run.method.stages
     return run.config.sft_steps * ("sft" in wanted), run.config.steps * ("rl" in wanted)
 
 
 def one_step(run: Run, step: int) -> tuple[dict[str, Any], Step | None]:
-    """Make step `step`, counted over both stages, and return its metrics. A reinforcement step also returns its
+    """Make step `step`, counted over both stages, and return its metrics. For a reinforcement step also return the
     Step."""
     config, (sft_steps, _) = run.config, stages(run)
     if step < sft_steps:
         picked = problems_of_step(len(run.data.supervised), config.sft_batch, step, config.seed, "sft order")
         problems, lr = [run.data.supervised[i] for i in picked], sft_learning_rate(step, config)
         return sft_metrics(sft_step(run, problems, step, run.optimizer, lr), lr), None
-    if step == sft_steps:  # each stage starts with a fresh optimizer, as two separate runs would
+    if step == sft_steps:  # each stage starts with a fresh optimizer, like a separate run
         run.optimizer = new_optimizer(run.model, config)
     result = rl_step(run, step - sft_steps)
     return rl_metrics(run, result), result
 
 
 def eval_scores(folder: Path, run: Run, who: str) -> dict[str, Any]:
-    """Returns eval.json with the tables of `who`, "base" or "trained", which are measured if they are missing."""
+    """Returns the content of eval.json. If the tables of `who` ("base" or "trained") are missing, they are measured
+    first."""
     scores = distributed.from_rank_0(read_eval(folder) if distributed.rank() == 0 else None)
     if who not in scores:
         scores[who] = score(run, who)
@@ -187,7 +190,7 @@ def eval_scores(folder: Path, run: Run, who: str) -> dict[str, Any]:
 
 
 def train_in(folder: Path, run: Run, start: int, watch: Watch) -> int:
-    """Make the steps after `start`, write the result, and return the exit code."""
+    """Make the steps after `start`, write the results of the run, and return the exit code."""
     config, total = run.config, sum(stages(run))
     console.show_base(eval_scores(folder, run, "base")["base"])
     stopped = catch_signals(alone=distributed.world_size() == 1)
@@ -198,7 +201,7 @@ def train_in(folder: Path, run: Run, start: int, watch: Watch) -> int:
                 metrics, result = one_step(run, step)
                 done, stop = step + 1, distributed.from_rank_0(stopped)
                 record(folder, run, done, metrics, result, progress)
-            except RewardError:  # it fails before any update of a step, or in validation, so no step is lost
+            except RewardError:  # a reward fails before a step's updates or in validation, so no step is lost
                 if done > start:
                     checkpoint.save(folder, done, run)
                 raise
@@ -219,8 +222,8 @@ def train_in(folder: Path, run: Run, start: int, watch: Watch) -> int:
 def record(
     folder: Path, run: Run, done: int, metrics: dict[str, Any], result: Step | None, progress: console.Progress
 ) -> None:
-    """Write step `done` to the logs and show it. Every `eval_every` steps, and at the end, validation accuracy is
-    measured and a group recorded. A group of the first reinforcement step is recorded too."""
+    """Write step `done` to the logs and show it. Every `eval_every` steps, and at the end, measure validation
+    accuracy and record a group of the step. Also record a group of the first reinforcement step."""
     config, (sft_steps, rl_steps) = run.config, stages(run)
     due = done == sft_steps + rl_steps or (config.eval_every and done % config.eval_every == 0)
     samples = example_rows(run, result) if result else []
@@ -229,7 +232,7 @@ def record(
         for level, row in (accuracy(run, "validation", 0.0, f"step {done}: validation") if due else {}).items():
             metrics |= {f"eval_{level}": row["accuracy"], f"eval_{level}_low": row["low"]}
             metrics |= {f"eval_{level}_high": row["high"]}
-    finally:  # the step is made, also if the reward fails in its validation
+    finally:  # the step's updates are done, so it is logged even if the reward fails in validation
         if new := progress.watch.look({"step": done, **metrics}):
             metrics["warnings"] = new
         for name, rows in {"samples": samples, "groups": groups, "metrics": [metrics]}.items():
@@ -238,7 +241,7 @@ def record(
 
 
 def write_result(folder: Path, run: Run, watch: Watch) -> None:
-    """Write final/, measure the trained model, and show what the run has reached."""
+    """Write final/, measure the accuracy of the trained model, and print the results of the run."""
     config, systems = run.config, {problem.system for problem in run.data.train}
     with writing(folder / "final"):
         save_model(run.model, run.tokenizer, folder / "final", getattr(torch, config.save_dtype))
@@ -252,16 +255,17 @@ def write_result(folder: Path, run: Run, watch: Watch) -> None:
 
 
 def read_eval(folder: Path) -> dict[str, Any]:
-    """Returns eval.json: the tables that `score` gave for the base and the trained model; {} if there is no file."""
+    """Returns the content of eval.json: the tables that `score` gave for the base and the trained model; {} if there
+    is no such file."""
     file = folder / "eval.json"
     return checkpoint.read_json(file) if file.exists() else {}
 
 
 def restore(run: Run, folder: Path, watch: Watch) -> int:
-    """Put the run into the state of its newest whole checkpoint and return how many steps are done.
+    """Put the run into the state of its newest undamaged checkpoint, and return how many steps are done.
 
-    `watch` recalls the metrics of these steps. Raises InputError, and writes nothing, if a file of the run is damaged
-    or missing.
+    Watch.recall gets the metrics of these steps. Raises InputError, and writes nothing, if a file of the run is
+    damaged or missing.
     """
     done = checkpoint.load(folder, run)
     if distributed.rank() == 0 and "base" not in read_eval(folder) and done:
@@ -273,8 +277,8 @@ def restore(run: Run, folder: Path, watch: Watch) -> int:
 
 
 def diverged(run: Run, folder: Path) -> str:
-    """Returns the error's text for a run whose updates were skipped in a row, or whose last update lost the
-    weights."""
+    """Returns the error message for a run that skipped MOST_SKIPPED updates in a row, or whose weights are not
+    finite."""
     saved = " and ".join(str(file) for file in checkpoint.checkpoints(folder)) or "none: no step was saved"
     skipped = f"the loss or gradient of {run.skipped} updates in a row was not finite"
     what = skipped if run.skipped >= MOST_SKIPPED else "the last update left weights that are not finite"
@@ -306,7 +310,7 @@ def main() -> None:
     except RuntimeError as error:
         if not (reason := distributed.explain(error, console.memory_advice(error, config))):
             raise
-        raise Broken(f"{reason}; --resume auto goes on from the last checkpoint") from error
+        raise Broken(f"{reason}; --resume auto continues from the last checkpoint") from error
     except KeyboardInterrupt:
         print(f"\ntrain.py: stopped before the first step: nothing is lost, {again}", file=sys.stderr)
         sys.exit(130)

@@ -299,7 +299,7 @@ def test_a_rank_that_dies_ends_the_others_with_a_message(results):
     message = two["died"]["said"]
     assert two["died"]["code"] == 1 and message.count("\n") == 1
     assert message.startswith("train.py: rank 0: lost another rank (") and message.endswith(
-        "; --resume auto goes on from the last checkpoint\n"
+        "; --resume auto continues from the last checkpoint\n"
     )
     log = (folder / "run" / "metrics.jsonl").read_text().splitlines()
     assert [json.loads(line)["step"] for line in log] == [1, 2]

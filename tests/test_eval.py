@@ -389,7 +389,7 @@ def test_a_reward_that_raises_is_one_line_and_goes_on_mended(tmp_path, monkeypat
         eval.main()
     error = capsys.readouterr().err
     assert stop.value.code == 1 and error.count("\n") == 1
-    assert f"ZeroDivisionError: division by zero ({reward}:2); mend that; to go on: python eval.py" in error
+    assert f"ZeroDivisionError: division by zero ({reward}:2); mend this fault; to go on: python eval.py" in error
     reward.write_text("def reward(text, problem):\n    return 0.5\n")
     eval.main()
     assert json.loads((tmp_path / "run" / "results.json").read_text())["settings"]["reward"] == f"{reward}:reward"

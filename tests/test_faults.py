@@ -144,7 +144,7 @@ def test_a_closed_output_is_not_taken_for_a_full_disk(whole, tmp_path):
         life = lives.live(unread, place)
         # the exit code is 141 if something was left to print
         assert life.code in (1, 141) and life.output.count("\n") == 1, life.output
-        assert "its output was closed; to go on: python " in life.output and str(place) in life.output
+        assert "the output was closed; to go on: python " in life.output and str(place) in life.output
     assert lives.live(training, out).code == 0
     assert lives.differences(folder / "whole", out) == []
 

@@ -307,7 +307,7 @@ def test_a_reward_that_raises_loses_no_step_and_goes_on_mended(task, tmp_path, m
     reward.write_text(mended)
     assert train.train(parse_config(whole)) == 0
     reward.write_text("import os\n" + mended.replace("    return", raises + "    return"))
-    with pytest.raises(Broken, match=r"ZeroDivisionError: .*; mend that, then: .*--accept_changed reward") as error:
+    with pytest.raises(Broken, match=r"ZeroDivisionError: .*; mend this fault, .*--accept_changed reward") as error:
         train.train(parse_config(argv))
     assert (out / "checkpoint" / "step-00000002.pt").exists()
     reward.write_text(mended.replace("return grade", "return 0 * grade"))

@@ -1,7 +1,7 @@
-"""When a model is loaded, this file checks on a few tokens what sampling and log-probs rely on.
+"""When a model is loaded, this file tests on a few tokens that sampling and log-probs will be right for it.
 
-The commands hand `check_model` to model.load_model. It ends with choose_loop (fast/decode.py), which looks for the
-fastest decoding loop that gives this model's own log-probs. If none of ours does, HuggingFace's loop is used.
+The commands pass `check_model` to model.load_model. Its last test is choose_loop (fast/decode.py), which looks for
+the fastest decoding loop with the right log-probs. If no loop of fast/decode.py has them, HuggingFace's loop is used.
 """
 
 import torch
@@ -17,39 +17,40 @@ from support.loading import one_line
 
 @torch.no_grad()
 def check_model(path: str, model: PreTrainedModel, training: bool) -> None:
-    """Check on a few tokens what sampling and log-probs take for granted, and choose model.loop.
+    """Test on a few tokens that sampling and log-probs will be right for `model`, and set model.loop to the fastest
+    loop that is.
 
-    Raises an InputError of one line unless three things hold. The logits are finite and equal the head's output, to
-    the bit. Two training passes agree up to the last bits, in which two products of the same matrices may differ. A
-    row in a padded batch has the log-probs that it has alone in a plain pass, in training and in sampling, to half
-    the digits of its dtype. The batch has three rows that end at different columns.
+    Raises an InputError of one line unless three conditions hold. (1) The logits are finite and equal the head's
+    output, to the bit. (2) Two training passes agree up to the last bits, in which two products of the same matrices
+    may differ. (3) A row in a padded batch has the log-probs that the row has alone in a plain pass, in training and
+    in sampling, to half the digits of the dtype. The test batch has three rows that end at different columns.
     """
     step, column = model.get_input_embeddings().num_embeddings // 19, torch.arange(13)
-    first, last = torch.tensor([[0], [4], [0]]), torch.tensor([[12], [8], [10]])  # columns of each row
+    first, last = torch.tensor([[0], [4], [0]]), torch.tensor([[12], [8], [10]])  # first and last column of each row
     mask = ((column >= first) & (column <= last)).long().to(model.device)
     prompts, responses = torch.arange(1, 8).expand(3, 7), torch.arange(1, 19).view(3, 6)
     ids = (step * torch.cat([prompts, responses], dim=1)).to(model.device)
     want = torch.zeros(responses.shape, device=model.device)
-    made: list[Tensor] = []  # the head's outputs
+    made: list[Tensor] = []  # outputs of the output head, call by call
     head = model.eval().get_output_embeddings()
     with one_line(path), head.register_forward_hook(lambda *call: made.append(call[-1].clone())):
         for i, real in enumerate(mask.bool()):
             logits = model(input_ids=ids[i : i + 1, real], use_cache=False).logits
             if not logits.isfinite().all():
-                raise InputError("its logits are not finite, so its weights are damaged: fetch or train it again")
+                raise InputError("the logits are not finite, so the weights are damaged: fetch or train them again")
             if not torch.equal(made[-1].float(), logits.float()):
-                raise InputError("its logits are not those of its output head (scaled, capped?): use another model")
+                raise InputError("the logits are not the outputs of the head (scaled, capped?): use another model")
             log_p = logits[0, -int(real[7:].sum()) - 1 : -1].float().log_softmax(-1)
             want[i, real[7:]] = log_p.gather(1, ids[i, 7:][real[7:], None]).squeeze(1)
         close = float(want.abs().max()) * torch.finfo(model.dtype).eps ** 0.5
         passes = [response_stats(model.train(), ids, mask, 6, 1.0)[0] for _ in range(1 + training)]
         if not torch.allclose(passes[0], passes[-1], rtol=0, atol=close / 64):
-            raise InputError("two training passes differ: set the noise in its config.json to 0")
+            raise InputError("two training passes differ: set every dropout or noise in the model's config.json to 0")
         if not torch.allclose(passes[0], want, rtol=0, atol=close):
             raise InputError(
-                "log-probs of a training pass are not those of a plain one (scaled? not causal?): use another"
+                "log-probs of a training pass are not those of a plain pass (scaled? not causal?): use another model"
             )
         if not choose_loop(model.eval(), ids, mask, want, close):
-            raise InputError("rows sampled in a batch are not what they are alone (a recurrent state?): use another")
+            raise InputError("rows sampled in a batch differ from rows alone (a recurrent state?): use another model")
         if model.loop is None:
             logging.get_logger("transformers").warning(f"{path}: transformers' own, slower loop samples it")

@@ -1,10 +1,11 @@
 """This file has a decoding loop for responses of different lengths, which takes the place of the loop in
 HuggingFace's `generate`.
 
-It gives the same tokens and log-probs. It begins with the cache and the attention of one new token. Then come
-`OneTokenPass`, which is recorded and replayed on CUDA; `decode_rows`, the loop; `choose_loop`, which finds the
-variant that is right for a model when it is loaded; and `loop_of`, which a command hands to sample.generate. Left out
-are kernels of our own, continuous batching (it takes no logits processor of ours), and static caches.
+This loop gives the tokens and log-probs of HuggingFace's loop. The order of this file: the cache; the attention of
+one new token; `OneTokenPass`, a forward pass that is recorded and replayed on CUDA; `decode_rows`, the loop;
+`choose_loop`, which finds the variant that is right for a model when it is loaded; and `loop_of`, the loop that
+commands pass to sample.generate. Left out are new GPU kernels, continuous batching (it does not take the logits
+processors of sample.py), and static caches.
 """
 
 import contextlib
@@ -29,24 +30,30 @@ from transformers.cache_utils import Cache, DynamicLayer
 from model import last_hidden
 from sample import PrefixForcingLogitsProcessor
 
-PREFILL_TOKENS = 2**14  # how many tokens of a call's prompts are read in one forward pass
-# ended rows leave the batch once at most this share is alive, because copying the rest costs about one step
+PREFILL_TOKENS = 2**14  # number of prompt tokens that one forward pass reads
+# ended rows leave the batch once at most this share of the rows is alive, because copying the live rows costs about
+# as much as one token of all rows
 DROP_AT = 0.8
-DROP_AT_RECORDED = 0.5  # the share where passes are recorded, because a new recording costs more than ten steps
-# on CUDA record a pass and replay it for later tokens, because launching its kernels takes longer than they run
+DROP_AT_RECORDED = 0.5  # this share if passes are recorded, because a new recording takes longer than ten tokens
+# on CUDA a forward pass is recorded and replayed for later tokens, because launching its kernels takes longer than
+# running them
 GRAPHS = True
-GRAPH_COLUMNS = 256  # a recorded pass reads the filled columns of the cache, rounded up to a multiple of this
-# with recorded passes, ended rows are looked for once in so many tokens, because Python waits for the GPU then
+GRAPH_COLUMNS = 256  # a recorded pass reads the cache's filled columns, rounded up to a multiple of this
+# with recorded passes, the loop looks for ended rows only once in so many tokens, because Python must wait for the
+# GPU to do so
 LOOK_EVERY = 16
-# Variants of decode_rows, the fastest first. "masks of ours": the attention mask is made here once, not by the model
-# at every token. "recordable": on CUDA a pass of one token may be recorded, if all layers have a plain cache.
+# Variants of decode_rows, the fastest first. "masks of ours": decode_rows makes the attention mask once, instead of
+# the model at every token. "recordable": on CUDA the pass of one token may be recorded, if all layers have a plain
+# cache.
 LOOPS = ("masks of ours, recordable", "masks of ours", "masks of the model")
 
 
 class RoomyLayer(DynamicLayer):
-    """A key-value cache layer that has room for `room` tokens from the start, so that no token copies it.
+    """A key-value cache layer with room for `room` tokens from the start, so that a new token does not copy the
+    cache.
 
-    If a pass is recorded, `column` [1] holds the column of its token, and the first `length` columns are read.
+    If the forward pass is recorded, `column` [1] holds the column of the new token, and the first `length` columns
+    are read.
     """
 
     def __init__(self, room: int):
@@ -63,7 +70,7 @@ class RoomyLayer(DynamicLayer):
         if not self.is_initialized:
             self.lazy_initialization(key_states, value_states)
             batch, heads, _, width = key_states.shape
-            # zeros, because a masked NaN would stay NaN
+            # zeros, because attention would turn a NaN in a masked column into a NaN output
             self.all_keys = key_states.new_zeros(batch, heads, self.room, width)
             self.all_values = value_states.new_zeros(batch, heads, self.room, value_states.shape[3])
         self.all_keys[:, :, start : self.length] = key_states
@@ -88,11 +95,11 @@ def one_token_attention(
     scaling: float | None = None,
     **_: Any,
 ) -> tuple[Tensor, None]:
-    """Returns the attention of one new token, query [B, heads, 1, D], over a cache of fewer heads, key and value [B,
-    H, T, D].
+    """Returns the attention of one new token per row, query [B, heads, 1, D], over a cache with fewer heads, key and
+    value [B, H, T, D].
 
-    Heads that share keys and values are treated as tokens of one head. The products are the same, but the cache is
-    read as it is; HF's function copies it for all heads, at every token.
+    Query heads that share keys and values are treated as tokens of one head. The result is that of HF's function,
+    which copies the cache for all heads at every token; this function reads the cache without a copy.
     """
     shared = query.reshape(*key.shape[:2], -1, query.shape[3])  # [B, H, heads / H, D]
     output = scaled_dot_product_attention(shared, key, value, attn_mask=attention_mask, scale=scaling)
@@ -113,10 +120,10 @@ def attention(config: PreTrainedConfig, name: str) -> Iterator[None]:
 
 
 def read_prompts(model: PreTrainedModel, cache: Cache, ids: Tensor, mask: Tensor, block: int) -> Tensor:
-    """Fill `cache` and return the scores after each prompt, [B, V].
+    """Fill `cache` with the prompts and return the scores of the first response token of each row, [B, V].
 
-    Equal prompts (a group's) are read once. Long prompts are read in blocks of about `block` tokens of all rows,
-    which bounds the memory of a pass.
+    Equal prompts (those of a group) are read once. Long prompts are read in blocks of about `block` tokens over all
+    rows, which bounds the memory of a forward pass.
     """
     both, which = torch.unique(torch.cat([ids, mask], dim=1), dim=0, return_inverse=True)
     ids, mask = both.chunk(2, dim=1)
@@ -129,7 +136,8 @@ def read_prompts(model: PreTrainedModel, cache: Cache, ids: Tensor, mask: Tensor
             "attention_mask": mask[:, : new.stop],
             "position_ids": positions[:, new],
         }
-        # by both names: last_hidden leaves out the one that this version of transformers does not know
+        # the cache is passed under its old and its new name; last_hidden leaves out the name that transformers does
+        # not know
         hidden = last_hidden(model, **block_of_prompts, cache=cache, past_key_values=cache, use_cache=True)
     cache.reorder_cache(which)
     return model.get_output_embeddings()(hidden[:, -1])[which]
@@ -145,9 +153,11 @@ def can_record(device: torch.device) -> bool:
 
 
 def record(forward: Callable[[], Tensor]) -> Callable[[], Tensor]:
-    """Records `forward` as a CUDA graph. Calling the result runs its kernels again on the same tensors' new contents.
+    """Records `forward` as a CUDA graph. The returned function runs the recorded kernels again on the new contents of
+    the same tensors.
 
-    Raises ValueError if the model does something on CUDA that it did not do in `reads_values` when it was loaded.
+    Raises ValueError if the pass cannot be recorded, although `reads_values` found no obstacle when the model was
+    loaded.
     """
     graph = torch.cuda.CUDAGraph()
     try:
@@ -156,7 +166,7 @@ def record(forward: Callable[[], Tensor]) -> Callable[[], Tensor]:
     except RuntimeError as error:
         reason = str(error).strip().splitlines()[0]
         raise ValueError(
-            f"this model's pass cannot be recorded ({reason}): set GRAPHS = False in fast/decode.py"
+            f"this model's forward pass cannot be recorded ({reason}): set GRAPHS = False in fast/decode.py"
         ) from error
 
     def replay() -> Tensor:
@@ -168,16 +178,16 @@ def record(forward: Callable[[], Tensor]) -> Callable[[], Tensor]:
 
 @dataclass
 class LiveRows:
-    """The b rows that are still in the batch.
+    """State of the b rows that have not left the batch.
 
-    Their tensors change in place, because a recording refers to them; only `keep` makes new ones.
+    The tensors are changed in place, because a recorded pass refers to them; only `keep` makes new tensors.
     """
 
-    places: Tensor  # [b] the live rows' places in the output
-    token: Tensor  # [b] the newest tokens
+    places: Tensor  # [b] index of each live row in the output
+    token: Tensor  # [b] the newest token of each row
     ended: Tensor  # [b] bool
-    position_ids: Tensor  # [b, 1] of the newest tokens
-    mask: Tensor  # [b, columns of the cache], or as attention layers take it [b, 1, 1, columns]
+    position_ids: Tensor  # [b, 1] position id of each newest token
+    mask: Tensor  # attention mask [b, cache columns], or [b, 1, 1, cache columns] as attention layers take it
 
     def keep(self, rows: Tensor) -> None:
         for name, value in vars(self).items():
@@ -185,20 +195,21 @@ class LiveRows:
 
 
 class OneTokenPass:
-    """Makes the forward pass of every live row's newest token.
+    """The forward pass for the newest token of every live row.
 
-    If `recorded`, the pass is made once for every GRAPH_COLUMNS columns of the cache, then recorded and replayed.
+    If `recorded`, it runs once for every GRAPH_COLUMNS columns of the cache, is then recorded, and is replayed for
+    later tokens.
     """
 
     def __init__(self, model: PreTrainedModel, cache: Cache, live: LiveRows, recorded: bool):
         self.model, self.head, self.cache = model, model.get_output_embeddings(), cache
         self.live, self.recorded = live, recorded
-        self.column = torch.zeros_like(live.token[:1])  # the column of the newest token
+        self.column = torch.zeros_like(live.token[:1])  # cache column of the newest token
         self.forget()
 
     def forget(self) -> None:
-        """Drop the recording, because the rows have changed."""
-        self.columns, self.replay = 0, None  # `columns` is how many columns a pass reads
+        """Drop the recorded pass, because the rows have changed."""
+        self.columns, self.replay = 0, None  # `columns` is the number of cache columns that the pass reads
 
     def forward(self) -> Tensor:
         live = self.live
@@ -207,7 +218,7 @@ class OneTokenPass:
         return self.head(last_hidden(self.model, **new, use_cache=True)[:, -1])
 
     def __call__(self, column: int) -> Tensor:
-        """Returns the scores [b, V] after the newest token, which is in `column`."""
+        """Returns the scores [b, V] of the next token. The newest token is in cache column `column`."""
         if not self.recorded:
             self.columns = column + 1
             return self.forward()
@@ -216,22 +227,22 @@ class OneTokenPass:
             self.columns, self.replay = whole_blocks(column + 1), None
             for layer in self.cache.layers:
                 layer.column, layer.length = self.column, self.columns
-            return self.forward()  # the first pass is not recorded, because libraries set themselves up in it
+            return self.forward()  # the first pass is not recorded, because libraries initialise themselves in it
         self.replay = self.replay or record(self.forward)
         return self.replay()
 
 
-@torch.inference_mode()  # it does less bookkeeping per call than no_grad, which matters where layers are small
+@torch.inference_mode()  # inference_mode does less bookkeeping per call than no_grad, which shows in small layers
 def decode_rows(model: PreTrainedModel, input_ids: Tensor, block: int | None = None, **arguments: Any) -> Tensor:
-    """The decoding loop that `generate` calls; returns ids [B, P+<=R].
+    """The decoding loop that HF's `generate` calls. Returns prompts and responses as ids [B, P + at most R].
 
-    It differs from HuggingFace's loop in three ways: equal prompts are read once, ended rows leave the batch, and
-    neither the cache nor the attention mask is made again at every token.
+    It differs from HuggingFace's loop in three ways. Equal prompts are read once. Ended rows leave the batch. Neither
+    the cache nor the attention mask is made again at every token.
     """
     logits_processor, settings = arguments["logits_processor"], arguments["generation_config"]
-    cache = arguments.get("cache", arguments.get("past_key_values"))  # `cache` since transformers 5.24
+    cache = arguments.get("cache", arguments.get("past_key_values"))  # transformers 5.24 renamed past_key_values
     prompt, end = input_ids.shape[1], settings.max_length
-    plain = all(type(layer) is DynamicLayer for layer in cache.layers)  # layers of other kinds stay as they are
+    plain = all(type(layer) is DynamicLayer for layer in cache.layers)  # other kinds of cache layers are kept
     config = model.config.get_text_config()
     ours = plain and config._attn_implementation == "sdpa" and model.loop in LOOPS[:2]
     recorded = ours and model.loop == LOOPS[0] and can_record(input_ids.device)
@@ -239,15 +250,15 @@ def decode_rows(model: PreTrainedModel, input_ids: Tensor, block: int | None = N
     look_every, drop_at = (LOOK_EVERY, DROP_AT_RECORDED) if recorded else (1, DROP_AT)
     if plain:
         cache.layers = [RoomyLayer(width) for _ in cache.layers]
-    mask = arguments["attention_mask"]  # generate passes None for a mask of ones
+    mask = arguments["attention_mask"]  # HF's generate passes None for a mask of ones
     mask = torch.ones_like(input_ids) if mask is None else mask
     scores = read_prompts(model, cache, input_ids, mask, block or PREFILL_TOKENS)
 
     output = input_ids.new_full((len(input_ids), end), settings.pad_token_id)
     output[:, :prompt] = input_ids
     places, position_ids = torch.arange(len(output), device=output.device), mask.sum(1, keepdim=True) - 1
-    mask = pad(mask, (0, width - prompt))  # 1 where there is a token, else 0
-    if ours:  # 0 where there is a token, else -inf: layers take this mask as it is, and HF makes none of its own
+    mask = pad(mask, (0, width - prompt))  # the mask is 1 at tokens, else 0
+    if ours:  # the mask is 0 at tokens, else -inf: attention layers take it unchanged, and HF makes none
         mask = scores.new_zeros(mask.shape).masked_fill(mask == 0, -torch.inf)[:, None, None]
     live = LiveRows(places, torch.empty_like(places), torch.zeros_like(places, dtype=torch.bool), position_ids, mask)
     one_token_pass = OneTokenPass(model, cache, live, recorded)
@@ -257,7 +268,7 @@ def decode_rows(model: PreTrainedModel, input_ids: Tensor, block: int | None = N
             drawn = logits_processor(output[live.places, :column], scores).argmax(-1)
             live.token.copy_(drawn.masked_fill(live.ended, settings.pad_token_id))
             output[live.places, column] = live.token
-            # an end token inside a forced prefix would end the row here, but the loader leaves out such
+            # an end token inside a forced prefix would end the row here, but data/loader.py leaves out such
             # demonstrations
             live.ended |= torch.isin(live.token, end_tokens)
             if column + 1 == end:
@@ -279,15 +290,15 @@ def decode_rows(model: PreTrainedModel, input_ids: Tensor, block: int | None = N
 
 
 class ReadsValues(TorchDispatchMode):
-    """Notes in `seen` whether a shape or a Python branch depends on a tensor's values, as in routers of experts.
+    """Sets `seen` to True if a shape or a Python branch depends on the values of a tensor, as in routers of experts.
 
-    A recording would repeat the shape or branch of the first values.
+    A recorded pass would repeat the shape or branch of the recorded values for all later tokens.
     """
 
     seen = False
 
     def __torch_dispatch__(self, func, types, args=(), kwargs=None):
-        # `index` has no such tag, but a boolean mask in it gives a shape that depends on values
+        # aten.index has no tag for it, but a boolean mask as index gives a shape that depends on values
         if func is torch.ops.aten.index.Tensor:
             self.seen |= any(index is not None and index.dtype == torch.bool for index in args[1])
         else:
@@ -304,7 +315,8 @@ def reads_values(model: PreTrainedModel, ids: Tensor) -> bool:
 
 
 class RecordingLogitsProcessor(PrefixForcingLogitsProcessor):
-    """Forces tokens, each of them once, and keeps the log-prob of each in log_probs [V]."""
+    """Forces the tokens of prefix_ids, which are all different, and keeps the log-prob of each token in log_probs
+    [V]."""
 
     def __call__(self, input_ids: Tensor, scores: Tensor) -> Tensor:
         token = self.prefix_ids[self.rows, input_ids.shape[1] - self.prompt_length, None]
@@ -313,10 +325,11 @@ class RecordingLogitsProcessor(PrefixForcingLogitsProcessor):
 
 
 def choose_loop(model: PreTrainedModel, ids: Tensor, mask: Tensor, want: Tensor, close: float) -> bool:
-    """Set model.loop to the first of LOOPS that gives the right log-probs, or to None if only HF's own loop does.
+    """Set model.loop to the first of LOOPS that gives the right log-probs, or to None if only HF's own loop gives
+    them.
 
-    The last R columns of `ids`, all of them different tokens, are forced. Their log-probs have to be `want` [B, R],
-    which is 0 after the end of a row. Returns False if no loop gives them.
+    The last R columns of `ids` are forced; all of their tokens are different. Their log-probs have to equal `want`
+    [B, R], which is 0 after the end of each row, within `close`. Returns False if no loop gives these log-probs.
     """
     lengths, prompt = (want != 0).sum(1), ids.shape[1] - want.shape[1]
     forced = ids[:, prompt:]
@@ -340,14 +353,14 @@ def choose_loop(model: PreTrainedModel, ids: Tensor, mask: Tensor, want: Tensor,
                 return True
         except (MemoryError, torch.OutOfMemoryError):
             raise
-        except Exception:  # a model may raise anything in a loop that it was not made for
+        except Exception:  # a model can raise any error in a loop that it was not made for
             continue
     return False
 
 
 def loop_of(model: PreTrainedModel) -> Callable | None:
-    """Returns the loop that sample.generate decodes this model with: decode_rows, or None for HF's own loop.
+    """Returns the decoding loop of this model for sample.generate: decode_rows, or None for HF's own loop.
 
-    It is None for a model that choose_loop has not seen, or for which no variant in LOOPS is right.
+    Returns None for a model that choose_loop has not tested, or for which no variant in LOOPS is right.
     """
     return decode_rows if getattr(model, "loop", None) else None

@@ -163,7 +163,7 @@ def test_a_loop_that_samples_something_else_is_not_used(tmp_path, tokenizer, mon
     assert model.loop is None and decode.loop_of(model) is None
     result = sampled(model, some_rows(12), 12, 0.0)
     monkeypatch.setattr(type(model), "_sample", lambda model, input_ids, **_: input_ids)
-    with pytest.raises(ValueError, match="rows sampled in a batch are not what they are alone"):
+    with pytest.raises(ValueError, match="rows sampled in a batch differ from rows alone"):
         load()
     monkeypatch.undo()
     assert result == ours(right, some_rows(12), 12, 0.0)

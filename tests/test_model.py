@@ -116,7 +116,7 @@ def test_noise_that_stays_on_is_refused(tmp_path, tokenizer, monkeypatch):
     tokenizer.save_pretrained(tmp_path)
     load_model(str(tmp_path), training=True, check=check_model)
     monkeypatch.setattr(loading, "NOISE", ())
-    with pytest.raises(ValueError, match="two training passes differ: set the noise"):
+    with pytest.raises(ValueError, match="two training passes differ: set every dropout"):
         load_model(str(tmp_path), training=True, check=check_model)
 
 
@@ -291,7 +291,7 @@ def test_weights_that_are_not_finite_or_far_too_large_are_called_damaged(tmp_pat
     model = random_model(vocab_size=len(tokenizer))
     model.lm_head.weight.data[5] = value
     save_model(model, tokenizer, tmp_path / "m")
-    with pytest.raises(ValueError, match="its logits are not finite, so its weights are damaged"):
+    with pytest.raises(ValueError, match="the logits are not finite, so the weights are damaged"):
         load_model(str(tmp_path / "m"), check=check_model)
 
 

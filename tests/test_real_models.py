@@ -310,10 +310,10 @@ def test_another_architecture_is_sampled_and_trained(tmp_path, monkeypatch, name
 @pytest.mark.parametrize(
     "name, message",
     [
-        ("gemma2", "its logits are not those of its output head"),  # its logits are capped
-        ("cohere", "its logits are not those of its output head"),  # its logits are scaled
-        ("granite", "its logits are not those of its output head"),
-        ("rwkv", "rows sampled in a batch are not what they are alone"),
+        ("gemma2", "the logits are not the outputs of the head"),  # its logits are capped
+        ("cohere", "the logits are not the outputs of the head"),  # its logits are scaled
+        ("granite", "the logits are not the outputs of the head"),
+        ("rwkv", "rows sampled in a batch differ from rows alone"),
     ],
 )
 def test_what_cannot_work_is_one_line_and_nothing_written(tmp_path, task, name, message):

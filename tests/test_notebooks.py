@@ -4,7 +4,7 @@ A notebook's exercises are found by the tags of its cells. Each has three cells,
 cell "answer", whose metadata "wrong" holds two or more wrong answers. The cell "check" prints "not yet", "right" or
 "not right: …". The cell "solution" is Markdown with one folded Python block. After the whole notebook has run as it
 is, every exercise is tried in the same interpreter: unanswered, with each wrong answer, with the solution.
-NOTEBOOK_SIZE=4 shortens runs and takes fewer problems; of the held-out ones every eighth is enough. The interpreter
+NOTEBOOK_SIZE=2 shortens runs and takes fewer problems; of the held-out ones every eighth is enough. The interpreter
 is IPython's shell without a kernel around it, because nine kernels that import PyTorch cost a minute. Its process
 starts with PyTorch imported, where it can, and the commands that a notebook starts run in copies of it, too.
 """
@@ -133,7 +133,7 @@ def run_sources(folder: Path, sources: list[str]) -> list[tuple[str, str, list[d
         def enable_gui(self, gui: str | None = None) -> None:
             """There is no window; the figures of `%matplotlib inline` need none."""
 
-    os.environ["NOTEBOOK_SIZE"] = "4"
+    os.environ["NOTEBOOK_SIZE"] = "2"
     measure_less()
     told = []
     with commands_in_copies() if START == "forkserver" else contextlib.nullcontext():

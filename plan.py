@@ -1,14 +1,14 @@
-"""Estimates what a run will cost, before anything is loaded: a GPU's memory by part, rows at once, tokens, hours.
+"""Estimate what a run will cost before it starts: memory of each GPU by part, rows that fit at once, tokens, hours.
 
     python plan.py --config configs/qwen2.5-math-7b.json --gpu H100 --gpus 8 [--method sft] [--FIELD VALUE …]
 
-Only the model's config is read. configs/models/ has those of the models in configs/, so no network is needed. The
-memory of the update is counted, not computed by a formula. The layers and the head run forward and backward on the
-meta device (shapes without data), and `update_bytes` adds up the tensors that are alive. Attention counts as a fused
-causal kernel that keeps queries, keys, values and output. All other memory is computed by formulas. Tests compare
-both with measured peaks. Times are estimates from data sheets and the shares below. The shares fit one H200 with
-Qwen2.5-1.5B's shape: 256 rows decoded, and one whole step [bench/results/gpu.md]. Other GPUs, models, numbers of GPUs
-and transfers were not measured.
+Only the model's config is read. The configs of all models that configs/ names are in configs/models/, so no network
+is needed. The memory of an update is counted: the layers and the head run forward and backward on the meta device
+(shapes without data), and `update_bytes` adds up the tensors that are alive. Attention counts as a fused causal
+kernel that keeps queries, keys, values and output. All other memory is computed by formulas. Tests compare the
+counted and the computed memory with measured peaks. Times are estimates from data sheets, scaled by the shares below.
+The shares were fitted to one H200 with a model of Qwen2.5-1.5B's shape: decoding of 256 rows, and one whole step
+[bench/results/gpu.md]. Other GPUs, other models, several GPUs and transfers were not measured.
 """
 
 import bisect
@@ -38,9 +38,10 @@ from support.errors import InputError
 from support.loading import check_window, fuse_norms, load_config, prepare_layers, window_of
 from support.memory import cache_bytes, head_width, inner_width, plain_caches, row_bytes, token_bytes
 
-SHIPPED = Path(__file__).parent / "configs" / "models"  # the config.json of each model that configs/ names
+SHIPPED = Path(__file__).parent / "configs" / "models"  # has the config.json of each model that configs/ names
 GIB, MIB = 2**30, 2**20
-# memory in GiB as CUDA reports it; from the data sheets TFLOP/s in bf16 (dense), GB/s of memory, GB/s of PCIe
+# for each GPU: memory in GiB as CUDA reports it; from its data sheet TFLOP/s in bf16 (dense), GB/s of memory, GB/s of
+# PCIe
 GPUS = {
     "3090": (23.5, 71, 936, 32),
     "4090": (23.5, 165, 1008, 32),
@@ -49,18 +50,19 @@ GPUS = {
     "H100": (79.2, 989, 3350, 64),
     "H200": (139.7, 989, 4800, 64),
 }
-USABLE = 0.92  # share of the memory; the driver and fragmentation take the rest
-UPDATE_SHARE = 0.16  # share of the peak TFLOP/s that the passes of a whole step reach
+USABLE = 0.92  # share of a GPU's memory that a run can use; the driver and fragmentation take the rest
+UPDATE_SHARE = 0.16  # share of the peak TFLOP/s that the updates of a whole step reach
 READ_SHARE = 0.4  # share of the peak GB/s at which a decode pass reads weights and caches
-TRANSFER_SHARE = 0.75  # share of PCIe's GB/s that offloading reaches; assumed, like HOST_BANDWIDTH
-HOST_BANDWIDTH = 30e9  # bytes a second of the host's memory, in which AdamW works with --offload
-LAYER_SECONDS = 0.0001  # seconds that a layer's other kernels take in a decode pass
+TRANSFER_SHARE = 0.75  # share of PCIe's GB/s that offloading reaches; assumed, not measured
+HOST_BANDWIDTH = 30e9  # bytes per second of the host's memory, in which AdamW works with --offload; assumed
+LAYER_SECONDS = 0.0001  # seconds that each layer adds to a decode pass beside reading its weights and caches
 EXPERTS = ("num_experts", "num_local_experts", "n_routed_experts")  # names that configs use for the number of experts
-MEAN_RESPONSE = 0.4  # average share of max_response_tokens, because a call lasts until its longest row ends
+MEAN_RESPONSE = 0.4  # assumed mean response length as a share of max_response_tokens
 
 
 class LiveBytes(TorchDispatchMode):
-    """Counts the bytes of the living tensors that were made inside it, and keeps the largest count."""
+    """Counts the bytes of the living tensors that were made inside this context, and keeps the largest count as
+    `peak`."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -90,7 +92,7 @@ class LiveBytes(TorchDispatchMode):
 
 
 class FusedAttention(torch.autograd.Function):
-    """The tensors that a fused attention kernel makes and keeps, without values."""
+    """Makes and keeps the tensors that a fused attention kernel would, without values."""
 
     @staticmethod
     def forward(ctx, query: Tensor, key: Tensor, value: Tensor) -> Tensor:
@@ -105,7 +107,7 @@ class FusedAttention(torch.autograd.Function):
 
 
 def fused_attention(module, query, key, value, mask, **_: Any) -> tuple[Tensor, None]:
-    if getattr(module, "sliding_window", None):  # its mask makes transformers repeat keys and values for all heads
+    if getattr(module, "sliding_window", None):  # its mask makes transformers repeat keys and values
         groups = query.shape[1] // key.shape[1]
         key, value = (x.repeat_interleave(groups, dim=1) if groups > 1 else x for x in (key, value))
     return FusedAttention.apply(query, key, value).transpose(1, 2).contiguous(), None
@@ -115,9 +117,9 @@ AttentionInterface.register("planned", fused_attention)
 
 
 class FusedNorm(torch.autograd.Function):
-    """The tensors that PyTorch's RMS norm makes and keeps on CUDA, without values.
+    """Makes and keeps the tensors that PyTorch's RMS norm would on CUDA, without values.
 
-    On the meta device PyTorch would split the norm into its parts, which keep more.
+    On the meta device PyTorch would split the norm into several operations, which keep more tensors.
     """
 
     @staticmethod
@@ -131,7 +133,8 @@ class FusedNorm(torch.autograd.Function):
 
 
 def empty_model(shape: Any, dtype: torch.dtype, fused: bool = False) -> Any:
-    """Returns the model without weights. If `fused`, its norms are those of fuse_norms, as on CUDA."""
+    """Returns the model of a config `shape` without weights. With `fused` its norms are replaced as fuse_norms does
+    on CUDA."""
     shape._attn_implementation = "planned"
     with torch.device("meta"):
         model = AutoModelForCausalLM.from_config(shape, dtype=dtype, attn_implementation="planned").train()
@@ -153,10 +156,11 @@ def update_bytes(
     fused: bool = True,
     low_rank: Config | None = None,
 ) -> int:
-    """Returns the most bytes that a micro-batch's forward and backward pass holds, beside weights and gradients."""
+    """Returns the largest number of bytes that the forward and backward pass of a micro-batch holds at once, beside
+    weights and gradients."""
     model = empty_model(shape, dtype, fused)
     prepare_layers(model, torch.device("meta"), recompute, low_rank)
-    for parameter in trained(model).values():  # a new gradient is added to the old one, and freed
+    for parameter in trained(model).values():  # a new gradient is added to the accumulated one and freed
         parameter.data = parameter.data.to(dtype)
         parameter.register_post_accumulate_grad_hook(lambda p: setattr(p, "grad", None))
     length = prompt + response
@@ -176,12 +180,12 @@ def update_bytes(
 
 @dataclass
 class Counts:
-    """Numbers of parameters, and the bytes of a token in the key-value cache (`cache`).
+    """Numbers of a model's parameters, and in `cache` the bytes of each token in the key-value cache.
 
-    `total` counts all parameters. `passed` counts those that a token passes (only a few experts of a mixture), and
-    `trained` those that are trained (with adapters, only the adapters). Of the trained ones, `root` counts those
-    outside the layers (embedding, head, last norm) and `layer` those of the largest layer. `layers` is the number of
-    layers.
+    `total` counts all parameters, `passed` the parameters that each token passes (of a mixture only a few experts),
+    and `trained` the trained parameters (with adapters only the adapters). Of the trained parameters `root` counts
+    those outside the layers (embedding, head, last norm), and `layer` those of the largest layer. `layers` is the
+    number of layers.
     """
 
     total: int
@@ -194,7 +198,7 @@ class Counts:
 
 
 def shape_of(path: str) -> Any:
-    """Returns a model's config: a folder's, or the copy in configs/models/, or the hub's."""
+    """Returns the config of a model from its folder, from the copy in configs/models/, or from the hub."""
     shipped = SHIPPED / f"{path.replace('/', '--')}.json"
     if shipped.exists() and not Path(path).exists():
         return AutoConfig.from_pretrained(shipped)
@@ -202,7 +206,7 @@ def shape_of(path: str) -> Any:
 
 
 def experts_share(shape: Any) -> float:
-    """Returns the share of a mixture's experts that a token passes; 1 for other models."""
+    """Returns the share of the experts that each token passes; 1 for models that are no mixture of experts."""
     text = shape.get_text_config()
     numbers = [n for name in EXPERTS if (n := getattr(text, name, None))]
     passed = getattr(text, "num_experts_per_tok", None)
@@ -220,8 +224,8 @@ def count(shape: Any, low_rank: Config | None = None) -> Counts:
     nested = {id(inner) for layer in layers for inner in layer.modules() if inner is not layer}
     layers = [layer for layer in layers if id(layer) not in nested]
     if not layers:
-        raise ValueError("its layers cannot be told from the rest")
-    # parameters that are shared count once
+        raise ValueError("the model's layers cannot be told from its other parts")
+    # a parameter that several layers share is counted once
     owner = {id(p): i for i, layer in enumerate(layers) for p in trained(layer).values()}
     sizes = [sum(p.numel() for p in trained(layer).values() if owner[id(p)] == i) for i, layer in enumerate(layers)]
     all_trained = sum(p.numel() for p in trained(model).values())
@@ -237,18 +241,18 @@ def count(shape: Any, low_rank: Config | None = None) -> Counts:
 
 
 def rows_of_a_pass(config: Config, length: float) -> int:
-    """Returns how many rows of `length` tokens fit into micro_batch_tokens."""
+    """Returns how many rows of `length` tokens fit into a micro-batch of micro_batch_tokens."""
     return max(1, int(config.micro_batch_tokens // length))
 
 
 def pass_bytes(config: Config, shape: Any, prompt: int, rows: int) -> int:
-    """Returns update_bytes of a pass over `rows` of full length on a GPU."""
+    """Returns update_bytes of a pass over `rows` rows of full length on a GPU."""
     how = (prompt, config.max_response_tokens, torch.bfloat16, config.recompute)
     return update_bytes(shape, rows, *how, low_rank=adapters.of(config))
 
 
 def plan(config: Config, shape: Any, gpus: int, prompt: int) -> dict[str, dict[str, float]]:
-    """Returns the bytes on one GPU, by part, during an update and during sampling."""
+    """Returns the bytes that each part of the memory takes on one GPU, during an update and during sampling."""
     n = count(shape, adapters.of(config))
     length = prompt + config.max_response_tokens
     rows = rows_of_a_pass(config, length)
@@ -269,15 +273,15 @@ def plan(config: Config, shape: Any, gpus: int, prompt: int) -> dict[str, dict[s
 
 
 def block_bytes(shape: Any, tokens: int = PREFILL_TOKENS, size: int = 2) -> int:
-    """Returns the bytes of a forward pass over `tokens` of the prompts, without their caches. A number has `size`
-    bytes."""
+    """Returns the bytes of a forward pass over `tokens` prompt tokens, without key-value caches. Each number has
+    `size` bytes."""
     shape = shape.get_text_config()
     return size * tokens * (3 * inner_width(shape) + 6 * shape.num_attention_heads * head_width(shape))
 
 
 def sampling_bytes(shape: Any, rows: int, columns: int, tokens: int = PREFILL_TOKENS, size: int = 2) -> dict:
-    """Returns the bytes of a sampling call: `rows` of up to `columns` tokens, whose prompts are read `tokens` at a
-    time."""
+    """Returns the bytes of sampling `rows` rows of up to `columns` tokens in one call. Prompts are read in blocks of
+    `tokens` tokens."""
     one_token = rows * token_bytes(shape, 0 if plain_caches(shape) else columns, size)
     return {
         f"key-value caches, {rows} x {columns} tokens": rows * columns * cache_bytes(shape, size),
@@ -286,9 +290,9 @@ def sampling_bytes(shape: Any, rows: int, columns: int, tokens: int = PREFILL_TO
 
 
 def rows_sampled_at_once(shape: Any, sampling: dict[str, float], free: float, columns: int) -> int:
-    """Returns the most rows that a call can sample; 0 if not even the weights fit. `sampling` is that phase's
-    plan."""
-    left = free - sum(list(sampling.values())[:-2])  # the last two parts grow with the rows
+    """Returns the largest number of rows that can be sampled in one call; 0 if not even the weights fit. `sampling`
+    is the part "sampling" of `plan`."""
+    left = free - sum(list(sampling.values())[:-2])  # the last two parts grow with the number of rows
     beside_block = (left - block_bytes(shape)) / (columns * cache_bytes(shape))
     return max(0, int(min(beside_block, left / row_bytes(shape, columns, repeated=not plain_caches(shape)))))
 
@@ -296,12 +300,12 @@ def rows_sampled_at_once(shape: Any, sampling: dict[str, float], free: float, co
 def rows_updated_at_once(
     config: Config, shape: Any, update: dict[str, float], free: float, prompt: int, most: int
 ) -> int:
-    """Returns how many rows of full length, 0 to `most`, fit into a pass of the update.
+    """Returns how many rows of full length, 0 to `most`, fit into one pass of an update.
 
-    Rows are tried out. A straight line through the memory of one and two rows would promise too many, because their
-    peak is at another place of the pass.
+    Numbers of rows are tried out. A straight line through the memory of one and two rows would promise too many,
+    because the peak of few rows is at another place of the pass.
     """
-    left = free - sum(list(update.values())[:-1])  # the last part grows with the rows
+    left = free - sum(list(update.values())[:-1])  # the last part grows with the number of rows
     needed = functools.cache(functools.partial(pass_bytes, config, shape, prompt))
     line = 2 + int(max(0, left - needed(2)) / max(1, needed(2) - needed(1)))
     most = min(most, line)
@@ -309,7 +313,8 @@ def rows_updated_at_once(
 
 
 def host_bytes(config: Config, n: Counts) -> dict[str, float]:
-    """Returns host memory of all GPUs' processes together. A checkpoint is made of whole tensors on the host."""
+    """Returns the bytes of host memory that the processes of all GPUs take together. A checkpoint is made of whole
+    tensors on the host."""
     offloaded = 16 * n.trained if config.offload else 0
     return {
         "to load": (2 if config.lora_rank else 4) * n.total,
@@ -322,8 +327,8 @@ def host_bytes(config: Config, n: Counts) -> dict[str, float]:
 def offload_seconds(config: Config, n: Counts, gpus: int, gpu: str, rows: int, mean: float, crossings: int) -> float:
     """Returns the seconds that offloading adds to one update over `rows` of `mean` tokens.
 
-    `crossings` is how often a pass moves 4 bytes a parameter: weights to the GPU, or gradients back. The host adds up
-    gradients; its AdamW reads four numbers a parameter and writes three.
+    `crossings` is how often a pass moves 4 bytes per parameter: weights to the GPU, or gradients back. The host adds
+    up the gradients, and AdamW on the host reads four numbers per parameter and writes three.
     """
     passes = -(-rows // gpus // rows_of_a_pass(config, mean))
     over_pcie = passes * crossings * 4 * n.trained / gpus / (GPUS[gpu][3] * 1e9 * TRANSFER_SHARE)
@@ -331,11 +336,11 @@ def offload_seconds(config: Config, n: Counts, gpus: int, gpu: str, rows: int, m
 
 
 def hours(config: Config, shape: Any, gpus: int, gpu: str, prompt: int, mean: float) -> dict[str, float]:
-    """Returns estimates: tokens and seconds of a step, and hours of the run."""
+    """Returns estimates of the tokens and seconds of each step, and of the hours of the run."""
     _, tflops, bandwidth, _ = GPUS[gpu]
     n, stages, length = count(shape, adapters.of(config)), METHODS[config.method].stages, prompt + mean
     flops = tflops * 1e12 * UPDATE_SHARE * gpus
-    passes = 4 if config.lora_rank else 6  # FLOP a parameter and token: forward 2, back 2, gradients of weights 2
+    passes = 4 if config.lora_rank else 6  # FLOP per parameter and token: forward 2, backward 2, weight gradients 2
     passes += 2 * config.recompute
     result: dict[str, float] = {}
     if "sft" in stages:
@@ -356,7 +361,7 @@ def hours(config: Config, shape: Any, gpus: int, gpu: str, prompt: int, mean: fl
         result["response tokens a step"] = rows * mean
         result["response tokens of the run"] = config.steps * rows * mean
         result["seconds sampling"] = calls * config.max_response_tokens * token
-        # the pass for old log-probs takes 2 more
+        # the forward pass for old log-probs takes 2 more FLOP per parameter and token
         result["seconds updating"] = (passes + 2) * n.passed * rows * length / flops
         seconds = result["seconds sampling"] + result["seconds updating"]
         if config.offload:
@@ -369,12 +374,12 @@ def hours(config: Config, shape: Any, gpus: int, gpu: str, prompt: int, mean: fl
 
 @contextlib.contextmanager
 def planned(path: str, shape: Any) -> Iterator[None]:
-    """Turns any error of a model without data into an InputError of one line."""
+    """Turns any error of running a model without data into an InputError of one line."""
     try:
         yield
     except InputError:
         raise
-    except Exception as error:  # models were not made to run without data and can raise anything
+    except Exception as error:  # models were not made to run without data and can raise any error
         reason = " ".join(f"{type(error).__name__}: {error}".split())[:200]
         fix = "try a short run, with a small micro_batch_tokens and rows_per_call"
         raise InputError(f"model {path!r} ({shape.model_type}) cannot be planned ({reason}): {fix}") from error
@@ -383,7 +388,8 @@ def planned(path: str, shape: Any) -> Iterator[None]:
 def advice(config: Config, n: Counts, fits: bool, updated: int, sampled: int, length: int) -> list[str]:
     """Returns what to change if the run does not fit, or if more rows at once would save transfers.
 
-    `updated` and `sampled` are the numbers of rows of full length that fit.
+    `updated` and `sampled` are the numbers of full-length rows that fit into an update's pass and into a sampling
+    call.
     """
     lines = []
     rows = rows_of_a_pass(config, length)
@@ -413,7 +419,8 @@ def in_numbers(value: float) -> str:
 
 
 def show(config: Config, gpu: str, gpus: int, prompt: int | None, mean: float | None) -> None:
-    """Print the plan. Raises InputError, before the first line, for a model or settings that cannot be planned."""
+    """Print memory, rows and times of the run. Raises InputError, before the first line, for a model or settings that
+    cannot be planned."""
     shape, budget = shape_of(config.model), config.max_response_tokens
     window = window_of(shape)
     if prompt is None:
@@ -472,15 +479,15 @@ def show(config: Config, gpu: str, gpus: int, prompt: int | None, mean: float | 
 def main() -> None:
     parser = Parser(
         description=__doc__.splitlines()[0],
-        epilog="--config FILE and every --FIELD VALUE of train.py are taken too: --model, --method, …",
+        epilog="--config FILE and every --FIELD VALUE of train.py can be given too: --model, --method, …",
     )
     parser.add_argument("--gpu", default="H100", choices=GPUS)
     parser.add_argument("--gpus", type=int, default=1)
     parser.add_argument(
-        "--prompt", type=int, help="tokens of the longest prompt (default: 1024, or 256 for short budgets)"
+        "--prompt", type=int, help="tokens of the longest prompt (default: 1024, or 256 for short responses)"
     )
     parser.add_argument(
-        "--mean_response", type=float, help="tokens of the average response (default: 0.4 of the budget)"
+        "--mean_response", type=float, help="mean tokens of a response (default: 0.4 times max_response_tokens)"
     )
     args, rest = parser.parse_known_args()
     check_range("gpus", args.gpus, 1)

@@ -1,11 +1,12 @@
-"""This file trains low-rank adapters (LoRA, 2106.09685) on a frozen model. The package peft makes them and is
-imported only here.
+"""This file trains low-rank adapters (LoRA, 2106.09685) on a frozen model. The package peft makes the adapters, and
+only this file imports it.
 
 `add` gives every linear layer of the blocks a product of two small matrices, alpha / rank · B·A, that starts at 0.
-The model keeps its class, so the loop does not know of adapters: sampling and log-probs read the same, unmerged
-matrices. Only the adapters have gradients, optimizer state and a place in the checkpoint; ranks exchange nothing
-else. `merged` adds the products to the weights, for final/. `save` writes the matrices alone, in peft's own format.
-Left out are dropout, biases, embeddings, the head, quantised bases, and runs that begin with another run's adapters.
+The model keeps its class, so sampling and training need no code for adapters: both read the same, unmerged matrices.
+Only the adapters have gradients, optimizer state and a place in the checkpoint, and ranks exchange only adapters.
+`merged` adds the products to the weights, for the folder final/. `save` writes only the small matrices, in peft's own
+format. Left out are dropout, biases, embeddings, the head, quantised bases, and runs that begin with another run's
+adapters.
 """
 
 import importlib.util
@@ -23,7 +24,7 @@ from support.errors import InputError
 
 
 def of(config: Config) -> Config | None:
-    """Returns the settings if they ask for adapters, else None."""
+    """Returns `config` if it asks for adapters (lora_rank above 0), else None."""
     return config if config.lora_rank else None
 
 
@@ -32,7 +33,8 @@ def lr_times(config: Config) -> float:
 
 
 def smallest_sides(model: nn.Module) -> dict[str, int]:
-    """Returns the linear layers of the model's blocks by name, each with the smaller side of its smallest matrix."""
+    """Returns, for each name of a linear layer in the model's blocks, the smallest side of all weight matrices with
+    this name."""
     sides: dict[str, int] = {}
     for block in model.modules():
         if isinstance(block, GradientCheckpointingLayer):
@@ -44,10 +46,10 @@ def smallest_sides(model: nn.Module) -> dict[str, int]:
 
 
 def add(model: PreTrainedModel, config: Config) -> None:
-    """Freeze the model and add adapters to it, in place. B starts at 0, so they change nothing.
+    """Freeze the model and add adapters to it, in place. The matrices B start at 0, so new adapters change no output.
 
-    Raises InputError for a layer name that the model does not have, and for a rank that is larger than a layer
-    allows.
+    Raises InputError for a layer name that the model does not have, and for a lora_rank above the smaller side of a
+    layer.
     """
     sides = smallest_sides(model)
     names = config.lora_targets.replace(",", " ").split() or sorted(sides)
@@ -80,16 +82,16 @@ def add(model: PreTrainedModel, config: Config) -> None:
 
 
 def merged(model: PreTrainedModel, state: dict[str, Tensor]) -> tuple[PreTrainedModel, dict[str, Tensor]]:
-    """Returns a plain model without data, and its fp32 weights with the adapters' products added.
+    """Returns a plain model without weights, and a state dict of fp32 weights with the adapters' products added.
 
-    `state` is the state dict of the whole model. A model without adapters comes back unchanged, with its `state`.
+    `state` is the state dict of the whole model. A model without adapters is returned unchanged, with `state`.
     """
     if not hasattr(model, "peft_config"):
         return model, state
     config = model.peft_config["default"]
     weights = {}
     for name, tensor in state.items():
-        weight = tensor.cpu().float()  # not on a GPU, which may have no room for this copy
+        weight = tensor.cpu().float()  # on the CPU, because the GPU may have no room for a copy
         if name.endswith(".base_layer.weight"):
             a, b = (state[name.replace("base_layer", f"lora_{side}.default")].cpu() for side in "AB")
             weight = weight + config.lora_alpha / config.r * (b @ a)
@@ -102,7 +104,8 @@ def merged(model: PreTrainedModel, state: dict[str, Tensor]) -> tuple[PreTrained
 
 
 def save(model: PreTrainedModel, folder: Path) -> None:
-    """If the model has adapters, write them as peft.PeftModel.from_pretrained reads them. Every rank calls this."""
+    """If the model has adapters, write them in the format that peft.PeftModel.from_pretrained reads. Every rank calls
+    this function."""
     if not hasattr(model, "peft_config"):
         return
     state = full_state(trained(model))

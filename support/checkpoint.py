@@ -1,14 +1,15 @@
-"""The run folder: made, locked, saved to and resumed from. k steps + resume + k steps = 2k steps, bit for bit.
+"""This file makes and locks a run's folder, saves checkpoints to it and resumes from them. k steps + resume + k steps
+= 2k steps, bit for bit.
 
 A checkpoint is one file. It holds the trained weights, the optimizer's state and the number of finished steps, and
-for ReLIFT its buffer and second optimizer. It needs no random state and no position in the data. Every draw is a pure
-function of (seed, step, problem, rollout), and the order of problems is one of (seed, epoch). A checkpoint is written
-beside the older ones and renamed when it is whole; the last two are kept. So one whole checkpoint exists at any
-moment, also under SIGKILL or with a full disk. PyTorch writes a zip file with a CRC-32 of every part. On resume the
-newest file whose parts agree with their CRC is taken, and the logs are cut back to its step. A lock keeps a second
-process out; the system releases it however the process ends. With several ranks only the first one writes. Weights
-and optimizer state are put together before saving and split again after loading, so a run may continue with another
-number of ranks.
+for ReLIFT the buffer and the second optimizer. A checkpoint needs no random state and no position in the data: every
+draw is a pure function of (seed, step, problem, rollout), and the order of problems one of (seed, epoch). A
+checkpoint is written beside the older ones and renamed when it is complete; the last two checkpoints are kept. So a
+complete checkpoint exists at any moment, also after SIGKILL or with a full disk. PyTorch writes a checkpoint as a zip
+file with a CRC-32 of every part. A resumed run takes the newest file whose parts agree with their CRC, and cuts its
+logs back to the step of this file. A lock keeps a second process out of the folder; the operating system releases the
+lock however the process ends. With several ranks only rank 0 writes. Split weights and optimizer state are made whole
+before saving and split again after loading, so a run may continue with another number of ranks.
 """
 
 import contextlib
@@ -32,11 +33,11 @@ from support.files import make_folder, read_json, read_log, reading, replacing, 
 
 REMEMBERED = "trained_with.json"
 
-# settings that may change when a run is resumed
+# settings that may differ when a run is resumed
 FREE = {"resume", "accept_changed", "out", "save_every", "save_dtype", "device"}
-# changing these changes at most rounding
+# settings that change at most the rounding of a run, so they may differ too
 FREE |= {"tensorboard", "recompute", "offload", "rows_per_call", "micro_batch_tokens"}
-# only these are left of a run that was killed before its config.json was whole
+# a run that was killed before its config.json was complete leaves only these files
 OURS = {"lock", "config.json.partial"}
 
 
@@ -44,7 +45,7 @@ OURS = {"lock", "config.json.partial"}
 
 
 def _write(path: Path, mode: str, text: str) -> None:
-    """Write `text`; when this returns, it is on the disk."""
+    """Write `text` to a file. When the function returns, the text is on the disk."""
     with path.open(mode, encoding="utf-8") as file:
         file.write(text)
         file.flush()
@@ -52,7 +53,7 @@ def _write(path: Path, mode: str, text: str) -> None:
 
 
 def write_text(path: Path, text: str) -> None:
-    """Write a file whole or not at all."""
+    """Write `text` to the file, whole or not at all."""
     if rank() > 0:
         return
     with replacing(path) as partial:
@@ -60,7 +61,7 @@ def write_text(path: Path, text: str) -> None:
 
 
 def append_rows(path: Path, rows: list[dict[str, Any]]) -> None:
-    """Add rows to a JSONL log; when this returns, they are on the disk."""
+    """Add rows to a JSONL log. When the function returns, the rows are on the disk."""
     if rank() > 0:
         return
     with writing(path):
@@ -73,10 +74,11 @@ def json_line(row: dict[str, Any]) -> str:
 
 @contextlib.contextmanager
 def locked(folder: Path) -> Iterator[None]:
-    """Keep other processes of this project out of `folder`. Raises InputError if another process is at work in it.
+    """Keep other processes of this project out of `folder`. Raises InputError if another process is at work in
+    `folder`.
 
-    The first rank takes the lock. The system holds it on an open file, so it ends with the process, also with a
-    killed one, and is never stale.
+    Rank 0 takes the lock. The operating system ties the lock to an open file, so it ends with the process, also if
+    the process is killed.
     """
     if rank() > 0:
         yield
@@ -97,7 +99,7 @@ def locked(folder: Path) -> Iterator[None]:
 def sha256(*paths: Path) -> str:
     """Returns the SHA-256 of the files' contents, one file after the other.
 
-    reward.py, which imports nothing of ours but answers/, hashes its source files by a small function of its own.
+    reward.py hashes its source files by a small function of its own, because it may import only answers/.
     """
     digest = hashlib.sha256()
     for path in paths:
@@ -108,16 +110,17 @@ def sha256(*paths: Path) -> str:
 
 
 def weights_fingerprint(path: str, model: Any) -> str:
-    """Returns what identifies a model's weights: the sha256 of a folder's files, or the hub's revision."""
+    """Returns a text that identifies a model's weights: the SHA-256 of the folder's safetensors files, or the
+    revision on the hub."""
     folder = Path(path)
     return sha256(*sorted(folder.glob("*.safetensors"))) if folder.is_dir() else model.config._commit_hash
 
 
 def made_of(run: Any, files: dict[str, str]) -> dict[str, str]:
-    """Returns a fingerprint of everything that a run (a step.Run) takes by name.
+    """Returns a fingerprint of each ingredient of a run (a step.Run), by name.
 
-    These are its data `files`, the base model, the prompts and demonstrations as token ids, and the reward. Ranks
-    other than the first return {}.
+    The ingredients are the data `files`, the base model, the prompts and demonstrations as token ids, and the reward.
+    Ranks above 0 return {}.
     """
     if rank() > 0:
         return {}
@@ -132,7 +135,7 @@ def made_of(run: Any, files: dict[str, str]) -> dict[str, str]:
 
 
 def remember(model_folder: Path, system: str | None, reward: str) -> None:
-    """Note in a model folder the system message and the reward that it was trained with.
+    """Note in a model folder the system message and the reward that the model was trained with.
 
     `system` is None if the training rows have several system messages.
     """
@@ -140,7 +143,8 @@ def remember(model_folder: Path, system: str | None, reward: str) -> None:
 
 
 def trained_with(model: str) -> dict[str, str]:
-    """Returns what `remember` noted in this model folder, without values of None; {} for any other model."""
+    """Returns the system message and reward that `remember` noted in this model folder, without values of None; {} if
+    the folder has no such note."""
     file = Path(model) / REMEMBERED
     noted = read_json(file, "system", "reward") if file.exists() else {}
     return {name: value for name, value in noted.items() if value is not None}
@@ -154,7 +158,7 @@ def checkpoint_file(folder: Path, step: int) -> Path:
 
 
 def checkpoints(folder: Path) -> list[Path]:
-    """Returns the run's checkpoint files, the newest first. A file with another name is no checkpoint of the run."""
+    """Returns the run's checkpoint files, the newest first. Files with other names are not checkpoints of the run."""
     return sorted((folder / "checkpoint").glob(f"step-{'[0-9]' * 8}.pt"), reverse=True)
 
 
@@ -166,8 +170,8 @@ def settings_of(config: Config) -> dict[str, Any]:
 def save(folder: Path, step: int, run: Any) -> None:
     """Save step `step` of the run (a step.Run) as the newest checkpoint in `folder`. Every rank calls this.
 
-    The newest of the older checkpoints is kept, so there are never more than two files, also during the writing.
-    Raises Unwritten if the file cannot be written.
+    Of the older checkpoints only the newest is kept, so there are never more than two files, also while one is
+    written. Raises Unwritten if the file cannot be written.
     """
     state = {
         "step": step,
@@ -188,11 +192,11 @@ def save(folder: Path, step: int, run: Any) -> None:
         path.parent.mkdir(exist_ok=True)
         older = [file for file in checkpoints(folder) if file < path]
         for file in {*checkpoints(folder), *path.parent.glob("*.partial")} - {*older[:1], path}:
-            file.unlink()  # checkpoints after this step are damaged: the run was resumed from an older one
+            file.unlink()  # a checkpoint of a later step is damaged, because the run was resumed from an older one
     with replacing(path) as partial, partial.open("wb") as file:
         try:
             torch.save(state, file)
-        except RuntimeError as error:  # torch hides the OSError of a full disk
+        except RuntimeError as error:  # torch raises a RuntimeError for a full disk and hides the OSError in it
             raise error.__context__ if isinstance(error.__context__, OSError) else OSError(str(error)) from error
         file.flush()
         os.fsync(file.fileno())
@@ -201,36 +205,37 @@ def save(folder: Path, step: int, run: Any) -> None:
 def read_checkpoint(path: Path) -> dict[str, Any] | None:
     """Returns a checkpoint's content, or None for a damaged file.
 
-    The tensors are mapped, not read into memory: each rank reads only its part.
+    The tensors are memory-mapped, so each rank reads only its part of them.
     """
     with reading(path), path.open("rb"):
-        pass  # a file without permission to read is not a damaged file: this raises InputError
+        pass  # raises InputError for a file without read permission, which is not damaged
     try:
         if rank() == 0:
             with zipfile.ZipFile(path) as parts:
                 if parts.testzip():
                     return None
         return torch.load(path, map_location="cpu", weights_only=True, mmap=True)
-    except Exception:  # a damaged file can raise anything
+    except Exception:  # a damaged file can raise any error
         return None
 
 
 def newest_whole(folder: Path) -> Path | None:
-    """Returns the newest checkpoint that is not damaged, or None if there are none. Raises InputError if all are
-    damaged."""
+    """Returns the newest checkpoint that is not damaged, or None if the folder has no checkpoints. Raises InputError
+    if all checkpoints are damaged."""
     files = checkpoints(folder)
     newest = next((file for file in files if read_checkpoint(file)), None)
     if files and not newest:
         start_again = f"restore it, or delete {files[0].parent} to start the run again from step 0"
-        raise InputError(f"{files[0]} is damaged, and no older checkpoint is whole: {start_again}")
+        raise InputError(f"{files[0]} is damaged, and so is every older checkpoint: {start_again}")
     return newest
 
 
 def load(folder: Path, run: Any) -> int:
-    """Put the newest whole checkpoint into the run (a step.Run) and return its step; 0 if there is no checkpoint.
+    """Load the newest undamaged checkpoint into the run (a step.Run) and return its step; 0 if there is no
+    checkpoint.
 
-    Writes nothing. Raises InputError if all checkpoints are damaged, or if the newest whole one belongs to another
-    model or run.
+    Writes nothing. Raises InputError if all checkpoints are damaged, or if the newest undamaged one belongs to
+    another model or run.
     """
     path = from_rank_0(newest_whole(folder) if rank() == 0 else None)
     if path is None:
@@ -241,13 +246,13 @@ def load(folder: Path, run: Any) -> int:
     other += [name for name in own.keys() & saved.keys() if own[name].shape != saved[name].shape]
     if other:
         raise InputError(
-            f"{path} is the checkpoint of another model: {min(other)} differs; give the model it was made with, "
+            f"{path} is the checkpoint of another model: {min(other)} differs; give the model that it was made with, "
             "or another --out"
         )
     if changed := {name for name, value in settings_of(run.config).items() if state["settings"].get(name) != value}:
         raise InputError(
-            f"{path} is the checkpoint of a run with other settings ({', '.join(sorted(changed))}): restore this "
-            f"run's own, or delete {path.parent} to start again from step 0"
+            f"{path} is the checkpoint of a run with other settings ({', '.join(sorted(changed))}): restore the "
+            f"run's own checkpoint, or delete {path.parent} to start again from step 0"
         )
     run.model.load_state_dict({name: shard_like(saved[name], own[name]) for name in own}, strict=False)
     load_optimizer(run.optimizer, state["optimizer"])
@@ -259,7 +264,8 @@ def load(folder: Path, run: Any) -> int:
 
 
 def load_optimizer(optimizer: torch.optim.Optimizer, state: dict[str, Any]) -> None:
-    """Load a saved state of whole tensors into an optimizer whose parameters may be split over ranks."""
+    """Load a saved optimizer state, which has whole tensors, into an optimizer whose parameters may be split over
+    ranks."""
     parameters = [p for group in optimizer.param_groups for p in group["params"]]
     for i, values in state["state"].items():
         for name, value in values.items():
@@ -272,9 +278,9 @@ def load_optimizer(optimizer: torch.optim.Optimizer, state: dict[str, Any]) -> N
 
 
 def cut_logs(folder: Path, step: int) -> list[dict[str, Any]]:
-    """Cut the run's logs back to `step` and return the rows of metrics.jsonl that stay. Later ranks return [].
+    """Cut the run's logs back to `step` and return the remaining rows of metrics.jsonl. Ranks above 0 return [].
 
-    Raises InputError, and writes nothing, if those rows are not steps 1 to `step`, or if a log is damaged.
+    Raises InputError, and writes nothing, if the remaining rows are not steps 1 to `step`, or if a log is damaged.
     """
     if rank() > 0:
         return []
@@ -294,7 +300,8 @@ def cut_logs(folder: Path, step: int) -> list[dict[str, Any]]:
 
 
 def check_folder(config: Config) -> None:
-    """Raises InputError if --out holds something that this run must not touch."""
+    """Raises InputError unless --out is new, or --resume is given and --out holds a run with these settings (or only
+    files of OURS)."""
     folder = Path(config.out)
     with reading(folder):
         if not config.out or not folder.exists():
@@ -310,11 +317,11 @@ def check_folder(config: Config) -> None:
     changed = [name for name in ours if ours[name] != theirs.get(name)]
     if changed:
         was = ", ".join(f"{name} {theirs.get(name)!r}" for name in changed)
-        raise InputError(f"out {config.out!r} holds a run with other settings ({was}): repeat them to resume it")
+        raise InputError(f"out {config.out!r} holds a run with other settings ({was}): repeat them to resume the run")
 
 
 def earlier_ingredients(folder: Path) -> dict[str, str] | None:
-    """Returns the ingredients' fingerprints that the run in `folder` recorded; None if there is no run."""
+    """Returns the fingerprints of its ingredients that the run in `folder` recorded; None if `folder` has no run."""
     saved = folder / "config.json"
     return read_json(saved).get("made_of", {}) if saved.exists() else None
 
@@ -322,7 +329,8 @@ def earlier_ingredients(folder: Path) -> dict[str, str] | None:
 def check_ingredients(config: Config, ingredients: dict[str, str]) -> None:
     """Raises InputError if the run in --out started from another model, other data or another reward.
 
-    A changed reward is allowed if the settings accept it; a new reward may also leave out other demonstrations.
+    With --accept_changed reward the reward may differ, and so may the demonstrations, because the loader drops those
+    that the new reward rejects.
     """
     known = earlier_ingredients(Path(config.out)) if config.out and rank() == 0 else None
     changed = [] if known is None else [name for name in ingredients if known.get(name) != ingredients[name]]
@@ -330,9 +338,9 @@ def check_ingredients(config: Config, ingredients: dict[str, str]) -> None:
         changed = [name for name in changed if name not in ("reward", "demonstrations as token ids")]
     if changed := from_rank_0(changed):
         names = [f"{name} ({value})" if (value := getattr(config, name, "")) else name for name in changed]
-        fix = "restore what it was to go on, or choose another folder"
+        fix = "to resume the run restore what has changed, or choose another folder"
         if changed == ["reward"]:
-            fix += ". With  --accept_changed reward  it goes on by the new one, and config.json says so"
+            fix += ". With  --accept_changed reward  the run goes on with the new reward, and config.json notes it"
         raise InputError(
             f"out {config.out!r} holds a run that was made of something else: {', '.join(names)} changed since; {fix}"
         )
@@ -340,21 +348,21 @@ def check_ingredients(config: Config, ingredients: dict[str, str]) -> None:
 
 @contextlib.contextmanager
 def opened(config: Config, ingredients: dict[str, str]) -> Iterator[Path]:
-    """Opens and locks the run's folder: --out, or the first free runs/METHOD-NNN. The first rank makes the folder.
+    """Opens and locks the run's folder: --out, or the first free runs/METHOD-NNN. Rank 0 makes the folder.
 
     Raises InputError if the run to be resumed was made of other `ingredients`, or if another process is at work in
-    the folder. When a run is resumed, this writes nothing.
+    the folder. If a run is resumed, `opened` writes nothing.
     """
     check_ingredients(config, ingredients)
     folder = from_rank_0(new_folder(config) if rank() == 0 else None)
     with locked(folder):
-        if rank() == 0:  # another process may have been quicker, and may have ended since
+        if rank() == 0:  # checked again, because another process may have used the folder before the lock
             check_folder(dataclasses.replace(config, out=str(folder), resume="auto"))
         yield folder
 
 
 def write_config(folder: Path, config: Config, ingredients: dict[str, str]) -> None:
-    """Write config.json: the settings and, under "made_of", the fingerprints of the run's ingredients.
+    """Write config.json with the run's settings and, under "made_of", the fingerprints of its ingredients.
 
     "made_of" also lists the fingerprints of earlier rewards that a resumed run has replaced.
     """
@@ -369,7 +377,7 @@ def write_config(folder: Path, config: Config, ingredients: dict[str, str]) -> N
 
 
 def new_folder(config: Config) -> Path:
-    """Returns the run's folder; makes it if it is not there."""
+    """Returns the run's folder, and makes it if it does not exist."""
     folder = Path(config.out)
     if config.out:
         return make_folder(folder, exist_ok=bool(config.resume))

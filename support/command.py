@@ -1,5 +1,5 @@
-"""This file says how every command reads its options and ends: with one line, also if its output is closed or Ctrl-C
-is pressed; and by which signals a run is asked to end."""
+"""This file reads the options of every command and ends the command: an error is one line, also if the output is
+closed or Ctrl-C is pressed. It also catches the signals that ask a run to stop."""
 
 import argparse
 import contextlib
@@ -13,17 +13,17 @@ from typing import Any
 
 from support.errors import Broken, InputError
 
-# signals at which a run saves a checkpoint and stops
+# a run that gets one of these signals saves a checkpoint and stops
 ENDING = ("SIGINT", "SIGTERM", "SIGUSR1", "SIGUSR2", "SIGXCPU", "SIGHUP")
 
 
 class Parser(argparse.ArgumentParser):
-    """A command's parser: a wrong command line raises an InputError. Only words that begin with two dashes are
-    options."""
+    """The parser of a command's options: it raises InputError for a wrong command line. Only words that begin with
+    two dashes are options."""
 
     def __init__(self, **settings: Any):
         super().__init__(allow_abbrev=False, **settings)
-        self._negative_number_matcher = re.compile("-[^-]")  # so "-612;B*2?" is a problem, not an option
+        self._negative_number_matcher = re.compile("-[^-]")  # so that "-612;B*2?" is a problem, not an option
 
     def error(self, message: str) -> None:
         raise InputError(f"{message} (see python {self.prog} --help)")
@@ -31,14 +31,15 @@ class Parser(argparse.ArgumentParser):
 
 @contextlib.contextmanager
 def command(name: str, who: Callable[[], str] = str, shown: type[Exception] = InputError) -> Iterator[None]:
-    """Wraps the main function of the command `name`. `who` returns the process's name if there are several.
+    """Wraps the main function of the command `name`. If there are several processes, `who` returns the name of this
+    one.
 
-    An InputError or Broken is shown as one line, with exit code 2 or 1, and so is the exception `shown`, with exit
-    code 2. Any other exception shows its traceback.
-    Characters that the standard output's encoding lacks are shown as "?". If the output is closed (as by | head),
-    the command ends quietly, as a signal would end it.
+    An InputError, or an exception of class `shown`, is shown as one line with exit code 2, and a Broken as one line
+    with exit code 1. Any other exception shows its traceback. Characters that the standard output's encoding lacks
+    are shown as "?". If the output is closed (as by | head), the command ends without a message and with exit code
+    141.
     """
-    if isinstance(sys.stdout, io.TextIOWrapper):  # in a notebook sys.stdout is another class
+    if isinstance(sys.stdout, io.TextIOWrapper):  # in a notebook sys.stdout has another class
         sys.stdout.reconfigure(errors="replace")
     try:
         try:
@@ -52,15 +53,17 @@ def command(name: str, who: Callable[[], str] = str, shown: type[Exception] = In
         finally:
             sys.stdout.flush()
     except BrokenPipeError:
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # Python writes the rest of its buffer at exit
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # at exit Python writes its buffer to devnull
         sys.exit(141)
 
 
 def catch_signals(alone: bool) -> list[int]:
-    """Returns a list that SIGINT, SIGTERM and the signals by which clusters announce the end will fill.
+    """Returns a list to which each caught signal of ENDING is added: SIGINT, SIGTERM, and those that clusters send
+    before they kill a job.
 
-    The loop ends after its step when the list is not empty. A second signal ends the process at once if it is
-    `alone`: torchrun sends a signal twice, and kills after 30 seconds.
+    The training loop stops after the current step when the list is not empty. With `alone` (one process) a second
+    signal ends the process at once. With several ranks it does not, because torchrun sends each signal twice, and
+    kills after 30 seconds.
     """
     caught: list[int] = []
 
@@ -70,8 +73,8 @@ def catch_signals(alone: bool) -> list[int]:
         caught.append(number)
 
     for name in ENDING:
-        number = getattr(signal, name, None)  # Windows lacks most of them
-        # SIGHUP stays ignored under nohup
+        number = getattr(signal, name, None)  # Windows lacks most of these signals
+        # nohup has set SIGHUP to be ignored, and it stays so
         if number and not (name == "SIGHUP" and signal.getsignal(number) == signal.SIG_IGN):
             signal.signal(number, note)
     return caught

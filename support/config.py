@@ -1,8 +1,8 @@
-"""A run's settings are one flat dataclass. They are read from a JSON file and from --FIELD VALUE, and checked before
-any work.
+"""The settings of a run are one flat dataclass, `Config`. They are read from a JSON file and from --FIELD VALUE on
+the command line, and checked before any work.
 
 A wrong field raises an InputError of one line, which names the field, what was found and what was expected. Left out
-are nested groups, defaults that depend on the model, and environment variables.
+are nested groups of settings, defaults that depend on the model, and environment variables.
 """
 
 import argparse
@@ -24,14 +24,13 @@ PROJECT = Path(__file__).parents[1]
 
 
 def in_project(path: str) -> str:
-    """Returns the path; or, if the project has such a file and the current folder has none, the path in the
-    project."""
+    """Returns `path`, or the path of that file in the project's folder, if only the project has such a file."""
     return path if os.path.exists(path) or not os.path.exists(PROJECT / path) else str(PROJECT / path)
 
 
 TASK = in_project("data/recipes")  # the embedded task
-PATHS = ("model", "data", "eval_data", "test_data", "sft_data")  # settings whose value in a file can be the project's
-MOST = 10**9  # upper limit of whole numbers that have no limit of their own; more steps, rows or tokens are a mistake
+PATHS = ("model", "data", "eval_data", "test_data", "sft_data")  # settings that can name files in the project
+MOST = 10**9  # upper limit of whole numbers without an own limit; more steps, rows or tokens must be a mistake
 
 
 def knob(
@@ -45,25 +44,25 @@ def knob(
 class Config:
     """The settings of a run.
 
-    The defaults are those of the embedded task on a CPU. The help texts name the paper's values, or the release's
-    where the paper names none; configs/README.md has their sources.
+    The defaults suit the embedded task on a CPU. The help texts name the paper's values, or those of the paper's
+    released code where the paper names none; configs/README.md has the sources of all values.
     """
 
     # method and data
     method: str = knob("prefix-rft", "the training method", choices=METHODS)
     model: str = knob(in_project("data/base"), "a HuggingFace model folder or hub name (paper: Qwen2.5-Math-7B)")
     data: str = knob(f"{TASK}/train.jsonl", "JSONL file of training problems (see data/README.md; paper: OpenR1-46k)")
-    eval_data: str = knob("", "file of problems for the accuracy curve (embedded task: its validation set)")
-    test_data: str = knob("", "file of problems for the accuracy at the end (embedded task: its test set)")
-    sft_data: str = knob("", "file of problems for the sft stage; empty: the file in data")
-    demonstration_fraction: float = knob(1.0, "share of problems with demonstrations that keep them (paper: 1)", 0, 1)
-    reward: str = knob("math", "math (paper), exact (compares text), or FILE.py[:name], a function of your own")
+    eval_data: str = knob("", "file of problems for the accuracy curve; empty: none (embedded task: its own)")
+    test_data: str = knob("", "file of test problems for the final accuracy; empty: none (embedded task: its own)")
+    sft_data: str = knob("", "file of problems for the sft stage; empty: the file of the setting data")
+    demonstration_fraction: float = knob(1.0, "share of problems that keep their demonstrations (paper: 1)", 0, 1)
+    reward: str = knob("math", "math (paper), exact (compares text), or a function of your own as FILE.py[:name]")
     # length and folder of the run
     steps: int = knob(120, "number of reinforcement steps (paper: 500)", 1)
     seed: int = knob(0, "all random draws of the run depend on this seed", 0)
     out: str = knob("", "folder of the run; empty: a fresh runs/METHOD-NNN")
     resume: str = knob(
-        "", "auto: continue the run in --out from its last checkpoint, if any, or start it", choices=("", "auto")
+        "", "auto: continue the run in --out from its last checkpoint, if any, or start the run", choices=("", "auto")
     )
     accept_changed: str = knob(
         "", "reward: resume a run although the reward's code has changed since the run began", choices=("", "reward")
@@ -76,55 +75,55 @@ class Config:
     save_every: int = knob(20, "a checkpoint is saved every so many steps; 0: only at the end", 0)
     eval_every: int = knob(10, "validation accuracy is measured every so many steps; 0: only at the end", 0)
     # rollouts
-    prompts_per_step: int = knob(16, "number of problems in a step (paper: 128)", 1)
-    rollouts_per_prompt: int = knob(8, "N, the number of rows in a group (paper: 8)", 1)
-    hybrid_per_prompt: int = knob(1, "number of rows in a group that see a demonstration (paper: 1)", 1)
+    prompts_per_step: int = knob(16, "number of problems in each step (paper: 128)", 1)
+    rollouts_per_prompt: int = knob(8, "N, the number of rows in each group (paper: 8)", 1)
+    hybrid_per_prompt: int = knob(1, "number of rows in each group that have demonstration tokens (paper: 1)", 1)
     temperature: float = knob(1.0, "temperature in sampling and in log-probs (paper: 1)", 0.01, 10)
     max_response_tokens: int = knob(96, "most tokens of prefix and continuation together (paper: 8192)", 2)
     # the objective
-    updates_per_step: int = knob(2, "number of updates, and so of mini-batches, in a step (paper: 2)", 1)
+    updates_per_step: int = knob(2, "number of updates, and so of mini-batches, in each step (paper: 2)", 1)
     coefficient: float | None = knob(None, "the constant c of the methods table below; empty: the method's own c", 0)
     baseline: str = knob(
         "on_policy",
-        "a reward is compared with the on-policy rows' mean (release) or the whole group's (paper, section 3: group)",
+        "the mean reward to subtract: of on-policy rows (release), or of the whole group (paper, section 3: group)",
         choices=("on_policy", "group"),
     )
     scale_by_std: bool = knob(False, "divide advantages by the standard deviation of the group's rewards (paper: no)")
     entropy_keep: float = knob(0.2, "share of the prefix tokens that the entropy clip keeps (paper: 0.2)", 0, 1)
-    clip_low: float = knob(0.2, "PPO clips the ratio below 1 - clip_low (release: 0.2)", 1e-3, 1)
-    clip_high: float = knob(0.2, "PPO clips the ratio above 1 + clip_high (release: 0.2)", 1e-3)
-    gate: int = knob(0, "hpt, rescue, relift: a group with at most this many right rows is unsolved (HPT: 0)", 0)
+    clip_low: float = knob(0.2, "PPO clips the ratio where it is below 1 - clip_low (release: 0.2)", 1e-3, 1)
+    clip_high: float = knob(0.2, "PPO clips the ratio where it is above 1 + clip_high (release: 0.2)", 1e-3)
+    gate: int = knob(0, "hpt, rescue, relift: a group is unsolved if at most so many rows are right (HPT: 0)", 0)
     # the optimizer
     lr: float = knob(1e-4, "learning rate of reinforcement, constant over the run (paper: 1e-6)", 0)
-    sft_lr: float = knob(2.5e-4, "peak learning rate of sft: 10% warm-up, then a cosine (paper: 5e-5)", 0)
-    sft_lr_end: float = knob(0.0, "sft_lr ends its cosine at this share of the peak (LUFFY, 2604.23747: 0.1)", 0, 1)
+    sft_lr: float = knob(2.5e-4, "peak learning rate of sft: 10% warm-up, then a cosine decay (paper: 5e-5)", 0)
+    sft_lr_end: float = knob(0.0, "share of sft_lr at which the cosine decay ends (LUFFY, 2604.23747: 0.1)", 0, 1)
     sft_steps: int = knob(64, "number of updates in the sft stage (paper: 3 epochs)", 1)
-    sft_batch: int = knob(32, "number of demonstrations in an update of the sft stage (paper: 64)", 1)
-    relift_lr: float = knob(1e-4, "learning rate of ReLIFT's supervised updates, constant (source: 1e-6)", 0)
-    relift_buffer: int = knob(4, "ReLIFT updates on demonstrations once this many wait (source: 128)", 1)
+    sft_batch: int = knob(32, "number of demonstrations in each update of the sft stage (paper: 64)", 1)
+    relift_lr: float = knob(1e-4, "learning rate of ReLIFT's supervised updates, constant (ReLIFT: 1e-6)", 0)
+    relift_buffer: int = knob(4, "number of problems in ReLIFT's buffer that start an update (ReLIFT: 128)", 1)
     weight_decay: float = knob(0.0, "weight decay of AdamW (paper: 0.01)", 0)
     adam_beta2: float = knob(0.99, "beta2 of AdamW (release: 0.999)", 0, 0.999999)
-    max_grad_norm: float = knob(1.0, "gradients are scaled down to this norm; 0: they are not scaled (release: 1)", 0)
+    max_grad_norm: float = knob(1.0, "larger gradients are scaled down to this norm; 0: never (release: 1)", 0)
     # adapters (support/adapters.py)
-    lora_rank: int = knob(0, "rank of the adapters to train, by peft; 0: all weights are trained (paper: all)", 0)
-    lora_alpha: float = knob(32.0, "an adapter's product is scaled by lora_alpha / lora_rank", 1e-3)
+    lora_rank: int = knob(0, "rank of low-rank adapters (needs peft); 0: all weights are trained (paper: 0)", 0)
+    lora_alpha: float = knob(32.0, "the product of each adapter's matrices is scaled by lora_alpha / lora_rank", 1e-3)
     lora_targets: str = knob(
-        "", "names of the linear layers that get an adapter, as q_proj,v_proj; empty: all layers of the blocks"
+        "", "names of the linear layers that get an adapter, as q_proj,v_proj; empty: all linear layers of the blocks"
     )
     lora_lr_times: float = knob(10.0, "the adapters' learning rates are this many times lr, sft_lr and relift_lr", 0)
     base_dtype: str = knob(
-        "float32", "dtype of the frozen weights on a CPU; on CUDA it is bfloat16", choices=("float32", "bfloat16")
+        "float32", "dtype of weights frozen by adapters, on a CPU; CUDA: bfloat16", choices=("float32", "bfloat16")
     )
     # evaluation
     eval_response_tokens: int = knob(120, "most tokens of a response in evaluation (paper: 8192)", 2)
     eval_samples: int = knob(4, "number of samples for each test problem at temperature 1; greedy needs only one", 1)
-    tensorboard: bool = knob(False, "also write the metrics for TensorBoard, which has to be installed")
+    tensorboard: bool = knob(False, "also write the metrics for TensorBoard (needs tensorboard)")
     # the machine
-    device: str = knob("auto", "auto: the first there is of cuda, mps, cpu", choices=("auto", "cpu", "cuda", "mps"))
+    device: str = knob("auto", "auto: the first found of cuda, mps, cpu", choices=("auto", "cpu", "cuda", "mps"))
     recompute: bool = knob(False, "gradient checkpointing: compute activations again instead of keeping them")
     offload: bool = knob(False, "CUDA only: keep weights and optimizer in host memory between uses, which is slower")
-    micro_batch_tokens: int = knob(2048, "most tokens of a forward pass, with padding; a longer row goes alone", 1)
-    rows_per_call: int = knob(512, "rows sampled together", 1)
+    micro_batch_tokens: int = knob(2048, "most tokens of a forward pass, with padding; a longer row passes alone", 1)
+    rows_per_call: int = knob(512, "number of rows sampled together", 1)
 
 
 def suggest(word: str, known: list[str]) -> str:
@@ -133,7 +132,8 @@ def suggest(word: str, known: list[str]) -> str:
 
 
 def check_value(field: dataclasses.Field, value: Any) -> Any:
-    """Returns `value` (from JSON, or text from the command line) as the field's type, or raises InputError."""
+    """Returns `value` (from JSON, or text from the command line) as the type of `field`. Raises InputError for a
+    wrong value."""
     kind, meta = field.type, field.metadata
     if kind == float | None:
         if value in (None, ""):
@@ -161,7 +161,8 @@ def check_value(field: dataclasses.Field, value: Any) -> Any:
 
 
 def check_range(name: str, value: float, low: float, high: float = math.inf) -> None:
-    """Raises InputError unless `value` is a number from `low` to `high`; whole numbers may be MOST at most."""
+    """Raises InputError unless `value` is a number from `low` to `high`. The limit of whole numbers is MOST if `high`
+    is infinite."""
     if isinstance(value, int) and value >= low and high == math.inf:
         high = MOST
     if not low <= value <= high or value == math.inf:
@@ -170,7 +171,8 @@ def check_range(name: str, value: float, low: float, high: float = math.inf) -> 
 
 
 def check_options(args: argparse.Namespace, **least: int) -> None:
-    """Raises InputError if an option is below its least value, or the temperature is not 0 (greedy) or 0.01 to 10."""
+    """Raises InputError if an option is below its `least` value, or if the temperature is neither 0 (greedy) nor 0.01
+    to 10."""
     for name, low in least.items():
         if (value := getattr(args, name)) is not None:
             check_range(name, value, low)
@@ -184,20 +186,20 @@ def check_together(config: Config) -> Config:
     if "rl" in method.stages and config.rollouts_per_prompt < 2:
         raise InputError(
             f"rollouts_per_prompt is {config.rollouts_per_prompt}, expected at least 2: a response is compared with "
-            "others to the same problem, so a single one has no gradient"
+            "other responses to its problem, so a single response has no gradient"
         )
     if config.coefficient is not None and method.coefficient is None:
         having = ", ".join(name for name, m in METHODS.items() if m.coefficient is not None)
-        raise InputError(f"coefficient is {config.coefficient}, but {config.method} has none; these have: {having}")
+        raise InputError(f"coefficient is {config.coefficient}, but {config.method} has none; these do: {having}")
     if method.unsolved and config.gate >= config.rollouts_per_prompt:
         raise InputError(
-            f"gate is {config.gate} of {config.rollouts_per_prompt} rollouts_per_prompt, expected fewer: no group "
-            "could be solved"
+            f"gate is {config.gate} of {config.rollouts_per_prompt} rollouts_per_prompt, expected fewer: every group "
+            "would count as unsolved"
         )
     if method.policy_weight is remaining_clipped and config.coefficient is not None and config.coefficient >= 1:
         raise InputError(
             f"coefficient is {config.coefficient}, expected less than 1: {config.method} gives the policy's own "
-            "tokens the rest, 1 - c"
+            "tokens the weight 1 - c"
         )
     mixed = method.rows in ("hybrid", "demonstration") and "rl" in method.stages
     if mixed and config.hybrid_per_prompt >= config.rollouts_per_prompt:
@@ -208,15 +210,15 @@ def check_together(config: Config) -> Config:
     if "rl" in method.stages and config.updates_per_step > config.prompts_per_step:
         raise InputError(
             f"updates_per_step is {config.updates_per_step}, expected at most prompts_per_step "
-            f"({config.prompts_per_step}): an update needs a problem"
+            f"({config.prompts_per_step}): each update needs at least one problem"
         )
     if config.resume and not config.out:
-        raise InputError("resume needs the run's folder: give --out")
+        raise InputError("resume needs the folder of the run: give --out")
     return config
 
 
 def from_dict(values: dict[str, Any]) -> Config:
-    """Returns a checked Config. Fields that are not in `values` keep their defaults."""
+    """Returns a checked Config with `values`. All other fields keep their defaults."""
     fields = {field.name: field for field in dataclasses.fields(Config)}
     for name in values:
         if name not in fields:
@@ -225,7 +227,8 @@ def from_dict(values: dict[str, Any]) -> Config:
 
 
 def new_parser() -> Parser:
-    """Returns the parser of train.py's command line: an option for each field, whose value stays text."""
+    """Returns the parser of train.py's command line. It has an option for each field of Config and leaves the values
+    as text."""
     parser = Parser(
         prog="train.py",
         usage="python train.py [--config FILE.json] [--FIELD VALUE ...]",
@@ -233,7 +236,7 @@ def new_parser() -> Parser:
         formatter_class=argparse.RawDescriptionHelpFormatter,
         argument_default=argparse.SUPPRESS,
     )
-    parser.add_argument("--config", metavar="FILE.json", help="settings from a file; the command line wins over it")
+    parser.add_argument("--config", metavar="FILE.json", help="settings from a file; the command line overrides it")
     for field in dataclasses.fields(Config):
         kind = "FLOAT" if field.type == float | None else field.type.__name__.upper()
         default = "empty" if field.default in (None, "") else field.default
@@ -269,9 +272,10 @@ def formula(weight: Callable) -> str:
 
 
 def parse_config(argv: list[str]) -> Config:
-    """Returns the Config of --config FILE and --FIELD VALUE (or --FIELD=VALUE). The command line wins over the file.
+    """Returns the Config given by --config FILE and --FIELD VALUE (or --FIELD=VALUE). The command line overrides the
+    file.
 
-    --help prints the settings and exits.
+    With --help this function prints all settings and exits.
     """
     options, rest = new_parser().parse_known_args(argv)
     if rest:
@@ -282,5 +286,5 @@ def parse_config(argv: list[str]) -> Config:
         file = read_json(Path(values.pop("config")))
         file |= {name: in_project(file[name]) for name in PATHS if isinstance(file.get(name), str)}
         values = file | values
-    values.pop("made_of", None)  # a run's config.json has this key
+    values.pop("made_of", None)  # the config.json of a run also has this key, which is no setting
     return from_dict(values)

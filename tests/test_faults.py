@@ -201,7 +201,7 @@ def test_of_a_damaged_checkpoint_the_older_one_is_used(tokenizer, tmp_path, dama
     newest = checkpoint.checkpoint_file(tmp_path, 3)
     assert checkpoint.checkpoints(tmp_path) == [newest, older]
     damage(newest), damage(older)
-    with pytest.raises(ValueError, match=f"{newest} is damaged, and no older checkpoint is whole: restore it"):
+    with pytest.raises(ValueError, match=f"{newest} is damaged, and so is every older checkpoint: restore it"):
         checkpoint.load(tmp_path, run)
 
 

@@ -311,7 +311,7 @@ def test_a_reward_that_raises_loses_no_step_and_goes_on_mended(task, tmp_path, m
         train.train(parse_config(argv))
     assert (out / "checkpoint" / "step-00000002.pt").exists()
     reward.write_text(mended.replace("return grade", "return 0 * grade"))
-    with pytest.raises(InputError, match=r"reward \(.*\) changed since; .* --accept_changed reward  it goes on"):
+    with pytest.raises(InputError, match=r"reward \(.*\) changed since; .* --accept_changed reward  the run goes on"):
         train.train(parse_config([*argv, "--resume", "auto"]))
     reward.write_text(mended)
     line = str(error.value).split("python train.py ")[1]

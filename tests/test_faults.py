@@ -1,5 +1,5 @@
 """These tests put faults into a run: kills, full disks, damaged files, a second process, numbers that are not finite.
-They also check that our code never runs text or bytes from somewhere."""
+They also check that no file of the project executes text or bytes that it reads."""
 
 import ast
 import dataclasses
@@ -38,10 +38,11 @@ TINY = lives.RELIFT | {"steps": 2, "eval_every": 0, "rollouts_per_prompt": 2}
 
 @pytest.fixture(scope="module")
 def whole(tmp_path_factory):
-    """Returns a folder with a task and, in `whole`, a run that was never killed; and how that run ended."""
+    """Returns a folder and how its run ended. The folder has problems and, in `whole`, a run that was never
+    killed."""
     patch = pytest.MonkeyPatch()
     patch.chdir(ROOT)
-    patch.setattr(train, "draw_curves", lambda folder: "")  # drawing takes a second for each run
+    patch.setattr(train, "draw_curves", lambda folder: "")  # drawing would take a second per run
     folder = tmp_path_factory.mktemp("faults")
     life = lives.live(lives.training(folder / "whole", **lives.task(folder), **TINY), folder / "whole")
     assert life.code == 0 and lives.learned(folder / "whole"), life.output
@@ -51,13 +52,13 @@ def whole(tmp_path_factory):
 
 @pytest.mark.parametrize("first", [2, 5, 8])
 def test_killed_at_file_operations_again_and_again(whole, tmp_path, first):
-    """A life ends before its first-th file operation, and the next before a later one, each in a folder of another
-    name. The last life ends as the run that was never killed."""
+    """At each start the run is killed before a file operation, later than at the start before, and its folder is
+    renamed. The last start is not killed and ends like a run that was never killed."""
     folder, life = whole
     out, kills = tmp_path / "0", range(first, life.operations, 9)
     for number, kill_at in enumerate(kills, 1):
         killed = lives.live(lives.training(out, **lives.task(folder), **TINY), out, kill_at=kill_at)
-        if killed.code == 0:  # the life ended by itself, because it had fewer operations left
+        if killed.code == 0:  # the run ended by itself, because it had fewer file operations left
             break
         assert killed.code == -signal.SIGKILL, killed.output
         out = out.rename(tmp_path / str(number)) if out.exists() else out
@@ -96,8 +97,8 @@ def test_a_killed_evaluation_goes_on(tmp_path, monkeypatch):
 
 
 def test_a_second_process_is_kept_out(whole):
-    """The second process says so in one line and writes nothing. The lock ends with its process, also with a killed
-    one (above)."""
+    """The second process ends with one line of error and writes nothing. The lock ends with the process that holds
+    it, even if that process is killed (tests above)."""
     folder, _ = whole
     before = contents(folder / "whole")
     with checkpoint.locked(folder / "whole"):
@@ -109,7 +110,8 @@ def test_a_second_process_is_kept_out(whole):
 
 @pytest.mark.parametrize("largest", [1000, 1_000_000], ids=["config.json", "the checkpoint"])
 def test_a_full_disk_ends_a_run_in_one_line(whole, tmp_path, largest):
-    """No file can grow beyond `largest` bytes. Without that limit the run goes on to the same end."""
+    """No file can grow beyond `largest` bytes. Without this limit the run then continues to the same result as a run
+    that never failed."""
     folder, _ = whole
     out = tmp_path / "run"
     work = lives.training(out, **lives.task(folder), **TINY)
@@ -142,7 +144,7 @@ def test_a_closed_output_is_not_taken_for_a_full_disk(whole, tmp_path):
             return work()
 
         life = lives.live(unread, place)
-        # the exit code is 141 if something was left to print
+        # the exit code is 141 if the process had something left to print
         assert life.code in (1, 141) and life.output.count("\n") == 1, life.output
         assert "the output was closed; to go on: python " in life.output and str(place) in life.output
     assert lives.live(training, out).code == 0
@@ -162,7 +164,8 @@ def test_a_folder_that_may_not_be_written(whole, tmp_path):
 
 
 def saved(tokenizer, folder: Path, done=(1, 2, 3), **settings) -> steps.Run:
-    """Returns a run with a checkpoint at each step of `done`. Its bias towards one token is the step's number."""
+    """Returns a run with a checkpoint at each step of `done`. One weight is the number of the step, to tell the
+    checkpoints apart."""
     run = make_run(tokenizer, **settings)
     run.optimizer = new_optimizer(run.model, run.config)
     for number in done:
@@ -177,7 +180,7 @@ def test_the_last_two_checkpoints_are_kept(tokenizer, tmp_path):
 
 
 def test_a_copy_of_a_checkpoint_is_neither_used_nor_removed(tokenizer, tmp_path):
-    """A copy does not push a checkpoint of the run out either."""
+    """Copies do not count among the two checkpoints that a run keeps."""
     run = saved(tokenizer, tmp_path, done=(1, 2))
     newest = checkpoint.checkpoints(tmp_path)[0]
     copies = [newest.with_name(name) for name in ("step-best.pt", "step-00000002-copy.pt", "step-000000009.pt")]
@@ -191,12 +194,12 @@ def test_a_copy_of_a_checkpoint_is_neither_used_nor_removed(tokenizer, tmp_path)
 
 @pytest.mark.parametrize("damage", [lives.flip, lives.cut, lambda path: path.write_bytes(b"")])
 def test_of_a_damaged_checkpoint_the_older_one_is_used(tokenizer, tmp_path, damage):
-    """The older one is kept until the next is whole, also if the damaged one is of a later step."""
+    """The older checkpoint is kept until a new one is whole, even if the damaged one is of a later step than both."""
     run = saved(tokenizer, tmp_path, done=(1, 2, 5))
     newest, older = checkpoint.checkpoints(tmp_path)
     damage(newest)
     assert checkpoint.load(tmp_path, run) == 2 and run.model.lm_head.weight[0, 0] == 2
-    assert newest.exists()  # nothing is written before the run goes on
+    assert newest.exists()  # loading does not remove the damaged file
     checkpoint.save(tmp_path, 3, run)
     newest = checkpoint.checkpoint_file(tmp_path, 3)
     assert checkpoint.checkpoints(tmp_path) == [newest, older]
@@ -206,7 +209,8 @@ def test_of_a_damaged_checkpoint_the_older_one_is_used(tokenizer, tmp_path, dama
 
 
 def test_no_flipped_bit_goes_unseen(tokenizer, tmp_path):
-    """A bit is flipped anywhere in the file. It is found, or it has no effect (padding)."""
+    """Single bits are flipped at random places of a checkpoint. Reading notices each, or the bit is in padding and
+    has no effect."""
     saved(tokenizer, tmp_path, done=(1,))
     path = checkpoint.checkpoints(tmp_path)[0]
     data, draw, result = path.read_bytes(), random.Random(0), 0
@@ -229,7 +233,8 @@ def test_checkpoints_of_others_are_refused(tokenizer, tmp_path):
         checkpoint.load(tmp_path, other)
     with pytest.raises(ValueError, match=r"of a run with other settings \(lr, seed\)"):
         checkpoint.load(tmp_path, make_run(tokenizer, lr=1.0, seed=3))
-    run = make_run(tokenizer, micro_batch_tokens=60, out="moved")  # these two settings may change when a run goes on
+    # micro_batch_tokens and out may change when a run is resumed
+    run = make_run(tokenizer, micro_batch_tokens=60, out="moved")
     run.optimizer = new_optimizer(run.model, run.config)
     assert checkpoint.load(tmp_path, run) == 1
 
@@ -259,7 +264,7 @@ def test_a_run_killed_before_its_settings_were_written_starts(tmp_path):
 
 
 def break_gradients(run: steps.Run, times: int, value: float = torch.nan) -> None:
-    """Put `value` somewhere into the next `times` gradients of the head."""
+    """Put `value` into the first column of the head's gradient, the next `times` times that it is computed."""
     left = [times]
 
     def spoil(gradient):
@@ -271,7 +276,8 @@ def break_gradients(run: steps.Run, times: int, value: float = torch.nan) -> Non
 
 @pytest.mark.parametrize("value", [torch.nan, torch.inf])
 def test_an_update_without_finite_gradient_is_skipped(tokenizer, value):
-    """Weights and optimizer stay, and the next update is made. The metrics are JSON and count the skipped update."""
+    """A skipped update changes neither weights nor optimizer, and the next update is made. The metrics count the
+    skipped update and are valid JSON."""
     run = make_run(tokenizer, updates_per_step=1, micro_batch_tokens=10**6)
     run.optimizer = new_optimizer(run.model, run.config)
     before = {name: p.clone() for name, p in run.model.named_parameters()}
@@ -280,7 +286,7 @@ def test_an_update_without_finite_gradient_is_skipped(tokenizer, value):
         metrics = rl_metrics(run, rl_step(run, number))
         assert metrics["skipped_updates"] == 1 and run.skipped == number + 1
         assert metrics["loss"] is None and metrics["grad_norm"] is None
-        assert figures(metrics)["length"]  # the progress line can be without a loss
+        assert figures(metrics)["length"]  # the progress line needs no loss
         json.dumps(metrics, allow_nan=False)
     assert all(torch.equal(p, before[name]) and p.grad is None for name, p in run.model.named_parameters())
     assert not run.optimizer.state
@@ -289,7 +295,7 @@ def test_an_update_without_finite_gradient_is_skipped(tokenizer, value):
 
 
 def test_an_update_with_an_infinite_loss_is_skipped(tokenizer, monkeypatch):
-    """Whose gradient is finite."""
+    """Infinity is added to the loss here, so the loss's gradient stays finite."""
     run = make_run(tokenizer, updates_per_step=1, micro_batch_tokens=10**6)
     run.optimizer = new_optimizer(run.model, run.config)
     monkeypatch.setattr(steps, "weighted_loss", lambda *words: weighted_loss(*words) + torch.inf)
@@ -298,7 +304,7 @@ def test_an_update_with_an_infinite_loss_is_skipped(tokenizer, monkeypatch):
 
 
 def test_an_update_in_which_no_token_has_a_weight_moves_nothing(tokenizer):
-    """AdamW's moments of the step before do not move the weights either."""
+    """The weights stay even though AdamW has moments from the step before."""
     run = make_run(tokenizer, updates_per_step=1, micro_batch_tokens=10**6)
     run.optimizer = new_optimizer(run.model, run.config)
     assert rl_metrics(run, rl_step(run, 0))["grad_norm"] > 0
@@ -308,7 +314,7 @@ def test_an_update_in_which_no_token_has_a_weight_moves_nothing(tokenizer):
 
 
 def test_a_model_that_gives_nan_is_never_updated(tokenizer):
-    """All rewards are equal here, so no row has a weight. The update has to be skipped all the same."""
+    """The update of such a model is skipped even if all rewards are equal, so that no token has a weight."""
     run = make_run(tokenizer, reward=dataclasses.replace(BY_LENGTH, function=lambda text, problem: 0.0))
     run.model.lm_head.weight.data[0] = torch.nan
     metrics = rl_metrics(run, rl_step(run, 0))
@@ -322,7 +328,7 @@ def test_a_model_that_gives_nan_is_never_updated(tokenizer):
 
 
 def test_a_skipped_update_is_left_out_of_its_steps_mean_loss(tokenizer, monkeypatch):
-    """The first of two updates is made, and the second is skipped."""
+    """Of the two updates in the step, the first is made and the second is skipped."""
     run = make_run(tokenizer, updates_per_step=2, rollouts_per_prompt=8, micro_batch_tokens=10**6)
     run.optimizer = new_optimizer(run.model, run.config)
     sums, made = [], steps.update
@@ -370,7 +376,7 @@ SOURCES = [path for path in ROOT.rglob("*.py") if not {"runs", "tests", ".venv"}
 
 
 def unsafe(tree: ast.AST) -> list[str]:
-    """Returns calls that run text or bytes from somewhere; they are found by their names and arguments."""
+    """Returns the names of calls and imports that may execute text or bytes which the program reads."""
     result = []
     for node in ast.walk(tree):
         if isinstance(node, ast.Import | ast.ImportFrom):

@@ -1,4 +1,5 @@
-"""The log of a group of rollouts is checked. Its picture shows each token's source, entropy, fate and weight."""
+"""These tests check the log of a group of rollouts and its picture, which shows each token's source, entropy and
+weight, and whether the entropy clip drops the token."""
 
 import itertools
 import json
@@ -15,7 +16,7 @@ HOSTILE = "</title></style><script>window.hacked=1</script>\"'><img src=x onerro
 
 
 def a_row(tokens: str, inputs: int = 0, **fields) -> dict:
-    """Returns a row whose tokens are single characters, of which the first `given` come from a demonstration."""
+    """Returns a row whose tokens are single characters. The first `inputs` tokens come from a demonstration."""
     n = len(tokens)
     return {
         "hybrid": inputs > 0,
@@ -36,7 +37,8 @@ def a_row(tokens: str, inputs: int = 0, **fields) -> dict:
 
 @pytest.fixture
 def group() -> dict:
-    """Returns two on-policy rows, one of them cut off, and a hybrid row that keeps one of three prefix tokens."""
+    """Returns a group of two on-policy rows, one of them cut off, and a hybrid row. The entropy clip keeps one of the
+    hybrid row's three prefix tokens."""
     rows = [
         a_row("abc"),
         a_row("de", reward=0.0, truncated=True, advantage=-0.5, weight=[-0.5, -0.5]),
@@ -48,7 +50,7 @@ def group() -> dict:
 
 @pytest.fixture
 def folder(tmp_path, group) -> Path:
-    """Returns a run folder with groups of steps 1 and 20."""
+    """Returns a run folder whose log has a group of step 1 and a group of step 20."""
     lines = [json.dumps(group | {"step": step}) + "\n" for step in (1, 20)]
     (tmp_path / "groups.jsonl").write_text("".join(lines))
     return tmp_path
@@ -123,7 +125,7 @@ def test_whose_a_token_is(group):
     assert [group_log.verdict(row) for row in rows] == ["✓ right", "✗ cut off", "✓ right", "✓ right"]
     assert group_log.verdict(a_row("a", reward=0.4)) == "reward 0.40"
     assert [part[2] for part in group_log.parts(rows[2])] == [0.25, 0.5]
-    # no token of the continuation is dropped, so none is marked as kept
+    # kept prefix tokens have a frame; the entropy clip drops no token of the continuation, which needs none
     assert group_log.framed(rows[2]) == [False, True, False, False]
 
 
@@ -168,7 +170,7 @@ def test_the_picture_shows_what_the_log_says(group):
         return [patch for result, patch in above if result == colour.lower()]
 
     counts = {name: len(drawn(colour)) for name, (colour, _) in group_log.SOURCES.items()}
-    # prefix and demonstration share a colour
+    # the tokens of a prefix and of a whole demonstration have the same colour
     assert counts == {"prefix": 1, "demonstration": 1, "continuation": 1, "own": 5}
     assert len(drawn(group_log.DROPPED)) == 2
     assert [text for text in texts if len(text) == 1 and text in "abcdeWXYz"] == list("abcdeWXYz")
@@ -183,12 +185,13 @@ def test_the_picture_shows_what_the_log_says(group):
     assert all(round(bar.get_y() + bar.get_height(), 3) in zero_lines for bar in standing)
     assert all(round(bar.get_y(), 3) in zero_lines for bar in hanging)
     entropy = [patch.get_height() for patch in drawn("#8C8C8C")]
-    # 2 nats, the group's largest entropy, is a full bar of 9 pt
+    # the group's largest entropy, 2 nats, has the longest bar, 9 points
     assert entropy[-4:] == pytest.approx([0, 9, 2.25, 4.5])
 
 
 def test_any_text_can_be_drawn(group, tmp_path, recwarn):
-    """A $ begins no mathematics, no missing glyph gives a warning, and nothing goes beyond the page."""
+    """A $ in a text begins no formula, a character without a glyph gives no warning, and a long answer can be
+    drawn."""
     group["rows"][0]["tokens"] = ["$x^$", "$\\frac{$", "漢字😀"]
     group |= {"problem": f"\n{HOSTILE} 漢字😀", "answer": "$" * 300}
     assert draw_group(group, tmp_path / "g.png").stat().st_size > 10_000

@@ -1,9 +1,9 @@
-"""Every command answers hostile input with exit code 2 and one line on stderr that names file, line or field. It
-writes nothing.
+"""These tests check that every command answers wrong input with exit code 2 and one line on stderr, which names the
+file, line or field. The command writes nothing.
 
-This file has data files, settings and command lines; test_hostile_folders.py has folders and models. The cases are
-made by damaging a good file, and the property-based tests draw them. The commands run in this process
-(conftest.refused).
+This file has wrong data files, settings and command lines; test_hostile_folders.py has damaged folders and models.
+Most cases are a good file with one fault, and property-based tests draw random ones. The commands run inside the
+test's own process (`refused` in conftest.py).
 """
 
 import bz2
@@ -29,11 +29,11 @@ GOOD = {"id": "a", "problem": "1;A+2?", "answer": "3", "demonstrations": ["1A+2=
 
 
 def changed(**fields: object) -> str:
-    """Returns the good row with other fields; ... takes a field away."""
+    """Returns GOOD as a line of JSON with other values of these fields; the value ... removes a field."""
     return json.dumps({name: value for name, value in (GOOD | fields).items() if value is not ...})
 
 
-LINES = {  # a second line of the file -> what the message must hold
+LINES = {  # each case has the second line of a data file, and words that must be in the error message
     "not JSON": ("problem: 1+1", "not valid JSON"),
     "cut short": (json.dumps(GOOD)[:-5], "not valid JSON"),
     "two objects": (json.dumps(GOOD) * 2, "not valid JSON"),
@@ -273,7 +273,7 @@ LINES_OF_COMMANDS = {
         "--model data/base --seed -1 1+1",
         "--model data/base --max_response_tokens 512 1+1",
         "--model data/base --unknown 1 1+1",
-        "--model data/base \udcff",  # a byte that is not UTF-8, as Python gives it
+        "--model data/base \udcff",  # Python reads a byte that is not UTF-8 as \udcff
         "--model data/base --system \udcff 1+1",
     ],
     "plot.py": [

@@ -1,7 +1,8 @@
-"""Hostile folders of runs, evaluations and models end a command with exit code 2 and one line that names the file.
-Nothing is written.
+"""These tests check that commands refuse damaged folders of runs, evaluations and models with exit code 2 and one
+line that names the file. The commands write nothing.
 
-Each case damages one file of a good folder, and the commands run in this process (conftest.refused).
+Each case damages one file of a good folder. The commands run inside the test's own process (`refused` in
+conftest.py).
 """
 
 import json
@@ -31,8 +32,8 @@ TEXT = {
 
 
 def damage(path: Path, how: object) -> None:
-    """Change a file: None deletes it, a number keeps so much of it, bytes are other content, a dict has other values,
-    and a function is called."""
+    """Damage a file: None deletes it, a number is the share that is kept, and bytes replace the content. A dict
+    replaces fields of its JSON object, and a function is called with the path."""
     if how is None:
         path.unlink()
     elif isinstance(how, float):
@@ -51,7 +52,7 @@ def as_folder(path: Path) -> None:
 
 
 def without(*names: str):
-    """Takes fields out of a JSON file."""
+    """Returns a function that removes the fields `names` from a JSON file."""
 
     def change(path: Path) -> None:
         content = json.loads(path.read_text())
@@ -61,7 +62,7 @@ def without(*names: str):
 
 
 def line(number: int, content: bytes):
-    """Puts a line of a log in another's place."""
+    """Returns a function that replaces line `number` of a log by `content`."""
 
     def change(path: Path) -> None:
         lines = path.read_bytes().splitlines()
@@ -72,7 +73,7 @@ def line(number: int, content: bytes):
 
 
 def pickled(path: Path) -> None:
-    """Returns a checkpoint that runs code when it is loaded, unless that is prevented."""
+    """Write a checkpoint that executes code when torch.load reads it, unless torch.load prevents that."""
 
     class Bomb:
         def __reduce__(self):
@@ -111,7 +112,7 @@ OF_RUNS |= {(log, name): line(0, row) for log in LOGS for name, row in ROWS.item
 
 @pytest.fixture(scope="module")
 def finished(tmp_path_factory):
-    """Returns a run of one step and an evaluation, and the words that made them."""
+    """Returns a folder with a run of one step and an evaluation, and the command-line words of the run."""
     patch = pytest.MonkeyPatch()
     patch.chdir(ROOT)
     patch.setattr(train, "draw_curves", lambda folder: "")

@@ -1,5 +1,5 @@
-"""These tests give data/loader.py and benchmarks.py what other editors, languages and programs write into JSONL
-files."""
+"""These tests check how data/loader.py and evaluation/benchmarks.py read JSONL files that other editors, languages
+and programs have written."""
 
 import gzip
 import json
@@ -45,7 +45,8 @@ def test_a_bad_line_is_named(line, message, tmp_path):
 
 def test_text_of_any_language_and_a_byte_order_mark_are_read(tmp_path):
     rows = [ROW | {"problem": "𝑥 = 1\u2028?"}, ROW | {"problem": "é\ud83d\ude00"}]
-    lines = [json.dumps(rows[0], ensure_ascii=False), json.dumps(rows[1])]  # a real U+2028, and a pair as two escapes
+    # the first line has the character U+2028 itself, and the second line has 😀 as two escapes
+    lines = [json.dumps(rows[0], ensure_ascii=False), json.dumps(rows[1])]
     (tmp_path / "a.jsonl").write_bytes(b"\xef\xbb\xbf" + "\r\n".join(lines).encode())
     assert [p.problem for p in load_problems(tmp_path / "a.jsonl")] == ["𝑥 = 1\u2028?", "é😀"]
 
@@ -119,8 +120,8 @@ THINKING = "{% for m in messages %}<|{{ m['role'] }}|>{{ m['content'] }}{% endfo
     ],
 )
 def test_the_seam_between_prompt_and_demonstration(tokenizer, monkeypatch, text, left, message):
-    """A tag at the end of the prompt is not taught a second time. Other doubles, and text after the box, are
-    counted."""
+    """If a prompt ends with the tag that a demonstration begins with, the demonstration loses it. A tag that is
+    repeated without its line break, and text after the box, are counted."""
     monkeypatch.setattr(tokenizer, "chat_template", THINKING)
     (encoded,), left_out, noted = encode_problems(tokenizer, [Problem("p", "1+1", "2", (text,))], 99, [2])
     assert tokenizer.decode(encoded.prompt_ids).endswith("<|assistant|><think>\n")
@@ -148,7 +149,7 @@ def test_any_end_token_inside_a_demonstration_counts(tokenizer, end):
 
 @pytest.mark.parametrize("absent", ["null", "NaN"])
 def test_null_is_an_absent_field(tmp_path, absent):
-    """`datasets` writes null in rows that lack a field, and pandas does too."""
+    """The packages `datasets` and pandas write null in rows that lack a field."""
     fields = "".join(f', "{name}": {absent}' for name in ("id", "system", "level", "demonstrations"))
     path = tmp_path / "rows.jsonl"
     path.write_text(f'{{"problem": "1+1", "answer": "2"{fields}}}\n')

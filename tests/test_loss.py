@@ -23,7 +23,7 @@ from methods import METHODS, coefficient_at
 
 
 def by_hand(rewards, group, hybrid, baseline):
-    """Computes the table of loss.advantages with Python loops."""
+    """Returns what loss.advantages should return, computed with Python loops."""
     own, prefix = [], []
     for r, g, h in zip(rewards, group, hybrid):
         everybody = [x for x, k in zip(rewards, group) if k == g]
@@ -60,7 +60,7 @@ def test_advantages_of_the_drawing():
 
 
 def test_equal_rewards_give_no_signal():
-    """The advantage is 0 everywhere, but a hybrid continuation keeps r_h under on_policy."""
+    """All advantages are 0, but with the baseline `on_policy` a hybrid continuation keeps its reward r_h."""
     group, hybrid = torch.zeros(4, dtype=torch.long), torch.tensor([False, False, False, True])
     for reward in (0.0, 1.0):
         own, prefix = advantages(torch.full((4,), reward), group, hybrid)
@@ -90,8 +90,8 @@ def test_scaling_divides_by_the_unbiased_deviation():
 
 @pytest.mark.parametrize("common", [0.0, 0.1, 1.0])
 def test_a_deviation_that_is_only_rounding_divides_nothing(common):
-    """The mean of seven times 0.1 is not 0.1 in floats. Still the on-policy rows get 0, and the prefix gets r_h -
-    0.1."""
+    """In floats the mean of seven rewards of 0.1 is not 0.1. Still the on-policy rows get the advantage 0, and the
+    prefix gets r_h - 0.1."""
     rewards, group, hybrid = (
         torch.tensor([common] * 7 + [1.0]),
         torch.zeros(8, dtype=torch.long),
@@ -115,7 +115,7 @@ def test_entropy_clip_keeps_the_highest(keep, n):
     mask[torch.randperm(200, generator=generator)[:n]] = True
     mask, entropy = mask.view(20, 10), torch.rand(20, 10, generator=generator)
     kept = entropy_clip(mask, entropy, keep)
-    # computed in whole numbers, so that no float is 1 - keep
+    # the count is computed in whole percent, because 1 - keep is not exact in floats
     count = n - math.floor(n * (100 - round(100 * keep)) / 100)
     assert kept.sum() == count and not (kept & ~mask).any()
     if 0 < count < n:
@@ -127,7 +127,7 @@ def test_entropy_clip_keeps_the_highest(keep, n):
 
 
 def test_entropy_clip_breaks_ties_by_index():
-    mask = torch.ones(20, 50, dtype=torch.bool)  # with so many tokens a sort that is not stable finds another order
+    mask = torch.ones(20, 50, dtype=torch.bool)  # with 1000 tokens, an unstable sort would reorder ties
     for select in ("high", "low"):
         kept = entropy_clip(mask, torch.ones(20, 50), 0.3, select)
         assert kept.flatten().nonzero().flatten().tolist() == list(range(300))
@@ -141,7 +141,7 @@ def test_random_clip_draws_from_its_generator_only():
 
 @pytest.mark.parametrize("name", ["prefix-rft", "prefix-rft-low", "rft-entropy-clip", "rft"])
 def test_padding_never_has_a_weight(name):
-    """Whatever the entropy of padding is, only tokens of the response are left."""
+    """Only response tokens keep a weight, even if padding has the highest entropy."""
     response = torch.arange(6) < torch.tensor([[6], [3], [4]])
     prefix = torch.arange(6) < torch.tensor([[2], [0], [1]])
     entropy = torch.where(response, 1.0, 9.0)
@@ -153,14 +153,14 @@ def test_padding_never_has_a_weight(name):
 
 
 def test_the_surrogate_is_clipped_where_the_textbook_clips_it():
-    """For A > 0 it is r A up to 1.2 A; for A < 0 it is r A from 0.8 A on."""
+    """The surrogate is r A, but at most 1.2 A for A > 0, and at most 0.8 A for A < 0."""
     ratio = torch.tensor([0.5, 1.0, 1.2, 2.0])
     assert ppo_surrogate(ratio, torch.tensor(1.0), 0.2, 0.2).tolist() == pytest.approx([0.5, 1.0, 1.2, 1.2])
     assert ppo_surrogate(ratio, torch.tensor(-1.0), 0.2, 0.2).tolist() == pytest.approx([-0.8, -1.0, -1.2, -2.0])
 
 
 def test_of_ten_entropies_the_two_highest_keep_their_weight():
-    """This is the paper's 20% on one row of ten tokens: tokens 3 and 7 are kept."""
+    """With the paper's 20%, a row of ten tokens keeps the two with the highest entropy, 3 and 7."""
     entropy = torch.tensor([[0.1, 0.0, 0.3, 2.0, 0.2, 0.1, 0.4, 1.5, 0.0, 0.9]])
     kept = entropy_clip(torch.ones(1, 10, dtype=torch.bool), entropy, keep=0.2)
     assert kept.nonzero()[:, 1].tolist() == [3, 7]
@@ -176,13 +176,13 @@ def test_ppo_weight_is_the_gradient_of_the_surrogate(moved):
     weight = ppo_weight(log_probs, old, advantage, 0.2, 0.3)
     torch.testing.assert_close(weight, log_probs.grad)
     if moved:
-        # the clip has stopped some tokens and let others pass
+        # the clip has made some weights 0 and left others
         assert 0.1 < ((weight == 0) & (advantage != 0)).float().mean() < 0.9
 
 
 @pytest.mark.parametrize("advantage", [1.0, -1.0])
 def test_the_clip_keeps_its_own_bound(advantage):
-    """If nothing may move, r = 1 is at both bounds. The weight is a number, not a part of the graph."""
+    """With clips of 0 the ratio 1 is on both bounds and keeps its weight. No gradient flows through the weight."""
     log_probs = torch.zeros(1, 1, requires_grad=True)
     weight = ppo_weight(log_probs, torch.zeros(1, 1), torch.tensor([[advantage]]), 0.0, 0.0)
     assert weight.item() == advantage and not weight.requires_grad
@@ -204,9 +204,10 @@ def test_an_infinite_ratio_weighs_nothing_where_the_advantage_is_zero(name):
 
 
 class Group:
-    """Random rows of unequal length make a group: four problems of six rows. Usually the last row of a problem has
-    demonstration tokens. With a shared prefix and in batches of demonstrations every row has them. For methods that
-    replace or rescue, the first problem's rows have them."""
+    """A random mini-batch of a method: four problems with six rows of unequal length each. Usually the last row of a
+    problem has demonstration tokens. With a shared prefix, and in batches of demonstrations, every row has
+    demonstration tokens. For methods that replace or rescue unsolved groups, all rows of the first problem have
+    demonstration tokens."""
 
     def __init__(self, name: str, moved: bool, seed: int = 0):
         torch.manual_seed(seed)
@@ -239,7 +240,7 @@ class Group:
         shift = 0.4 * torch.randn(self.B, self.R) if moved else 0.0
         self.old = self.log_probs.detach() + shift
         hinted = self.log_probs.detach() + torch.randn(self.B, self.R)
-        # the first group's problem has no demonstration
+        # the first problem has no demonstration that SDFT could show to its teacher
         self.hinted = torch.where(first_group[:, None], math.nan, hinted)
         self.T_d = int(self.prefix_mask.sum())
         self.T_own = int(self.mask.sum()) - self.T_d
@@ -248,7 +249,8 @@ class Group:
         self.advantage = advantages(self.rewards, self.group, self.hybrid, baseline, bool(self.method.scale_by_std))
 
     def ours(self, rows: torch.Tensor | None = None, coefficient: float | None = None) -> torch.Tensor:
-        """Returns the gradient by token_weights and weighted_loss, on `rows` or all rows, at the run's beginning."""
+        """Returns the gradient by token_weights and weighted_loss on `rows` (None: all rows), at the start of a
+        run."""
         rows = torch.arange(self.B) if rows is None else rows
         generator = torch.Generator().manual_seed(3)
         tokens = Tokens(
@@ -274,7 +276,7 @@ class Group:
 
 
 def top_entropy(mask, entropy, share):
-    """Returns the highest entropies of `mask`, by sorting Python tuples."""
+    """Returns the mask of the `share` of tokens in `mask` with the highest entropy, by sorting Python tuples."""
     places = sorted((-entropy[i, t].item(), i, t) for i, t in mask.nonzero().tolist())
     kept = torch.zeros_like(mask)
     for _, i, t in places[: len(places) - math.floor((1 - share) * len(places))]:
@@ -283,16 +285,17 @@ def top_entropy(mask, entropy, share):
 
 
 def cross_entropy(g: Group, weight=1.0):
-    """Returns weight * -log p of demonstration tokens, [number of them], from the logits"""
+    """Returns weight * -log p of each demonstration token, from the logits; one number per token."""
     mask = g.prefix_mask
     nll = torch.nn.functional.cross_entropy(g.logits[mask], g.ids[mask], reduction="none")
     return nll * (weight[mask] if isinstance(weight, torch.Tensor) else weight)
 
 
 def textbook(name: str, g: Group, coefficient: float | None = None) -> torch.Tensor:
-    """Returns the loss of each method as its source states it, written out in terms that autograd can differentiate.
+    """Returns the loss of method `name` as its source states it, written out in terms that autograd can
+    differentiate.
 
-    `coefficient` takes the place of the source's, if that is a setting there."""
+    `coefficient` takes the place of the source's coefficient, where the source has one as a setting."""
 
     def c(of_the_source: float) -> float:
         return of_the_source if coefficient is None else coefficient
@@ -306,7 +309,7 @@ def textbook(name: str, g: Group, coefficient: float | None = None) -> torch.Ten
             *map(torch.Tensor.tolist, (g.rewards, g.group, g.hybrid)), "group" if group_baseline else "on_policy"
         )
     )
-    # these methods divide advantages by the deviation of the baseline's rows
+    # these methods divide advantages by the standard deviation of the rewards in the baseline
     if name in ("uft", "chord-mu", "chord-phi"):
         for k in range(4):
             members = (g.group == k) & (torch.ones_like(g.hybrid) if group_baseline else ~g.hybrid)
@@ -315,9 +318,9 @@ def textbook(name: str, g: Group, coefficient: float | None = None) -> torch.Ten
     surrogate, plain = ppo_surrogate(ratio, own, 0.2, 0.2), ratio * own
     clipped_rl, plain_rl = -(surrogate * policy).sum(), -(plain * policy).sum()
     of_prefix = ppo_surrogate(ratio, inputs, 0.2, 0.2)
-    entropy = (g.entropy * g.mask).sum(1, keepdim=True) / g.mask.sum(1, keepdim=True)  # H of each row
+    entropy = (g.entropy * g.mask).sum(1, keepdim=True) / g.mask.sum(1, keepdim=True)  # mean entropy of each row
     q = p.detach()
-    L, shown = g.R, g.mask & (g.group != 0)[:, None]  # tokens whose problem has a demonstration for the prompt
+    L, shown = g.R, g.mask & (g.group != 0)[:, None]  # tokens whose problem has a demonstration for SDFT's teacher
     kept = {
         "prefix-rft-all": lambda: prefix,
         "prefix-rft-low": lambda: top_entropy(prefix, -g.entropy, 0.2),
@@ -333,11 +336,11 @@ def textbook(name: str, g: Group, coefficient: float | None = None) -> torch.Ten
         ("relift",): lambda: plain_rl / g.Z,
         ("rescue", "dr-po"): lambda: clipped_rl / g.Z,
         ("rft-entropy-clip",): lambda: -(surrogate * top_entropy(g.mask, g.entropy, 0.2)).sum() / g.Z,
-        # RL is summed over rows and tokens / L and not divided by rows, and SFT is a token mean with coefficient c *
-        # rows. So the source's gradient is `rows` times ours.
+        # LUFFY's script divides the sum of the RL term over all tokens by L only, and multiplies the token mean of
+        # the SFT term by c * rows. So the script's gradient is `rows` times that of loss.py.
         ("rft+sft",): lambda: (plain_rl / L + c(0.1) * g.B * cross_entropy(g).mean()) / g.B,
         ("luffy",): lambda: -((plain * policy).sum() + (p / (p + c(0.1)) * inputs * prefix).sum()) / g.Z,
-        # both terms are token means; their common factor T_own / Z only scales the step
+        # both terms of UFT's loss are token means, and their common factor T_own / Z only scales the step
         ("uft",): lambda: (clipped_rl / g.T_own + c(0.001) * cross_entropy(g).mean()) * g.T_own / g.Z,
         ("chord-mu",): lambda: (
             ((1 - c(0.6)) * clipped_rl / g.T_own + c(0.6) * cross_entropy(g).mean()) * g.T_own / g.Z
@@ -345,7 +348,7 @@ def textbook(name: str, g: Group, coefficient: float | None = None) -> torch.Ten
         ("chord-phi",): lambda: (
             ((1 - c(0.1)) * clipped_rl / g.T_own + c(0.1) * cross_entropy(g, q * (1 - q)).mean()) * g.T_own / g.Z
         ),
-        # each demonstration that took a group's place is a micro-batch: its token mean stands beside a sum / L
+        # HPT adds the token mean of each demonstration that replaces a group to the RL term, which is a sum / L
         ("hpt",): lambda: (
             (
                 plain_rl / L
@@ -360,12 +363,12 @@ def textbook(name: str, g: Group, coefficient: float | None = None) -> torch.Ten
         ("srft",): lambda: (
             (
                 -(torch.where(g.rewards[:, None] == 1, 0.1 * entropy.exp(), -1.0) * g.log_probs * policy).sum() / L
-                - (p / (p + 0.1) * inputs * prefix).sum() / L  # γ stays 0.1 when `coefficient` is set
+                - (p / (p + 0.1) * inputs * prefix).sum() / L  # `coefficient` does not change γ = 0.1
                 + c(0.1) * g.B * cross_entropy(g, (0.5 * (-entropy).exp()).expand_as(q)).mean()
             )
             / g.B
         ),
-        # half a squared difference has the gradient of the divergence, over tokens that the policy itself sampled
+        # over tokens that the policy has sampled, half a squared difference has the gradient of SDFT's divergence
         ("sdft",): lambda: (ratio.detach()[shown] * (g.log_probs[shown] - g.hinted[shown]).square() / 2).sum() / g.Z,
         ("prefix-rft-trust",): lambda: (plain_rl - ((p / q.clamp(min=0.1)) * prefix).sum()) / g.Z,
         ("prefix-rft-static",): lambda: (clipped_rl - c(0.001) * (g.log_probs * prefix).sum()) / g.Z,
@@ -384,12 +387,13 @@ def test_gradient_equals_the_textbook_objective(name, moved):
         g = Group(name, moved, seed)
         want = torch.autograd.grad(textbook(name, g), g.logits, retain_graph=True)[0]
         assert want.abs().max() > 0
-        # rounding in float64 is 1e-16 for each of some hundred terms
+        # float64 rounds each of some hundred terms by about 1e-16
         torch.testing.assert_close(g.ours(), want, rtol=1e-9, atol=1e-12)
 
 
 def test_sdft_is_the_gradient_of_the_divergence_in_the_mean_over_tokens():
-    """In one state each token of the vocabulary has its probability of being sampled, before and after an update."""
+    """At one position, the gradients of all tokens are averaged by their probabilities of being sampled. The mean is
+    the gradient of the divergence, before and after an update."""
     torch.manual_seed(0)
     logits = torch.randn(7, dtype=torch.float64, requires_grad=True)
     log_p, hinted, old = logits.log_softmax(0), *torch.randn(2, 7, dtype=torch.float64).log_softmax(1)
@@ -405,7 +409,7 @@ def test_sdft_is_the_gradient_of_the_divergence_in_the_mean_over_tokens():
 def test_sum_over_micro_batches_is_the_whole_gradient(name):
     g = Group(name, moved=True)
     chunks = torch.randperm(g.B, generator=torch.Generator().manual_seed(0)).split(5)
-    parts = sum(g.ours(rows) for rows in chunks)  # each chunk has the mask and the denominators of the mini-batch
+    parts = sum(g.ours(rows) for rows in chunks)  # with the kept tokens and denominators of the mini-batch
     torch.testing.assert_close(parts, g.ours(), rtol=1e-9, atol=1e-12)
 
 
@@ -421,11 +425,11 @@ def test_the_coefficient_setting_takes_the_place_of_the_methods_own(name):
 
 @pytest.mark.parametrize("c", [0.0, 1e-30, 0.1])
 def test_the_shaped_weight_is_finite_where_a_probability_underflows(c):
-    """It is compared with f'(p) p in whole fractions; it is 0 where p is 0."""
+    """LUFFY's weight f'(p) p is compared with exact fractions. Where p underflows to 0, the weight is 0."""
     log_p = torch.tensor([[-200.0, -100.0, -87.0, -60.0, -3.0, 0.0]])
     g = Tokens(*[log_p] * 3, *[log_p < 1] * 3, torch.ones(1, 6), torch.ones(1), 0.2, 0.2, c, 0, 6, 6.0, 6)
     p = [Fraction(value) for value in log_p.exp().flatten().tolist()]
-    assert p[0] == 0 < p[1]  # p[1] is smaller than the smallest normal number, p[0] is 0
+    assert p[0] == 0 < p[1]  # p[0] underflows to 0, and p[1] is smaller than the smallest normal float
     want = [float(Fraction(c) * x / (x + Fraction(c)) ** 2) if x else 0.0 for x in p]
     assert token_weights(METHODS["luffy"], g)[0].tolist() == pytest.approx(want, rel=1e-5)
 
@@ -436,14 +440,14 @@ def test_a_coefficient_falls_along_half_a_cosine_in_the_first_fifth_of_a_run():
     assert result == pytest.approx([0.6, 0.6 * (1 + 0.5**0.5) / 2, 0.3, 0.0, 0.0, 0.0])
     assert coefficient_at(method, 0.0, 0.3) == 0.3 and coefficient_at(method, 1.0, 0.3) == 0.0
     ends_above = dataclasses.replace(method, coefficient_end=0.05)
-    # c never rises, so it stays where it is below its end
+    # a coefficient that begins below its end stays there, because a coefficient never rises
     assert coefficient_at(ends_above, 0.0, 0.01) == coefficient_at(ends_above, 1.0, 0.01) == 0.01
     assert coefficient_at(METHODS["luffy"], 0.7, None) == 0.1 and coefficient_at(METHODS["rft"], 0.7, None) == 1.0
 
 
 def test_every_method_is_another_objective():
-    """No two entries of the table give the same gradient on rows of their own kind, unless they differ only in their
-    rows or stages."""
+    """No two methods of METHODS with equal rows, stages, schedule and handling of unsolved groups give the same
+    gradient."""
     grads = {name: Group(name, moved=True).ours() for name in METHODS}
     for a in METHODS:
         for b in METHODS:

@@ -1,4 +1,4 @@
-"""These tests compare token_stats in model.py with direct computations, and try loading."""
+"""These tests compare token_stats in model.py with direct computations, and check loading and saving."""
 
 import json
 import math
@@ -20,7 +20,7 @@ from support.loading import fuse_norms, load_config, pick_device
 
 
 def rows(lengths: list[tuple[int, int]], vocab: int = 103, seed: int = 0):
-    """Returns left-padded prompts and right-padded responses of the given lengths, as ids, mask and R"""
+    """Returns (ids, mask, R) of left-padded prompts and right-padded responses with these lengths."""
     generator = torch.Generator().manual_seed(seed)
     P, R = max(p for p, _ in lengths), max(r for _, r in lengths)
     ids = torch.randint(3, vocab, (len(lengths), P + R), generator=generator)
@@ -29,7 +29,8 @@ def rows(lengths: list[tuple[int, int]], vocab: int = 103, seed: int = 0):
 
 
 def direct(model, ids, mask, R, temperature):
-    """Computes row by row without any padding, with the whole [R, V] softmax, in the model's dtype."""
+    """Returns log-probs and entropies, row by row without padding, from the whole [R, V] softmax in the model's
+    dtype."""
     log_probs, entropy = torch.zeros(len(ids), R, dtype=model.dtype), torch.zeros(len(ids), R, dtype=model.dtype)
     for i in range(len(ids)):
         row = ids[i][mask[i].bool()]
@@ -51,7 +52,7 @@ def assert_rounded(result: torch.Tensor, exact: torch.Tensor) -> None:
 
 
 def test_a_model_samples_in_eval_mode_and_is_trained_in_train_mode():
-    """In train mode gradient checkpointing turns the cache off, in eval mode it is off itself."""
+    """In train mode gradient checkpointing turns off the key-value cache, and in eval mode it does nothing."""
     model = random_model()
     with sampling(model) as policy:
         assert not policy.training and not torch.is_grad_enabled()
@@ -67,7 +68,8 @@ def test_a_response_as_text_lacks_its_end_token_and_no_space(tokenizer):
 @pytest.mark.parametrize("temperature", [1.0, 0.7])
 @pytest.mark.parametrize("chunk", [2**25, 103 * 4])
 def test_token_stats_equal_the_direct_computation(monkeypatch, temperature, chunk):
-    """Values and gradients are compared with float64. Padding, the other rows and chunks change nothing."""
+    """Log-probs, entropies and gradients are compared with float64. Padding, other rows and the size of chunks change
+    none of them."""
     monkeypatch.setattr(models, "LOGITS_PER_CHUNK", chunk)
     model, exact = random_model(scale=0.2), random_model(scale=0.2).double()
     ids, mask, R = rows([(5, 9), (2, 3), (8, 1), (3, 7)])
@@ -89,11 +91,11 @@ def test_padding_ids_do_not_matter():
     first = token_stats(model, ids, mask, R, 1.0)
     second = token_stats(model, torch.where(mask == 1, ids, 7), mask, R, 1.0)
     for a, b in zip(first, second):
-        assert torch.equal(a, b)  # both compute the same sums in the same order
+        assert torch.equal(a, b)  # both calls add the same numbers in the same order
 
 
 def test_a_loaded_model_has_fp32_weights_no_dropout_and_a_neutral_generation_config(tmp_path, tokenizer):
-    """The folder is in bf16 and has dropout, top_k 1, a penalty and two end tokens."""
+    """The saved model is in bf16, with dropout; its generation config has top_k 1, a penalty and two end tokens."""
     config = GPT2Config(vocab_size=len(tokenizer), n_embd=32, n_layer=2, n_head=2, attn_pdrop=0.5, resid_pdrop=0.5)
     model = GPT2LMHeadModel(config)
     model.to(torch.bfloat16).save_pretrained(tmp_path)
@@ -121,8 +123,8 @@ def test_noise_that_stays_on_is_refused(tmp_path, tokenizer, monkeypatch):
 
 
 def test_a_head_of_its_own_stays_one(tmp_path, tokenizer, monkeypatch):
-    """config.json says tied, but the file holds an embedding and another head. The file wins, on every rank and in a
-    saved model."""
+    """config.json says that head and embedding are tied, but the weights file holds two different matrices. The
+    weights file wins, on every rank and in a saved model."""
     save_model(random_model(vocab_size=103), tokenizer, tmp_path / "m")
     config = json.loads((tmp_path / "m" / "config.json").read_text())
     (tmp_path / "m" / "config.json").write_text(json.dumps(config | {"tie_word_embeddings": True}))
@@ -130,7 +132,7 @@ def test_a_head_of_its_own_stays_one(tmp_path, tokenizer, monkeypatch):
     assert not torch.equal(model.lm_head.weight, model.model.embed_tokens.weight)
     sent = model.config, model.dtype, model.loop
     monkeypatch.setattr(distributed, "from_rank_0", lambda _: pickle.loads(pickle.dumps(sent)))
-    for other in distributed.follow_first(None):  # what another rank builds from the parts that the first one sends
+    for other in distributed.follow_first(None):  # another rank's model, built of what rank 0 sends
         assert [name for name, _ in other.named_parameters()] == [name for name, _ in model.named_parameters()]
         assert other.loop == model.loop
     save_model(model, tokenizer, tmp_path / "final")
@@ -141,7 +143,7 @@ def test_a_head_of_its_own_stays_one(tmp_path, tokenizer, monkeypatch):
 def test_save_then_load_gives_the_same_weights(tmp_path, tokenizer):
     model = random_model(vocab_size=len(tokenizer))
     save_model(model, tokenizer, tmp_path / "final")
-    save_model(model, tokenizer, tmp_path / "final")  # this save replaces an older one
+    save_model(model, tokenizer, tmp_path / "final")  # the second save replaces the first
     again, _ = load_model(str(tmp_path / "final"))
     for (name, a), b in zip(model.state_dict().items(), again.state_dict().values()):
         assert (a == b).all(), name
@@ -150,7 +152,7 @@ def test_save_then_load_gives_the_same_weights(tmp_path, tokenizer):
 
 @pytest.mark.parametrize("what", ["weights", "tokenizer"])
 def test_a_save_that_fails_leaves_the_old_folder(tmp_path, tokenizer, monkeypatch, what):
-    """The old folder is removed only when the new one is whole."""
+    """The old model folder is removed only when the new one is whole."""
     model = random_model(vocab_size=len(tokenizer))
     save_model(model, tokenizer, tmp_path / "final")
     before = contents(tmp_path / "final")
@@ -165,7 +167,7 @@ def test_a_save_that_fails_leaves_the_old_folder(tmp_path, tokenizer, monkeypatc
 
 
 def test_logits_of_a_chunk_of_tokens_only_exist_at_once(monkeypatch):
-    """This holds in the forward pass, and again in the backward pass."""
+    """Only one chunk of tokens has logits at a time, in the forward pass and in the backward pass."""
     model, sizes = random_model(), []
     model.lm_head.register_forward_hook(lambda module, inputs, output: sizes.append(len(output)))
     monkeypatch.setattr(models, "LOGITS_PER_CHUNK", 103 * 4)
@@ -175,12 +177,12 @@ def test_logits_of_a_chunk_of_tokens_only_exist_at_once(monkeypatch):
 
 
 def test_a_token_that_cannot_come_adds_no_entropy():
-    """The token's logit is -inf, and 0 · -inf has to be 0, not NaN."""
+    """If a token's logit is -inf, the token's entropy term 0 · -inf has to be 0, not NaN."""
     model, ids = random_model(), torch.tensor([[5, 6, 7]])
     model.lm_head.bias = torch.nn.Parameter(torch.zeros(103))
     model.lm_head.bias.data[50:] = -torch.inf
     log_probs, entropy = token_stats(model, ids, torch.ones_like(ids), 2, 1.0)
-    # the same model with a vocabulary that lacks those tokens
+    # logits of the same model without the tokens whose logit is -inf
     logits = random_model()(ids).logits[0, :2, :50].detach()
     torch.testing.assert_close(entropy[0], torch.distributions.Categorical(logits=logits).entropy())
     assert log_probs.isfinite().all()
@@ -296,7 +298,7 @@ def test_weights_that_are_not_finite_or_far_too_large_are_called_damaged(tmp_pat
 
 
 def test_a_token_without_a_row_is_refused_only_where_it_is_used(tmp_path, tokenizer):
-    """Gemma 3's tokenizer has one such token: it has one token more than its embedding has rows."""
+    """Gemma 3 has such a token: its tokenizer has one token more than its embedding has rows."""
     save_model(random_model(vocab_size=len(tokenizer)), tokenizer, tmp_path / "m")
     longer = AutoTokenizer.from_pretrained(tmp_path / "m")
     longer.add_tokens(["<image>"])
@@ -309,7 +311,7 @@ def test_a_token_without_a_row_is_refused_only_where_it_is_used(tmp_path, tokeni
     longer.save_pretrained(tmp_path / "m")
     GenerationConfig(eos_token_id=[101, 6]).save_pretrained(tmp_path / "m")
     model, _ = load_model(str(tmp_path / "m"), check=check_model)
-    assert model.generation_config.eos_token_id == [2, 6]  # token 101 is never sampled
+    assert model.generation_config.eos_token_id == [2, 6]  # token 101 has no row, so it is never sampled
     assert model.generation_config.pad_token_id == 2
     longer.eos_token = "<image>"
     longer.save_pretrained(tmp_path / "m")
@@ -343,7 +345,7 @@ def test_a_folder_of_an_organisations_name_does_not_hide_the_hub(tmp_path, monke
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr(loading.AutoConfig, "from_pretrained", lambda path, **_: GPT2Config(name_or_path=path))
     assert load_config("Qwen/Qwen2.5-0.5B").name_or_path == "Qwen/Qwen2.5-0.5B"
-    for name in ("no/such/folder", "data/base"):  # the hub has no such models
+    for name in ("no/such/folder", "data/base"):  # the hub has no models of these names
         with pytest.raises(ValueError, match="neither a folder that exists nor a hub name"):
             load_config(name)
     (tmp_path / "Qwen" / "Qwen2.5-0.5B").mkdir()
@@ -370,8 +372,8 @@ class TakesAGate(LlamaRMSNorm):
 
 
 def test_norms_are_fused_where_that_changes_nothing():
-    """This is as on CUDA. Every norm of a Llama is fused, but not one that computes something else, takes other
-    arguments or has no weight."""
+    """On CUDA every norm of a Llama is fused. A norm that computes something else, takes other arguments or has no
+    weight is not fused. The test fuses on the CPU."""
     model, ids = random_model(), torch.arange(3, 13)[None]
     arguments = ids, torch.ones_like(ids), 6, 1.0
 

@@ -1,6 +1,6 @@
-"""transformers 4 can read a model folder of ours too. What it must find there was written by transformers 4.57.6 for
-the same models. If TRANSFORMERS_4 names a Python that has it (pip install torch transformers==4.57.6), log-probs are
-compared too."""
+"""These tests check that transformers 4 can read the model folders that save_model writes. The config fields that it
+must find there are those that transformers 4.57.6 wrote for the same models. If the variable TRANSFORMERS_4 names a
+Python with transformers 4 (pip install torch transformers==4.57.6), log-probs are compared too."""
 
 import copy
 import json
@@ -39,8 +39,8 @@ def read(path):
 
 @pytest.fixture
 def old_base(tmp_path, tokenizer):
-    """Makes a model as most stand on the hub: with old fields, with files that transformers 5 does not write, and
-    with weights in bf16."""
+    """Makes a model folder like most on the hub: with config fields of transformers 4, with files that transformers 5
+    does not write, and with bf16 weights."""
     folder = tmp_path / "old"
     save_model(random_model(vocab_size=103, rope_theta=5e5, rope_scaling=dict(LLAMA3)).bfloat16(), tokenizer, folder)
     config = read(folder / "config.json")
@@ -66,15 +66,15 @@ def test_the_bases_fields_and_tokenizer_files_are_kept(tmp_path, old_base):
     assert read(tmp_path / "final" / "tokenizer_config.json") == read(old_base / "tokenizer_config.json")
     assert not (tmp_path / "final" / "README.md").exists()
     modes = {file.stat().st_mode for file in (tmp_path / "final").iterdir()}
-    assert len(modes) == 1  # safetensors would let only the owner read its files
+    assert len(modes) == 1  # files that safetensors writes are readable for their owner only
     again = AutoConfig.from_pretrained(tmp_path / "final")
     assert again.rope_parameters == AutoConfig.from_pretrained(old_base).rope_parameters
 
 
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
 def test_weights_are_saved_in_the_dtype_that_the_config_names(tmp_path, tokenizer, dtype):
-    """A weight's update of 1e-6 is seen in fp32 and rounded away in bf16."""
-    # in this model all matrices are 0 and all norms 1
+    """An update that moves a weight by 1e-6 is kept by saved fp32 weights and rounded away by bf16 ones."""
+    # all matrices of this model are 0, and all norm weights are 1
     base = random_model(vocab_size=len(tokenizer), scale=0.0).bfloat16()
     save_model(base, tokenizer, tmp_path / "base")
     model, _ = load_model(str(tmp_path / "base"), training=True)
@@ -165,8 +165,8 @@ def read_base(name):
 
 @pytest.mark.skipif("TRANSFORMERS_4" not in os.environ, reason="TRANSFORMERS_4 names no Python with transformers 4")
 def test_transformers_4_reads_the_same_log_probs_and_tokens(tmp_path):
-    """Before and after our load and save, of models that transformers 4 itself has made, and of the same models with
-    a config that transformers 5 has written, which lacks the old fields."""
+    """transformers 4 reads models that it has made, before and after load_model and save_model. It also reads these
+    models if transformers 5 has written their config, which then lacks the old fields."""
     made, five, final = tmp_path / "made", tmp_path / "five", tmp_path / "final"
 
     def run(what, folder):

@@ -1,4 +1,5 @@
-"""one_file.py is the method of loss.py, sample.py and step.py: it gives the same prefixes, responses and gradient."""
+"""These tests check that one_file.py gives the prefixes, responses and gradients of loss.py, sample.py and
+step.py."""
 
 import copy
 import json
@@ -34,8 +35,8 @@ def gradient(model: torch.nn.Module) -> torch.Tensor:
 
 
 def test_both_updates_of_a_step_have_the_gradient_of_step_py(model, tokenizer):
-    """step.rl_step samples, grades and updates, and one_file.py gets its rows. The first update is so long that PPO
-    clips in the second."""
+    """one_file.py gets the rows that step.rl_step has sampled and graded. The first update is so large that PPO clips
+    tokens in the second one."""
     start = copy.deepcopy(model)
     config = Config(prompts_per_step=4, lr=0.5, max_grad_norm=1e9)
     problems = [Problem(p["id"], p["problem"], p["answer"], p.get("demonstrations", ())) for p in DEMONSTRATED[:3]]
@@ -107,5 +108,5 @@ def test_a_run_trains_and_prints_the_accuracies(tmp_path, monkeypatch, capsys):
     one_file.main()
     assert "greedy accuracy on 3 validation problems: 33.3% before, 66.7% after" in capsys.readouterr().out
     change = (weights[0] - weights[1]).abs().max()
-    # each of AdamW's first two updates moves a weight by at most the rate
+    # each of AdamW's first two updates moves a weight by at most the learning rate
     assert 0 < change <= 2.1 * one_file.LEARNING_RATE

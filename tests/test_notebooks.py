@@ -1,12 +1,13 @@
-"""Every notebook runs in an interpreter of its own and shows figures, and its exercises can be solved.
+"""These tests check that every notebook runs and shows its figures, and that its exercises can be solved.
 
-A notebook's exercises are found by the tags of its cells. Each has three cells, in this order. A student edits the
-cell "answer", whose metadata "wrong" holds two or more wrong answers. The cell "check" prints "not yet", "right" or
-"not right: …". The cell "solution" is Markdown with one folded Python block. After the whole notebook has run as it
-is, every exercise is tried in the same interpreter: unanswered, with each wrong answer, with the solution.
-NOTEBOOK_SIZE=2 shortens runs and takes fewer problems; of the held-out ones every eighth is enough. The interpreter
-is IPython's shell without a kernel around it, because nine kernels that import PyTorch cost a minute. Its process
-starts with PyTorch imported, where it can, and the commands that a notebook starts run in copies of it, too.
+Exercises are found by the tags of their cells. Each exercise has three cells, in this order. A student edits the cell
+"answer", whose metadata "wrong" holds two or more wrong answers. The cell "check" prints "not yet", "right" or "not
+right: …". The cell "solution" is Markdown with one folded Python block. After the whole notebook has run as it is,
+every exercise is tried in the same interpreter: unanswered, with each wrong answer, with the solution.
+NOTEBOOK_SIZE=2 makes runs shorter and takes fewer problems; accuracy is measured on every eighth held-out problem.
+Each notebook has its own IPython shell without a Jupyter kernel, because nine kernels that import PyTorch take a
+minute. On Linux the processes of the shell, and of the commands that a notebook starts, are forked with PyTorch
+imported.
 """
 
 import ast
@@ -39,7 +40,7 @@ pytest.importorskip("IPython", reason="pip install -r requirements-dev.txt")
 
 FOLDER = Path("notebooks")
 NOTEBOOKS = sorted(FOLDER.glob("*.ipynb"))
-LARGEST = 1_000_000  # bytes of a notebook with its outputs
+LARGEST = 1_000_000  # limit of a notebook's bytes, outputs included
 every_notebook = pytest.mark.parametrize("path", NOTEBOOKS, ids=[path.stem for path in NOTEBOOKS])
 
 
@@ -57,17 +58,17 @@ def tagged(cells: list[dict], tag: str) -> list[dict]:
 
 
 def exercises(cells: list[dict]) -> list[tuple]:
-    """Returns (answer, check, solution) of each exercise."""
+    """Returns the cells (answer, check, solution) of each exercise."""
     return list(zip(*(tagged(cells, tag) for tag in ("answer", "check", "solution")), strict=True))
 
 
 def text_of(cell: dict) -> str:
-    """Returns what a kept cell printed."""
+    """Returns the printed text that is stored in a cell."""
     return "".join("".join(output["text"]) for output in cell["outputs"] if output["output_type"] == "stream")
 
 
 def figures_in(displayed: list[dict]) -> int:
-    """Returns how many outputs end as a figure. An update takes the place of the output with its id."""
+    """Returns the number of figures among outputs. An output that updates an earlier one, by its id, replaces it."""
     figures = {}
     for place, output in enumerate(displayed):
         key = (output.get("transient") or {}).get("display_id", place)
@@ -82,8 +83,8 @@ def solution_of(cell: dict) -> str:
 
 
 def run_script(words: list[str], ranks: int) -> tuple[int, str, str]:
-    """`python WORDS`, or as many ranks of it as torchrun would start, as copies of this process -> exit code, what it
-    printed, its stderr."""
+    """Runs `python WORDS` in forks of this process, one per rank as torchrun does, and returns exit code, stdout and
+    stderr."""
     with tempfile.TemporaryDirectory() as name:
         printed = Path(name) / "stdout"
 
@@ -99,9 +100,9 @@ def run_script(words: list[str], ranks: int) -> tuple[int, str, str]:
 
 @contextlib.contextmanager
 def commands_in_copies() -> Iterator[None]:
-    """Takes the place of subprocess.run for Python's scripts: a process that runs no cell starts copies of itself."""
+    """Replaces subprocess.run for Python scripts: a helper process that runs no notebook cell forks itself."""
     with ProcessPoolExecutor(1, get_context("fork")) as launcher:
-        launcher.submit(int).result()  # it starts now, when this process has run no cell either
+        launcher.submit(int).result()  # forks the helper before this process runs a cell
 
         def run(words: list[str], **_: object) -> subprocess.CompletedProcess:
             script = next(place for place, word in enumerate(words) if word.endswith(".py"))
@@ -113,7 +114,7 @@ def commands_in_copies() -> Iterator[None]:
 
 
 def measure_less() -> None:
-    """From now on accuracy is measured on every eighth held-out problem."""
+    """Makes train.py measure accuracy on every eighth held-out problem only."""
     accuracy = train.accuracy
 
     def of_every_eighth(run: steps.Run, *words: object) -> dict:
@@ -124,14 +125,13 @@ def measure_less() -> None:
 
 
 def run_sources(folder: Path, sources: list[str]) -> list[tuple[str, str, list[dict]]]:
-    """Run cells one after the other in `folder`, and return for each what it printed, its stderr, and what it
-    displayed."""
+    """Run cells one after the other in `folder`, and return stdout, stderr and displayed outputs of each."""
     from IPython.core.interactiveshell import InteractiveShell
     from IPython.utils.capture import capture_output
 
     class Shell(InteractiveShell):
         def enable_gui(self, gui: str | None = None) -> None:
-            """There is no window; the figures of `%matplotlib inline` need none."""
+            """Opens no window, because the figures of `%matplotlib inline` need none."""
 
     os.environ["NOTEBOOK_SIZE"] = "2"
     measure_less()
@@ -149,8 +149,8 @@ def run_sources(folder: Path, sources: list[str]) -> list[tuple[str, str, list[d
 
 
 def executed(path: Path) -> tuple[list, list]:
-    """Runs the notebook as it is, then tries its exercises. Returns what its code cells told, and the tries; a try is
-    (what, its answer, what the check printed)."""
+    """Runs the notebook as it is, then tries its exercises. Returns the outputs of its code cells, and for each try
+    its kind, its answer, and what the check printed."""
     cells = read(path)
     sources, tries = [source(cell) for cell in cells if cell["cell_type"] == "code"], []
     code = len(sources)
@@ -170,8 +170,8 @@ def executed(path: Path) -> tuple[list, list]:
 
 @every_notebook
 def test_runs_shows_its_figures_and_checks_its_exercises(path):
-    """As many figures come out as the kept notebook has, and no warning. This is one test, because a notebook is run
-    once."""
+    """The run shows as many figures as the committed notebook has, and no warning. One test checks all this, because
+    a notebook is run once."""
     told, tries = executed(path)
     kept = [output for cell in read(path) for output in cell.get("outputs", ())]
     assert figures_in([output for *_, displayed in told for output in displayed]) == figures_in(kept) > 0
@@ -215,7 +215,7 @@ def names_in(file: Path) -> set[str]:
 
 @every_notebook
 def test_links(path):
-    """Files that are linked to exist, and the module behind a link [`module.name`](../module.py) defines the name."""
+    """Linked files exist, and the module behind a link [`module.name`](../module.py) defines the name."""
     markdown = "\n".join(source(cell) for cell in read(path) if cell["cell_type"] == "markdown")
     links = re.findall(r"\[([^\]]*)\]\(([^)\s#]+)\)", markdown)
     assert links
@@ -249,7 +249,7 @@ def test_links(path):
         (torch.tensor([1.0, 3.0]), [1, 2], "not right: try"),
         (Fraction(1, 3), 1 / 3, "right"),
         (Fraction(1, 2), 1 / 3, "not right: try"),
-        (0.64, 1 - 0.95**20, "right"),  # the text prints 0.6415… in this way
+        (0.64, 1 - 0.95**20, "right"),  # the notebook's text rounds 0.6415… to 0.64
         (0.6, 1 - 0.95**20, "not right: try"),
         (0.39, 0.38728, "right"),
         (0.012, 0.01234, "right"),

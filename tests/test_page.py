@@ -1,4 +1,4 @@
-"""The numbers on the page of a problem are those of the training step, and so they are in a real browser, if there is
+"""These tests check that the page of a problem shows the numbers of the training step, in a real browser if there is
 one."""
 
 import copy
@@ -21,7 +21,7 @@ from reward import MATH
 from step import Batch, Run, mini_batch_tokens, rollout_batch
 from support.config import Config
 
-BASE, ID = Path("data/base"), "train-0304"  # the base has 3 of its 8 rows right
+BASE, ID = Path("data/base"), "train-0304"  # 3 of the base model's 8 rows are right here
 HOSTILE = ["</script><script>window.hacked = 1</script>", "<img src=x onerror=window.hacked=1>", "'\"`${1}&lt;"]
 HOSTILE += ["a\nb", "\u2028", "😀", "\x00", "DATA"]
 WEIGHTS = """controls.method.value = arguments[0]; controls.cut.value = arguments[1];
@@ -32,7 +32,7 @@ FLAGS += "--disable-component-update --disable-sync"
 
 @pytest.fixture(scope="module")
 def content() -> dict:
-    """Returns the content for the shipped base and for a second model, which is the same by another name."""
+    """Returns the page's content for two models: the shipped base model, and the same model by another name."""
     content = page_content([BASE], ID)
     content["models"].append(content["models"][0] | {"name": "again"})
     return content
@@ -40,7 +40,7 @@ def content() -> dict:
 
 @pytest.fixture(scope="module")
 def shown(tmp_path_factory):
-    """shown(content) returns a browser with the page in it."""
+    """shown(content) opens a page with this content in a browser, and returns the browser."""
     selenium, folder = pytest.importorskip("selenium.webdriver"), tmp_path_factory.mktemp("chromium")
     chromium, driver = shutil.which("chromium"), shutil.which("chromedriver")
     if not (chromium and driver):
@@ -55,7 +55,7 @@ def shown(tmp_path_factory):
     def show(content: dict):
         (folder / "page.html").write_text(page_html(content), encoding="utf-8")
         browser.get((folder / "page.html").as_uri())
-        assert not browser.get_log("browser")  # the page ran without an error
+        assert not browser.get_log("browser")  # the page's script ran without an error
         return browser
 
     yield show
@@ -67,8 +67,8 @@ def text(page, selector: str) -> str:
 
 
 def test_every_weight_is_that_of_a_training_step(content, shown):
-    """This is tested for each method, with the demonstration cut in half: rows are sampled, graded, compared, ranked
-    and weighed alike."""
+    """For each method, the page's weights are those of rollout_batch and token_weights, if half of the demonstration
+    is given."""
     problem = next(problem for problem in load_problems(Config.data) if problem.id == ID)
     model, tokenizer = load_model(str(BASE))
     encoded, *_ = encode_problems(tokenizer, [problem], Config.max_response_tokens, [tokenizer.eos_token_id], MATH)
@@ -90,7 +90,7 @@ def test_every_weight_is_that_of_a_training_step(content, shown):
         demonstration_tokens = int(batch.rollouts.prefix_mask[rows].sum())
         normalizer = 8 * Config.max_response_tokens if len(rows) == 8 else demonstration_tokens
         weights = token_weights(method, mini_batch_tokens(a_run(method), batch, rows, normalizer, 0.0, ()))
-        on_page = sorted(page.execute_script(WEIGHTS, name, CUTS.index(50)))  # the rows are sorted by their numbers
+        on_page = sorted(page.execute_script(WEIGHTS, name, CUTS.index(50)))  # a row's label begins with its number
         for i, (_, row) in zip(rows, on_page, strict=True):
             expected = weights[i, batch.rollouts.response_mask[i]].tolist()
             assert row == pytest.approx(expected, rel=1e-4, abs=1e-9), name
@@ -98,8 +98,8 @@ def test_every_weight_is_that_of_a_training_step(content, shown):
 
 def test_the_clip_ranks_as_the_loss_does(content, shown):
     page, generator = shown(content), torch.Generator().manual_seed(0)
-    for n in (0, 1, 7, 37):  # n + n // 2 tokens are ranked; if these are 10, (1 - 0.9) * 10 is below 1
-        entropy = (torch.rand(3, 60, generator=generator) * 8).round() / 8  # rounding to eighths makes many ties
+    for n in (0, 1, 7, 37):  # n + n // 2 tokens are ranked; of 10 tokens, (1 - 0.9) * 10 is below 1 in floats
+        entropy = (torch.rand(3, 60, generator=generator) * 8).round() / 8  # entropies in eighths have many ties
         mask = torch.zeros(3, 60, dtype=torch.bool)
         mask[2, :n] = mask[0, : n // 2] = True
         rows = [{"entropy": e.tolist(), "given": int(m.sum()), "ids": [0] * 60} for e, m in zip(entropy, mask)]
@@ -112,7 +112,8 @@ def test_the_clip_ranks_as_the_loss_does(content, shown):
 
 
 def test_a_hand_moves_everything(content, shown):
-    """The numbers of a hybrid row are computed by hand from its group's rewards."""
+    """After the page's controls are moved, its numbers for a hybrid row are those computed from the group's
+    rewards."""
     from selenium.webdriver import ActionChains, Keys
     from selenium.webdriver.support.select import Select
 
@@ -179,7 +180,7 @@ def test_it_can_be_read_on_a_phone_and_in_the_dark(content, shown):
 
 @pytest.fixture
 def folder(tmp_path) -> Path:
-    """Returns a run folder whose data have no demonstrations, with a recorded group of the second problem."""
+    """Returns a run folder whose data have no demonstrations, and whose log has a group of the second problem."""
     problems = [{"id": name, "problem": "329;Cr;B-7;A+4?", "answer": name} for name in "12"]
     group = {"step": 1, "method": "rft", "id": "2", "problem": "", "answer": "", "prompt": [], "rows": [a_row("ab")]}
     data = tmp_path / "data.jsonl"

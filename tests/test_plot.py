@@ -1,7 +1,7 @@
-"""The figures that plot.py writes show the right numbers. It refuses to draw runs or evaluations of different
-problems together.
+"""These tests check that the figures of plot.py show the right numbers, and that plot.py refuses to draw runs or
+evaluations of different problems together.
 
-test_group.py has the groups of rollouts."""
+The figure of a group of rollouts is tested in test_group.py."""
 
 import json
 import sys
@@ -22,8 +22,8 @@ SETTINGS = {"model": "m", "temperature": 0.6}
 
 
 def evaluation(folder: Path, right: dict[str, dict[str, int]], samples: int = 4, **settings) -> Path:
-    """Makes a finished evaluation in which problem i of benchmark b had right[b][i] right samples; p, r, x are
-    easy."""
+    """Makes the folder of a finished evaluation. Problem i of benchmark b has right[b][i] right samples, and the
+    problems p, r and x are easy."""
     folder.mkdir()
     answers = {
         name: [Answers(i, ("easy", "hard")[ord(i) % 2], samples, c, c, 10) for i, c in counts.items()]
@@ -74,9 +74,10 @@ def test_comparison_pairs_the_problems_by_id(two, tmp_path, monkeypatch, capsys)
 
 
 def test_partial_rewards_are_kept_and_paired(two, tmp_path, monkeypatch, capsys):
-    """Accuracy and differences are of mean rewards, and pass@k is of right samples, also when they are read back."""
+    """Accuracies and differences are computed from mean rewards, and pass@k from right samples, also after the
+    results are read back."""
     levels = {"p": "easy", "q": "hard", "r": "easy", "s": "hard"}
-    rewards = {"p": 1.5, "q": 0.75, "r": 2.0, "s": 4.0}  # the sums of four samples, of which 1, 0, 2, 4 are right
+    rewards = {"p": 1.5, "q": 0.75, "r": 2.0, "s": 4.0}  # sums over four samples, of which 1, 0, 2 and 4 are right
     right = {"p": 1, "q": 0, "r": 2, "s": 4}
     answers = [Answers(i, levels[i], 4, right[i], rewards[i], 10) for i in rewards]
     (tmp_path / "partial").mkdir()
@@ -85,7 +86,7 @@ def test_partial_rewards_are_kept_and_paired(two, tmp_path, monkeypatch, capsys)
     results = read_results(tmp_path / "partial")
     assert results["rewards"]["aime24"] == {"easy": {"p": 1.5, "r": 2.0}, "hard": {"q": 0.75, "s": 4.0}}
     assert results["average"]["accuracy"] == (8.25 / 16 + 0.25) / 2
-    assert "rewards" not in read_results(two[0])  # without "rewards" the rewards are the counts of "right"
+    assert "rewards" not in read_results(two[0])  # all rewards are 0 or 1
     assert problem_scores(results, "aime24", "all") == {"p": 0.375, "q": 0.1875, "r": 0.5, "s": 1}
     assert problem_scores(results, "aime24", "all", 1) == problem_scores(read_results(two[0]), "aime24", "all")
     capsys.readouterr()
@@ -112,7 +113,7 @@ def test_published_rows_are_marked_as_published(two, tmp_path, monkeypatch, caps
 
 
 def test_the_published_averages_are_those_of_the_accuracies():
-    """They agree to the paper's rounding. UFT has an average only."""
+    """The averages agree up to the paper's rounding. For UFT the paper gives only an average."""
     assert [len(result) for result, _ in PUBLISHED.values()] == [6, 6, 6, 6, 6, 0, 6, 6, 9]
     for method, (result, average) in PUBLISHED.items():
         assert not result or sum(result[: len(SIX)]) / 6 == pytest.approx(average, abs=0.06), method
@@ -184,7 +185,7 @@ def test_damaged_files_are_named_in_one_line(tmp_path, monkeypatch, capsys):
 
 
 def test_a_run_with_skipped_updates_and_nothing_to_average_is_drawn(tmp_path, monkeypatch):
-    """train.py writes 0 for what an update would have given, and null for a mean of nothing."""
+    """If all updates of a step are skipped, metrics.jsonl has 0 for their loss and null for a mean of nothing."""
     rows = [{"step": 1, "loss": 0.1, "grad_norm": 1.0, "entropy": 0.5, "reward_hybrid": 1.0, "eval_all": None}]
     rows += [{"step": 2, "loss": 0.0, "grad_norm": 0.0, "entropy": None, "reward_hybrid": None, "skipped_updates": 2}]
     folder = run_folder(tmp_path / "x", rows)
@@ -198,7 +199,7 @@ def test_a_target_that_cannot_be_written_is_named_and_nothing_is_left(tmp_path, 
     (tmp_path / "data").mkdir()
     before = sorted(tmp_path.rglob("*"))
     with monkeypatch.context() as patch:
-        patch.setattr(plot, "draw", None)  # drawing would fail, but the command refuses its words before that
+        patch.setattr(plot, "draw", None)  # drawing would fail, but the target is refused before
         for out, message in (
             ("data", "is a folder"),
             ("file/c.png", "is a file"),
@@ -213,12 +214,12 @@ def test_a_target_that_cannot_be_written_is_named_and_nothing_is_left(tmp_path, 
     assert f"writing to {folder / 'curves.png'} failed (Is a directory)" in capsys.readouterr().err
     (folder / "curves.png").rmdir()
     assert sorted(tmp_path.rglob("*")) == before
-    # the figure's folder is made if it is not there
+    # a folder that does not exist is made for the figure
     assert run(monkeypatch, folder, "--out", tmp_path / "new" / "c.png") == 0
 
 
 def test_a_dollar_in_a_name_is_a_dollar(tmp_path, monkeypatch):
-    name = "$^$"  # matplotlib could not read this as mathematics
+    name = "$^$"  # as a formula, matplotlib could not read this name
     log = [{"step": step, f"eval_{name}": 0.5, "eval_all": 0.5} for step in (1, 2)]
     runs = [with_base(run_folder(tmp_path / (name + i), log), **{name: 2, "all": 2}) for i in "ab"]
     for samples in (1, 4):
@@ -253,14 +254,14 @@ LOGGED = [
 
 
 def with_base(folder: Path, **problems: int) -> Path:
-    """Returns eval.json with the base model's validation: a tenth is right in every level."""
+    """Writes an eval.json in which the base model's validation accuracy is a tenth in every level."""
     table = {level: {"accuracy": 0.1, "low": 0.05, "high": 0.2, "problems": n} for level, n in problems.items()}
     (folder / "eval.json").write_text(json.dumps({"base": {"validation": table}}))
     return folder
 
 
 def panels_of(monkeypatch, *folders: Path) -> dict[str, Axes]:
-    """Returns the panels of the sheet that `draw` makes, by title."""
+    """Returns the panels of the sheet that plot.draw makes, by title."""
     figures = []
     monkeypatch.setattr(curves, "save", lambda figure, target: figures.append(figure))
     plot.draw(list(folders), Path("sheet.png"))
@@ -317,7 +318,7 @@ def test_the_range_of_the_schedule_holds_what_is_drawn_and_no_more(schedule, ste
     generator = torch_generator("range", schedule, step)
     drawn = [prefix_fraction(step, 100, schedule, generator) for _ in range(1000)]
     assert low <= min(drawn) and max(drawn) <= high
-    # of 1000 uniform draws none lies in a given fiftieth of the range with a chance of (1 - 1/50)^1000 = 2e-9
+    # the chance that none of 1000 uniform draws is in the first fiftieth of the range is (1 - 1/50)^1000 = 2e-9
     if schedule != "uft":
         assert min(drawn) - low <= (high - low) / 50 and high - max(drawn) <= (high - low) / 50
 
@@ -336,8 +337,7 @@ def test_noise_does_not_fill_a_panel(tmp_path, monkeypatch):
 
 
 def test_panels_of_an_sft_stage_before_reinforcement(tmp_path, monkeypatch):
-    """There is no panel of prefixes, no axis below 0, one range of steps, and a line where SFT ends. A reward of 0 is
-    shown."""
+    """The sheet has no panel of prefixes, one range of steps, and a line where SFT ends. A reward of 0 is shown."""
     rl = {"reward": 0.0, "reward_on_policy": 0.0, "prefix_tokens": 0, "prefix_tokens_kept": 0}
     rows = [{"step": s, "grad_norm": 1.0} for s in (1, 2, 3, 4)]
     rows += [{"step": s, "grad_norm": 1.0, "truncated": 0.0, "unread": 0.1 * (s % 2)} | rl for s in (5, 6)]
@@ -348,13 +348,12 @@ def test_panels_of_an_sft_stage_before_reinforcement(tmp_path, monkeypatch):
 
 
 def test_legends_stand_outside_of_the_panels(tmp_path, monkeypatch):
-    """Inside a panel a legend would hide a curve. With several runs the sheet has one legend for all panels, above
-    them."""
+    """Inside a panel a legend would hide a curve. With several runs, one legend stands above all panels."""
     folders = [with_base(run_folder(tmp_path / name, LOGGED), hard=50, medium=50, all=100) for name in ("x", "y")]
     for shown in (folders[:1], folders):
         panels = panels_of(monkeypatch, *shown).values()
         figure = next(iter(panels)).figure
-        figure.draw_without_rendering()  # this call gives every text its place
+        figure.draw_without_rendering()  # matplotlib gives every text its place
         areas = [axis.get_tightbbox() if figure.legends else axis.get_window_extent() for axis in panels]
         legends = figure.legends or [axis.get_legend() for axis in panels if axis.get_legend()]
         assert legends

@@ -86,7 +86,7 @@ def test_partial_rewards_are_kept_and_paired(two, tmp_path, monkeypatch, capsys)
     results = read_results(tmp_path / "partial")
     assert results["rewards"]["aime24"] == {"easy": {"p": 1.5, "r": 2.0}, "hard": {"q": 0.75, "s": 4.0}}
     assert results["average"]["accuracy"] == (8.25 / 16 + 0.25) / 2
-    assert "rewards" not in read_results(two[0])  # all rewards are 0 or 1
+    assert "rewards" not in read_results(two[0])  # rewards of 0 and 1 are stored as "right" only
     assert problem_scores(results, "aime24", "all") == {"p": 0.375, "q": 0.1875, "r": 0.5, "s": 1}
     assert problem_scores(results, "aime24", "all", 1) == problem_scores(read_results(two[0]), "aime24", "all")
     capsys.readouterr()

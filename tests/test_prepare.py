@@ -1,5 +1,5 @@
-"""These tests give data/prepare.py a made-up row in the hub's schema for every set, and show what happens when a set
-cannot be had."""
+"""These tests give data/prepare.py made-up rows with the hub's fields for every data set, and try sets that cannot be
+downloaded."""
 
 import dataclasses
 import importlib.util
@@ -22,7 +22,7 @@ sys.modules["prepare"] = prepare
 spec.loader.exec_module(prepare)
 
 MESSAGE = {"role": "user", "content": "Solve $x=1$."}
-HUB = {  # name: (a row as the hub has it, the fields of ours that it must give)
+HUB = {  # for each set: a row as the hub has it, and fields that prepare.py must make of this row
     "aime24": (
         {"id": 60, "problem": "Find $n$.", "solution": "So 25.", "answer": "025", "url": "u", "year": "2024"},
         {"problem": "Find $n$.", "answer": "025"},
@@ -78,7 +78,7 @@ HUB = {  # name: (a row as the hub has it, the fields of ours that it must give)
         | {"reward_model": {"ground_truth": "1", "style": "rule"}, "extra_info": {"index": 3, "split": "default"}},
         {"system": "Think.", "problem": "Solve $x=1$.", "demonstrations": ["<think>\nok\n</think>\n\\boxed{1}"]},
     ),
-    "openr1-48k-complement": (  # nobody has seen yet whether its rows have a target
+    "openr1-48k-complement": (  # whether rows of this set have a target is unknown
         {"prompt": [{"role": "system", "content": "Think."}, MESSAGE], "reward_model": {"ground_truth": "1"}},
         {"system": "Think.", "problem": "Solve $x=1$.", "demonstrations": []},
     ),
@@ -87,7 +87,8 @@ HUB = {  # name: (a row as the hub has it, the fields of ours that it must give)
 
 @pytest.fixture
 def hub(monkeypatch, tmp_path):
-    """Makes a hub of our own with two rows of each set. Returns {name: rows}, and the list of what was asked for."""
+    """Replaces the hub by two rows of each set. Returns {name: rows}, and the list of the sets that were
+    requested."""
     rows, asked = {name: [row, row] for name, (row, _) in HUB.items()}, []
     by_place = {}
     for name, source in prepare.SOURCES.items():
@@ -213,7 +214,7 @@ def test_without_a_network_no_retry_is_told_and_a_gated_set_is_not_blamed(hub, m
 
     def unreachable(path, config, split):
         logger = hub_logging.get_logger("huggingface_hub.utils._http")
-        message.append(logger.isEnabledFor(logging.WARNING))  # the hub warns of every retry
+        message.append(logger.isEnabledFor(logging.WARNING))  # huggingface_hub logs retries as warnings
         raise ConnectionError(f"Couldn't reach '{path}' on the Hub (LocalEntryNotFoundError)")
 
     monkeypatch.setattr(sys.modules["datasets"], "load_dataset", unreachable)

@@ -1,5 +1,5 @@
-"""These tests take models as they come from the hub, with a byte-level BPE tokenizer and the shapes of Qwen2 and
-Llama. They load, train, save and load them again."""
+"""These tests load, train, save and load again small models that are like the hub's: with a byte-level BPE tokenizer
+and the architecture of Qwen2 or Llama. They also compare plan.py with measured memory."""
 
 import contextlib
 import copy
@@ -40,7 +40,7 @@ sys.path.append(str(ROOT / "bench"))
 
 from models import by_length, make, one_step, prove, tiny  # noqa: E402
 
-DRAWN = Reward(  # demonstrations are right, and about half of what a random model writes is too
+DRAWN = Reward(  # demonstrations are right, and so are about half of a random model's responses
     "drawn",
     lambda text, problem: max(grade(text, problem.answer), float(len(text) % 2)),
     lambda problem: None,
@@ -79,8 +79,8 @@ SETTINGS = {
 
 
 def bpe(template: str | None, begin: bool) -> PreTrainedTokenizerFast:
-    """Trains a tokenizer on the problems. pad == eos, as Qwen's base models are often set up, or there is no pad at
-    all (Llama)."""
+    """Trains a tokenizer on the demonstrations. Its padding token is its end token, as often with Qwen's base models,
+    or it has no padding token (Llama)."""
     tokenizer = Tokenizer(models.BPE())
     tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     tokenizer.decoder = decoders.ByteLevel()
@@ -99,7 +99,8 @@ def bpe(template: str | None, begin: bool) -> PreTrainedTokenizerFast:
 
 
 def publish(shape: str, folder: Path) -> Path:
-    """Makes a model folder as published: bf16 weights, several end tokens, and a generation config with top_k."""
+    """Makes a model folder as on the hub, with bf16 weights, several end tokens, and top_k in the generation
+    config."""
     torch.manual_seed(0)
     size = {"hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2, "num_attention_heads": 4}
     size |= {"num_key_value_heads": 2, "max_position_embeddings": 256, "vocab_size": 448}
@@ -152,7 +153,7 @@ def test_a_template_that_refuses_a_system_message_is_one_line(tokenizer):
 
 @pytest.mark.parametrize("problem", ["content | upper", "content[:3]", "content | tojson", "role"])
 def test_a_template_that_changes_the_problem_is_one_line(tokenizer, problem):
-    """Advice to remove the system message would not help."""
+    """The error does not advise to remove the system message, because that would not help."""
     tokenizer = copy.deepcopy(tokenizer)
     tokenizer.chat_template = "{{ messages[0].content }}{{ messages[-1]." + problem + " }}"
     with pytest.raises(ValueError, match=r"leaves out or changes the user message: give it one that takes text$"):
@@ -161,7 +162,7 @@ def test_a_template_that_changes_the_problem_is_one_line(tokenizer, problem):
 
 def test_a_template_that_leaves_a_message_out_is_one_line(tokenizer):
     tokenizer = copy.deepcopy(tokenizer)
-    # such a template gives nothing for a content that is plain text
+    # a template that expects a list of parts writes nothing if the content is plain text
     parts = "{% for part in messages[-1]['content'] %}{{ part['text'] }}{% endfor %}"
     tokenizer.chat_template = "user:" + parts
     with pytest.raises(ValueError, match=r"leaves out or changes the user message: give it one that takes text$"):
@@ -185,7 +186,7 @@ def test_a_template_that_writes_the_date_writes_the_same_on_any_day(tokenizer):
 def test_an_unknown_token_that_is_written_or_has_other_work_is_no_unknown_character(tokenizer):
     assert encode(tokenizer, "1<unk>2") == [*encode(tokenizer, "1"), tokenizer.unk_token_id, *encode(tokenizer, "2")]
     tokenizer = copy.deepcopy(tokenizer)
-    tokenizer.unk_token = tokenizer.bos_token  # GPT-2's unknown token is its first token, too
+    tokenizer.unk_token = tokenizer.bos_token  # as in GPT-2, the unknown token also begins a text
     assert encode(tokenizer, tokenizer.bos_token + "1")[0] == tokenizer.bos_token_id
     for text in ("12é4", "\\boxed{é}"):
         with pytest.raises(ValueError, match="problem: the tokenizer cannot encode 'é'"):
@@ -193,7 +194,7 @@ def test_an_unknown_token_that_is_written_or_has_other_work_is_no_unknown_charac
 
 
 def test_nothing_that_vanishes_makes_an_answer_right(tokenizer):
-    """The responses have ids without a token, special tokens inside, and a special token that is part of the
+    """The responses contain ids that have no token, special tokens, and a special token that is part of the
     answer."""
     before, after, end = encode(tokenizer, "\\boxed{25"), encode(tokenizer, "1}"), tokenizer.eos_token_id
     for between in (900, tokenizer.pad_token_id):
@@ -210,7 +211,7 @@ def test_a_demonstration_whose_answer_the_tokenizer_loses_is_named(tokenizer):
     encode_problems(tokenizer, [problem], 50, [2])
 
     class Forgetful:
-        """This tokenizer reads a text back without a part of it."""
+        """This tokenizer loses a part of a text when it decodes the text's ids."""
 
         chat_template, eos_token_id, unk_token_id, bos_token_id = None, 2, None, -1
         lost = "2}", "}"
@@ -225,21 +226,22 @@ def test_a_demonstration_whose_answer_the_tokenizer_loses_is_named(tokenizer):
         ValueError, match=r"demonstration of 'p': the tokenizer loses '2}' \(character 13; it gives back '}'"
     ):
         encode_problems(Forgetful(), [problem], 50, [2])
-    Forgetful.lost = "1+1=", ""  # without it the answer is as right
+    Forgetful.lost = "1+1=", ""  # the answer is right without this part
     (encoded,), left_out, _ = encode_problems(Forgetful(), [problem], 50, [2])
     assert encoded.demonstrations and not left_out
 
 
 @pytest.mark.parametrize("method", ["sft", "rft", "luffy", "prefix-rft"])
 def test_from_weights_to_weights(task, method, capsys, monkeypatch):
-    """The path is from_pretrained, a step, resume, the second step, final, from_pretrained."""
+    """A run loads a published model, makes a step, is resumed for the second step, and saves final/, which is loaded
+    again."""
     shape, folder = task
     out = folder / method
     settings = SETTINGS | {"model": str(folder / "model"), "data": str(folder / "train.jsonl"), "method": method}
     settings |= {"out": str(out), "resume": "auto", "recompute": shape == "llama"}
     config = from_dict(settings)
     monkeypatch.setattr(train, "load_reward", lambda name: DRAWN)
-    monkeypatch.setattr(train, "catch_signals", lambda alone: [15])  # the run ends after its first step
+    monkeypatch.setattr(train, "catch_signals", lambda alone: [15])  # signal 15 ends the run after a step
     assert train.train(config) == 128 + 15
     monkeypatch.setattr(train, "catch_signals", lambda alone: [])
     assert train.train(config) == 0
@@ -288,19 +290,19 @@ def test_a_tokenizer_without_an_end_token_is_one_line(task, tmp_path):
 @pytest.mark.parametrize(
     "name, loop",
     [
-        ("gpt2", "masks of ours, recordable"),  # positions are learned, so padding must not be counted
+        ("gpt2", "masks of ours, recordable"),  # GPT-2 learns positions, so padding must not be counted
         ("opt", "masks of ours, recordable"),
-        ("bloom", "masks of ours"),  # this model takes no positions
-        ("falcon, alibi", "masks of the model"),  # this model reads positions off the mask
+        ("bloom", "masks of ours"),  # BLOOM takes no positions
+        ("falcon, alibi", "masks of the model"),  # Falcon with ALiBi reads positions off the mask
         ("gemma3", "masks of ours, recordable"),  # Gemma 3 has sliding windows, and its folder has vision settings
-        ("phimoe", "masks of ours, recordable"),  # its router has noise, which is switched off
-        ("qwen3_next", "masks of ours, recordable"),  # its recurrent states can be cut down to some rows
+        ("phimoe", "masks of ours, recordable"),  # PhiMoE's router has noise, which is switched off
+        ("qwen3_next", "masks of ours, recordable"),  # Qwen3-Next's recurrent states can be cut down to some rows
         ("mamba", None),
     ],
 )
 def test_another_architecture_is_sampled_and_trained(tmp_path, monkeypatch, name, loop):
-    """A batch gives what its rows give alone, draws follow argmax, log-probs agree, passes are equal, weights are
-    saved, and a step is made. bench/models.py does so for all architectures."""
+    """Rows give the same in a batch as alone, log-probs of sampling and training agree, weights are saved, and a step
+    is made. bench/models.py checks this for all architectures."""
     make(name, tmp_path)
     assert prove(tmp_path) == loop
     monkeypatch.setattr(step, "grade_all", by_length)
@@ -310,8 +312,8 @@ def test_another_architecture_is_sampled_and_trained(tmp_path, monkeypatch, name
 @pytest.mark.parametrize(
     "name, message",
     [
-        ("gemma2", "the logits are not the outputs of the head"),  # its logits are capped
-        ("cohere", "the logits are not the outputs of the head"),  # its logits are scaled
+        ("gemma2", "the logits are not the outputs of the head"),  # Gemma 2 caps its logits
+        ("cohere", "the logits are not the outputs of the head"),  # Cohere scales its logits
         ("granite", "the logits are not the outputs of the head"),
         ("rwkv", "rows sampled in a batch differ from rows alone"),
     ],
@@ -327,7 +329,7 @@ def test_what_cannot_work_is_one_line_and_nothing_written(tmp_path, task, name, 
 @pytest.mark.parametrize("rank", [0, 4], ids=["all weights", "adapters"])
 @pytest.mark.parametrize("recompute", [False, True])
 def test_planned_memory_is_the_measured_one(recompute, rank):
-    """plan.py, which counts tensors without data, is compared with the profiler's record of a real pass."""
+    """plan.py, which counts tensors without data, is compared with the profiler's record of a real update."""
     size = {"hidden_size": 64, "intermediate_size": 192, "num_attention_heads": 4, "num_key_value_heads": 2}
     shape = Qwen2Config(**size, num_hidden_layers=3, vocab_size=2000)
     low_rank = adapters.of(from_dict({"lora_rank": rank}))
@@ -338,8 +340,8 @@ def test_planned_memory_is_the_measured_one(recompute, rank):
 
 @pytest.mark.parametrize("fused, measured_gib", [(False, 48.68), (True, 43.34)])
 def test_planned_memory_is_that_of_an_h200(fused, measured_gib):
-    """The case is Qwen2.5-1.5B's shape in bf16, 8 rows x 2,048 tokens, with HF's norms and with fused ones
-    [bench/results/gpu.md]."""
+    """The memory was measured for Qwen2.5-1.5B in bf16 on 8 rows of 2,048 tokens, with HuggingFace's norms and with
+    fused norms [bench/results/gpu.md]."""
     size = {"hidden_size": 1536, "intermediate_size": 8960, "num_attention_heads": 12, "num_key_value_heads": 2}
     shape = Qwen2Config(**size, num_hidden_layers=28, vocab_size=151_936, tie_word_embeddings=True)
     counted = 2 * 1.5437e9 + plan.update_bytes(shape, 8, 256, 1792, torch.bfloat16, False, fused)
@@ -351,8 +353,9 @@ def test_planned_memory_is_that_of_an_h200(fused, measured_gib):
     [(32, 16, 8, 12, 4000), (64, 128, 2, 12, 4000), (16, 16, 112, 1, 500)],
 )
 def test_planned_memory_of_sampling_is_the_measured_one(rows, prompt, response, layers, words):
-    """Most memory is needed by caches and the scores of a token, or by caches and the pass over the prompts. It would
-    be needed by the keys and values of a layer, if they were repeated for all heads."""
+    """Beside the caches, most memory is needed by the scores of a token in the first case, and by the pass over the
+    prompts in the second. In the third case most would be needed by a layer's keys and values, if they were repeated
+    for all heads."""
     size = {"hidden_size": 64, "intermediate_size": 192, "num_attention_heads": 4, "num_key_value_heads": 2}
     shape = Qwen2Config(**size, num_hidden_layers=layers, vocab_size=words)
     parts = plan.sampling_bytes(shape, rows, prompt + response, rows * prompt, size=4)
@@ -372,7 +375,7 @@ def test_the_most_rows_that_fit_are_named(vocabulary, columns):
 
 
 def test_the_rows_of_a_pass_are_those_whose_own_count_fits():
-    """Of 16 rows none, one and all are among the cases."""
+    """The cases have room for none, one, some and all of 16 rows."""
     config, shape = from_dict({}), plan.shape_of("data/base")
     sizes = [plan.update_bytes(shape, rows, 100, 96, torch.bfloat16, False) for rows in range(1, 17)]
     for left in (sizes[0] - 1, sizes[0], sizes[1], sizes[7] + 1, sizes[14], 2 * sizes[15]):
@@ -381,7 +384,7 @@ def test_the_rows_of_a_pass_are_those_whose_own_count_fits():
 
 
 def test_offloading_moves_16_bytes_a_parameter_and_pays_for_every_pass(monkeypatch):
-    """Weights move forth for old log-probs, for the forward and for the backward pass, and gradients move back
+    """Weights move to the GPU for old log-probs, forward and backward pass, and gradients move back to the host
     [support/distributed.py]."""
     shape, values = plan.shape_of("data/base"), {"prompts_per_step": 4, "rollouts_per_prompt": 8}
     monkeypatch.setattr(plan, "HOST_BANDWIDTH", float("inf"))
@@ -401,14 +404,15 @@ def test_offloading_moves_16_bytes_a_parameter_and_pays_for_every_pass(monkeypat
 
 
 def test_with_adapters_the_weights_are_frozen_and_the_rest_is_small():
-    """For 7B at rank 16, a layer's adapters are rank x (inputs + outputs) numbers for each of its seven matrices."""
+    """Each of a layer's seven matrices has adapters of rank x (inputs + outputs) numbers, here in a 7B model at rank
+    16."""
     config, shape = from_dict({"lora_rank": 16, "max_response_tokens": 20}), plan.shape_of("Qwen/Qwen2.5-7B")
     wide, narrow, inner = 3584, 512, 18944
     trained = 28 * 16 * (2 * (wide + wide) + 2 * (wide + narrow) + 3 * (wide + inner))
     counts = plan.count(shape, adapters.of(config))
     assert (counts.trained, counts.root, counts.layer) == (trained, 0, trained // 28)
     parts = plan.plan(config, shape, 2, 16)["update"]
-    assert parts["frozen weights, bf16"] == 2 * counts.total > 15e9  # each GPU holds these
+    assert parts["frozen weights, bf16"] == 2 * counts.total > 15e9  # each GPU holds all of them
     assert parts["weights, fp32"] + parts["optimizer, fp32"] + parts["gradients, fp32"] == 16 * trained / 2
     assert plan.host_bytes(config, counts)["while a checkpoint is saved"] == 12 * trained < 5e8
     assert plan.host_bytes(config, counts)["while final/ is saved"] == 4 * counts.total
@@ -417,7 +421,7 @@ def test_with_adapters_the_weights_are_frozen_and_the_rest_is_small():
 PLAIN = ["gpt2", "bloom", "opt", "gpt_neox", "llama", "qwen2", "qwen3_moe", "deepseek_v3"]
 WINDOWS = ["mixtral", "gemma2", "gemma3", "phi3", "mistral", "gpt_oss"]
 MIXTURES = ["qwen3_moe", "deepseek_v3", "mixtral", "gpt_oss"]
-NOT_PLANNED = ["falcon", "mamba", "mamba2", "falcon_mamba", "ctrl"]  # their attention is unusual, or they have none
+NOT_PLANNED = ["falcon", "mamba", "mamba2", "falcon_mamba", "ctrl"]  # these have unusual attention or none
 
 
 @pytest.mark.parametrize("name", PLAIN + WINDOWS + NOT_PLANNED)
@@ -435,7 +439,7 @@ def test_a_model_is_planned_or_refused_in_one_line(monkeypatch, capsys, name):
 
 
 def test_of_a_mixture_only_the_experts_of_a_token_take_time():
-    """Qwen3-30B-A3B has 30.5 billion parameters, of which a token activates 3.3 (its model card)."""
+    """Qwen3-30B-A3B has 30.5 billion parameters, of which a token activates 3.3 billion (its model card)."""
     size = {"hidden_size": 2048, "num_hidden_layers": 48, "num_attention_heads": 32, "num_key_value_heads": 4}
     size |= {"head_dim": 128, "num_experts": 128, "num_experts_per_tok": 8, "moe_intermediate_size": 768}
     counts = plan.count(Qwen3MoeConfig(**size, vocab_size=151_936, tie_word_embeddings=False))
@@ -491,11 +495,11 @@ def test_a_plan_reads_the_config_only(tmp_path, capsys, monkeypatch):
     message = capsys.readouterr().out
     assert message.count("DOES NOT FIT") == 2 and "--offload true" in message and "--rows_per_call" not in message
     plan.show(from_dict(values | {"rows_per_call": 512, "max_response_tokens": 7100}), "H100", 8, 900, None)
-    message = capsys.readouterr().out  # 8,000 columns are 8,192 where passes are recorded, also for the rows that fit
+    message = capsys.readouterr().out  # 8,000 columns are rounded up to 8,192 where passes are recorded
     left = (
         79.2 * 2**30 * 0.92 - (2 + 12 / 8) * 8.0303e9
-    )  # the weights in bf16, and an eighth of the fp32 weights and of the optimizer
-    block = 2**14 * 2 * (3 * 14336 + 6 * 4096)  # the bytes of a pass over prompts
+    )  # a GPU holds the bf16 weights, and an eighth of the fp32 weights and of the optimizer's state
+    block = 2**14 * 2 * (3 * 14336 + 6 * 4096)  # bytes of the pass over a block of prompts
     fit = int((left - block) / (8192 * 2 * 32 * 8 * 128 * 2))
     assert "512 x 8192 tokens" in message and f"--rows_per_call {fit}\n" in message
 

@@ -1,6 +1,6 @@
 """These tests check the embedded task and the base model's folder: answers, splits, tokenizer, chat rendering.
 
-A solver that works on strings and shares no line with the generator checks the task.
+Answers are checked by a solver that works on strings and shares no line with the generator.
 """
 
 import importlib
@@ -32,7 +32,8 @@ def tokenizer():
 
 
 def work_through(problem: str, in_order: bool) -> list[str]:
-    """Returns the values, as three digits, after each instruction, in the order of the labels or as listed."""
+    """Returns the value after each instruction, as three digits. Instructions are carried out in the order of their
+    labels, or else in the listed order."""
     assert problem.endswith("?")
     value, *instructions = problem[:-1].split(";")
     values = [value]
@@ -142,7 +143,7 @@ def test_solutions_fit_their_budgets(rows, tokenizer):
             values = work_through(row["problem"], in_order=True)
             instructions = sorted(row["problem"][:-1].split(";")[1:])
             text = "".join(f"{a}{b}={c};" for a, b, c in zip(values, instructions, values[1:], strict=False))
-            tokens = len(tokenizer(f"{text}\\boxed{{{values[-1]}}}")["input_ids"]) + 1  # the end token counts too
+            tokens = len(tokenizer(f"{text}\\boxed{{{values[-1]}}}")["input_ids"]) + 1  # the end token is a token too
             longest[row["level"]] = max(longest[row["level"]], tokens)
     assert longest["hard"] <= 72
     assert longest["ood"] <= 94
@@ -201,7 +202,7 @@ def test_a_place_that_cannot_be_written_to_is_one_line(command, out, tmp_path, m
 
 @pytest.mark.parametrize("kind", ["short", "slips", "several"])
 def test_weaker_experts_change_the_demonstrations_only_and_still_reach_the_answer(rows, tmp_path, kind):
-    """The test counts slips by its own arithmetic: each makes the solution a step longer."""
+    """The test counts slips by its own arithmetic: each slip makes a demonstration one step longer."""
     command = [sys.executable, "data/make_recipes.py", "--demonstrations", kind, "--out", str(tmp_path)]
     subprocess.run(command, cwd=DATA.parent, check=True, capture_output=True)
     made = [json.loads(line) for line in (tmp_path / "train.jsonl").read_text().splitlines()]

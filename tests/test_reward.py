@@ -1,4 +1,5 @@
-"""These tests check the box in a response, the grade, and who is told of a mistake."""
+"""These tests check how reward.py finds the box in a response, grades it, and reports faults of answers and
+rewards."""
 
 import os
 import shutil
@@ -286,7 +287,7 @@ def test_a_reward_is_a_number_whatever_made_it(tmp_path, value, want):
 
 
 def test_the_fingerprint_of_math_is_that_of_all_its_code(tmp_path, monkeypatch):
-    """It covers reward.py and every file of answers/."""
+    """The fingerprint of the reward `math` covers reward.py and every file of answers/."""
     here = Path(reward.__file__)
     files = [here, *here.with_name("answers").glob("*.py")]
     (tmp_path / "answers").mkdir()
@@ -371,7 +372,7 @@ def test_exact_compares_the_text_in_the_box():
     result = load_reward("exact")
     golds = [Problem("p", "?", "cat")] * 4
     assert grade_all(result, ["\\boxed{ cat }", "\\boxed{act}", "cat", "\\boxed{cat"], golds) == [1.0, 0.0, 0.0, 0.0]
-    # in mathematics letters are variables, so their order does not matter
+    # to the reward `math` the letters are factors, whose order does not matter
     assert grade_all(load_reward("math"), ["\\boxed{act}"], golds[:1]) == [1.0]
     assert not result.is_read("cat") and result.is_read("\\boxed{x}")
     with pytest.raises(ValueError, match="answer is empty"):

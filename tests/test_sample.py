@@ -1,5 +1,5 @@
-"""These tests check sample.py: the prefix schedule, forcing by ids, neutral sampling, and draws that depend on their
-row only."""
+"""These tests check sample.py: the prefix schedule, prefixes forced by ids, neutral sampling, and draws that depend
+on their row only."""
 
 import dataclasses
 import functools
@@ -45,7 +45,7 @@ def test_a_seed_depends_on_the_number_not_on_who_made_it():
 
 @pytest.mark.parametrize("step", [0, 100, 250, 400, 500])
 def test_cosine_fraction_is_uniform_above_its_falling_bound(step):
-    low = 0.05 + 0.9 * 0.5 * (1 + math.cos(math.pi * step / 500))  # 0.95, 0.864, 0.5, 0.136, 0.05
+    low = 0.05 + 0.9 * 0.5 * (1 + math.cos(math.pi * step / 500))  # low is 0.95, 0.864, 0.5, 0.136, 0.05
     drawn = fractions(step, "cosine")
     assert drawn.min() >= low - 1e-6 and drawn.max() <= 0.95 + 1e-6
     assert drawn.mean().item() == pytest.approx((low + 0.95) / 2, abs=0.02)
@@ -74,7 +74,7 @@ def test_other_schedules():
     assert {round(5 * x, 5) for x in uft.tolist()} <= set(range(6)) and uft.mean().item() == pytest.approx(
         0.95, abs=0.01
     )
-    assert fractions(150, "uft").mean().item() == pytest.approx(0.5, abs=0.02)  # this is half of the first 60%
+    assert fractions(150, "uft").mean().item() == pytest.approx(0.5, abs=0.02)  # step 150 is half of the first 60%
     assert fractions(300, "uft").max() == 0
     with pytest.raises(ValueError, match="schedule"):
         prefix_fraction(0, 500, "linear", torch.Generator())
@@ -137,7 +137,7 @@ def test_several_demonstrations_are_all_used_and_the_plan_is_a_pure_function():
 @pytest.mark.parametrize("rows", ["on_policy", "hybrid", "demonstration", "shared_prefix"])
 def test_draws_are_keyed_by_the_problem_not_by_its_place(rows):
     """At another place of the batch a problem has the same prefixes and draws. Another problem, seed or attempt has
-    others."""
+    other prefixes and draws."""
 
     def plans(problem=PROBLEM, group=0, seed=0, **changed):
         settings = PLAN | {"rows": rows, "hybrid": 3} | changed
@@ -171,7 +171,7 @@ def test_a_token_of_probability_zero_is_never_drawn():
     largest, rounded = 1 - 2**-24, 0
     for words in range(3, 100):
         scores = torch.zeros(1, words).index_fill(1, torch.tensor(words - 1), -torch.inf)
-        rounded += int(scores.softmax(-1).cumsum(-1)[0, -1] <= largest)  # the sum of all is not above the largest u
+        rounded += int(scores.softmax(-1).cumsum(-1)[0, -1] <= largest)  # probabilities may sum to no more than u
         drawn = DrawTokenLogitsProcessor(torch.tensor([[largest]]), 0, 1.0)(torch.zeros(1, 0), scores).argmax(-1)
         assert drawn < words - 1
     assert rounded
@@ -194,11 +194,11 @@ def test_streams_are_independent_and_stable():
 # ---- generate
 
 TOKENIZER = AutoTokenizer.from_pretrained("data/base")
-LOOPS_OF_BOTH = [None, decode_rows]  # None is HF's own loop
+LOOPS_OF_BOTH = [None, decode_rows]  # None is HuggingFace's own loop
 
 
 def sampled(model, rows, budget, temperature=1.0, **settings) -> list[list[int]]:
-    """Returns the tokens of every response."""
+    """Returns the token ids of every response."""
     return [row.response for row in generate(model, TOKENIZER, rows, budget, temperature, **settings)]
 
 
@@ -224,7 +224,7 @@ def model():
 
 @pytest.mark.parametrize("decode", LOOPS_OF_BOTH)
 def test_a_prefix_is_kept_at_every_cut(model, decode):
-    """The demonstration's text would be merged by another tokenization, but the ids that go in come out again."""
+    """A response keeps the ids of its prefix, even where encoding the prefix's text would merge them into others."""
     demonstration = [40, 40, 41, 5, 5, 5, 6, 7, 40, 41]
     rows = [Row(0, (0, 0, "p", cut), [1, 9], demonstration[:cut]) for cut in range(len(demonstration))]
     for row, response in zip(rows, sampled(model, rows, 14, decode=decode)):
@@ -232,7 +232,7 @@ def test_a_prefix_is_kept_at_every_cut(model, decode):
 
 
 def test_a_response_ends_at_the_first_end_token_after_its_prefix():
-    """An end token inside a prefix, or at its end, was given and not sampled, so it does not count."""
+    """An end token in the prefix was not sampled, so it does not end the response."""
     prefix = [5, 2, 7, 2]
     for tokens, length in (([9, 2, 0, 0], 6), ([2, 9, 2, 0], 5), ([9, 8, 7, 6], 8)):
         assert sample.end_of_response(prefix + tokens, len(prefix), {2}) == length
@@ -241,7 +241,7 @@ def test_a_response_ends_at_the_first_end_token_after_its_prefix():
 @pytest.mark.parametrize("decode", LOOPS_OF_BOTH)
 @pytest.mark.parametrize("temperature", [0.0, 1.0])
 def test_a_row_does_not_depend_on_its_batch(model, temperature, decode):
-    """A row is sampled alone, together with others, in another order, and in calls of 5."""
+    """A row has the same response alone, together with others, in another order, and in calls of 5 rows."""
     rows, sample_rows = some_rows(), functools.partial(sampled, decode=decode)
     together = sample_rows(model, rows, 24, temperature)
     assert temperature == 0 or len({len(r) for r in together}) > 2
@@ -252,8 +252,8 @@ def test_a_row_does_not_depend_on_its_batch(model, temperature, decode):
 
 @pytest.mark.parametrize("how", [{}, {"decode": decode_rows}, {"rows_per_call": 5}])
 def test_log_probs_are_those_of_the_drawn_tokens(model, how):
-    """They are compared with the plain model on each row alone, at the temperature. A prefix has none, and neither
-    have responses without draws."""
+    """The log-probs are compared with a plain pass over each row alone, at the sampling temperature. Prefixes and
+    responses without draws have no log-probs."""
     whole = Row(12, (0,), [1, 9], [5, 6, 2], response=[5, 6, 2])
     rows = generate(model, TOKENIZER, [*some_rows(), whole], 24, 0.7, **how)
     assert len({len(row.response) for row in rows}) > 3
@@ -278,7 +278,7 @@ def test_generate_equals_hugging_face_greedy_search(model):
 
 
 def test_samples_follow_the_model(model):
-    """Of 4,000 rows of one prompt, the share of each first token is its probability."""
+    """In 4,000 rows of one prompt, the share of each first token is about the token's probability."""
     rows = [Row(0, (1, 0, "p", i), [1, 9, 30], []) for i in range(4000)]
     first = torch.tensor([r[0] for r in sampled(model, rows, 1, 1.3, rows_per_call=4000)])
     with torch.no_grad():
@@ -304,7 +304,7 @@ def test_a_hostile_generation_config_changes_nothing(model, tmp_path, tokenizer)
     loaded, _ = load_model(str(tmp_path), check=check_model)
     assert sampled(loaded, rows, 24) == want
     loaded.generation_config = GenerationConfig(**(hostile | {"do_sample": False, "eos_token_id": [2]}))
-    assert sampled(loaded, rows, 24) == want  # a model that we did not load samples the same
+    assert sampled(loaded, rows, 24) == want  # load_model did not see this generation config
     loaded.generation_config.no_repeat_ngram_size = 1
     for decode in LOOPS_OF_BOTH:
         with pytest.raises(ValueError, match="not neutral"):
@@ -312,7 +312,7 @@ def test_a_hostile_generation_config_changes_nothing(model, tmp_path, tokenizer)
 
 
 def test_several_end_tokens_and_pad_equal_to_end(model, monkeypatch):
-    """The response ends at the first end token, which is trained; padding is not."""
+    """A response ends at the first end token. The end token is trained, and padding is not."""
     rows = some_rows(40, prefixes=False)
     monkeypatch.setattr(model, "generation_config", GenerationConfig(eos_token_id=[2, 50, 51, 60], pad_token_id=2))
     rows = generate(model, TOKENIZER, rows, 24)
@@ -345,7 +345,7 @@ def test_pack_places_every_token():
 
 
 def test_the_end_token_may_be_the_last_of_the_budget(model):
-    """Prefix and continuation together fit the budget. An end token in the last place is an end, not a cut."""
+    """Prefix and continuation together fit the budget. A response may end in the last place of the budget."""
     rows = some_rows(60)
     for budget in (17, 18):
         for row, response in zip(rows, sampled(model, rows, budget)):
@@ -354,6 +354,6 @@ def test_the_end_token_may_be_the_last_of_the_budget(model):
     for row, response in zip(rows, long):
         if response[-1] == 2 and len(response) > len(row.prefix_ids) + 1:
             again = sampled(model, [row], len(response))[0]
-            assert again == response  # the row is the same if its budget is just long enough
+            assert again == response  # the budget was just long enough
             return
     pytest.fail("no row ended: the test model is wrong")

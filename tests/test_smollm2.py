@@ -1,7 +1,7 @@
-"""These tests check SmolLM2 from its package, and the sums made for it.
+"""These tests check the SmolLM2 model that data/smollm2.py takes from a Python package, and the sums made for it.
 
-Reading the real file needs the packages that data/smollm2.py names; without them that test is skipped. A reader that
-knows only the text of a row checks the sums.
+Tests of the real model need the packages that data/smollm2.py names, and are skipped without these packages. The sums
+are checked from their texts alone.
 """
 
 import importlib.util
@@ -37,7 +37,7 @@ def run(monkeypatch, *words: object) -> int:
 
 @pytest.fixture
 def package(monkeypatch, tmp_path):
-    """Makes an installed package with a file of 1000 bytes in place of the model, and returns the file."""
+    """Imitates an installed package, with a file of 1000 bytes in place of the model, and returns this file."""
     path = tmp_path / "site" / "model.gguf"
     path.parent.mkdir()
     path.write_bytes(bytes(1000))
@@ -120,8 +120,8 @@ def folder(tmp_path_factory):
 
 
 def test_the_weights_are_those_of_the_file_and_it_answers(folder):
-    """They are compared with gguf's own reader and formulas, which share nothing with transformers' names and
-    layouts."""
+    """The weights are compared with those of the package gguf, which shares no names and layouts with
+    transformers."""
     from gguf import GGUFReader, dequantize
 
     model, tokenizer = load_model(str(folder), training=True)

@@ -1,4 +1,5 @@
-"""Every statistic of statistics.py is compared with a hand count, brute force, exact chances or a simulation."""
+"""These tests compare every statistic of evaluation/statistics.py with a hand count, brute force, exact probabilities
+or a simulation."""
 
 import itertools
 import math
@@ -21,7 +22,7 @@ def test_pass_at_k_is_the_share_of_draws_with_a_right_one():
 def test_pass_at_k_is_exact_for_the_papers_2048_samples():
     for c, k in ((1, 1024), (3, 1024), (1, 2048), (2047, 1), (5, 1), (0, 2048)):
         fail = Fraction(1)
-        for i in range(k):  # the chance that k draws one after the other are all wrong
+        for i in range(k):  # the probability that k draws are all wrong
             fail *= Fraction(max(0, 2048 - c - i), 2048 - i)
         assert pass_at_k(2048, c, k) == float(1 - fail)
 
@@ -37,17 +38,17 @@ def holds(result: tuple[float, float], truth: float) -> bool:
 
 
 def test_the_ends_of_an_interval_by_hand():
-    # 0, 0, 0 and one more solved problem: mean 1/4, variance (3/16 · 4/3) / 4 = 1/16
+    # with one more solved problem, 0, 0, 0 has the mean 1/4 and its variance (3/16 · 4/3) / 4 = 1/16
     assert interval([0.0] * 3) == pytest.approx((0, 0.25 + 1.96 * 0.25))
     assert interval([0.0] * 30) == pytest.approx((0, 0.0955), abs=1e-4)
-    # one problem is added to the average, where it counts most: a failed problem where all are solved, a solved one
-    # where all are failed
+    # Each end adds the problem that moves the average most: a failed problem to the benchmark with all solved, or a
+    # solved problem to the benchmark with all failed.
     assert average_interval([[0.0] * 3, [1.0] * 3]) == pytest.approx((0.375 - 0.98 * 0.25, 0.625 + 0.98 * 0.25))
-    # -1 added to the differences 0, 0, 1 gives mean 0 and variance (2/3) / 4
+    # with -1 added, the differences 0, 0, 1 have the mean 0 and its variance (2/3) / 4
     middle, low, high = paired_difference([0, 0, 0], [0, 0, 1])
     assert (middle, low, high) == pytest.approx((1 / 3, -1.96 / 6**0.5, 1))
-    # differences 0.1 and -0.3 have the typical size (0.1² + 0.3²) / (0.1 + 0.3) = 0.25, divided by the scores' range
-    # of 0.4
+    # The differences 0.1 and -0.3 have the typical size (0.1² + 0.3²) / (0.1 + 0.3) = 0.25. Divided by the range of
+    # the scores, 0.4, this is the added 0.625.
     middle, low, high = paired_difference([0.2, 0.6], [0.3, 0.3])
     ends = [(np.mean(d), (np.var(d, ddof=1) / 3) ** 0.5) for d in ([0.1, -0.3, -0.625], [0.1, -0.3, 0.625])]
     assert (low, high) == pytest.approx((ends[0][0] - 1.96 * ends[0][1], ends[1][0] + 1.96 * ends[1][1]))
@@ -55,7 +56,7 @@ def test_the_ends_of_an_interval_by_hand():
 
 @pytest.mark.parametrize("n", [30, 83, 300])
 def test_the_interval_of_one_sample_a_problem_holds_the_truth_in_94_percent(n):
-    """This is exact: it goes over all counts of right answers, weighted by their binomial chances."""
+    """The coverage is exact: it is summed over all counts of right answers, with their binomial probabilities."""
     result = [interval([1.0] * right + [0.0] * (n - right)) for right in range(n + 1)]
     for p in np.arange(0.01, 0.995, 0.005):
         chances = [math.comb(n, c) * p**c * (1 - p) ** (n - c) for c in range(n + 1)]
@@ -64,8 +65,8 @@ def test_the_interval_of_one_sample_a_problem_holds_the_truth_in_94_percent(n):
 
 @pytest.mark.parametrize("better", [0.5, 0.8, 1.0])
 def test_the_interval_of_a_difference_holds_the_truth_in_94_percent(better):
-    """This is exact. Two models have one sample of each of 30 problems. They differ on a share of the problems, and
-    on `better` of these the second is better."""
+    """The coverage is exact. Two models have one sample of each of 30 problems. The models differ on a share of the
+    problems, and the second model is better on the share `better` of these problems."""
     n, result = 30, {}
     for up, down in itertools.product(range(n + 1), repeat=2):
         if up + down <= n:
@@ -79,13 +80,14 @@ def test_the_interval_of_a_difference_holds_the_truth_in_94_percent(better):
         assert covered >= 0.94, share
 
 
+# the probability of solving a problem is Beta(accuracy · likeness, (1 - accuracy) · likeness)
 @pytest.mark.parametrize(
-    "sizes, samples, likeness",  # the chances of a problem are Beta(accuracy · likeness, (1 - accuracy) · likeness)
+    "sizes, samples, likeness",
     [([30], 8, 0.3), ([100], 32, 2), ([100], 4, 10), ([30] * 9, 1, 1), ([30, 30, 83, 500], 1, 1)],
 )
 def test_intervals_hold_the_truth_in_simulated_benchmarks(sizes, samples, likeness):
-    """The long simulation (statistics.py) finds 94.3% and more. The bound 0.92 leaves room for the chance of 300
-    draws."""
+    """A longer simulation (evaluation/statistics.py) finds a coverage of at least 94.3%. The bound 0.92 leaves room
+    for the chance error of 300 draws."""
     generator = np.random.default_rng(0)
     for accuracy in (0.01, 0.1, 0.5, 0.98):
         hits = 0
@@ -100,7 +102,7 @@ def test_intervals_hold_the_truth_in_simulated_benchmarks(sizes, samples, likene
 
 @pytest.mark.parametrize("shift, noise, samples", [(0.3, 0.3, 8), (0.5, 2, 32), (2, 0.5, 4)])
 def test_intervals_of_differences_hold_the_truth_in_simulated_benchmarks(shift, noise, samples):
-    """50 problems differ widely in difficulty, and the second model is better by about `shift` in log-odds."""
+    """The 50 problems differ widely in difficulty, and the second model is better by about `shift` in log-odds."""
     generator = np.random.default_rng(0)
 
     def chances(*shape):
@@ -120,7 +122,7 @@ def test_intervals_of_differences_hold_the_truth_in_simulated_benchmarks(shift, 
 
 
 def plain_bootstrap(values: np.ndarray) -> float:
-    """Returns the width of the middle 95% of the means of values drawn with replacement."""
+    """Returns the width of the 95% bootstrap interval of the mean."""
     draws = np.random.default_rng(0).integers(len(values), size=(4000, len(values)))
     return float(np.ptp(np.quantile(values[draws].mean(1), [0.025, 0.975])))
 
@@ -170,7 +172,7 @@ def test_lengths_and_lost_responses_are_means_over_problems_of_shares_of_samples
 
 
 def test_partial_credit_counts_in_the_accuracy_only():
-    """A response is right if its reward is 1, but accuracy and its interval are of mean rewards."""
+    """A response is right if its reward is 1, but accuracy and its interval are those of the mean reward."""
     answers = [Answers("a", "easy"), Answers("b", "hard")]
     for answer, rewards in zip(answers, ([0.5, 1.0, 0.25, 0.75], [0.0, 0.999, 0.0, 0.001])):
         for reward in rewards:

@@ -1,4 +1,4 @@
-"""These tests check one training step (step.py); its gradient does not depend on how the batch is cut."""
+"""These tests check one training step (step.py), whose gradient must not depend on how the batch is cut."""
 
 import ast
 import copy
@@ -26,8 +26,7 @@ TEMPERATURE = 0.8
 def make_run(
     tokenizer, method="prefix-rft", model=None, problems=6, demonstrated=5, reward=BY_LENGTH, **settings
 ) -> Run:
-    """Returns a run on random problems whose answers the random model sometimes hits; rewards are drawn, not
-    graded."""
+    """Returns a run of a random model on random problems. The length of a response decides its reward."""
     defaults = {
         "prompts_per_step": 4,
         "rollouts_per_prompt": 4,
@@ -56,7 +55,7 @@ def make_run(
 
 def whole_batch(run: Run, moved: bool) -> tuple[steps.Batch, Tokens]:
     """Returns a batch of the method's rows as one mini-batch. With `moved` the policy has changed since it sampled
-    them."""
+    these rows."""
     if run.method.stages == ("sft",):
         batch = steps.demonstration_batch(run, run.data.supervised[:3], 0)
         z = float(batch.rollouts.prefix_mask.sum())
@@ -70,7 +69,7 @@ def whole_batch(run: Run, moved: bool) -> tuple[steps.Batch, Tokens]:
 
 
 def gradients(run: Run, batch: steps.Batch, tokens: Tokens, budget: int) -> list[torch.Tensor]:
-    """Returns the gradient that `update` leaves before the optimizer's step, on micro-batches of `budget` tokens."""
+    """Returns the gradient that step.update leaves for the optimizer, from micro-batches of `budget` tokens."""
     config = dataclasses.replace(run.config, micro_batch_tokens=budget, max_grad_norm=1e9)
     actual: list[torch.Tensor] = []
 
@@ -88,8 +87,8 @@ def gradients(run: Run, batch: steps.Batch, tokens: Tokens, budget: int) -> list
 
 
 def exact(run: Run, batch: steps.Batch, tokens: Tokens) -> tuple[torch.Tensor, torch.Tensor, list[torch.Tensor]]:
-    """Returns -1/Z sum w log pi in float64, with all rows in one plain forward pass; the weights; and the
-    gradient."""
+    """Returns the loss -1/Z sum w log pi, the weights w and the gradient, in float64 with all rows in one plain
+    pass."""
     model, r = copy.deepcopy(run.model).double(), batch.rollouts
     positions = (r.attention_mask.cumsum(1) - 1).clamp(min=0)
     logits = model(input_ids=r.input_ids, attention_mask=r.attention_mask, position_ids=positions).logits
@@ -115,7 +114,7 @@ def exact_gradients(run: Run, batch: steps.Batch, tokens: Tokens) -> list[torch.
     ],
 )
 def test_gradient_is_the_same_for_any_micro_batches(tokenizer, method, rank, moved):
-    """Rows pass one by one, a few at a time, and all at once; their lengths differ."""
+    """Rows of different lengths pass one by one, a few at a time, and all at once."""
     run = make_run(tokenizer, method, temperature=TEMPERATURE, lora_rank=rank)
     batch, tokens = whole_batch(run, moved)
     want = exact_gradients(run, batch, tokens)
@@ -127,7 +126,7 @@ def test_gradient_is_the_same_for_any_micro_batches(tokenizer, method, rank, mov
 
 
 def passes(monkeypatch) -> list[tuple[bool, list[int]]]:
-    """Notes of every forward pass from now on whether it had a gradient, and its rows."""
+    """Returns a list that gets, for every later forward pass, whether it had a gradient, and its rows."""
     made, plain = [], steps.forward
 
     def note(model, rollouts, rows, temperature):
@@ -147,8 +146,8 @@ def test_every_row_passes_once_before_the_first_of_two_updates(tokenizer, monkey
 @pytest.mark.parametrize("budget", [1, 120, 10**6])
 @pytest.mark.parametrize("method", [name for name, method in METHODS.items() if "rl" in method.stages])
 def test_with_one_update_a_step_the_update_gives_the_old_log_probs(tokenizer, method, budget):
-    """The gradient is compared, in float64, with that of a batch whose old log-probs were all taken before; so are
-    these log-probs."""
+    """Gradient and old log-probs equal those of a batch whose old log-probs are all taken in an earlier pass. This
+    batch's gradient is computed in float64."""
     run = make_run(tokenizer, method, temperature=TEMPERATURE)
     want, z = rollout_batch(run, [0, 1, 2, 5], 4), 16.0 * run.config.max_response_tokens
     assert want.old_known.all()
@@ -168,7 +167,7 @@ def test_with_one_update_a_step_the_update_gives_the_old_log_probs(tokenizer, me
 
 
 def test_a_problems_rows_depend_neither_on_its_place_nor_on_its_company(tokenizer):
-    """Draws and prefixes belong to the problem."""
+    """A problem has the same prefixes and draws at another place and beside other problems."""
     run = make_run(tokenizer)
 
     def sampled(picked):
@@ -196,7 +195,7 @@ def test_micro_batches_hold_every_row_once_within_the_budget(tokenizer):
 
 
 def test_the_ratio_is_one_to_the_bit_before_the_first_update(tokenizer):
-    """The old pass and the first update run the same forward on the same micro-batch."""
+    """The pass for old log-probs and the first update run the same forward on the same micro-batch."""
     run = make_run(tokenizer)
     batch = rollout_batch(run, [0, 1, 2, 3], 0)
     for rows in micro_batches(batch.rollouts, torch.arange(len(batch.rewards)), run.config.micro_batch_tokens):
@@ -221,7 +220,7 @@ def test_sampled_tokens_had_the_log_probs_the_update_sees(tokenizer):
 
 def test_sdfts_teacher_has_seen_the_demonstration(tokenizer):
     """The teacher's log-probs are compared with the model run on each row alone, behind the problem and its
-    demonstration; problem 5 has none."""
+    demonstration. Problem 5 has no demonstration."""
     run = make_run(tokenizer, "sdft", temperature=TEMPERATURE)
     picked = [0, 1, 2, 5]
     batch = rollout_batch(run, picked, 3)
@@ -268,13 +267,14 @@ def test_nothing_is_nan_in_the_corner_cases(tokenizer, method, case):
     compared = (clipped, unclipped, zero)
     weights = (METHODS[method].policy_weight, METHODS[method].demonstration_weight)
     if case == "all wrong" and all(weight in compared for weight in weights):
-        # no row has a weight, so no weight of the model moves
+        # no token has a weight, so the model stays as it is
         assert all((a == b).all() for a, b in zip(before, run.model.parameters()))
 
 
 @pytest.mark.parametrize("baseline", ["on_policy", "group"])
 def test_two_hybrid_rows_with_one_prefix_are_not_each_others_baseline(tokenizer, baseline):
-    """At the first step both get 95% of the demonstration. Under `on_policy` a continuation keeps its reward."""
+    """At the first step both hybrid rows get 95% of the demonstration. With the baseline `on_policy` a continuation
+    keeps its reward."""
     run = make_run(tokenizer, hybrid_per_prompt=2, baseline=baseline)
     batch = rollout_batch(run, [0, 1, 2, 3], 0)
     for group in range(4):
@@ -290,19 +290,19 @@ def test_two_hybrid_rows_with_one_prefix_are_not_each_others_baseline(tokenizer,
 
 
 def far_from_known(t: Tokens) -> torch.Tensor:
-    """(1 − p)·Z/T_d, which is 0 where p = 1."""
+    """Returns the weight (1 − p)·Z/T_d, which is 0 where p = 1."""
     return (1 - t.log_probs.exp()) * t.normalizer / max(1, t.demonstration_tokens)
 
 
 def moved_apart(t: Tokens) -> torch.Tensor:
-    """1 − r, which is 0 before the first update."""
+    """Returns the weight 1 − r, which is 0 before the first update."""
     return 1 - (t.log_probs - t.old_log_probs).exp()
 
 
 @pytest.mark.parametrize("updates", [1, 2])
 @pytest.mark.parametrize("rows", ["hybrid", "demonstration", "shared_prefix"])
 def test_a_weight_that_vanishes_at_p_1_trains_and_is_counted(tokenizer, rows, updates):
-    """Old log-probs that are not known yet must not stand for p = 1."""
+    """Old log-probs that are not known yet are 0, which must not be taken for p = 1."""
     run = make_run(tokenizer, lr=0.5, updates_per_step=updates)
     run.method = Method("own", rows, zero, far_from_known, baseline="group")
     metrics = rl_metrics(run, rl_step(run, 0))
@@ -316,20 +316,19 @@ def test_a_weight_that_vanishes_at_p_1_trains_and_is_counted(tokenizer, rows, up
 
 
 def test_no_share_of_tokens_is_negative(tokenizer):
-    """A weight is 0 before the first update, so the second update has more tokens with a weight than there were
-    before."""
+    """Policy tokens have the weight 0 before the first update, so the second update has more tokens with a weight."""
     run = make_run(tokenizer, lr=0.5, updates_per_step=2)
     run.method = Method("own", "hybrid", moved_apart, clipped)
     step = rl_step(run, 0)
     metrics, rollouts = rl_metrics(run, step), step.batch.rollouts
     assert 0 <= metrics["clip_fraction"] <= 1
-    # the on-policy rows of the second update are trained too
+    # in the second update on-policy rows have a weight too
     hybrid_tokens = rollouts.response_mask[rollouts.hybrid & (rollouts.group >= 2)].sum()
     assert metrics["trained_tokens"] >= step.updates[1]["with_weight"] > hybrid_tokens
 
 
 def test_metrics_describe_the_whole_batch(tokenizer):
-    """Metrics are compared with counts over the rollouts themselves, with many micro-batches."""
+    """In a step with many micro-batches, metrics are compared with counts over the rollouts."""
     run = make_run(tokenizer, micro_batch_tokens=40)
     batch = rollout_batch(run, problems_of_step(6, 4, 2, 0, "order"), 2)
     metrics = rl_metrics(run, rl_step(run, 2))
@@ -366,7 +365,7 @@ def test_an_answer_that_is_a_piece_of_the_problem_is_copied(boxed, problem, answ
 
 
 def test_the_share_of_copied_answers_is_of_right_responses_in_all(tokenizer):
-    """Every response repeats its problem in a box; about half are right."""
+    """Every response repeats its problem in a box, and about half of the responses are right."""
     run = make_run(tokenizer, "rft", reward=BY_LENGTH)
     step = rl_step(run, 0)
     rows = [dataclasses.replace(row, text=f"\\boxed{{problem {step.picked[row.group]}}}") for row in step.batch.rows]
@@ -377,8 +376,8 @@ def test_the_share_of_copied_answers_is_of_right_responses_in_all(tokenizer):
 @pytest.mark.parametrize("rank", [0, 3], ids=["all weights", "adapters"])
 @pytest.mark.parametrize("method", ["prefix-rft", "luffy", "hpt", "rescue"])
 def test_the_log_probs_of_the_sampler_stand_beside_those_of_the_training_pass(tokenizer, method, rank):
-    """They are compared token by token, also where groups were replaced or sampled again. The gap is the mean of
-    their distances."""
+    """The two log-probs of each token are compared, also where groups were replaced or sampled again. The metric
+    log_prob_gap is their mean distance."""
     run = make_run(tokenizer, method, temperature=0.7, lora_rank=rank)
     result = rl_step(run, 4)
     batch = result.batch
@@ -394,8 +393,8 @@ def test_the_log_probs_of_the_sampler_stand_beside_those_of_the_training_pass(to
 
 @pytest.mark.parametrize("method", ["hpt", "rescue"])
 def test_groups_that_are_replaced_do_not_hide_their_failures(tokenizer, method):
-    """At first these methods sample what rft samples, and the metrics count those rows. A group with one right row is
-    unsolved too."""
+    """hpt and rescue first sample the rows that rft samples, and the metrics count these rows. With gate 1 a group
+    with one right row is unsolved too."""
     reward = dataclasses.replace(
         BY_LENGTH,
         function=lambda text, problem: float(problem.id in ("p0", "p1", "p5")),
@@ -430,10 +429,10 @@ STEP = {
 @pytest.mark.parametrize("max_grad_norm", [1e9, 0.02])
 @pytest.mark.parametrize("method", ["prefix-rft", "prefix-rft-random", "chord-mu", "hpt"])
 def test_a_step_is_two_unequal_updates_one_after_the_other(tokenizer, method, max_grad_norm):
-    """The step is made by hand, in float64: first 2 of 3 problems, then the third, with Z of the planned rows, c of
-    this step, and clipped gradients.
+    """The step is compared with two updates by hand in float64: first 2 of 3 problems, then the third. They use Z of
+    the planned rows, this step's coefficient, and clipped gradients.
 
-    p5 is never solved, so hpt has fewer rows than were planned."""
+    Problem p5 is never solved, so hpt has fewer rows than were planned."""
     reward = dataclasses.replace(BY_LENGTH, function=lambda text, p: (1 + len(text) % 4) / 4 * (p.id != "p5"))
     settings = STEP | {"max_grad_norm": max_grad_norm, "reward": reward, "demonstrated": 6}
     run, step = make_run(tokenizer, method, **settings), 6
@@ -468,7 +467,7 @@ def test_a_step_is_two_unequal_updates_one_after_the_other(tokenizer, method, ma
 
 
 def test_the_counts_of_a_mini_batch_are_those_of_its_rows(tokenizer):
-    """They are not those of the whole batch. The test counts them over the plan and the responses."""
+    """A mini-batch counts the demonstration and policy tokens of its own rows, not of the whole batch."""
     run = make_run(tokenizer)
     batch, parts = rollout_batch(run, [0, 1, 2, 3], 4), ((0, 1, 2), (3,))
     counts = []
@@ -499,7 +498,7 @@ def test_the_random_entropy_clip_draws_by_seed_step_and_update(tokenizer):
 
 @pytest.mark.parametrize("method", ["rft", "hpt", "rescue"])
 def test_sampled_tokens_are_those_of_every_try(tokenizer, monkeypatch, method):
-    """Groups that were replaced or sampled again count too, but prefixes and whole demonstrations do not."""
+    """The metric counts groups that were replaced or sampled again too, but no prefixes or whole demonstrations."""
     tries, plain = [], steps.sample_groups
 
     def count(*arguments, **settings):
@@ -515,8 +514,8 @@ def test_sampled_tokens_are_those_of_every_try(tokenizer, monkeypatch, method):
 
 
 def test_an_sft_step_draws_among_a_problems_demonstrations(tokenizer):
-    """The step's number chooses: over the steps each demonstration has its turn, and the same step has the same
-    one."""
+    """The step's number chooses a problem's demonstration. Each demonstration has its turn, and the same step always
+    has the same one."""
     run = make_run(tokenizer, "sft")
     problem = dataclasses.replace(run.data.encoded[0], demonstrations=[[5, 6], [7, 8]])
 
@@ -551,8 +550,8 @@ def test_an_sft_step_descends_the_token_mean(tokenizer):
 
 
 def test_relift_collects_unsolved_problems_newest_first_and_spends_a_full_buffer(tokenizer, monkeypatch):
-    """A problem waits as often as it was met. There is no more than one update a step, and the oldest problems wait
-    on."""
+    """A problem is in the buffer as often as it was unsolved. Each step makes at most one update of the newest
+    problems in the buffer."""
     spent = []
 
     def spend(run, problems, step, optimizer, lr):
@@ -604,8 +603,8 @@ def test_the_gate_decides_what_is_unsolved(tokenizer):
 
 
 def test_rescue_samples_unsolved_groups_again_behind_longer_prefixes(tokenizer, monkeypatch):
-    """They are sampled until a row is right. p0 is right behind 50%, p1 never; p3 was right at once; p5 has no
-    demonstration."""
+    """An unsolved group is sampled again until a row is right. p0 is right behind 50% of its demonstration, p1 never,
+    and p3 at once; p5 has no demonstration."""
     run = make_run(tokenizer, "rescue")
     calls: list[list[Row]] = []
 
@@ -630,12 +629,12 @@ def test_rescue_samples_unsolved_groups_again_behind_longer_prefixes(tokenizer, 
     assert calls[3][0].prefix_ids == demonstration[: math.floor(0.75 * len(demonstration))]
     assert batch.rollouts.group.tolist() == [g for g in range(4) for _ in range(4)]
     assert batch.rewards.tolist() == [1.0] * 4 + [0.0] * 4 + [1.0] * 4 + [0.0] * 4
-    assert (batch.response_advantage == 0).all()  # the baseline is the whole group
+    assert (batch.response_advantage == 0).all()  # all rows of a group have the same reward
 
 
 def test_demonstrations_alone_are_learned_at_temperature_1(tokenizer, monkeypatch):
-    """This holds whatever the sampling temperature is. Inside a step of reinforcement every pass uses that
-    temperature."""
+    """An sft step uses temperature 1 whatever the sampling temperature is. In a step of reinforcement every pass uses
+    the sampling temperature."""
     used: list[float] = []
     plain = steps.forward
     monkeypatch.setattr(steps, "forward", lambda *a: used.append(a[-1]) or plain(*a))
@@ -649,7 +648,7 @@ def test_demonstrations_alone_are_learned_at_temperature_1(tokenizer, monkeypatc
 
 @pytest.mark.parametrize("parts", range(1, 17))
 def test_a_step_makes_as_many_updates_as_asked(tokenizer, monkeypatch, parts):
-    """The updates are as equal as possible, and every problem is in one of them."""
+    """The updates of a step are as equal as possible, and every problem is in one update."""
     run = make_run(tokenizer, "rft", problems=16, prompts_per_step=16, updates_per_step=parts, rollouts_per_prompt=2)
     sizes: list[int] = []
 
@@ -733,7 +732,8 @@ def test_every_config_field_is_read_somewhere():
 
 
 def test_an_update_of_weights_that_are_not_finite_is_skipped_and_counted(tokenizer):
-    """No row has a weight here, so there would be no gradient. train.py ends after three skipped updates in a row."""
+    """No row has a weight here, so the gradient does not show the NaN. train.py ends after three skipped updates in a
+    row."""
     run = make_run(tokenizer, "rft", reward=ALL_WRONG)
     torch.nn.init.constant_(run.model.lm_head.weight, torch.nan)
     metrics = rl_metrics(run, rl_step(run, 0))

@@ -1,4 +1,4 @@
-"""train.py runs end to end, as a user runs it: files, resume, signals, wrong input."""
+"""These tests run train.py end to end, as a user does: files, resume, signals, wrong input."""
 
 import contextlib
 import io
@@ -48,8 +48,7 @@ SMALL = {
 
 @pytest.fixture(autouse=True)
 def no_figure(monkeypatch):
-    """Runs in this process draw no figure, because that takes longer than their steps. The run of `whole` draws
-    one."""
+    """Runs draw no figure, because drawing takes longer than their steps. Only the run of `whole` draws one."""
     monkeypatch.setattr(train, "draw_curves", lambda folder: "")
 
 
@@ -60,7 +59,7 @@ def write_rows(path: Path, rows: list[dict]) -> Path:
 
 @pytest.fixture(scope="module")
 def task(tmp_path_factory):
-    """Makes a few problems of the embedded task."""
+    """Writes a few problems of the embedded task, and returns their folder."""
     folder = tmp_path_factory.mktemp("task")
     rows = [json.loads(line) for line in (ROOT / "data/recipes/train.jsonl").read_text().splitlines()]
     with_demonstration = [row for row in rows if row.get("demonstrations") and row["level"] == "medium"]
@@ -154,7 +153,7 @@ def assert_same_run(a: Path, b: Path) -> None:
 
 @pytest.mark.skipif(not hasattr(os, "fork"), reason="copies this process")
 def test_kill_9_and_resume_give_the_same_bits(task, whole, tmp_path, monkeypatch):
-    """The run is killed from outside, in its third step. test_faults.py kills before every operation on a file."""
+    """The run is killed from outside, in its third step. test_faults.py kills runs before their file operations."""
     monkeypatch.chdir(ROOT)
     argv, (reader, writer) = arguments(task, tmp_path / "run", resume="auto"), os.pipe()
 
@@ -171,7 +170,7 @@ def test_kill_9_and_resume_give_the_same_bits(task, whole, tmp_path, monkeypatch
     with monkeypatch.context() as patch:
         patch.setattr(train, "rl_step", step)
         process = lives.start(work, tmp_path / "run", tmp_path / "said", None, {})
-    os.close(writer)  # now the end of a process that says nothing is read, too
+    os.close(writer)  # os.read now returns even if the process ends without writing
     assert os.read(reader, 1) == b".", (tmp_path / "said").read_text(encoding="utf-8")
     os.kill(process, signal.SIGKILL)
     assert os.waitstatus_to_exitcode(os.waitpid(process, 0)[1]) == -signal.SIGKILL
@@ -204,7 +203,7 @@ def signals(monkeypatch):
 def test_a_signal_ends_after_the_step_and_says_how_to_go_on(
     task, whole, tmp_path, monkeypatch, capsys, signals, name
 ):
-    number = getattr(signal, name, signal.SIGINT)  # Windows has only few of these signals
+    number = getattr(signal, name, signal.SIGINT)  # Windows lacks some of these signals
     monkeypatch.chdir(ROOT)
     out = tmp_path / "run"
     monkeypatch.setattr(sys, "argv", ["train.py", *arguments(task, out, save_every=0)])
@@ -218,7 +217,7 @@ def test_a_signal_ends_after_the_step_and_says_how_to_go_on(
     config = parse_config(line.split("python train.py ")[1].split())
     assert train.train(config) == 0 and "continued after step" in capsys.readouterr().out
     assert_same_run(out, whole[0])
-    assert train.train(config) == 0  # the run is finished, so nothing changes
+    assert train.train(config) == 0  # resuming a finished run changes nothing
     assert_same_run(out, whole[0])
 
 
@@ -251,7 +250,7 @@ def test_resume_refuses_other_settings_and_an_existing_folder(task, whole, monke
 
 @pytest.mark.parametrize("what", ["data", "model", "template", "reward", "record"])
 def test_resume_refuses_a_run_made_of_something_else(task, tmp_path, monkeypatch, what):
-    """The names are the same and the content is another. Nothing is written, and the message says what changed."""
+    """A file of the same name has other content. Nothing is written, and the message says what changed."""
     monkeypatch.chdir(ROOT)
     model, data, reward = tmp_path / "model", tmp_path / "train.jsonl", tmp_path / "own.py"
     shutil.copytree("data/base", model)
@@ -288,15 +287,15 @@ def test_resume_refuses_a_run_made_of_something_else(task, tmp_path, monkeypatch
 
 @pytest.mark.parametrize("where", ["in a step", "in validation"])
 def test_a_reward_that_raises_loses_no_step_and_goes_on_mended(task, tmp_path, monkeypatch, capsys, where):
-    """The command ends with exit code 1 and prints the command that continues the run. Without its flag a changed
-    reward is named before it grades anything."""
+    """The error names the command that continues the run. Without this command's flag --accept_changed, a changed
+    reward is refused before it grades anything."""
     monkeypatch.chdir(ROOT)
     reward, out = tmp_path / "own.py", tmp_path / "run"
     mended = "from reward import grade\n\ndef reward(text, problem):\n    return grade(text, problem.answer)\n"
     log = out / "metrics.jsonl"
     raises = f"    1 / (not os.path.exists({str(log)!r}) or open({str(log)!r}).read().count('\\n') < 2)\n"
     files = {"eval_data": "", "test_data": "", "reward": reward}
-    if where == "in validation":  # of step 2
+    if where == "in validation":
         raises = f"    log = {str(log)!r}\n"
         raises += "    1 / (problem.id != 'held' or not os.path.exists(log) or open(log).read().count('\\n') != 1)\n"
         row = json.loads((task / "held.jsonl").read_text().splitlines()[0]) | {"id": "held"}
@@ -326,8 +325,7 @@ def test_a_reward_that_raises_loses_no_step_and_goes_on_mended(task, tmp_path, m
 
 
 def test_a_reward_of_ones_own_is_used_everywhere(task, tmp_path, monkeypatch, capsys):
-    """Loader, rollouts and evaluation use it: half a point for a response with a box, a whole one if there is a 7 in
-    it."""
+    """The loader, the rollouts and the evaluation use a reward that gives half a point for a box and half for a 7."""
     monkeypatch.chdir(ROOT)
     path = tmp_path / "sevens.py"
     path.write_text(
@@ -338,7 +336,7 @@ def test_a_reward_of_ones_own_is_used_everywhere(task, tmp_path, monkeypatch, ca
     )
     assert train.train(parse_config(argv)) == 0
     output = capsys.readouterr().out
-    assert "left out (not right)" in output  # demonstrations without a 7 are not right by this reward
+    assert "left out (not right)" in output  # to this reward, demonstrations without a 7 are not right
     rows = read_log(tmp_path / "run")
     assert 0.3 < rows[0]["reward_on_policy"] < 1 and rows[0]["unread"] == 0
     scores = json.loads((tmp_path / "run" / "eval.json").read_text())
@@ -350,7 +348,7 @@ def test_a_reward_of_ones_own_is_used_everywhere(task, tmp_path, monkeypatch, ca
 
 @pytest.mark.parametrize("method", [name for name in ONE_OF_EACH if name != "prefix-rft"])
 def test_every_kind_of_method_runs(task, tmp_path, monkeypatch, capsys, method):
-    """There is no evaluation, because that does not depend on the method."""
+    """The runs make no evaluation, because evaluation does not depend on the method."""
     monkeypatch.chdir(ROOT)
     settings = {"method": method, "steps": 2, "sft_steps": 1, "eval_data": "", "test_data": ""}
     assert train.train(parse_config(arguments(task, tmp_path / "run", **settings))) == 0
@@ -358,13 +356,13 @@ def test_every_kind_of_method_runs(task, tmp_path, monkeypatch, capsys, method):
     assert len(rows) == ("sft" in METHODS[method].stages) + 2 * ("rl" in METHODS[method].stages)
     base, final = load_model("data/base")[0].state_dict(), weights(tmp_path / "run")
     learned = any(not torch.equal(base[name], final[name]) for name in base)
-    # behind a long prefix all rows of dr-po are right, so nothing is learned
+    # behind a long prefix all rows of dr-po are right, so the run may learn nothing
     assert learned or all(row["equal_reward_groups"] == 1 for row in rows)
 
 
 @pytest.mark.parametrize("fraction, count", [(1.0, 100), (0.1, 10), (0.07, 7), (0.001, 1), (0.0, 0)])
 def test_kept_demonstrations_are_chosen_by_id(fraction, count):
-    """In any order and company the same ids are chosen, and a smaller share is part of a larger one."""
+    """In any order of the problems the same ids are chosen, and a larger fraction keeps those of a smaller one."""
     problems = [Encoded(f"p{i}", [1], [[5]] if i < 100 else [], 2) for i in range(120)]
 
     def kept(problems, fraction):
@@ -379,7 +377,7 @@ def test_kept_demonstrations_are_chosen_by_id(fraction, count):
 
 
 def refused(monkeypatch, capsys, words: list[str]) -> str:
-    """Returns what train.py says to a command line that it refuses."""
+    """Returns the error message of train.py for a command line that it refuses."""
     monkeypatch.chdir(ROOT)
     monkeypatch.setattr(sys, "argv", ["train.py", *words])
     with pytest.raises(SystemExit) as stop:
@@ -449,7 +447,7 @@ def test_a_model_without_a_chat_template_is_trained_too(task, tmp_path, tokenize
     (tmp_path / "model" / "chat_template.jinja").unlink()
     argv = arguments(task, tmp_path / "run", model=tmp_path / "model", steps=1)
     assert train.train(parse_config(argv)) == 0
-    assert "?\\n'" in capsys.readouterr().out  # the documented plain prompt ends with a newline
+    assert "?\\n'" in capsys.readouterr().out  # a plain prompt ends with a newline
 
 
 def test_tensorboard_shows_the_metrics(task, tmp_path, monkeypatch):
@@ -466,15 +464,15 @@ def test_tensorboard_shows_the_metrics(task, tmp_path, monkeypatch):
         assert [(e.step, e.value) for e in events.Scalars(name)] == [
             (row["step"], pytest.approx(row[name], rel=1e-6)) for row in log
         ]
-    assert "reward_hybrid" not in events.Tags()["scalars"]  # null in the log of a run without hybrid rows
+    assert "reward_hybrid" not in events.Tags()["scalars"]  # without hybrid rows the log has null
     monkeypatch.setattr(train.importlib.util, "find_spec", lambda name: None)
     with pytest.raises(ValueError, match="not installed: pip install tensorboard"):
         train.prepare(parse_config(arguments(task, tmp_path / "other", tensorboard="true")))
 
 
 def test_demonstrations_that_cannot_be_used_are_counted(task, tmp_path, capsys):
-    """One is too long for the budget, one is wrong, one has no box. The start of the run says so, and the run uses
-    the rest."""
+    """One demonstration is too long for the budget, one is wrong, and one has no box. The start of the run prints
+    these counts, and the run uses the others."""
     rows = [json.loads(line) for line in (task / "train.jsonl").read_text().splitlines()]
     used = sum(bool(row.get("demonstrations")) for row in rows)
     rows[0]["demonstrations"] = ["1" * 99 + f"\\boxed{{{rows[0]['answer']}}}"]
@@ -505,8 +503,8 @@ def test_data_is_checked_before_weights_are_read(task, tmp_path, monkeypatch):
     "settings",
     [
         {"method": "sft", "sft_lr": 1e30, "sft_steps": 4},
-        {"method": "prefix-rft", "lr": 1e39},  # 1e39 is beyond float32, so the first update alone loses the weights
-        {"method": "sft", "sft_lr": 1e39, "sft_steps": 1},  # here the last update of the run loses the weights
+        {"method": "prefix-rft", "lr": 1e39},  # 1e39 is beyond float32, so one update destroys the weights
+        {"method": "sft", "sft_lr": 1e39, "sft_steps": 1},  # the last update of this run destroys the weights
         {"method": "sft", "sft_lr": 1e39, "sft_steps": 6, "save_every": 1},
     ],
 )
@@ -536,7 +534,7 @@ def test_a_bug_in_a_step_shows_its_traceback(task, tmp_path, monkeypatch, error)
 
 
 def test_a_step_with_a_skipped_update_is_not_saved(task, tmp_path, monkeypatch):
-    """The run goes on. When it comes back, it comes back to a step whose updates were made."""
+    """The run goes on, but it can be resumed only from a step whose updates were made."""
     monkeypatch.setattr(train, "score", lambda run, who: {"validation": {}, "test": {}, "test_sampled": {}})
     saved, save = [], checkpoint.save
 
@@ -588,7 +586,7 @@ def test_the_optimizer_takes_its_settings():
 
 
 def test_the_evaluation_takes_its_settings(monkeypatch):
-    """Validation and test are greedy, and the test problems also have eval_samples at temperature 1."""
+    """Validation and test are greedy; each test problem also has eval_samples samples at temperature 1."""
     calls = []
 
     def evaluate(model, tokenizer, problems, encoded, *, samples, temperature, **settings):
@@ -612,13 +610,13 @@ def test_the_evaluation_takes_its_settings(monkeypatch):
     assert train.score(run, "base")["validation"] == {}
 
 
-# the metrics that warnings look at
+# the metrics that a run's warnings depend on
 WATCHED = {"entropy": 1.0, "grad_norm": 1.0, "skipped_updates": 0, "truncated": 0.0, "unread": 0.0, "hybrid_rows": 0}
 
 
 def test_the_sft_stage_has_a_file_of_its_own(task, tmp_path, monkeypatch):
-    """sft_data feeds the sft stage, and data feeds the steps of reinforcement. The share of demonstrations is
-    sft_data's."""
+    """sft_data feeds the sft stage, and data feeds the steps of reinforcement. demonstration_fraction is a share of
+    sft_data."""
     monkeypatch.chdir(ROOT)
     rows = [json.loads(line) for line in (task / "train.jsonl").read_text().splitlines()]
     bare = [{k: v for k, v in row.items() if k != "demonstrations"} for row in rows]
@@ -659,16 +657,16 @@ def test_the_sft_stage_has_a_file_of_its_own(task, tmp_path, monkeypatch):
     settings |= {"save_every": 0, "eval_every": 3}
     config = parse_config(arguments(task, tmp_path / "run", **settings, sft_lr=0.5))
     assert train.train(config) == 0
-    rates = [0.5, 0.5, 0.5 * 0.75, 0.5 * 0.25]  # one step of warm-up, half a cosine over the others
+    rates = [0.5, 0.5, 0.5 * 0.75, 0.5 * 0.25]  # sft has one step of warm-up, then half a cosine
     assert calls == [
         *[("sft", step, int(step > 0), pytest.approx(rate)) for step, rate in enumerate(rates)],
         ("rl", 0, 0),  # each stage starts with a fresh optimizer
         *[("rl", step, 1) for step in (1, 2, 3)],
     ]
-    assert recorded == [0, 1, 3]  # a group at the first step and with every evaluation
+    assert recorded == [0, 1, 3]  # a group is recorded at step 1 and with each evaluation
     assert [id(o) for o in optimizers] == [id(optimizers[0])] * 4 + [id(optimizers[4])] * 4
     assert [title for title in titles if title.startswith("step")] == [f"step {n}: validation" for n in (3, 6, 8)]
-    # no system message is remembered, because the rows have several
+    # final/ remembers no system message, because the rows have different ones
     assert checkpoint.trained_with(tmp_path / "run" / "final") == {"reward": "math"}
     assert seen["sft"] < {f"own-{row['id']}" for row in rows[:8]}  # demonstrations that are too long are left out
     assert seen["rl"] == {row["id"] for row in rows}

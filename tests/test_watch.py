@@ -1,4 +1,4 @@
-"""These tests check what a run warns of, once each."""
+"""These tests check the warnings that a run gives, once each."""
 
 import json
 
@@ -17,7 +17,7 @@ from support.watch import FIRST, LONG, SHORT, Watch
 
 
 def row(step: int, **changes) -> dict:
-    """Returns a step at which there is nothing to warn of."""
+    """Returns the metrics of a step that gives no warning, with some changed."""
     usual = {
         "grad_norm": 0.1,
         "skipped_updates": 0,
@@ -57,14 +57,15 @@ def test_each_warning_is_said_once_when_it_is_due(name, changes, at):
     assert [list(new) for new in message if new] == [[name]] and list(watch.warnings) == [name]
     assert due == [at] or (name == "surprise" and due[0] <= at), due
     assert watch.warnings[name].startswith(f"step {FIRST + due[0]}: ")
-    again = Watch(METHODS["prefix-rft"], {})  # a run that goes on, after it was shown the rows of the first part
+    again = Watch(METHODS["prefix-rft"], {})  # a resumed run recalls the rows of its first part
     for number in range(1, FIRST + due[0]):
         again.recall(row(number, **(changes if number > FIRST else {})))
     assert again.look(row(FIRST + due[0], **changes)) == message[due[0] - 1]
 
 
 def test_a_run_that_goes_on_elsewhere_recalls_what_was_said_and_nothing_else():
-    """bf16 rounds more than fp32. What was no fault on a GPU is none on the CPU where the run goes on."""
+    """bf16 rounds more than fp32. A step that gave no warning in bf16 on a GPU gives none if the run goes on on a
+    CPU."""
     rounded = row(1, log_prob_gap=0.01)
     assert list(Watch(METHODS["rft"], {}).look(rounded)) == ["log_prob_gap"]
     assert Watch(METHODS["rft"], {}, torch.bfloat16).look(rounded) == {}
@@ -78,7 +79,7 @@ def test_a_run_that_goes_on_elsewhere_recalls_what_was_said_and_nothing_else():
 @pytest.mark.parametrize("method", ["sft-rft", "relift"])
 @pytest.mark.parametrize("weight", [zero, uncertain_means], ids=["zero", "zero without own tokens, as here"])
 def test_updates_on_demonstrations_without_weight_are_told(tokenizer, method, weight):
-    """These are updates of the sft stage and of ReLIFT. An update that was skipped is not one of them."""
+    """The sft stage and ReLIFT make such updates. A skipped update gives another warning."""
     for inputs in (METHODS[method], variant(METHODS[method], demonstration_weight=weight)):
         run, watch = make_run(tokenizer, method, reward=ALL_WRONG, relift_buffer=2, lr=0.0), Watch(inputs, {})
         run.method = inputs
@@ -94,7 +95,7 @@ def test_updates_on_demonstrations_without_weight_are_told(tokenizer, method, we
 
 
 def test_nothing_is_said_of_a_run_without_faults():
-    """Nothing is said either of steps without hybrid rows if the method has none, or of supervised steps."""
+    """No warning is given for supervised steps, or for steps without hybrid rows if the method has none."""
     watch = Watch(METHODS["rft"], {})
     supervised = {"skipped_updates": 0, "grad_norm": 0.0, "entropy": 0.0, "trained_tokens": 9}
     for number in range(1, 60):
@@ -104,8 +105,8 @@ def test_nothing_is_said_of_a_run_without_faults():
 
 @pytest.mark.parametrize("sampled_at, warned", [(1.0, False), (0.8, True)])
 def test_a_sampler_of_another_temperature_is_noticed(tokenizer, monkeypatch, sampled_at, warned):
-    """The sampler's own log-probs show it at once. Later the log-probs and entropies of the training pass alone show
-    it too."""
+    """The sampler's log-probs show a wrong temperature at once. Later the log-probs and entropies of the training
+    pass alone show the wrong temperature too."""
     honest, watch = steps.generate, Watch(METHODS["rft"], {})
 
     def generate(model, tokenizer, rows, budget, temperature, **settings):

@@ -1,7 +1,7 @@
-"""What a run prints: a block at the start, a progress line, samples, and a table at the end.
+"""This file prints the output of a run: a block at the start, a progress line, samples, and a table at the end.
 
-On a terminal one line is updated in place and samples appear above it. Piped output has a line of key=value pairs
-every LINE_EVERY steps and no samples; samples.jsonl has them.
+On a terminal the progress line is updated in place, and samples appear above it. Piped output has a line of key=value
+pairs every LINE_EVERY steps and no samples; the samples are in samples.jsonl.
 """
 
 import dataclasses
@@ -18,11 +18,11 @@ from support.distributed import launcher, rank, world_size
 from support.loading import pick_device
 from support.watch import Watch
 
-LINE_EVERY = 10  # steps between lines when the output is piped
-LINE_SECONDS = 60  # seconds after which a line is printed anyway, if steps are slow
+LINE_EVERY = 10  # number of steps between lines when the output is piped
+LINE_SECONDS = 60  # seconds after which a line is printed even if LINE_EVERY steps are not done
 ESTIMATE_AFTER = 5  # number of steps after which the remaining time is estimated
 SAMPLE_EVERY = 20  # number of steps between samples on a terminal
-SHOWN = {  # metrics of the progress line and their short names, for steps of either stage
+SHOWN = {  # metrics of the progress line and their short names; a step shows those that it has
     "reward_on_policy": "reward",
     "reward_hybrid": "hybrid",
     "prefix_fraction": "prefix",
@@ -34,7 +34,7 @@ SHOWN = {  # metrics of the progress line and their short names, for steps of ei
 
 
 def show(text: str = "") -> None:
-    """Print a line above the progress bar; with several ranks only the first one prints."""
+    """Print a line above the progress bar. With several ranks only rank 0 prints."""
     if rank() > 0:
         return
     tqdm.write(text, file=sys.stdout)
@@ -42,7 +42,7 @@ def show(text: str = "") -> None:
 
 
 def figures(metrics: dict[str, Any]) -> dict[str, str]:
-    """Returns a step's metrics as text by their short names; metrics without a value are left out."""
+    """Returns the metrics of one step as text, by their short names. Metrics without a value are left out."""
     shown = {name: metrics[key] for key, name in SHOWN.items() if metrics.get(key) is not None}
     if "reward" in shown:
         shown.pop("loss", None)  # the loss of reinforcement means little (see loss.py)
@@ -54,7 +54,8 @@ def warn(text: str) -> None:
 
 
 class Progress:
-    """The progress bar of a run of `total` steps, of which `done` are finished; optionally TensorBoard files too."""
+    """The progress bar of a run of `total` steps, of which `done` are finished. With `tensorboard` it also writes
+    TensorBoard's files."""
 
     def __init__(self, folder: Path, total: int, done: int, tensorboard: bool, watch: Watch):
         self.total, self.watch, self.first = total, watch, done
@@ -63,7 +64,7 @@ class Progress:
         self.bar = tqdm(total=total, initial=done, unit="step", disable=quiet, dynamic_ncols=True)
         self.writer = None
         if tensorboard and rank() == 0:
-            from torch.utils.tensorboard import SummaryWriter  # an optional package
+            from torch.utils.tensorboard import SummaryWriter  # here, because the package is optional
 
             self.writer = SummaryWriter(folder / "tensorboard", purge_step=done + 1)
 
@@ -101,7 +102,7 @@ class Progress:
 
 
 def show_sample(sample: dict[str, Any]) -> None:
-    """Print a row: problem, prefix, continuation and verdict. A bar (|) ends the prefix."""
+    """Print one rollout: problem, prefix, continuation and whether it is right. A bar (|) ends the prefix."""
     right = sample["reward"] == 1
     verdict = "right" if right else "cut off" if sample["truncated"] else f"wrong, the answer is {sample['answer']}"
     prefix = sample["prefix"] + "|" if sample["hybrid"] else ""
@@ -121,7 +122,7 @@ def command(config: Config, folder: Path) -> str:
 
 
 def show_start(run: Any, folder: Path, counts: Any, total: int, done: int) -> None:
-    """Print what will run and on which device, and the first prompt as the model sees it."""
+    """Print the run's method, model, device and data, and the first prompt as the model sees it."""
     config, data = run.config, run.data
     parameters = sum(p.numel() for p in run.model.parameters())
     show(f"{config.method}: {total} steps" + (f", continued after step {done}" if done else "") + f" -> {folder}/")
@@ -147,7 +148,7 @@ def show_start(run: Any, folder: Path, counts: Any, total: int, done: int) -> No
 
 
 def show_base(base: dict[str, Any]) -> None:
-    """Print the accuracy of the untrained model."""
+    """Print the test accuracy of the untrained model."""
     if not base["test"]:
         return
     levels = "  ".join(f"{level} {100 * row['accuracy']:.1f}" for level, row in base["test"].items())
@@ -155,7 +156,7 @@ def show_base(base: dict[str, Any]) -> None:
 
 
 def memory_advice(error: BaseException, config: Config) -> str:
-    """Returns what to lower, for an error that says that memory is full."""
+    """Returns a message for the `error` of a full memory: it names the settings to lower."""
     names = ("rows_per_call", "micro_batch_tokens", "max_response_tokens")
     lower = ", ".join(f"{name} ({getattr(config, name)})" for name in names)
     message = " ".join(str(error).split())[:160]
@@ -165,7 +166,8 @@ def memory_advice(error: BaseException, config: Config) -> str:
 def show_end(
     folder: Path, scores: dict[str, Any], figure: str, problem: str, warnings: dict[str, str], final: str
 ) -> None:
-    """Print accuracy before and after by level, the run's warnings again, the files, and commands to try next.
+    """Print the accuracy before and after training by level, the run's warnings again, the files, and commands to try
+    next.
 
     `final` describes the model in the folder final/.
     """

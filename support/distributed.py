@@ -1,10 +1,12 @@
-"""One run on several processes (ranks): their numbers, their exchange, and a model that is sharded with FSDP2.
+"""This file lets one run use several processes (ranks): it numbers them, exchanges data between them, and shards a
+model with FSDP2.
 
-A plain `python train.py` on a CPU uses none of this: rank() is 0, world_size() is 1, and every function returns its
-argument unchanged. `torchrun --nproc_per_node N train.py …` starts N ranks. All ranks plan, grade and weigh the same
-rows. Each rank samples and differentiates its share of them (generate, micro_batches below); rank 0 writes and
-prints. On CUDA a single process shards too, over a mesh of one rank: that is the simplest way to fp32 weights with
-bf16 compute. eval.py shares the rows in the same way, but every rank has a whole model there.
+A plain `python train.py` on a CPU needs none of these functions: rank() is 0, world_size() is 1, and all exchange and
+sharding functions return their argument unchanged. `torchrun --nproc_per_node N train.py …` starts N ranks. All ranks
+plan and grade the same rows and compute the same weights. Each rank samples a part of the rows (sample.generate) and
+computes gradients for a part of them (`micro_batches`); rank 0 writes and prints. On CUDA a single process shards the
+model too, over a mesh of one rank, because this is the simplest way to fp32 weights with bf16 compute. In eval.py
+each rank also samples a part of the rows, but has a whole model.
 
     start, shard                               called by train.py and model.load_model (by eval.py: start alone)
     gather_dict, sum_over_ranks, from_rank_0   exchange between ranks, on the CPU (gloo)
@@ -38,7 +40,7 @@ from transformers.modeling_layers import GradientCheckpointingLayer
 
 from support.errors import InputError
 
-# a rank that hangs ends the run after this time; one that dies ends it at once (torchrun)
+# if a rank hangs, the run ends after this time; if a rank dies, torchrun ends the run at once
 TIMEOUT = timedelta(hours=1)
 
 
@@ -51,7 +53,8 @@ def world_size() -> int:
 
 
 def start(device: torch.device) -> None:
-    """Join the ranks that torchrun started; a single process on CUDA becomes a group of one. Otherwise do nothing.
+    """Join the process group of the ranks that torchrun started. A single process on CUDA becomes a group of one
+    rank, and a single process on another device does nothing.
 
     Raises InputError if the device cannot have several ranks, or if there are more ranks than GPUs.
     """
@@ -63,7 +66,7 @@ def start(device: torch.device) -> None:
         )
     if device.type == "cuda":
         if device.index is not None and device.index >= torch.cuda.device_count():
-            raise InputError(f"rank {device.index} has no GPU: there are {torch.cuda.device_count()}")
+            raise InputError(f"rank {device.index} has no GPU: this machine has {torch.cuda.device_count()}")
         torch.cuda.set_device(device)
     backend = "cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo"
     alone = {} if "RANK" in os.environ else {"store": dist.HashStore(), "rank": 0, "world_size": 1}
@@ -76,18 +79,18 @@ def stop() -> None:
 
 
 def name() -> str:
-    """Returns the text that begins this rank's messages; "" if there is one process."""
+    """Returns the text with which this rank begins its messages; "" if there is only one process."""
     return f"rank {rank()}: " if world_size() > 1 else ""
 
 
 def launcher() -> str:
-    """Returns the beginning of a command line that starts as many ranks again."""
+    """Returns the beginning of a command line that starts the same number of ranks again."""
     return f"torchrun --nproc_per_node {world_size()}" if world_size() > 1 else "python"
 
 
 def explain(error: RuntimeError, memory: str) -> str:
-    """Returns one line for a full GPU or a lost rank, which are no fault of the program. Returns "" for any other
-    error.
+    """Returns a message of one line if `error` is a full GPU or a lost rank, which are no bugs. Returns "" for any
+    other error.
 
     `memory` is the advice for a full GPU.
     """
@@ -102,7 +105,7 @@ def explain(error: RuntimeError, memory: str) -> str:
 
 
 def gather_dict(mine: dict) -> dict:
-    """Returns the entries of all ranks' dicts, on every rank."""
+    """Returns, on every rank, one dict with the entries of all ranks' dicts."""
     if world_size() == 1:
         return mine
     parts: list[dict] = [{}] * world_size()
@@ -111,14 +114,14 @@ def gather_dict(mine: dict) -> dict:
 
 
 def sum_over_ranks(values: Tensor) -> Tensor:
-    """Returns the sum of all ranks' tensors, which are on the CPU, on every rank."""
+    """Returns, on every rank, the sum of all ranks' `values`, which are tensors on the CPU."""
     if world_size() > 1:
         dist.all_reduce(values)
     return values
 
 
 def from_rank_0(value: Any) -> Any:
-    """Returns rank 0's `value` on every rank."""
+    """Returns, on every rank, the `value` of rank 0."""
     box = [value]
     if world_size() > 1:
         dist.broadcast_object_list(box)
@@ -129,10 +132,10 @@ def from_rank_0(value: Any) -> Any:
 
 
 def follow_first(model: nn.Module | None) -> tuple[nn.Module, nn.Module]:
-    """Returns the model and a second one of its structure for `shard`, without weights.
+    """Returns, for `shard`, the model and a second model of the same structure without weights.
 
-    The first of them is rank 0's `model`; other ranks pass None and get one without weights. Rank 0 read the folder
-    and decides, because what it found there may differ from config.json (tied weights, dropout).
+    Rank 0 passes its `model` and gets it back; other ranks pass None and get a model without weights. All ranks build
+    their models from rank 0's config, because read_model may have corrected it (tied weights, dropout).
     """
     config, dtype, loop = from_rank_0((model.config, model.dtype, getattr(model, "loop", None)) if model else None)
     with torch.device("meta"):
@@ -145,11 +148,12 @@ def shard(model: nn.Module, plain: nn.Module, device: torch.device, offload: boo
     """Split fp32 weights, gradients and optimizer state over the ranks, layer by layer (FSDP2), in place.
 
     On CUDA layers compute in bf16, and gradients are summed in fp32. `offload` keeps the split weights and the
-    optimizer on the CPU. Rank 0 has the weights on the CPU, and the others have a model on the meta device. So host
-    memory holds only one copy (4 bytes a parameter). It is sent tensor by tensor. Gradients are summed over ranks,
-    not averaged, because the loss has one global denominator. `plain` is the same model on the meta device;
-    `gathered` gives it to the sampler. Weights that adapters leave frozen are not split: each rank has all of them.
-    Raises InputError if layers share weights, because FSDP would make two copies of them.
+    optimizer on the CPU. Before the call rank 0 has the weights on the CPU, and other ranks have a model on the meta
+    device. So host memory holds only one copy of the weights (4 bytes per parameter), and rank 0 sends it tensor by
+    tensor. Gradients are summed over ranks, not averaged, because the loss has one global denominator. `plain` is the
+    same model on the meta device, which `gathered` gives to the sampler. Weights that are frozen under adapters are
+    not split: each rank has all of them. Raises InputError if layers share weights, because FSDP would make two
+    copies of them.
     """
     bf16 = MixedPrecisionPolicy(param_dtype=torch.bfloat16, reduce_dtype=torch.float32)
     settings = {
@@ -163,10 +167,10 @@ def shard(model: nn.Module, plain: nn.Module, device: torch.device, offload: boo
     for parameter in settings["ignored_params"] if rank() == 0 else ():
         parameter.data = parameter.data.to(device)
     layers = [module for module in model.modules() if isinstance(module, GradientCheckpointingLayer)]
-    for module in (*reversed(layers), model):  # FSDP wants inner layers first
+    for module in (*reversed(layers), model):  # FSDP needs inner layers to be sharded first
         fully_shard(module, **settings)
         module.set_gradient_divide_factor(1.0)
-        module.set_force_sum_reduction_for_comms(True)  # gloo has no scaled sum
+        module.set_force_sum_reduction_for_comms(True)  # because gloo cannot scale a sum
     if weights.keys() != dict(model.named_parameters()).keys():
         raise InputError(
             "the model's layers share weights, which cannot be split: start python alone, with --device cpu"
@@ -174,7 +178,7 @@ def shard(model: nn.Module, plain: nn.Module, device: torch.device, offload: boo
     if world_size() > 1:
         _send_weights(model, weights, buffers, device, "cpu" if offload else device)
     plain.generation_config = model.generation_config
-    object.__setattr__(model, "plain", plain.eval())  # as a submodule its weights would count twice
+    object.__setattr__(model, "plain", plain.eval())  # because a submodule's weights would count twice
     model.run_forward = MethodType(_call, model)
     register_fsdp_forward_method(model, "run_forward")
 
@@ -186,7 +190,7 @@ def _call(model: nn.Module, function: Callable, *arguments: Any) -> Any:
 def run_forward(model: nn.Module, function: Callable, *arguments: Any) -> Any:
     """Returns function(model, *arguments), which may pass through parts of the model.
 
-    For a sharded model it runs as one of the model's methods, around which FSDP gathers the weights.
+    For a sharded model `function` runs as a method of the model, around which FSDP gathers the weights.
     """
     return model.run_forward(function, *arguments) if isinstance(model, FSDPModule) else function(model, *arguments)
 
@@ -211,7 +215,7 @@ def _send_weights(
         else:
             parameter.data = whole
     if len(trained(model)) < len(weights):
-        model.tie_weights()  # to_empty has split a frozen embedding from the head that it is tied to
+        model.tie_weights()  # to_empty has separated frozen embedding and head, which are tied
     for name, buffer in buffers.items():
         owner, _, last = name.rpartition(".")
         model.get_submodule(owner)._buffers[last] = sent(buffer)
@@ -219,10 +223,11 @@ def _send_weights(
 
 @contextlib.contextmanager
 def gathered(model: nn.Module) -> Iterator[nn.Module]:
-    """Gives a model with whole weights on every rank (in bf16 on CUDA). It needs no other rank while it is used.
+    """Gives, on every rank, a model with whole weights (in bf16 on CUDA). While this model is used, it needs no other
+    rank.
 
-    For a sharded model it is a plain model of the same shape that reads the gathered weights. It has no FSDP hooks
-    at every layer and token; the sharded model's hooks would split the weights again.
+    For a sharded model this is the plain model of `shard`, which reads the gathered weights. It has no FSDP hooks;
+    the hooks of the sharded model would run at every layer and token and split the weights again.
     """
     if not isinstance(model, FSDPModule):
         yield model
@@ -241,13 +246,14 @@ def gathered(model: nn.Module) -> Iterator[nn.Module]:
 
 
 def total_norm(tensors: list[Tensor]) -> Tensor:
-    """Returns the norm of all tensors together, over all ranks."""
+    """Returns the norm of all `tensors` together, over all ranks."""
     norm = nn.utils.get_total_norm(tensors)
     return norm.full_tensor() if isinstance(norm, DTensor) else norm
 
 
 def clip_gradients(parameters: Iterable[nn.Parameter], max_norm: float) -> float:
-    """Scale the gradient down to at most `max_norm` (0: leave it) and return its norm over all ranks before that."""
+    """Scale the gradient down to a norm of at most `max_norm` (0: do not scale), and return its norm before the
+    scaling, over all ranks."""
     parameters = list(parameters)
     norm = total_norm([p.grad for p in parameters if p.grad is not None])
     if max_norm:
@@ -256,7 +262,7 @@ def clip_gradients(parameters: Iterable[nn.Parameter], max_norm: float) -> float
 
 
 def trained(model: nn.Module) -> dict[str, nn.Parameter]:
-    """Returns the parameters that are not frozen; tied parameters occur once."""
+    """Returns the model's parameters that are not frozen, by name; tied parameters occur once."""
     return {name: parameter for name, parameter in model.named_parameters() if parameter.requires_grad}
 
 
@@ -268,8 +274,8 @@ def state_of(model: nn.Module) -> dict[str, Tensor]:
 
 
 def full_state(state: Any) -> Any:
-    """Returns a state dict (nested dicts and lists) whose split tensors are whole, on rank 0's CPU; None
-    elsewhere."""
+    """Returns a copy of `state` (nested dicts and lists) in which rank 0 has each split tensor whole, on the CPU, and
+    other ranks have None for it."""
     if isinstance(state, dict):
         return {key: full_state(value) for key, value in state.items()}
     if isinstance(state, list):
@@ -281,7 +287,8 @@ def full_state(state: Any) -> Any:
 
 
 def shard_like(tensor: Tensor, like: Any) -> Tensor:
-    """Returns `tensor`, which every rank holds whole, split as `like` is; unchanged if `like` is not split."""
+    """Returns `tensor`, which every rank holds whole, split over the ranks as `like` is. If `like` is not split,
+    `tensor` is returned unchanged."""
     if not isinstance(like, DTensor):
         return tensor
     return distribute_tensor(tensor, like.device_mesh, like.placements, src_data_rank=None)
@@ -293,7 +300,7 @@ def shard_like(tensor: Tensor, like: Any) -> Tensor:
 def cut_by_length(rollouts: Any, rows: Tensor, budget: int) -> list[Tensor]:
     """Sorts `rows` of sample.Rollouts by length and cuts them so that rows x columns stay within `budget` tokens.
 
-    A row that is longer than the budget is alone.
+    A row that is longer than `budget` is alone in its cut.
     """
     responses = rollouts.response_mask.sum(1)
     prompts, responses = (rollouts.attention_mask.sum(1) - responses).tolist(), responses.tolist()
@@ -309,14 +316,14 @@ def cut_by_length(rollouts: Any, rows: Tensor, budget: int) -> list[Tensor]:
 
 
 def micro_batches(rollouts: Any, rows: Tensor, budget: int) -> list[Tensor]:
-    """Returns this rank's part of `rows` as micro-batches of `budget` tokens: rows that pass through the model
-    together.
+    """Returns this rank's part of `rows` as micro-batches of at most `budget` tokens. The rows of a micro-batch pass
+    through the model together.
 
-    Rows are dealt to the ranks by length. FSDP needs equally many passes on every rank, so a rank with fewer
-    micro-batches than another gets empty ones after its own. The cut changes time and memory, not the gradient
-    (step.update).
+    Rows are sorted by length and dealt to the ranks in turn. FSDP needs equally many passes on every rank, so a rank
+    with fewer micro-batches than another gets empty micro-batches at the end. How rows are cut into micro-batches
+    changes time and memory, not the gradient (step.update).
     """
-    # rows[:0] is there because torch.cat needs a tensor, also without any row
+    # rows[:0] stands here because torch.cat needs at least one tensor
     order = torch.cat([rows[:0], *cut_by_length(rollouts, rows, budget)])
     of_ranks = [cut_by_length(rollouts, order[r :: world_size()], budget) for r in range(world_size())]
     mine, most = of_ranks[rank()], max(map(len, of_ranks))

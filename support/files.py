@@ -1,4 +1,4 @@
-"""Files that are written whole or not at all, and JSON that this project wrote. Errors are one line each."""
+"""This file writes files whole or not at all, and reads JSON that this project wrote. Each error is one line."""
 
 import contextlib
 import json
@@ -13,7 +13,8 @@ from support.errors import InputError, Unwritten
 
 @contextlib.contextmanager
 def reading(path: Path) -> Iterator[None]:
-    """Wraps the reading of a file: an OSError becomes an InputError, as the user named the file or its folder."""
+    """Wraps the reading of a file. An OSError becomes an InputError, because the user named the file or its
+    folder."""
     try:
         yield
     except OSError as error:
@@ -22,7 +23,7 @@ def reading(path: Path) -> Iterator[None]:
 
 @contextlib.contextmanager
 def writing(path: Path) -> Iterator[None]:
-    """Wraps the writing of a file or folder: an OSError becomes an Unwritten."""
+    """Wraps the writing of a file or folder. An OSError becomes the error Unwritten."""
     try:
         yield
     except OSError as error:
@@ -31,8 +32,8 @@ def writing(path: Path) -> Iterator[None]:
 
 @contextlib.contextmanager
 def replacing(path: Path) -> Iterator[Path]:
-    """Gives a second path to write to, which is renamed to `path` at the end. If writing fails, the second path is
-    removed."""
+    """Gives a temporary path to write to, and renames that file to `path` at the end. If writing fails, the temporary
+    file is removed."""
     partial = path.with_name(path.name + ".partial")
     with writing(path):
         try:
@@ -43,13 +44,14 @@ def replacing(path: Path) -> Iterator[Path]:
 
 
 def write_jsonl(path: Path, rows: Iterable[dict[str, Any]]) -> None:
-    """Write a data file in ASCII, because some readers take U+2028 for the end of a line."""
+    """Write `rows` as a JSONL file in ASCII, because some readers take the character U+2028 for the end of a line."""
     with replacing(path) as partial, partial.open("w", encoding="utf-8", newline="\n") as file:
         file.writelines(json.dumps(row) + "\n" for row in rows)
 
 
 def make_folder(folder: Path, exist_ok: bool = True) -> Path:
-    """Returns the folder, and makes it if it is not there. Raises InputError if nothing can be written to it."""
+    """Returns `folder`, and makes it if it does not exist. Raises InputError if nothing can be written to
+    `folder`."""
     try:
         folder.mkdir(parents=True, exist_ok=exist_ok)
         tempfile.TemporaryFile(dir=folder).close()
@@ -59,9 +61,10 @@ def make_folder(folder: Path, exist_ok: bool = True) -> Path:
 
 
 def parse_object(text: bytes, place: str, fields: Sequence[str] = ()) -> dict[str, Any]:
-    """Parse a JSON object that this project wrote. Raises InputError if it is no object or lacks one of `fields`.
+    """Parse a JSON object that this project wrote. Raises InputError if `text` is no JSON object or lacks one of
+    `fields`.
 
-    `place` is the file, or file:line, that the error names.
+    `place` is what the error names: the file or file:line of `text`.
     """
     try:
         value = json.loads(text)
@@ -74,14 +77,14 @@ def parse_object(text: bytes, place: str, fields: Sequence[str] = ()) -> dict[st
 
 
 def read_json(path: Path, *fields: str) -> dict[str, Any]:
-    """Read the JSON object in a file that this project wrote; it must have these `fields`."""
+    """Read the JSON object in a file that this project wrote. Raises InputError if it lacks one of `fields`."""
     with reading(path):
         return parse_object(path.read_bytes(), str(path), fields)
 
 
 def read_log(path: Path, *fields: str) -> list[dict[str, Any]]:
-    """Read the rows of a JSONL log; each must have these `fields`. A last line without its end is ignored: the
-    process was killed while it wrote it."""
+    """Read the rows of a JSONL log. Raises InputError if a row lacks one of `fields`. A last line without an end of
+    line is ignored, because the process was killed while it wrote this line."""
     with reading(path):
-        lines = path.read_bytes().split(b"\n")[:-1]  # splitlines() would split at U+2028 too
+        lines = path.read_bytes().split(b"\n")[:-1]  # splitlines() would also split at the character U+2028
     return [parse_object(line, f"{path}:{number}", fields) for number, line in enumerate(lines, 1)]

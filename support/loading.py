@@ -1,5 +1,5 @@
-"""What surrounds the loading of a model: the device, checks of its folder or hub name, and libraries' errors as one
-line."""
+"""This file helps to load a model: it picks the device, checks the model's folder or hub name, adapts config and
+layers, and turns errors of libraries into one line."""
 
 import contextlib
 import copy
@@ -22,14 +22,14 @@ from support.config import Config
 from support.errors import InputError
 from support.files import reading
 
-NOISE = ("drop", "jitter", "noise")  # a config field with one of these in its name changes training at random
+NOISE = ("drop", "jitter", "noise")  # a config field whose name contains one of these words makes training random
 signature = functools.cache(inspect.signature)
-SMALL = 10_000_000  # parameters; below this a second CPU thread gains little, and costs much if a core is busy
+SMALL = 10_000_000  # number of parameters below which a second CPU thread gains little; it costs much on a busy core
 
 
 def pick_device(name: str = "auto") -> torch.device:
-    """Returns the device called `name`; "auto" takes CUDA, else MPS, else the CPU. On CUDA each rank has its own
-    GPU."""
+    """Returns the device called `name`; "auto" takes CUDA, else MPS, else the CPU. On CUDA each rank gets a GPU of
+    its own."""
     there = {"cuda": torch.cuda.is_available(), "mps": torch.backends.mps.is_available(), "cpu": True}
     if name == "auto":
         name = next(kind for kind in there if there[kind])
@@ -46,7 +46,7 @@ def one_line(path: str) -> Iterator[None]:
         yield
     except (MemoryError, torch.OutOfMemoryError):
         raise
-    except Exception as error:  # a damaged folder can raise anything
+    except Exception as error:  # a damaged folder can raise any error
         reasons = {
             "trust_remote_code": "it needs code of its own, which is never run here: use another architecture",
             "gated repo": f"it is gated: ask for access at https://huggingface.co/{path}, then run  hf auth login",
@@ -60,8 +60,8 @@ def one_line(path: str) -> Iterator[None]:
 
 
 def load_config(path: str) -> PreTrainedConfig:
-    """Returns the config of the model at `path`, which is a folder or a hub name. Raises InputError if there is
-    none."""
+    """Returns the config of the model at `path`, which is a folder or a hub name. Raises InputError if `path` names
+    no causal model that can be loaded."""
     if not sys.stderr.isatty():
         logging.disable_progress_bar()
     hub_logging.set_verbosity_error()  # without a network the hub would log every retry before our one line
@@ -71,11 +71,11 @@ def load_config(path: str) -> PreTrainedConfig:
     if not is_here and (path.count("/") != 1 or path.startswith("data/")):
         raise InputError(f"model {path!r} is neither a folder that exists nor a hub name (ORGANISATION/NAME)")
     if final.is_dir() and not any(folder.glob("*.safetensors")):
-        raise InputError(f"model {path!r} is a run's folder, its model is in {final}: give --model {final}")
+        raise InputError(f"model {path!r} is the folder of a run, whose model is in {final}: give --model {final}")
     if folder.is_dir() and not (folder / "config.json").exists():
         what = "a folder here, but holds no model (no config.json): if the hub's model is meant, rename this folder"
         if (folder / "adapter_config.json").exists():
-            what = "an adapter (LoRA): merge it into its model, and give that folder"
+            what = "an adapter (LoRA): merge it into its model, and give the merged model's folder"
         raise InputError(f"model {path!r} is {what}")
     with one_line(path):
         config = AutoConfig.from_pretrained(path, trust_remote_code=False)
@@ -84,21 +84,22 @@ def load_config(path: str) -> PreTrainedConfig:
                 kind = dict(quantised).get("quant_method", field)
                 raise InputError(f"its weights are quantised ({kind}): give the model that it was made from")
         if config.is_encoder_decoder:
-            raise InputError("it is an encoder-decoder model: give a causal one")
+            raise InputError("it is an encoder-decoder model: give a causal model")
         return config
 
 
 def window_of(config: PreTrainedConfig) -> int | None:
-    """Returns how many tokens a prompt and its response may have together; None if the config names no limit."""
+    """Returns the model's window: how many tokens a prompt and its response may have together. None if the config
+    names no limit."""
     return getattr(config.get_text_config(), "max_position_embeddings", None)
 
 
 def check_window(
     window: int | None, prompt: int, response: int, name: str, whose: str = "the longest prompt"
 ) -> None:
-    """Raises InputError if a prompt and its response can be longer than the window.
+    """Raises InputError if `prompt` + `response` tokens are more than the model's `window`.
 
-    The setting called `name` is the response's budget.
+    `name` is the setting that limits the response, and `whose` says which prompt it is.
     """
     if window and prompt + response > window:
         fix = f"lower {name} to {window - prompt}" if prompt + 1 < window else "give a shorter prompt"
@@ -108,15 +109,16 @@ def check_window(
 
 
 def fuse_norms(model: nn.Module) -> None:
-    """Replace RMS norms by one kernel of PyTorch, where it computes the same as the six kernels of HF's module.
+    """Replace each RMS norm, for which HF runs six kernels, by a single kernel of PyTorch where the results agree.
 
-    On CUDA the update of Qwen2.5-1.5B takes a twelfth less time, sampling a tenth [bench/results/gpu.md].
+    On CUDA this saves a twelfth of the time of an update of Qwen2.5-1.5B and a tenth of sampling
+    [bench/results/gpu.md].
     """
     for module in model.modules():
-        # a norm with a gate takes more arguments
+        # a norm with a gate takes more arguments and is not replaced
         plain = list(signature(type(module).forward).parameters)[1:] == ["hidden_states"]
         if plain and hasattr(module, "variance_epsilon") and module.weight is not None:
-            # a copy with values, because the model may have no weights yet
+            # compare on a copy with made-up weights, because the model may have no weights yet
             own = copy.deepcopy(module).to_empty(device="cpu").float()
             own.weight.data = torch.linspace(0.5, 1.5, own.weight.numel())
             x = own.weight.data.cos()
@@ -129,7 +131,8 @@ def fused_norm(module: nn.Module, x: Tensor) -> Tensor:
 
 
 def end_tokens(path: str, config: PreTrainedConfig) -> list[int]:
-    """Returns the end tokens of the folder's generation config or, if there is none, of the model's config."""
+    """Returns the end tokens of the folder's generation config or, if it has no generation config, of the model's
+    config."""
     try:
         ends = GenerationConfig.from_pretrained(path).eos_token_id
     except OSError:
@@ -138,16 +141,17 @@ def end_tokens(path: str, config: PreTrainedConfig) -> list[int]:
         ends = GenerationConfig.from_model_config(config).eos_token_id
     listed = [] if ends is None else ends if isinstance(ends, list) else [ends]
     size = config.get_text_config().vocab_size
-    usable = [end for end in listed if type(end) is int and end < size]  # a larger one is never sampled
+    usable = [end for end in listed if type(end) is int and end < size]  # a larger id is never sampled
     if any(type(end) is not int or end < 0 for end in listed) or (ends is not None and not usable):
-        raise InputError(f"its eos_token_id is {ends!r:.80}, expected a token from 0 to {size - 1} or a list of them")
+        raise InputError(f"its eos_token_id is {ends!r:.80}, expected an id from 0 to {size - 1} or a list of ids")
     return usable
 
 
 def limit_ids(tokenizer: PreTrainedTokenizerBase, config: PreTrainedConfig) -> None:
-    """Note on the tokenizer how many rows the embedding has.
+    """Note on the tokenizer how many rows the model's embedding has.
 
-    Some tokenizers have more tokens than that; loader.encode refuses such a token only where it is used.
+    Some tokenizers have more tokens than the embedding has rows. data/loader.py raises an error only where a text
+    needs such a token.
     """
     tokenizer.embedding_rows = config.get_text_config().vocab_size
     end, rows = tokenizer.eos_token_id, tokenizer.embedding_rows
@@ -157,7 +161,7 @@ def limit_ids(tokenizer: PreTrainedTokenizerBase, config: PreTrainedConfig) -> N
 
 
 def switch_off_noise(config: PreTrainedConfig) -> PreTrainedConfig:
-    """Set every probability of dropout, jitter or noise in `config` to 0, and return it."""
+    """Set every probability of dropout, jitter or noise in `config` to 0, and return `config`."""
     for part in (config, config.get_text_config()):
         noise = {name for name, value in vars(part).items() if isinstance(value, float)}
         vars(part).update({name: 0.0 for name in noise if any(word in name for word in NOISE)})
@@ -165,8 +169,8 @@ def switch_off_noise(config: PreTrainedConfig) -> PreTrainedConfig:
 
 
 def weights_dtype(device: torch.device, training: bool, config: Config | None) -> torch.dtype:
-    """Returns the dtype that weights are read as: fp32 for training, and bf16 on CUDA for sampling and for the frozen
-    weights under adapters (`config` is None without adapters)."""
+    """Returns the dtype in which weights are read. It is fp32 for training; on CUDA it is bf16 for sampling and for
+    weights that are frozen under adapters. `config` is None without adapters."""
     if training and not config:
         return torch.float32
     if device.type == "cuda":
@@ -177,9 +181,9 @@ def weights_dtype(device: torch.device, training: bool, config: Config | None) -
 def prepare_layers(
     model: PreTrainedModel, device: torch.device, recompute: bool, adapters: Config | None = None
 ) -> None:
-    """Add adapters and gradient checkpointing if they are asked for. On CUDA, replace norms by faster ones.
+    """Add the `adapters` if given, and gradient checkpointing if `recompute`. On CUDA replace norms by faster ones.
 
-    transformers 5.23 has given the switch of gradient checkpointing another name.
+    transformers 5.23 has renamed gradient_checkpointing_enable to activation_checkpointing_enable.
     """
     if adapters:
         add(model, adapters)
@@ -193,7 +197,7 @@ def prepare_layers(
 def use_one_thread_if_small(model: PreTrainedModel) -> None:
     """Let the CPU use one thread for a small model, unless OMP_NUM_THREADS is set.
 
-    The number of threads holds for the whole process, so only a command calls this.
+    The number of threads holds for the whole process, so only commands call this function.
     """
     small = model.device.type == "cpu" and model.num_parameters() < SMALL
     if small and "OMP_NUM_THREADS" not in os.environ:

@@ -210,7 +210,7 @@ def test_an_incomplete_folder_is_one_clear_line(tmp_path, tokenizer, missing):
 def test_a_runs_folder_says_where_its_model_is(tmp_path, tokenizer):
     save_model(random_model(vocab_size=len(tokenizer)), tokenizer, tmp_path / "final")
     (tmp_path / "config.json").write_text('{"method": "rft"}')
-    with pytest.raises(ValueError, match=f"is a run's folder, .*: give --model {tmp_path / 'final'}$"):
+    with pytest.raises(ValueError, match=f"is the folder of a run, .*: give --model {tmp_path / 'final'}$"):
         load_model(str(tmp_path))
 
 
@@ -329,7 +329,7 @@ def test_a_token_without_a_row_is_refused_only_where_it_is_used(tmp_path, tokeni
         ({"quantization_config": {"quant_method": "gptq", "bits": 4}}, r"quantised \(gptq\)"),
         ({"quantization": {"group_size": 64, "bits": 4}}, r"quantised \(quantization\)"),  # MLX
         ({"compression_config": {"quant_method": "sparseml"}}, r"quantised \(sparseml\)"),
-        ({"model_type": "t5"}, "it is an encoder-decoder model: give a causal one$"),
+        ({"model_type": "t5"}, "it is an encoder-decoder model: give a causal model$"),
     ],
 )
 def test_what_is_out_of_scope_is_said_from_the_config(tmp_path, tokenizer, fields, message):
@@ -357,7 +357,7 @@ def test_a_folder_of_an_organisations_name_does_not_hide_the_hub(tmp_path, monke
 
 def test_an_adapter_is_called_one(tmp_path):
     (tmp_path / "adapter_config.json").write_text('{"base_model_name_or_path": "data/base"}')
-    with pytest.raises(ValueError, match=r"is an adapter \(LoRA\): merge it into its model, and give that folder$"):
+    with pytest.raises(ValueError, match=r"is an adapter \(LoRA\): merge it into its model, and give"):
         load_model(str(tmp_path))
 
 

@@ -1,7 +1,7 @@
 """This file computes the memory that sampling takes, from a model's config alone.
 
-plan.py plans with these functions, and eval.py chooses with them how many rows it samples together. Layers that keep
-something else than keys and values of every token (`plain_caches`) are counted as if they kept those.
+plan.py uses these functions for its plan, and eval.py to choose how many rows it samples together. A layer that keeps
+something else than keys and values of every token (see `plain_caches`) is counted as if it kept keys and values.
 """
 
 from transformers import DynamicCache, PreTrainedConfig
@@ -14,20 +14,21 @@ def plain_caches(config: PreTrainedConfig) -> bool:
 
 
 def head_width(config: PreTrainedConfig) -> int:
-    names = ("head_dim", "qk_head_dim", "v_head_dim")  # latent attention has several widths
+    names = ("head_dim", "qk_head_dim", "v_head_dim")  # a model with latent attention has several head widths
     widest = max(getattr(config, name, None) or 0 for name in names)
     return widest or config.hidden_size // config.num_attention_heads
 
 
 def inner_width(config: PreTrainedConfig) -> int:
-    """Returns the width inside a layer's MLP; four times the hidden size if the config does not name it."""
+    """Returns the width inside a layer's MLP; four times the hidden size if the config does not name this width."""
     names = ("intermediate_size", "ffn_dim", "n_inner", "ffn_hidden_size")
     width = next((width for name in names if (width := getattr(config, name, None))), 4 * config.hidden_size)
-    return max(width) if isinstance(width, list) else width  # a list has one width for each layer
+    return max(width) if isinstance(width, list) else width  # some configs list a width for each layer
 
 
 def cache_bytes(config: PreTrainedConfig, size: int = 2) -> int:
-    """Returns the bytes that a token takes in the key-value cache. `size` is the bytes of a number, 2 in bf16.
+    """Returns the bytes that each token takes in the key-value cache of all layers. `size` is the number of bytes of
+    each value, 2 in bf16.
 
     Raises ValueError for a model without attention heads.
     """
@@ -39,18 +40,20 @@ def cache_bytes(config: PreTrainedConfig, size: int = 2) -> int:
 
 
 def token_bytes(config: PreTrainedConfig, repeated: int = 0, size: int = 2) -> int:
-    """Returns the bytes that a row needs for a moment while its next token is computed, the larger of two amounts.
+    """Returns the bytes that each row needs for a moment while its next token is computed: the larger need of two
+    layers.
 
-    The last layer needs scores, their CDF and copies (measured: 16 bytes a word). An attention layer needs the keys
-    and values of `repeated` columns for all heads; one_token_attention repeats none, so there it is 0.
+    The head needs scores, their CDF and copies (measured: 16 bytes per word of the vocabulary). An attention layer
+    needs the keys and values of `repeated` columns, copied for all heads; with one_token_attention `repeated` is 0,
+    because it copies none.
     """
     config = config.get_text_config()
     return max(2 * size * repeated * config.num_attention_heads * head_width(config), 16 * config.vocab_size)
 
 
 def row_bytes(config: PreTrainedConfig, columns: int, size: int = 2, repeated: bool = False) -> int:
-    """Returns the bytes that a row of `columns` tokens takes while it is sampled.
+    """Returns the bytes that each row of `columns` tokens takes while it is sampled.
 
-    `repeated` says that HF's attention is used, which repeats keys and values for heads that share them.
+    `repeated` is True for HF's attention, which copies keys and values for all heads that share them.
     """
     return columns * cache_bytes(config, size) + token_bytes(config, columns if repeated else 0, size)

@@ -1,11 +1,11 @@
-"""Makes a saved model folder readable for transformers 4 and for programs that are built on it.
+"""This file makes a saved model folder readable for transformers 4 and for programs that are built on transformers 4.
 
-transformers 5 has moved fields of config.json (`rope_theta` into `rope_parameters`). Version 4 takes its default for
-a missing field, without a warning: RoPE's base 1e6 becomes 1e4. Training changes neither config nor tokenizer, so
-the base model's own fields are written beside the new ones, and its tokenizer files are copied.
-A base model that version 5 has written has no old fields. They are then made from the new ones: RoPE's and, of
-Qwen3-MoE, the number of experts. No other field is missing, in any model that both versions know
-[tests/transformers_4.py]. If the old fields cannot say what the new ones do, a warning says so.
+transformers 5 has moved fields of config.json (`rope_theta` into `rope_parameters`). For a missing field transformers
+4 takes its default without a warning: RoPE's base 1e6 becomes 1e4. Training changes neither config nor tokenizer, so
+the base model's own fields are written beside the new fields, and its tokenizer files are copied. If transformers 5
+has written the base model, the base has no old fields. Then RoPE's old fields, and Qwen3-MoE's number of experts, are
+made from the new fields. In all models that both versions know, no other field is missing [tests/transformers_4.py].
+If the old fields cannot describe the RoPE of the new fields, there is a warning.
 """
 
 import json
@@ -19,9 +19,9 @@ from safetensors.torch import load_file
 from transformers import AutoConfig, PreTrainedConfig
 from transformers.utils import cached_file, logging
 
-MOVED = ("rope_theta", "partial_rotary_factor")  # from the config to its rope_parameters
-OLD_NAMES = {  # a part of the model's type -> fields that transformers 4 calls otherwise
-    "gemma3": {"local_rope_theta": "rope_local_base_freq"},  # local: of sliding attention
+MOVED = ("rope_theta", "partial_rotary_factor")  # transformers 5 has moved these fields to rope_parameters
+OLD_NAMES = {  # by a part of the model's type: fields of transformers 5 -> their names in transformers 4
+    "gemma3": {"local_rope_theta": "rope_local_base_freq"},  # "local" means layers with sliding attention
     "gpt_neox": {"rope_theta": "rotary_emb_base", "partial_rotary_factor": "rotary_pct"},
     "modernbert": {"rope_theta": "global_rope_theta", "local_rope_theta": "local_rope_theta"},
     "qwen3_moe": {"num_local_experts": "num_experts"},
@@ -30,9 +30,9 @@ TOKENIZER_FILES = ("tokenizer*", "vocab*", "merges.txt", "*.model", "*.tiktoken"
 
 
 def make_readable(folder: Path, base: str = "", dtype: torch.dtype = torch.float32) -> None:
-    """Complete a folder that save_pretrained has written, with weights of dtype `dtype`.
+    """Make `folder`, which save_pretrained has written with weights of `dtype`, readable for transformers 4.
 
-    `base` is the folder or hub name that model and tokenizer were loaded from; it is empty if neither was loaded.
+    `base` is the folder or hub name from which model and tokenizer were loaded; it is empty if they were not loaded.
     """
     original = PreTrainedConfig.get_config_dict(base)[0] if base else {}
     for pattern in TOKENIZER_FILES if base else ():
@@ -43,19 +43,19 @@ def make_readable(folder: Path, base: str = "", dtype: torch.dtype = torch.float
     if not says_the_same(PreTrainedConfig.get_config_dict(folder)[0]):
         logging.get_logger("transformers").warning(f"{base}: once saved, transformers 4 reads its RoPE otherwise")
     rewrite(folder / "tokenizer_config.json", as_old_tokenizer)
-    # safetensors files can be read by their owner alone; give them config.json's permissions
+    # save_pretrained lets only the owner read safetensors files, so they get the permissions of config.json
     for weights in folder.glob("*.safetensors"):
         weights.chmod((folder / "config.json").stat().st_mode)
 
 
 def folder_of(model: str) -> Path:
-    """Returns the folder itself, or for a hub name the folder where its files are cached."""
+    """Returns the folder of `model`: the folder itself, or for a hub name the folder where its files are cached."""
     return Path(model) if Path(model).is_dir() else Path(cached_file(model, "config.json")).parent
 
 
 def share_changed(folder: Path, base: str) -> float:
-    """Returns the share of the weights in `folder` that differ from those of the base model, rounded to their
-    dtype."""
+    """Returns the share of the weights in `folder` that differ from the weights of the base model, both in the dtype
+    of `folder`."""
     original, changed, total = {}, 0, 0
     for file in folder_of(base).glob("*.safetensors"):
         original |= load_file(file)
@@ -73,9 +73,9 @@ def rewrite(file: Path, change: Callable[[dict], dict]) -> None:
 
 
 def with_old_fields(config: dict[str, Any], original: dict[str, Any]) -> dict[str, Any]:
-    """Returns `config` with the fields that only transformers 4 reads, taken from the base model's `original`
+    """Returns `config` with added fields that only transformers 4 reads, taken from the base model's `original`
     config."""
-    if original.get("model_type") != config.get("model_type"):  # then only the text part of the base was loaded
+    if original.get("model_type") != config.get("model_type"):  # then only the text part of the base model was loaded
         original = original.get("text_config", {})
     complete = old_fields(config) | original | config
     for name, part in config.items():
@@ -87,7 +87,7 @@ def with_old_fields(config: dict[str, Any], original: dict[str, Any]) -> dict[st
 
 
 def old_fields(config: dict[str, Any]) -> dict[str, Any]:
-    """Returns what transformers 5 has moved or renamed as the fields that transformers 4 reads."""
+    """Returns the fields that transformers 5 has moved or renamed, under the names that transformers 4 reads."""
     names = next((names for kind, names in OLD_NAMES.items() if kind in config["model_type"]), {})
     new = config.get("rope_parameters") or {}
     local, new = new.get("sliding_attention") or {}, new.get("full_attention", new) or {}
@@ -96,7 +96,7 @@ def old_fields(config: dict[str, Any]) -> dict[str, Any]:
     scaling = {name: value for name, value in new.items() if name not in MOVED}
     if "long_factor" in scaling:
         old["original_max_position_embeddings"] = scaling.get("original_max_position_embeddings")
-        if config["model_type"] == "phi3":  # it refuses other fields
+        if config["model_type"] == "phi3":  # phi3 refuses other fields
             scaling = {"type": "longrope"} | {name: scaling[name] for name in ("short_factor", "long_factor")}
     if scaling.get("rope_type", scaling.get("type", "default")) != "default":
         old["rope_scaling"] = scaling
@@ -104,14 +104,15 @@ def old_fields(config: dict[str, Any]) -> dict[str, Any]:
 
 
 def says_the_same(config: dict[str, Any]) -> bool:
-    """Returns whether the old fields alone describe the RoPE of the new ones. transformers 5 reads them as 4 does."""
+    """Returns whether the old fields alone give the RoPE of the new fields. They are read by transformers 5, which
+    reads old fields as transformers 4 does."""
     old = dict(config.get("text_config", config))
     new = old.pop("rope_parameters", None)
     try:
         read = new and AutoConfig.for_model(**old).rope_parameters | {"type": ""}
-    except Exception:  # an unusual config can raise anything
+    except Exception:  # an unusual config can raise any error
         return False
-    return not new or read == new | {"type": ""}  # type is an older name of rope_type
+    return not new or read == new | {"type": ""}  # "type" is an older name of rope_type
 
 
 def as_old_tokenizer(config: dict[str, Any]) -> dict[str, Any]:

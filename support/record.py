@@ -1,6 +1,7 @@
-"""What is recorded of a step: its metrics, two rows as text, and sometimes one whole group, token by token.
+"""This file makes the records of a step: its metrics, two rows as text, and sometimes one whole group, token by
+token.
 
-`run` is a step.Run, `step` a step.Step. Figures are in plot.py, the files in support/checkpoint.py.
+`run` is a step.Run, `step` a step.Step. plot.py draws the records, and support/checkpoint.py writes them to files.
 """
 
 import math
@@ -15,13 +16,13 @@ from loss import token_weights
 from methods import unsolved_groups
 from reward import extract_boxed
 
-RECORDED_TOKENS = 512  # at most so many tokens of each row of a recorded group
+RECORDED_TOKENS = 512  # of each row of a recorded group at most so many tokens are written
 
 
 def is_copied(text: str, problem: Any) -> bool:
     """Returns whether the boxed answer is copied from the problem word for word: `69 - 13` where the answer is 56.
 
-    An answer with the same words as the gold answer does not count as copied.
+    A boxed answer with the same words as the gold answer does not count as copied.
     """
     boxed = extract_boxed(text) or problem.answer
     if re.findall(r"\w+", boxed) == re.findall(r"\w+", problem.answer):
@@ -31,14 +32,16 @@ def is_copied(text: str, problem: Any) -> bool:
 
 
 def rl_metrics(run: Any, step: Any) -> dict[str, Any]:
-    """Returns the metrics of the whole batch, over all mini-batches and micro-batches. A mean over nothing is None.
+    """Returns the metrics of a reinforcement step over the whole batch, with all mini-batches and micro-batches. The
+    mean of no values is None.
 
-    `reward_on_policy`, `truncated`, `unread` and `copied` count the rows as they were first sampled. (hpt and rescue
-    replace rows of failed groups or sample them again; the final batch would hide those failures.) `copied` is the
-    share of responses that are right with a piece of the problem as their answer (is_copied).
-    `log_prob_gap` is the mean distance between a sampled token's log-prob in sampling and in the training pass. It is
-    0 up to rounding. `surprise` is the mean of -log pi - H over sampled tokens, both taken from the training pass. It
-    is 0 up to noise if the sampler drew the tokens from pi, also if the log-probs it recorded were wrong.
+    `reward_on_policy`, `truncated`, `unread` and `copied` count the rows as they were first sampled. (The methods hpt
+    and rescue replace the rows of unsolved groups or sample them again, so the final batch would hide these
+    failures.) `copied` is the share of responses that are right with a piece of the problem as their answer
+    (is_copied). `log_prob_gap` is the mean distance between a sampled token's log-prob in sampling and in the
+    training pass. This gap is 0 up to rounding. `surprise` is the mean of -log pi - H over sampled tokens, with log
+    pi and the entropy H from the training pass. `surprise` is 0 up to noise if the sampler drew the tokens from pi,
+    even if the log-probs recorded in sampling were wrong.
     """
     batch, first_rows = step.batch, step.batch.first_rows
     rollouts, rewards, hybrid = batch.rollouts, batch.rewards, batch.rollouts.hybrid
@@ -56,7 +59,7 @@ def rl_metrics(run: Any, step: Any) -> dict[str, Any]:
     groups = [rewards[rollouts.group == g] for g in range(int(rollouts.group.max()) + 1)]
     # a skipped update has no loss and no gradient
     made = [update for update in step.updates if not update["skipped"]]
-    weighted, with_weight = 0, 0  # tokens that had a weight before their update, and during it
+    weighted, with_weight = 0, 0  # numbers of tokens with a weight before their update, and during their update
     for tokens, update in zip(step.mini_batches, step.updates):
         if not update["skipped"]:
             weighted += int((token_weights(run.method, tokens) != 0).sum())
@@ -93,7 +96,7 @@ def rl_metrics(run: Any, step: Any) -> dict[str, Any]:
 
 
 def sft_metrics(step: Any, lr: float) -> dict[str, Any]:
-    """Returns the metrics of a supervised step."""
+    """Returns the metrics of a supervised step, whose learning rate was `lr`."""
     sums, tokens, rows = step.updates[0], step.mini_batches[0].demonstration_tokens, len(step.batch.rows)
     return {
         "loss": sums["loss"],
@@ -109,7 +112,8 @@ def sft_metrics(step: Any, lr: float) -> dict[str, Any]:
 
 
 def example_rows(run: Any, step: Any) -> list[dict[str, Any]]:
-    """Returns the first on-policy row and the first hybrid row as text, with prefix and continuation apart."""
+    """Returns the first on-policy row and the first hybrid row of a step as text, with prefix and continuation
+    apart."""
     examples = []
     for hybrid in (False, True):
         for row in [row for row in step.batch.rows if bool(row.prefix_ids) == hybrid][:1]:
@@ -130,8 +134,8 @@ def example_rows(run: Any, step: Any) -> list[dict[str, Any]]:
 
 
 def telling_group(step: Any) -> int:
-    """Returns the first group of a step with demonstration tokens and unequal rewards among its on-policy rows. If
-    there is none, it is the first group with demonstration tokens, and else the first group."""
+    """Returns the first group of a step that has demonstration tokens and unequal rewards among its on-policy rows.
+    If there is no such group, returns the first group with demonstration tokens, or else the first group."""
     rollouts = step.batch.rollouts
 
     def interest(group: int) -> tuple[bool, bool]:
@@ -143,10 +147,10 @@ def telling_group(step: Any) -> int:
 
 
 def record_group(run: Any, step: Any) -> dict[str, Any]:
-    """Returns a step's telling_group, token by token, for `plot.py --group`.
+    """Returns one group of a step (`telling_group`), token by token, for `plot.py --group`.
 
-    At most RECORDED_TOKENS tokens of each row are kept, each with its entropy in nats, whether the entropy clip keeps
-    it, and its weight w before the update.
+    At most RECORDED_TOKENS tokens of each row are kept, each token with its entropy in nats, whether the entropy clip
+    keeps it, and its weight w before the update.
     """
     batch, rollouts, group = step.batch, step.batch.rollouts, telling_group(step)
     parts = torch.arange(len(step.picked)).tensor_split(len(step.mini_batches))

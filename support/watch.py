@@ -1,9 +1,9 @@
-"""Warnings that a run prints, each once, when its metrics show that it does not do what its method promises.
+"""This file makes the warnings that a run prints, each once, when its metrics show that training goes wrong.
 
-`Watch.look` takes each step's row of metrics, in order, and returns the warnings that hold for the first time. It
-sees nothing but these rows. A resumed run first lets it `recall` the rows of metrics.jsonl, and then gives the
-warnings that an uninterrupted run would have given. The bounds are in this file. A warning changes nothing in the
-run.
+`Watch.look` takes each step's row of metrics, in order, and returns the warnings that apply for the first time.
+Warnings depend on these rows only. A resumed run first passes the rows of metrics.jsonl to `Watch.recall`, and then
+gives the warnings that an uninterrupted run would have given. The thresholds of all warnings are the constants of
+this file. A warning changes nothing in the run.
 """
 
 import math
@@ -15,38 +15,42 @@ import torch
 
 from methods import Method
 
-# number of steps of the long and the short window, and of the start with which later steps are compared
+# numbers of steps: in the long window, in the short window, and at the start, with which later steps are compared
 LONG, SHORT, FIRST = 20, 10, 5
-COLLAPSED = 0.02  # as a share of the entropy at the start
-# The bound of log_prob_gap is eps^GAP_POWER nats, because rounding may cost half of the digits: 0.00035 in fp32,
-# 0.088 in bf16. Random models of 16 layers, far from linear, had at most 0.000004 and 0.037.
+COLLAPSED = 0.02  # entropy has collapsed below this share of the entropy at the start
+# The threshold of log_prob_gap is eps^GAP_POWER nats, because rounding may cost half of the digits: 0.00035 in fp32,
+# 0.088 in bf16. Random, strongly nonlinear models of 16 layers had gaps of at most 0.000004 in fp32 and 0.037 in
+# bf16.
 GAP_POWER = 0.5
-# over LONG steps sampling and training may differ by so many nats per token, and by so many standard errors
+# there is no warning while the mean of `surprise` over LONG steps is within so many nats per token or so many
+# standard errors
 SURPRISE = 0.02, 6.0
-# The largest share of a step's trained tokens that may be clipped, and the fewest trained tokens that are judged. 45
-# runs that learned the embedded task or a similar one had at most 0.1 (with the defaults 0.004). Runs whose policy
-# was gone after the first step had 0.16 (lr 5e-3) to 0.56 (lr 1e3).
+# PPO may clip this share of a step's trained tokens; steps with fewer trained tokens than the second number are not
+# judged. 45 runs that learned the embedded task or a similar task had shares of at most 0.1 (with the defaults
+# 0.004). Runs whose policy had collapsed after the first step had shares of 0.16 (lr 5e-3) to 0.56 (lr 1e3).
 CLIPPED = 0.15, 100
-COPIED = 0.03  # as a share of a step's responses
-# as a share of the best reward over SHORT steps, and in standard errors. The 45 runs kept 0.3 of the best reward, and
-# rft at lr 1e-3 kept 0.09.
+COPIED = 0.03  # share of a step's responses that may be right with a copied answer
+# The reward is lost if it is below this share of the best reward over SHORT steps, and below that best reward by so
+# many standard errors. The 45 runs above kept at least 0.3 of their best reward; a collapsed run (rft at lr 1e-3)
+# kept 0.09.
 LOST = 0.2, 6.0
 
 
 class Watch:
-    """The warnings of a run by `method` that computes in `dtype`. `warnings` holds all warnings so far, by name."""
+    """Collects the warnings of a run by `method` that computes in `dtype`. `warnings` holds all warnings so far, by
+    name."""
 
     def __init__(self, method: Method, warnings: dict[str, str], dtype: torch.dtype = torch.float32):
         self.method, self.warnings = method, dict(warnings)
         self.largest_gap = torch.finfo(dtype).eps ** GAP_POWER
         self.rows: deque[dict[str, Any]] = deque(maxlen=LONG)
         self.first_entropies: list[float] = []
-        # best mean reward over SHORT steps before the last SHORT ones, and its standard error
+        # best mean reward over SHORT steps, the last SHORT steps excluded, and the standard error of this mean
         self.best_reward = 0.0, 0.0
 
     def look(self, row: dict[str, Any]) -> dict[str, str]:
         """Returns the new warnings, by name, at the step whose metrics are `row`."""
-        if row.get("reward") is not None:  # only steps of reinforcement have this metric
+        if row.get("reward") is not None:  # only reinforcement steps have the metric `reward`
             self.rows.append(row)
             if len(self.first_entropies) < FIRST and row["entropy"] is not None:
                 self.first_entropies.append(row["entropy"])
@@ -58,7 +62,7 @@ class Watch:
         return new
 
     def recall(self, row: dict[str, Any]) -> None:
-        """Take a step's row from a log. It keeps the warnings that were given at that step, maybe on another
+        """Take a step's row from metrics.jsonl. The warnings in the row are kept as they were given, maybe on another
         device."""
         warnings = self.warnings | row.get("warnings", {})
         self.look(row)
@@ -92,9 +96,10 @@ class Watch:
         return warnings
 
     def of_rewards(self, rewards: list[float | None]) -> str:
-        """Compares the last SHORT rewards with the best mean reward over SHORT steps before them.
+        """Returns the warning "reward_lost" or "". It compares the last SHORT `rewards` with the best earlier mean
+        over SHORT steps.
 
-        `rewards` are those of the last 2 SHORT steps, or of FIRST + SHORT steps at the start.
+        `rewards` are those of the last 2 SHORT steps, or of at least FIRST + SHORT steps early in the run.
         """
         if None in rewards:
             return ""
@@ -109,8 +114,8 @@ class Watch:
         )
 
     def of_surprise(self, gaps: list[float | None]) -> str:
-        """For tokens drawn from pi, E[-log pi] = H. Methods that keep or drop groups by their rewards are not
-        checked."""
+        """Returns the warning "surprise" or "": if tokens are drawn from pi, E[-log pi] = H. Methods that replace
+        groups by their rewards are not checked."""
         if None in gaps or self.method.unsolved in ("replace", "rescue"):
             return ""
         mean, error = mean_and_error(gaps)
@@ -129,7 +134,7 @@ def mean_and_error(values: list[float]) -> tuple[float, float]:
 
 
 def of_step(row: dict[str, Any], largest_gap: float) -> dict[str, str]:
-    """Returns the warnings that need only one step."""
+    """Returns the warnings that depend on the metrics of one step only."""
     warnings = {}
     if row["skipped_updates"] or row.get("relift_skipped_updates"):
         warnings["skipped"] = "an update was skipped: its loss or gradient was not finite (skipped_updates); lower lr"

@@ -103,8 +103,8 @@ def evaluate(
     decode: Callable | None = None,
     progress: str | None = None,
 ) -> list[Answers]:
-    """Samples and grades `samples` responses to each problem. Returns an Answers per problem, for
-    `statistics.summarize`.
+    """Samples and grades `samples` responses to each problem. Returns the counts of graded responses for each
+    problem, as `statistics.summarize` takes them.
 
     With temperature 0 the responses are greedy.
     """
@@ -144,7 +144,7 @@ def rows_that_fit(model: PreTrainedModel, columns: int) -> int:
         try:
             # HF's attention reads sliding-window caches, and it repeats keys and values for all heads
             row = row_bytes(model.config, whole_blocks(columns), repeated=True)
-        except Exception as error:  # the config of an unusual model can raise anything
+        except Exception as error:  # the config of an unusual model can raise any error
             raise InputError(f"the memory that a row takes is not known ({error}): give --rows_per_call") from error
         fit = max(1, min(ROWS, int(0.8 * free / row)))
     return min(distributed.gather_dict({distributed.rank(): fit}).values())
@@ -162,7 +162,7 @@ def sample_missing(model, tokenizer, folder: Path, benchmarks: list[Benchmark], 
     start, tokens = time.perf_counter(), 0
     quiet, seldom = distributed.rank() > 0, 0.1 if sys.stderr.isatty() else LINE_SECONDS
     with tqdm(total=total, initial=done, unit="response", file=sys.stdout, disable=quiet, mininterval=seldom) as bar:
-        # a first, shorter batch after a stop makes the later batches the same as without the stop
+        # a resumed evaluation begins with a shorter batch, so that later batches are those of an uninterrupted one
         while batch := list(itertools.islice(draws, size - done % size)):
             rows = respond(
                 model,
@@ -206,7 +206,7 @@ def parse_args(argv: Sequence[str]) -> argparse.Namespace:
     parser.add_argument("--benchmarks", default="", help=f"{', '.join(FILES)}, or paper for the first nine")
     parser.add_argument("--data", type=Path, help="problems of your own, JSONL (format: data/README.md)")
     parser.add_argument(
-        "--samples", type=int, help="number of samples for each problem (default: as in the paper, 32 or 1)"
+        "--samples", type=int, help="number of responses to each problem (default: as in the paper, 32 or 1)"
     )
     parser.add_argument(
         "--temperature", type=float, default=0.6, help="sampling temperature; 0 is greedy (default: 0.6 [paper])"
@@ -240,7 +240,7 @@ def parse_args(argv: Sequence[str]) -> argparse.Namespace:
 
 
 def show(folder: Path, settings: dict[str, Any], remembered: dict[str, Any]) -> None:
-    """Print the evaluation's settings, and which of them differ from those the model was trained with."""
+    """Print the evaluation's settings, and each setting that differs from the model's training."""
     print(f"evaluation -> {folder}/")
     for key, value in settings.items():
         print(f"  {key:<20} {json.dumps(value, ensure_ascii=False)[:300]}")
@@ -286,7 +286,7 @@ def run(args: argparse.Namespace) -> None:
 
 
 def go_on(args: argparse.Namespace) -> str:
-    """Returns the command that continues this evaluation."""
+    """Returns the command line that continues this evaluation."""
     out = ["--out", str(args.out)] if args.out and "--out" not in sys.argv else []
     return f"{distributed.launcher()} {shlex.join([*sys.argv, *out])}"
 

@@ -19,11 +19,11 @@ The order of this file: `mean_of_members` and `advantages`; `entropy_clip` and `
 surrogate and its weight; `Tokens` (all that a weight may depend on), `token_weights` and `weighted_loss`. The other
 methods' weights and the table of methods are in methods.py.
 
-Questions readers ask:
+Questions that readers ask:
 - *Which rows are in the baseline?* By default (`on_policy`, as in the released code) the baseline is the mean reward
-  of the group's on-policy rows. It is subtracted for on-policy rows and for prefix tokens. The continuation has no
-  baseline and keeps the reward r_h. With baseline `group` (the text of the paper's section 3) the mean reward of all
-  N rows is subtracted for every token. See `advantages`.
+  of the group's on-policy rows. This mean is subtracted from the rewards of on-policy rows and of prefixes. The
+  continuation has no baseline and keeps the reward r_h. With baseline `group` (the text of the paper's section 3) the
+  mean reward of all N rows is subtracted for all tokens of all rows. See `advantages`.
 - *Why is the ratio r = 1 in the first update of a step?* Before this update pi is still the sampling policy, so r =
   exp(0) = 1 and PPO clips nothing. The gradient is not zero at r = 1, because the weight is w = A. From the second
   update of each step on, r differs from 1. Usual learning rates are so small that PPO's clip still acts on few tokens
@@ -39,8 +39,8 @@ Questions readers ask:
 - *Why do the logged losses look strange?* The loss -sum w log pi / Z is built to have the right gradient; its value
   means little.
 
-The functions of this file take tensors only, and no model, tokenizer or config. In the shapes B is the number of rows
-and R the number of response tokens.
+The functions of this file take tensors only, and no model, tokenizer or config. In the shapes of tensors B is the
+number of rows and R the number of response tokens.
 """
 
 import dataclasses
@@ -58,8 +58,8 @@ def mean_of_members(values: Tensor, members: Tensor) -> tuple[Tensor, Tensor]:
     """Returns, for each row i, the mean of `values` [B] over the rows j where members[i, j] is True, and whether
     these values are all equal.
 
-    If the values of a row's members are equal, their mean is that value to the bit. A rounded mean would leave an
-    advantage of about 1e-8 instead of 0, and dividing it by the deviation would make it large.
+    If the values of a row's members are equal, their mean is that value to the bit. A rounded mean of equal rewards
+    would leave an advantage of about 1e-8 instead of 0, and dividing it by their deviation would make it large.
     """
     low = values.where(members, math.inf).amin(1)
     high = values.where(members, -math.inf).amax(1)
@@ -82,10 +82,10 @@ def advantages(
     A prefix starts where the on-policy rows start, at the prompt, so its reward is compared with theirs. A
     continuation starts at the end of its own prefix, where no on-policy row starts, so its reward r_h is compared
     with nothing. A second hybrid row of a group (hybrid_per_prompt 2) is not in the baseline either, even if both
-    rows have the same prefix. If a group has a single on-policy row, its advantage is r - r = 0 (in the release: r).
-    The prefix_advantage of a row without a prefix is not used. `scale_by_std` divides centred advantages by the
-    unbiased standard deviation of the baseline's rewards + 1e-6, unless these rewards are equal. The advantage r_h of
-    a continuation is not divided. (GRPO divides by the standard deviation; Dr.GRPO and the paper do not.)
+    rows have the same prefix. The advantage of a single on-policy row in a group is r - r = 0 (in the release: r).
+    For rows without a prefix, prefix_advantage is not used. `scale_by_std` divides centred advantages by the unbiased
+    standard deviation of the baseline's rewards + 1e-6, unless these rewards are equal. The advantage r_h of a
+    continuation is not divided. (GRPO divides by the standard deviation; Dr.GRPO and the paper do not.)
     """
     if baseline not in ("on_policy", "group"):
         raise ValueError(f"baseline is {baseline!r}, expected 'on_policy' or 'group'")
@@ -119,11 +119,11 @@ def entropy_clip(
     entropy, earlier ones are kept first. `select` is "high" for the highest entropy. The paper's ablations use "low"
     for the lowest entropy, and "random" for tokens drawn from `generator`.
 
-    Pass the tokens of a whole mini-batch, over all micro-batches and ranks, with the entropies of the sampling
-    policy. Then the kept tokens cannot depend on how the batch is cut. (The release ranks the updating policy's
-    entropy in each micro-batch, so the tokens it keeps change with the cut. The release's "bottom 20%" also gives
-    weight 0 to every token that the policy wrote. The release's "random" masks n/100 of n tokens, and none at a ratio
-    of 0.8. This function follows the paper's text.)
+    entropy_clip takes the tokens of a whole mini-batch, over all micro-batches and ranks, with the entropies of the
+    sampling policy. So the kept tokens cannot depend on how the mini-batch is cut into micro-batches. (The release
+    ranks the updating policy's entropy in each micro-batch, so the kept tokens change with the micro-batches. The
+    release's "bottom 20%" also gives weight 0 to every token that the policy wrote. The release's "random" masks
+    n/100 of n tokens, and none at a ratio of 0.8. This function follows the paper's text.)
     """
     flat = prefix_mask.flatten()
     index = flat.nonzero().squeeze(1)
@@ -148,7 +148,7 @@ def weighted_tokens(
     generator: torch.Generator | None = None,
 ) -> Tensor:
     """Returns the mask of the response tokens that keep a weight: all but those that the method's entropy clip drops.
-    All tensors are [B, R] and hold a whole mini-batch.
+    All tensors are [B, R], for the B rows of a whole mini-batch.
 
     The entropy clip ranks the prefix tokens; in a method without prefixes it ranks every response token.
     """
@@ -192,10 +192,10 @@ def ppo_weight(
 @dataclass(frozen=True)
 class Tokens:
     """All that a weight may depend on: tensors of some rows, and numbers of the whole mini-batch. No gradient flows
-    through the tensors.
+    through these tensors.
 
     step.mini_batch_tokens fills these fields for all rows of a batch, with the sampling policy's log_probs and
-    entropy. `at` then takes the rows of a micro-batch.
+    entropy. `Tokens.at` then takes the rows of a micro-batch.
     """
 
     log_probs: Tensor  # [B, R] log-probs of the tokens under the present policy
@@ -209,8 +209,8 @@ class Tokens:
     clip_low: float
     clip_high: float
     coefficient: float  # the constant c in a method's formula: the method's own, or the setting --coefficient
-    policy_tokens: int  # T_own: the policy's own response tokens in the mini-batch
-    demonstration_tokens: int  # T_d: the demonstration tokens in the mini-batch
+    policy_tokens: int  # T_own: number of the policy's own response tokens in the mini-batch
+    demonstration_tokens: int  # T_d: number of demonstration tokens in the mini-batch
     normalizer: float  # Z
     max_response_tokens: int  # L
     # [B, R] log-probs of the tokens if a demonstration stands in the prompt; NaN for problems without one [for SDFT]
@@ -235,8 +235,8 @@ def clipped(t: Tokens) -> Tensor:
 
 @torch.no_grad()
 def token_weights(method: Any, tokens: Tokens) -> Tensor:
-    """Returns the weight w of every token [B, R]; w is 0 outside `weight_mask`. The weights of methods differ only
-    here.
+    """Returns the weight w of every token [B, R]; w is 0 outside `weight_mask`. Only in this function do the weights
+    of methods differ.
 
     `method` is an entry of methods.METHODS. For Prefix-RFT both weight functions, of prefix tokens and of the
     policy's own tokens, are `clipped`.
@@ -249,6 +249,6 @@ def weighted_loss(log_probs: Tensor, weights: Tensor, mask: Tensor, normalizer: 
     """Returns -sum(w log pi) / Z over the tokens of `mask`, a scalar. log_probs, weights and mask are [B, R].
 
     The normalizer Z is the same constant in all micro-batches and on all ranks, so that their losses add up to the
-    loss of the mini-batch. [Dr.GRPO does not divide by response lengths either.]
+    loss of the mini-batch. [Like Dr.GRPO, this loss does not divide by response lengths.]
     """
     return -torch.where(mask, weights * log_probs, 0.0).sum() / normalizer

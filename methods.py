@@ -3,18 +3,18 @@ are in loss.py.
 
 A new method is one entry of METHODS, and one weight function more if no function here or in loss.py has its formula.
 
-The order of this file: the weight functions, each with its source; `Method` and METHODS; then what only some methods
-do. These are `coefficient_at` (CHORD's mu falls), `second_chance` (HPT, rescue), `hint` and `hinted_log_probs`
+The order of this file: the weight functions, each with its source; `Method` and METHODS; then the parts that only
+some methods use: `coefficient_at` (CHORD's mu falls), `second_chance` (HPT, rescue), `hint` and `hinted_log_probs`
 (SDFT), `Collector` and `collect` (ReLIFT), and the learning rate of the supervised stage.
 
-In the formulas p = pi(y), r = p / pi_old(y) and A is the advantage. T_own and T_d are the numbers of policy and of
-demonstration tokens in the mini-batch. The first line of a weight function's docstring is its formula. A coefficient
-c mixes an RL term and a demonstration term, and its value depends on the denominators of the two terms. In this
-project all tokens are summed and divided by Z. If a source takes the token mean of both terms, T_own / T_d turns its
-c into a weight of our sum. If a source adds a token mean to a sum over Z, Z / T_d does so. Left out are RL-PLUS
-(LUFFY's rows, another shaping), AMPO, Scaf-GRPO, Guide (hints in the prompt, several teachers), QuestA (`rescue` with
-a constant share), and distillation from a larger teacher. configs/README.md says what would be needed to add such
-methods.
+In the formulas p = pi(y) is a token's probability, r = p / pi_old(y) is PPO's ratio, and A is the advantage. T_own
+and T_d are the numbers of policy and of demonstration tokens in the mini-batch. The first line of a weight function's
+docstring is its formula. A coefficient c mixes an RL term and a demonstration term, and its value depends on the
+denominators of the two terms. In this project all tokens are summed and divided by Z. If a source takes the token
+mean of both terms, T_own / T_d turns its c into a weight of our sum. If a source adds a token mean to a sum over Z, Z
+/ T_d turns its c into a weight of our sum. Left out are RL-PLUS (LUFFY's rows, another shaping), AMPO, Scaf-GRPO,
+Guide (hints in the prompt, several teachers), QuestA (`rescue` with a constant share), and distillation from a larger
+teacher. configs/README.md says what would be needed to add such methods.
 """
 
 import dataclasses
@@ -41,10 +41,10 @@ FALL = 0.2
 def unclipped(t: Tokens) -> Tensor:
     """A·r
 
-    This is the policy gradient without PPO's clip, as the scripts of LUFFY, ReLIFT, HPT and TRAPO take it. These
-    scripts do not divide the sum by the number of rows in a mini-batch, so their gradient is 64 times ours. Their
-    gradient clip at 1.0 (ReLIFT: 0.7) therefore acts nearly always, and ours rarely. AdamW's step does not depend on
-    such a constant factor.
+    This is the policy gradient without PPO's clip, as the scripts of LUFFY, ReLIFT, HPT and TRAPO take it. Unlike
+    this project, these four do not divide the sum by the number of rows in a mini-batch, so their gradient is 64
+    times as large. Their gradient clip at 1.0 (ReLIFT: 0.7) therefore acts nearly always, and the clip of this
+    project rarely. AdamW's step does not depend on the factor 64.
     """
     return torch.where(t.advantages != 0, t.advantages * (t.log_probs - t.old_log_probs).exp(), 0.0)
 
@@ -68,10 +68,10 @@ def token_mean(t: Tokens) -> Tensor:
     The demonstration term is c times the token mean of -log p, added to an RL sum over Z. In a batch that holds only
     demonstrations Z = T_d and c = 1, so w = 1: this is plain SFT. In RFT + SFT loss [LUFFY, train_rl_sft_loss.sh] the
     RL term of each micro-batch is a sum over tokens / L, not divided by the number of rows. LUFFY's SFT term is the
-    token mean of each micro-batch, with coefficient 1. With our denominators this is c = K/B, where K is the number
-    of micro-batches in a step that hold a demonstration, and B = 512 rows. K/B is at most 0.125, and about 0.07 at 8
-    GPUs x 32768 tokens; c is 0.1 here. Where few groups have a demonstration, as in the embedded task, K/B would be
-    smaller, so tune c.
+    token mean of each micro-batch, with coefficient 1. With the denominators of this project LUFFY's coefficient is c
+    = K/B, where K is the number of micro-batches in a step that hold a demonstration, and B = 512 rows. K/B is at
+    most 0.125, and about 0.07 at 8 GPUs x 32768 tokens; this project uses c = 0.1. Where few groups have a
+    demonstration, as in the embedded task, K/B would be smaller, so tune c.
     """
     return torch.full_like(t.log_probs, t.coefficient * t.normalizer / max(1, t.demonstration_tokens))
 
@@ -80,10 +80,10 @@ def matched_means(t: Tokens) -> Tensor:
     """c·T_own/T_d
 
     UFT and CHORD take the token mean of each term and multiply the mean of the demonstration term by c. [UFT; CHORD's
-    mu] This weight is exactly that of UFT's code. UFT's KL and entropy terms (0.001 each) and its cuts of prefixes at
-    sentences are left out. Unlike in UFT, the prefix counts in the response budget, and a prefix never has the last
-    token of a demonstration. UFT's script has 4 rollouts of 256 problems and 4 updates per step; here these numbers
-    are settings.
+    mu] The weight of this function is exactly that of UFT's code. UFT's KL and entropy terms (0.001 each) and its
+    cuts of prefixes at sentences are left out. Unlike in UFT, the prefix counts in the response budget, and a prefix
+    never has the last token of a demonstration. UFT's script has 4 rollouts of 256 problems and 4 updates per step;
+    in this project these numbers are settings.
     """
     return torch.full_like(t.log_probs, t.coefficient * t.policy_tokens / max(1, t.demonstration_tokens))
 
@@ -104,7 +104,7 @@ def shaped(t: Tokens) -> Tensor:
     demonstration tokens are in the same sum as the policy's own tokens.
     """
     p = t.log_probs.exp()
-    # this makes the weight 0, not 0 / 0, if p underflows and c = 0
+    # the clamp makes the weight 0, not 0 / 0, if p underflows and c = 0
     below = (p + t.coefficient).clamp(min=torch.finfo(p.dtype).tiny)
     return t.advantages * (t.coefficient / below) * (p / below)
 
@@ -132,11 +132,11 @@ def row_mean(t: Tokens) -> Tensor:
     """c·L/len(y*)
 
     Each demonstration that replaces an unsolved group contributes the token mean of its row. [HPT] In HPT's code the
-    RL term is a sum / L, and the SFT term is c times the token mean of each micro-batch. This weight equals HPT's if
-    a demonstration is alone in its micro-batch; otherwise HPT's is smaller. The SFT term grows with the number of
-    replaced groups. HPT cuts the rows that are left after the replacement into mini-batches of 512 rows. So HPT makes
-    one update if more than 73 of 128 problems are unsolved, else one update of 512 rows and one of the rest. Here
-    each update has half of the problems.
+    RL term is a sum / L, and the SFT term is c times the token mean of each micro-batch. The weight of this function
+    equals HPT's if a demonstration is alone in its micro-batch; otherwise HPT's weight is smaller. The SFT term grows
+    with the number of replaced groups. HPT cuts the rows that are left after the replacement into mini-batches of 512
+    rows. So HPT makes one update if more than 73 of 128 problems are unsolved, else a second update with the rows
+    beyond 512. In this project each update has half of the problems.
     """
     lengths = t.prefix_mask.sum(1, keepdim=True).clamp(min=1).to(t.log_probs)
     return (t.coefficient * t.max_response_tokens / lengths).expand_as(t.log_probs)
@@ -160,9 +160,9 @@ def srft_policy(t: Tokens) -> Tensor:
 def srft_demonstration(t: Tokens) -> Tensor:
     """c·0.5·e^(−H)·Z/T_d + A·γp/(p + γ)², γ = 0.1
 
-    This is the weight of SRFT's demonstration tokens. In the source the first term is the token mean of a micro-batch
-    and the second a sum, so c is chosen as for RFT + SFT. [2506.19767 has no official code: these are the weights of
-    Unify-Post-Training's re-implementation]
+    This is the weight of SRFT's demonstration tokens. In SRFT's code the first term is the token mean of a
+    micro-batch and the second a sum, so c is chosen as for RFT + SFT. [2506.19767 has no official code: these are the
+    weights of Unify-Post-Training's re-implementation]
     """
     return 0.5 * (-row_entropy(t)).exp() * token_mean(t) + shaped(dataclasses.replace(t, coefficient=0.1))
 
@@ -171,10 +171,11 @@ def trust(t: Tokens) -> Tensor:
     """min(1, 10p)
 
     In TRAPO the advantage of prefix tokens is 1, whatever the row's reward. Prefix tokens with p below 0.1 have less
-    weight. As in TRAPO, prefix tokens are in the same sum as the policy's own tokens. Only this weight and the
-    baseline over all 8 rows are taken from TRAPO. In TRAPO a group gets prefixes of 25, 50 and 100% of a
-    demonstration, one after the other, as long as its rows fail, and the loss has an entropy bonus of 0.001. Here a
-    group has one hybrid row, and its prefix has Prefix-RFT's length. [2512.17636; Su-my/TRAPO, "clip_low"]
+    weight. As in TRAPO, prefix tokens are in the same sum as the policy's own tokens. This project takes from TRAPO
+    only this weight and the baseline over all 8 rows. In TRAPO a group gets prefixes of 25, 50 and 100% of a
+    demonstration, one after the other, as long as its rows fail, and the loss has an entropy bonus of 0.001. In this
+    project a group has one hybrid row, and its prefix has the length that Prefix-RFT draws. [2512.17636; Su-my/TRAPO,
+    "clip_low"]
     """
     return (10 * t.log_probs.exp()).clamp(max=1.0)
 
@@ -183,12 +184,13 @@ def toward_hinted(t: Tokens) -> Tensor:
     """r·(log q − log p)
 
     SDFT's teacher is q = π(y | x, y*), the policy with a demonstration y* in the prompt x; p = π(y | x) is the policy
-    without it. On average over sampled tokens, this weight gives the gradient of KL(p ‖ q). The ratio r corrects for
-    the updates since the sampling. Rows of a problem without a demonstration have weight 0. SDFT's code sums the
-    divergence over the vocabulary; here it is estimated from the sampled token. SDFT's loss is the mean over rows of
-    each row's token mean, without its first 3 tokens. Here the loss is a sum over Z, so a row weighs len(y)/L times
-    as much. The README of SDFT's repository (April 2026) says that the paper's results used the forward KL, the
-    default of its code. [2601.19897; idanshen/Self-Distillation, distil_trainer.py `_compute_loss`, as a fork has it]
+    without it. On average over sampled tokens, this weight gives the gradient of KL(p ‖ q). The factor r (PPO's
+    ratio) corrects for the updates since the sampling. Rows of a problem without a demonstration have weight 0.
+    SDFT's code sums the divergence over the vocabulary; this project estimates the divergence from the sampled token.
+    SDFT's loss is the mean over rows of each row's token mean, without its first 3 tokens. In this project the loss
+    is a sum over Z, so a row y weighs len(y)/L times as much as in SDFT. The README of SDFT's repository (April 2026)
+    says that the paper's results used the forward KL, the default of its code. [2601.19897;
+    idanshen/Self-Distillation, distil_trainer.py `_compute_loss`, as a fork has it]
     """
     gain = t.hinted_log_probs - t.log_probs
     return torch.where(gain.isnan(), 0.0, (t.log_probs - t.old_log_probs).exp() * gain)
@@ -204,14 +206,14 @@ class Method:
     source: str  # the paper
     rows: str = "on_policy"  # on_policy | hybrid | demonstration | shared_prefix (sample.plan_group)
     policy_weight: Callable[[Tokens], Tensor] = clipped  # gives the weights of the policy's own tokens
-    demonstration_weight: Callable[[Tokens], Tensor] = zero  # weights of demonstration tokens
+    demonstration_weight: Callable[[Tokens], Tensor] = zero  # gives those of demonstration tokens
     entropy_clip: str = ""  # which tokens the entropy clip keeps: those of high | low | random entropy; "" for all
     coefficient: float | None = None  # c in the weights' formulas; the setting `coefficient` overrides it
     coefficient_end: float | None = None  # c falls to this value along half a cosine over the share FALL of the run
     schedule: str = "cosine"  # the schedule of the prefix fraction (sample.SCHEDULES)
     baseline: str | None = None  # the method's own baseline; None: the setting `baseline`
     scale_by_std: bool | None = None  # the method's own value; None: the setting `scale_by_std`
-    stages: tuple[str, ...] = ("rl",)  # in order; "sft": updates on demonstrations, "rl": steps on graded rollouts
+    stages: tuple[str, ...] = ("rl",)  # stages of a run; "sft": updates on demonstrations, "rl": graded rollouts
     # what happens to a group without a right row: replace (by a demonstration) | rescue (sample it again behind a
     # prefix) | collect (train on a demonstration later)
     unsolved: str = ""
@@ -238,7 +240,7 @@ METHODS: dict[str, Method] = {
     "dft": variant(SFT, source="2508.05629", demonstration_weight=probability_mean),
     "rft": RFT,
     "sft-rft": SFT_THEN_RFT,
-    # SFT→RFT with DFT in place of SFT; this combination is ours, from no paper
+    # SFT→RFT with DFT in place of SFT: a combination of this project, from no paper
     "dft-rft": variant(SFT_THEN_RFT, source="2508.05629", demonstration_weight=probability_mean),
     # ---- Prefix-RFT and its ablations [paper Table 8 and Figure 6]
     "prefix-rft": PREFIX_RFT,
@@ -347,9 +349,9 @@ def hinted_log_probs(
     sampled the rows, with a demonstration in its prompt. Rows of a problem without a demonstration have NaN. Returns
     None for methods that are not `hinted`.
 
-    In SDFT's code the teacher's weights are a running mean of the policy's (it moves by 0.01 per step). Here the
-    teacher is the policy itself. `picked` are the step's problems; `pack` is sample.pack and `old_stats` is
-    step.old_stats.
+    In SDFT's code the teacher's weights are a running mean of the policy's weights, which moves by 0.01 per step. In
+    this project the teacher is the policy itself. `picked` are the step's problems; `pack` is sample.pack and
+    `old_stats` is step.old_stats.
     """
     if not run.method.hinted:
         return None
@@ -374,13 +376,13 @@ class Collector:
 
 def collect(run: Any, picked: list[int], rows: list[Any], sft_step: Callable[..., Any]) -> dict[str, Any]:
     """Collects ReLIFT's unsolved problems in a buffer. A problem of `picked` that has a demonstration and that no
-    graded row solved is put at its front, each time it is unsolved. Once the buffer has `relift_buffer` problems, the
-    first `relift_buffer` of them give one supervised update, with an optimizer of its own. Returns the metrics of
-    ReLIFT's buffer and update for metrics.jsonl.
+    graded row solved is put at the front of the buffer, each time it is unsolved. Once the buffer has `relift_buffer`
+    problems, the first `relift_buffer` of them give one supervised update, with an optimizer of its own. Returns the
+    metrics of ReLIFT's buffer and update for metrics.jsonl.
 
-    ReLIFT's code takes token means over 4 rows each and averages them. It clips the gradient of the supervised update
-    at 1.0 and that of reinforcement at 0.7. Here there is one token mean over the buffer, and `max_grad_norm` clips
-    both gradients.
+    ReLIFT's code averages token means over 4 rows each. ReLIFT clips the gradient of the supervised update at 1.0 and
+    that of reinforcement at 0.7. In this project the loss is one token mean over the whole update, and
+    `max_grad_norm` clips both gradients.
     """
     config, collector, encoded = run.config, run.collector, run.data.encoded
     if not collector:

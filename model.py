@@ -4,7 +4,7 @@ responses.
 The order of this file: `load_tokenizer`, `load_model`, `save_model`, `sampling`; `response_text`; `token_stats`,
 which is the training forward pass. On CUDA, or with several processes, support/distributed.py shards a model in
 training. support/loading.py picks the device and turns errors of libraries into one line. fast/check.py tests on a
-few tokens that a loaded model behaves as this code assumes. Left out are quantisation, remote code, encoder-decoder
+few tokens that a loaded model behaves as model.py assumes. Left out are quantisation, remote code, encoder-decoder
 models, and models that change their logits after the head.
 """
 
@@ -79,11 +79,11 @@ def load_model(
 
     With `training` the weights are fp32 whatever the file holds, because an update of 1e-6 vanishes in bf16. After
     distributed.start() the trained weights are sharded over the ranks, and only rank 0 reads the file. Without
-    `training` every process has all weights; on CUDA they are bf16, the dtype in which training computes. All dropout
-    is off, so that training and sampling give the same log-probs. With `recompute` activations are computed again in
-    the backward pass instead of kept. distributed.shard explains `offload`. If `adapters` (a Config) is given, only
-    low-rank adapters are trained (support/adapters.py). `check` tests that the model behaves as this file assumes
-    (fast.check.check_model). Raises InputError for a folder without weights, and for what load_tokenizer,
+    `training` every process has all weights; on CUDA the weights are bf16, the dtype in which training computes. All
+    dropout is off, so that training and sampling give the same log-probs. With `recompute` activations are computed
+    again in the backward pass instead of kept. distributed.shard explains `offload`. If `adapters` (a Config) is
+    given, only low-rank adapters are trained (support/adapters.py). `check` tests that the model behaves as this file
+    assumes (fast.check.check_model). Raises InputError for a folder without weights, and for what load_tokenizer,
     adapters.add or `check` reject.
     """
     device, sharded = torch.device(device), training and torch.distributed.is_initialized()
@@ -106,7 +106,7 @@ def load_model(
 
 
 def read_model(path: str, dtype: torch.dtype) -> PreTrainedModel:
-    """Returns the model with its weights. In its config all dropout is set to 0, and tie_word_embeddings to whether
+    """Returns the model with its weights. The model's config gets dropout 0, and tie_word_embeddings is True only if
     embedding and head really are one tensor."""
     folder, config = Path(path), switch_off_noise(load_config(path))
     if folder.exists() and not any(folder.glob("*.safetensors")):
@@ -155,7 +155,7 @@ def sampling(model: PreTrainedModel) -> Iterator[PreTrainedModel]:
 def response_text(tokenizer: Tokenizer, ids: list[int], end_ids: list[int]) -> str:
     """Returns a response as the text that is graded and shown, without its end token. Every other token stays,
     special or not. An id without a token becomes \ufffd; embeddings often have more rows than the tokenizer has
-    tokens. If such an id between "\\boxed{25" and "1}" vanished, the answer would read as 251."""
+    tokens. If an id without a token vanished between "\\boxed{25" and "1}", the answer would read as 251."""
     inner = ids[:-1] if ids and ids[-1] in end_ids else ids
     text = ""
     for known, run in itertools.groupby(inner, known_ids(tokenizer).__contains__):
@@ -191,17 +191,17 @@ def token_stats(
 def response_stats(
     model: PreTrainedModel, input_ids: Tensor, attention_mask: Tensor, response_length: int, temperature: float
 ) -> tuple[Tensor, Tensor]:
-    """Returns the log-probs and entropies of token_stats. It needs a model with whole weights
+    """Returns the log-probs and entropies of token_stats. The model must have whole weights
     (distributed.run_forward).
 
-    Every row is moved to the left, so that its padding is on the right. There padding changes no token and no
+    Every row is moved to the left, so that its padding is on the right. Padding on the right changes no token and no
     position, and a causal model needs no mask for it. Columns that no row uses are left out.
     """
     mask = attention_mask[:, -response_length:].bool()
     width, length = input_ids.shape[1], int(attention_mask.sum(1).max())
     column = torch.arange(width, device=input_ids.device)
     first = attention_mask.argmax(1, keepdim=True)
-    source = (first + column[:length]) % width  # [B, length] the column that each token comes from
+    source = (first + column[:length]) % width  # [B, length] column of input_ids that each token comes from
     ids = input_ids.gather(1, source)
     response = (attention_mask.bool() & (column >= width - response_length)).gather(1, source)[:, 1:]
     hidden = last_hidden(model, input_ids=ids, attention_mask=torch.ones_like(ids), use_cache=False)
@@ -215,21 +215,21 @@ def last_hidden(model: PreTrainedModel, **arguments: Any) -> Tensor:
     """Returns the hidden states [B, T, H] that the model's head reads. Arguments that the model's forward does not
     know are left out: some models take no position_ids and compute them from the mask."""
     body = model.base_model
-    body = next(model.children()) if body is model else body  # a model whose body base_model cannot find
+    body = next(model.children()) if body is model else body  # base_model may not find the model's body
     known = signature(type(body).forward).parameters
     return body(**{name: value for name, value in arguments.items() if name in known}).last_hidden_state
 
 
 def head_stats(model: PreTrainedModel, hidden: Tensor, targets: Tensor, temperature: float) -> tuple[Tensor, Tensor]:
-    """Returns log-probs [n] of `targets` [n] and entropies [n], from the last layer's `hidden` states [n, H]. They
-    are computed in chunks of LOGITS_PER_CHUNK logits."""
+    """Returns log-probs [n] of `targets` [n] and entropies [n], from the last layer's `hidden` states [n, H]. At most
+    LOGITS_PER_CHUNK logits exist at a time."""
     head = model.get_output_embeddings()
 
     def stats(hidden: Tensor, targets: Tensor) -> tuple[Tensor, Tensor]:
         scores = head(hidden).float()  # [chunk, V]
         log_p = torch.log_softmax(scores if temperature == 1 else scores / temperature, dim=-1)
         with torch.no_grad():
-            # a logit of -inf gives 0 * -inf = NaN, and its part of the entropy is 0
+            # a logit of -inf gives 0 * -inf = NaN, but adds 0 to the entropy
             entropy = -log_p.exp().mul_(log_p).nan_to_num_().sum(-1)
         return log_p.gather(1, targets[:, None]).squeeze(1), entropy
 

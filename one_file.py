@@ -18,7 +18,7 @@ The task is to carry out instructions in the order of their labels A, B, C (`r` 
     demonstration  137A+6=143;143B+9=152;152Cr=251;\\boxed{251}       (one training problem in four has one)
 
 Read this file from top to bottom. loss.py, sample.py and step.py have the same method beside other methods,
-micro-batches, several GPUs and exact resume. tests/test_one_file.py shows that their gradient equals that of this
+micro-batches, several GPUs and exact resume. tests/test_one_file.py shows that they give the same gradient as this
 file. In the shapes B is the number of rows, T the number of tokens of the longest row, and V that of the vocabulary.
 """
 
@@ -80,8 +80,8 @@ def new_group(problem: dict, progress: float, tokenizer) -> list[Row]:
     """Returns N rows to sample. If the problem has a demonstration, the last row is hybrid: it starts with a prefix.
 
     The prefix is a random share of the demonstration, at most 95%. The smallest share falls from 95% to 5% along half
-    a cosine while `progress` goes from 0 to 1. So the policy first writes only the ends of solutions, and later more
-    and more of each solution.
+    a cosine while `progress` goes from 0 to 1. So the policy writes only the ends of solutions at first, and more and
+    more of each solution later.
     """
     rows = [new_row(problem, tokenizer) for _ in range(ROWS)]
     if "demonstrations" in problem:
@@ -116,8 +116,9 @@ def advantages(rewards: Tensor, hybrid: Tensor) -> tuple[Tensor, Tensor]:
     are [groups, N].
 
     An on-policy row and a prefix start from the prompt, so their reward is compared with the mean of the on-policy
-    rows. A continuation starts from the end of its prefix, where no other row starts. So its reward is compared with
-    nothing and is the whole advantage. Advantages are not divided by a standard deviation, as in Dr. GRPO.
+    rows. A continuation starts from the end of its prefix, where no other row starts. So the reward of a continuation
+    is compared with nothing and is the whole advantage. Advantages are not divided by a standard deviation, as in Dr.
+    GRPO.
     """
     mean = (rewards * ~hybrid).sum(1, keepdim=True) / (~hybrid).sum(1, keepdim=True)  # mean of the on-policy rows
     compared = rewards - mean
@@ -125,8 +126,8 @@ def advantages(rewards: Tensor, hybrid: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def token_stats(model, input_ids: Tensor) -> tuple[Tensor, Tensor]:
-    """Returns the log-prob of every token but the first, and the entropy of the model's distribution there: input_ids
-    [B, T] -> two tensors [B, T - 1].
+    """Returns the log-prob of every token but the first, and the entropy of the model's distribution at its place:
+    input_ids [B, T] -> two tensors [B, T - 1].
 
     Rows are padded on the right. A causal model never looks to the right, so it needs no attention mask.
     """
@@ -137,8 +138,8 @@ def token_stats(model, input_ids: Tensor) -> tuple[Tensor, Tensor]:
 
 @torch.no_grad()
 def new_batch(model, tokenizer, rows: list[Row]) -> dict[str, Tensor]:
-    """Returns the tensors that the updates read, with all rows, group after group. Except for input_ids they are [B,
-    T - 1], and column t is about token t + 1."""
+    """Returns the tensors that the updates read, with all rows, group after group. All tensors but input_ids are [B,
+    T - 1], and their column t is about token t + 1."""
     ids = [torch.tensor(row.prompt + row.response) for row in rows]
     ids = pad_sequence(ids, batch_first=True, padding_value=tokenizer.pad_token_id)  # [B, T]
     token = torch.arange(1, ids.shape[1])
@@ -148,7 +149,7 @@ def new_batch(model, tokenizer, rows: list[Row]) -> dict[str, Tensor]:
     prefix_mask = (begin <= token) & (token < own)
     rewards = torch.tensor([row.reward for row in rows])
     own_advantage, prefix_advantage = advantages(rewards.view(-1, ROWS), (own > begin).view(-1, ROWS))
-    # a prefix token's old log-prob, too, is the one that the policy gives it, so its ratio starts at 1
+    # the policy also gives prefix tokens their old log-probs, so their ratio starts at 1, too
     old_log_probs, entropy = token_stats(model, ids)
     return {
         "input_ids": ids,

@@ -7,8 +7,8 @@ is needed. The memory of an update is counted: the layers and the head run forwa
 (shapes without data), and `update_bytes` adds up the tensors that are alive. Attention counts as a fused causal
 kernel that keeps queries, keys, values and output. All other memory is computed by formulas. Tests compare the
 counted and the computed memory with measured peaks. Times are estimates from data sheets, scaled by the shares below.
-The shares were fitted to one H200 with a model of Qwen2.5-1.5B's shape: decoding of 256 rows, and one whole step
-[bench/results/gpu.md]. Other GPUs, other models, several GPUs and transfers were not measured.
+These shares of peak speed were fitted to one H200 with a model of Qwen2.5-1.5B's shape: decoding of 256 rows, and one
+whole step [bench/results/gpu.md]. Other GPUs, other models, several GPUs and transfers were not measured.
 """
 
 import bisect
@@ -38,7 +38,7 @@ from support.errors import InputError
 from support.loading import check_window, fuse_norms, load_config, prepare_layers, window_of
 from support.memory import cache_bytes, head_width, inner_width, plain_caches, row_bytes, token_bytes
 
-SHIPPED = Path(__file__).parent / "configs" / "models"  # has the config.json of each model that configs/ names
+SHIPPED = Path(__file__).parent / "configs" / "models"  # the config.json of each model that configs/ names
 GIB, MIB = 2**30, 2**20
 # for each GPU: memory in GiB as CUDA reports it; from its data sheet TFLOP/s in bf16 (dense), GB/s of memory, GB/s of
 # PCIe
@@ -107,7 +107,7 @@ class FusedAttention(torch.autograd.Function):
 
 
 def fused_attention(module, query, key, value, mask, **_: Any) -> tuple[Tensor, None]:
-    if getattr(module, "sliding_window", None):  # its mask makes transformers repeat keys and values
+    if getattr(module, "sliding_window", None):  # such a layer's mask makes HF repeat keys and values
         groups = query.shape[1] // key.shape[1]
         key, value = (x.repeat_interleave(groups, dim=1) if groups > 1 else x for x in (key, value))
     return FusedAttention.apply(query, key, value).transpose(1, 2).contiguous(), None
@@ -273,8 +273,8 @@ def plan(config: Config, shape: Any, gpus: int, prompt: int) -> dict[str, dict[s
 
 
 def block_bytes(shape: Any, tokens: int = PREFILL_TOKENS, size: int = 2) -> int:
-    """Returns the bytes of a forward pass over `tokens` prompt tokens, without key-value caches. Each number has
-    `size` bytes."""
+    """Returns the bytes of a forward pass over `tokens` prompt tokens, without key-value caches. Each number in these
+    tensors has `size` bytes."""
     shape = shape.get_text_config()
     return size * tokens * (3 * inner_width(shape) + 6 * shape.num_attention_heads * head_width(shape))
 
@@ -291,7 +291,7 @@ def sampling_bytes(shape: Any, rows: int, columns: int, tokens: int = PREFILL_TO
 
 def rows_sampled_at_once(shape: Any, sampling: dict[str, float], free: float, columns: int) -> int:
     """Returns the largest number of rows that can be sampled in one call; 0 if not even the weights fit. `sampling`
-    is the part "sampling" of `plan`."""
+    is the entry "sampling" of what `plan` returns."""
     left = free - sum(list(sampling.values())[:-2])  # the last two parts grow with the number of rows
     beside_block = (left - block_bytes(shape)) / (columns * cache_bytes(shape))
     return max(0, int(min(beside_block, left / row_bytes(shape, columns, repeated=not plain_caches(shape)))))
@@ -302,8 +302,8 @@ def rows_updated_at_once(
 ) -> int:
     """Returns how many rows of full length, 0 to `most`, fit into one pass of an update.
 
-    Numbers of rows are tried out. A straight line through the memory of one and two rows would promise too many,
-    because the peak of few rows is at another place of the pass.
+    The function tries out numbers of rows. A straight line through the memory of one and two rows would promise too
+    many, because the peak of few rows is at another place of the pass.
     """
     left = free - sum(list(update.values())[:-1])  # the last part grows with the number of rows
     needed = functools.cache(functools.partial(pass_bytes, config, shape, prompt))

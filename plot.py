@@ -43,7 +43,7 @@ def plot_group(words: list[str], out: Path | None) -> None:
 
 
 def write_page(folders: list[Path], problem: str | None, out: Path | None) -> None:
-    """Write a page for the browser. It shows one problem, rollouts of each model on this problem, and the token
+    """Write a page for the browser. The page shows one problem, rollouts of each model on this problem, and the token
     weights of every method."""
     target = out or (folders[0] / "page.html" if is_run(folders[0]) else Path("page.html"))
     page = page_html(page_content(folders, problem))
@@ -72,7 +72,7 @@ def main() -> None:
         help="write a page for the browser about one problem; the folders are runs or models",
     )
     parser.add_argument("--problem", metavar="ID", help="with --page: the id of a problem that has a demonstration")
-    parser.add_argument("--compare", action="store_true", help="compare evaluations; every FOLDER is an evaluation's")
+    parser.add_argument("--compare", action="store_true", help="compare evaluations; each FOLDER is one evaluation")
     parser.add_argument("--beside-paper", action="store_true", help="with --compare: add the paper's results")
     parser.add_argument(
         "--out",

@@ -1,9 +1,9 @@
 """A reward is `math` (1 if the last boxed answer is equivalent to the gold answer), `exact` (1 if the last boxed
 answer is the same text as the gold answer), or a function of your own.
 
-The package answers/ reads mathematical answers and decides when two answers are equal. A `Reward` is the function
-that a run grades with, and what belongs to it. Left out are rewards for the format, answers outside a box (a policy
-would learn to write many numbers), and time limits (answers/ bounds its own work).
+The package answers/ reads mathematical answers and decides when two answers are equal. A `Reward` holds the function
+with which a run grades, its check and its fingerprint. Left out are rewards for the format, answers outside a box (a
+policy would learn to write many numbers), and time limits (answers/ bounds its own work).
 """
 
 import contextlib
@@ -120,8 +120,8 @@ class RewardError(ValueError):
 
 @dataclass(frozen=True)
 class Reward:
-    """A reward: `function(response, problem)` returns a number in [0, 1] for a data.loader.Problem. A response counts
-    as right if its reward is 1."""
+    """A reward, whose `function(response, problem)` returns a number in [0, 1] for a data.loader.Problem. A response
+    counts as right if its reward is 1."""
 
     name: str  # "math", "exact" or "FILE.py:function"
     function: Callable[[str, Any], float]
@@ -161,7 +161,7 @@ def _sha256(*paths: Path) -> str:
 
 
 def raised(error: BaseException, file: str) -> str:
-    """Returns an error that a user's code in `file` raised as one line, with its file and line. The name of the
+    """Returns the error that a user's code in `file` raised, as one line with file and line number. The name of the
     error's class is left out for a ValueError."""
     name = "" if type(error) is ValueError else f"{type(error).__name__}: "
     place = ""
@@ -174,7 +174,7 @@ def raised(error: BaseException, file: str) -> str:
 @contextlib.contextmanager
 def same_folder() -> Iterator[None]:
     """Raises ValueError if the user's code in this context changes the working directory, to which the run's paths
-    are relative. The old directory is restored."""
+    are relative. The old working directory is restored."""
     before = os.getcwd()
     yield
     if os.getcwd() != before:

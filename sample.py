@@ -5,9 +5,9 @@
     pack(rows) -> Rollouts                                     left-padded prompts | right-padded responses
 
 Every random draw is a pure function of (seed, step, problem, rollout, attempt). For each row and position one uniform
-number is turned into a token by inverting the CDF. So the sampled tokens do not depend on the batch or the ranks.
-Left out are top-k, top-p and penalties (the sampler must be the policy that is trained), beams, and speculative
-decoding. Commands pass a faster decoding loop (fast/decode.py) to `generate`.
+number is turned into a token by inverting the CDF. So sampled tokens do not depend on the batch or the ranks. Left
+out are top-k, top-p and penalties (the sampler must be the policy that is trained), beams, and speculative decoding.
+Commands pass a faster decoding loop (fast/decode.py) to `generate`.
 """
 
 import dataclasses
@@ -33,7 +33,7 @@ PREFIX_LOW, PREFIX_HIGH = 0.05, 0.95  # smallest and largest prefix fraction [pa
 
 
 def seed_of(*key: object) -> int:
-    """Returns a 128-bit seed that depends on `key` only. (Unlike hash(), it is equal on every machine.)"""
+    """Returns a 128-bit seed that depends on `key` only. (Unlike hash(), the seed is equal on all machines.)"""
     plain = tuple(part.item() if isinstance(part, np.generic) else part for part in key)  # np.int64(3) is taken as 3
     return int.from_bytes(hashlib.blake2b(repr(plain).encode(), digest_size=16).digest(), "big")
 
@@ -57,7 +57,7 @@ def cosine(progress: float) -> tuple[float, float]:
 
 SCHEDULES = {  # each maps the run's progress (0 to 1) to (low, high), the bounds of the prefix fraction
     "cosine": cosine,
-    "uniform": lambda progress: (PREFIX_LOW, PREFIX_HIGH),  # an ablation: bounds that stay [paper Fig. 6]
+    "uniform": lambda progress: (PREFIX_LOW, PREFIX_HIGH),  # an ablation: constant bounds [paper Fig. 6]
     "constant": lambda progress: (0.5, 0.5),  # an ablation: always the mean fraction of "uniform"
     "uft": lambda progress: (0.0, float(progress < 0.6)),  # no prefix after 60% of the run; see prefix_fraction
 }
@@ -71,9 +71,9 @@ def prefix_range(step: int, total_steps: int, schedule: str) -> tuple[float, flo
 
 
 def prefix_fraction(step: int, total_steps: int, schedule: str, generator: torch.Generator) -> float:
-    """Draws l, the share of a demonstration that becomes the prefix, at `step` (from 0) of `total_steps`. It is l ~
-    U(low, high) with the bounds of `schedule`. For "uft" l is Binomial(5, p_t) / 5 in the first 60% of the steps,
-    where p_t falls from 0.95 to 0.05 along half a cosine; later l is 0."""
+    """Draws l, the share of a demonstration that becomes the prefix, at `step` (from 0) of `total_steps`. The share
+    is l ~ U(low, high) with the bounds of `schedule`. For "uft" l is Binomial(5, p_t) / 5 in the first 60% of the
+    steps, where p_t falls from 0.95 to 0.05 along half a cosine; later l is 0."""
     low, high = prefix_range(step, total_steps, schedule)
     if schedule == "uft":
         chance, _ = cosine(min(1.0, step / (0.6 * total_steps)))
@@ -94,13 +94,13 @@ def prefix_length(fraction: float, demonstration_tokens: int, max_response_token
 class Row:
     """One rollout: its plan (prompt and prefix), then the sampled response and its reward."""
 
-    group: int  # which problem of the batch
+    group: int  # index of the row's problem in the batch
     key: tuple  # (seed, step, problem, rollout, attempt), on which the row's random draws depend
     prompt_ids: list[int]
     prefix_ids: list[int]  # tokens of the demonstration with which the response must begin
     fraction: float = 0.0  # len(prefix_ids) as a share of the demonstration
     response: Sequence[int] = ()  # prefix and continuation, or a whole demonstration (not sampled)
-    log_probs: Sequence[float] = ()  # of the continuation, recorded in sampling; read by metrics only
+    log_probs: Sequence[float] = ()  # of the continuation, recorded in sampling; only metrics read these log-probs
     truncated: bool = False  # True if the budget cut the response off before an end token
     text: str = ""
     reward: float = 0.0
@@ -147,8 +147,8 @@ def plan_group(
 class DrawTokenLogitsProcessor(LogitsProcessor):
     """Draws each token as CDF^-1(u) of softmax(scores / temperature). uniforms [B, R] has one u per row and position.
 
-    The drawn token gets score 0 and all others -inf, so that `generate` takes it by argmax. drawn [B, R] has their
-    probabilities. `rows` are the indices of the rows still in the batch; a decoding loop may drop ended rows.
+    The drawn token gets score 0 and all others -inf, so that `generate` takes it by argmax. drawn [B, R] has the
+    probabilities drawn. `rows` are the indices of the rows still in the batch; a decoding loop may drop ended rows.
     """
 
     def __init__(self, uniforms: Tensor, prompt_length: int, temperature: float):
@@ -198,7 +198,7 @@ def padded(sequences: Iterable[Sequence[int]], value: int, side: str) -> tuple[T
 
 
 def decoding_loop(model: PreTrainedModel, input_ids: Tensor, decode: Callable | None, **arguments) -> Tensor:
-    """Samples with the loop `decode`, or with HF's if it is None. Raises ValueError if transformers has added a
+    """Samples with the loop `decode`, or with HF's loop for None. Raises ValueError if transformers has added a
     logits processor for a setting of the model folder: then the sampler would not be the policy that is trained."""
     for processor in arguments["logits_processor"]:
         if not isinstance(processor, DrawTokenLogitsProcessor | PrefixForcingLogitsProcessor):

@@ -54,7 +54,7 @@ class Run:
 
 
 def problems_of_step(count: int, per_step: int, step: int, *key: object) -> list[int]:
-    """Returns the indices of the problems of `step`. Each epoch has a random order and only whole steps."""
+    """Returns the indices of the problems of `step`. Each epoch has a random order and only full steps."""
     per_step = min(per_step, count)
     epoch, place = divmod(step, count // per_step)
     order = torch.randperm(count, generator=torch_generator(*key, epoch)).tolist()
@@ -126,8 +126,8 @@ class Batch:
 
 
 def forward(model: PreTrainedModel, rollouts: Rollouts, rows: Tensor, temperature: float) -> tuple[Tensor, Tensor]:
-    """Returns token_stats of the b given `rows`: log_probs and entropy [b, R]. If `rows` is empty, row 0 passes
-    through the model and its result is dropped, because FSDP needs equally many passes on every rank."""
+    """Returns the token_stats of b `rows` of the batch: log_probs and entropy [b, R]. If `rows` is empty, row 0
+    passes through the model and its result is dropped, because FSDP needs equally many passes on every rank."""
     passing = rows if len(rows) else torch.tensor([0])
     ids, mask = rollouts.input_ids[passing].to(model.device), rollouts.attention_mask[passing].to(model.device)
     log_probs, entropy = token_stats(model, ids, mask, rollouts.response_mask.shape[1], temperature)
@@ -197,7 +197,7 @@ def demonstration_batch(run: Run, problems: Sequence[Encoded], step: int) -> Bat
 
 
 def mini_batch_tokens(run: Run, batch: Batch, rows: Tensor, normalizer: float, progress: float, key: tuple) -> Tokens:
-    """Returns all that the token weights of the mini-batch `rows` depend on. Its numbers are taken over the whole
+    """Returns all that the token weights of the mini-batch `rows` depend on. The numbers are those of the whole
     mini-batch, so that micro-batches and ranks cannot change them. The tensors have all rows of the batch, but
     weight_mask is False outside `rows`."""
     config, rollouts = run.config, batch.rollouts
@@ -235,12 +235,12 @@ def mini_batch_tokens(run: Run, batch: Batch, rows: Tensor, normalizer: float, p
 def update(
     run: Run, batch: Batch, tokens: Tokens, temperature: float, optimizer: torch.optim.Optimizer, lr: float
 ) -> dict[str, Any]:
-    """Make one optimizer step on a mini-batch, and returns its loss, gradient norm and sums for metrics.
+    """Make one optimizer step on a mini-batch, and return its loss, gradient norm and sums for metrics.
 
     The gradient does not depend on the micro-batches. Rows whose weights are all 0 skip the passes, but Z counts
     them. If an old log-prob, the loss or the gradient is not finite, every rank skips the update.
     """
-    active = ~batch.old_known & tokens.weight_mask.any(1)  # rows whose old log-probs this pass gives
+    active = ~batch.old_known & tokens.weight_mask.any(1)  # rows whose old log-probs are taken in this update
     for nats in (-1, 0, 1):  # a weight may be 0 at r = 1 and not 0 after an update
         moved = replace(tokens, log_probs=tokens.old_log_probs + nats)
         active |= (token_weights(run.method, moved) != 0).any(1)
@@ -280,7 +280,7 @@ def skipped_update(run: Run) -> dict[str, Any]:
 
 @dataclass
 class Step:
-    """What one step did: support/record.py computes its metrics from these fields."""
+    """What one step did. support/record.py computes the metrics of the step from these fields."""
 
     batch: Batch
     mini_batches: list[Tokens]

@@ -1,7 +1,7 @@
 """Train a model by any method of methods.METHODS: python train.py [--config FILE] [--FIELD VALUE ...]
 
 The order of this file: evaluation on a run's held-out problems, then `train`, then the loop over steps in `train_in`.
-One step is in step.py, loading the data in data/run_data.py. A run folder gets config.json, metrics.jsonl (a row per
+step.py has one step, and data/run_data.py loads the data. A run folder gets config.json, metrics.jsonl (a row per
 step), samples.jsonl, groups.jsonl (a group every few steps), eval.json, curves.png, checkpoint/ and final/ (a
 HuggingFace model folder). Left out are a value model, a reference model and KL, mixed data sources, and asynchronous
 sampling.
@@ -100,7 +100,7 @@ def prepare(config: Config) -> tuple[Run, Counts]:
     """Load and check everything that the run needs, and write nothing. Raises InputError for wrong input."""
     checkpoint.check_folder(config)
     if config.tensorboard and importlib.util.find_spec("tensorboard") is None:
-        raise InputError("tensorboard is true, but it is not installed: pip install tensorboard")
+        raise InputError("tensorboard is true, but the package is not installed: pip install tensorboard")
     device = pick_device(config.device)
     distributed.start(device)
     check_ranks(config)
@@ -223,7 +223,7 @@ def record(
     folder: Path, run: Run, done: int, metrics: dict[str, Any], result: Step | None, progress: console.Progress
 ) -> None:
     """Write step `done` to the logs and show it. Every `eval_every` steps, and at the end, measure validation
-    accuracy and record a group of the step. Also record a group of the first reinforcement step."""
+    accuracy and record a group of the step. A group of the first reinforcement step is recorded too."""
     config, (sft_steps, rl_steps) = run.config, stages(run)
     due = done == sft_steps + rl_steps or (config.eval_every and done % config.eval_every == 0)
     samples = example_rows(run, result) if result else []

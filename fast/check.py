@@ -1,7 +1,8 @@
-"""When a model is loaded, this file tests on a few tokens that sampling and log-probs will be right for it.
+"""When a model is loaded, this file tests on a few tokens that sampling and log-probs will be right for this model.
 
-The commands pass `check_model` to model.load_model. Its last test is choose_loop (fast/decode.py), which looks for
-the fastest decoding loop with the right log-probs. If no loop of fast/decode.py has them, HuggingFace's loop is used.
+The commands pass `check_model` to model.load_model. The last test of `check_model`, choose_loop (fast/decode.py),
+looks for the fastest decoding loop with the right log-probs. If no loop of fast/decode.py gives the right log-probs,
+HuggingFace's loop is used.
 """
 
 import torch
@@ -18,12 +19,13 @@ from support.loading import one_line
 @torch.no_grad()
 def check_model(path: str, model: PreTrainedModel, training: bool) -> None:
     """Test on a few tokens that sampling and log-probs will be right for `model`, and set model.loop to the fastest
-    loop that is.
+    decoding loop that is right.
 
-    Raises an InputError of one line unless three conditions hold. (1) The logits are finite and equal the head's
-    output, to the bit. (2) Two training passes agree up to the last bits, in which two products of the same matrices
-    may differ. (3) A row in a padded batch has the log-probs that the row has alone in a plain pass, in training and
-    in sampling, to half the digits of the dtype. The test batch has three rows that end at different columns.
+    Raises an InputError of one line unless three conditions hold. (1) The logits are finite and equal the outputs of
+    the model's head, to the bit. (2) Two training passes agree up to the last bits (two products of the same matrices
+    may differ there). (3) A row in a padded batch has the log-probs that the row has alone in a plain pass, in
+    training and in sampling, to half the digits of the dtype. The test batch has three rows that end at different
+    columns.
     """
     step, column = model.get_input_embeddings().num_embeddings // 19, torch.arange(13)
     first, last = torch.tensor([[0], [4], [0]]), torch.tensor([[12], [8], [10]])  # first and last column of each row
@@ -31,7 +33,7 @@ def check_model(path: str, model: PreTrainedModel, training: bool) -> None:
     prompts, responses = torch.arange(1, 8).expand(3, 7), torch.arange(1, 19).view(3, 6)
     ids = (step * torch.cat([prompts, responses], dim=1)).to(model.device)
     want = torch.zeros(responses.shape, device=model.device)
-    made: list[Tensor] = []  # outputs of the output head, call by call
+    made: list[Tensor] = []  # the outputs of the model's head, call by call
     head = model.eval().get_output_embeddings()
     with one_line(path), head.register_forward_hook(lambda *call: made.append(call[-1].clone())):
         for i, real in enumerate(mask.bool()):

@@ -1,10 +1,10 @@
 """This file has a decoding loop for responses of different lengths, which takes the place of the loop in
 HuggingFace's `generate`.
 
-This loop gives the tokens and log-probs of HuggingFace's loop. The order of this file: the cache; the attention of
-one new token; `OneTokenPass`, a forward pass that is recorded and replayed on CUDA; `decode_rows`, the loop;
-`choose_loop`, which finds the variant that is right for a model when it is loaded; and `loop_of`, the loop that
-commands pass to sample.generate. Left out are new GPU kernels, continuous batching (it does not take the logits
+The loop of this file gives the same tokens and log-probs as HuggingFace's loop. The order of this file: the cache;
+the attention of one new token; `OneTokenPass`, a forward pass that is recorded and replayed on CUDA; `decode_rows`,
+the loop; `choose_loop`, which finds the variant that is right for a model when it is loaded; and `loop_of`, the loop
+that commands pass to sample.generate. Left out are new GPU kernels, continuous batching (it does not take the logits
 processors of sample.py), and static caches.
 """
 
@@ -38,13 +38,13 @@ DROP_AT_RECORDED = 0.5  # this share if passes are recorded, because a new recor
 # on CUDA a forward pass is recorded and replayed for later tokens, because launching its kernels takes longer than
 # running them
 GRAPHS = True
-GRAPH_COLUMNS = 256  # a recorded pass reads the cache's filled columns, rounded up to a multiple of this
+GRAPH_COLUMNS = 256  # a recorded pass reads the filled cache columns, rounded up to a multiple of this number
 # with recorded passes, the loop looks for ended rows only once in so many tokens, because Python must wait for the
 # GPU to do so
 LOOK_EVERY = 16
-# Variants of decode_rows, the fastest first. "masks of ours": decode_rows makes the attention mask once, instead of
-# the model at every token. "recordable": on CUDA the pass of one token may be recorded, if all layers have a plain
-# cache.
+# Variants of decode_rows, the fastest first. "masks of ours": decode_rows makes the attention mask once; otherwise
+# the model makes it at every token. "recordable": on CUDA the pass of one token may be recorded, if all layers have a
+# plain cache.
 LOOPS = ("masks of ours, recordable", "masks of ours", "masks of the model")
 
 
@@ -52,8 +52,8 @@ class RoomyLayer(DynamicLayer):
     """A key-value cache layer with room for `room` tokens from the start, so that a new token does not copy the
     cache.
 
-    If the forward pass is recorded, `column` [1] holds the column of the new token, and the first `length` columns
-    are read.
+    If the forward pass is recorded as a CUDA graph, `column` [1] holds the new token's column, and the first `length`
+    columns are read.
     """
 
     def __init__(self, room: int):
@@ -98,8 +98,8 @@ def one_token_attention(
     """Returns the attention of one new token per row, query [B, heads, 1, D], over a cache with fewer heads, key and
     value [B, H, T, D].
 
-    Query heads that share keys and values are treated as tokens of one head. The result is that of HF's function,
-    which copies the cache for all heads at every token; this function reads the cache without a copy.
+    Query heads that share keys and values are treated as tokens of one head. The attention is the same as HF's, but
+    HF's function copies the cache for all heads at every token, and this function reads the cache without a copy.
     """
     shared = query.reshape(*key.shape[:2], -1, query.shape[3])  # [B, H, heads / H, D]
     output = scaled_dot_product_attention(shared, key, value, attn_mask=attention_mask, scale=scaling)
@@ -111,7 +111,7 @@ AttentionInterface.register("one_token", one_token_attention)
 
 @contextlib.contextmanager
 def attention(config: PreTrainedConfig, name: str) -> Iterator[None]:
-    """Inside this context the model uses the attention function called `name`."""
+    """Inside this context the model of `config` uses the attention function called `name`."""
     own, config._attn_implementation = config._attn_implementation, name
     try:
         yield
@@ -144,7 +144,8 @@ def read_prompts(model: PreTrainedModel, cache: Cache, ids: Tensor, mask: Tensor
 
 
 def whole_blocks(columns: int) -> int:
-    """Returns how many columns of the cache a recorded pass reads if `columns` are filled."""
+    """Returns how many columns of the key-value cache a recorded pass (CUDA graph) reads if `columns` columns are
+    filled."""
     return columns + -columns % GRAPH_COLUMNS
 
 
@@ -153,10 +154,10 @@ def can_record(device: torch.device) -> bool:
 
 
 def record(forward: Callable[[], Tensor]) -> Callable[[], Tensor]:
-    """Records `forward` as a CUDA graph. The returned function runs the recorded kernels again on the new contents of
-    the same tensors.
+    """Records the function `forward` as a CUDA graph. The returned function runs the recorded kernels again on the
+    new contents of the same tensors.
 
-    Raises ValueError if the pass cannot be recorded, although `reads_values` found no obstacle when the model was
+    Raises ValueError if `forward` cannot be recorded, although `reads_values` found no obstacle when the model was
     loaded.
     """
     graph = torch.cuda.CUDAGraph()
@@ -178,7 +179,7 @@ def record(forward: Callable[[], Tensor]) -> Callable[[], Tensor]:
 
 @dataclass
 class LiveRows:
-    """State of the b rows that have not left the batch.
+    """The state of the b live rows: rows that have not ended, or not yet left the batch.
 
     The tensors are changed in place, because a recorded pass refers to them; only `keep` makes new tensors.
     """
@@ -195,10 +196,10 @@ class LiveRows:
 
 
 class OneTokenPass:
-    """The forward pass for the newest token of every live row.
+    """Makes the forward pass for the newest token of every row that is still in the batch.
 
-    If `recorded`, it runs once for every GRAPH_COLUMNS columns of the cache, is then recorded, and is replayed for
-    later tokens.
+    If `recorded`, the pass runs once for every GRAPH_COLUMNS columns of the cache, is then recorded as a CUDA graph,
+    and is replayed for later tokens.
     """
 
     def __init__(self, model: PreTrainedModel, cache: Cache, live: LiveRows, recorded: bool):
@@ -208,7 +209,7 @@ class OneTokenPass:
         self.forget()
 
     def forget(self) -> None:
-        """Drop the recorded pass, because the rows have changed."""
+        """Drop the recorded CUDA graph, because the rows have changed."""
         self.columns, self.replay = 0, None  # `columns` is the number of cache columns that the pass reads
 
     def forward(self) -> Tensor:
@@ -236,13 +237,13 @@ class OneTokenPass:
 def decode_rows(model: PreTrainedModel, input_ids: Tensor, block: int | None = None, **arguments: Any) -> Tensor:
     """The decoding loop that HF's `generate` calls. Returns prompts and responses as ids [B, P + at most R].
 
-    It differs from HuggingFace's loop in three ways. Equal prompts are read once. Ended rows leave the batch. Neither
-    the cache nor the attention mask is made again at every token.
+    decode_rows differs from HuggingFace's loop in three ways. Equal prompts are read once. Rows that have ended leave
+    the batch. The cache and the attention mask are not made again at every token.
     """
     logits_processor, settings = arguments["logits_processor"], arguments["generation_config"]
     cache = arguments.get("cache", arguments.get("past_key_values"))  # transformers 5.24 renamed past_key_values
     prompt, end = input_ids.shape[1], settings.max_length
-    plain = all(type(layer) is DynamicLayer for layer in cache.layers)  # other kinds of cache layers are kept
+    plain = all(type(layer) is DynamicLayer for layer in cache.layers)  # other kinds of cache layers are not replaced
     config = model.config.get_text_config()
     ours = plain and config._attn_implementation == "sdpa" and model.loop in LOOPS[:2]
     recorded = ours and model.loop == LOOPS[0] and can_record(input_ids.device)
@@ -257,8 +258,8 @@ def decode_rows(model: PreTrainedModel, input_ids: Tensor, block: int | None = N
     output = input_ids.new_full((len(input_ids), end), settings.pad_token_id)
     output[:, :prompt] = input_ids
     places, position_ids = torch.arange(len(output), device=output.device), mask.sum(1, keepdim=True) - 1
-    mask = pad(mask, (0, width - prompt))  # the mask is 1 at tokens, else 0
-    if ours:  # the mask is 0 at tokens, else -inf: attention layers take it unchanged, and HF makes none
+    mask = pad(mask, (0, width - prompt))  # the mask is 1 at tokens and 0 at padding
+    if ours:  # the mask is 0 at tokens, else -inf: attention layers use it unchanged
         mask = scores.new_zeros(mask.shape).masked_fill(mask == 0, -torch.inf)[:, None, None]
     live = LiveRows(places, torch.empty_like(places), torch.zeros_like(places, dtype=torch.bool), position_ids, mask)
     one_token_pass = OneTokenPass(model, cache, live, recorded)
@@ -292,7 +293,7 @@ def decode_rows(model: PreTrainedModel, input_ids: Tensor, block: int | None = N
 class ReadsValues(TorchDispatchMode):
     """Sets `seen` to True if a shape or a Python branch depends on the values of a tensor, as in routers of experts.
 
-    A recorded pass would repeat the shape or branch of the recorded values for all later tokens.
+    A recorded CUDA graph would repeat the shape or branch of the recorded values for all later tokens.
     """
 
     seen = False
@@ -307,7 +308,8 @@ class ReadsValues(TorchDispatchMode):
 
 
 def reads_values(model: PreTrainedModel, ids: Tensor) -> bool:
-    """Returns whether the shapes or branches in a pass of one token depend on tensors' values. ids [B, 1]"""
+    """Returns whether shapes or branches in a forward pass of one token depend on the values of tensors. ids [B,
+    1]"""
     mask = torch.zeros(len(ids), 1, 1, 1, dtype=model.dtype, device=ids.device)
     with ReadsValues() as mode:
         last_hidden(model, input_ids=ids, attention_mask=mask, position_ids=torch.zeros_like(ids), use_cache=False)
@@ -328,8 +330,9 @@ def choose_loop(model: PreTrainedModel, ids: Tensor, mask: Tensor, want: Tensor,
     """Set model.loop to the first of LOOPS that gives the right log-probs, or to None if only HF's own loop gives
     them.
 
-    The last R columns of `ids` are forced; all of their tokens are different. Their log-probs have to equal `want`
-    [B, R], which is 0 after the end of each row, within `close`. Returns False if no loop gives these log-probs.
+    The last R columns of `ids` are forced; all of their tokens are different. The log-probs of these tokens have to
+    equal `want` [B, R] (0 after the end of each row) within `close`. Returns False if the log-probs of every loop
+    differ from `want`.
     """
     lengths, prompt = (want != 0).sum(1), ids.shape[1] - want.shape[1]
     forced = ids[:, prompt:]

@@ -1,10 +1,10 @@
 """This file makes and locks a run's folder, saves checkpoints to it and resumes from them. k steps + resume + k steps
 = 2k steps, bit for bit.
 
-A checkpoint is one file. It holds the trained weights, the optimizer's state and the number of finished steps, and
-for ReLIFT the buffer and the second optimizer. A checkpoint needs no random state and no position in the data: every
-draw is a pure function of (seed, step, problem, rollout), and the order of problems one of (seed, epoch). A
-checkpoint is written beside the older ones and renamed when it is complete; the last two checkpoints are kept. So a
+Each checkpoint is one file. A checkpoint holds the trained weights, the optimizer's state and the number of finished
+steps, and for ReLIFT the buffer and the second optimizer. A checkpoint needs no random state and no position in the
+data: every draw is a pure function of (seed, step, problem, rollout), and the order of problems one of (seed, epoch).
+A checkpoint is written beside the older ones and renamed when it is complete; the last two checkpoints are kept. So a
 complete checkpoint exists at any moment, also after SIGKILL or with a full disk. PyTorch writes a checkpoint as a zip
 file with a CRC-32 of every part. A resumed run takes the newest file whose parts agree with their CRC, and cuts its
 logs back to the step of this file. A lock keeps a second process out of the folder; the operating system releases the
@@ -168,7 +168,7 @@ def settings_of(config: Config) -> dict[str, Any]:
 
 
 def save(folder: Path, step: int, run: Any) -> None:
-    """Save step `step` of the run (a step.Run) as the newest checkpoint in `folder`. Every rank calls this.
+    """Save step `step` of the run (a step.Run) as the newest checkpoint in `folder`. Every rank calls this function.
 
     Of the older checkpoints only the newest is kept, so there are never more than two files, also while one is
     written. Raises Unwritten if the file cannot be written.

@@ -1,5 +1,5 @@
 """This file reads the options of every command and ends the command: an error is one line, also if the output is
-closed or Ctrl-C is pressed. It also catches the signals that ask a run to stop."""
+closed or Ctrl-C is pressed. The file also catches the signals that ask a run to stop."""
 
 import argparse
 import contextlib
@@ -62,8 +62,8 @@ def catch_signals(alone: bool) -> list[int]:
     before they kill a job.
 
     The training loop stops after the current step when the list is not empty. With `alone` (one process) a second
-    signal ends the process at once. With several ranks it does not, because torchrun sends each signal twice, and
-    kills after 30 seconds.
+    signal ends the process at once. With several ranks a second signal is only noted, because torchrun sends each
+    signal twice, and kills after 30 seconds.
     """
     caught: list[int] = []
 
@@ -74,7 +74,7 @@ def catch_signals(alone: bool) -> list[int]:
 
     for name in ENDING:
         number = getattr(signal, name, None)  # Windows lacks most of these signals
-        # nohup has set SIGHUP to be ignored, and it stays so
+        # nohup makes a process ignore SIGHUP, and SIGHUP stays ignored
         if number and not (name == "SIGHUP" and signal.getsignal(number) == signal.SIG_IGN):
             signal.signal(number, note)
     return caught

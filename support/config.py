@@ -1,5 +1,5 @@
-"""The settings of a run are one flat dataclass, `Config`. They are read from a JSON file and from --FIELD VALUE on
-the command line, and checked before any work.
+"""The settings of a run are one flat dataclass, `Config`. Settings are read from a JSON file and from --FIELD VALUE
+on the command line, and checked before any work.
 
 A wrong field raises an InputError of one line, which names the field, what was found and what was expected. Left out
 are nested groups of settings, defaults that depend on the model, and environment variables.
@@ -24,12 +24,12 @@ PROJECT = Path(__file__).parents[1]
 
 
 def in_project(path: str) -> str:
-    """Returns `path`, or the path of that file in the project's folder, if only the project has such a file."""
+    """Returns `path`, or, if only the project's folder has a file of this path, the path in that folder."""
     return path if os.path.exists(path) or not os.path.exists(PROJECT / path) else str(PROJECT / path)
 
 
-TASK = in_project("data/recipes")  # the embedded task
-PATHS = ("model", "data", "eval_data", "test_data", "sft_data")  # settings that can name files in the project
+TASK = in_project("data/recipes")  # the task that comes with the project
+PATHS = ("model", "data", "eval_data", "test_data", "sft_data")  # settings whose paths may be in the project's folder
 MOST = 10**9  # upper limit of whole numbers without an own limit; more steps, rows or tokens must be a mistake
 
 
@@ -92,7 +92,7 @@ class Config:
     entropy_keep: float = knob(0.2, "share of the prefix tokens that the entropy clip keeps (paper: 0.2)", 0, 1)
     clip_low: float = knob(0.2, "PPO clips the ratio where it is below 1 - clip_low (release: 0.2)", 1e-3, 1)
     clip_high: float = knob(0.2, "PPO clips the ratio where it is above 1 + clip_high (release: 0.2)", 1e-3)
-    gate: int = knob(0, "hpt, rescue, relift: a group is unsolved if at most so many rows are right (HPT: 0)", 0)
+    gate: int = knob(0, "hpt, rescue, relift: a group with at most so many right rows is unsolved (HPT: 0)", 0)
     # the optimizer
     lr: float = knob(1e-4, "learning rate of reinforcement, constant over the run (paper: 1e-6)", 0)
     sft_lr: float = knob(2.5e-4, "peak learning rate of sft: 10% warm-up, then a cosine decay (paper: 5e-5)", 0)
@@ -112,7 +112,7 @@ class Config:
     )
     lora_lr_times: float = knob(10.0, "the adapters' learning rates are this many times lr, sft_lr and relift_lr", 0)
     base_dtype: str = knob(
-        "float32", "dtype of weights frozen by adapters, on a CPU; CUDA: bfloat16", choices=("float32", "bfloat16")
+        "float32", "dtype of weights frozen by adapters on a CPU (CUDA: bfloat16)", choices=("float32", "bfloat16")
     )
     # evaluation
     eval_response_tokens: int = knob(120, "most tokens of a response in evaluation (paper: 8192)", 2)
@@ -227,8 +227,8 @@ def from_dict(values: dict[str, Any]) -> Config:
 
 
 def new_parser() -> Parser:
-    """Returns the parser of train.py's command line. It has an option for each field of Config and leaves the values
-    as text."""
+    """Returns the parser of train.py's command line. The parser has an option for each field of Config and leaves the
+    values as text."""
     parser = Parser(
         prog="train.py",
         usage="python train.py [--config FILE.json] [--FIELD VALUE ...]",

@@ -22,7 +22,7 @@ LINE_EVERY = 10  # number of steps between lines when the output is piped
 LINE_SECONDS = 60  # seconds after which a line is printed even if LINE_EVERY steps are not done
 ESTIMATE_AFTER = 5  # number of steps after which the remaining time is estimated
 SAMPLE_EVERY = 20  # number of steps between samples on a terminal
-SHOWN = {  # metrics of the progress line and their short names; a step shows those that it has
+SHOWN = {  # metrics of the progress line and their short names (a step shows only metrics that it has)
     "reward_on_policy": "reward",
     "reward_hybrid": "hybrid",
     "prefix_fraction": "prefix",
@@ -64,7 +64,7 @@ class Progress:
         self.bar = tqdm(total=total, initial=done, unit="step", disable=quiet, dynamic_ncols=True)
         self.writer = None
         if tensorboard and rank() == 0:
-            from torch.utils.tensorboard import SummaryWriter  # here, because the package is optional
+            from torch.utils.tensorboard import SummaryWriter  # imported here: an optional package
 
             self.writer = SummaryWriter(folder / "tensorboard", purge_step=done + 1)
 

@@ -4,9 +4,9 @@ model with FSDP2.
 A plain `python train.py` on a CPU needs none of these functions: rank() is 0, world_size() is 1, and all exchange and
 sharding functions return their argument unchanged. `torchrun --nproc_per_node N train.py …` starts N ranks. All ranks
 plan and grade the same rows and compute the same weights. Each rank samples a part of the rows (sample.generate) and
-computes gradients for a part of them (`micro_batches`); rank 0 writes and prints. On CUDA a single process shards the
-model too, over a mesh of one rank, because this is the simplest way to fp32 weights with bf16 compute. In eval.py
-each rank also samples a part of the rows, but has a whole model.
+computes the gradients of a part of the rows (`micro_batches`); rank 0 writes and prints. On CUDA a single process
+shards the model too, over a mesh of one rank, because this is the simplest way to fp32 weights with bf16 compute. In
+eval.py each rank also samples a part of the rows, but has a whole model.
 
     start, shard                               called by train.py and model.load_model (by eval.py: start alone)
     gather_dict, sum_over_ranks, from_rank_0   exchange between ranks, on the CPU (gloo)
@@ -149,7 +149,7 @@ def shard(model: nn.Module, plain: nn.Module, device: torch.device, offload: boo
 
     On CUDA layers compute in bf16, and gradients are summed in fp32. `offload` keeps the split weights and the
     optimizer on the CPU. Before the call rank 0 has the weights on the CPU, and other ranks have a model on the meta
-    device. So host memory holds only one copy of the weights (4 bytes per parameter), and rank 0 sends it tensor by
+    device. Thus host memory holds only one copy of the weights (4 bytes per parameter), and rank 0 sends it tensor by
     tensor. Gradients are summed over ranks, not averaged, because the loss has one global denominator. `plain` is the
     same model on the meta device, which `gathered` gives to the sampler. Weights that are frozen under adapters are
     not split: each rank has all of them. Raises InputError if layers share weights, because FSDP would make two
@@ -178,7 +178,7 @@ def shard(model: nn.Module, plain: nn.Module, device: torch.device, offload: boo
     if world_size() > 1:
         _send_weights(model, weights, buffers, device, "cpu" if offload else device)
     plain.generation_config = model.generation_config
-    object.__setattr__(model, "plain", plain.eval())  # because a submodule's weights would count twice
+    object.__setattr__(model, "plain", plain.eval())  # a submodule's weights would count twice
     model.run_forward = MethodType(_call, model)
     register_fsdp_forward_method(model, "run_forward")
 
@@ -226,8 +226,8 @@ def gathered(model: nn.Module) -> Iterator[nn.Module]:
     """Gives, on every rank, a model with whole weights (in bf16 on CUDA). While this model is used, it needs no other
     rank.
 
-    For a sharded model this is the plain model of `shard`, which reads the gathered weights. It has no FSDP hooks;
-    the hooks of the sharded model would run at every layer and token and split the weights again.
+    For a sharded model `gathered` gives the plain model of `shard`, which reads the gathered weights. The plain model
+    has no FSDP hooks; the hooks of the sharded model would run at every layer and token and split the weights again.
     """
     if not isinstance(model, FSDPModule):
         yield model
@@ -300,7 +300,7 @@ def shard_like(tensor: Tensor, like: Any) -> Tensor:
 def cut_by_length(rollouts: Any, rows: Tensor, budget: int) -> list[Tensor]:
     """Sorts `rows` of sample.Rollouts by length and cuts them so that rows x columns stay within `budget` tokens.
 
-    A row that is longer than `budget` is alone in its cut.
+    A row that is longer than `budget` is cut off alone.
     """
     responses = rollouts.response_mask.sum(1)
     prompts, responses = (rollouts.attention_mask.sum(1) - responses).tolist(), responses.tolist()

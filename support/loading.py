@@ -89,8 +89,8 @@ def load_config(path: str) -> PreTrainedConfig:
 
 
 def window_of(config: PreTrainedConfig) -> int | None:
-    """Returns the model's window: how many tokens a prompt and its response may have together. None if the config
-    names no limit."""
+    """Returns the model's window: how many tokens a prompt and its response may have together. Returns None if the
+    config names no limit."""
     return getattr(config.get_text_config(), "max_position_embeddings", None)
 
 
@@ -111,7 +111,7 @@ def check_window(
 def fuse_norms(model: nn.Module) -> None:
     """Replace each RMS norm, for which HF runs six kernels, by a single kernel of PyTorch where the results agree.
 
-    On CUDA this saves a twelfth of the time of an update of Qwen2.5-1.5B and a tenth of sampling
+    For Qwen2.5-1.5B on CUDA the single kernel saves a twelfth of an update's time and a tenth of the time of sampling
     [bench/results/gpu.md].
     """
     for module in model.modules():
@@ -141,7 +141,7 @@ def end_tokens(path: str, config: PreTrainedConfig) -> list[int]:
         ends = GenerationConfig.from_model_config(config).eos_token_id
     listed = [] if ends is None else ends if isinstance(ends, list) else [ends]
     size = config.get_text_config().vocab_size
-    usable = [end for end in listed if type(end) is int and end < size]  # a larger id is never sampled
+    usable = [end for end in listed if type(end) is int and end < size]  # an id above the vocabulary is never sampled
     if any(type(end) is not int or end < 0 for end in listed) or (ends is not None and not usable):
         raise InputError(f"its eos_token_id is {ends!r:.80}, expected an id from 0 to {size - 1} or a list of ids")
     return usable
@@ -169,8 +169,8 @@ def switch_off_noise(config: PreTrainedConfig) -> PreTrainedConfig:
 
 
 def weights_dtype(device: torch.device, training: bool, config: Config | None) -> torch.dtype:
-    """Returns the dtype in which weights are read. It is fp32 for training; on CUDA it is bf16 for sampling and for
-    weights that are frozen under adapters. `config` is None without adapters."""
+    """Returns the dtype in which weights are read. The dtype is fp32 for training; on CUDA the dtype is bf16 for
+    sampling and for weights that are frozen under adapters. `config` is None without adapters."""
     if training and not config:
         return torch.float32
     if device.type == "cuda":

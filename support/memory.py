@@ -44,8 +44,8 @@ def token_bytes(config: PreTrainedConfig, repeated: int = 0, size: int = 2) -> i
     layers.
 
     The head needs scores, their CDF and copies (measured: 16 bytes per word of the vocabulary). An attention layer
-    needs the keys and values of `repeated` columns, copied for all heads; with one_token_attention `repeated` is 0,
-    because it copies none.
+    needs the keys and values of `repeated` columns, copied for all heads; `repeated` is 0 with one_token_attention,
+    which copies no keys and values.
     """
     config = config.get_text_config()
     return max(2 * size * repeated * config.num_attention_heads * head_width(config), 16 * config.vocab_size)

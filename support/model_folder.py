@@ -3,9 +3,9 @@
 transformers 5 has moved fields of config.json (`rope_theta` into `rope_parameters`). For a missing field transformers
 4 takes its default without a warning: RoPE's base 1e6 becomes 1e4. Training changes neither config nor tokenizer, so
 the base model's own fields are written beside the new fields, and its tokenizer files are copied. If transformers 5
-has written the base model, the base has no old fields. Then RoPE's old fields, and Qwen3-MoE's number of experts, are
-made from the new fields. In all models that both versions know, no other field is missing [tests/transformers_4.py].
-If the old fields cannot describe the RoPE of the new fields, there is a warning.
+has written the base model, the base has no old fields. Without old fields in the base model, RoPE's old fields and
+Qwen3-MoE's number of experts are made from the new fields. In all models that both versions know, no other field is
+missing [tests/transformers_4.py]. If the old fields cannot describe the RoPE of the new fields, there is a warning.
 """
 
 import json
@@ -75,11 +75,11 @@ def rewrite(file: Path, change: Callable[[dict], dict]) -> None:
 def with_old_fields(config: dict[str, Any], original: dict[str, Any]) -> dict[str, Any]:
     """Returns `config` with added fields that only transformers 4 reads, taken from the base model's `original`
     config."""
-    if original.get("model_type") != config.get("model_type"):  # then only the text part of the base model was loaded
+    if original.get("model_type") != config.get("model_type"):  # only the text part of the base model was loaded
         original = original.get("text_config", {})
     complete = old_fields(config) | original | config
     for name, part in config.items():
-        if isinstance(part, dict) and "model_type" in part:  # such a part is text_config or vision_config
+        if isinstance(part, dict) and "model_type" in part:  # `part` is text_config or vision_config
             complete[name] = with_old_fields(part, original.get(name, {}))
     if "dtype" in config:
         complete["torch_dtype"] = config["dtype"]
@@ -104,8 +104,8 @@ def old_fields(config: dict[str, Any]) -> dict[str, Any]:
 
 
 def says_the_same(config: dict[str, Any]) -> bool:
-    """Returns whether the old fields alone give the RoPE of the new fields. They are read by transformers 5, which
-    reads old fields as transformers 4 does."""
+    """Returns whether the old fields alone give the RoPE of the new fields. transformers 5, which reads old fields as
+    transformers 4 does, reads them here."""
     old = dict(config.get("text_config", config))
     new = old.pop("rope_parameters", None)
     try:

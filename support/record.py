@@ -39,9 +39,9 @@ def rl_metrics(run: Any, step: Any) -> dict[str, Any]:
     and rescue replace the rows of unsolved groups or sample them again, so the final batch would hide these
     failures.) `copied` is the share of responses that are right with a piece of the problem as their answer
     (is_copied). `log_prob_gap` is the mean distance between a sampled token's log-prob in sampling and in the
-    training pass. This gap is 0 up to rounding. `surprise` is the mean of -log pi - H over sampled tokens, with log
-    pi and the entropy H from the training pass. `surprise` is 0 up to noise if the sampler drew the tokens from pi,
-    even if the log-probs recorded in sampling were wrong.
+    training pass. `log_prob_gap` is 0 up to rounding. `surprise` is the mean of -log pi - H over sampled tokens, with
+    log pi and the entropy H from the training pass. `surprise` is 0 up to noise if the sampler drew the tokens from
+    pi, even if the log-probs recorded in sampling were wrong.
     """
     batch, first_rows = step.batch, step.batch.first_rows
     rollouts, rewards, hybrid = batch.rollouts, batch.rewards, batch.rollouts.hybrid

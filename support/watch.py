@@ -1,9 +1,9 @@
 """This file makes the warnings that a run prints, each once, when its metrics show that training goes wrong.
 
-`Watch.look` takes each step's row of metrics, in order, and returns the warnings that apply for the first time.
-Warnings depend on these rows only. A resumed run first passes the rows of metrics.jsonl to `Watch.recall`, and then
-gives the warnings that an uninterrupted run would have given. The thresholds of all warnings are the constants of
-this file. A warning changes nothing in the run.
+`Watch.look` takes each step's row of metrics, in order, and returns the warnings that apply for the first time. The
+warnings depend on the rows of metrics only. A resumed run first passes the rows of metrics.jsonl to `Watch.recall`,
+and then gives the warnings that an uninterrupted run would have given. The thresholds of all warnings are the
+constants of this file. A warning changes nothing in the run.
 """
 
 import math
@@ -96,8 +96,8 @@ class Watch:
         return warnings
 
     def of_rewards(self, rewards: list[float | None]) -> str:
-        """Returns the warning "reward_lost" or "". It compares the last SHORT `rewards` with the best earlier mean
-        over SHORT steps.
+        """Returns the warning "reward_lost" or "". of_rewards compares the last SHORT `rewards` with the best earlier
+        mean over SHORT steps.
 
         `rewards` are those of the last 2 SHORT steps, or of at least FIRST + SHORT steps early in the run.
         """

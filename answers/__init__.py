@@ -1,12 +1,14 @@
-"""This package reads final answers of mathematical problems: what they say, and whether two say the same.
+"""This package reads final answers of mathematical problems. It decides what an answer means and whether two answers
+mean the same.
 
     tokens.py    text -> tokens, and the vocabulary          tree.py      the tree in normal form, exact arithmetic
     reader.py    tokens -> tree                              values.py    values at random points to 60 digits
     whole.py     text -> answer: `read`                      regions.py   sets of real numbers as intervals
     equality.py  two answers: `equal`
 
-No time limits, processes or signals are needed: characters, tokens, depth, digits and points are limited, nothing
-backtracks, and no text is ever evaluated. Finding the answer in a response is left to reward.py.
+The package needs no time limits, processes or signals. The number of characters, tokens, digits and random points and
+the depth of an answer are limited, the parser does not backtrack, and no text is ever evaluated as code. Finding the
+boxed answer in a response is left to reward.py.
 """
 
 from .equality import equal

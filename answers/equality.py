@@ -1,22 +1,23 @@
-"""This file says whether two answers that were read mean the same. They do if they have the same normal form, else
-the same exact number, else the same values at random points to 45 digits. When in doubt, two answers are not equal,
+"""This file decides whether two parsed answers are equal. Two answers are equal if they have the same normal form,
+the same exact number, or the same values at random points to 45 digits. In doubtful cases two answers are unequal,
 because a policy learns to exploit false positives.
 
-Two decimals are compared as exact numbers, and so are a decimal in the prediction and an exact gold: 3.14
-is not π, 0.333 is not 1/3, and 0.3330 is 0.333. Only a gold that is itself a decimal, of at least three significant
-digits, also accepts a fraction that no decimal can state and that rounds to it. So gold 0.333 accepts 1/3. For √2 the
-gold needs four digits.
+Two decimals are compared as exact numbers: 0.3330 is 0.333. A decimal in the prediction and an exact gold answer are
+compared exactly too: 3.14 is not π, and 0.333 is not 1/3. A gold answer that is a decimal of at least three
+significant digits also accepts a fraction without a finite decimal that rounds to it: gold 0.333 accepts 1/3. An
+irrational number such as √2 is accepted if the decimal gold answer has at least four significant digits.
 
-Some parts of an answer may be left out but never contradicted (5 cm is 5 and is not 5 m). These are units, degrees,
-%, currency, the modulus, the base, the name in "x = 5", and a domain such as "for all real x". Any other condition
-must be the same, word by word. Sets, lists and the sides of = may stand in any order. Tuples, points and matrices are
-ordered. [0, 1] is not [0, 1). Three or more numbers in order are a tuple with or without parentheses, a column is a
-point, and {5} is 5.
+Some parts of an answer may be left out but never contradicted (5 cm is 5 and is not 5 m). The parts that may be left
+out are units, degrees, %, currency, the modulus, the base, the name in "x = 5", and a domain such as "for all real
+x". Any other condition behind an answer must be the same in both answers, word by word. Sets, lists and the sides of
+= may stand in any order. The order of the entries counts in tuples, points and matrices. The brackets of an interval
+count: [0, 1] is not [0, 1). Three or more numbers in the same order equal a tuple even without parentheses, a column
+vector equals a point, and {5} equals 5.
 
-Expressions are compared as functions of real variables if both are real at three or more of eight points, else as
-complex ones. With ⌊ ⌋ or ⌈ ⌉ the functions are compared at whole numbers too, and at nothing else if the letters are
-i to n, K, M or N. Left out are solving equations (x^2 = 4 is not x = 2, -2) and other identities that hold for whole
-numbers only.
+Expressions are compared as real functions if both have real values at three or more of eight random points, else as
+complex functions. Expressions with ⌊ ⌋ or ⌈ ⌉ are compared at whole numbers too. They are compared at whole numbers
+only if all variables are among i to n, K, M and N. Left out are solving equations (x^2 = 4 does not equal x = 2, -2)
+and other identities that hold for whole numbers only.
 """
 # ruff: isort: skip_file
 
@@ -34,32 +35,33 @@ TURNED = FLIPPED | {"≡": "≡", "≈": "≈", "⊥": "⊥", "∥": "∥"}
 
 
 def equal(prediction: Answer, gold: Answer) -> bool:
-    """Returns whether a prediction is right. A multiple-choice gold accepts its letter only, and words equal only the
-    same words."""
+    """Returns whether a prediction equals the gold answer. A multiple-choice gold accepts only its letter, and words
+    equal only the same words."""
     if gold.choice:
         return gold.choice in (prediction.choice, prediction.option)
     if "text" in (prediction.node[0], gold.node[0]):
         return prediction.words is not None and prediction.words == gold.words
     conditions = {prediction.condition, gold.condition}
-    # only a domain may be left out on one side
+    # only a condition that is a domain may be missing in one of the two answers
     if len(conditions) > 1 and ("" not in conditions or len("".join(conditions)) > 1):
         return False
-    # the letters AD stand for the list A, D
+    # the prediction AD, several letters of options, stands for the list A, D
     if gold.node[0] == "list" and prediction.words and set("ABCDEFGH").issuperset(prediction.words):
         return same(("list", tuple(map(sym, prediction.words))), gold.node)
     pairs = [(prediction.node, gold.node), (prediction.second, gold.node), (prediction.node, gold.second)]
     try:
         return any(same(p, g) for p, g in pairs if p is not None and g is not None)
-    except Unreadable:  # arithmetic on the two made numbers that are too large
+    except Unreadable:  # the comparison computed a number that is too large
         return False
 
 
 def same(p: Node, g: Node) -> bool:
-    """Returns whether the tree of a prediction and that of a gold mean the same."""
+    """Returns whether the tree of a prediction and the tree of a gold answer mean the same."""
     if p == g:
         return True
     for node, other in ((p, g), (g, p)):
-        if node[0] == "set" and len(node[1]) == 1 and other[0] in EXPRESSIONS | {"unit"}:  # {5} is 5
+        # the set {5} equals the number 5
+        if node[0] == "set" and len(node[1]) == 1 and other[0] in EXPRESSIONS | {"unit"}:
             values = node[1]
         elif node[0] == "rel" and "≈" in node[1]:
             values = _approximations(node)
@@ -67,13 +69,14 @@ def same(p: Node, g: Node) -> bool:
             continue
         return any(same(value, g) if node is p else same(p, value) for value in values)
     kinds = {p[0], g[0]}
-    # x = 5 cm has its unit inside the equation
+    # an equation such as x = 5 cm has its unit inside
     if "unit" in kinds and (kinds != {"unit", "rel"} or "rel" in (p[1][0], g[1][0])):
-        if p[:2] == ("unit", g) or g[:2] == ("unit", p):  # -1 (mod 7) is -1, and as a residue it is 6
+        if p[:2] == ("unit", g) or g[:2] == ("unit", p):  # -1 (mod 7) equals -1, and it equals its residue 6
             return True
         (p, unit_p), (g, unit_g) = _without_unit(p), _without_unit(g)
         return (unit_p == unit_g or None in (unit_p, unit_g)) and same(p, g)
-    if p[0] == g[0] == "rel" and ("≡" in p[1]) != ("≡" in g[1]):  # so x ≡ 2 is not x = 2
+    # a congruence such as x ≡ 2 does not equal the equation x = 2
+    if p[0] == g[0] == "rel" and ("≡" in p[1]) != ("≡" in g[1]):
         return False
     if p[0] == "rel" or g[0] == "rel" or "regions" in (p[0], g[0]) or REALS in (p, g):
         return _same_relations(p, g)
@@ -83,7 +86,7 @@ def same(p: Node, g: Node) -> bool:
 
 
 def _without_unit(node: Node) -> tuple[Node, str | Node | None]:
-    """Returns the value without its unit or modulus: 5 cm is 5 with a unit, 7 (mod 5) is 2 with a modulus."""
+    """Splits a value from its unit or modulus: 5 cm gives 5 and cm, 7 (mod 5) gives 2 and the modulus 5."""
     if is_modulo(node):
         return residue(node[1], node[2][1]), node[2]
     return node[1:] if node[0] == "unit" else (node, None)
@@ -94,9 +97,10 @@ def _same_collections(p: Node, g: Node) -> bool:
     if kinds <= {"set", "list"}:
         return _same_items(p[1], g[1])
     if kinds == {"seq"}:
-        plain = {p[1] + p[2], g[1] + g[2]} <= {"()", "[]"} and len(p[3]) > 2  # [1, 2, 3] counts as (1, 2, 3)
+        # three or more numbers in brackets, as in [1, 2, 3], equal the tuple (1, 2, 3)
+        plain = {p[1] + p[2], g[1] + g[2]} <= {"()", "[]"} and len(p[3]) > 2
         return (p[1:3] == g[1:3] or plain) and _same_in_order(p[3], g[3])
-    # three or more numbers in order are a tuple, with or without ( )
+    # three or more numbers in a list without parentheses equal a tuple
     if kinds == {"seq", "list"} and {p[1], g[1]} & {"(", "["}:
         return len(p[-1]) > 2 and _same_in_order(p[-1], g[-1])
     if kinds == {"matrix"}:
@@ -107,11 +111,11 @@ def _same_collections(p: Node, g: Node) -> bool:
         if len(matrix[1][0]) > 1 or seq[1] + seq[2] not in ("()", "[]"):
             return False
         return _same_in_order(column, seq[3]) if matrix is p else _same_in_order(seq[3], column)
-    if {"ratio"} <= kinds <= {"ratio", "clock"}:  # 4:6 is 2:3, and 10:30 is not 5:15
+    if {"ratio"} <= kinds <= {"ratio", "clock"}:  # the ratio 4:6 equals 2:3, but the time 10:30 does not equal 5:15
         return _same_ratio(p[1], g[1])
     if p[0] == "base" and p[2] == 10:
         return g == num(int(p[1]))
-    return g[0] == "base" and g[1].isdigit() and p == num(int(g[1]))  # the base may be left out
+    return g[0] == "base" and g[1].isdigit() and p == num(int(g[1]))  # a prediction may leave out the base
 
 
 def _same_in_order(p: tuple[Node, ...], g: tuple[Node, ...]) -> bool:
@@ -123,7 +127,7 @@ def _same_items(p: tuple[Node, ...], g: tuple[Node, ...]) -> bool:
     if len(p) != len(g) or len(p) > MAX_ITEMS:
         return False
     left, rest = list(g), []
-    for item in p:  # equal items are tried first, because they cost nothing
+    for item in p:  # items with identical trees are matched first, because comparing trees costs little
         left.remove(item) if item in left else rest.append(item)
     if len(rest) > MAX_RELATIONS and any(item[0] in ("rel", "regions") for item in rest):
         return False
@@ -136,8 +140,8 @@ def _same_items(p: tuple[Node, ...], g: tuple[Node, ...]) -> bool:
 
 
 def _same_ratio(p: tuple[Node, ...], g: tuple[Node, ...]) -> bool:
-    """Returns whether two ratios are equal or proportional. Parts that are 0 are never proportional, because 3:00 and
-    7:00 are times."""
+    """Returns whether two ratios have equal or proportional parts. Ratios with a part 0 are never proportional,
+    because 3:00 and 7:00 are times."""
     if _same_in_order(p, g):
         return True
     expressions = len(p) == len(g) and all(x[0] in EXPRESSIONS for x in p + g)
@@ -149,13 +153,14 @@ def _same_ratio(p: tuple[Node, ...], g: tuple[Node, ...]) -> bool:
 
 def _same_relations(p: Node, g: Node) -> bool:
     (name_p, value_p), (name_g, value_g) = _named_value(p), _named_value(g)
-    # an equation of numbers, such as 2 + 3 = 5, has no name
+    # an equation of numbers, such as 2 + 3 = 5, gives a value without a name
     if (name_p is None and value_p != p) or (name_g is None and value_g != g):
         return same(value_p if name_p is None else p, value_g if name_g is None else g)
     if name_p and name_g and name_p[0] == name_g[0] == "seq":
         return _same_assignments(name_p, value_p, name_g, value_g)
     for name, value, stated, other in ((name_p, value_p, p, g), (name_g, value_g, g, p)):
-        if name and value[0] == "seq" and stated[1][0] == "=" and is_region(other):  # P = (1, 2) is not 1 < x < 2
+        # the point in P = (1, 2) does not equal the region 1 < x < 2
+        if name and value[0] == "seq" and stated[1][0] == "=" and is_region(other):
             return False
     if (name_p is None) != (name_g is None) or (name_p is not None and name_p == name_g):
         if same(value_p, value_g):
@@ -163,7 +168,7 @@ def _same_relations(p: Node, g: Node) -> bool:
         if name_p is None or name_g is None:
             assigned, other = (name_g, p) if name_p is None else (name_p, g)
             plain = other[0] == "list" and not any(x[0] == "rel" for x in other[1])
-            # "x = 1, y = 2" is right for "1, 2"
+            # the answer "x = 1, y = 2" equals the list "1, 2"
             if assigned[0] == "seq" and plain and "seq" in (value_p[0], value_g[0]):
                 return _same_in_order(value_p[-1], value_g[-1])
     regions = regions_of(p), regions_of(g)
@@ -176,15 +181,15 @@ def _same_relations(p: Node, g: Node) -> bool:
 
 
 def _named_value(node: Node) -> tuple[Node | None, Node]:
-    """Returns the value that a name has: x = 5 is 5 by the name x, and x ∈ A is A. In a chain the last side counts if
-    the others agree with it."""
+    """Returns the name and the value of an answer: x = 5 gives x and 5, and x ∈ A gives x and A. In a chain of
+    equations the last side is the value if the other sides agree with it."""
     if node[0] != "rel" or len(set(node[1])) > 1 or node[1][0] not in ("=", "∈", "≡"):
         return None, node
     name, *sides = node[2]
     if node[1][0] == "∈":
         return (name, sides[0]) if is_name(name) and len(sides) == 1 else (None, node)
     value = sides[-1]
-    if len(sides) == 1 and is_name(value) and not symbols(name):  # 5 = x names x, too
+    if len(sides) == 1 and is_name(value) and not symbols(name):  # the name may stand on the right, as in 5 = x
         name, value = value, name
         sides = [value]
     constant = not symbols(value)
@@ -199,7 +204,7 @@ def _named_value(node: Node) -> tuple[Node | None, Node]:
 
 
 def _same_assignments(name_p: Node, value_p: Node, name_g: Node, value_g: Node) -> bool:
-    """Returns whether two lists of values by name agree: (x, y) = (1, 2) and (y, x) = (2, 1) do."""
+    """Returns whether two assignments give each name the same value, such as (x, y) = (1, 2) and (y, x) = (2, 1)."""
     if any(v[0] != "seq" or len(v[3]) != len(n[3]) for n, v in ((name_p, value_p), (name_g, value_g))):
         return False
     p, g = dict(zip(name_p[3], value_p[3])), dict(zip(name_g[3], value_g[3]))
@@ -207,9 +212,9 @@ def _same_assignments(name_p: Node, value_p: Node, name_g: Node, value_g: Node) 
 
 
 def _is_quantity(node: Node) -> bool:
-    """Returns whether an answer may name this quantity to state its value: a + b = 7, AB/CD = 1/2, |AB| = 5, cos A =
-    1/2; but not |x| or 2x."""
-    if node[0] == "ratio":  # a ratio such as AB : CD
+    """Returns whether an answer may state the value of this quantity, as in a + b = 7, AB/CD = 1/2, |AB| = 5 or cos A
+    = 1/2. The quantities |x| and 2x are excluded."""
+    if node[0] == "ratio":  # the node is a ratio such as AB : CD
         return all(_is_plain(x) or _is_quantity(x) for x in node[1])
     if node[0] == "fn" and node[1] == "abs":
         return node[2][0][0] == "mul" and all(_is_plain(x) for x in node[2][0][1])
@@ -225,8 +230,8 @@ def _is_plain(node: Node) -> bool:
 
 
 def _approximations(node: Node) -> list[Node]:
-    """Returns both sides of "exact ≈ decimal" if the decimal is the exact value rounded, and the value of "x ≈
-    number"."""
+    """Returns the values that an approximation states: both sides of "exact ≈ decimal" if the exact value rounds to
+    the decimal, and the number of "x ≈ number"."""
     cut = node[1].index("≈")
     left, right = node[2][: cut + 1], node[2][cut + 1 :]
     if len(right) == len(left) == 1 and is_name(left[0]):
@@ -239,8 +244,8 @@ def _approximations(node: Node) -> list[Node]:
 
 
 def _same_relation(p: Node, g: Node) -> bool:
-    """Returns whether two relations are the same side by side, also turned round. Single ones are also compared as
-    lhs - rhs up to a constant factor."""
+    """Returns whether two relations have equal sides, also if one relation is turned round (x < 1 is 1 > x).
+    Relations with one sign are also compared as lhs - rhs up to a constant factor."""
     turned = tuple(TURNED.get(op, op) for op in reversed(p[1])), p[2][::-1]
     for ops, sides in ((p[1], p[2]), turned if all(op in TURNED for op in p[1]) else (p[1], p[2])):
         if ops == g[1] and _same_in_order(sides, g[2]):
@@ -258,8 +263,8 @@ def _same_relation(p: Node, g: Node) -> bool:
 
 
 def _without_denominators(node: Node) -> Node:
-    """Returns a side times its denominators: y - 3/x times x, so that the equations y = 3/x and xy = 3 are the
-    same."""
+    """Multiplies an expression by its denominators, so that the equations y = 3/x and xy = 3 become equal: y - 3/x is
+    multiplied by x."""
     terms = node[1] if node[0] == "add" else (node,)
     factors = [factor for term in terms for factor in (term[1] if term[0] == "mul" else (term,))]
     below = {f[1] for f in factors if f[0] == "pow" and f[2] == MINUS_ONE and symbols(f[1])}
@@ -267,7 +272,7 @@ def _without_denominators(node: Node) -> Node:
 
 
 def _proportional(p: Node, g: Node, signs: set[int]) -> bool:
-    """Returns whether p / g is a constant with its sign among `signs`."""
+    """Returns whether the quotient p / g is a constant whose sign is in `signs`."""
     if symbols(p) != symbols(g) or ZERO in (p, g) or not symbols(p):
         return False
     ratios = []
@@ -298,8 +303,8 @@ def _same_expressions(p: Node, g: Node) -> bool:
 
 
 def _rounds_to(value: Node, decimal: Node, digits: int) -> bool:
-    """Returns whether an exact value that no decimal can state rounds to a decimal of at least so many significant
-    digits."""
+    """Returns whether an exact value without a finite decimal rounds to `decimal`, which must have at least `digits`
+    significant digits."""
     if abs(decimal[1]) < 10 ** (digits - 1) * decimal[2] or value[0] == "dec" or symbols(value):
         return False
     if value[0] == "num":
@@ -312,11 +317,12 @@ def _rounds_to(value: Node, decimal: Node, digits: int) -> bool:
 
 
 def _same_values(p: Node, g: Node) -> bool:
-    """Returns whether two expressions are equal at the random points where both are real, if these are at least
-    ENOUGH, else at all points.
+    """Returns whether two expressions have equal values at the random points where both are real. If both are real at
+    fewer than ENOUGH points, the values must be equal at all points.
 
-    With a root and several variables only positive points count, because √(x²y) is x√y where letters are lengths and
-    masses. With ⌊x⌋ or ⌈x⌉ whole numbers count too. Nothing else counts if all letters name whole numbers.
+    With a root and several variables only points with positive coordinates count, because √(x²y) equals x√y for
+    positive x only, and such variables are mostly lengths or masses. With ⌊x⌋ or ⌈x⌉ the values are compared at whole
+    numbers too. They are compared at whole numbers only if all variables are in WHOLE_NAMES.
     """
     variables = symbols(p) | symbols(g)
     positive = len(variables) > 1 and _roots_only((p, g)) == (True, False)
@@ -349,7 +355,7 @@ def _rounds(node: Node) -> bool:
 
 
 def _roots_only(node: Node) -> tuple[bool, bool]:
-    """Returns whether a root is among the parts, and whether an absolute value is."""
+    """Returns two booleans: whether an expression contains a root, and whether it contains an absolute value."""
     root = node[:1] == ("pow",) and node[2][0] == "num" and node[2][1].denominator > 1
     parts = [_roots_only(x) for x in node if isinstance(x, tuple)]
     return root or any(f[0] for f in parts), node[:2] == ("fn", "abs") or any(f[1] for f in parts)

@@ -1,9 +1,11 @@
-"""This file turns tokens into a tree. It reads by precedence, without backtracking, to a depth of at most MAX_DEPTH.
+"""This file parses tokens into a tree, by operator precedence, without backtracking, to a depth of at most MAX_DEPTH.
 
-Where usage is divided, these are the choices. `e` and `i` are the constants. `1/2x` is (1/2)x, and `t/RC` is t/(RC).
-`f(x)` with one letter or number in the parentheses is a function; other letters before parentheses multiply. `x^10`
-and `\\sqrt12` take the whole number, `\\frac12` one digit each. `\\sin 2x` takes the product. `\\log` has an unstated
-base, so it is neither `\\ln` nor `\\lg`. `%` and `°` are units, but degrees under a sine are radians.
+Some notation is ambiguous. The parser reads it as follows. `e` and `i` are the mathematical constants. `1/2x` is
+(1/2)x, and `t/RC` is t/(RC). A letter before parentheses that hold one letter or number, such as `f(x)`, is a
+function. A letter before other parentheses is a factor. The exponent of `x^10` is 10 and the radicand of `\\sqrt12`
+is 12, but `\\frac12` is 1/2. `\\sin 2x` is the sine of the product 2x. `\\log` has an unknown base, so it equals
+neither `\\ln` nor `\\lg`. `%` and `°` are units, but in an argument of a trigonometric function degrees are converted
+to radians.
 """
 # ruff: isort: skip_file
 
@@ -20,25 +22,26 @@ from .tree import (
 from .vocabulary import ACCENTS, LISTS, unit_name
 
 MAX_DEPTH = 24
-CLOCK = re.compile(r"([01]?[0-9]|2[0-4])(:[0-5][0-9])+")  # a time such as 10:30, which may also be a ratio
+CLOCK = re.compile(r"([01]?[0-9]|2[0-4])(:[0-5][0-9])+")  # a pattern of times such as 10:30, which may also be ratios
 MODS = ("mod", "pmod")
 READERS = {"NUM": "number", "NAME": "name", "FUNC": "function", "TEXT": "words", "BEGIN": "environment"}
 READERS["COMMAND"] = "command"
 
 
 class Reader(Cursor):
-    """Its methods go from the loosest to the tightest: items, relation, set operation, ratio, quantity, sum, term,
-    factor, primary."""
+    """The parser of an answer. Its methods are ordered from the loosest to the tightest binding: items, relation, set
+    operation, ratio, quantity, sum, term, factor, primary."""
 
     def __init__(self, tokens: list[tuple[str, str]]):
         super().__init__(tokens)
         self.depth = 0
-        self.bars = 0  # number of open |, so that the next one closes
-        self.bar_separates = False  # whether | separates, as in {x | x > 0}
+        self.bars = 0  # number of open bars |; the next bar closes the last one
+        self.bar_separates = False  # whether a bar | separates, as in {x | x > 0}
         self.degrees = False
         self.currency: str | None = None
-        self.signs = 0  # number of ± so far
-        self.congruence = re.search(r"≡|pmod|\(mod", "".join(value for _, value in tokens))  # whether = with mod is ≡
+        self.signs = 0  # number of ± signs read so far
+        # whether the answer is a congruence, in which = means ≡
+        self.congruence = re.search(r"≡|pmod|\(mod", "".join(value for _, value in tokens))
 
     def whole(self) -> Node:
         items = self.items()
@@ -52,7 +55,8 @@ class Reader(Cursor):
             while self.token[0] == "SEP":  # a list may be written "a, b, and c"
                 separator = self.take()
             item = self.item()
-            if separator in ("or", "and") and is_region(items[-1], item):  # "x < 1 or x > 2" is one region
+            # two inequalities such as "x < 1 or x > 2" are one region
+            if separator in ("or", "and") and is_region(items[-1], item):
                 item = ("regions", "∪" if separator == "or" else "∩", (items.pop(), item))
             items.append(item)
         return items
@@ -62,7 +66,7 @@ class Reader(Cursor):
         while self.token[0] == "REL":
             ops.append(self.take())
             sides.append(self.set_operation())
-        if ops and self.congruence and is_modulo(sides[-1]):  # the modulus holds for all sides
+        if ops and self.congruence and is_modulo(sides[-1]):  # the modulus of a congruence holds for all its sides
             _, sides[-1], modulus = sides[-1]
             return ("unit", ("rel", tuple("≡" if op == "=" else op for op in ops), tuple(sides)), modulus)
         return ("rel", tuple(ops), tuple(sides)) if ops else sides[0]
@@ -93,20 +97,21 @@ class Reader(Cursor):
         scale, words = self.unit_words()
         if scale != 1:
             node = mul(node, num(scale))
-        if words and (unit_name(words) != unit or not unit):  # "\\$5 dollars" names its currency twice
+        # an answer such as "\\$5 dollars" states its currency twice
+        if words and (unit_name(words) != unit or not unit):
             unit = unit_name((unit + " " if unit else "") + words)
         in_parentheses = self.is_op("(") and self.ahead(1)[1] in MODS and self.take()
         if self.accept(*MODS):
             unit = ("mod", expression(self.factor()))
-            if not self.congruence:  # 17 mod 5 is a number, 17 (mod 5) a class of numbers
+            if not self.congruence:  # without parentheses, 17 mod 5 is the number 2; 17 (mod 5) is a residue class
                 node = call("mod", node, unit[1])
         if in_parentheses:
             self.expect(")")
         return ("unit", node, unit) if unit else node
 
     def sign(self) -> Node:
-        """Reads the signs that stand here and returns their product. ± is a symbol that expand_signs replaces by +1
-        and -1."""
+        """Reads the signs at the current token and returns their product. The sign ± becomes a symbol that
+        expand_signs later replaces by +1 and -1."""
         sign = ONE
         while op := self.accept("+", "-", "±", "∓"):
             if op == "-":
@@ -181,7 +186,8 @@ class Reader(Cursor):
         return power(base, exponent)
 
     def script(self) -> Node:
-        """Reads an exponent: a group, or a signed primary with its own exponent (2^3^2)."""
+        """Reads an exponent: a braced group, or a signed primary, which may have an exponent of its own, as in
+        2^3^2."""
         sign = self.sign() if self.is_op("-", "+") else ONE
         node = self.single()
         if self.accept("^"):
@@ -189,7 +195,8 @@ class Reader(Cursor):
         return node if sign == ONE else mul(sign, node)
 
     def single(self) -> Node:
-        """Reads an exponent, a radicand or a base of a logarithm. 2^3\\frac12 has no mixed number, so it is 4."""
+        """Reads an exponent, a radicand or the base of a logarithm. An exponent is no mixed number, so 2^3\\frac12 is
+        2^3 times 1/2, which is 4."""
         return read_literal(self.take()) if self.token[0] == "NUM" else self.primary()
 
     def primary(self) -> Node:
@@ -223,8 +230,8 @@ class Reader(Cursor):
         raise Unreadable(f"{value!r} is not expected where it stands")
 
     def words(self, words: str) -> Node:
-        """Reads words that are an answer or the name of a value: \\text{Area of }ABC = 5. Words before a value are
-        neither."""
+        """Reads words that are an answer or the name of a value, as in \\text{Area of }ABC = 5. Words directly before
+        a value make the answer unreadable."""
         is_value = self.at > 1 and self.tokens[self.at - 2][0] == "REL"
         while self.token[0] == "TEXT":
             words += " " + self.take()
@@ -242,7 +249,7 @@ class Reader(Cursor):
                 part = self.primary()
                 mixed = part[0] == "num" and 0 < part[1] < 1
                 return add(node, part) if mixed else mul(node, part)
-            # 3 1/2 is a mixed number
+            # an answer such as 3 1/2 is a mixed number
             if [self.token[0], self.ahead(1), self.ahead(2)[0]] == ["NUM", ("OP", "/"), "NUM"]:
                 top, bottom = read_literal(self.take()), read_literal(self.ahead(1)[1])
                 self.at += 2
@@ -252,7 +259,8 @@ class Reader(Cursor):
         return node
 
     def name(self, name: str) -> Node:
-        """Reads a variable with subscript and primes, or a function of its own: f(x), u(t), I(0), t(0,4]."""
+        """Reads a variable with subscript and primes, or the application of an unknown function such as f(x), u(t),
+        I(0) or t(0,4]."""
         self.degrees |= name == "°"
         if self.accept("_"):
             name += "_" + self.script_text()
@@ -284,13 +292,14 @@ class Reader(Cursor):
     def log_base(self) -> Node:
         kind, value = self.token
         if kind == "NUM" and len(value) > 1 and value.isdigit() and self.ahead(1)[0] in ("END", "REL", "SEP"):
-            self.tokens[self.at] = ("NUM", value[1:])  # \log_28 is the logarithm of 8 to base 2
+            # \log_28 without an argument behind it is the logarithm of 8 to base 2
+            self.tokens[self.at] = ("NUM", value[1:])
             return read_literal(value[0])
         return expression(self.single())
 
     def argument(self) -> Node:
-        """Reads (…), {…}, or the product that follows up to the next function, sign or division (\\sin 2 \\pi t /
-        3)."""
+        """Reads the argument of a function: (…), {…}, or the product up to the next function, sign or division. A
+        division by a number belongs to the argument if π is a factor, as in \\sin 2 \\pi t / 3."""
         if self.is_op("(", "{"):
             return self.primary()
         sign = self.sign()
@@ -340,11 +349,11 @@ class Reader(Cursor):
             "".join(v for _, v in self.tokens[a:b] if v not in "{}") for a, b in ((start, middle), (middle, self.at))
         ]
         if all(t[:1] in ("d", "∂") for t in texts) and re.fullmatch(r"[d∂](\^\d)?\w'?(\^\d)?", texts[1]):
-            return sym("/".join(texts))  # dM/dt is one symbol, not a division
+            return sym("/".join(texts))  # a derivative such as dM/dt is one symbol, not a division
         return divide(top, bottom)
 
     def digit_or_group(self) -> Node:
-        """Reads an argument of \\frac or \\binom: a group or, as in TeX, one digit or symbol."""
+        """Reads an argument of \\frac or \\binom: a braced group or, as in TeX, one digit or symbol."""
         kind, value = self.token
         if kind == "NUM" and len(value) > 1 and value.isdigit():
             self.tokens[self.at] = ("NUM", value[1:])
@@ -354,7 +363,7 @@ class Reader(Cursor):
         raise Unreadable("a fraction has no argument")
 
     def inside(self, bar_separates: bool = False) -> list[Node]:
-        """Reads the items in brackets, where no | closes what was opened outside."""
+        """Reads the items inside brackets. A bar | inside the brackets never closes a bar that was opened outside."""
         saved = self.bars, self.bar_separates
         self.bars, self.bar_separates = 0, bar_separates
         items = self.items()
@@ -362,7 +371,8 @@ class Reader(Cursor):
         return items
 
     def sequence(self, opening: str) -> Node:
-        """Reads parentheses or brackets: they group one item, else they make a tuple, point or interval."""
+        """Reads parentheses or brackets. Around one item they only group; several items are a tuple, point or
+        interval."""
         items = self.inside()
         closing = self.expect(")", "]")
         if len(items) == 1 and opening + closing in ("()", "[]"):
@@ -414,7 +424,8 @@ class Reader(Cursor):
         return matrix_of(name, [row for row in rows if row])
 
     def big_operator(self, name: str) -> Node:
-        """Sums and products over up to 100 whole numbers are written out; others are opaque."""
+        """Reads a sum, product, integral or limit. Sums and products over up to 100 whole numbers are written out
+        term by term. All others become opaque functions, which equal only themselves."""
         low = high = sym("")
         while mark := self.accept("_", "^"):
             if mark == "_":

@@ -1,6 +1,8 @@
-"""Sets of real numbers have many spellings: intervals, unions, inequalities in one variable, {x | ...}, x ≠ 2.
+"""This file turns sets of real numbers into intervals, so that different spellings can be compared: intervals,
+unions, inequalities in one variable, {x | ...}, x ≠ 2.
 
-Left out are inequalities that are neither linear nor |linear|, and several variables.
+Left out are sets in several variables, and inequalities other than linear ones and those with the absolute value of a
+linear term.
 """
 # ruff: isort: skip_file
 
@@ -11,15 +13,15 @@ from .tree import (
 )  # fmt: skip
 from .values import DIGITS, context, is_real, value_at
 
-Part = tuple  # (low, low closed, high, high closed), an end being (value, its tree)
+Part = tuple  # an interval: (low, low closed, high, high closed); low and high are pairs (value, tree)
 MAX_LISTED = 40
 LOWEST, HIGHEST = (-context.inf, negative(INFINITY)), (context.inf, INFINITY)
 FLIPPED = {"<": ">", ">": "<", "<=": ">=", ">=": "<=", "!=": "!=", "=": "="}
 
 
 def regions_of(node: Node) -> list[Part] | None:
-    """Returns a set of real numbers as sorted, merged intervals; None if the node is no such set or has several
-    variables."""
+    """Returns a set of real numbers as sorted, merged intervals. Returns None if the node is not a set of real
+    numbers or has several variables."""
     if len(symbols(node) - {INFINITY[1], REALS[1]}) > 1:
         return None
     parts = _parts(node)
@@ -63,8 +65,9 @@ def _parts(node: Node) -> list[Part] | None:
 
 
 def _listed(sets: list[list[Part] | None]) -> list[Part] | None:
-    """Returns the set of a list: x < 1, x > 2 are two pieces of a set, but x > 1, x < 2 and x > 1, x != 2 are
-    conditions on the same x."""
+    """Returns the intervals of a list of inequalities. Inequalities that do not overlap, such as x < 1, x > 2, are
+    parts of a union. Overlapping ones, such as x > 1, x < 2 or x > 1, x != 2, are conditions that x meets
+    together."""
     if None in sets:
         return None
     pieces = [part for parts in sets for part in parts]
@@ -92,7 +95,8 @@ def _without(part: Part, points: list[Part]) -> list[Part]:
 
 
 def _of_relation(ops: tuple[str, ...], sides: tuple[Node, ...]) -> list[Part] | None:
-    """Returns the set of a relation such as x > 1, 1 < x <= 2, x != 3, x in [0, 1], 2x + 1 < 5 or |x - 1| < 2."""
+    """Returns the intervals of a relation such as x > 1, 1 < x <= 2, x != 3, x in [0, 1], 2x + 1 < 5 or |x - 1| <
+    2."""
     if ops == ("∈",):
         return _parts(sides[1]) if sides[0][0] == "sym" else None
     if not FLIPPED.keys() >= set(ops) or len(ops) > 2:
@@ -105,7 +109,7 @@ def _of_relation(ops: tuple[str, ...], sides: tuple[Node, ...]) -> list[Part] | 
         op, left, right = FLIPPED[op], right, left
     line = _line(left) if left[0] in ("add", "mul") and _end(right) else None
     slope = _end(line[0]) if line else None
-    if slope and slope[0]:  # an inequality ax + b < c
+    if slope and slope[0]:  # the relation is an inequality ax + b < c
         op = op if slope[0] > 0 else FLIPPED[op]
         left, right = sym(*symbols(left)), divide(add(right, negative(line[1])), line[0])
     value = _end(right)
@@ -122,7 +126,7 @@ def _of_relation(ops: tuple[str, ...], sides: tuple[Node, ...]) -> list[Part] | 
 
 
 def _of_absolute(op: str, inside: Node, value: tuple) -> list[Part] | None:
-    """Returns the set of an inequality with an absolute value, such as |x - 1| < 2, |x| >= 3 or |x| = 2."""
+    """Returns the intervals of an inequality with an absolute value, such as |x - 1| < 2, |x| >= 3 or |x| = 2."""
     bound, opposite = value[1], negative(value[1])
     if op == "!=" or value[0] < 0 or (op[0] == "<" and not value[0]):
         return None
@@ -133,7 +137,7 @@ def _of_absolute(op: str, inside: Node, value: tuple) -> list[Part] | None:
 
 
 def _line(node: Node) -> tuple[Node, Node] | None:
-    """Returns (a, b) of ax + b."""
+    """Returns the coefficients (a, b) of a linear expression ax + b."""
     if not symbols(node):
         return ZERO, node
     if node[0] == "sym":
@@ -150,7 +154,7 @@ def _line(node: Node) -> tuple[Node, Node] | None:
 
 
 def _end(node: Node) -> tuple | None:
-    """Returns the value of an end point with its tree; None unless it is a real constant or ±∞."""
+    """Returns the pair (value, tree) of an end point, or None if the end point is neither a real constant nor ±∞."""
     if node in (INFINITY, LOWEST[1]):
         return HIGHEST if node == INFINITY else LOWEST
     value = value_at(node, 0, DIGITS) if node[0] in EXPRESSIONS and not symbols(node) else None

@@ -1,8 +1,10 @@
-"""This file cuts an answer into tokens. It cleans the text and spells what means the same in one way.
+"""This file cuts an answer into tokens. Before that it cleans the text and gives spellings with the same meaning one
+form.
 
-A token is (kind, value). The kinds are NUM (digits), NAME (a variable or constant), FUNC (a function), TEXT (words),
-COMMAND (it takes arguments), BEGIN and END_ENV (of matrices), REL (a relation), SEP (between the items of a list),
-CURRENCY, and OP (the rest).
+A token is a pair (kind, value). The kinds are NUM (digits), NAME (a variable or constant), FUNC (a function), TEXT
+(words), COMMAND (a LaTeX command with arguments), BEGIN and END_ENV (begin and end of an environment such as a
+matrix), REL (a relation), SEP (between the items of a list), CURRENCY, and OP (operators, brackets and all other
+signs).
 """
 # ruff: isort: skip_file
 
@@ -33,7 +35,7 @@ _TOKEN = re.compile(
     r"|(?P<run>[A-Za-z]+)|(?P<op><=|>=|!=|==|->|=>|\.\.\.|[-+*/^_!()\[\]{}|:=<>&%%,;'])"
     % ((f"{MATRICES}|{LISTS}",) * 2)
 )
-# \text{The area is } or \text{Answer: } before a value
+# an introduction before a value, such as \text{The area is } or \text{Answer: }
 _LEAD = re.compile(
     r"^(?:\\(?:text|mbox)\s*\{ *)?(?P<words>(?=[^:}]*[a-z]{3})[A-Za-z][A-Za-z ,]{0,60})"
     r"(?: (?:is|are|was|were)|:)[ }:]*(?=[-\d\\(\[])"
@@ -43,7 +45,7 @@ _BRACE = re.compile(r"\\.|[{}]", re.DOTALL)
 _PLAIN_OPERATORS = {"==": "=", "->": "→", "=>": "→", "...": "…"}
 _RELATIONS = word_set("= < > <= >= != ∈ ∉ ≈ ≡ ~ ≅ ∝ → ⊥ ∥ ⊂ ⊆")
 NO_UNIT = STOP_WORDS.union(NUMBER_WORDS, SCALES, (f"{scale}s" for scale in SCALES))
-# what may follow a short word in prose, as in "he has 12"
+# a pattern of what follows a short word in prose, as in "he has 12"
 _FOLLOWING = re.compile(r" (?:\d|([a-z]{2,3})(?![A-Za-z]))")
 _NO_PROSE = KNOWN | SHORT_UNITS | {"or", "and"}
 NO_NAME = NO_UNIT | {"square", "squared", "cube", "cubed", "root", "twice", "double", "triple"}
@@ -66,11 +68,12 @@ def _repeating(match: re.Match) -> str:
 
 _UNIT = r"\s*\\(?:text|mathrm) *\{([^{}]*)\}\s*"
 _SHORT_UNIT = "|".join(sorted(SHORT_UNITS))
-_REWRITTEN = [(re.compile(pattern), spelling) for pattern, spelling in (  # spellings are replaced in this order
+# The replacements are applied in this order.
+_REWRITTEN = [(re.compile(pattern), spelling) for pattern, spelling in (
     (r"\^ *(?:\{ *(?:\\prime *|')+\}|\\prime)", lambda match: "'" * len(re.findall("prime|'", match[0]))),
     (r"\\left\s*\\\{\s*\\begin\s*\{array\}\s*(?:\{[lcr]+\})?((?s:.*?))\\end\s*\{array\}\s*\\right\s*\.",
      r"\\begin{cases}\1\\end{cases}"),
-    (r"\\cup(?= *[a-z] *(?:[<>=]|\\[gln]e))", r"\\text{ or }"),  # "x < 1 ∪ x > 2" means "or"
+    (r"\\cup(?= *[a-z] *(?:[<>=]|\\[gln]e))", r"\\text{ or }"),  # in "x < 1 ∪ x > 2" the sign ∪ means "or"
     (r"([A-Za-z]) *\^ *(\w|\{[^{}]*\}) *_ *(\w|\{[^{}]*\})", r"\1_\3^\2"),  # E^2_0 becomes E_0^2
     (r"\\mathop\s*\{((?:[^{}]|\{[^{}]*\})*)\}", r"\1 "),
     (r"^\*\*(.*)\*\*$", r"\1"),
@@ -79,11 +82,11 @@ _REWRITTEN = [(re.compile(pattern), spelling) for pattern, spelling in (  # spel
     (r"\bd([a-zA-Z])/d([a-zA-Z])\b", r"\\frac{d\1}{d\2}"),
     (r"(?<=\d)\s*(k?m/(?:s|h|hr)(?:\^\{?2\}?)?)(?![A-Za-z])", r"\\text{ \1}"),
     (rf"\\[dt]?frac *\{{{_UNIT}\}} *\{{{_UNIT}(\^(?:\d|\{{\d\}}))?\}}", r"\\text{ \1/\2}\3"),
-    # the base of a number, degrees written with the letter o or before C and F
+    # the next three patterns: the base of a number, degrees written with the letter o, and degrees before C and F
     (r"\s*(?:\\(?:text|mathrm|mbox)\s*\{)?[\s~]*\(?(?:in )?base[\s~]*\}?\s*\$?(\d{1,2})\$?\)?\s*\}?$", r"_{\1}"),
     (r"(?<=[\d)}])\s*\^\s*(?:\{?\s*\\(?:text|mathrm|mbox)\s*\{\s*o\s*\}\s*\}?|\{o\}|o\b)", r"^\\circ "),
     (r"(\d *(?:\\degree|\^ *\{? *\\circ *\}?)) *([CF])$", r"\1\\text{ \2}"),
-    (r"(?<=[)\]])\s*U\s*(?=[(\[][^()\[\]]*,)", r"\\cup "),  # in "(0, 1) U (2, 3)" the letter is a union
+    (r"(?<=[)\]])\s*U\s*(?=[(\[][^()\[\]]*,)", r"\\cup "),  # in "(0, 1) U (2, 3)" the letter U means a union
     (r"(?<=\d)\s*[xX]\s*(?=10\s*\^)", r"\\times "),
     (r"(\d{0,30})\.(\d{0,30})\\(?:overline|bar|dot)\s*\{(\d{1,30})\}", _repeating),
     (r"(?:\s|[.,;:]|\\[,;!\s]|\\\\|\\$)+$", ""),
@@ -100,7 +103,8 @@ _REWRITTEN = [(re.compile(pattern), spelling) for pattern, spelling in (  # spel
 
 
 def clean(text: str) -> str:
-    """Returns the text without math delimiters, final punctuation and spellings that mean the same."""
+    """Returns the text without math delimiters and final punctuation. Different spellings with the same meaning get
+    one form."""
     if re.search(r"[\x00-\x08\x0b-\x1f\x7f]", text):
         raise Unreadable("it holds a control character")
     text = _SCRIPTS.sub(lambda m: ("^{" if m[1] else "_{") + m.group().translate(_SCRIPT_DIGITS) + "}", text)
@@ -114,13 +118,13 @@ def clean(text: str) -> str:
     lead = _LEAD.match(text)
     if lead and not STOP_WORDS.intersection(lead["words"].lower().split()):
         text = text[lead.end() :].lstrip()
-    text = re.sub(r"^\](?=[^\[\]]*,[^\[\]]*[\[\]]$)", "(", text)  # ]0, 1[ is (0, 1)
+    text = re.sub(r"^\](?=[^\[\]]*,[^\[\]]*[\[\]]$)", "(", text)  # the open interval ]0, 1[ becomes (0, 1)
     text = re.sub(r"^([(\[][^\[\]]*,[^\[\]]*)\[$", r"\1)", text)
     return re.sub(r"^<(.*,.*)>$", r"(\1)", text)
 
 
 def _without_font(text: str) -> str:
-    """Returns the content of \\mathbf{...} and the like around the whole text."""
+    """Returns the text without font commands such as \\mathbf{...} around the whole of it."""
     for _ in range(3):
         match = _FONT.match(text)
         start, stop = _group(text, match.end()) if match else (0, 0)
@@ -131,7 +135,7 @@ def _without_font(text: str) -> str:
 
 
 def tokenize(text: str, grouped: bool = True, depth: int = 0) -> list[tuple[str, str]]:
-    """Returns tokens (kind, value). `grouped` says whether the plain comma of "1,234" is part of the number."""
+    """Returns the tokens (kind, value) of a text. `grouped` says whether "1,234" is one number or the list 1, 234."""
     out: list[tuple[str, str]] = []
     at = 0
     while at < len(text):
@@ -188,8 +192,8 @@ def _operator(value: str) -> tuple[str, str]:
 
 
 def _run(run: str, before: list[tuple[str, str]], spaced: bool = False) -> list[tuple[str, str]]:
-    """Reads a run of letters as a name, a function, a word, or a product of letters. `spaced` says whether spaces
-    stand around it."""
+    """Reads a run of letters as a name, a function, a word, or a product of letters. `spaced` says whether the run
+    stands between spaces."""
     if run in ("or", "and", "mod", "modulo"):
         return [_operator(run[:3])]
     if run in CURRENCIES:
@@ -202,17 +206,18 @@ def _run(run: str, before: list[tuple[str, str]], spaced: bool = False) -> list[
     parts = _RUN.fullmatch(run)
     if parts and parts[2] not in ("re", "im", "arg"):
         return [token for part in parts.groups() if part for token in _run(part, before)]
-    follows = before and before[-1][0] in ("NUM", "TEXT") and (spaced or run != "mg")  # 2mg is a weight
+    # without a space, 2mg is the product 2·m·g, not 2 milligrams
+    follows = before and before[-1][0] in ("NUM", "TEXT") and (spaced or run != "mg")
     if len(run) > 3 or (follows and run in SHORT_UNITS) or (spaced and run in NO_UNIT):
         return [("TEXT", run)]
     letters = [("NAME", letter) for letter in run]
-    if len(run) > 1 and before and before[-1] == ("OP", "/"):  # so t/RC is t/(RC)
+    if len(run) > 1 and before and before[-1] == ("OP", "/"):  # letters behind a slash stay together: t/RC is t/(RC)
         return [("OP", "("), *letters, ("OP", ")")]
     return letters
 
 
 def _command(name: str, text: str, at: int, out: list[tuple[str, str]], grouped: bool, depth: int) -> int:
-    """Appends the tokens that a command stands for, and returns where the text goes on."""
+    """Appends the tokens of a LaTeX command to `out`. Returns the position in `text` behind the command."""
     if name not in KNOWN:
         known = next((name[:cut] for cut in (len(name) - 1, len(name) - 2) if name[:cut] in KNOWN), None)
         if known is None or len(known) < 2:
@@ -235,7 +240,7 @@ def _command(name: str, text: str, at: int, out: list[tuple[str, str]], grouped:
 
 
 def _group(text: str, at: int) -> tuple[int, int]:
-    """Returns start and end of the content of the {group} at `at`."""
+    """Returns start and end of the content of the {group} that begins at position `at`."""
     opening = re.compile(r"\s*\{").match(text, at)
     if not opening:
         raise Unreadable("a text command has no braces")
@@ -248,8 +253,8 @@ def _group(text: str, at: int) -> tuple[int, int]:
 
 
 def _text(content: str, before: list[tuple[str, str]], grouped: bool, depth: int) -> list[tuple[str, str]]:
-    """Appends the tokens of a text command: words, a unit after a number, a separator, a function, or else the same
-    tokens as outside of text."""
+    """Returns the tokens of the content of \\text{...}: words, a unit after a number, a separator, or a function. Any
+    other content gives the tokens that it would give outside \\text."""
     words = re.sub(r"(?:[\s~$]|\\[,;:! ])+", " ", content).strip(" .,")
     last = next((token for token in reversed(before) if token != ("OP", "(")), END)
     after_value = last[0] == "NUM" or last[1] in (")", "}")
@@ -277,7 +282,7 @@ END = ("END", "")
 
 
 class Cursor:
-    """A place in a list of tokens."""
+    """A current position in a list of tokens, with methods that read the tokens from there."""
 
     def __init__(self, tokens: list[tuple[str, str]]):
         self.tokens, self.at = tokens, 0
@@ -298,7 +303,7 @@ class Cursor:
         return self.token[0] == "OP" and self.token[1] in values
 
     def accept(self, *values: str) -> str:
-        """Takes the operator that stands here if it is one of `values`, else returns ""."""
+        """Takes the current token if it is an operator in `values`, else returns ""."""
         kind, value = self.token
         if kind != "OP" or value not in values:
             return ""
@@ -311,7 +316,7 @@ class Cursor:
         return self.take()
 
     def script_text(self) -> str:
-        """Returns a subscript as text: of x_1, x_{n+1}, \\lambda_{\\text{red}}."""
+        """Returns a subscript as text, such as those of x_1, x_{n+1} and \\lambda_{\\text{red}}."""
         if not self.accept("{"):
             return self.take()
         text, depth = "", 1
@@ -340,11 +345,12 @@ class Cursor:
         return False
 
     def is_unit(self) -> bool:
-        """Returns whether a unit in parentheses stands here: (weeks), (cm^2)."""
+        """Returns whether a unit in parentheses, such as (weeks) or (cm^2), begins at the current token."""
         return self.is_op("(") and self.ahead(1)[0] == "TEXT" and self.ahead(2)[1] in (")", "^", "/")
 
     def unit_words(self) -> tuple[int, str]:
-        """Reads the words of a unit, in parentheses or not, and the number that "million" stands for."""
+        """Reads the words of a unit, with or without parentheses. Returns the factor of words such as "million" (1
+        without such a word), and the unit."""
         words, scale = "", 1
         in_parentheses = self.is_unit() and self.take()
         while True:

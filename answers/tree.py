@@ -1,6 +1,5 @@
-"""This file has the tree that an answer is read into. It is built in normal form: sums and products are flat and
-sorted, and rational arithmetic is done exactly. Two spellings that differ only in order, signs or arithmetic give the
-same tree.
+"""This file builds the tree of an answer. The tree is in normal form: sums and products are flat and sorted, and
+rational arithmetic is done exactly. Two spellings that differ only in order, signs or arithmetic give the same tree.
 
 A node is a nested tuple that starts with its kind.
     expressions   ("num", Fraction)  ("dec", Fraction, unit of the last stated digit)  ("sym", name)
@@ -9,7 +8,8 @@ A node is a nested tuple that starts with its kind.
                   ("ratio", items)  ("clock", items): 10:30, which may be a ratio  ("regions", op, items)
                   ("unit", node, unit)  ("base", digits, base)  ...
 
-Left out are collecting like terms, expanding, and trigonometric rules; values.py finds values instead.
+Left out are collecting like terms, expanding products, and trigonometric rules. values.py computes values for such
+comparisons instead.
 """
 
 import functools
@@ -18,16 +18,16 @@ import math
 import re
 from fractions import Fraction
 
-MAX_BITS = 14_000  # bits of an exact number; Python prints at most 4,300 digits
+MAX_BITS = 14_000  # limit for the bits of an exact number: Python prints at most 4,300 digits
 Node = tuple
 
 
 class Unreadable(ValueError):
-    """The text is no answer that the reader knows; the message says why."""
+    """The text is not an answer that the parser knows. The message says why."""
 
 
 def num(value: int | Fraction) -> Node:
-    """Returns an exact number. Raises Unreadable above MAX_BITS."""
+    """Returns the node of an exact number. Raises Unreadable if the number has more than MAX_BITS bits."""
     value = Fraction(value)
     if value.numerator.bit_length() + value.denominator.bit_length() > MAX_BITS:
         raise Unreadable("a number has too many digits")
@@ -48,7 +48,7 @@ def word_set(text: str) -> frozenset[str]:
     return frozenset(text.split())
 
 
-# These functions have a value. Every other "fn" is opaque: it equals only itself, with equal arguments.
+# values.py computes these functions. Every other function is opaque: it equals only itself with equal arguments.
 FUNCTIONS = word_set(
     "abs floor ceil min max gcd lcm mod binom ! !! ln root conj sin cos tan cot sec csc arcsin arccos arctan "
     "arccot arcsec arccsc sinh cosh tanh coth sech csch arcsinh arccosh arctanh re im arg"
@@ -65,7 +65,7 @@ def expression(node: Node) -> Node:
         return node
     if node[0] == "unit" and node[2] == "degree":
         return mul(node[1], DEGREE)
-    if is_modulo(node):  # "n mod 2" is a number in (n mod 2) + 1
+    if is_modulo(node):  # in an expression such as (n mod 2) + 1, "n mod 2" is a number
         return node[1]
     raise Unreadable(f"a {node[0]} stands where a number or expression is expected")
 
@@ -75,14 +75,14 @@ def is_modulo(node: Node) -> bool:
 
 
 def residue(node: Node, modulus: Node) -> Node:
-    """Returns the residue: 7 (mod 5) is 2. In a congruence of numbers both sides are reduced."""
+    """Returns the residue of a number: 7 (mod 5) gives 2. In a congruence every side that is a number is reduced."""
     if node[0] == "rel":
         return ("rel", node[1], tuple(residue(side, modulus) for side in node[2]))
     return call("mod", node, modulus) if is_number(node) and is_number(modulus) else node
 
 
 def add(*terms: Node) -> Node:
-    """Returns a sum in normal form; the parts may be matrices of one shape."""
+    """Returns a sum in normal form. The terms may be matrices of one shape."""
     if len(terms) == 1:
         return terms[0]
     if all(t[0] == "matrix" for t in terms):
@@ -107,7 +107,8 @@ def _add_matrices(terms: tuple[Node, ...]) -> Node:
 
 
 def mul(*factors: Node) -> Node:
-    """Returns a product in normal form; the parts may be matrices. A decimal times ±10^k stays a decimal."""
+    """Returns a product in normal form. The factors may be matrices. A decimal times ±10^k stays a decimal, so its
+    stated digits are kept."""
     matrices = [f for f in factors if f[0] == "matrix"]
     if matrices:
         return functools.reduce(_matrix_product, matrices, mul(*(f for f in factors if f[0] != "matrix")))
@@ -133,7 +134,8 @@ def mul(*factors: Node) -> Node:
 
 
 def _matrix_product(a: Node, b: Node) -> Node:
-    """Returns the product of a number and a matrix or of two matrices. Of two columns it is the scalar product."""
+    """Returns the product of a number and a matrix, or of two matrices. The product of two columns is their scalar
+    product."""
     if a[0] != "matrix":
         return ("matrix", tuple(tuple(mul(a, cell) for cell in row) for row in b[1]))
     if len(a[1][0]) == len(b[1][0]) == 1 and len(a[1]) == len(b[1]):
@@ -158,8 +160,8 @@ def divide(top: Node, bottom: Node) -> Node:
 
 
 def power(base: Node, exponent: Node) -> Node:
-    """Returns a power in normal form. A power that is too large to write out stays a symbol, which equals only
-    itself."""
+    """Returns a power in normal form. A power that is too large to write out stays an opaque function, which equals
+    only itself."""
     if base[0] == "matrix" and exponent in (num(2), num(3)):
         return mul(*[base] * int(exponent[1]))
     base, exponent = expression(base), expression(exponent)
@@ -177,7 +179,7 @@ def power(base: Node, exponent: Node) -> Node:
 
 
 _OF_NUMBERS = {"abs": abs, "floor": math.floor, "ceil": math.ceil, "min": lambda *x: min(x), "max": lambda *x: max(x)}
-_OF_WHOLE_NUMBERS = {  # name: (largest argument, whether it may be negative, function)
+_OF_WHOLE_NUMBERS = {  # name: (largest argument, whether an argument may be negative, function)
     "gcd": (10**100, True, math.gcd), "lcm": (10**100, True, math.lcm), "mod": (10**100, True, lambda n, m: n % m),
     "binom": (2500, False, math.comb), "!": (1400, False, math.factorial),
     "!!": (1400, False, lambda n: math.prod(range(n, 0, -2))),
@@ -185,7 +187,8 @@ _OF_WHOLE_NUMBERS = {  # name: (largest argument, whether it may be negative, fu
 
 
 def call(name: str, *args: Node) -> Node:
-    """Returns a function of expressions, computed exactly if the arguments are small whole numbers."""
+    """Returns the node of a function of `args`, or its exact value if the arguments are numbers within the limits of
+    the function."""
     args = tuple(map(expression, args))
     values = [a[1] for a in args] if all(map(is_number, args)) else []
     if values and name in _OF_NUMBERS:
@@ -198,7 +201,7 @@ def call(name: str, *args: Node) -> Node:
 
 
 def substitute(node: Node, old: Node, new: Node) -> Node:
-    """Returns `node` with `old` replaced, in normal form again."""
+    """Returns `node` in normal form with every `old` replaced by `new`."""
     if node == old:
         return new
     if not node or node[0] in ("num", "dec", "sym"):
@@ -221,18 +224,19 @@ def symbols(node: Node) -> set[str]:
 
 
 def size(node: Node) -> int:
-    """Returns how many parts a tree has."""
+    """Returns the number of nested tuples in a tree, a measure of its size."""
     return 1 + sum(size(x) for x in node if isinstance(x, tuple))
 
 
 def is_region(*nodes: Node) -> bool:
-    """Returns whether the nodes are inequalities; all but one may be equations."""
+    """Returns whether the nodes together describe a region: all are inequalities, set operations or equations, and at
+    least one is no equation."""
     ops = [set(n[1]) if n[0] == "rel" else {"<"} if n[0] == "regions" else {""} for n in nodes]
     return all({"<", ">", "<=", ">=", "!=", "="}.issuperset(o) for o in ops) and any("=" not in o for o in ops)
 
 
 def is_name(node: Node) -> bool:
-    """Returns whether a node can be the name of a value: x, f(x), V_1 : V_2, (p, q)."""
+    """Returns whether a node can be the name of a value, such as x, f(x), V_1 : V_2 or (p, q)."""
     if node[0] in ("ratio", "seq"):
         return all(map(is_name, node[-1]))
     return (node[0] == "sym" and node[1] not in CONSTANTS) or (node[0] == "fn" and node[1].endswith("()"))
@@ -242,7 +246,8 @@ def is_name(node: Node) -> bool:
 
 
 def read_literal(text: str) -> Node:
-    """Reads a number: 142 and 142.0 are exact, 0.50 is a decimal that states hundredths, 4.5e33 states 1e32."""
+    """Reads a number. 142 and 142.0 are exact numbers. 0.50 and 4.5e33 are decimals, and the unit of their last
+    stated digit is kept: 0.01 and 1e32."""
     mantissa, _, exponent = text.lower().partition("e")
     whole, _, places = mantissa.partition(".")
     shift = int(exponent or 0) if len(exponent) < 7 else MAX_BITS
@@ -258,7 +263,7 @@ NUMBER_WORDS = {word: value for value, word in enumerate(_COUNTED.split())}
 
 
 def in_base(digits: str, base: str) -> Node:
-    """Returns a number with its base."""
+    """Returns the node of a number that is written in a base, such as 101_2."""
     base = base.strip("() ")
     value = NUMBER_WORDS.get(base.lower()) or (int(base) if re.fullmatch(r"[0-9]{1,2}", base) else 0)
     if not 2 <= value <= 36 or any(int(d, 36) >= value for d in digits):
@@ -284,7 +289,8 @@ def function_value(name: str, argument: Node, base: Node | None) -> Node:
 
 
 def expand_signs(node: Node) -> list[Node]:
-    """Returns the values of a node with ±. Each ± varies on its own, but all vary together if a ∓ answers them."""
+    """Returns the values of a node with ±. Each ± takes both signs independently. If the node has a ∓, all ± take the
+    same sign."""
     names = sorted(name for name in symbols(node) if name.startswith("±"))
     if len(names) > 3:
         raise Unreadable("it has more than three ±")
@@ -300,7 +306,8 @@ def expand_signs(node: Node) -> list[Node]:
 
 
 def usual_form(items: list[Node]) -> Node:
-    """Returns one node for the items of a list: n = -6, 9 is n = -6, n = 9, and x = 1, y = 2 is (x, y) = (1, 2).
+    """Returns one node for the items of a list: n = -6, 9 becomes n = -6, n = 9, and x = 1, y = 2 becomes (x, y) =
+    (1, 2).
 
     The modulus at the end of x ≡ 1, 4 (mod 5) holds for all items.
     """
@@ -320,8 +327,8 @@ def usual_form(items: list[Node]) -> Node:
 
 
 def written_out(name: str, low: Node, high: Node, body: Node) -> Node | None:
-    """Returns a sum or product over up to 100 whole numbers, written out term by term; None if the bounds are not
-    such numbers."""
+    """Returns a sum or product over up to 100 whole numbers, written out term by term, or None if the bounds are not
+    whole numbers or lie further apart."""
     if name not in ("sum", "prod") or low[0] != "rel" or low[1] != ("=",) or low[2][0][0] != "sym":
         return None
     index, first = low[2]
@@ -334,9 +341,10 @@ def written_out(name: str, low: Node, high: Node, body: Node) -> Node | None:
 
 
 def set_of(items: list[Node]) -> Node:
-    """Returns a set; {x | x > 0} and {x : x > 0} are their condition."""
+    """Returns the node of a set. A set such as {x | x > 0} or {x : x > 0} becomes its condition."""
     first = items[0]
-    if len(items) == 1 and first[0] == "rel" and first[2][0][0] == "ratio":  # in {x : x > 0} the colon is no ratio
+    # in {x : x > 0} the colon was parsed as a ratio
+    if len(items) == 1 and first[0] == "rel" and first[2][0][0] == "ratio":
         variable, start = first[2][0][1]
         first = ("builder", variable, (("rel", first[1], (start, *first[2][1:])),))
     if first[0] == "builder" and len(first[2]) == 1 and first[1][0] in ("sym", "rel"):
@@ -351,7 +359,7 @@ def matrix_of(environment: str, rows: list[list[Node]]) -> Node:
 
 
 def _determinant(rows: tuple[tuple[Node, ...], ...]) -> Node:
-    """Returns the determinant, expanded along the first row, of matrices up to 4 x 4."""
+    """Returns the determinant of a matrix of at most 4 x 4, expanded along the first row."""
     if len(rows) != len(rows[0]) or len(rows) > 4 or size(rows) > 400:
         raise Unreadable("a determinant is not square or larger than 4 x 4")
     if len(rows) == 1:

@@ -1,8 +1,7 @@
-"""This file finds values of expressions with mpmath, to 60 digits or more, at a constant or at random points of the
-variables.
+"""This file computes values of expressions with mpmath to 60 digits or more. The variables get random values.
 
-The work is bounded: an expression that is too large or too slow has no value (None). Opaque functions such as f(x),
-and sums that were not written out, get a random value of their own, which is the same for the same arguments.
+The work is bounded: an expression that is too large or too slow has no value (None). An opaque function such as f(x),
+or a sum that was not written out, gets a random value, which is the same for equal arguments.
 """
 
 import random
@@ -17,8 +16,8 @@ POINTS, ENOUGH = 8, 3
 WHOLES = [*range(1, 18), 24, 25, 31, 32, 33, 63, 64, 100]
 WHOLE_POINTS = range(POINTS, POINTS + len(WHOLES))
 DIGITS, SURE_DIGITS = 60, 150
-MAX_CALLS = 100  # how many functions and powers one expression may have
-MAX_SCALE = 10**100  # size of sums, so that SURE_DIGITS are enough to see what was added
+MAX_CALLS = 100  # limit for the functions and powers in one expression
+MAX_SCALE = 10**100  # limit for the size of summands: SURE_DIGITS digits still show what was added to them
 
 context = mpmath.mp.clone()
 context.dps = DIGITS
@@ -29,18 +28,18 @@ def is_real(value) -> bool:
 
 
 def close(p: tuple, g: tuple, digits: int) -> bool:
-    """Returns whether two values are equal to all but 15 of `digits`, relative to the largest sum that was formed on
-    the way."""
+    """Returns whether two values agree to all but 15 of `digits` digits, relative to the largest summand in their
+    computation."""
     scale = max(p[1], g[1], abs(p[0]), abs(g[0]))
     return abs(p[0] - g[0]) <= scale * context.mpf(10) ** (15 - digits)
 
 
 class _NoValue(Exception):
-    """An expression has no value, or none that is cheap to find."""
+    """The expression has no value, or its value is too expensive to compute."""
 
 
 class _Work:
-    """Counts the work of finding one value: the largest sum, and how many functions and powers there were."""
+    """Keeps, while one value is computed, the largest summand and the number of functions and powers so far."""
 
     def __init__(self, index: int):
         self.index, self.scale, self.calls = index, context.mpf(0), 0
@@ -53,8 +52,8 @@ class _Work:
 
 @lru_cache(maxsize=4096)
 def value_at(node: Node, index: int, digits: int) -> tuple | None:
-    """Returns (value, size of the largest sum on the way) of an expression at random point `index`; None if it has
-    none."""
+    """Returns (value, size of the largest summand) of an expression at random point `index`, or None if the
+    expression has no value there."""
     work = _Work(index)
     context.dps = digits
     try:
@@ -72,8 +71,8 @@ def exact(value: Fraction):
 
 @lru_cache(maxsize=4096)
 def _point(name: str | Node, index: int) -> Fraction:
-    """Returns the coordinates of a point. Points 0 to 3 are positive, below and above 1 by turns. Points 4 to 7 have
-    either sign, and WHOLE_POINTS are in WHOLES."""
+    """Returns the value of variable `name` at random point `index`. Points 0 to 3 have positive values, on either
+    side of 1. Points 4 to 7 have values of either sign. WHOLE_POINTS have whole numbers from WHOLES."""
     if index in WHOLE_POINTS:
         return Fraction(random.Random(repr(name)).sample(WHOLES, len(WHOLES))[index - POINTS])
     draw = random.Random(f"{name!r} at {index}")
@@ -144,13 +143,14 @@ def _function(name: str, args: list):
         raise _NoValue
     if name == "ln" and not value:
         raise _NoValue
-    if name == "!!" and not is_real(value):  # !! of a number that is not real takes a hundred times longer
+    # mpmath needs a hundred times longer for the double factorial of a complex number
+    if name == "!!" and not is_real(value):
         raise _NoValue
     return _FUNCTION_OF[name](*args)
 
 
 def _root(value, degree):
-    """Returns the real odd root of a real number."""
+    """Returns the root of a number. An odd root of a negative real number is the real one, not the principal one."""
     if is_real(value) and context.re(value) < 0:
         return -((-context.re(value)) ** (1 / degree))
     return value ** (1 / degree)
@@ -158,6 +158,6 @@ def _root(value, degree):
 
 _RENAMED = {"abs": "fabs", "ln": "log", "!": "factorial", "!!": "fac2", "binom": "binomial"}
 _FUNCTION_OF = {
-    name: getattr(context, _RENAMED.get(name) or name.replace("arc", "a"))  # arcsin is asin in mpmath
+    name: getattr(context, _RENAMED.get(name) or name.replace("arc", "a"))  # mpmath calls arcsin asin
     for name in FUNCTIONS - {"root", "floor", "ceil", "min", "max", "gcd", "lcm", "mod"}
 }

@@ -1,14 +1,14 @@
-"""This file is the vocabulary of answers: characters, commands, names, words and units. It has tables, and the
-spelling of units.
+"""This file has the vocabulary of answers: tables of characters, commands, names, words and units, and a function
+that unifies the spelling of units.
 
-A command that is not here makes an answer unreadable.
+A LaTeX command that is missing from these tables makes an answer unreadable.
 """
 
 import re
 
 from .tree import FUNCTIONS, word_set
 
-# Unicode characters, and the ASCII or LaTeX that they stand for
+# Each Unicode character is replaced by ASCII or LaTeX.
 CHARACTERS = {
     "−": "-", "–": "-", "—": "-", "‐": "-", "×": "\\times ", "·": "\\cdot ", "⋅": "\\cdot ", "∙": "\\cdot ",
     "∗": "*", "÷": "\\div ", "∕": "/", "⁄": "/", "√": "\\sqrt ", "∛": "\\sqrt[3]", "∜": "\\sqrt[4]",
@@ -29,7 +29,7 @@ _GREEK = (
 )
 GREEK = dict(zip(_GREEK.split(), "αβγδεζηθικλμνξπρστυφχψωΓΔΘΛΞΠΣΥΦΨΩ", strict=True))
 
-# commands or plain words, and the symbols that they stand for
+# Each LaTeX command or plain word is replaced by a symbol.
 NAMED = GREEK | {"var" + name: GREEK[name] for name in ("epsilon", "theta", "pi", "rho", "sigma", "phi")}
 _NAMES_OF_SYMBOLS = {
     "∞": "infty infinity infin inf oo", "…": "ldots dots cdots dotsc dotsb vdots ddots", "°": "degree", "ħ": "hbar",
@@ -86,13 +86,15 @@ _SPELLINGS = {long: short for short, names in _UNITS.items() for long in [short,
 
 
 def unit_name(words: str) -> str:
-    """Returns one spelling per unit: "square inches" and "in^2" agree, "cm" and "m" do not."""
+    """Returns one spelling for all spellings of a unit: "square inches" and "in^2" give the same string, "cm" and "m"
+    do not."""
     words = re.sub(
         r"(square|sq|cubic|cu)\b\.?\s*([A-Za-z]+)", lambda m: f"{m[2]}^{2 if m[1][0] == 's' else 3}", words
     )
     words = re.sub(r"\bsquared\b", "^2", re.sub(r"\bcubed\b", "^3", words))
     words = words.replace(" per ", "/").replace("·", " ").replace(".", "")
-    words = re.sub(r"\s*([A-Za-z]+)\s*\^\s*\{?-(\d)\}?", r"/\1^\2", words).replace("^1", "")  # m s^-1 is m/s
+    # the unit m s^-1 becomes m/s
+    words = re.sub(r"\s*([A-Za-z]+)\s*\^\s*\{?-(\d)\}?", r"/\1^\2", words).replace("^1", "")
     return re.sub(r"[\s{}]+", "", re.sub(r"[A-Za-z%$¢]+", _one_unit, words)).replace("mi/h", "mph")
 
 
@@ -113,7 +115,7 @@ COMMANDS |= {"frac", "dfrac", "tfrac", "cfrac", "dbinom", "tbinom"}
 MATRICES = "pmatrix|bmatrix|matrix|smallmatrix|Bmatrix|vmatrix|array"
 LISTS = "aligned|align|cases|gathered|split"
 KNOWN = set(NAMED) | set(OPERATORS) | SPACING | FONTS | TEXTS | COMMANDS | FUNCTION_NAMES | set(ALIASES)
-# these are units without \\text, too, if they follow a number
+# A number followed by one of these words has a unit, even without \\text.
 SHORT_UNITS = word_set(
     "cm mm km in ft yd mi kg mg lb lbs oz mL ml dL dl cL cl gal mol min sec hr hrs wk wks yr yrs deg rad pct mph kph "
     "rpm kHz MHz GHz kWh men sq cu per"

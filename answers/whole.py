@@ -1,8 +1,9 @@
-"""This file reads a whole answer, which is words, a time, a letter of a choice, or mathematics for reader.py.
+"""This file reads a whole answer: words, a time, the letter of an option, or mathematics, which reader.py parses.
 
-Words can be an answer alone, up to MAX_WORDS of them, or in a list. Otherwise they are a unit, the name of a value,
-or a condition at the end. Any other words make an answer unreadable, because nobody would write the same sentence
-again. Left out are units beyond their spelling, and matrix algebra beyond sums and multiples.
+Up to MAX_WORDS words can be an answer, alone or in a list. Words beside mathematics can be a unit, the name of a
+value, or a condition at the end. Any other words make an answer unreadable, because a sentence would never be
+repeated word by word. Left out are the conversion of units (1 m is not 100 cm), and matrix algebra beyond sums and
+products.
 """
 
 import contextlib
@@ -16,13 +17,13 @@ from .tree import NUMBER_WORDS, REALS, Node, Unreadable, in_base, num, sym
 from .vocabulary import FONTS, KNOWN, LISTS, SHORT_WORDS, SPACING, TEXTS
 
 _NO_LETTERS = re.compile(
-    # commands and blanks, which are no part of the words
+    # LaTeX commands and blanks that are not part of words
     rf"\\(?:{'|'.join(FONTS | TEXTS | SPACING)})(?![A-Za-z])|\\[,;:! ]|[{{}}~\s]+"
 )
 _CHOICE = re.compile(r"(?:(?i:the |correct |answer|option|choice|is|:| )+[ :])?\(? ?([A-Z]) ?\)?[.:]?")
 _OPTION = re.compile(r"(?:\( ?([A-Z]) ?\)[.:]? ?|([A-Z]) ?(?:\)[.:]? ?|[.:] ))(?P<text>[^,/ ].*)")
 
-# a condition begins at one of these: f(x) = 2x \text{ for all } x, x = k\pi, k \in \mathbb{Z}
+# The pattern finds the start of a condition, as in f(x) = 2x \text{ for all } x or x = k\pi, k \in \mathbb{Z}.
 _CONDITION = re.compile(
     r"(?<![A-Za-z\\])(?:for|where|with|such that|when|if)(?![A-Za-z])|\\forall"
     r"|(?:[,(]|\\quad)(?:[ }]|\\[,;: ]|\\q?quad)*(?P<names>[a-z](?: *, *[a-z])*)"
@@ -34,7 +35,7 @@ _KIND = (
     r"(?:(?:positive|non-?negative)?integer|(?:real|natural|rational|complex)(?:number|constant)?|number|constant)s?"
 )
 _SET = r"\\in\\mathbb[ZNQRC](?:.?[+0])?"
-_DOMAIN = re.compile(  # a condition, without spaces and braces, that says no more than this
+_DOMAIN = re.compile(  # a condition that states only a domain, without spaces and braces
     rf"(?:for|\\for)(?:all|any|every|each|some(?=constant|integer))(?:{_KIND})?{_NAMES}(?:{_SET})?"
     rf"|[,(]*(?:for|where|with)?{_NAMES}(?:{_SET}|(?:is|are)?(?:an?|any)?(?:arbitrary)?{_KIND})"
     r"|for(?:all)?[i-n]\\geq?[01]"
@@ -53,20 +54,21 @@ MAX_WORDS = 5
 
 @dataclass(frozen=True)
 class Answer:
-    """An answer has a tree, and a second tree where "1,234" may be a list. If the answer is words or a choice, it has
-    these."""
+    """A parsed answer: the tree `node`, and a tree `second` if a "1,234" in the answer may also be a list. An answer
+    of words or of an option also has its words or letter."""
 
     node: Node
     second: Node | None = None
-    words: str | None = None  # only if the whole answer is letters
-    choice: str | None = None  # the capital of a multiple-choice answer: B of (B), \\text{B}, B., option B
-    # the condition behind the answer: a domain such as Z for "k is an integer", else its text without spaces
+    words: str | None = None  # the words, if the whole answer consists of letters
+    choice: str | None = None  # the letter of a multiple-choice answer: B for (B), \\text{B}, B., option B
+    # the condition behind the answer: a domain such as Z for "k is an integer", else the text of the condition
+    # without spaces
     condition: str = ""
-    option: str | None = None  # the capital before the text of an option, such as the B in "(B) 12" Mercury
+    option: str | None = None  # the letter before the text of an option: B for "(B) 12"
 
 
 def read(text: str) -> Answer:
-    """Returns the answer that `text` states. Raises Unreadable, with the reason, if none is understood."""
+    """Returns the answer in `text`. Raises Unreadable with the reason if the parser does not understand it."""
     if len(text) > MAX_CHARS:
         raise Unreadable(f"it has {len(text):,} characters, more than {MAX_CHARS:,}")
     return _read(text)
@@ -98,7 +100,7 @@ def _read(text: str) -> Answer:
     try:
         node = _tree(value, True)
     except Unreadable:
-        if letter:  # a letter of a choice alone, as in "B)"
+        if letter:  # the answer is only the letter of an option, as in "B)"
             return Answer(sym(letter), choice=letter)
         if words:
             return Answer(("text", words), words=words)
@@ -113,7 +115,7 @@ def _read(text: str) -> Answer:
 
 
 def _split(text: str) -> tuple[str, str]:
-    """Returns the answer and the condition behind it."""
+    """Splits `text` into the answer and the condition behind the answer, which is "" if there is none."""
     match = _CONDITION.search(text)
     value = _JOINT.sub("", text[: match.start()]) if match else ""
     if not value or any(word not in KNOWN for word in re.findall(r"(?<![A-Za-z\\])[A-Za-z]{4,}", value)):
@@ -121,7 +123,8 @@ def _split(text: str) -> tuple[str, str]:
     condition = re.sub(r"\\(?:text|mathrm|mbox|q?quad|[,;: ])|[ {}]", "", text[match.start() :]).rstrip(")")
     says_domain = _DOMAIN.fullmatch(condition)
     unnamed = set(re.findall("[a-z]", match["names"] or "")).difference(re.sub(r"\\[A-Za-z]+", "", value))
-    if unnamed or (match["names"] and not says_domain):  # "x = 1, y \in \mathbb{R}" is no answer with a domain
+    # in "x = 1, y \in \mathbb{R}" the domain of y is part of the answer
+    if unnamed or (match["names"] and not says_domain):
         return text, ""
     if not says_domain:
         return value, condition
@@ -132,12 +135,13 @@ def _split(text: str) -> tuple[str, str]:
 def _tree(text: str, grouped: bool) -> Node:
     tokens = tokenize(text, grouped)
     if not any(kind == "BEGIN" and not re.fullmatch(LISTS, value) for kind, value in tokens):
-        tokens = [t for t in tokens if t != ("OP", "&")]  # & marks only an alignment
+        tokens = [t for t in tokens if t != ("OP", "&")]  # outside a matrix, & only aligns lines
     return Reader(tokens).whole()
 
 
 def _words(flat: str, cleaned: str) -> tuple[str | None, bool]:
-    """Returns the answer as words if it is nothing but letters, and whether it must be read as words."""
+    """Returns the words of an answer that consists of letters (else None), and whether the answer can only be read as
+    words."""
     if not re.fullmatch(r"[A-Za-zÀ-ÿ](?:[A-Za-zÀ-ÿ' .-]|\\ )*", flat):
         return None, False
     runs = re.findall(r"[A-Za-zÀ-ÿ']+", flat)
@@ -159,7 +163,7 @@ def _time(flat: str) -> Node | None:
 
 
 def _letter_digits(flat: str) -> Node | None:
-    """Returns the digits of 1A_{16}, a number in a base above 10 that has a letter among its digits."""
+    """Reads a number in a base above 10 that has a letter among its digits, such as 1A_{16}."""
     match = re.fullmatch(r"\(?([0-9A-F]+)\)?_([1-3][0-9])", flat.replace(" ", ""))
     if not match or match[1].isdigit() or match[1].isalpha() or match[2] == "10":
         return None

@@ -1,8 +1,8 @@
 """This file reads problems from JSONL files, checks them line by line, and turns them into token ids.
 
 A row is {"id", "problem", "answer", "demonstrations": [str, …] (may be absent), "level", "system" (may be absent)}.
-Other fields are ignored. `load_problems` reads and checks the rows; `encode_problems` renders the prompts and encodes
-them once. From there on only ids are used, so the ids that are trained are those that were sampled.
+Other fields of a row are ignored. `load_problems` reads and checks the rows. `encode_problems` renders and encodes
+each prompt once. Sampling and training use only these token ids, so a run trains exactly the ids that it sampled.
 """
 
 import dataclasses
@@ -23,10 +23,12 @@ from reward import MATH, Reward, extract_boxed, grade_one, raised
 from support.errors import InputError
 from support.files import reading
 
-TODAY = re.compile(r"""strftime_now\(\s*(['"])(.*?)\1\s*\)""")  # the call by which a chat template asks for the date
-LAST_TAG = re.compile(r"<[^<>\s]+>\s*\Z")  # a tag at the end of the prompt: <think> and a line end, <|assistant|>, …
+# matches the call by which a chat template asks for the date
+TODAY = re.compile(r"""strftime_now\(\s*(['"])(.*?)\1\s*\)""")
+# matches a tag at the end of a prompt: <think> and a line end, <|assistant|>, …
+LAST_TAG = re.compile(r"<[^<>\s]+>\s*\Z")
 PANDAS = "python -c \"import pandas; pandas.%s('{0}').to_json('{1}', orient='records', lines=True)\""
-CONVERTED = {  # the first bytes of a file -> its format, and the command that makes JSONL of it
+CONVERTED = {  # first bytes of a file -> its format, and the command that converts the file to JSONL
     b"\x1f\x8b": ("gzip", "gunzip < '{0}' > '{1}'"),
     b"BZh": ("bzip2", "bunzip2 < '{0}' > '{1}'"),
     b"\xfd7zXZ": ("xz", "unxz < '{0}' > '{1}'"),
@@ -39,12 +41,13 @@ CONVERTED = {  # the first bytes of a file -> its format, and the command that m
     b"\xff\xfe": ("UTF-16", "iconv -f UTF-16 -t UTF-8 < '{0}' > '{1}'"),
     b"\xfe\xff": ("UTF-16", "iconv -f UTF-16 -t UTF-8 < '{0}' > '{1}'"),
 }
-DATE = datetime.datetime(2024, 7, 26)  # every template gets this date, which is Llama 3's own default
+# date for templates that ask for today's date; Llama 3's template has this default
+DATE = datetime.datetime(2024, 7, 26)
 
 
 @dataclass(frozen=True)
 class Problem:
-    """One line of a data file."""
+    """One problem, read from one line of a data file."""
 
     id: str
     problem: str
@@ -56,31 +59,33 @@ class Problem:
 
 @dataclass(frozen=True)
 class Encoded:
-    """A problem as token ids: the rendered prompt, and its demonstrations without an end token."""
+    """A problem as token ids: the rendered prompt, and the demonstrations without their end token."""
 
     id: str
     prompt_ids: list[int]
     demonstrations: list[list[int]]
-    end_id: int  # the token that ends a demonstration
+    end_id: int  # token that training appends to a demonstration
 
 
 @dataclass
 class Data:
-    """A run's problems, as text and as ids."""
+    """The problems of a run, as text and as token ids."""
 
     train: list[Problem]
     encoded: list[Encoded]
-    supervised: list[Encoded]  # problems with a demonstration, for the sft stage
-    held: dict[str, tuple[list[Problem], list[Encoded]]]  # keys "validation" and "test", if the run has such problems
+    supervised: list[Encoded]  # problems with a demonstration, for the SFT stage
+    # held-out problems, under the keys "validation" and "test", if the run has such files
+    held: dict[str, tuple[list[Problem], list[Encoded]]]
 
 
 def _check_text(text: str, where: str, field: str) -> None:
-    """Raises InputError for a lone surrogate, which is no character (JSON can write one as \\ud800)."""
+    """Raises InputError for a lone surrogate, which is half of a character. JSON can contain one, written as
+    \\ud800."""
     try:
         text.encode()
     except UnicodeEncodeError as error:
-        half = f"{text[error.start]!r} at character {error.start}"
-        raise InputError(f"{where}: {field} has {half}, half of a pair: write the character itself") from error
+        half = f"{text[error.start]!r} at character {error.start}, half of a pair of surrogates"
+        raise InputError(f"{where}: {field} has {half}: write the whole character") from error
 
 
 def _read_row(row: object, where: str, default_id: str, reward: Reward) -> Problem:
@@ -99,8 +104,8 @@ def _read_row(row: object, where: str, default_id: str, reward: Reward) -> Probl
         _check_text(value, where, field)
     level = row.get("level", "")
     if level == "all":
-        raise InputError(f"{where}: level is 'all', which reports call the total: give it another name")
-    if "|" in level or not level.isprintable():  # the level is printed in tables, on the terminal and in results.md
+        raise InputError(f"{where}: level is 'all', the name of the total in reports: give the level another name")
+    if "|" in level or not level.isprintable():  # levels are printed in tables, on the terminal and in results.md
         raise InputError(f"{where}: level is {level!r:.80}, expected printable characters without |")
     demonstrations = row.get("demonstrations", [])
     if not isinstance(demonstrations, list) or not all(isinstance(d, str) and d for d in demonstrations):
@@ -117,44 +122,48 @@ def _read_row(row: object, where: str, default_id: str, reward: Reward) -> Probl
     )
     try:
         reward.check(problem)
-    except (Exception, SystemExit) as error:  # a user's own check can raise anything
+    except (Exception, SystemExit) as error:  # the function `check` of a user can raise anything
         raise InputError(f"{where}: {raised(error, reward.name.rpartition(':')[0])}") from error
     return problem
 
 
 def without_nulls(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-    """Returns a row's fields without missing values, for which `datasets` writes null and pandas null or NaN."""
+    """Returns the fields of a row without missing values. For a missing value `datasets` writes null, pandas null or
+    NaN."""
     if len(row := dict(pairs)) < len(pairs):
         name, _ = Counter(name for name, _ in pairs).most_common(1)[0]
-        raise InputError(f"the field {name!r:.80} stands there twice: leave one")
+        raise InputError(f"the field {name!r:.80} stands twice in one row: delete one")
     return {name: value for name, value in row.items() if value is not None and value == value}
 
 
 def _parse(line: str, where: str) -> Any:
     try:
         return json.loads(line, object_pairs_hook=without_nulls)
-    except (ValueError, RecursionError) as error:  # also a field that stands twice, and a number of 5,000 digits
+    # invalid JSON, a field that occurs twice, or an integer with over 4,300 digits
+    except (ValueError, RecursionError) as error:
         raise InputError(f"{where}: not valid JSON: {error!s:.120}") from error
 
 
 def read_rows(path: str | Path) -> dict[int, Any]:
-    """Returns the JSON values of a JSONL file by line number, without empty lines. Raises as `load_problems` does."""
+    """Returns {line number: JSON value} of a JSONL file, without empty lines. Raises InputError as `load_problems`
+    does."""
     path = Path(path)
     if path == Path():
         raise InputError("data is empty or '.': give a JSONL file (its format: data/README.md)")
     with reading(path):
         is_file = path.is_file()
     if not is_file:
-        # the folders that data/prepare.py writes to
+        # data/prepare.py writes to these two folders
         if path.parts[-3:-1] in (("data", "train"), ("data", "benchmarks")):
-            fix = f"run  python data/prepare.py {path.stem}  (--help: the list)"
+            fix = f"run  python data/prepare.py {path.stem}  (--help lists all sets)"
             raise InputError(f"{path}: {path.stem} is not here yet: {fix}")
         there = "is a folder" if path.is_dir() else "is not a regular file"
         what = there if path.exists() else "does not exist"
         raise InputError(f"data file {str(path)!r} {what}: give a JSONL file (its format: data/README.md)")
     try:
         with reading(path):
-            text = path.read_text(encoding="utf-8-sig")  # Windows editors begin a file with a byte order mark
+            # the codec skips the byte order mark that Windows editors write
+            text = path.read_text(encoding="utf-8-sig")
     except UnicodeDecodeError as error:
         for begin, (form, fix) in CONVERTED.items():
             if error.object.startswith(begin):
@@ -166,28 +175,28 @@ def read_rows(path: str | Path) -> dict[int, Any]:
 
 
 def check_rows(path: str | Path, rows: dict[int, Any], reward: Reward = MATH) -> list[Problem]:
-    """Returns the problems in the rows of a file. Raises as `load_problems` does."""
+    """Returns the problems in the rows of a file. Raises InputError as `load_problems` does."""
     problems, seen = [], {}
     for number, row in rows.items():
         where = f"{path}:{number}"
         problem = _read_row(row, where, default_id=f"{Path(path).stem}-{number}", reward=reward)
         if problem.id in seen:
-            raise InputError(f"{where}: the id {problem.id!r} stands at line {seen[problem.id]} too: ids are unique")
+            raise InputError(f"{where}: the id {problem.id!r} stands at line {seen[problem.id]} too: use another id")
         seen[problem.id] = number
         problems.append(problem)
     if not problems:
         raise InputError(f"{path}: no problems in it: write one JSON object per line")
     levels = {"all", *(problem.level for problem in problems)}
-    # metrics.jsonl has the names eval_LEVEL, eval_LEVEL_low, eval_LEVEL_high
+    # metrics.jsonl names the accuracy of a level and its limits eval_LEVEL, eval_LEVEL_low and eval_LEVEL_high
     for number, problem in zip(rows, problems):
         if (base := re.sub(r"_(low|high)\Z", "", problem.level)) != problem.level and base in levels:
-            level = f"level is {problem.level!r}, as a limit of the accuracy of level {base!r} is called"
+            level = f"level is {problem.level!r}, the name of a limit of the accuracy of level {base!r}"
             raise InputError(f"{path}:{number}: {level}: give it another name")
     return problems
 
 
 def odd_rows(path: str | Path) -> list[str]:
-    """Returns a warning for a file that has the same problem twice, probably by mistake; else an empty list."""
+    """Returns a warning if a file contains the same problem twice, probably by mistake, else an empty list."""
     seen: set[tuple[str, str]] = set()
     twice = []
     for number, row in read_rows(path).items():
@@ -200,9 +209,9 @@ def odd_rows(path: str | Path) -> list[str]:
 
 
 def load_problems(path: str | Path, reward: Reward = MATH) -> list[Problem]:
-    """Returns the problems of a JSONL file, all of which `reward` can grade.
+    """Returns the problems of a JSONL file. The function `reward` can grade all of them.
 
-    Raises an InputError that names file and line, what was found and what was expected.
+    Raises an InputError that names the file, the line, what was found and what was expected.
     """
     return check_rows(path, read_rows(path), reward)
 
@@ -210,10 +219,10 @@ def load_problems(path: str | Path, reward: Reward = MATH) -> list[Problem]:
 def render_prompt(tokenizer: Tokenizer, problem: str, system: str = "") -> str:
     """Returns the prompt as text, rendered by the tokenizer's chat template.
 
-    Without a template it is "system\\n\\nproblem\\n". If the tokenizer puts a token that begins a text, that stands
-    first (Llama was trained with it). A template that writes today's date writes DATE, so a run and its evaluation
-    have the same prompts on any day. Raises InputError for a template that refuses a message or leaves it out; some
-    templates take no system message, or want the content as a list of parts.
+    Without a template the prompt is "system\\n\\nproblem\\n". If the tokenizer starts each text with a bos token, the
+    prompt starts with the bos token too (Llama was trained that way). A template that asks for today's date gets
+    DATE, so the prompts of a run and its evaluation are the same on any day. Raises InputError for a template that
+    refuses or leaves out a message. Some templates take no system message, or expect the content as a list of parts.
     """
     if not tokenizer.chat_template:
         begin = tokenizer.bos_token if tokenizer("x")["input_ids"][0] == tokenizer.bos_token_id else ""
@@ -223,37 +232,37 @@ def render_prompt(tokenizer: Tokenizer, problem: str, system: str = "") -> str:
     try:
         template = TODAY.sub(lambda call: repr(DATE.strftime(call[2])), tokenizer.get_chat_template())
         if "strftime_now(" in template:
-            raise InputError("it asks for today's date in a way that cannot be answered with a fixed one")
+            raise InputError("it asks for today's date in a way that cannot be answered with a fixed date")
         prompt = tokenizer.apply_chat_template(
             messages, chat_template=template, add_generation_prompt=True, tokenize=False
         )
-    except Exception as error:  # a template can raise anything
+    except Exception as error:  # a chat template can raise anything
         roles = "a system and a user message: remove the field system" if system else "a user message"
         message = " ".join(str(error).split())[:200]
         raise InputError(f"the model's chat template refuses {roles} (it says: {message})") from error
     for message in messages:
         if "".join(message["content"].split()) not in "".join(prompt.split()):
-            fix = {"system": "remove the field system", "user": "give it one that takes text"}[message["role"]]
+            fix = {"system": "remove the field system", "user": "use a template that takes text"}[message["role"]]
             raise InputError(f"the model's chat template leaves out or changes the {message['role']} message: {fix}")
     return prompt
 
 
 def encode(tokenizer: Tokenizer, text: str, what: str = "text") -> list[int]:
-    """Returns the ids of `text` exactly as written, without special tokens. Raises InputError if a character has no
-    token."""
+    """Returns the token ids of `text` without added special tokens. Raises InputError if a character has no token."""
 
     def ids_of(part: str) -> list[int]:
         return tokenizer(part, add_special_tokens=False)["input_ids"]
 
     _check_text(text, what, "it")
     unknown, ids = tokenizer.unk_token_id, ids_of(text)
-    rows = getattr(tokenizer, "embedding_rows", math.inf)  # the number of rows is known once a model was loaded
+    rows = getattr(tokenizer, "embedding_rows", math.inf)  # loading a model sets embedding_rows
     if beyond := [token for token in ids if token >= rows]:
         token = f"{tokenizer.convert_ids_to_tokens(beyond[0])!r} has the id {beyond[0]}"
-        raise InputError(f"{what}: {token}, the model's embedding {rows} rows: remove it or use another model")
+        raise InputError(f"{what}: {token}, but the model's embedding has only {rows} rows: use another model")
     if unknown is None or unknown not in ids:
         return ids
-    # the text itself may write the unknown token, which can be bos, eos or pad too
+    # A text may spell out the unknown token, which can also be bos, eos or pad. So only the parts around it are
+    # checked.
     for part in text.split(tokenizer.unk_token):
         if unknown in ids_of(part):
             good = max(n for n in range(len(part)) if unknown not in ids_of(part[:n]))
@@ -272,12 +281,13 @@ def encode_problems(
     end_ids: list[int],
     reward: Reward = MATH,
 ) -> tuple[list[Encoded], Counter, Counter]:
-    """Returns the problems as ids, and counts of demonstrations by reason: those left out, and those noted.
+    """Returns the problems as token ids, the number of demonstrations left out, and the number used but noted. Both
+    counts are by reason.
 
     A demonstration is used only if it fits the budget with its end token (else `too long`), its reward is 1 (else
-    `not right`) and it contains no end token (else `end token inside`). If it begins with the tag that the prompt
-    ends with (<think>), this second tag is removed. Otherwise the policy would be taught a sequence that it never
-    samples. Raises InputError for a demonstration that is right as text but wrong when its tokens are read back.
+    `not right`) and it contains no end token (else `end token inside`). If the prompt ends with a tag such as <think>
+    and the demonstration begins with the same tag, the second tag is removed, because a rollout never repeats the
+    tag. Raises InputError for a demonstration that is right as text but wrong after encoding and decoding.
     """
     encoded, left_out, noted = [], Counter(), Counter()
     for problem in problems:
@@ -302,16 +312,17 @@ def encode_problems(
 
 
 def encode_prompts(tokenizer: Tokenizer, problems: list[Problem]) -> list[Encoded]:
-    """Returns problems as ids without demonstrations, for evaluation."""
+    """Returns the problems of an evaluation as token ids, without demonstrations."""
     bare = [dataclasses.replace(problem, demonstrations=()) for problem in problems]
     return encode_problems(tokenizer, bare, 0, [])[0]
 
 
 def without_doubled_tag(prompt: str, text: str, noted: Counter) -> str:
-    """Returns `text` without a first tag, such as <think> and a line end, that the prompt ends with.
+    """Returns a demonstration `text` without the tag, such as <think> and a line end, that ends the prompt and begins
+    the text.
 
-    If the same tag has other blanks around it, it stays and is noted, because nobody can tell which of the two is
-    meant.
+    If the blanks around the two tags differ, the text keeps its tag and `noted` counts a warning, because either form
+    may be intended.
     """
     if not (tag := LAST_TAG.search(prompt)):
         return text
@@ -324,17 +335,18 @@ def without_doubled_tag(prompt: str, text: str, noted: Counter) -> str:
 
 
 def has_text_after_box(text: str) -> bool:
-    """Returns whether words or numbers follow the last boxed answer."""
+    """Returns whether letters or digits follow the last boxed answer."""
     boxed = extract_boxed(text)
     return boxed is not None and any(c.isalnum() for c in text[text.rindex(boxed) + len(boxed) :])
 
 
 def check_same_grade(tokenizer: Tokenizer, problem: Problem, text: str, ids: list[int], reward: Reward) -> None:
-    """Raises InputError if a right demonstration would be graded wrong as a response, which is read back from ids."""
+    """Raises InputError if a right demonstration is graded wrong after its ids are decoded, as the ids of a response
+    are."""
     back = decode(tokenizer, ids)
     if back != text and not _is_right(reward, back, problem):
         same = next((n for n, (a, b) in enumerate(zip(text, back)) if a != b), min(len(text), len(back)))
         raise InputError(
             f"demonstration of {problem.id!r}: the tokenizer loses {text[same : same + 20]!r} (character {same}; it "
-            f"gives back {back[same : same + 20]!r}), and with it the answer: use another model"
+            f"gives back {back[same : same + 20]!r}), so it would be graded wrong: use another model"
         )

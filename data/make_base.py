@@ -1,16 +1,17 @@
-"""Makes the tiny base model of the embedded task: a Hugging Face folder, pretrained here from nothing.
+"""This file pretrains the tiny base model of the embedded task from random weights and writes it as a Hugging Face
+folder.
 
     python data/make_base.py --out FOLDER      about 5 minutes on one core; with the default seed FOLDER is data/base
 
-This file contains the tokenizer (one token per character), the corpus and the training loop. The corpus is written
-on the fly and read once, in two stages. The "textbook" teaches facts: to calculate, and to bring a list of
-instructions into the order of their labels. "The web" then teaches habits: most of its writers answer at once or
-work through the list as it stands, and longer recipes have fewer careful solutions. So the base knows what a
-careful solution needs but seldom writes one. Post-training has to change that. The corpus contains no problem of
-data/recipes.
+This file contains the tokenizer (one token per character), the corpus and the training loop. The documents of the
+corpus are generated during the training, and the model sees each document once, in two stages. The first stage,
+"textbook", teaches skills: calculating, and sorting a list of instructions by their labels. The second stage, "web",
+teaches habits: most solutions give only the answer or follow the listed order, and the longer a recipe, the fewer
+careful solutions it has. So the base model has the skills for a careful solution but seldom writes one. Post-training
+has to change that. The corpus contains no problem of data/recipes.
 
-Left out are a validation loss (eval.py measures what the base can do, see data/README.md), resuming, and GPUs (a run
-on the CPU gives the same weights again).
+Left out are a validation loss (eval.py measures the base model, see data/README.md), resuming, and GPUs (on a CPU a
+repeated run gives the same weights).
 """
 
 import math
@@ -27,7 +28,7 @@ from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers
 from tqdm import tqdm
 from transformers import GenerationConfig, PreTrainedTokenizerFast, Qwen3Config, Qwen3ForCausalLM
 
-# a script finds the project's modules only with this line
+# without this line a script in a subfolder does not find the modules of the project
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from data.make_recipes import LABELS, Recipe, instruction, make_recipe, make_splits, write_out
@@ -49,15 +50,16 @@ CHAT_TEMPLATE = (
 
 UPDATES = 2500
 BATCH_TOKENS = 1400  # tokens of a batch, padding included
-POOL = 1024  # so many documents are sorted by length and cut into batches together
+POOL = 1024  # number of documents that are sorted by length together and cut into batches
 LEARNING_RATE = 2.5e-3  # peak learning rate; 100 updates of warm-up, then half a cosine
-PROBLEM_WEIGHT = 0.05  # weight in the loss of a problem's token; a solution's token has 1
-SHIFTED = 0.6  # share of recipes with k <= 3 that begin at a later label than A, so that the model learns every label
+PROBLEM_WEIGHT = 0.05  # weight of a problem's token in the loss; a token of a solution has weight 1
+# share of recipes with k <= 3 whose first label may be a later one than A, so that the model learns every label
+SHIFTED = 0.6
 
 
 @dataclass(frozen=True)
 class Stage:
-    """One stage of the training: its share of the updates, and the kinds of documents in it."""
+    """One stage of the pretraining: its share of the updates, and the kinds of its documents."""
 
     name: str
     share: float
@@ -92,12 +94,13 @@ STAGES = (
         },
     ),
 )
-SLIPS = {"careful": 0.003, "unlabelled": 0.06, "hasty": 0.06, "terse": 0.0}  # chance of a wrong digit in a step
+# probability of a wrong digit in a step of each style
+SLIPS = {"careful": 0.003, "unlabelled": 0.06, "hasty": 0.06, "terse": 0.0}
 
 
 def make_tokenizer() -> PreTrainedTokenizerFast:
-    """Returns a tokenizer with a token for each printable ASCII character, newline and `\\boxed{`; others are
-    <unk>."""
+    """Returns a tokenizer with a token for each printable ASCII character, newline and `\\boxed{`. Other characters
+    become <unk>."""
     vocabulary = {token: i for i, token in enumerate(SPECIAL_TOKENS + CHARACTERS)}
     tokenizer = Tokenizer(models.WordLevel(vocabulary, unk_token="<unk>"))
     tokenizer.pre_tokenizer = pre_tokenizers.Split(Regex(r"\\boxed\{|[\s\S]"), behavior="isolated")
@@ -118,9 +121,9 @@ def make_tokenizer() -> PreTrainedTokenizerFast:
 def make_model(tokenizer: PreTrainedTokenizerFast) -> Qwen3ForCausalLM:
     """Returns the untrained model, about 0.29M parameters.
 
-    It has Qwen3's shape, whose normalised queries and keys make it learn faster. For a folder of type Qwen2
-    AutoTokenizer would ignore the tokenizer file and take that of the published models. Initial weights are larger
-    than the default 0.02, which is meant for wide models. The RoPE base is Qwen3's.
+    The architecture is Qwen3, whose normalised queries and keys make this model learn faster. With architecture
+    Qwen2, AutoTokenizer would load the published Qwen2 tokenizer instead of this folder's. The standard deviation of
+    the initial weights is larger than the default 0.02, which suits wide models. The RoPE base is that of Qwen3.
     """
     ids = {name: getattr(tokenizer, name) for name in ("pad_token_id", "bos_token_id", "eos_token_id")}
     config = Qwen3Config(
@@ -143,7 +146,7 @@ def make_model(tokenizer: PreTrainedTokenizerFast) -> Qwen3ForCausalLM:
 
 
 def solve(rng: random.Random, recipe: Recipe, style: str) -> str:
-    """Returns a solution in one of the corpus's styles.
+    """Returns a solution of a recipe in one of the four styles of the corpus.
 
     careful     the expert's style: right order, each step with its label
     unlabelled  right order, without the labels
@@ -166,7 +169,7 @@ def solve(rng: random.Random, recipe: Recipe, style: str) -> str:
 
 
 def documents(rng: random.Random, stage: Stage, held_out: set[str]) -> Iterator[tuple[str, str]]:
-    """Yields (question, solution) texts of one stage without end."""
+    """Yields pairs (question, solution) of texts for one stage, infinitely many."""
     most = len(LABELS)
     while True:
         if rng.random() < stage.exercises:  # a reading exercise: `F+8;E-5;G+2?` -> `E-5;F+8;G+2`
@@ -184,7 +187,8 @@ def documents(rng: random.Random, stage: Stage, held_out: set[str]) -> Iterator[
 def batches(
     rng: random.Random, stage: Stage, held_out: set[str], tokenizer: PreTrainedTokenizerFast
 ) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
-    """Yields (ids [B, T], right-padded; loss weights [B, T]) of documents of similar length without end."""
+    """Yields batches of documents of similar length, infinitely many: right-padded ids [B, T] and loss weights [B,
+    T]."""
     source = documents(rng, stage, held_out)
     while True:
         questions, solutions = zip(*(next(source) for _ in range(POOL)))
@@ -215,7 +219,7 @@ def collate(pairs: list[tuple[list[int], list[int]]], pad: int) -> tuple[torch.T
 
 
 def pretrain(model: Qwen3ForCausalLM, tokenizer: PreTrainedTokenizerFast, rng: random.Random) -> None:
-    """Train the model in place on next tokens, over all stages."""
+    """Trains the model in place to predict the next token, over all stages."""
     held_out = {row["problem"] for rows in make_splits().values() for row in rows}
     optimizer = torch.optim.AdamW(model.parameters(), betas=(0.9, 0.98), weight_decay=0.01)
     update, end = 0, 0.0
@@ -251,7 +255,8 @@ def main() -> None:
     if out.exists():
         raise InputError(f"--out {out} exists: delete it, or name a new folder")
     make_folder(out.parent)
-    # a second thread gains little at this size, and the sums depend on the number of threads
+    # A second thread gains little for such a small model, and the number of threads would change the rounding of
+    # sums.
     torch.set_num_threads(1)
     torch.use_deterministic_algorithms(True)
     torch.manual_seed(arguments.seed)

@@ -1,20 +1,22 @@
-"""This file makes the embedded task, "labelled recipes": the problems, their answers, demonstrations and levels.
+"""This file makes the embedded task, "labelled recipes": problems, answers, demonstrations and levels.
 
     python data/make_recipes.py      writes data/recipes/{train,validation,test}.jsonl, always the same bytes
     python data/make_recipes.py --demonstrations slips --out data/recipes-slips      writes them with weaker experts
 
-A recipe starts from a three-digit number and has k instructions labelled A, B, C, ... They are listed in a
-shuffled order and are to be carried out in the order of their labels, on three-digit numbers modulo 1000:
+A recipe starts from a three-digit number and has k instructions labelled A, B, C, ... The instructions are listed in
+a shuffled order and must be carried out in the order of their labels, on three-digit numbers modulo 1000:
 
     +d   add d (2 to 9)        *2   double
     -d   subtract d            r    reverse the three digits (390 -> 093)
 
-For example `991;C-4;Ar;B*2?` means A: 991 -> 199, B: 199 -> 398, C: 398 -> 394, so the answer is 394. A recipe
-whose listed order happens to give the right number is thrown away (for k > 1), so the listed order is never right.
+For example, `991;C-4;Ar;B*2?` means A: 991 -> 199, B: 199 -> 398, C: 398 -> 394, so the answer is 394. For k > 1, a
+recipe is discarded if carrying out the instructions as listed gives the right number, so ignoring the labels is never
+rewarded.
 
-The task was chosen for three reasons. The answer cannot be guessed (one in a thousand). The skill has parts: to find
-the next label, to copy its instruction, to calculate. And k sets the difficulty, from trivial to out of reach. Left
-out are the base model's training text (make_base.py makes it) and the reading of rows (data/loader.py).
+The task has three advantages. A guess of the answer is right only once in a thousand times. The skill has parts:
+finding the next label, copying its instruction, calculating. The number k of instructions sets the difficulty, from
+trivial to impossible for the model. Left out are the base model's training text (make_base.py makes it) and the
+reading of rows (data/loader.py).
 """
 
 import random
@@ -23,7 +25,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
-# as a script it finds the project's modules only with this
+# without this line a script in a subfolder does not find the modules of the project
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from support.command import Parser, command
@@ -31,15 +33,16 @@ from support.errors import InputError
 from support.files import make_folder, write_jsonl
 
 LABELS = "ABCDEFGH"
-LEVELS = {"easy": (1, 2), "medium": (3, 4), "hard": (5, 6), "ood": (7, 8)}  # level -> its numbers of instructions
+# level -> numbers of instructions k of its recipes
+LEVELS = {"easy": (1, 2), "medium": (3, 4), "hard": (5, 6), "ood": (7, 8)}
 TRAIN_STEPS = (3, 4, 5, 6)
 TRAIN_PROBLEMS = 512
-DEMONSTRATED_PROBLEMS = 128  # problems with a demonstration, the same share for every k
+DEMONSTRATED_PROBLEMS = 128  # number of training problems with a demonstration, equally many for each k
 PROBLEMS_PER_LEVEL = {"validation": 100, "test": 200}
-DEMONSTRATIONS = {  # kinds of expert, for the ablation of the demonstrations' quality
+DEMONSTRATIONS = {  # kinds of experts, to measure how the quality of demonstrations matters
     "expert": "every step with its label",
-    "short": "the right order, but no labels: how a step was found is not shown",
-    "slips": "up to two steps first written with a wrong digit, then again and right",
+    "short": "steps in the right order, but without labels",
+    "slips": "up to two steps are first written with a wrong digit, then repeated correctly",
     "several": "two demonstrations: expert and short",
 }
 SPLIT_SEEDS = {"train": 1, "validation": 20, "test": 30}
@@ -49,7 +52,8 @@ Step = tuple[str, str, int]  # one instruction: (label, operator, operand); the 
 
 @dataclass(frozen=True)
 class Recipe:
-    """One problem: start value (0 to 999), the steps in the order of their labels, and the same steps as listed."""
+    """One problem: the start value (0 to 999), the steps in the order of their labels, and the same steps in the
+    order in which the problem lists them."""
 
     start: int
     steps: tuple[Step, ...]
@@ -57,12 +61,12 @@ class Recipe:
 
     @property
     def problem(self) -> str:
-        """Returns the question as the model reads it, e.g. `991;C-4;Ar;B*2?`."""
+        """Returns the question as the model reads it, for example `991;C-4;Ar;B*2?`."""
         return f"{self.start:03d};" + ";".join(step[0] + instruction(step) for step in self.listed) + "?"
 
     @property
     def answer(self) -> str:
-        """Returns the answer as three digits, e.g. `394`."""
+        """Returns the answer as three digits, for example `394`."""
         return f"{result(self.start, self.steps):03d}"
 
     @property
@@ -79,14 +83,14 @@ def apply(value: int, operator: str, operand: int) -> int:
 
 
 def result(start: int, steps: tuple[Step, ...]) -> int:
-    """Returns the value after all steps, carried out in the order of the list."""
+    """Returns the value after all `steps`, carried out in their order in the tuple."""
     for _, operator, operand in steps:
         start = apply(start, operator, operand)
     return start
 
 
 def instruction(step: Step) -> str:
-    """Returns an instruction without its label: `-4`, `*2`, `r`."""
+    """Returns the instruction of a step without its label, such as `-4`, `*2` or `r`."""
     _, operator, operand = step
     return operator if operator == "r" else f"{operator}{operand}"
 
@@ -98,11 +102,11 @@ def write_out(
     blunder: Callable[[int], int] = lambda value: value,
     retry: bool = False,
 ) -> str:
-    """Returns a solution text that carries out `steps` in the order of the list and ends in the boxed result.
+    """Returns a solution text that carries out `steps` in their order in the tuple and ends with the boxed result.
 
-    If `labelled`, each step's label stands before its instruction, as the expert writes it. `blunder` turns the right
-    result of a step into the result that is written and carried on (make_base.py makes careless writers with it).
-    With `retry` the writer notices it, writes the step again and continues from the right result.
+    If `labelled`, each instruction has its label, as in the expert's solutions. `blunder` maps the right result of a
+    step to the written result, from which the next step continues; make_base.py uses it for careless writers. With
+    `retry` a wrong step is repeated correctly, and the next step continues from the right result.
     """
     text, value = "", start
     for step in steps:
@@ -117,7 +121,8 @@ def write_out(
 
 
 def demonstrations(recipe: Recipe, kind: str) -> list[str]:
-    """Returns the solution of an expert of this kind (see DEMONSTRATIONS): always the same text, and always right."""
+    """Returns the demonstrations of a recipe by an expert of `kind` (see DEMONSTRATIONS). They always end in the
+    right answer, and each call returns the same texts."""
     rng, slips = random.Random(recipe.problem), iter(range(2))
 
     def slip(value: int) -> int:
@@ -134,7 +139,7 @@ def demonstrations(recipe: Recipe, kind: str) -> list[str]:
 
 
 def make_recipe(rng: random.Random, k: int, first: int = 0) -> Recipe:
-    """Returns a random recipe of k instructions with consecutive labels, which begin at LABELS[first]."""
+    """Returns a random recipe with k instructions. The labels are consecutive letters from LABELS[first] on."""
     while True:
         start, steps = rng.randrange(1000), []
         for label in LABELS[first : first + k]:
@@ -154,11 +159,11 @@ def level_of(k: int) -> str:
 def make_splits(
     kind: str = "expert", demonstrated: int = DEMONSTRATED_PROBLEMS, fresh_seed: int | None = None
 ) -> dict[str, list[dict]]:
-    """Returns all rows of the three files, with demonstrations by an expert of this kind. No problem occurs twice.
+    """Returns {split: rows} of the three files, with demonstrations by an expert of `kind`. No problem occurs twice.
 
-    `demonstrated` is the number of training problems with a demonstration; it divides TRAIN_PROBLEMS. With
-    `fresh_seed` there is a second test split, "fresh", whose levels use this seed and the next ones. The other splits
-    stay the same.
+    `demonstrated` is the number of training problems with a demonstration, and must divide TRAIN_PROBLEMS. With
+    `fresh_seed` there is a second test split, "fresh". Its first level uses this seed, and each further level the
+    next seed. The other splits stay the same.
     """
     seen: set[str] = set()
 
@@ -179,11 +184,11 @@ def make_splits(
         ]
 
     splits = {}
-    # the test split comes first, so that it does not depend on the others
+    # the test split is drawn first, so that it does not depend on the sizes of the others
     for split, count in reversed(PROBLEMS_PER_LEVEL.items()):
         splits[split] = held_out(split, SPLIT_SEEDS[split], count)
     recipes = draw(random.Random(SPLIT_SEEDS["train"]), TRAIN_PROBLEMS, TRAIN_STEPS)
-    rounds = TRAIN_PROBLEMS // demonstrated  # one of so many rounds of TRAIN_STEPS has demonstrations
+    rounds = TRAIN_PROBLEMS // demonstrated  # of `rounds` cycles through TRAIN_STEPS, one has demonstrations
     splits["train"] = [
         row(f"train-{i:04d}", recipe, [] if i // len(TRAIN_STEPS) % rounds else demonstrations(recipe, kind))
         for i, recipe in enumerate(recipes)
@@ -194,7 +199,7 @@ def make_splits(
 
 
 def row(identifier: str, recipe: Recipe, texts: list[str] | None = None) -> dict:
-    """Returns one line of a file. A row without a demonstration lacks that key."""
+    """Returns one row of a data file. A row without demonstrations has no key "demonstrations"."""
     fields = {"id": identifier, "problem": recipe.problem, "answer": recipe.answer}
     if texts:
         fields["demonstrations"] = texts
@@ -202,7 +207,7 @@ def row(identifier: str, recipe: Recipe, texts: list[str] | None = None) -> dict
 
 
 def write_splits(out: Path, splits: dict[str, list[dict]]) -> None:
-    """Writes the files into the folder `out`."""
+    """Writes one JSONL file per split into the folder `out`."""
     make_folder(out)
     for split, rows in splits.items():
         write_jsonl(out / f"{split}.jsonl", rows)
@@ -219,7 +224,7 @@ def main() -> None:
     args = parser.parse_args()
     out = args.out
     if args.demonstrations != "expert" and out.resolve() == default.resolve():
-        raise InputError("weaker demonstrations need a folder of their own: give --out")
+        raise InputError("weaker demonstrations need another folder than data/recipes: give --out")
     write_splits(out, make_splits(args.demonstrations))
 
 

@@ -8,20 +8,20 @@
                      48 - 43 = 5
                      \\boxed{5}
 
-Two, three or four numbers from 10 to 99 are added or subtracted from left to right; no partial result is negative.
-Each number of terms is a level. Every training problem has a demonstration; --demonstration_fraction takes some away.
-A response of this form has at most 47 tokens of SmolLM2's tokenizer, with the end token. Each digit is a token.
+Each problem adds and subtracts two, three or four numbers from 10 to 99, and no partial result is negative. The
+number of terms is the level. Every training problem has a demonstration; --demonstration_fraction of train.py takes
+some away. SmolLM2's tokenizer makes each digit a token; a demonstration has at most 47 tokens, end token included.
 
-This task stands beside the recipes because a pretrained model knows small sums, but does not follow the instruction
-to write one operation per line and box the answer. So RFT has no reward to start from. With a demonstration's prefix
-there is some.
+The task complements the recipes: a pretrained model can do small sums, but does not follow the instruction to write
+one operation per line and box the answer. So RFT has no reward at the start. Responses that begin with a
+demonstration's prefix have some.
 """
 
 import random
 import sys
 from pathlib import Path
 
-# as a script it finds the project's modules only with this
+# without this line a script in a subfolder does not find the modules of the project
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from data.make_recipes import write_splits
@@ -29,12 +29,12 @@ from support.command import Parser, command
 
 SYSTEM = "Work step by step, one operation per line. Put the final answer within \\boxed{}."
 TERMS = (2, 3, 4)
-# the test split comes first, so that it does not depend on the others
+# the test split is drawn first, so that it does not depend on the sizes of the others
 PROBLEMS_PER_LEVEL = {"test": 60, "validation": 30, "train": 200}
 
 
 def make_sum(rng: random.Random, terms: int) -> tuple[str, str, str]:
-    """Returns a random sum of so many terms: its expression, its result, and the solution that leads there."""
+    """Returns a random sum with `terms` terms: the expression, its result, and the solution step by step."""
     while True:
         value = rng.randint(10, 99)
         expression, lines = str(value), []
@@ -51,7 +51,7 @@ def make_sum(rng: random.Random, terms: int) -> tuple[str, str, str]:
 
 
 def make_splits() -> dict[str, list[dict]]:
-    """Returns all rows of the three files, level by level. No expression occurs twice."""
+    """Returns {split: rows} of the three files, level by level. No expression occurs twice."""
     seen: set[str] = set()
     splits: dict[str, list[dict]] = {split: [] for split in PROBLEMS_PER_LEVEL}
     for split, count in PROBLEMS_PER_LEVEL.items():

@@ -1,17 +1,18 @@
-"""Public sets from the Hugging Face hub as JSONL in our row format: python data/prepare.py NAME …
+"""Fetches public sets from the Hugging Face hub and writes them as JSONL: python data/prepare.py NAME …
 
     python data/prepare.py aime24 math500      benchmarks -> data/benchmarks/NAME.jsonl, for eval.py
     python data/prepare.py paper               the paper's nine benchmarks
     python data/prepare.py gsm8k openr1-46k    training sets with demonstrations -> data/train/NAME.jsonl
 
-This needs `datasets` (requirements-dev.txt). A file that is here already is kept (delete it to fetch it again), so a
-call that was stopped can be repeated. The number of rows is checked. Each row carries its system message. Rows that
-cannot be graded (an unreadable gold answer, an empty option) are counted and written to NAME.left_out.jsonl.
-The options of GPQA are shuffled by a seed made of the question's id; ARC and MMLU-Pro keep the hub's order. A set's
-licence stands on its page, https://huggingface.co/datasets/ and its path in SOURCES.
+The script needs the package `datasets` (requirements-dev.txt). Files that exist are kept, so a call that was stopped
+can be repeated; delete a file to fetch its set again. The number of rows of each set is checked. Each row has a
+system message. Rows that cannot be graded (an unreadable gold answer, an empty option) are counted and written to
+NAME.left_out.jsonl. The options of each GPQA question are shuffled with its id as the seed. ARC and MMLU-Pro keep the
+hub's order of options. The licence of a set is on its page, https://huggingface.co/datasets/PATH with the path from
+SOURCES.
 
-Left out is the cutting and grading of openr1-46k's demonstrations, which data/loader.py does when it knows the token
-budget. OlympiadBench has 674 problems on the hub; the paper's copy has 675.
+The demonstrations of openr1-46k are neither filtered by length nor graded here; data/loader.py does both at the start
+of a run. OlympiadBench has 674 problems on the hub; the paper's copy has 675.
 """
 
 import random
@@ -24,7 +25,7 @@ from typing import Any
 
 from huggingface_hub.utils import logging as hub_logging
 
-# as a script it finds the project's modules only with this
+# without this line a script in a subfolder does not find the modules of the project
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from evaluation.benchmarks import PAPER
@@ -40,50 +41,52 @@ SOLVE = "Please reason step by step, and put your final answer within \\boxed{}.
 CHOOSE = "Please reason step by step, and put the letter of the right option within \\boxed{}."
 
 
-# ---- one function per schema: (row of the hub, its index) -> fields of ours
+# ---- one function per schema: (row of the hub, its index) -> fields of a row of this project
 
 
 def math500(row: Row, index: int) -> Row:
-    """HuggingFaceH4/MATH-500: problem, solution, answer, subject, level (1 to 5), unique_id."""
+    """Converts a row of HuggingFaceH4/MATH-500: problem, solution, answer, subject, level (1 to 5), unique_id."""
     return {"problem": row["problem"], "answer": row["answer"], "level": f"level {row['level']}"}
 
 
 def aime(row: Row, index: int) -> Row:
-    """HuggingFaceH4/aime_2024 and math-ai/aime25: problem, answer ("025", "70") and more."""
+    """Converts a row of HuggingFaceH4/aime_2024 or math-ai/aime25: problem, answer ("025", "70") and more."""
     return {"problem": row["problem"], "answer": str(row["answer"])}
 
 
 def amc23(row: Row, index: int) -> Row:
-    """AI-MO/aimo-validation-amc: id, problem, answer (a float, always whole), url."""
+    """Converts a row of AI-MO/aimo-validation-amc: id, problem, answer (a float, always whole), url."""
     answer = float(row["answer"])
     return {"problem": row["problem"], "answer": str(int(answer)) if answer.is_integer() else str(answer)}
 
 
 def minerva(row: Row, index: int) -> Row:
-    """math-ai/minervamath: question, answer."""
+    """Converts a row of math-ai/minervamath: question, answer."""
     return {"problem": row["question"], "answer": row["answer"]}
 
 
 def olympiad(row: Row, index: int) -> Row:
-    """Hothan/OlympiadBench: question, final_answer (a list with one text, answers of several parts joined by
-    commas), unit, subfield and more."""
+    """Converts a row of Hothan/OlympiadBench: question, final_answer (a list with one text, in which commas separate
+    the parts), unit, subfield and more."""
     answer = ", ".join(text.strip() for text in row["final_answer"])
     return {"problem": row["question"], "answer": answer, "level": row["subfield"]}
 
 
 def multiple_choice(stem: str, options: list[str], gold: int, level: str = "") -> Row:
-    """Returns our row for a question whose right option has index `gold`."""
+    """Returns the fields of a row for a question whose right option has index `gold`."""
     fields = {"problem": question(stem, options), "answer": LETTERS[gold], "options": options, "system": CHOOSE}
     return fields | ({"level": level} if level else {})
 
 
 def arc_c(row: Row, index: int) -> Row:
-    """allenai/ai2_arc: id, question, choices {text: […], label: […]}, answerKey; labels are A to E or 1 to 4."""
+    """Converts a row of allenai/ai2_arc: id, question, choices {text: […], label: […]}, answerKey (labels A to E or 1
+    to 4)."""
     return multiple_choice(row["question"], row["choices"]["text"], row["choices"]["label"].index(row["answerKey"]))
 
 
 def gpqa_diamond(row: Row, index: int) -> Row:
-    """Idavidrein/gpqa: Question, Correct Answer, Incorrect Answer 1 to 3, High-level domain, Record ID and more."""
+    """Converts a row of Idavidrein/gpqa: Question, Correct Answer, Incorrect Answer 1 to 3, High-level domain, Record
+    ID and more."""
     options = [row["Correct Answer"], *(row[f"Incorrect Answer {i}"] for i in (1, 2, 3))]
     order = list(range(4))
     random.Random(f"gpqa {row['Record ID']}").shuffle(order)
@@ -92,14 +95,16 @@ def gpqa_diamond(row: Row, index: int) -> Row:
 
 
 def mmlu_pro(row: Row, index: int) -> Row:
-    """TIGER-Lab/MMLU-Pro: question, options (up to ten, filled up with "N/A"), answer, answer_index, category."""
+    """Converts a row of TIGER-Lab/MMLU-Pro: question, options (up to ten, filled up with "N/A"), answer,
+    answer_index, category."""
     options = [text.strip() for text in row["options"] if text != "N/A"]
     gold = row["answer_index"] - row["options"][: row["answer_index"]].count("N/A")
     return multiple_choice(row["question"], options, gold, row["category"])
 
 
 def gsm8k(row: Row, index: int) -> Row:
-    """openai/gsm8k: question, answer: a human solution with marks <<48/2=24>> and a last line "#### 72"."""
+    """Converts a row of openai/gsm8k: question, answer (a human solution with marks <<48/2=24>> and a last line "####
+    72")."""
     solution, _, answer = row["answer"].rpartition("####")
     answer = answer.strip().replace(",", "")
     steps = re.sub(r"<<[^<>]*>>", "", solution).strip()
@@ -111,9 +116,11 @@ def gsm8k_test(row: Row, index: int) -> Row:
 
 
 def openr1_46k(row: Row, index: int) -> Row:
-    """Elliott/Openr1-Math-46k-8192: prompt [system, user], target [assistant], reward_model {ground_truth, style}.
+    """Converts a row of Elliott/Openr1-Math-46k-8192: prompt [system, user], target [assistant], reward_model
+    {ground_truth, style}.
 
-    The complement is read as if it had the same columns, with or without a target, which nobody has tried yet.
+    We assume that Openr1-Math-48k-Complement has the same columns, with or without target. This is not tested on the
+    real set.
     """
     messages = {message["role"]: message["content"] for message in row["prompt"]}
     return {
@@ -126,7 +133,8 @@ def openr1_46k(row: Row, index: int) -> Row:
 
 @dataclass(frozen=True)
 class Source:
-    """The place of a set on the hub, and its number of rows (a range if the hub's number may change)."""
+    """Where a set is on the hub, its number of rows (a range if the number may change), and the function that
+    converts its rows."""
 
     path: str
     config: str | None
@@ -150,7 +158,7 @@ SOURCES = {
     "gsm8k_test": Source("openai/gsm8k", "main", "test", (1319, 1319), gsm8k_test),
     "gsm8k": Source("openai/gsm8k", "main", "train", (7473, 7473), gsm8k, folder="train"),
     "openr1-46k": Source("Elliott/Openr1-Math-46k-8192", None, "train", (45_000, 47_000), openr1_46k, folder="train"),
-    "openr1-48k-complement": Source(  # LUFFY's SFT→RFT learns from it in its second stage
+    "openr1-48k-complement": Source(  # LUFFY's SFT→RFT uses this set in its second stage
         "Elliott/Openr1-Math-48k-Complement", None, "train", (1, 100_000), openr1_46k, folder="train"
     ),
 }
@@ -160,8 +168,10 @@ SOURCES = {
 
 
 def download(name: str, source: Source) -> list[Row]:
-    """Returns the rows of a set. If it cannot be fetched, raises an InputError that says what to do."""
-    hub_logging.set_verbosity_error()  # without a network the hub would log every retry before our one line
+    """Returns the rows of a set as the hub has them. If the set cannot be fetched, raises an InputError with the
+    fix."""
+    # without a network the hub's library would log every retry before the one line of our error
+    hub_logging.set_verbosity_error()
     try:
         import datasets
     except ImportError:
@@ -169,7 +179,7 @@ def download(name: str, source: Source) -> list[Row]:
     page = f"https://huggingface.co/datasets/{source.path}"
     try:
         return list(datasets.load_dataset(source.path, source.config, split=source.split))
-    except Exception as error:  # the hub's libraries raise errors of many kinds
+    except Exception as error:  # the libraries of the hub raise errors of many classes
         reason = (str(error).strip() or type(error).__name__).split("\n")[0]
         if source.gated and re.search(r"gated|cannot be accessed|40[13]", str(error)):
             help = f"it is gated: accept its terms at {page}, then run  hf auth login  with a read token"
@@ -179,7 +189,7 @@ def download(name: str, source: Source) -> list[Row]:
 
 
 def convert(name: str, source: Source, rows: list[Row]) -> tuple[list[Row], list[Row]]:
-    """Returns our rows, and the rows that are set aside because they cannot be graded."""
+    """Returns the converted rows, and the rows left out because they cannot be graded."""
     low, high = source.rows
     if not low <= len(rows) <= high:
         expected = str(low) if low == high else f"{low} to {high}"
@@ -206,7 +216,8 @@ def convert(name: str, source: Source, rows: list[Row]) -> tuple[list[Row], list
 
 
 def prepare(name: str) -> Path:
-    """Make the JSONL file of `name` if it is not here, and return its path. Raises InputError if that fails."""
+    """Fetches the set `name` and writes its JSONL file, unless the file exists. Returns the path. Raises InputError
+    if fetching fails."""
     source = SOURCES[name]
     path = FOLDER / source.folder / f"{name}.jsonl"
     if path.exists():
@@ -227,8 +238,8 @@ def prepare(name: str) -> Path:
 
 @command("prepare.py")
 def main() -> None:
-    parser = Parser(description="Public sets -> JSONL.")
-    parser.add_argument("names", nargs="+", metavar="NAME", help=f"{', '.join(SOURCES)}, or paper (the first nine)")
+    parser = Parser(description="Fetches public sets from the Hugging Face hub and writes them as JSONL.")
+    parser.add_argument("names", nargs="+", metavar="NAME", help=f"{', '.join(SOURCES)}, or paper (its nine sets)")
     args = parser.parse_args()
     names = list(dict.fromkeys(n for name in args.names for n in (PAPER if name == "paper" else [name])))
     failed = False
@@ -237,7 +248,7 @@ def main() -> None:
     for name in names:
         try:
             prepare(name)
-        except (InputError, Broken) as error:  # then the other sets are still fetched
+        except (InputError, Broken) as error:  # the other sets are still fetched
             print(f"prepare.py: {error}", file=sys.stderr)
             failed = True
     sys.exit(2 if failed else 0)

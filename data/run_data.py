@@ -1,6 +1,7 @@
-"""The data of a run: its files, the problems that keep their demonstrations, and what has to fit together.
+"""This file loads the data of a run, keeps a fraction of the demonstrations, and checks the data against the
+settings.
 
-train.py calls `load_data`. Rows and token ids are data/loader.py's.
+train.py calls `load_data`. data/loader.py reads the rows and encodes them as token ids.
 """
 
 import dataclasses
@@ -19,14 +20,16 @@ from support.loading import check_window
 
 
 class Counts(NamedTuple):
-    """How many demonstrations are `left_out`, by reason, and how many are used but `noted` for something else."""
+    """Numbers of demonstrations by reason: `left_out` counts those that are not used, `noted` those that are used
+    although the user should know of something in them."""
 
     left_out: Counter
     noted: Counter
 
 
 def data_files(config: Config) -> dict[str, str]:
-    """Returns the files of a run by their purpose. The embedded task has files of its own for evaluation."""
+    """Returns {purpose: file} of a run. Without files for evaluation in the settings, the embedded task uses its
+    own."""
     embedded = config.data == Config.data
     files = {"data": config.data, "sft_data": config.sft_data}
     files["validation"] = config.eval_data or (f"{TASK}/validation.jsonl" if embedded else "")
@@ -35,10 +38,10 @@ def data_files(config: Config) -> dict[str, str]:
 
 
 def keep_fraction(problems: Sequence[Encoded], fraction: float) -> list[Encoded]:
-    """Returns `problems` with fewer demonstrations: of those that have some, a share `fraction` keeps them.
+    """Returns all `problems`; a share `fraction` of those with demonstrations keep them, the others lose them.
 
-    The problems are chosen by id. So the choice is the same in every run, and a smaller share is part of a larger
-    one.
+    A hash of its id decides whether a problem keeps them. So every run keeps the same demonstrations, and a smaller
+    fraction keeps a subset of those of a larger one.
     """
     demonstrated = [problem.id for problem in problems if problem.demonstrations]
     ranked = sorted(demonstrated, key=lambda name: seed_of("demonstration", name))
@@ -51,7 +54,7 @@ def keep_fraction(problems: Sequence[Encoded], fraction: float) -> list[Encoded]
 def load_data(
     config: Config, reward: Reward, tokenizer, end_ids: list[int], context: int | None
 ) -> tuple[Data, Counts]:
-    """Returns the run's data, checked against its settings, and counts of its demonstrations."""
+    """Returns the data of a run, checked against the settings, and the counts of its demonstrations."""
     files, counts = data_files(config), Counts(Counter(), Counter())
     problems = {purpose: load_problems(path, reward) for purpose, path in files.items()}
 
@@ -74,17 +77,18 @@ def load_data(
 
 
 def demonstrated(config: Config, data: Data) -> list[Encoded]:
-    """Returns the problems whose demonstrations the method can use."""
+    """Returns the problems with a demonstration that the method can use."""
     if "sft" in METHODS[config.method].stages:
         return data.supervised
     return [problem for problem in data.encoded if problem.demonstrations]
 
 
 def check_enough(config: Config, data: Data, left_out: Counter) -> None:
-    """Raises InputError if the method lacks demonstrations or a step lacks problems."""
+    """Raises InputError if there are no demonstrations for a method that needs them, or too few problems for one
+    step."""
     method = METHODS[config.method]
     if method.needs_demonstrations and config.demonstration_fraction == 0:
-        raise InputError(f"demonstration_fraction is 0, expected more: method {config.method} needs demonstrations")
+        raise InputError(f"demonstration_fraction is 0, expected > 0: method {config.method} needs demonstrations")
     if method.needs_demonstrations and not demonstrated(config, data):
         file = (config.sft_data if "sft" in method.stages else "") or config.data
         why = "".join(f", {count} left out ({why})" for why, count in left_out.items())

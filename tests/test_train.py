@@ -427,7 +427,7 @@ def test_wrong_data(tmp_path, monkeypatch, capsys, content, message):
         ({"max_response_tokens": 3}, "needs demonstrations"),
         ({"demonstration_fraction": 0}, "demonstration_fraction is 0, expected more: method prefix-rft needs"),
         ({"max_response_tokens": 4000}, "max_response_tokens (4000) exceed the model's"),
-        ({"method": "sdft", "demonstration_fraction": 0}, "expected more: method sdft needs demonstrations"),
+        ({"method": "sdft", "demonstration_fraction": 0}, "expected > 0: method sdft needs demonstrations"),
         ({"method": "sdft", "max_response_tokens": 400}, " after its demonstration' ("),
         ({"eval_response_tokens": 4000}, "eval_response_tokens (4000) exceed the model's"),
         ({"prompts_per_step": 4000}, "prompts_per_step is 4000"),

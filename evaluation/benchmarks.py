@@ -1,7 +1,7 @@
-"""Benchmarks are problem files by name, with the paper's number of samples for each.
+"""This file loads benchmarks: named files of problems, with the paper's number of samples per problem for each file.
 
-data/prepare.py writes the public ones to data/benchmarks/. A row may have "options" (multiple choice) beside the
-fields of data/loader.py. Left out are problems with images, proofs, and code.
+data/prepare.py writes the public benchmarks to data/benchmarks/. A row may have "options" (multiple choice) beside
+the fields of data/loader.py. Left out are problems with images, proofs, and code.
 """
 
 import dataclasses
@@ -17,7 +17,7 @@ from reward import MATH, Reward
 from support.config import TASK, in_project
 from support.errors import InputError
 
-PAPER = {  # the paper's benchmarks and its samples per problem [paper 4.1]
+PAPER = {  # benchmark of the paper -> samples per problem [paper 4.1]
     "aime24": 32,
     "aime25": 32,
     "amc23": 32,
@@ -34,19 +34,20 @@ FILES["embedded"] = Path(f"{TASK}/test.jsonl")
 
 @dataclass
 class Benchmark:
-    """A set of problems, and the number of samples for each of them."""
+    """A set of problems with its number of samples per problem."""
 
     name: str
     path: Path
     samples: int
     problems: list[Problem]
-    options: dict[str, list[str]]  # options of multiple choice, by problem id
-    left_out: int  # number of problems that data/prepare.py set aside, because they cannot be graded
+    options: dict[str, list[str]]  # problem id -> options, for multiple-choice problems
+    left_out: int  # number of problems that data/prepare.py left out because they cannot be graded
     encoded: list[Encoded] = dataclasses.field(default_factory=list)
 
 
 def read_options(path: Path, rows: dict[int, Any], problems: list[Problem]) -> dict[str, list[str]]:
-    """Returns the options of multiple choice by problem id. Raises InputError for options that cannot be graded."""
+    """Returns {problem id: options} of the multiple-choice problems. Raises InputError for options that cannot be
+    graded."""
     options = {}
     for (number, row), problem in zip(rows.items(), problems, strict=True):
         if "options" in row:
@@ -61,10 +62,11 @@ def read_options(path: Path, rows: dict[int, Any], problems: list[Problem]) -> d
 def load_benchmark(
     name: str, path: Path, samples: int, per_level: int | None, system: str | None, reward: Reward = MATH
 ) -> Benchmark:
-    """Returns a JSONL file as a benchmark: the first `per_level` problems of each level (None: all of them).
+    """Returns the benchmark in a JSONL file, with only the first `per_level` problems of each level (None: all
+    problems).
 
-    `system` takes the place of the rows' own system messages, unless it is None. Raises InputError for a missing file
-    or a bad line.
+    Unless `system` is None, it replaces the system message of each row. Raises InputError for a missing file or a bad
+    line.
     """
     rows = read_rows(path)
     problems = check_rows(path, rows, reward)
@@ -87,15 +89,16 @@ def choose_benchmarks(
     system: str | None = None,
     reward: Reward = MATH,
 ) -> list[Benchmark]:
-    """Returns the benchmarks of a comma-separated list of names ("paper": the paper's nine), and the file `data`.
+    """Returns the benchmarks in a comma-separated list of names ("paper" stands for the paper's nine), and `data` as
+    one more.
 
-    If `samples` is None, each benchmark has the paper's number. Raises InputError for an unknown name, for a file
-    that is not there, and for a file `data` with a benchmark's name, whose place it would take.
+    If `samples` is None, each benchmark has its number of samples in PAPER, or 1. Raises InputError for an unknown
+    name, a missing file, and a file `data` that has the name of another benchmark.
     """
     listed = [n for name in names.split(",") if name for n in (PAPER if name == "paper" else [name])]
     for name in listed:
         if name not in FILES:
-            raise InputError(f"unknown benchmark {name!r}: choose from {', '.join(FILES)}, or paper (the first nine)")
+            raise InputError(f"unknown benchmark {name!r}: choose from {', '.join(FILES)}, or paper (its nine sets)")
     if data and (known := FILES.get(data.stem, data)).resolve() != data.resolve():
         raise InputError(f"data file {data} has the name of the benchmark {data.stem} ({known}): rename your file")
     files = {name: FILES[name] for name in listed} | ({data.stem: data} if data else {})
@@ -106,7 +109,8 @@ def choose_benchmarks(
 
 
 def all_draws(benchmarks: Iterable[Benchmark]) -> Iterator[tuple[Benchmark, int, int]]:
-    """Yields (benchmark, index of the problem, sample) of every response, in the order of generations.jsonl."""
+    """Yields (benchmark, index of the problem, index of the sample) of each response, in the order of
+    generations.jsonl."""
     for benchmark in benchmarks:
         for i, k in itertools.product(range(len(benchmark.problems)), range(benchmark.samples)):
             yield benchmark, i, k

@@ -1,8 +1,8 @@
-"""The folder of an evaluation has settings.json and generations.jsonl (a line per response). Its responses can be
-graded again.
+"""This file reads and writes the folder of an evaluation: settings.json and generations.jsonl, which has a line per
+response. The stored responses can be graded again.
 
-`describe` comes first (all that decides a number), then the folder, its stored responses, and `regrade`. The report
-(results.json, results.md) is in report.py, its figure in figures/comparison.py.
+The functions come in this order: `describe` for the settings, then the folder, its stored responses, and `regrade`.
+report.py writes the report (results.json, results.md), and figures/comparison.py draws its figure.
 """
 
 import argparse
@@ -29,12 +29,12 @@ from support.checkpoint import json_line, locked, sha256, weights_fingerprint, w
 from support.errors import Broken, InputError
 from support.files import make_folder, parse_object, read_json, reading, replacing, writing
 
-# fields of a stored line
+# fields of a line in generations.jsonl
 RESPONSE = ("benchmark", "id", "sample", "reward", "read", "truncated", "tokens", "response")
-# settings that may change when an evaluation is continued, because they change at most rounding
+# settings that may differ when an evaluation is continued, because they only affect rounding
 FREE = ("device", "ranks", "rows_per_call")
 
-# only these are left of an evaluation that was killed before it had settings
+# the only files of an evaluation that was killed before it had settings
 OURS = {"lock", "settings.json.partial"}
 
 # ---- settings
@@ -51,7 +51,7 @@ def now() -> str:
 
 
 def describe(args: argparse.Namespace, model, tokenizer, benchmarks: list[Benchmark]) -> dict[str, Any]:
-    """Returns all settings that decide a number, as settings.json keeps them."""
+    """Returns all settings that influence the results of an evaluation, as settings.json stores them."""
     first = benchmarks[0].problems[0]
     return {
         "model": args.model,
@@ -95,7 +95,8 @@ def describe(args: argparse.Namespace, model, tokenizer, benchmarks: list[Benchm
 
 
 def stored_settings(folder: Path | None) -> dict[str, Any]:
-    """Returns an evaluation's settings.json; {} if there is none. Raises InputError if it is damaged."""
+    """Returns the content of settings.json of an evaluation, or {} if the file is missing. Raises InputError if the
+    file is damaged."""
     file = folder / "settings.json" if folder else None
     return read_json(file) if file and file.exists() else {}
 
@@ -105,11 +106,11 @@ def write_settings(file: Path, settings: dict[str, Any] | None) -> None:
 
 
 def choose_folder(args: argparse.Namespace, settings: dict[str, Any]) -> tuple[Path, dict[str, Any]]:
-    """Returns the folder of this evaluation, --out or the first free evals/MODEL-NNN, and the settings to store
+    """Returns the folder of this evaluation (--out, or the first free evals/MODEL-NNN) and the settings to store
     there.
 
-    A continued evaluation keeps its settings; changes of those in FREE are noted under "continued". Writes nothing.
-    Raises InputError if --out holds anything but an evaluation with the same settings.
+    A continued evaluation keeps its settings. If a setting in FREE changed, its new value is added under "continued".
+    The function writes nothing. Raises InputError if --out holds anything but an evaluation with the same settings.
     """
     if not args.out:
         path = Path(args.model)
@@ -117,7 +118,7 @@ def choose_folder(args: argparse.Namespace, settings: dict[str, Any]) -> tuple[P
         args.out = next(f for i in itertools.count(1) if not (f := Path("evals") / f"{name}-{i:03d}").exists())
     if stored := stored_settings(args.out):
         changed = [k for k in settings if k not in (*FREE, "date") and settings[k] != stored.get(k)]
-        if changed == ["grader"] and not (args.out / "generations.jsonl").exists():  # so nothing is graded yet
+        if changed == ["grader"] and not (args.out / "generations.jsonl").exists():  # no response is graded yet
             return args.out, settings
         if changed == ["grader"]:
             raise InputError(f"{args.out} was graded by another version: first run  eval.py --regrade {args.out}")
@@ -137,7 +138,7 @@ def choose_folder(args: argparse.Namespace, settings: dict[str, Any]) -> tuple[P
 def opened(folder: Path, settings: dict[str, Any] | None) -> Iterator[None]:
     """Makes and locks the folder of an evaluation, and stores `settings` in it.
 
-    Ranks other than the first pass None as `settings`. It raises the errors of `written`.
+    Ranks other than the first pass None as `settings`. Opening a folder raises the errors of `written`.
     """
     make_folder(folder)
     with written(folder):
@@ -147,8 +148,8 @@ def opened(folder: Path, settings: dict[str, Any] | None) -> Iterator[None]:
 
 @contextlib.contextmanager
 def written(folder: Path) -> Iterator[None]:
-    """Locks the folder. Raises InputError if another process is at work in it, and Broken if the output was
-    closed."""
+    """Locks the folder of an evaluation. Raises InputError if another process uses the folder, and Broken if the
+    reader of the printed output has closed it."""
     with locked(folder):
         try:
             yield
@@ -157,9 +158,10 @@ def written(folder: Path) -> Iterator[None]:
 
 
 def stored_rows(path: Path, benchmarks: list[Benchmark]) -> Iterator[tuple[Benchmark, int, dict[str, Any], int]]:
-    """Yields (benchmark, index of the problem, row, bytes of its line) of the responses in generations.jsonl.
+    """Yields (benchmark, index of the problem, row, bytes of the line) for each response in generations.jsonl.
 
-    An incomplete last line is ignored. Raises InputError if a line is not the response that belongs there.
+    An incomplete last line is ignored. Raises InputError if a line has another response than `all_draws` expects
+    there.
     """
     if not path.exists():
         return
@@ -172,7 +174,7 @@ def stored_rows(path: Path, benchmarks: list[Benchmark]) -> Iterator[tuple[Bench
             row = parse_object(line, f"{path}:{number}", RESPONSE)
             stored, due = [row[name] for name in RESPONSE[:3]], [benchmark.name, benchmark.problems[i].id, k]
             if stored != due:
-                raise InputError(f"{path}:{number}: found response {stored}, expected {due}: another evaluation's?")
+                raise InputError(f"{path}:{number}: found response {stored}, expected {due}: of another evaluation?")
             yield benchmark, i, row, len(line)
         if file.readline():
             raise InputError(
@@ -182,7 +184,7 @@ def stored_rows(path: Path, benchmarks: list[Benchmark]) -> Iterator[tuple[Bench
 
 
 def cut_broken_line(path: Path, benchmarks: list[Benchmark]) -> int:
-    """Remove an incomplete last line from generations.jsonl, and return the number of responses in it."""
+    """Removes an incomplete last line of generations.jsonl, and returns the number of complete responses."""
     done = size = 0
     for *_, length in stored_rows(path, benchmarks):
         done, size = done + 1, size + length
@@ -193,7 +195,7 @@ def cut_broken_line(path: Path, benchmarks: list[Benchmark]) -> int:
 
 
 def count(folder: Path, benchmarks: list[Benchmark]) -> dict[str, list[Answers]]:
-    """Returns the counts of the stored responses by benchmark and problem."""
+    """Returns {benchmark: one Answers per problem}, counted over the stored responses."""
     answers = {b.name: [Answers(p.id, p.level) for p in b.problems] for b in benchmarks}
     for benchmark, i, row, _ in stored_rows(folder / "generations.jsonl", benchmarks):
         answers[benchmark.name][i].add(row)
@@ -201,9 +203,11 @@ def count(folder: Path, benchmarks: list[Benchmark]) -> dict[str, list[Answers]]
 
 
 def regrade(folder: Path, name: str | None = None) -> tuple[dict[str, Any], dict[str, list[Answers]]]:
-    """Grade the stored responses again, print how many grades changed, and return settings and answers.
+    """Grades the stored responses again, prints how many grades changed, and returns the settings and the counts per
+    problem.
 
-    `name` is the reward; None means the one that graded them before. A user's own file runs only if `name` names it.
+    `name` is the reward; None means the reward that graded the responses before. A reward in a user's file is run
+    only if `name` names the file.
     """
     file, path = folder / "settings.json", folder / "generations.jsonl"
     if not file.exists() or not path.exists():
@@ -211,16 +215,16 @@ def regrade(folder: Path, name: str | None = None) -> tuple[dict[str, Any], dict
     settings = read_json(file, "model", "benchmarks", "problems_per_level", "system")
     graded_by = settings.get("reward") or "math"
     if name is None and graded_by not in ("math", "exact"):
-        raise InputError(f"{folder} was graded by {graded_by}, which is not run unasked: give --reward {graded_by}")
+        raise InputError(f"{folder} was graded by {graded_by}, which runs only on request: give --reward {graded_by}")
     reward = load_reward(name or graded_by)
     benchmarks, how = [], (settings["problems_per_level"], settings["system"], reward)
     for benchmark, stored in settings["benchmarks"].items():
         benchmarks.append(load_benchmark(benchmark, Path(stored["file"]), stored["samples"], *how))
-        # a gold answer may have been corrected since; ids are checked row by row
+        # the file may differ from the recorded one, because a gold answer was corrected; stored_rows checks the ids
         stored["sha256"] = sha256(Path(stored["file"]))
     changed = 0
     with written(folder):
-        rows = sum(1 for _ in stored_rows(path, benchmarks))  # a damaged line is found before anything is written
+        rows = sum(1 for _ in stored_rows(path, benchmarks))  # a damaged line raises before anything is written
         with replacing(path) as partial:
             with partial.open("w", encoding="utf-8") as out:
                 for benchmark, i, row, _ in stored_rows(path, benchmarks):
@@ -230,11 +234,11 @@ def regrade(folder: Path, name: str | None = None) -> tuple[dict[str, Any], dict
                     new = row | {"reward": 0.0 if row["truncated"] else value, "read": read}
                     out.write(json_line(new))
                     changed += new["reward"] != row["reward"]
-            # if the process ends from here on, the settings say that the evaluation has to be graded again
+            # If the process dies before the new settings are written, these settings demand another regrading.
             write_settings(file, settings | {"grader": "unknown: it was being graded again"})
         settings |= {"reward": reward.name, "grader": grader_version(reward), "regraded": now()}
         write_settings(file, settings)
     print(f"{rows} responses graded again, {changed} grades changed")
     if rows < sum(len(b.problems) * b.samples for b in benchmarks):
-        raise InputError(f"{folder} is not complete, so it has no results yet: continue it with --out {folder}")
+        raise InputError(f"{folder} is not complete, so it has no results yet: continue with --out {folder}")
     return settings, count(folder, benchmarks)

@@ -1,8 +1,8 @@
-"""This file says how a multiple-choice question lists its options, and how a response that names one is graded.
+"""This file writes multiple-choice questions with their options, and grades responses to them.
 
 The boxed answer may be the letter ("C", "(C)", "\\text{C.}"), the letter with its option ("C) iron"), or the option's
-text ("iron", "\\frac12" for "1/2"). It is right if it names the gold option and no other. Left out are answers
-outside a box and letters picked out of a sentence, because one would have to guess what they mean.
+text ("iron", "\\frac12" for "1/2"). The boxed answer is right if it names the gold option and no other. Left out are
+answers outside a box and letters inside a sentence, because a grader could only guess their meaning.
 """
 
 import reprlib
@@ -22,7 +22,7 @@ _LABELLED = regex.compile(r"\(?([A-Z])\s*[).:]\s*(.+)", regex.DOTALL)
 
 
 def question(stem: str, options: Sequence[str]) -> str:
-    """Returns the question with its options below it, one on each line: "A) …"."""
+    """Returns the question followed by its options, each on a line of its own: "A) …"."""
     if not 2 <= len(options) <= len(LETTERS):
         raise InputError(f"a question has {len(options)} options, expected 2 to {len(LETTERS)}: {stem[:60]!r}")
     return stem.strip() + "\n\n" + "\n".join(f"{letter}) {text.strip()}" for letter, text in zip(LETTERS, options))
@@ -31,7 +31,7 @@ def question(stem: str, options: Sequence[str]) -> str:
 def check_options(options: object, gold: str) -> None:
     """Raises InputError unless `options` is a list of 2 to 26 texts and `gold` is the letter of one of them.
 
-    Two texts may be equal, as in a few public questions, because their letters differ.
+    Two options may have the same text, as in a few public questions, because the letters differ.
     """
     texts = isinstance(options, list) and all(isinstance(option, str) and option.strip() for option in options)
     if not texts or not 2 <= len(options) <= len(LETTERS):
@@ -43,7 +43,7 @@ def check_options(options: object, gold: str) -> None:
 
 
 def _bare(text: str) -> str:
-    """Returns text without surrounding dollar signs and wrappers such as \\text{}."""
+    """Returns the text without surrounding dollar signs and wrappers such as \\text{}."""
     text = text.strip().strip("$").strip()
     while styled := _STYLE.fullmatch(text):
         text = styled.group(1).strip()
@@ -51,12 +51,13 @@ def _bare(text: str) -> str:
 
 
 def _plain(text: str) -> str:
-    """Returns text for a comparison of words: bare, in lower case, without a final full stop and extra blanks."""
+    """Returns the text normalised for comparison: without wrappers, final full stop and extra blanks, in lower
+    case."""
     return " ".join(_bare(text).split()).rstrip(".").casefold()
 
 
 def named_option(boxed: str, options: Sequence[str]) -> str | None:
-    """Returns the letter of the option that `boxed` names; None if it names none, or more than one."""
+    """Returns the letter of the option that `boxed` names, or None if `boxed` names no option or several."""
     letters = LETTERS[: len(options)]
     text = _bare(boxed)
     if (letter := _LETTER.fullmatch(text)) and letter.group(1) in letters:
@@ -75,7 +76,8 @@ def named_option(boxed: str, options: Sequence[str]) -> str | None:
 def grade_response(
     reward: Reward, response: str, problem: Problem, options: Sequence[str] = ()
 ) -> tuple[float, bool]:
-    """Returns the reward and whether the answer could be read. Only the default reward looks at `options`."""
+    """Returns the reward of a response and whether its answer could be read. Only the default reward uses
+    `options`."""
     if not options or reward.name != "math":
         return grade_one(reward, response, problem), reward.is_read(response)
     boxed = extract_boxed(response)

@@ -1,10 +1,10 @@
-"""The report of an evaluation is results.json, results.md and tables on the terminal; several evaluations are shown
-side by side.
+"""This file writes the report of an evaluation (results.json, results.md, tables on the terminal) and compares
+several evaluations.
 
-results.json has these keys. "settings" are those of settings.json. "results" is {benchmark: {level or "all": a row of
-statistics.summarize}}, and "average" is over the benchmarks. "right" is {benchmark: {level: {problem id: number of
-right samples}}}. "rewards" has the same form with sums of rewards; it is there only if some reward is neither 0 nor
-1. Figures are in figures/comparison.py.
+results.json has these keys. "settings" is the content of settings.json. "results" is {benchmark: {level or "all": a
+row of statistics.summarize}}, and "average" is the mean over the benchmarks. "right" is {benchmark: {level: {problem
+id: number of right samples}}}. "rewards" is like "right" with the sum of rewards in place of the number; it is
+present only if a reward lies between 0 and 1. figures/comparison.py draws the figures.
 """
 
 import json
@@ -25,11 +25,13 @@ from support.checkpoint import write_text
 from support.errors import InputError
 from support.files import read_json
 
-Results = dict[str, Any]  # the content of a results.json
+Results = dict[str, Any]  # content of results.json of one evaluation
 
-SIX = ("aime24", "aime25", "amc23", "math500", "minerva", "olympiad")  # the paper's "avg" is the mean of these six
+# the column "avg" of the paper is the mean over these six
+SIX = ("aime24", "aime25", "amc23", "math500", "minerva", "olympiad")
 COLUMNS = (*SIX, "arc_c", "gpqa_diamond", "mmlu_pro")
-PUBLISHED = {  # Qwen2.5-Math-7B: accuracies in % in the order of COLUMNS, the average of six [paper, Table 1]
+# method -> accuracies of Qwen2.5-Math-7B in % in the order of COLUMNS, average over SIX [paper, Table 1]
+PUBLISHED = {
     "base": ([11.5, 4.9, 31.3, 43.6, 7.4, 15.6], 19.0),
     "SFT": ([22.2, 22.3, 52.8, 82.6, 40.8, 43.7], 44.1),
     "RFT": ([25.1, 15.3, 62.0, 84.4, 39.3, 46.8], 45.5),
@@ -46,12 +48,12 @@ PUBLISHED = {  # Qwen2.5-Math-7B: accuracies in % in the order of COLUMNS, the a
 
 
 def percent(low: float, high: float | None = None) -> str:
-    """Returns 0.3125 as "31.2", and two shares as an interval, "[20.1, 44.0]"."""
+    """Returns a share in percent as text: 0.3125 gives "31.2". Two shares give an interval, "[20.1, 44.0]"."""
     return f"{100 * low:.1f}" if high is None else f"[{100 * low:.1f}, {100 * high:.1f}]"
 
 
 def in_points(middle: float, low: float, high: float) -> str:
-    """Returns a difference of shares with its interval, in points: "+1.2 [-0.3, 2.7]"."""
+    """Returns a difference of shares with its interval in percentage points as text: "+1.2 [-0.3, 2.7]"."""
     return f"{100 * middle:+.1f} {percent(low, high)}"
 
 
@@ -67,7 +69,8 @@ def markdown_table(rows: Sequence[Sequence[str]]) -> str:
 
 
 def cells(results: Results) -> dict[tuple[str, str], dict[str, float]]:
-    """Returns {(benchmark, level): its row}, with "all" last. A single level is left out, as it equals "all"."""
+    """Returns {(benchmark, level): row of results}, with the level "all" last. If a benchmark has a single level,
+    only "all" is kept, because the two are equal."""
     return {
         (name, level): row
         for name, table in results["results"].items()
@@ -81,7 +84,8 @@ def label(name: str, level: str) -> str:
 
 
 def results_tables(results: Results) -> str:
-    """Returns accuracy by benchmark and level as a Markdown table, and a second one of pass@k if there is k > 1."""
+    """Returns a Markdown table of the accuracy by benchmark and level, and a table of pass@k if there are several
+    samples per problem."""
     rows = [["benchmark", "problems", "k", "accuracy", "95% interval", "tokens", "cut off %", "unread %"]]
     curves = []
     for key, row in cells(results).items():
@@ -104,7 +108,7 @@ def results_tables(results: Results) -> str:
 
 
 def write_report(folder: Path, settings: dict[str, Any], answers: dict[str, list[Answers]]) -> None:
-    """Write the report on `answers` (by benchmark) into `folder`, and print its tables."""
+    """Writes the report on `answers` (by benchmark) into `folder`, and prints its tables."""
     results: Results = {"settings": settings, "results": {n: summarize(a) for n, a in answers.items()}}
     if len(answers) > 1:
         scores = [[a.accuracy for a in counted] for counted in answers.values()]
@@ -128,7 +132,7 @@ def write_report(folder: Path, settings: dict[str, Any], answers: dict[str, list
 
 
 def by_problem(answers: dict[str, list[Answers]], count: str) -> dict[str, dict[str, dict[str, float]]]:
-    """Returns {benchmark: {level: {problem id: its Answers.`count`}}}."""
+    """Returns {benchmark: {level: {problem id: count}}}, where `count` names a field of Answers."""
     table: dict[str, dict[str, dict[str, float]]] = {}
     for name, counted in answers.items():
         levels = dict.fromkeys(a.level for a in counted)
@@ -140,16 +144,17 @@ def by_problem(answers: dict[str, list[Answers]], count: str) -> dict[str, dict[
 
 
 def read_results(folder: Path) -> Results:
-    """Returns results.json with the folder's "name". Raises InputError if it is missing or damaged."""
+    """Returns the content of results.json, and the name of the folder as "name". Raises InputError if the file is
+    missing or damaged."""
     file = folder / "results.json"
     if not file.exists():
-        raise InputError(f"{folder} is not a finished evaluation: no results.json (eval.py writes it at its end)")
+        raise InputError(f"{folder} is not a finished evaluation: no results.json (eval.py writes it last)")
     return read_json(file, "results", "right", "settings") | {"name": folder.name}
 
 
 def problem_scores(results: Results, name: str, level: str, k: int | None = None) -> dict[str, float]:
-    """Returns {problem id: mean reward, or pass@k if k is not None} of a benchmark's level; "all" joins the
-    levels."""
+    """Returns {problem id: mean reward} of one level of a benchmark; with k, pass@k instead of the mean reward. Level
+    "all" means all levels."""
     samples = results["results"][name]["all"]["samples"]
     table = results["right"] if k else results.get("rewards", results["right"])
     levels = [counts for own, counts in table[name].items() if level in (own, "all")]
@@ -157,8 +162,8 @@ def problem_scores(results: Results, name: str, level: str, k: int | None = None
 
 
 def shared_cells(evaluations: Sequence[Results]) -> list[tuple[str, str]]:
-    """Returns the (benchmark, level) pairs that all evaluations have, on the same problems. Raises InputError if
-    there is none."""
+    """Returns the (benchmark, level) pairs that all evaluations have. Raises InputError if there is no such pair, or
+    if the evaluations used different problems for one."""
     shared = [key for key in cells(evaluations[0]) if all(key in cells(other) for other in evaluations[1:])]
     if not shared:
         sets = "; ".join(f"{e['name']}: {', '.join(e['results'])}" for e in evaluations)
@@ -167,12 +172,13 @@ def shared_cells(evaluations: Sequence[Results]) -> list[tuple[str, str]]:
         for key in shared:
             if problem_scores(evaluations[0], *key).keys() != problem_scores(other, *key).keys():
                 names = f"{evaluations[0]['name']} and {other['name']}"
-                raise InputError(f"{names} were evaluated on other problems of {label(*key)}: they cannot be paired")
+                raise InputError(f"{names} used different problems of {label(*key)}: they cannot be compared")
     return shared
 
 
 def compare_tables(evaluations: Sequence[Results], beside_paper: bool) -> str:
-    """Returns a table of evaluations: accuracies with intervals, and each one's paired difference to the first."""
+    """Returns a table of evaluations: accuracies with intervals, and the paired difference of each evaluation to the
+    first."""
     first = evaluations[0]
     header = ["accuracy [95% interval]", "problems", *(e["name"] for e in evaluations)]
     rows = [[*header, *(f"{e['name']} − {first['name']}" for e in evaluations[1:])]]
@@ -196,7 +202,8 @@ def compare_tables(evaluations: Sequence[Results], beside_paper: bool) -> str:
 
 
 def not_alike(names: Sequence[str], settings: dict[str, list[Any]]) -> str:
-    """Returns a line for each setting that is not the same in all evaluations, or runs, with these names."""
+    """Returns a line for each setting whose values differ between evaluations or runs. `names` are the names of the
+    evaluations or runs."""
     text = ""
     for setting, values in settings.items():
         if any(value != values[0] for value in values):
@@ -206,8 +213,8 @@ def not_alike(names: Sequence[str], settings: dict[str, list[Any]]) -> str:
 
 
 def paper_table(evaluations: Sequence[Results]) -> str:
-    """Returns a table of our accuracies over the paper's, in %, on the paper's benchmarks. Its average is over
-    six."""
+    """Returns a table of accuracies in % on the paper's benchmarks: first our evaluations, then the paper's results.
+    The average is over SIX."""
     rows = [["accuracy in %", *COLUMNS, "average of six"]]
     for e in evaluations:
         accuracies = {n: 100 * e["results"][n]["all"]["accuracy"] for n in COLUMNS if n in e["results"]}

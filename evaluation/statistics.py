@@ -1,32 +1,32 @@
-"""This file has the statistics of an evaluation: accuracy and pass@k, 95% intervals over problems, paired
-differences, and rows by level.
+"""This file computes the statistics of an evaluation: accuracy, pass@k, 95% intervals over problems, paired
+differences, and a summary by level.
 
-Accuracy is the mean reward. A response is right if its reward is 1; pass@k counts right responses. An interval says
-how far the accuracy would move with other problems of the same kind. Its ends are
+Accuracy is the mean reward. A response is right if its reward is 1, and pass@k counts right responses. A 95% interval
+says how much the accuracy would vary with other problems of the same kind. The ends of an interval are
 
     upper limit: mean + 1.96 standard errors, of the scores and one added problem that is solved
     lower limit: mean - 1.96 standard errors, of the scores and one added problem that is failed
 
-So it always contains the accuracy, and 0 right of 30 gives [0, 9.5%] rather than [0, 0]. An average over nine
-benchmarks gets only one added problem, in the benchmark where it moves the end most. One in each benchmark would add
-up to a bias. Agresti and Coull (1998) add problems of both kinds at both ends. That pulls the interval towards 50%
-and costs coverage where scores lie close together (92% for 1000 problems that are about equally hard).
+So an interval always contains the accuracy, and 0 right of 30 problems gives [0, 9.5%] rather than [0, 0]. An average
+over nine benchmarks gets only one added problem per end, in the benchmark where the problem moves the end most. One
+added problem in each benchmark would bias the interval. Agresti and Coull (1998) add solved and failed problems at
+both ends. Their way pulls the interval towards 50% and lowers the coverage where scores lie close together (to 92%
+for 1000 problems that are about equally hard).
 
-The coverage of the 95% interval was simulated. The true accuracies were 1 to 99%, with 1, 4 or 32 samples a
-problem, with partial rewards, and with problems from about equally hard to mostly always or never solved. These
-are the lowest coverages of all, from 2000 to 4000 draws each (± 0.5; computed exactly for one benchmark and one
-sample it is at least 94.4%):
+The coverage of the 95% interval was simulated with true accuracies from 1 to 99%, with 1, 4 or 32 samples per
+problem, with and without partial rewards, and with problems from about equally hard to almost always or never solved.
+The table has the lowest coverage over all these simulations, each with 2000 to 4000 draws (± 0.5 points). For one
+benchmark and one sample the exact coverage was computed too, and is at least 94.4%.
 
     one benchmark of 30, 100, 300, 500 problems         94.4%, 94.6%, 94.8%, 94.9%
     nine benchmarks of 30, 100, 300, of 30 to 1172      95.1%, 94.9%, 94.3%, 95.7%
     paired differences over 30, 100, 300 problems       93.6%, 93.8%, 95.3%
 
-At 50% the interval is wider than a plain bootstrap's: by 5 to 13% for 100 problems, and by 3 to 10% for 300. For 100
-problems whose scores or differences all lie close together it is wider by up to 19%, because the next problem may lie
-elsewhere.
+At an accuracy of 50% the interval is wider than that of a plain bootstrap: by 5 to 13% for 100 problems, and by 3 to
+10% for 300. If the scores or differences of 100 problems all lie close together, the interval is wider by up to 19%,
+because the score of a further problem may be far from them.
 
-Left out are the clustering of problems that belong together, corrections for many comparisons, and the spread over
-seeds.
+Left out are clusters of related problems, corrections for multiple comparisons, and the spread over seeds.
 """
 
 import math
@@ -40,19 +40,19 @@ import numpy as np
 
 @dataclass
 class Answers:
-    """Counts of one problem's graded samples."""
+    """Counts over the graded samples of one problem."""
 
     id: str
     level: str = ""
     samples: int = 0
-    right: int = 0  # samples whose reward is 1
-    rewards: float = 0.0  # the sum of all rewards, each in [0, 1]
+    right: int = 0  # number of samples whose reward is 1
+    rewards: float = 0.0  # sum of the rewards of all samples, each in [0, 1]
     tokens: int = 0
-    truncated: int = 0  # samples that the budget cut off; they are graded wrong
-    unread: int = 0  # samples without a boxed answer that can be read, among those that were not cut off
+    truncated: int = 0  # number of samples cut off by the token budget, which get reward 0
+    unread: int = 0  # number of samples that were not cut off but have no readable boxed answer
 
     def add(self, row: dict[str, Any]) -> None:
-        """Count a graded response, which is a row of generations.jsonl."""
+        """Counts one graded response; `row` is a line of generations.jsonl."""
         self.samples += 1
         self.right += row["reward"] == 1
         self.rewards += row["reward"]
@@ -71,10 +71,11 @@ def mean(values: Sequence[float]) -> float:
 
 
 def pass_at_k(n: int, c: int, k: int) -> float:
-    """Returns the chance that k of n samples, drawn without replacement, contain one of the c right ones.
+    """Returns the probability that k of n samples, drawn without replacement, contain at least one of the c right
+    ones.
 
-    This is 1 - C(n-c, k) / C(n, k), the unbiased estimator of pass@k (Chen et al. 2021, arXiv 2107.03374, Eq. 1). It
-    is computed in whole numbers up to the last division. Raises ValueError for k > n or c > n.
+    The probability 1 - C(n-c, k) / C(n, k) is the unbiased estimator of pass@k (Chen et al. 2021, arXiv 2107.03374,
+    Eq. 1). All numbers but the quotient are exact integers. Raises ValueError for k > n or c > n.
     """
     if not 0 <= c <= n or not 1 <= k <= n:
         raise ValueError(f"pass_at_k needs 0 <= c <= n and 1 <= k <= n, found n = {n}, c = {c}, k = {k}")
@@ -83,18 +84,19 @@ def pass_at_k(n: int, c: int, k: int) -> float:
 
 
 def powers_of_two(samples: int) -> list[int]:
-    """Returns 1, 2, 4, … up to `samples`."""
+    """Returns the powers of two 1, 2, 4, … that are at most `samples`."""
     return [2**i for i in range(samples.bit_length())]
 
 
 def mean_and_variance(scores: Sequence[float]) -> tuple[float, float]:
-    """Returns the mean of `scores` and the square of its standard error, s²/n (0 for a single score)."""
+    """Returns the mean of `scores` and the squared standard error of the mean, s²/n (0 for a single score)."""
     values = np.asarray(scores, dtype=float)
     return float(values.mean()), float(values.var()) / max(1, len(values) - 1)
 
 
 def limits(benchmarks: Sequence[Sequence[float]], extra: float, side: int) -> list[float]:
-    """Returns average + side · 1.96 standard errors, once for each benchmark, with `extra` added to its scores."""
+    """Returns one limit per benchmark: the average + side · 1.96 standard errors, with the score `extra` added to
+    that benchmark."""
     parts, ends = [mean_and_variance(scores) for scores in benchmarks], []
     for i, scores in enumerate(benchmarks):
         means, variances = zip(*parts[:i], mean_and_variance(np.append(scores, extra)), *parts[i + 1 :])
@@ -103,36 +105,37 @@ def limits(benchmarks: Sequence[Sequence[float]], extra: float, side: int) -> li
 
 
 def average_interval(benchmarks: Sequence[Sequence[float]]) -> tuple[float, float]:
-    """Returns the 95% interval of the plain average of several benchmarks' mean scores."""
+    """Returns the 95% interval of the unweighted average of the mean scores of several benchmarks."""
     return max(0.0, min(limits(benchmarks, 0.0, -1))), min(1.0, max(limits(benchmarks, 1.0, 1)))
 
 
 def interval(scores: Sequence[float]) -> tuple[float, float]:
-    """Returns the 95% interval of the mean of `scores`: a mean reward (or pass@k) in [0, 1] for each problem."""
+    """Returns the 95% interval of the mean of `scores`. A score is the mean reward (or pass@k) of one problem, in [0,
+    1]."""
     return average_interval([scores])
 
 
 def paired_difference(first: Sequence[float], second: Sequence[float]) -> tuple[float, float, float]:
     """Returns the mean of second - first over the same problems, and its 95% interval.
 
-    The added problem differs by Σd²/Σ|d|, the typical size of a difference d, divided by the range of the scores.
-    For scores of 0 and 1, and if no scores differ, this is 1. For two models that are alike on easy and hard problems
-    it is small.
+    The added problem has the difference Σd²/Σ|d|, the typical size of a difference d, divided by the range of the
+    scores. Its difference is 1 for scores of 0 and 1, and if no scores differ. Its difference is small if the two
+    models score alike on each problem.
     """
     scores = np.array([first, second], dtype=float)
     values = scores[1] - scores[0]
     sizes, step = np.abs(values), 1.0
-    if sizes.max() > 1e-9:  # if a difference is larger than rounding
+    if sizes.max() > 1e-9:  # some difference is larger than rounding errors
         step = float(sizes @ sizes / sizes.sum() / np.ptp(scores))
     low, high = limits([values], -step, -1)[0], limits([values], step, 1)[0]
     return float(values.mean()), max(-1.0, low), min(1.0, high)
 
 
 def natural_order(levels: Iterable[str]) -> list[str]:
-    """Returns the different levels in a reader's order.
+    """Returns the distinct levels in the order of a report.
 
-    Numbered levels follow their numbers (2 terms, 3 terms, 10 terms), easy is before medium before hard, and others
-    stay in the order in which they come.
+    Levels with numbers are sorted by number (2 terms, 3 terms, 10 terms). Otherwise easy, medium and hard come first
+    in this order, and other levels keep their order.
     """
     different = list(dict.fromkeys(levels))
     if all(re.search(r"\d", level) for level in different):
@@ -145,7 +148,7 @@ def natural_order(levels: Iterable[str]) -> list[str]:
 
 
 def summarize(answers: Sequence[Answers]) -> dict[str, dict[str, float]]:
-    """Returns a row for each level, and one for all problems as "all".
+    """Returns {level: row of statistics}, with the level "all" for all problems.
 
     A row has accuracy (avg@k: mean reward) with its 95% interval, mean response length, the shares of cut-off and
     unread responses, and pass@1, 2, 4, … up to the number of samples.

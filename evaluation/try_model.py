@@ -1,4 +1,4 @@
-"""Try a model: python sample.py --model DIR "problem" …"""
+"""Samples responses of a model to problems: python sample.py --model DIR "problem" …"""
 
 from data.loader import encode, render_prompt
 from fast.check import check_model
@@ -13,7 +13,7 @@ from support.loading import check_window, pick_device, use_one_thread_if_small, 
 
 @command("sample.py")
 def main() -> None:
-    parser = Parser(description="Sample responses to a problem.")
+    parser = Parser(description="Samples responses of a model to each problem.")
     parser.add_argument("problems", nargs="+", metavar="PROBLEM")
     parser.add_argument("--model", required=True, help="a HuggingFace model folder, e.g. runs/prefix-rft-001/final")
     parser.add_argument("--samples", type=int, default=4, help="number of responses to each problem (default 4)")
@@ -33,7 +33,7 @@ def main() -> None:
     encoded = [encode(tokenizer, prompt, "problem") for prompt in prompts]
     window, longest = window_of(model.config), max(map(len, encoded))
     check_window(window, longest, args.max_response_tokens, "max_response_tokens")
-    samples = args.samples if args.temperature else 1  # because greedy responses would all be equal
+    samples = args.samples if args.temperature else 1  # greedy responses to a problem are all equal
     for problem, prompt, ids in zip(args.problems, prompts, encoded):
         rows = [Row(0, (args.seed, problem, i), ids, []) for i in range(samples)]
         print(f"prompt  {prompt}")

@@ -1,2 +1,2 @@
-"""This package has the drawings of plot.py: curves of runs, comparisons of evaluations, and one group token by token
-(picture and page)."""
+"""This package draws the figures of plot.py: curves of runs, comparisons of evaluations, and the tokens of one group
+of rollouts, as a picture and as an HTML page."""

@@ -1,4 +1,4 @@
-"""Figures of evaluations: pass@k over k, and accuracies with their intervals side by side."""
+"""This file draws figures of evaluations: pass@k over k, and bars of accuracies with intervals."""
 
 import itertools
 from pathlib import Path
@@ -13,7 +13,8 @@ from figures.figure import COLOURS, TYPE, in_percent, save, sheet
 
 
 def plot_pass_at_k(axis: Axes, evaluations: list[dict[str, Any]], name: str, level: str) -> None:
-    """Draw pass@k over k on a log2 axis, with a line and its 95% interval over problems for each evaluation."""
+    """Draws pass@k over k on a log2 axis: for each evaluation a line, and its 95% interval over problems as a
+    band."""
     for colour, evaluation in zip(itertools.cycle(COLOURS), evaluations):
         ks = powers_of_two(evaluation["results"][name][level]["samples"])
         scores = [list(problem_scores(evaluation, name, level, k).values()) for k in ks]
@@ -31,7 +32,7 @@ def plot_pass_at_k(axis: Axes, evaluations: list[dict[str, Any]], name: str, lev
 
 
 def plot_accuracy(axis: Axes, evaluations: list[dict[str, Any]], shared: list[tuple[str, str]]) -> None:
-    """Draw a group of bars for each benchmark or level; each evaluation has a bar with its 95% interval."""
+    """Draws a group of bars for each benchmark or level: for each evaluation a bar with its 95% interval."""
     width = 0.8 / len(evaluations)
     for e, evaluation in enumerate(evaluations):
         rows = [cells(evaluation)[key] for key in shared]
@@ -51,9 +52,9 @@ def plot_accuracy(axis: Axes, evaluations: list[dict[str, Any]], shared: list[tu
 
 
 def draw_pass_at_k(folders: list[Path], target: Path, with_accuracy: bool = False) -> Path:
-    """Draw a panel of pass@k for each benchmark and level with several samples.
+    """Draws a panel of pass@k for each benchmark and level that has several samples per problem.
 
-    A panel of accuracies comes first if it is asked for, or if there is nothing else to show.
+    A panel of accuracies comes first if `with_accuracy`, or if there is no panel of pass@k.
     """
     evaluations = [read_results(folder) for folder in folders]
     shared = shared_cells(evaluations)

@@ -1,9 +1,9 @@
-"""Curves of runs: metrics.jsonl, eval.json and config.json of run folders, drawn and compared.
+"""This file draws and compares the curves of runs from metrics.jsonl, eval.json and config.json in their run folders.
 
 The sheet of one run has a panel for each quantity and a colour for each metric. The sheet of several runs has fewer
-panels, a colour for each run and one legend. Runs on different problems are refused. An axis starts at 0 and reaches
-at least as far as its Panel says, so that noise looks as small as it is. A panel is left out if its metric is missing
-or says nothing in any run.
+panels, a colour for each run and one legend. Runs that were evaluated on different problems are refused. Each
+vertical axis starts at 0 and reaches at least Panel.top, so that small noise looks small. A panel is left out if no
+run has its metrics with a value other than 0.
 """
 
 from dataclasses import dataclass
@@ -20,23 +20,23 @@ from figures.figure import COLOURS, MARKERS, STYLES, TYPE, in_percent, save, she
 from support.errors import InputError
 from support.files import read_json, read_log
 
-Run = dict[str, Any]  # keys: "name", "metrics" (rows), "scores" (eval.json), "config" (config.json)
+Run = dict[str, Any]  # keys: "name", "metrics" (rows of metrics.jsonl), "scores" (eval.json), "config" (config.json)
 
-SMOOTH = 10  # a thick curve is the mean of so many steps
-REACHED = 0.6  # the accuracy of "steps to 60%"
-MOST_LEVELS = 6  # more runs could not be told apart
+SMOOTH = 10  # number of steps over which a thick curve averages
+REACHED = 0.6  # accuracy for the table column "steps to 60%"
+MOST_LEVELS = 6  # more levels could not be told apart in one panel
 NOTE = f"thin: each step, thick: mean of the last {SMOOTH} steps; band: 95% interval; dotted: SFT ends, {REACHED:.0%}"
 
 
 @dataclass(frozen=True)
 class Panel:
-    """One panel of a sheet."""
+    """One panel of a sheet of curves."""
 
     title: str
     unit: str  # label of the vertical axis
-    metrics: tuple[tuple[str, str], ...]  # (metric's name, its words in the legend)
-    top: float = 0.0  # the axis reaches at least this value
-    share: bool = True  # whether values are shown in percent
+    metrics: tuple[tuple[str, str], ...]  # (name of the metric, its label in the legend)
+    top: float = 0.0  # the vertical axis reaches at least this value
+    share: bool = True  # whether the axis shows the values in percent
 
 
 REWARD = Panel("reward", "mean reward", (("reward_on_policy", "on-policy"), ("reward_hybrid", "hybrid")), 1, False)
@@ -54,7 +54,7 @@ PANELS = (
     Panel("stopped by PPO's clip", "% of weighted tokens", (("clip_fraction", ""),), 0.05),
     Panel("gradient norm", "L2 norm before clipping", (("grad_norm", ""),), 0.1, False),
 )
-COMPACT = (  # the panels of several runs
+COMPACT = (  # panels for a sheet of several runs
     Panel("reward of on-policy rows", "mean reward", REWARD.metrics[:1], 1, False),
     FRACTION,
     ENTROPY,
@@ -66,7 +66,7 @@ COMPACT = (  # the panels of several runs
 
 
 def read_run(folder: Path) -> Run:
-    """Returns the logs of a run folder. Raises InputError if they are missing or damaged."""
+    """Returns the logs of a run folder. Raises InputError if the logs are missing or damaged."""
     log = folder / "metrics.jsonl"
     if not log.exists() or not log.stat().st_size:
         raise InputError(f"{folder} is not a run folder with steps in it: no metrics.jsonl")
@@ -77,24 +77,26 @@ def read_run(folder: Path) -> Run:
 
 
 def base_scores(run: Run) -> dict[str, dict[str, float]]:
-    """Returns the base model's validation, by level and over "all"; {} if the run has none."""
+    """Returns {level or "all": validation scores} of the base model, or {} if the run did not evaluate the base
+    model."""
     return (run["scores"].get("base") or {}).get("validation") or {}
 
 
 def levels(runs: list[Run]) -> list[str]:
-    """Returns the levels that the runs were evaluated on, in their natural order, with "all" last."""
+    """Returns the levels on which the runs were evaluated, in natural order, with "all" last."""
     names = [level for run in runs for level in base_scores(run)]
     for row in (row for run in runs for row in run["metrics"]):
         for key in (key for key in row if key.startswith("eval_")):
             stem, _, end = key.rpartition("_")
-            # eval_LEVEL_low and eval_LEVEL_high are ends of an interval
+            # eval_LEVEL_low and eval_LEVEL_high are ends of an interval, not levels
             if not (end in ("low", "high") and stem in row):
                 names.append(key.removeprefix("eval_"))
     return [*natural_order(name for name in names if name != "all"), *(["all"] if "all" in names else [])]
 
 
 def evaluations(run: Run, level: str) -> list[tuple[int, float, float | None, float | None]]:
-    """Returns (step, accuracy, low, high) of a level's validation, with the base at step 0; None if it has none."""
+    """Returns (step, accuracy, low, high) for each validation of a level. Step 0 is the base model; low and high are
+    None if the log has no interval."""
     base = base_scores(run).get(level)
     points = [(0, base["accuracy"], base.get("low"), base.get("high"))] if base else []
     name = f"eval_{level}"
@@ -105,18 +107,20 @@ def evaluations(run: Run, level: str) -> list[tuple[int, float, float | None, fl
 
 
 def steps_to(run: Run, share: float) -> int | None:
-    """Returns the first evaluated step with a validation accuracy (all levels) of at least `share`; None if none."""
+    """Returns the first evaluated step with a validation accuracy (all levels) of at least `share`, or None if there
+    is no such step."""
     return next((step for step, accuracy, *_ in evaluations(run, "all") if accuracy >= share), None)
 
 
 def points(run: Run, metric: str) -> tuple[list[int], list[float]]:
-    """Returns the steps at which a metric was logged, and its values."""
+    """Returns the steps at which a metric was logged, and its values there."""
     rows = [row for row in run["metrics"] if row.get(metric) is not None]
     return [row["step"] for row in rows], [row[metric] for row in rows]
 
 
 def sft_end(run: Run) -> int | None:
-    """Returns the last step of an SFT stage before another stage, or None. Rows of SFT steps have no reward."""
+    """Returns the last step of an SFT stage that another stage follows, or None. A step belongs to an SFT stage if
+    its row in metrics.jsonl has no reward."""
     steps = [row["step"] for row in run["metrics"] if "reward" not in row]
     return steps[-1] if steps and steps[-1] < run["metrics"][-1]["step"] else None
 
@@ -135,7 +139,7 @@ def check_alike(runs: list[Run]) -> str:
             sizes[run["name"]] = ", ".join(f"{level}: {row['problems']}" for level, row in scores.items())
     if len(set(sizes.values())) > 1:
         numbers = "; ".join(f"{name}: {size}" for name, size in sizes.items())
-        raise InputError(f"{' and '.join(sizes)} were evaluated on different problems ({numbers}): draw them apart")
+        raise InputError(f"{' and '.join(sizes)} were evaluated on different problems ({numbers}): draw each alone")
     names = ("data", "eval_data", "model", "reward", "eval_response_tokens")
     settings = {name: [run["config"].get(name) for run in runs] for name in names}
     return not_alike([run["name"] for run in runs], settings)
@@ -166,9 +170,10 @@ def compare_runs(folders: list[Path]) -> str:
 
 
 def accuracy_panels(runs: list[Run]) -> list[Panel]:
-    """Draw a panel with a line for each level; with several runs a panel for each run, to keep lines apart."""
+    """Returns the panels of validation accuracy: for one run a single panel with a line per level, for several runs
+    one panel per level."""
     shown = levels(runs)
-    if len(shown) == 2 or len(shown) > MOST_LEVELS + 1:  # with a single level "all" is equal to it
+    if len(shown) == 2 or len(shown) > MOST_LEVELS + 1:  # a single level is equal to "all"
         shown = shown[-1:]
     if len(runs) > 1:
         return [Panel(f"validation accuracy: {level}", "% right", ((f"eval_{level}", ""),), 1) for level in shown]
@@ -178,7 +183,8 @@ def accuracy_panels(runs: list[Run]) -> list[Panel]:
 
 
 def draw(folders: list[Path], target: Path) -> Path:
-    """Write one sheet of all runs' curves to `target`: accuracy first, then PANELS (COMPACT for several runs)."""
+    """Writes one sheet with the curves of all runs to `target`: the accuracy first, then PANELS, or COMPACT for
+    several runs."""
     runs = [read_run(folder) for folder in folders]
     unlike = check_alike(runs)
     one = len(runs) == 1
@@ -193,7 +199,7 @@ def draw(folders: list[Path], target: Path) -> Path:
             figure.suptitle(runs[0]["name"], x=0.01, ha="left", fontsize=10, weight="bold")
             if accuracy:
                 legend = axes[0].legend(loc="center left", bbox_to_anchor=(1.02, 0.5), frameon=False)
-                legend.set_in_layout(False)  # the third column has room for it, so no panel moves
+                legend.set_in_layout(False)  # the third column has room for the legend, so no panel moves
         else:
             lines, words = run_handles(axes[0], runs)
             figure.legend(lines, words, loc="outside upper left", ncols=min(4, len(runs)), frameon=False)
@@ -202,7 +208,7 @@ def draw(folders: list[Path], target: Path) -> Path:
 
 
 def run_handles(axis: Axes, runs: list[Run]) -> tuple[list[Any], list[str]]:
-    """Returns what the sheet's legend shows: one drawn line per run, and one label per run."""
+    """Returns the entries of a sheet's legend: one line and one label per run."""
     lines, words = [], []
     for r, run in enumerate(runs):
         reached = steps_to(run, REACHED)
@@ -212,7 +218,8 @@ def run_handles(axis: Axes, runs: list[Run]) -> tuple[list[Any], list[str]]:
 
 
 def worth_a_panel(runs: list[Run], panel: Panel) -> bool:
-    """Returns whether a run has one of the metrics with a value other than 0. Accuracy and reward may be 0."""
+    """Returns whether any run has a metric of `panel` with a value other than 0. Accuracy and reward count even if
+    they are always 0."""
     for run in runs:
         for metric, _ in panel.metrics:
             if metric.startswith("eval_"):
@@ -224,7 +231,8 @@ def worth_a_panel(runs: list[Run], panel: Panel) -> bool:
 
 
 def draw_panel(axis: Axes, runs: list[Run], panel: Panel) -> None:
-    """Returns a colour for each metric of a single run, or for each of several runs (with one metric a panel)."""
+    """Draws one panel. With a single run each metric has a colour; with several runs each run has a colour, and a
+    panel has one metric."""
     highest = panel.top
     for r, run in enumerate(runs):
         for m, (metric, legend) in enumerate(panel.metrics):
@@ -239,12 +247,12 @@ def draw_panel(axis: Axes, runs: list[Run], panel: Panel) -> None:
             highest = max([highest, *values])
         if end := sft_end(run):
             axis.axvline(end, color="grey", linestyle=":", linewidth=0.8)
-    # the axis begins at 0, because no drawn value is negative
+    # no drawn value is negative, so the axis begins at 0
     axis.set_ylim(0, highest * (1 if panel.top == 1 and highest <= 1 else 1.05))
     if panel.share:
         axis.yaxis.set_major_formatter(in_percent)
     named = bool(axis.get_legend_handles_labels()[1]) and not panel.metrics[0][0].startswith("eval_")
-    if named:  # above the panel, where it hides no curve
+    if named:  # the legend stands above the panel, where it hides no curve
         axis.legend(loc="lower left", bbox_to_anchor=(0, 1), ncols=2, frameon=False, borderpad=0.2, columnspacing=1)
     axis.set_title(panel.title, loc="left", pad=18 if named else None)
     axis.set_ylabel(panel.unit)
@@ -256,7 +264,7 @@ def draw_panel(axis: Axes, runs: list[Run], panel: Panel) -> None:
 
 
 def draw_accuracy(axis: Axes, run: Run, level: str, colour: str, style: str, name: str) -> list[float]:
-    """Draw points of evaluations with the band of their intervals, and return what was drawn."""
+    """Draws the validation accuracy of a level as points, with a band of intervals. Returns the drawn accuracies."""
     points = evaluations(run, level)
     problems = base_scores(run).get(level, {}).get("problems")
     label = f"{name}, {problems} problems" if name and problems else name
@@ -269,7 +277,8 @@ def draw_accuracy(axis: Axes, run: Run, level: str, colour: str, style: str, nam
 
 
 def draw_metric(axis: Axes, run: Run, metric: str, colour: str, style: str, name: str) -> list[float]:
-    """Draw a thin line of the steps and a thick line of the mean of the last SMOOTH steps; return what was drawn."""
+    """Draws a metric as a thin line, and its mean over the last SMOOTH steps as a thick line. Returns the values of
+    the thin line."""
     steps, values = points(run, metric)
     if not steps:
         return []
@@ -279,5 +288,5 @@ def draw_metric(axis: Axes, run: Run, metric: str, colour: str, style: str, name
 
 
 def smooth(values: list[float], width: int) -> list[float]:
-    """Returns the mean of the last `width` values at each place."""
+    """Returns the moving average of `values`: the mean of the last `width` values at each position."""
     return [sum(values[max(0, i + 1 - width) : i + 1]) / min(width, i + 1) for i in range(len(values))]

@@ -1,7 +1,7 @@
-"""What all figures share: colours, type sizes, and the file they are written to.
+"""This file has what all figures use: colours, type sizes, the grid of panels, and writing the file.
 
-Figures are made without pyplot, so that a notebook's own backend stays as it is. They are 9 inches wide. Shown 900
-pixels wide, as in a README, 1 pt is 1.4 pixels.
+Figures are drawn without pyplot, so that they do not change the backend of a notebook. A figure is 9 inches wide. In
+a README it is shown 900 pixels wide, so 1 pt is 1.4 pixels.
 """
 
 from pathlib import Path
@@ -15,13 +15,14 @@ from support.files import writing
 WIDTH = 9.0  # inches
 COLUMNS = 3
 DPI = 200
-# matplotlib's other formats need programs beside Python (.pgf needs LaTeX)
+# Other formats of matplotlib need programs beside Python (.pgf needs LaTeX).
 FORMATS = (".png", ".pdf", ".svg", ".jpg")
 BLUE, VERMILLION, GREEN, PURPLE, ORANGE, SKY = "#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9"
-# colours that the colour-blind can tell apart (Okabe and Ito 2008)
+# Colour-blind readers can tell these colours apart (Okabe and Ito 2008).
 COLOURS = (BLUE, VERMILLION, GREEN, PURPLE, ORANGE, SKY, "#000000")
 STYLES = ("-", "--", ":", "-.")
-MARKERS = ("o", "s", "^", "D", "v", "P", "X")  # line styles, used beside colours in panels with several lines
+# markers, used beside colours and line styles in panels with several lines
+MARKERS = ("o", "s", "^", "D", "v", "P", "X")
 TYPE = {  # settings for matplotlib.rc_context
     "font.size": 8,
     "axes.titlesize": 9,
@@ -32,7 +33,7 @@ TYPE = {  # settings for matplotlib.rc_context
     "legend.framealpha": 0.8,
     "axes.spines.top": False,
     "axes.spines.right": False,
-    "text.parse_math": False,  # a $ in the name of a run, level or benchmark is a dollar, not mathematics
+    "text.parse_math": False,  # a $ in the name of a run, level or benchmark is printed as a dollar sign
     "axes.prop_cycle": f"cycler('color', {list(COLOURS)})",
 }
 
@@ -42,11 +43,11 @@ def sheet(
 ) -> tuple[Figure, list[Axes]]:
     """Returns a figure and its list of `panels` subplots, at most `most` in a row.
 
-    wide_first gives the first panel two columns of its own row; the third column is for its legend. `kwargs` are
-    those of a subplot.
+    With wide_first the first panel has a row of its own: two columns for the panel, the third for its legend.
+    `kwargs` go to add_subplot.
     """
     columns = COLUMNS if wide_first else min(most, panels)
-    begin = columns * wide_first  # index of the first panel with one column
+    begin = columns * wide_first  # index of the grid cell of the first panel that is one column wide
     rows = -(-(begin + panels - wide_first) // columns)
     figure = Figure(figsize=(WIDTH if columns > 1 else WIDTH / 2, panel_height * rows), layout="constrained")
     grid = figure.add_gridspec(rows, columns)
@@ -56,24 +57,24 @@ def sheet(
 
 
 def in_percent(share: float, _: object = None) -> str:
-    """Returns a share as the text of a tick, for an axis whose label says "%"."""
+    """Returns the tick label of a share, in percent without the sign, for an axis whose label has "%"."""
     return f"{100 * share:.4g}"
 
 
 def check_target(target: Path, formats: tuple[str, ...] = FORMATS) -> None:
-    """Raises InputError if no figure in one of the `formats` can be written to `target`."""
+    """Raises InputError if `target` is a folder, lies in no folder, or does not end in one of `formats`."""
     if target.is_dir():
-        raise InputError(f"{target} is a folder: name the figure's file, for example --out {target / 'curves.png'}")
+        raise InputError(f"{target} is a folder: name a figure file, for example --out {target / 'curves.png'}")
     if target.suffix and target.suffix.lower() not in formats:
         kinds = ", ".join(formats)
-        raise InputError(f"{target}: a figure is not written as {target.suffix}: end its name with one of {kinds}")
+        raise InputError(f"{target}: a figure cannot be written as {target.suffix}: end the name with one of {kinds}")
     above = next(parent for parent in target.absolute().parents if parent.exists())
     if not above.is_dir():
         raise InputError(f"{target}: {above} is a file, not a folder: choose another --out")
 
 
 def save(figure: Figure, target: Path) -> Path:
-    """Write the figure whole or not at all, and make its folder if it is not there."""
+    """Writes the figure to `target` completely or not at all. Makes the folder of `target` if it is missing."""
     partial = target.with_name(f"{target.stem}.partial{target.suffix or '.png'}")
     with writing(target):
         target.parent.mkdir(parents=True, exist_ok=True)

@@ -1,12 +1,13 @@
-"""One group of rollouts as a picture: every token, whose it is, its entropy, whether it is kept, its weight.
+"""This file draws one group of rollouts as a picture. It shows each token with its source, its entropy, whether it is
+kept, and its weight.
 
-    8  hybrid     the tokens, a cell each, coloured by source; in a frame: kept while others are dropped
+    8 hybrid one cell per token, coloured by source; a frame marks a token that is kept while others are dropped
        kept       ■ or □ (only in a row that loses tokens)
        entropy    grey bars
        weight     bars up (w > 0, more likely) or down (w < 0, less likely)
 
-All places are in points (1/72 inch), from the top left. Each rollout is one line, and the tokens that do not fit are
-counted, not drawn.
+All coordinates are in points (1/72 inch) from the top left corner. Each rollout is drawn on one line. Tokens that do
+not fit are only counted.
 """
 
 from dataclasses import dataclass
@@ -24,18 +25,18 @@ from figures.figure import TYPE, WIDTH, save
 from figures.group_log import FAINT, INK, Group, Row
 
 PAGE = 72 * WIDTH
-LEFT, RIGHT = 100.0, PAGE - 8  # edges of the tokens; words on their left name the row
-# type sizes of the tokens; the largest is used that leaves every row on one line, else the last
+LEFT, RIGHT = 100.0, PAGE - 8  # left and right edge of the tokens; words left of the tokens name the row
+# Type sizes of the tokens. The largest size at which every row fits on one line is used, else the last size.
 SIZES = (10.5, 10.0, 9.5, 9.0, 8.5, 8.0)
-TEXT, SMALL = 8.0, 7.0  # type sizes of words
-KEPT, ENTROPY, WEIGHT, BETWEEN, BRACKET = 6.0, 9.0, 13.0, 6.0, 11.0  # heights of the parts of a row
-NOTE = 50.0  # width of the note "… 312 more"
-MONO = "DejaVu Sans Mono"  # matplotlib brings this font
+TEXT, SMALL = 8.0, 7.0  # type sizes of the words beside the tokens
+KEPT, ENTROPY, WEIGHT, BETWEEN, BRACKET = 6.0, 9.0, 13.0, 6.0, 11.0  # heights of the parts of a row in points
+NOTE = 50.0  # width that the note "… 312 more" needs
+MONO = "DejaVu Sans Mono"  # this font comes with matplotlib
 
 
 @dataclass
 class Cell:
-    """The place of a token: its index in the row, its left edge and its width."""
+    """The drawn cell of a token: the token's index in the row, the left edge, the width, and the text."""
 
     index: int
     x: float
@@ -45,7 +46,7 @@ class Cell:
 
 @dataclass
 class Picture:
-    """Values that every part of the drawing needs."""
+    """The axis, group and scales that each drawing function needs."""
 
     axis: Axes
     group: Group
@@ -59,7 +60,7 @@ class Picture:
         return 1.5 * self.size
 
     def write(self, x: float, y: float, text: str, size: float = TEXT, ink: str = INK, **kwargs: object) -> None:
-        """Draw text whose vertical middle is at y. No character has a special meaning: a $ is a dollar."""
+        """Draws text whose vertical middle is at y."""
         self.axis.text(x, y, text, fontsize=size, color=ink, va="center_baseline", **kwargs)
 
     def box(self, x: float, y: float, width: float, height: float, colour: str, edge: str = "none") -> None:
@@ -71,7 +72,7 @@ class Picture:
 
 @cache
 def drawable(text: str, longest: int = 24) -> str:
-    """Returns a token's text as it is drawn, with □ for characters that the font lacks."""
+    """Returns the text of a token as it is drawn, with □ for characters that the font lacks."""
     font = get_font(findfont(MONO))
     return "".join(c if font.get_char_index(ord(c)) else "□" for c in log.visible(text, longest))
 
@@ -82,8 +83,8 @@ def character(size: float) -> float:
 
 
 def flow(tokens: list[str], total: int, size: float) -> tuple[list[Cell], str]:
-    """Returns the cells of a row's tokens, and the text after the last cell: "… 312 more" of `total` tokens, or
-    ""."""
+    """Returns the cells of the tokens that fit into a row, and the note behind them: "… 312 more" of `total` tokens,
+    or ""."""
     texts = [drawable(token) for token in tokens]
     widths = [len(text) * character(size) + 0.25 * size for text in texts]
     room = RIGHT - LEFT if sum(widths) <= RIGHT - LEFT and len(tokens) == total else RIGHT - LEFT - NOTE
@@ -104,7 +105,7 @@ def token_size(group: Group) -> float:
 
 
 def group_figure(group: Group) -> Figure:
-    """Returns the picture of a group as a matplotlib figure. group_log.py says what a group is."""
+    """Returns the picture of a group as a matplotlib figure. group_log.py describes the dictionary `group`."""
     with matplotlib.rc_context(TYPE):
         figure = Figure()
         axis = figure.add_axes((0, 0, 1, 1))
@@ -121,12 +122,12 @@ def group_figure(group: Group) -> Figure:
 
 
 def draw_group(group: Group, target: Path | str) -> Path:
-    """Write the picture of a group to `target` (.png, .pdf or .svg)."""
+    """Writes the picture of a group to `target` (.png, .pdf or .svg)."""
     return save(group_figure(group), Path(target))
 
 
 def draw_head(picture: Picture) -> float:
-    """Draw title, problem and answer, and return where the rows begin."""
+    """Draws title, problem and answer. Returns the height where the rows begin."""
     group = picture.group
     picture.write(8, 14, log.title(group), 11, weight="bold")
     picture.write(8, 30, log.summary(group), TEXT)
@@ -147,7 +148,7 @@ def draw_cell(picture: Picture, cell: Cell, y: float, colour: str, edge: str = "
 
 
 def draw_row(picture: Picture, row: Row, number: int, y: float) -> float:
-    """Draw a row and the words on its left, and return where the next row begins."""
+    """Draws a row and the words on its left. Returns the height where the next row begins."""
     cells, note = flow(row["tokens"], row["tokens_total"], picture.size)
     if row["hybrid"]:
         y += BRACKET
@@ -163,7 +164,8 @@ def draw_row(picture: Picture, row: Row, number: int, y: float) -> float:
 
 
 def draw_lanes(picture: Picture, row: Row, cells: list[Cell], top: float) -> float:
-    """Draw the tokens at height `top` and the lanes under them, and return where the lanes end."""
+    """Draws the tokens at height `top`, and under them the lanes: kept, entropy and weight. Returns the height where
+    the lanes end."""
     y = top + picture.cell + 1
     if log.drops(row):
         picture.write(LEFT - 4, y + KEPT / 2, "kept", 6.2, FAINT, ha="right")
@@ -184,7 +186,8 @@ def draw_lanes(picture: Picture, row: Row, cells: list[Cell], top: float) -> flo
         bar = ENTROPY * row["entropy"][t] / picture.entropy_top
         picture.box(x, floor - bar, width, bar, "#8C8C8C")
         if share := row["weight"][t] / picture.weight_top:
-            bar = WEIGHT / 2 * max(abs(share), 0.12)  # so wide that a small weight can still be seen
+            # at least 12% of the full bar, so that small weights are visible
+            bar = WEIGHT / 2 * max(abs(share), 0.12)
             picture.box(x, middle - bar if share > 0 else middle, width, bar, log.sign_colour(share))
     if cells:
         picture.line([LEFT, cells[-1].x + cells[-1].width], [middle, middle])
@@ -192,8 +195,8 @@ def draw_lanes(picture: Picture, row: Row, cells: list[Cell], top: float) -> flo
 
 
 def draw_brackets(picture: Picture, row: Row, cells: list[Cell], y: float) -> None:
-    """Draw a hybrid row's parts and their advantages above the row, which begins at y."""
-    free = LEFT  # left edge of the next words
+    """Draws brackets over the parts of a hybrid row, with the advantage of each part. The row begins at y."""
+    free = LEFT  # left edge of the next label
     for whose, words, advantage in log.parts(row):
         part = [cell for cell in cells if log.source(row, cell.index) == whose]
         if part:
@@ -213,7 +216,8 @@ def draw_brackets(picture: Picture, row: Row, cells: list[Cell], y: float) -> No
 
 
 def draw_legend(picture: Picture, y: float) -> float:
-    """Draw sources on the left, lanes on the right and the formula under both; return the height of the picture."""
+    """Draws the legend: sources on the left, lanes on the right, and the formula below. Returns the height of the
+    picture."""
     column, step = 330.0, 13.0
     picture.line([8, RIGHT], [y, y])
     y += 12

@@ -1,18 +1,17 @@
-"""groups.jsonl of a run folder holds one group of rollouts for each recorded step. This file reads it and has the
-words in which figures speak of a group.
+"""This file reads groups.jsonl of a run folder, which has one group of rollouts for each recorded step. It also has
+the labels, colours and sentences with which figures describe a group.
 
-A line is {"step", "method", "id", "problem", "answer", "prompt": [token, …], "rows": [row, …]}; a row has
+A line is {"step", "method", "id", "problem", "answer", "prompt": [token, …], "rows": [row, …]}. A row has these
+fields:
 
-    hybrid, complete     it starts with demonstration tokens; it is a whole demonstration, nothing was sampled
-    reward, truncated    its grade; whether the budget cut it off
-    advantage            A of its own tokens; prefix_advantage: A of its demonstration tokens (loss.advantages)
-    tokens, ids          at most the first 512 of its tokens_total response tokens, as text and as ids
-    source               1 at demonstration tokens, 0 at the policy's own
-    entropy              of the sampling policy at the token, in nats
-    kept                 0 where the method takes a token's weight away (loss.weighted_tokens)
-    weight               w under the policy that sampled (loss.token_weights)
+    hybrid, complete whether the row starts with demonstration tokens; whether it is a whole demonstration reward,
+    truncated grade of the response; whether the token budget cut it off advantage A of the policy's tokens;
+    prefix_advantage: A of the demonstration tokens (loss.advantages) tokens, ids the first 512 of the tokens_total
+    response tokens, as text and as ids source 1 at demonstration tokens, 0 at tokens that the policy sampled entropy
+    entropy of the sampling policy at each token, in nats kept 0 where the method sets the weight of a token to 0
+    (loss.weighted_tokens) weight w of each token under the policy that sampled it (loss.token_weights)
 
-train.py writes it; figures/group_figure.py draws it.
+train.py writes groups.jsonl; figures/group_figure.py draws a group.
 """
 
 from collections import Counter
@@ -27,30 +26,32 @@ Group = dict[str, Any]
 Row = dict[str, Any]
 
 FIELDS = ("step", "method", "id", "problem", "answer", "prompt", "rows")
-SOURCES = {  # a token's source: the colour of its cell, and its words
+SOURCES = {  # source of a token -> colour of its cell, and a description for the legend
     "prefix": ("#F8C65C", "beginning of a demonstration: given"),
     "demonstration": ("#F8C65C", "a whole demonstration: given"),
     "continuation": ("#63C2A1", "the policy goes on from the prefix"),
     "own": ("#C3E1F6", "the policy answers without help"),
 }
-DROPPED = "#FBEBC8"  # the colour of a cell whose weight was taken away
+DROPPED = "#FBEBC8"  # colour of a cell whose token lost its weight
 LESS, MORE = VERMILLION, BLUE  # colours of weights below and above 0
 INK, FAINT = "#222222", "#6B6B6B"
 
 
 def read_groups(folder: Path) -> list[Group]:
-    """Returns all recorded groups in the order of their steps. The InputError of a damaged line names it."""
+    """Returns all recorded groups in the order of their steps. Raises InputError if the file is missing, empty or has
+    a damaged line."""
     log = folder / "groups.jsonl"
     if not log.exists():
-        raise InputError(f"{folder} has no groups.jsonl: a run of train.py that samples rollouts records one")
+        raise InputError(f"{folder} has no groups.jsonl: only runs of train.py that sample rollouts write it")
     groups = read_log(log, *FIELDS)
     if not groups:
-        raise InputError(f"{log} is empty: its first group is recorded after the first step")
+        raise InputError(f"{log} is empty: the first group is recorded after the first step")
     return groups
 
 
 def read_group(folder: Path, step: int | None = None) -> Group:
-    """Returns the group recorded at `step`, or the last one if `step` is None. An InputError lists the steps."""
+    """Returns the group recorded at `step`, or the last one if `step` is None. If no group was recorded at `step`,
+    raises an InputError that lists the recorded steps."""
     groups = {group["step"]: group for group in read_groups(folder)}
     if step is None:
         return list(groups.values())[-1]
@@ -67,14 +68,14 @@ def kind(row: Row) -> str:
 
 
 def source(row: Row, place: int) -> str:
-    """Returns the key in SOURCES of a row's token."""
+    """Returns the key in SOURCES for the token at index `place` of a row."""
     if row["source"][place]:
         return "demonstration" if row["complete"] else "prefix"
     return "continuation" if row["hybrid"] else "own"
 
 
 def sources(group: Group) -> list[str]:
-    """Returns the keys of SOURCES that occur in the group, in the order of SOURCES."""
+    """Returns the sources of the tokens in a group, in the order of SOURCES."""
     present = {source(row, t) for row in group["rows"] for t in range(len(row["tokens"]))}
     return [name for name in SOURCES if name in present]
 
@@ -84,7 +85,7 @@ def drops(row: Row) -> bool:
 
 
 def framed(row: Row) -> list[bool]:
-    """Returns for each token whether it is kept while other tokens of its source are not."""
+    """Returns for each token whether it gets a frame: it is kept, but another token of the same source is not."""
     losing = {source(row, t) for t, kept in enumerate(row["kept"]) if not kept}
     return [bool(kept) and source(row, t) in losing for t, kept in enumerate(row["kept"])]
 
@@ -96,7 +97,7 @@ def verdict(row: Row) -> str:
 
 
 def parts(row: Row) -> list[tuple[str, str, float]]:
-    """Returns the parts of a hybrid row in their order, as (key of SOURCES, words, advantage A)."""
+    """Returns the parts of a hybrid row from left to right, as (key of SOURCES, label, advantage A)."""
     if row["complete"]:
         return [("demonstration", "the expert's whole demonstration", row["prefix_advantage"])]
     prefix = f"prefix: the expert's first {sum(row['source'])} tokens"
@@ -107,9 +108,9 @@ def parts(row: Row) -> list[tuple[str, str, float]]:
 
 
 def signed(value: float) -> str:
-    """Returns a signed number: 0.25 as "+0.25", -0.25 with a real minus sign, 0 without a sign.
+    """Returns a number as signed text: 0.25 as "+0.25", -0.25 with a typographic minus sign, 0 without a sign.
 
-    It has two decimals, or two digits if it is small.
+    A number has two decimals, but two significant digits if its size is below 0.01.
     """
     if value == 0:
         return "0"
@@ -117,22 +118,23 @@ def signed(value: float) -> str:
 
 
 def visible(text: str, longest: int = 24) -> str:
-    """Returns a token's text on one line, with signs for spaces, line ends and tabs, and � for what cannot be
-    printed."""
+    """Returns the text of a token on one line, with visible signs for spaces, line ends and tabs, and � for
+    unprintable characters."""
     signs = {" ": "·", "\n": "↵", "\t": "⇥"}
     shown = "".join(signs.get(c, c if c.isprintable() else "�") for c in text)
     return (shown if len(shown) <= longest else shown[: longest - 1] + "…") or "∅"
 
 
 def scales(group: Group) -> tuple[float, float]:
-    """Returns the largest entropy and the largest |w| of the group, which are the full bars; 1 if all are 0."""
+    """Returns the largest entropy and the largest |w| of a group, which get full bars. If all values are 0, the scale
+    is 1."""
     entropies = [value for row in group["rows"] for value in row["entropy"]]
     weights = [abs(value) for row in group["rows"] for value in row["weight"]]
     return max(entropies, default=0.0) or 1.0, max(weights, default=0.0) or 1.0
 
 
 def sign_colour(value: float) -> str:
-    """Returns the colour of a weight or an advantage."""
+    """Returns the colour for a weight or an advantage: its sign decides."""
     return MORE if value > 0 else LESS if value < 0 else FAINT
 
 
@@ -141,7 +143,7 @@ def title(group: Group) -> str:
 
 
 def summary(group: Group) -> str:
-    """Returns two sentences about the rows."""
+    """Returns the sentences under the title, which count the rows by kind."""
     kinds = Counter(map(kind, group["rows"]))
     words = (("on-policy", "by the policy alone"), ("hybrid", "begun with an expert's tokens"))
     words += (("demonstration", "written by an expert"),)
@@ -150,7 +152,8 @@ def summary(group: Group) -> str:
 
 
 def lanes(group: Group) -> list[tuple[str, str]]:
-    """Returns the lanes under a token as (name, explanation) pairs, with "kept" only if some token is dropped."""
+    """Returns the lanes that are drawn under each row of tokens, as (name, explanation). The lane "kept" is included
+    only if a token is dropped."""
     entropy_top, weight_top = scales(group)
     rows = [("entropy", f"how unsure the policy was; full bar: {entropy_top:.2f} nats")]
     if any(map(drops, group["rows"])):

@@ -1,17 +1,18 @@
-"""This file shows the method in a browser. One HTML file has one problem's rollouts and every method's weights of
-their tokens.
+"""This file makes an HTML page that shows the methods in a browser: rollouts of one problem, and the weight of each
+token under each method.
 
-`page_html` puts `page_content` into figures/page.html, which shows it without a server, a network or a framework. The
-content has for each model
+`page_html` inserts the result of `page_content` into figures/page.html, which needs no server, network or framework.
+For each model the content has
 
-    rows      N rows of the policy alone, the whole demonstration, a hybrid row for each of CUTS: sampled, graded
-    groups    for each method and each cut that makes a difference the rows that are its group (`groups_of`), with
-              the advantages and weights that a training step would give them (`weigh`)
+    rows N on-policy rows, the whole demonstration, and a hybrid row for each cut in CUTS; all are graded groups for
+    each method, and each cut that the method uses, the rows of its group (`groups_of`), with the advantages and
+    weights that a training step would give them (`weigh`)
 
-A group is treated as a whole mini-batch. The policy is the one that sampled, as before the first update of a step, so
-the ratio is 1. Weights are taken before the entropy clip: the page ranks the tokens itself, for any share to keep.
-Left out are methods with other rows or draws (`methods_shown`). In a run with another temperature, updates on
-demonstrations alone still use 1; the page leaves that out too.
+Each group is treated as a whole mini-batch. The weights are those before the first update of a step, so the updated
+policy is the one that sampled, and the ratio is 1. The entropy clip is not applied here: the page ranks the tokens
+itself, because the user chooses the share to keep. Left out are methods with other rows or with random draws
+(`methods_shown`). Training on demonstrations alone always uses temperature 1; the page uses the temperature of the
+run.
 """
 
 import dataclasses
@@ -36,7 +37,7 @@ from support.config import Config, formula, parse_config, suggest
 from support.errors import InputError
 from support.loading import check_window, pick_device, window_of
 
-CUTS = range(0, 100, 5)  # cuts, in per cent of the demonstration
+CUTS = range(0, 100, 5)  # prefix lengths, in percent of the demonstration
 TEMPLATE = Path(__file__).with_name("page.html")
 ROWS = {
     "on_policy": "All rows are on-policy; the cut plays no part.",
@@ -46,28 +47,30 @@ ROWS = {
 
 
 def is_run(folder: Path) -> bool:
-    """Returns whether the folder is a run's, not a model's."""
+    """Returns whether the folder is a run folder, not a model folder."""
     return (folder / "metrics.jsonl").exists()
 
 
 def page_html(content: dict[str, Any]) -> str:
-    """Returns the HTML page of a page_content. Its texts may come from anyone, so no text may end the page's
-    script."""
+    """Returns the HTML page that shows `content`. Each < in the content is escaped, so that no text of a problem or
+    response can end the script of the page."""
     data = json.dumps(content, separators=(",", ":")).replace("<", "\\u003c")
     return TEMPLATE.read_text(encoding="utf-8").replace("DATA", data)
 
 
 def page_content(models: list[Path], wanted: str | None = None) -> dict[str, Any]:
-    """Returns what the page shows of one problem. Each of `models` is a model folder or a run's with its last model.
+    """Returns the content of the page for one problem. Each path in `models` is a model folder, or a run folder,
+    whose last model is shown.
 
-    The settings and the data are those of the first run among them, or of the embedded task if there is no run.
-    `wanted` is the id of a problem with a demonstration. Raises InputError if one of these is wrong.
+    Settings and data come from the first run folder in `models`, or from the embedded task if there is no run folder.
+    `wanted` is the id of a problem with a demonstration. Raises InputError for a wrong folder, id or setting.
     """
     run = next(filter(is_run, models), None)
     config = parse_config(["--config", str(run / "config.json")]) if run else Config()
-    config = dataclasses.replace(config, coefficient=None)  # so that each method has its own c
+    # without a coefficient in the config, each method keeps its own c
+    config = dataclasses.replace(config, coefficient=None)
     if config.reward not in ("math", "exact"):
-        raise InputError(f"{run} was graded by {config.reward}, and code that a run names is not run: give a model")
+        raise InputError(f"{run} was graded by {config.reward}, which plot.py does not execute: give a model folder")
     reward = load_reward(config.reward)
     recorded = [group["id"] for group in read_groups(run)] if run and wanted is None else []
     problem = choose_problem(load_problems(config.data, reward), wanted, recorded)
@@ -87,8 +90,8 @@ def page_content(models: list[Path], wanted: str | None = None) -> dict[str, Any
 def choose_problem(problems: list[Problem], wanted: str | None, recorded: list[str]) -> Problem:
     """Returns the problem with the id `wanted`.
 
-    Without an id it is the last problem among those `recorded` that has a demonstration, else the first of all that
-    has one, else the last recorded problem.
+    If `wanted` is None, returns the last recorded problem with a demonstration, else the first problem with a
+    demonstration, else the last recorded problem.
     """
     known = {problem.id: problem for problem in problems}
     if wanted is None:
@@ -97,7 +100,7 @@ def choose_problem(problems: list[Problem], wanted: str | None, recorded: list[s
     if wanted not in known:
         raise InputError(f"--problem {wanted!r:.80} is not in the data{suggest(wanted, list(known)[:9])}")
     if not known[wanted].demonstrations:
-        raise InputError(f"--problem {wanted!r:.80} has no demonstration: name one that has")
+        raise InputError(f"--problem {wanted!r:.80} has no demonstration: choose another problem")
     return known[wanted]
 
 
@@ -105,8 +108,8 @@ def choose_problem(problems: list[Problem], wanted: str | None, recorded: list[s
 
 
 def methods_shown(problem: Problem) -> dict[str, Method]:
-    """Returns the methods whose rows are among those sampled here, and whose weights follow from the recorded
-    values."""
+    """Returns the methods that the page can show: their rows are among those sampled here, and their weights follow
+    from the recorded values."""
 
     def is_shown(method: Method) -> bool:
         possible = problem.demonstrations or not method.needs_demonstrations
@@ -117,7 +120,7 @@ def methods_shown(problem: Problem) -> dict[str, Method]:
 
 
 def describe(name: str, method: Method) -> dict[str, Any]:
-    """Returns the page's sentences about a method."""
+    """Returns the name, formulas and sentences that the page shows for a method."""
     sentences = [ROWS[method.rows] if "rl" in method.stages else "The demonstration alone: nothing is sampled."]
     if len(method.stages) > 1:
         sentences.append("The stage of supervised fine-tuning before is not shown.")
@@ -131,7 +134,8 @@ def describe(name: str, method: Method) -> dict[str, Any]:
         "own": formula(method.policy_weight),
         "given": formula(method.demonstration_weight),
         "clip": method.entropy_clip,
-        "clips_all": method.rows == "on_policy",  # which tokens are ranked, as in loss.weighted_tokens
+        # whether the entropy clip ranks all tokens, as in loss.weighted_tokens
+        "clips_all": method.rows == "on_policy",
         "c": coefficient_at(method, 0.0, None),
     }
 
@@ -140,7 +144,7 @@ def describe(name: str, method: Method) -> dict[str, Any]:
 
 
 def model_content(folder: Path, problem: Problem, reward: Reward, config: Config) -> dict[str, Any]:
-    """Returns what one model sampled, and the weights of each method."""
+    """Returns the rows that one model sampled, and the groups with their weights for each method."""
     path = str(folder / "final" if is_run(folder) else folder)
     model, tokenizer = load_model(path, pick_device(config.device), check=check_model)
     ends, budget = model.generation_config.eos_token_id, config.max_response_tokens
@@ -170,7 +174,8 @@ def model_content(folder: Path, problem: Problem, reward: Reward, config: Config
 
 
 def plan_rows(encoded: Encoded, config: Config) -> list[Row]:
-    """Returns N on-policy rows and, if the problem has a demonstration, all of it and a hybrid row for each cut."""
+    """Returns N on-policy rows to sample. If the problem has a demonstration, a row with the whole demonstration and
+    a hybrid row for each cut follow."""
 
     def group(rows: str, cut: int = 0) -> list[Row]:
         settings = {"rollouts": config.rollouts_per_prompt, "max_response_tokens": config.max_response_tokens}
@@ -189,7 +194,7 @@ def row_content(batch: Batch, i: int) -> dict[str, Any]:
         "given": len(row.prefix_ids),
         "whole": row.fraction == 1,
         "p": shortened(batch.old_log_probs[i, mask].exp()),
-        # all digits of a float32, because the page ranks tokens by it
+        # all digits of a float32, because the page ranks tokens by entropy
         "entropy": shortened(batch.entropy[i, mask], 9),
         "reward": float(batch.rewards[i]),
         "truncated": row.truncated,
@@ -197,7 +202,8 @@ def row_content(batch: Batch, i: int) -> dict[str, Any]:
 
 
 def groups_of(method: Method, rollouts: int) -> list[list[int]]:
-    """Returns which rows are the method's group: for each cut, or once if the cut plays no part."""
+    """Returns the indices of the rows in a method's group: one list for each cut, or a single list if the method uses
+    no cut."""
     others, demonstration = list(range(rollouts - 1)), rollouts
     if "rl" not in method.stages:
         return [[demonstration]]
@@ -208,10 +214,11 @@ def groups_of(method: Method, rollouts: int) -> list[list[int]]:
 
 
 def weigh(run: Run, method: Method, batch: Batch, group: list[int]) -> dict[str, Any]:
-    """Returns a group: its rows, their advantages and weights, and the numbers of its mini-batch.
+    """Returns one group of a method: its rows, their advantages and weights, and the token counts and Z of the
+    mini-batch.
 
-    A row has an advantage for its own tokens and one for a prefix. Its weights are pairs of a weight and the number
-    of consecutive tokens that have it.
+    Each row has two advantages, for the policy's tokens and for a prefix. Its weights are pairs (weight, number of
+    consecutive tokens with this weight).
     """
     config, rollouts, rows = run.config, batch.rollouts, torch.tensor(group)
     baseline = method.baseline or config.baseline

@@ -131,7 +131,7 @@ def test_unlike_evaluations_are_refused_in_one_line(two, tmp_path, monkeypatch, 
     (tmp_path / "empty").mkdir()
     for folders, message in (
         ([two[0], other], "no benchmark in common (a: aime24, math500; other: minerva)"),
-        ([two[0], fewer], "a and fewer were evaluated on other problems of aime24"),
+        ([two[0], fewer], "a and fewer used different problems of aime24"),
         ([tmp_path / "empty"], "empty is not a finished evaluation: no results.json"),
     ):
         capsys.readouterr()

@@ -1,4 +1,4 @@
-"""This file has what the benches share: a clock, and results as JSON with a description of the machine."""
+"""This file has a clock for the benches, and writes their results as JSON with a description of the machine."""
 
 import json
 import platform
@@ -17,7 +17,7 @@ CUDA = torch.cuda.is_available()
 
 
 def clock() -> float:
-    """Returns CPU seconds of this process; on CUDA wall seconds, after waiting for the GPU."""
+    """Returns the CPU seconds of this process. On CUDA it waits for the GPU and returns wall seconds."""
     if not CUDA:
         return time.process_time()
     torch.cuda.synchronize()

@@ -1,14 +1,14 @@
-"""Qwen2.5 shapes with random weights on one GPU: decoding and updates against the limits of the device.
+"""Measures decoding and updates of Qwen2.5's shapes with random weights on one GPU, against the limits of the device.
 
     python bench/gpu.py --shape 1.5b
 
-Writes bench/results/throughput-cuda-limits-SHAPE.json. All of it computes in bf16.
+The script writes bench/results/throughput-cuda-limits-SHAPE.json. All computation is in bf16.
 
-Decoding is 256 rows x 1024 new tokens, and 128 new tokens beside plain `generate`; no row ends early. A decode pass
-cannot be faster than reading the weights and the filled part of the cache once. This limit is their bytes / the
-measured copy bandwidth. An update is forward and backward of token_stats. Its model FLOPs are 6 N per token and 12
-layers x width x length for attention (half of it causal), without recomputation. They are divided by the peak of a
-large product in bf16, which is measured too.
+Decoding is measured with 256 rows x 1024 new tokens, and against plain `generate` with 128 new tokens; no row ends
+early. A decode pass cannot be faster than reading the weights and the filled part of the cache once, so the limit is
+the bytes of both / the measured copy bandwidth. An update is a forward and a backward pass of token_stats. The model
+FLOPs of an update are 6 N per token (N parameters) plus 12 layers x width x length / 2 for causal attention, without
+recomputation. The utilisation is model FLOPs per second / the measured rate of a large bf16 product.
 """
 
 import argparse
@@ -31,11 +31,11 @@ WORDS = 151936
 SIZES = ("hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads", "num_key_value_heads")
 SHAPES = {"0.5b": (896, 4864, 24, 14, 2), "1.5b": (1536, 8960, 28, 12, 2)}
 ROWS, PROMPT, NEW, FEW = 256, 256, 1024, 128
-BATCH, LENGTH = 8, 2048  # rows and tokens of an update
+BATCH, LENGTH = 8, 2048  # rows, and tokens per row, of an update
 
 
 def measure(call: Callable) -> dict[str, float]:
-    """Returns the median wall seconds of `call` after a first call to warm up, and the most memory."""
+    """Returns the median wall seconds of `call` after a warm-up call, and the peak memory in GiB."""
     torch.cuda.reset_peak_memory_stats()
     seconds = Timer("call()", globals={"call": call}).blocked_autorange(min_run_time=1).median
     return {"seconds": seconds, "peak_gib": torch.cuda.max_memory_allocated() / 2**30}
@@ -46,7 +46,7 @@ def new_model(shape: str) -> Qwen2ForCausalLM:
     with torch.device("cuda"):
         model = Qwen2ForCausalLM(config).to(torch.bfloat16)
     model.loop = LOOPS[0]
-    # no token is an end token, so no row ends
+    # the end token is outside the vocabulary, so no row ends early
     model.generation_config = GenerationConfig(eos_token_id=[WORDS], pad_token_id=0)
     fuse_norms(model)
     return model
@@ -55,7 +55,7 @@ def new_model(shape: str) -> Qwen2ForCausalLM:
 def bench_decoding(model: Qwen2ForCausalLM) -> dict[str, dict]:
     a = torch.empty(2**30, dtype=torch.uint8, device="cuda")
     b = torch.empty_like(a)
-    bandwidth = 2 * a.numel() / measure(lambda: b.copy_(a))["seconds"]  # each byte is read and written
+    bandwidth = 2 * a.numel() / measure(lambda: b.copy_(a))["seconds"]  # a copy reads and writes each byte
     tokenizer = AutoTokenizer.from_pretrained(Config.model)
     rows = [Row(i, (0, i), ids, []) for i, ids in enumerate(torch.randint(0, WORDS, (ROWS, PROMPT)).tolist())]
     table = {}
@@ -77,7 +77,7 @@ def bench_update(model: Qwen2ForCausalLM) -> dict[str, float]:
         model.zero_grad()
 
     measured = measure(update)
-    # FLOPs of attention for a token
+    # FLOPs of attention per token
     attention = 12 * model.config.num_hidden_layers * model.config.hidden_size * LENGTH / 2
     flops = BATCH * LENGTH * (6 * model.num_parameters() + attention)
     utilisation = flops / measured["seconds"] / peak

@@ -1,11 +1,13 @@
-"""Tries causal LMs of transformers, each made tiny with random weights: which work, and what refuses the others.
+"""Tries the causal LM architectures of transformers, each tiny and with random weights: does the model train, or
+which error message refuses it?
 
     OMP_NUM_THREADS=1 python bench/models.py              tries all (minutes) and writes bench/results/models.md
     OMP_NUM_THREADS=1 python bench/models.py gpt2 opt     tries some and only prints
 
-Every model is a folder as a user has it, with its noise (dropout, router jitter) switched on and with the embedded
-task's tokenizer. `prove` then checks that the model works, against plain forward passes of single rows and without
-the help of fast.check. One step of Prefix-RFT follows. Left out are two ranks (tests/test_distributed.py).
+Every model is saved as a folder, as a user has it, with its noise (dropout, router jitter) switched on and with the
+tokenizer of the embedded task. `prove` compares sampling and log-probs of the model with plain forward passes of
+single rows, without using fast.check. Then the model makes one step of Prefix-RFT. Left out are runs on two ranks
+(tests/test_distributed.py).
 """
 
 import argparse
@@ -44,7 +46,8 @@ STATE |= {"mamba_n_heads": 4, "mamba_d_head": 16, "mamba_d_state": 8, "mamba_chu
 STATE |= {"mamba_num_heads": 4, "mamba_head_dim": 16, "n_mamba_heads": 4, "mamba_headdim": 16, "mamba_dt_rank": 8}
 OTHERS = {"num_dense_layers": 1, "rotary_dim": 8, "window_size": 12, "block_multiple_of": 16}
 OTHERS |= {"attention_head_dim": 16, "attention_chunk_size": 12, "intermediate_size_mlp": 48}
-SMALL = SIZES | MIXTURE | LATENT | STATE | OTHERS  # each config takes the fields among these that it has
+# sizes of the tiny models; each config uses the fields that it knows
+SMALL = SIZES | MIXTURE | LATENT | STATE | OTHERS
 FOUR = {"num_key_value_heads": 4}
 LINEAR = {"layer_types": ["linear_attention", "full_attention"]}
 GROUPS = {"n_group": 2, "topk_group": 1, "first_k_dense_replace": 1}
@@ -87,20 +90,20 @@ MODELS: dict[str, dict] = {name: {} for name in PLAIN.split()} | {
     "xlstm": {"num_heads": 4},
     "zamba2": FOUR
     | {"num_hidden_layers": 4, "attention_hidden_size": 64, "layers_block_type": ["linear_attention", "hybrid"] * 2},
-    "gemma3": {  # this model also needs settings for vision
+    "gemma3": {  # gemma3 also needs settings for vision
         "text_config": SIZES | {"layer_types": ["sliding_attention", "full_attention"]},
         "vision_config": SIZES | {"num_hidden_layers": 1, "image_size": 28, "patch_size": 14},
         "mm_tokens_per_image": 4,
         "image_token_index": 103,
     },
 }
-# end tokens that the task's texts lack; because they are so many, rows end early
+# end tokens that no text of the task contains; with eight end tokens, random models end many rows early
 ENDS = [2, 6, 11, 45, 58, 67, 79, 95]
 BUDGET = 40
 
 
 def tiny(name: str) -> PreTrainedConfig:
-    """Returns the config of a tiny model."""
+    """Returns the config of a tiny model of architecture `name`."""
     kind, fields = CONFIG_MAPPING[name.split(",")[0]], MODELS[name]
     known = kind()
     free = [key for key in SMALL if hasattr(known, key) and not isinstance(getattr(kind, key, None), property)]
@@ -108,7 +111,8 @@ def tiny(name: str) -> PreTrainedConfig:
 
 
 def make(name: str, folder: Path) -> None:
-    """Returns the folder of a tiny model. Its weights are spread so that its distributions are far from uniform."""
+    """Saves a tiny model in `folder`. Its weight matrices are scaled up, so that its token distributions are far from
+    uniform."""
     config, fields = tiny(name), MODELS[name]
     text = config.get_text_config()
     for key, value in vars(text).items():
@@ -126,13 +130,15 @@ def make(name: str, folder: Path) -> None:
 
 @torch.no_grad()
 def plain_logits(model: PreTrainedModel, row: Row, response: list[int]) -> torch.Tensor:
-    """Returns [tokens of the response, V] of the row alone: without padding, mask, positions and cache."""
+    """Returns the logits [tokens of the response, V] of one row in a plain forward pass: without padding, mask,
+    positions and cache."""
     ids = torch.tensor([row.prompt_ids + response])
     return model(input_ids=ids, use_cache=False).logits[0, len(row.prompt_ids) - 1 : -1]
 
 
 def prove(folder: Path) -> str | None:
-    """Checks what a model has to do and returns its loop. Raises an AssertionError that says what does not hold."""
+    """Checks sampling, log-probs and saving of a model and returns the name of its decoding loop. Raises an
+    AssertionError that names the failed check."""
     model, tokenizer = load_model(str(folder), training=True, check=check_model)
     generator = torch.Generator().manual_seed(0)
 
@@ -140,7 +146,8 @@ def prove(folder: Path) -> str | None:
         return torch.randint(14, 44, (n,), generator=generator).tolist()
 
     rows = [Row(i, (i,), some(2 + 3 * (i % 4)), some(2 * i) if i % 2 else []) for i in range(8)]
-    rows += [Row(8, (8, i), rows[0].prompt_ids, []) for i in range(3)]  # rows of a group share their prompt
+    # three more rows with an equal prompt, like rows of a group
+    rows += [Row(8, (8, i), rows[0].prompt_ids, []) for i in range(3)]
 
     def respond(rows: list[Row], temperature: float = 1.0) -> list[Row]:
         return generate(model, tokenizer, rows, BUDGET, temperature, decode=loop_of(model))
@@ -156,7 +163,7 @@ def prove(folder: Path) -> str | None:
     rollouts = pack(sampled, model.generation_config.pad_token_id)
     batch = rollouts.input_ids, rollouts.attention_mask, rollouts.response_mask.shape[1], 1.0
     (log_probs, _), (again, _) = token_stats(model, *batch), token_stats(model, *batch)
-    # equal to the bit on most CPUs
+    # on most CPUs the two passes agree to the bit
     assert torch.allclose(log_probs, again, rtol=0, atol=1e-5), "two training passes differ"
     for i, (row, response) in enumerate(zip(rows, together)):
         p = plain_logits(model.eval(), row, response).log_softmax(-1)
@@ -176,7 +183,7 @@ def by_length(_reward: object, texts: list[str], _problems: list) -> list[float]
 
 
 def one_step(folder: Path) -> float:
-    """Make a step of Prefix-RFT as the command prepares it, and return the norm of its gradient."""
+    """Makes one step of Prefix-RFT with the setup of train.py, and returns the gradient norm."""
     settings = {"model": str(folder), "prompts_per_step": 4, "rollouts_per_prompt": 4, "updates_per_step": 1}
     settings |= {"max_response_tokens": 80, "out": str(folder / "run"), "device": "cpu", "eval_every": 0}
     steps.grade_all = by_length
@@ -185,7 +192,8 @@ def one_step(folder: Path) -> float:
 
 
 def verdict(name: str, folder: Path) -> str:
-    """Returns the decoding loop of an architecture that trains, the line that refuses it, or how it failed."""
+    """Returns the table cell of an architecture: trained with its decoding loop, refused with the error message, or
+    FAILED with the exception."""
     try:
         make(name, folder)
         loop = prove(folder) or "transformers"

@@ -1,17 +1,17 @@
-"""This script measures the speed of sampling and of the whole step, beside plain generate and TRL.
+"""This script measures the speed of sampling against plain `generate`, and of a whole training step against TRL.
 
     OMP_NUM_THREADS=1 python bench/throughput.py sampling step [--name NAME] [--FIELD VALUE ...]
 
-Each part prints a table and writes bench/results/throughput-PART.json, or throughput-PART-NAME.json with settings of
-train.py (--model, --data, --config, ...). Without such settings it measures the default step of `rft` with the
-embedded task and model: 16 problems x 8 rollouts, at most 96 tokens, 2 updates. The learning rate is 0, so every
-repeat starts from the same weights. All contenders of a repeat see the same prompts and give the same tokens
-(asserted). They run in turn, so that a busy machine slows all of them. Times are CPU seconds of the process, or wall
-seconds on CUDA. Ratios are medians over the repeats. In `step` every group has made-up rewards of 0 and 1, so that
-every row has a weight.
+Each part prints a table and writes bench/results/throughput-PART.json, or throughput-PART-NAME.json if --name is
+given. Further arguments are settings of train.py (--model, --data, --config, ...). Without settings the script
+measures the default step of `rft` with the embedded task and model: 16 problems x 8 rollouts, at most 96 tokens, 2
+updates. The learning rate is 0, so every repeat starts from the same weights. In each repeat all programs get the
+same prompts and produce the same tokens (asserted). The programs run in turn, so that a busy machine slows all of
+them. Times are CPU seconds of the process, or wall seconds on CUDA. Ratios are medians over the repeats. In `step`
+every group has made-up rewards of 0 and 1, so that every row has a weight.
 
-On CUDA the part `step` lets both our code and TRL compute in bf16 on fp32 weights. TRL passes as many rows at once as
-its update has, at most 64. bench/gpu.py measures the limits of decoding.
+On CUDA both our code and TRL compute the part `step` in bf16 on fp32 weights. TRL processes all rows of an update at
+once, but at most 64. bench/gpu.py compares decoding with the limits of the device.
 """
 
 import argparse
@@ -34,13 +34,13 @@ from support.command import command
 from support.config import parse_config
 from train import prepare
 
-REPEATS = 5  # repeats after a first one, which warms up
+REPEATS = 5  # number of repeats after a first repeat, which only warms up
 
 # ---- what both parts share
 
 
 def new_run(words: Sequence[str]) -> steps.Run:
-    """Returns a run of rft with train.py's settings `words`, at learning rate 0 on one thread."""
+    """Returns a run of rft with the command line `words` of train.py, at learning rate 0 on one thread."""
     with tempfile.TemporaryDirectory() as folder:
         run, _ = prepare(replace(parse_config(list(words)), method="rft", lr=0.0, out=f"{folder}/run"))
     torch.set_num_threads(1)
@@ -52,7 +52,8 @@ def picked_at(run: steps.Run, step: int) -> list[int]:
 
 
 def medians(seconds: dict[str, list[float]]) -> dict[str, dict]:
-    """Returns statistics of each contender's seconds and of their ratios to ours, without the first repeat."""
+    """Returns {program: median seconds, median ratio to our seconds, range of the ratio}, without the first
+    repeat."""
     table = {}
     for name, values in seconds.items():
         ratios = [value / ours for value, ours in zip(values[1:], seconds["ours"][1:])]
@@ -79,7 +80,7 @@ def bench_sampling(words: list[str]) -> dict:
             seconds[name].append(clock() - begin)
             responses.append([row.response for row in sampled])
         same = sum(a == b for a, b in zip(*responses))
-        assert same >= len(rows) - 1, f"{same} of {len(rows)} rows are the same"  # rounding may make a row differ
+        assert same >= len(rows) - 1, f"{same} of {len(rows)} rows are the same"  # one row may differ by rounding
     return {"rows": len(rows), "tokens": sum(map(len, responses[0])), "table": medians(seconds)}
 
 
@@ -87,7 +88,8 @@ def bench_sampling(words: list[str]) -> dict:
 
 
 class Replay(LogitsProcessor):
-    """Makes TRL's sampler draw the given tokens by a scatter per token, so that its rows and lengths are ours."""
+    """Makes the sampler of TRL draw given tokens, so that its responses equal ours. It costs TRL one scatter per
+    token."""
 
     def __init__(self, responses: list[list[int]], pad: int, prompt: int, device: torch.device):
         width = max(map(len, responses))
@@ -100,8 +102,8 @@ class Replay(LogitsProcessor):
 
 
 def new_trainer(run: steps.Run, callback: transformers.TrainerCallback):
-    """Returns TRL's GRPOTrainer on the same problems in the same order, with Dr.GRPO loss and as many updates a
-    step."""
+    """Returns the GRPOTrainer of TRL with the problems, their order, the loss (Dr.GRPO) and the number of updates per
+    step of `run`."""
     from datasets import Dataset
     from trl import GRPOConfig, GRPOTrainer
 
@@ -121,8 +123,9 @@ def new_trainer(run: steps.Run, callback: transformers.TrainerCallback):
         learning_rate=0.0,
         lr_scheduler_type="constant",
         adam_beta2=config.adam_beta2,
-        gradient_checkpointing=config.recompute,  # it is on by default, and would cost TRL another forward pass
-        bf16=CUDA,  # bf16 is TRL's default also on a CPU, where it is slow and where ours computes in fp32
+        # TRL checkpoints gradients by default, which costs another forward pass
+        gradient_checkpointing=config.recompute,
+        bf16=CUDA,  # TRL computes in bf16 by default, also on a CPU, where bf16 is slow and our code uses fp32
         loss_type="dr_grpo",
         scale_rewards="none",
         shuffle_dataset=False,
@@ -150,7 +153,7 @@ def made_up_rewards(_reward: object, texts: list, _problems: object) -> list[flo
 
 
 def bench_step(words: list[str]) -> dict:
-    """Runs ours and TRL's, step by step in turn."""
+    """Runs the steps of our code and of TRL in turn, and returns the seconds of both."""
     run, rows = new_run(words), []
     seconds: dict[str, list[float]] = {"ours": [], "TRL": []}
     steps.grade_all = made_up_rewards
@@ -198,7 +201,7 @@ PARTS = {"sampling": bench_sampling, "step": bench_step}
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0], allow_abbrev=False)
     parser.add_argument("parts", nargs="+", choices=PARTS)
-    parser.add_argument("--name", default="", help="name of the result files, if settings are given")
+    parser.add_argument("--name", default="", help="suffix of the result files, for a bench with other settings")
     args, words = parser.parse_known_args()
     for part in args.parts:
         place = ["throughput", "cuda" * CUDA, part, args.name]

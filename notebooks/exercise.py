@@ -1,4 +1,5 @@
-"""The check of an exercise in a notebook prints "not yet", "right" or "not right", and never raises."""
+"""This file checks the answers to the exercises of the notebooks. `check` prints "not yet", "right" or "not right",
+and never raises."""
 
 import math
 from collections.abc import Callable
@@ -7,26 +8,27 @@ from typing import Any
 
 
 def plain(value: Any) -> Any:
-    """Returns tensors, NumPy arrays and NumPy numbers as Python's own lists and numbers."""
+    """Converts a tensor, NumPy array or NumPy number to a Python list or number."""
     return value.tolist() if hasattr(value, "tolist") else value
 
 
 def unanswered(answer: Any) -> bool:
-    """Returns whether the answer, or a part of it, is still None."""
+    """Returns whether the answer, or an item of it, is still None."""
     answer = plain(answer)
     return answer is None or (isinstance(answer, list | tuple) and any(map(unanswered, answer)))
 
 
 def same_number(answer: float, expected: float) -> bool:
-    """Returns whether two numbers agree to three digits. An answer that is `expected` rounded to two digits, with at
-    least two decimals as texts print it, agrees too."""
+    """Returns whether two numbers agree to three digits. An answer that equals `expected` rounded as in the texts of
+    the notebooks (two digits, but at least two decimals) agrees too."""
     decimals = max(2, 1 - math.floor(math.log10(abs(expected)))) if expected else 2
     rounded = math.isclose(answer, round(expected, decimals), rel_tol=1e-6)
     return rounded or math.isclose(answer, expected, rel_tol=2e-3, abs_tol=1e-3)
 
 
 def equal(answer: Any, expected: Any) -> bool:
-    """Compares numbers by `same_number`, texts without regard to case and outer spaces, and lists item by item."""
+    """Returns whether an answer is right. Numbers are compared by `same_number`, texts without regard to case and
+    outer spaces, and lists item by item."""
     answer, expected = plain(answer), plain(expected)
     if isinstance(expected, list | tuple):
         same_length = isinstance(answer, list | tuple) and len(answer) == len(expected)
@@ -37,7 +39,8 @@ def equal(answer: Any, expected: Any) -> bool:
 
 
 def check(answer: Any | Callable[[], Any], expected: Any, hint: str = "look at the text above again") -> None:
-    """Print what an answer is. A function to be tried is given as `lambda: [mine(1), mine(2)]`."""
+    """Prints whether an answer is right. To check a function `mine`, pass `lambda: [mine(1), mine(2)]` as the
+    answer."""
     try:
         value = answer() if callable(answer) else answer
         if unanswered(value):
@@ -46,5 +49,5 @@ def check(answer: Any | Callable[[], Any], expected: Any, hint: str = "look at t
             print("right")
         else:
             print(f"not right: {hint}")
-    except Exception as error:  # whatever the student's function raised
+    except Exception as error:  # the student's function can raise anything
         print(f"not right: it raised {type(error).__name__}: {error}")

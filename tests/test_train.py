@@ -425,7 +425,7 @@ def test_wrong_data(tmp_path, monkeypatch, capsys, content, message):
     [
         ({"model": "no/such/folder"}, "neither a folder that exists"),
         ({"max_response_tokens": 3}, "needs demonstrations"),
-        ({"demonstration_fraction": 0}, "demonstration_fraction is 0, expected more: method prefix-rft needs"),
+        ({"demonstration_fraction": 0}, "demonstration_fraction is 0, expected > 0: method prefix-rft needs"),
         ({"max_response_tokens": 4000}, "max_response_tokens (4000) exceed the model's"),
         ({"method": "sdft", "demonstration_fraction": 0}, "expected > 0: method sdft needs demonstrations"),
         ({"method": "sdft", "max_response_tokens": 400}, " after its demonstration' ("),

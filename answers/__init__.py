@@ -1,5 +1,5 @@
-"""This package reads final answers of mathematical problems. It decides what an answer means and whether two answers
-mean the same.
+"""This package reads final answers of mathematical problems. The package decides what an answer means and whether two
+answers mean the same.
 
     tokens.py    text -> tokens, and the vocabulary          tree.py      the tree in normal form, exact arithmetic
     reader.py    tokens -> tree                              values.py    values at random points to 60 digits

@@ -15,9 +15,9 @@ count: [0, 1] is not [0, 1). Three or more numbers in the same order equal a tup
 vector equals a point, and {5} equals 5.
 
 Expressions are compared as real functions if both have real values at three or more of eight random points, else as
-complex functions. Expressions with ⌊ ⌋ or ⌈ ⌉ are compared at whole numbers too. They are compared at whole numbers
-only if all variables are among i to n, K, M and N. Left out are solving equations (x^2 = 4 does not equal x = 2, -2)
-and other identities that hold for whole numbers only.
+complex functions. Expressions with ⌊ ⌋ or ⌈ ⌉ are compared at whole numbers too. If all variables are among i to n,
+K, M and N, such expressions are compared at whole numbers only. Left out are solving equations (x^2 = 4 does not
+equal x = 2, -2) and other identities that hold for whole numbers only.
 """
 # ruff: isort: skip_file
 
@@ -322,7 +322,7 @@ def _same_values(p: Node, g: Node) -> bool:
 
     With a root and several variables only points with positive coordinates count, because √(x²y) equals x√y for
     positive x only, and such variables are mostly lengths or masses. With ⌊x⌋ or ⌈x⌉ the values are compared at whole
-    numbers too. They are compared at whole numbers only if all variables are in WHOLE_NAMES.
+    numbers too. If all variables are in WHOLE_NAMES, the values are compared at whole numbers only.
     """
     variables = symbols(p) | symbols(g)
     positive = len(variables) > 1 and _roots_only((p, g)) == (True, False)

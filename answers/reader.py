@@ -29,7 +29,7 @@ READERS["COMMAND"] = "command"
 
 
 class Reader(Cursor):
-    """The parser of an answer. Its methods are ordered from the loosest to the tightest binding: items, relation, set
+    """The parser of an answer. The methods are ordered from the loosest to the tightest binding: items, relation, set
     operation, ratio, quantity, sum, term, factor, primary."""
 
     def __init__(self, tokens: list[tuple[str, str]]):
@@ -52,7 +52,7 @@ class Reader(Cursor):
     def items(self) -> list[Node]:
         items = [self.item()]
         while self.token[0] == "SEP":
-            while self.token[0] == "SEP":  # a list may be written "a, b, and c"
+            while self.token[0] == "SEP":  # two separators in a row are one, as in "a, b, and c"
                 separator = self.take()
             item = self.item()
             # two inequalities such as "x < 1 or x > 2" are one region

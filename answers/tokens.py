@@ -74,7 +74,8 @@ _REWRITTEN = [(re.compile(pattern), spelling) for pattern, spelling in (
     (r"\\left\s*\\\{\s*\\begin\s*\{array\}\s*(?:\{[lcr]+\})?((?s:.*?))\\end\s*\{array\}\s*\\right\s*\.",
      r"\\begin{cases}\1\\end{cases}"),
     (r"\\cup(?= *[a-z] *(?:[<>=]|\\[gln]e))", r"\\text{ or }"),  # in "x < 1 ∪ x > 2" the sign ∪ means "or"
-    (r"([A-Za-z]) *\^ *(\w|\{[^{}]*\}) *_ *(\w|\{[^{}]*\})", r"\1_\3^\2"),  # E^2_0 becomes E_0^2
+    # the subscript comes first: E^2_0 becomes E_0^2
+    (r"([A-Za-z]) *\^ *(\w|\{[^{}]*\}) *_ *(\w|\{[^{}]*\})", r"\1_\3^\2"),
     (r"\\mathop\s*\{((?:[^{}]|\{[^{}]*\})*)\}", r"\1 "),
     (r"^\*\*(.*)\*\*$", r"\1"),
     (r"\*\*", "^"),

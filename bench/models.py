@@ -111,7 +111,7 @@ def tiny(name: str) -> PreTrainedConfig:
 
 
 def make(name: str, folder: Path) -> None:
-    """Saves a tiny model in `folder`. Its weight matrices are scaled up, so that its token distributions are far from
+    """Saves a tiny model in `folder`. The weight matrices are scaled up, so that the token distributions are far from
     uniform."""
     config, fields = tiny(name), MODELS[name]
     text = config.get_text_config()

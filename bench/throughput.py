@@ -8,7 +8,7 @@ measures the default step of `rft` with the embedded task and model: 16 problems
 updates. The learning rate is 0, so every repeat starts from the same weights. In each repeat all programs get the
 same prompts and produce the same tokens (asserted). The programs run in turn, so that a busy machine slows all of
 them. Times are CPU seconds of the process, or wall seconds on CUDA. Ratios are medians over the repeats. In `step`
-every group has made-up rewards of 0 and 1, so that every row has a weight.
+every group has made-up rewards of 0 and 1, so that every row has a nonzero weight.
 
 On CUDA both our code and TRL compute the part `step` in bf16 on fp32 weights. TRL processes all rows of an update at
 once, but at most 64. bench/gpu.py compares decoding with the limits of the device.
@@ -88,8 +88,8 @@ def bench_sampling(words: list[str]) -> dict:
 
 
 class Replay(LogitsProcessor):
-    """Makes the sampler of TRL draw given tokens, so that its responses equal ours. It costs TRL one scatter per
-    token."""
+    """Makes the sampler of TRL draw given tokens, so that its responses equal ours. The replay costs TRL one scatter
+    per token."""
 
     def __init__(self, responses: list[list[int]], pad: int, prompt: int, device: torch.device):
         width = max(map(len, responses))

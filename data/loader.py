@@ -209,7 +209,7 @@ def odd_rows(path: str | Path) -> list[str]:
 
 
 def load_problems(path: str | Path, reward: Reward = MATH) -> list[Problem]:
-    """Returns the problems of a JSONL file. The function `reward` can grade all of them.
+    """Returns the problems of a JSONL file. Every problem can be graded by `reward`.
 
     Raises an InputError that names the file, the line, what was found and what was expected.
     """
@@ -232,7 +232,7 @@ def render_prompt(tokenizer: Tokenizer, problem: str, system: str = "") -> str:
     try:
         template = TODAY.sub(lambda call: repr(DATE.strftime(call[2])), tokenizer.get_chat_template())
         if "strftime_now(" in template:
-            raise InputError("it asks for today's date in a way that cannot be answered with a fixed date")
+            raise InputError("the template asks for today's date in a way that cannot be answered with a fixed date")
         prompt = tokenizer.apply_chat_template(
             messages, chat_template=template, add_generation_prompt=True, tokenize=False
         )
@@ -281,8 +281,8 @@ def encode_problems(
     end_ids: list[int],
     reward: Reward = MATH,
 ) -> tuple[list[Encoded], Counter, Counter]:
-    """Returns the problems as token ids, the number of demonstrations left out, and the number used but noted. Both
-    counts are by reason.
+    """Returns the problems as token ids, the number of demonstrations left out, and the number used but noted. The
+    two numbers are counted by reason.
 
     A demonstration is used only if it fits the budget with its end token (else `too long`), its reward is 1 (else
     `not right`) and it contains no end token (else `end token inside`). If the prompt ends with a tag such as <think>

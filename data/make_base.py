@@ -8,7 +8,7 @@ corpus are generated during the training, and the model sees each document once,
 "textbook", teaches skills: calculating, and sorting a list of instructions by their labels. The second stage, "web",
 teaches habits: most solutions give only the answer or follow the listed order, and the longer a recipe, the fewer
 careful solutions it has. So the base model has the skills for a careful solution but seldom writes one. Post-training
-has to change that. The corpus contains no problem of data/recipes.
+has to teach it the habit. The corpus contains no problem of data/recipes.
 
 Left out are a validation loss (eval.py measures the base model, see data/README.md), resuming, and GPUs (on a CPU a
 repeated run gives the same weights).
@@ -45,11 +45,11 @@ CHAT_TEMPLATE = (
     "{% if message['role'] == 'system' %}{{ message['content'] + '\\n' }}"
     "{% elif message['role'] == 'user' %}{{ message['content'] }}"
     "{% elif message['role'] == 'assistant' %}{{ message['content'] + eos_token }}"
-    "{% endif %}{% endfor %}"  # no generation prompt: the recipe's question mark asks for the solution
+    "{% endif %}{% endfor %}"  # no generation prompt: the question mark of a recipe asks for the solution
 )
 
 UPDATES = 2500
-BATCH_TOKENS = 1400  # tokens of a batch, padding included
+BATCH_TOKENS = 1400  # maximum number of tokens in a batch, padding included
 POOL = 1024  # number of documents that are sorted by length together and cut into batches
 LEARNING_RATE = 2.5e-3  # peak learning rate; 100 updates of warm-up, then half a cosine
 PROBLEM_WEIGHT = 0.05  # weight of a problem's token in the loss; a token of a solution has weight 1
@@ -64,8 +64,8 @@ class Stage:
     name: str
     share: float
     exercises: float  # share of reading exercises among the documents; the rest are solved recipes
-    sizes: dict[int, float]  # number of instructions k -> its weight
-    styles: dict[int, dict[str, float]]  # number of instructions k -> {style: weight}
+    sizes: dict[int, float]  # number of instructions k -> share of such recipes
+    styles: dict[int, dict[str, float]]  # number of instructions k -> {style of the solution: share}
 
 
 TEXTBOOK_STYLES = {"careful": 0.6, "unlabelled": 0.25, "hasty": 0.15}
@@ -172,7 +172,8 @@ def documents(rng: random.Random, stage: Stage, held_out: set[str]) -> Iterator[
     """Yields pairs (question, solution) of texts for one stage, infinitely many."""
     most = len(LABELS)
     while True:
-        if rng.random() < stage.exercises:  # a reading exercise: `F+8;E-5;G+2?` -> `E-5;F+8;G+2`
+        # a reading exercise sorts the instructions: `F+8;E-5;G+2?` -> `E-5;F+8;G+2`
+        if rng.random() < stage.exercises:
             k = rng.randint(2, most)
             recipe = make_recipe(rng, k, first=rng.randint(0, most - k))
             yield recipe.problem[4:], ";".join(step[0] + instruction(step) for step in recipe.steps)
@@ -247,7 +248,7 @@ def pretrain(model: Qwen3ForCausalLM, tokenizer: PreTrainedTokenizerFast, rng: r
 @command("make_base.py")
 def main() -> None:
     parser = Parser(description="Pretrains the tiny base model of the embedded task.")
-    parser.add_argument("--out", type=Path, default=Path("base"), help="folder to write (%(default)s)")
+    parser.add_argument("--out", type=Path, default=Path("base"), help="folder of the new model (%(default)s)")
     parser.add_argument("--seed", type=int, default=0, help="seed of the weights and the corpus (%(default)s)")
     arguments = parser.parse_args()
     check_range("--seed", arguments.seed, 0)

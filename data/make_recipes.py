@@ -121,8 +121,8 @@ def write_out(
 
 
 def demonstrations(recipe: Recipe, kind: str) -> list[str]:
-    """Returns the demonstrations of a recipe by an expert of `kind` (see DEMONSTRATIONS). They always end in the
-    right answer, and each call returns the same texts."""
+    """Returns the demonstrations of a recipe by an expert of `kind` (see DEMONSTRATIONS). Demonstrations always end
+    in the right answer, and each call returns the same texts."""
     rng, slips = random.Random(recipe.problem), iter(range(2))
 
     def slip(value: int) -> int:
@@ -162,8 +162,8 @@ def make_splits(
     """Returns {split: rows} of the three files, with demonstrations by an expert of `kind`. No problem occurs twice.
 
     `demonstrated` is the number of training problems with a demonstration, and must divide TRAIN_PROBLEMS. With
-    `fresh_seed` there is a second test split, "fresh". Its first level uses this seed, and each further level the
-    next seed. The other splits stay the same.
+    `fresh_seed` there is a second test split, "fresh". The first level of "fresh" uses this seed, and each further
+    level the next seed. `fresh_seed` does not change the other splits.
     """
     seen: set[str] = set()
 
@@ -218,7 +218,7 @@ def write_splits(out: Path, splits: dict[str, list[dict]]) -> None:
 def main() -> None:
     parser = Parser(description="Writes the problems of the embedded task.")
     default = Path(__file__).parent / "recipes"
-    parser.add_argument("--out", type=Path, default=default, help="folder to write to (%(default)s)")
+    parser.add_argument("--out", type=Path, default=default, help="folder of the JSONL files (%(default)s)")
     kinds = "; ".join(f"{kind}: {what}" for kind, what in DEMONSTRATIONS.items())
     parser.add_argument("--demonstrations", choices=DEMONSTRATIONS, default="expert", help=kinds)
     args = parser.parse_args()

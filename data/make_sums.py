@@ -14,7 +14,7 @@ some away. SmolLM2's tokenizer makes each digit a token; a demonstration has at 
 
 The task complements the recipes: a pretrained model can do small sums, but does not follow the instruction to write
 one operation per line and box the answer. So RFT has no reward at the start. Responses that begin with a
-demonstration's prefix have some.
+demonstration's prefix have some reward.
 """
 
 import random
@@ -71,7 +71,7 @@ def make_splits() -> dict[str, list[dict]]:
 @command("make_sums.py")
 def main() -> None:
     parser = Parser(description=__doc__.split("\n", 1)[0])
-    parser.add_argument("--out", type=Path, default=Path("data/sums"), help="folder to write to (%(default)s)")
+    parser.add_argument("--out", type=Path, default=Path("data/sums"), help="folder of the JSONL files (%(default)s)")
     out = parser.parse_args().out
     write_splits(out, make_splits())
 

@@ -119,8 +119,8 @@ def openr1_46k(row: Row, index: int) -> Row:
     """Converts a row of Elliott/Openr1-Math-46k-8192: prompt [system, user], target [assistant], reward_model
     {ground_truth, style}.
 
-    We assume that Openr1-Math-48k-Complement has the same columns, with or without target. This is not tested on the
-    real set.
+    We assume that Openr1-Math-48k-Complement has the same columns, with or without target. The conversion was never
+    tested on the real complement.
     """
     messages = {message["role"]: message["content"] for message in row["prompt"]}
     return {

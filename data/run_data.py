@@ -40,8 +40,8 @@ def data_files(config: Config) -> dict[str, str]:
 def keep_fraction(problems: Sequence[Encoded], fraction: float) -> list[Encoded]:
     """Returns all `problems`; a share `fraction` of those with demonstrations keep them, the others lose them.
 
-    A hash of its id decides whether a problem keeps them. So every run keeps the same demonstrations, and a smaller
-    fraction keeps a subset of those of a larger one.
+    A hash of the problem's id decides whether a problem keeps its demonstrations. So every run keeps the same
+    demonstrations, and a smaller fraction keeps a subset of those that a larger fraction keeps.
     """
     demonstrated = [problem.id for problem in problems if problem.demonstrations]
     ranked = sorted(demonstrated, key=lambda name: seed_of("demonstration", name))

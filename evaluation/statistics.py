@@ -10,8 +10,8 @@ says how much the accuracy would vary with other problems of the same kind. The 
 So an interval always contains the accuracy, and 0 right of 30 problems gives [0, 9.5%] rather than [0, 0]. An average
 over nine benchmarks gets only one added problem per end, in the benchmark where the problem moves the end most. One
 added problem in each benchmark would bias the interval. Agresti and Coull (1998) add solved and failed problems at
-both ends. Their way pulls the interval towards 50% and lowers the coverage where scores lie close together (to 92%
-for 1000 problems that are about equally hard).
+both ends. Their interval is pulled towards 50%, and its coverage is lower where scores lie close together (92% for
+1000 problems that are about equally hard).
 
 The coverage of the 95% interval was simulated with true accuracies from 1 to 99%, with 1, 4 or 32 samples per
 problem, with and without partial rewards, and with problems from about equally hard to almost always or never solved.
@@ -119,8 +119,8 @@ def paired_difference(first: Sequence[float], second: Sequence[float]) -> tuple[
     """Returns the mean of second - first over the same problems, and its 95% interval.
 
     The added problem has the difference Σd²/Σ|d|, the typical size of a difference d, divided by the range of the
-    scores. Its difference is 1 for scores of 0 and 1, and if no scores differ. Its difference is small if the two
-    models score alike on each problem.
+    scores. The added difference is 1 if all scores are 0 or 1, or if no scores differ. The added difference is small
+    if the two models score alike on each problem.
     """
     scores = np.array([first, second], dtype=float)
     values = scores[1] - scores[0]

@@ -1,5 +1,5 @@
-"""This file draws one group of rollouts as a picture. It shows each token with its source, its entropy, whether it is
-kept, and its weight.
+"""This file draws one group of rollouts as a picture. The picture shows each token with its source, its entropy,
+whether the token is kept, and its weight.
 
     8 hybrid one cell per token, coloured by source; a frame marks a token that is kept while others are dropped
        kept       ■ or □ (only in a row that loses tokens)
@@ -31,7 +31,7 @@ SIZES = (10.5, 10.0, 9.5, 9.0, 8.5, 8.0)
 TEXT, SMALL = 8.0, 7.0  # type sizes of the words beside the tokens
 KEPT, ENTROPY, WEIGHT, BETWEEN, BRACKET = 6.0, 9.0, 13.0, 6.0, 11.0  # heights of the parts of a row in points
 NOTE = 50.0  # width that the note "… 312 more" needs
-MONO = "DejaVu Sans Mono"  # this font comes with matplotlib
+MONO = "DejaVu Sans Mono"  # font of the tokens, which comes with matplotlib
 
 
 @dataclass

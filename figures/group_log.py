@@ -1,5 +1,5 @@
-"""This file reads groups.jsonl of a run folder, which has one group of rollouts for each recorded step. It also has
-the labels, colours and sentences with which figures describe a group.
+"""This file reads groups.jsonl of a run folder, which has one group of rollouts for each recorded step. The file also
+has the labels, colours and sentences with which figures describe a group.
 
 A line is {"step", "method", "id", "problem", "answer", "prompt": [token, …], "rows": [row, …]}. A row has these
 fields:

@@ -217,8 +217,8 @@ def weigh(run: Run, method: Method, batch: Batch, group: list[int]) -> dict[str,
     """Returns one group of a method: its rows, their advantages and weights, and the token counts and Z of the
     mini-batch.
 
-    Each row has two advantages, for the policy's tokens and for a prefix. Its weights are pairs (weight, number of
-    consecutive tokens with this weight).
+    Each row has two advantages, for the policy's tokens and for a prefix. The weights of a row are pairs (weight,
+    number of consecutive tokens with this weight).
     """
     config, rollouts, rows = run.config, batch.rollouts, torch.tensor(group)
     baseline = method.baseline or config.baseline

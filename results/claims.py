@@ -1,12 +1,14 @@
-"""This file has the claims of the paper [2507.01679] and of its critics [2604.23747], and what the stored runs say of
-each.
+"""This file tests the claims of the paper [2507.01679] and of its critics [2604.23747] on the first study's stored
+runs.
 
-A row of claims.csv is one claim: in the runs of `regime`, `more` has more of `what` than `less` has, on the problems
-of `level`. Groups of runs have the names that runs_of reads, and `REGIME:` stands before those of another regime. If
-there is no `less`, the claim is that `more` has some of it. `what` is one of: accuracy; the length of responses; the
-lead of the rows with a prefix, and the narrowing of this lead; pass@K. With `enough` the claim is that `less` loses
-at most ENOUGH points. The claims name tables and figures of the paper's third version. PROTOCOL.md has the rules of
-intervals and verdicts. Left out are claims of which our runs say nothing, as clips at 50 and 80%, or code.
+Each row of claims.csv is one claim: among the runs of `regime`, the group `more` is above the group `less` in the
+quantity `what`, on test problems of `level`. records.runs_of explains the names of groups; a group of another regime
+is named `REGIME:GROUP`. If `less` is empty, the claim is that the quantity of `more` is above 0. `what` is the
+accuracy, pass@K, the length of responses, the lead in reward of rows with a prefix over on-policy rows, or how far
+this lead narrows. If `enough` is true, the claim is that `less` loses at most ENOUGH points against `more`.
+
+The claims cite tables and figures of the paper's third version. PROTOCOL.md has the rules of intervals and verdicts.
+Left out are claims that the stored runs cannot test: clips at 50 and 80%, and code generation.
 """
 
 import math
@@ -22,16 +24,19 @@ from results.records import KINDS, Line, Stored, accuracies, prefix_lead, runs_o
 
 Interval = tuple[float, float, float]  # estimate, low, high
 CLAIMS = Path("results/claims.csv")
-ENOUGH = 0.03  # a loss of accuracy that is no larger counts as none
-# decimals of numbers that are not in points
+ENOUGH = 0.03  # a loss of accuracy up to this share counts as no loss
+# factor, unit and decimals with which quantities other than accuracy are printed
 UNITS = {"length": (1, " tokens", 1), "lead": (1, "", 2), "narrowing": (1, "", 2)}
 
 # ---- intervals
 
 
 def difference(first: np.ndarray, second: np.ndarray, trained: tuple[bool, bool] = (True, True)) -> Interval | None:
-    """Returns the mean of `first` minus that of `second`, each [runs, the same problems], by Welch and Satterthwaite;
-    None if either has a single run. If `second` is the base, it is not `trained`: it has no spread over seeds."""
+    """Returns the mean accuracy of `first` minus that of `second`, with its 95% interval by Welch and Satterthwaite;
+    None if either group has a single run.
+
+    Each group is [runs, problems], on the same problems. `trained` is False for the base model, whose accuracy has no
+    spread over seeds."""
     groups = [runs.mean(1) for runs, has_seeds in zip((first, second), trained) if has_seeds]
     if min(map(len, groups)) < 2:
         return None
@@ -39,14 +44,14 @@ def difference(first: np.ndarray, second: np.ndarray, trained: tuple[bool, bool]
     variances = np.array([values.var(ddof=1) / len(values) for values in (by_problem, *groups)])
     freedoms = np.array([len(values) - 1 for values in (by_problem, *groups)])
     middle, total = float(by_problem.mean()), float(variances.sum())
-    freedom = total**2 / max((variances**2 / freedoms).sum(), 1e-300)  # if nothing varies, the interval is a point
+    freedom = total**2 / max((variances**2 / freedoms).sum(), 1e-300)  # without any spread it is a point
     reach = float(t.ppf(0.975, max(freedom, 1))) * math.sqrt(total)
     return middle, middle - reach, middle + reach
 
 
 def difference_of_runs(first: Sequence[float], second: Sequence[float] | None = None) -> Interval:
-    """Returns the mean of `first` minus the mean of `second`, each with one number per run, and its 95% interval.
-    Without `second` it is the mean of `first`."""
+    """Returns the mean of `first` minus the mean of `second`, with its 95% interval. Each group has one number per
+    run. Without `second` this is the mean of `first`."""
     test = ttest_1samp(first, 0) if second is None else ttest_ind(first, second, equal_var=False)
     low, high = map(float, test.confidence_interval(0.95))
     return (low + high) / 2, low, high
@@ -56,18 +61,19 @@ def difference_of_runs(first: Sequence[float], second: Sequence[float] | None = 
 
 
 def read_claims() -> list[Any]:
-    """Returns the rows of claims.csv, with a field for each column."""
+    """Returns the claims of claims.csv as tuples with a named field for each column."""
     return list(pd.read_csv(CLAIMS, keep_default_na=False, converters={"enough": bool}).itertuples(index=False))
 
 
 def group_of(stored: Stored, regime: str, name: str) -> list[Line]:
-    """Returns the runs that a name in a claim stands for."""
+    """Returns the runs of the group that a claim calls `name`."""
     other, _, rest = name.rpartition(":")
     return runs_of(stored[other or regime], rest) if name else []
 
 
 def measured(claim: Any, stored: Stored) -> dict[str, Interval]:
-    """Returns the differences that decide a claim, by what is measured; {} if there are too few runs."""
+    """Returns the differences that decide a claim, by measure ("greedy" and "T = 1" for accuracy); {} if there are
+    too few runs."""
     more, less = (group_of(stored, claim.regime, name) for name in (claim.more, claim.less))
     if not more or (claim.less and not less):
         return {}
@@ -88,7 +94,7 @@ def measured(claim: Any, stored: Stored) -> dict[str, Interval]:
 
 
 def verdict(differences: dict[str, Interval], enough: bool = False) -> str:
-    """Returns "seen", "opposite", "split", "not seen" or "cannot be tested"."""
+    """Returns the verdict on a claim: "seen", "opposite", "split", "not seen" or "cannot be tested" (PROTOCOL.md)."""
     if not differences:
         return "cannot be tested"
     if enough:
@@ -101,9 +107,10 @@ def verdict(differences: dict[str, Interval], enough: bool = False) -> str:
 
 
 def by_ranks(claim: Any, differences: dict[str, Interval], stored: Stored) -> str:
-    """Returns what to add if a t interval holds 0 although every run of one group is above every run of the other.
-    One run far from the rest widens the interval, but does not change ranks. (Ranks do not see the spread over
-    problems either.)"""
+    """Returns a remark if a t interval contains 0 although every run of one group is above every run of the other.
+
+    One run far from the rest widens a t interval, but does not change ranks. The rank test ignores the spread over
+    problems."""
     groups, text = [group_of(stored, claim.regime, name) for name in (claim.more, claim.less)], ""
     for kind, title in KINDS.items() if differences and claim.what == "accuracy" and not claim.enough else ():
         more, less = (accuracies(runs, kind, claim.level) for runs in groups)
@@ -115,7 +122,7 @@ def by_ranks(claim: Any, differences: dict[str, Interval], stored: Stored) -> st
 
 
 def evidence(claim: Any, differences: dict[str, Interval], stored: Stored) -> str:
-    """Returns the differences as text: accuracies in points, others in their units."""
+    """Returns a claim's differences as text: accuracies in points, other quantities in the units of UNITS."""
     counts = [len(group_of(stored, claim.regime, name)) for name in (claim.more, claim.less) if name]
     if not differences:
         return f"{claim.regime}: " + ("too few seeds for an interval" if all(counts) else "not run yet")
@@ -129,7 +136,7 @@ def evidence(claim: Any, differences: dict[str, Interval], stored: Stored) -> st
 
 
 def verdict_rows(stored: Stored) -> list[list[str]]:
-    """Returns the table of all claims, with its header first."""
+    """Returns the table of all claims and verdicts, with its header first."""
     rows = [["source", "claim", "our evidence: difference and 95% interval", "why it may differ", "verdict"]]
     for claim in read_claims():
         differences = measured(claim, stored)
@@ -139,8 +146,9 @@ def verdict_rows(stored: Stored) -> list[list[str]]:
 
 
 def question_rows(stored: Stored) -> list[list[str]]:
-    """Returns a row for each question: estimates, greedily and at T = 1, and verdicts. If two sources claim opposite
-    directions of a contrast, it stands in the row once."""
+    """Returns the table of questions for README.md: the claims of each question with their estimates and verdicts.
+
+    A contrast that two sources claim in opposite directions is listed once."""
     rows: dict[str, dict[frozenset, str]] = {}
     for claim in read_claims():
         differences, (scale, _, digits) = measured(claim, stored), UNITS.get(claim.what, (100, "", 1))

@@ -1,6 +1,9 @@
-"""This file draws the figures of results/. Each panel has a function, and `draw_all` writes the files. Bands and bars
-are 95% intervals over seeds (over bases in horizon/contrasts.png), and small dots are runs. A single run has no
-interval."""
+"""This file draws the figures of results/: one function for each kind of panel, and `draw_all`, which writes the
+files.
+
+Bands and bars are 95% intervals over seeds (in horizon/contrasts.png over base models), and small dots are single
+runs. A group of one run has no interval.
+"""
 
 from collections.abc import Callable, Sequence
 from functools import partial
@@ -19,21 +22,21 @@ from results import horizon, records
 from results.claims import difference, group_of
 from results.records import KINDS, Line, Stored, accuracies, runs_of, scores
 
-# each method has a colour; more curves would hide each other
+# methods with a colour of their own; curves of more methods would hide each other
 SHOWN = ("rft", "sft-rft", "prefix-rft", "luffy", "sft", "uft")
 OURS = "prefix-rft"
 Panel = Callable[[Axes], None]
 
 
 def style_of(method: str) -> dict[str, Any]:
-    """Returns a method's colour and line, which are the same in every panel."""
+    """Returns the colour and line style of a method, equal in every panel."""
     place = SHOWN.index(method) if method in SHOWN else len(SHOWN)
     return {"color": COLOURS[place], "linestyle": STYLES[place > len(SHOWN) - 1]}
 
 
 def finish(axis: Axes, title: str, x: str, y: str = "", columns: int = 1, grid: str = "both") -> None:
-    """Set the title, labels, grid and a legend of so many columns (0: no legend). Shares are in % if the label says
-    so."""
+    """Sets a panel's title, labels, grid and legend (`columns` 0: no legend). An axis whose label has "%" or "points"
+    shows shares in %."""
     axis.set_title(title, loc="left")
     axis.set_xlabel(x)
     axis.set_ylabel(y)
@@ -47,20 +50,20 @@ def finish(axis: Axes, title: str, x: str, y: str = "", columns: int = 1, grid: 
 
 
 def reach_of(values: np.ndarray) -> float:
-    """Returns half the 95% interval of the mean over runs; 0 for a single run."""
+    """Returns half the width of the 95% interval of the mean over runs; 0 for a single run."""
     count = len(values)
     return float(t.ppf(0.975, count - 1) * values.std(ddof=1) / count**0.5) if count > 1 else 0.0
 
 
 def draw_band(axis: Axes, x: Sequence[float], groups: Sequence[np.ndarray], name: str) -> None:
-    """Draw means over runs with their intervals as a band. Each place has a group of runs."""
+    """Draws the mean of each group of runs over x, with the 95% intervals as a band."""
     means, reaches = np.array([[values.mean(), reach_of(values)] for values in groups]).T
     axis.plot(x, means, label=name, marker="o", markersize=2, linewidth=1.2, **style_of(name))
     axis.fill_between(x, means - reaches, means + reaches, color=style_of(name)["color"], alpha=0.15, linewidth=0)
 
 
 def draw_points(axis: Axes, x: Sequence[float], groups: Sequence[np.ndarray], name: str) -> None:
-    """Draw means over runs with their intervals, and a dot for each run."""
+    """Draws the mean of each group of runs over x with a bar for its 95% interval, and a dot for each run."""
     for place, values in zip(x, groups):
         axis.plot([place] * len(values), values, ".", markersize=2.5, alpha=0.5, color=style_of(name)["color"])
     means, reaches = zip(*((float(values.mean()), reach_of(values)) for values in groups))
@@ -71,8 +74,8 @@ def draw_points(axis: Axes, x: Sequence[float], groups: Sequence[np.ndarray], na
 
 
 def draw_contrast(axis: Axes, runs: pd.DataFrame, cell: str) -> None:
-    """Draw Prefix-RFT minus the others over the budget, at the primary contrast's temperature, with a dot for each
-    base."""
+    """Draws Prefix-RFT minus each rival over the number of steps, at the temperature of the primary contrast. Dots
+    are base models."""
     each = horizon.difference_frame(runs)
     each = each[(each.cell == cell) & (each.temperature == horizon.PRIMARY[2])]
     for rival, rows in each.groupby("rival"):
@@ -89,7 +92,7 @@ def draw_contrast(axis: Axes, runs: pd.DataFrame, cell: str) -> None:
 
 
 def draw_forest(axis: Axes, stored: Stored, kind: str, pairs: Sequence[tuple[str, str]], title: str) -> None:
-    """Draw Prefix-RFT minus another method in a regime, for each pair of them, with the protocol's interval."""
+    """Draws Prefix-RFT minus another method for each pair (regime, method), with the interval of the protocol."""
     for place, (regime, name) in enumerate(pairs):
         mid, low, high = difference(*(scores(runs_of(stored[regime], method), kind) for method in (OURS, name)))
         error, colour = [[mid - low], [high - mid]], style_of(name)["color"]
@@ -103,7 +106,8 @@ def draw_forest(axis: Axes, stored: Stored, kind: str, pairs: Sequence[tuple[str
 def draw_curves(
     axis: Axes, lines: Sequence[Line], curve: str, label: str, title: str, methods: Sequence[str]
 ) -> None:
-    """Draw a curve of the runs over all tokens so far: the mean over seeds with its interval."""
+    """Draws the field `curve` of the methods' runs over the tokens sampled and trained so far: means over seeds with
+    95% intervals."""
     for name in (name for name in methods if runs_of(lines, name)):
         curves = [line["curve"] for line in runs_of(lines, name)]
         tokens = np.mean([values["tokens"] for values in curves], axis=0) / 1000
@@ -113,7 +117,7 @@ def draw_curves(
 
 
 def draw_groups(axis: Axes, labels: Sequence[str], groups: dict[str, list[np.ndarray]], title: str, x: str) -> None:
-    """Draw accuracies of several methods beside each other at each label."""
+    """Draws the accuracies of several methods beside each other at each label of the x-axis."""
     for place, (name, values) in enumerate(groups.items()):
         draw_points(axis, np.arange(len(labels)) + 0.12 * (place - (len(groups) - 1) / 2), values, name)
     axis.set_xticks(range(len(labels)), labels)
@@ -123,7 +127,7 @@ def draw_groups(axis: Axes, labels: Sequence[str], groups: dict[str, list[np.nda
 
 
 def draw_ceiling(axis: Axes, lines: Sequence[Line], level: str) -> None:
-    """Draw pass@k over k, as means over seeds."""
+    """Draws pass@k over k on the problems of `level`: for each method the mean over seeds."""
     tries = [2**i for i in range(9)]
     for name in records.names_of(lines):
         shares = [records.solved(runs_of(lines, name), k, level).mean() for k in tries]
@@ -135,8 +139,8 @@ def draw_ceiling(axis: Axes, lines: Sequence[Line], level: str) -> None:
 
 
 def question_panels(stored: Stored) -> list[Panel]:
-    """Returns the panels about few and weaker demonstrations (RFT sees none), about the parts of Prefix-RFT, and
-    about many samples. Each question has two panels."""
+    """Returns two panels for each of four questions: few demonstrations, weaker experts, variants of Prefix-RFT, and
+    pass@k. RFT uses no demonstration, so its points are the runs of habit everywhere."""
 
     def runs(names: dict[str, list[str]], kind: str) -> dict[str, list[np.ndarray]]:
         return {
@@ -162,7 +166,7 @@ def question_panels(stored: Stored) -> list[Panel]:
 
 
 def draw_panels(panels: Sequence[Panel], panel_height: float = 2.9, most: int = COLUMNS) -> Figure:
-    """Draw the panels, at most `most` beside each other. `panel_height` is in inches. The caller sets figure.TYPE."""
+    """Draws the panels, at most `most` in a row. `panel_height` is in inches. The caller applies figure.TYPE."""
     figure, axes = sheet(len(panels), panel_height, most=most)
     for panel, axis in zip(panels, axes):
         panel(axis)
@@ -170,7 +174,7 @@ def draw_panels(panels: Sequence[Panel], panel_height: float = 2.9, most: int = 
 
 
 def draw_all(stored: Stored, runs: pd.DataFrame, folder: Path) -> list[Path]:
-    """Write the figures of both studies, and that of the first hour."""
+    """Writes the figures of both studies and first-hour.png, the front page's; returns their paths."""
     questions = question_panels(stored)
     figures = {"study/demonstrations": questions[:4], "study/parts": questions[4:6], "study/ceiling": questions[6:]}
     pairs = [(regime, name) for regime in ("habit", "silent", "twin") for name in ("rft", "sft-rft", "sft", "luffy")]

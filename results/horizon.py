@@ -1,13 +1,14 @@
-"""This file reads the stored runs of the second study: horizon × demonstrations, over base models.
+"""This file reads and compares the stored runs of the second study: horizon × demonstrations, over base models.
 
-It computes Prefix-RFT minus each other method, by cell, number of steps and temperature, over bases. A cell is a set
-of training problems with their demonstrations. PROTOCOL.md has the rules, and report.py writes horizon/report.md with
-the tables of this file.
+It computes the accuracy of Prefix-RFT minus that of each other method, for every cell, number of steps and
+temperature, over base models. A cell is a set of training problems with their demonstrations. PROTOCOL.md has the
+rules, and report.py writes the tables of this file into horizon/report.md.
 
-A file horizon/NAME.json is a trial (`trial` is 1 to 4), a run (`trial` is 0) or a base model. Its `budgets` have, by
-number of steps, the accuracy at each temperature, and the tokens and CPU seconds up to there.
+Each file horizon/NAME.json is a tuning trial (`trial` 1 to 4), a run (`trial` 0) or a base model (`method` "base").
+Its field `budgets` has, for each number of steps, the accuracy at each temperature and the tokens and CPU seconds
+used.
 
-Left out is the code that makes the runs. It is results/horizon.py of commit c5e0165 (PROTOCOL.md).
+Left out is the code that makes the runs: results/horizon.py of commit c5e0165 (PROTOCOL.md).
 """
 
 import json
@@ -20,13 +21,24 @@ from scipy.stats import t
 from evaluation.report import in_points, markdown_table, percent
 
 STORE = Path("results/horizon")
-CELLS = ("habit-512", "silent-128", "habit-32", "habit-512-short", "silent-8")  # problems, demonstrations, expert
-BUDGETS = (60, 120, 240, 480)  # steps after which a run is evaluated
+CELLS = (
+    "habit-512",
+    "silent-128",
+    "habit-32",
+    "habit-512-short",
+    "silent-8",
+)  # training problems, number of demonstrations, expert
+BUDGETS = (60, 120, 240, 480)  # numbers of steps after which runs are evaluated
 TEMPERATURES = ("greedy", "T = 0.6", "T = 1")
 OURS, RIVALS = "prefix-rft", ("sft-rft", "luffy", "rft")
-PRIMARY = ("habit-512", 480, "T = 0.6", "sft-rft")  # cell, budget, temperature, rival
+PRIMARY = (
+    "habit-512",
+    480,
+    "T = 0.6",
+    "sft-rft",
+)  # cell, number of steps, temperature and rival of the one primary contrast
 KEYS = ["cell", "budget", "temperature"]
-Stored = dict[str, dict[str, Any]]  # the content of horizon/NAME.json, by NAME
+Stored = dict[str, dict[str, Any]]  # the contents of the files horizon/NAME.json, by NAME
 
 
 def read_stored(store: Path = STORE) -> Stored:
@@ -34,14 +46,15 @@ def read_stored(store: Path = STORE) -> Stored:
 
 
 def trial_score(line: dict[str, Any]) -> float:
-    """Returns the mean validation accuracy over the temperatures; 0 if the trial diverged."""
+    """Returns the score that chooses among trials: the mean validation accuracy over the temperatures; 0 if the trial
+    diverged."""
     (last,) = line["budgets"].values()
     return 0.0 if "diverged" in last else sum(last[name]["all"] for name in TEMPERATURES) / len(TEMPERATURES)
 
 
 def run_frame(stored: Stored) -> pd.DataFrame:
-    """Returns a row for each run, budget and temperature: its accuracy (0 if it diverged) and its cost up to
-    there."""
+    """Returns a row for each run, budget and temperature: the accuracy (0 if the run diverged), the tokens and the
+    CPU seconds used."""
     costs, rows = ["sampled", "trained", "supervised", "seconds"], []
     for line in (line for line in stored.values() if line["method"] != "base" and not line["trial"]):
         for budget, scores in line["budgets"].items():
@@ -52,15 +65,15 @@ def run_frame(stored: Stored) -> pd.DataFrame:
 
 
 def difference_frame(runs: pd.DataFrame) -> pd.DataFrame:
-    """Returns a row for each rival and base: the accuracy of OURS minus that of the rival."""
+    """Returns a row for each rival and base model: the accuracy of Prefix-RFT minus that of the rival."""
     wide = runs.pivot(index=[*KEYS, "base"], columns="method", values="accuracy").reindex(columns=[OURS, *RIVALS])
     differences = wide[list(RIVALS)].rsub(wide[OURS], axis=0)
     return differences.melt(ignore_index=False, var_name="rival", value_name="difference").dropna().reset_index()
 
 
 def contrast_frame(runs: pd.DataFrame) -> pd.DataFrame:
-    """Returns the mean difference over bases with its 95% interval and p of Student's t (none for one base). It also
-    says which secondary contrasts are significant at 5% by Holm."""
+    """Returns each contrast: the mean difference over base models, its 95% interval and its p-value by Student's t
+    (none for one base). The column `holm` says which secondary contrasts Holm's correction leaves significant."""
     table = difference_frame(runs).groupby([*KEYS, "rival"])["difference"].agg(bases="count", mean="mean", std="std")
     error, freedom = table["std"] / table["bases"] ** 0.5, table["bases"] - 1
     reach = t.ppf(0.975, freedom) * error
@@ -71,14 +84,16 @@ def contrast_frame(runs: pd.DataFrame) -> pd.DataFrame:
 
 
 def holm(p: pd.Series) -> pd.Series:
-    """Returns whether each p-value is significant at 5%, corrected by Holm. It goes from the smallest on until one is
-    above 0.05 / the number of those left."""
+    """Returns which p-values are significant at 5% after Holm's correction.
+
+    From the smallest on, each p-value is compared with 0.05 / (number of p-values not yet compared). The first that
+    is larger, and all after it, are not significant."""
     ordered = p.sort_values()
     return (ordered <= 0.05 / (len(p) - pd.Series(range(len(p)), index=ordered.index))).cummin()
 
 
 def cell_of(row: pd.Series) -> str:
-    """Returns a contrast as text, in points. It is bold if Holm's correction leaves it significant."""
+    """Returns a contrast as text in points, in bold if Holm's correction leaves it significant."""
     if pd.isna(row["low"]):
         return f"{100 * row['mean']:+.1f}"
     text = in_points(row["mean"], row["low"], row["high"])
@@ -98,7 +113,7 @@ def contrast_table(contrasts: pd.DataFrame, cell: str) -> str:
 
 
 def run_table(runs: pd.DataFrame, cell: str) -> str:
-    """Returns the accuracy of each base and the cost of a run, as means over bases."""
+    """Returns a table with the accuracy on each base model, and the mean cost of a run over base models."""
     rows = [["method", "steps", *TEMPERATURES, "sampled", "trained", "supervised, in 1000 tokens", "CPU seconds"]]
     for (method, budget), group in runs[runs["cell"] == cell].groupby(["method", "budget"]):
         by_temperature = group.sort_values("base").groupby("temperature")["accuracy"]
@@ -120,7 +135,7 @@ def trial_rows(stored: Stored, cell: str) -> list[list[str]]:
 
 
 def report_text(stored: Stored) -> str:
-    """horizon/report.md."""
+    """Returns the text of horizon/report.md."""
     runs = run_frame(stored)
     contrasts = contrast_frame(runs)
     primary = contrasts.loc[PRIMARY] if PRIMARY in contrasts.index else None

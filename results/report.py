@@ -1,8 +1,8 @@
-"""This script reports on the stored runs: python results/report.py
+"""This script computes the reports of both studies from the stored runs: python results/report.py
 
-It writes study/report.md (tables of every run, every claim), horizon/report.md, the table of questions in README.md
-and the figures. All of them are computed from the stored runs again, and a test compares the files with them.
-Intervals and claims are in claims.py, those of the second study in horizon.py, and figures in drawing.py.
+It writes study/report.md (tables of all runs and claims), horizon/report.md, the table of questions in README.md, and
+the figures. A test recomputes the reports and compares them with the files. Intervals and verdicts of the first study
+are in claims.py, contrasts of the second study in horizon.py, and figures in drawing.py.
 """
 
 import os
@@ -29,7 +29,7 @@ TRIES = (1, 4, 16, 64, 256)
 
 
 def plain_table(rows: Sequence[Sequence[str]]) -> str:
-    """Returns a Markdown table that is not aligned, because its cells are sentences."""
+    """Returns a Markdown table without aligned columns, for cells that are sentences."""
     lines = ["| " + " | ".join(row) + " |" for row in rows]
     return "\n".join([lines[0], "|---" * len(rows[0]) + "|", *lines[1:]]) + "\n"
 
@@ -39,7 +39,8 @@ def settings_text(line: Line, hidden: Sequence[str]) -> str:
 
 
 def with_spread(values: Sequence[float]) -> str:
-    """Returns shares as "51.2 ± 0.8 (50.4, 52.0)", in %; a single share stands alone."""
+    """Returns shares as text, mean ± standard deviation (each) in %: "51.2 ± 0.8 (50.4, 52.0)". A single share stands
+    alone."""
     mean = percent(statistics.mean(values))
     if len(values) == 1:
         return mean
@@ -47,7 +48,8 @@ def with_spread(values: Sequence[float]) -> str:
 
 
 def accuracy_table(lines: Sequence[Line], kind: str) -> str:
-    """Returns mean ± standard deviation over seeds (each seed) over all levels, and the mean of each level."""
+    """Returns a table of each method's accuracy: over all levels the mean ± standard deviation over seeds (each
+    seed), and the mean of each level."""
     rows = [["method", "seeds", "all levels", *LEVELS]]
     for name in names_of(lines):
         runs = runs_of(lines, name)
@@ -57,20 +59,20 @@ def accuracy_table(lines: Sequence[Line], kind: str) -> str:
 
 
 def difference_text(first: Sequence[Line], second: Sequence[Line], kind: str) -> str:
-    """Returns a difference in points with its 95% interval; without the interval if either has one seed."""
+    """Returns the difference of two groups of runs in points, with its 95% interval if both have several seeds."""
     pair = scores(first, kind), scores(second, kind)
     interval = difference(*pair, (first[0]["method"] != "base", True))
     return in_points(*interval) if interval else f"{100 * (pair[0].mean() - pair[1].mean()):+.1f}"
 
 
 def difference_table(lines: Sequence[Line]) -> str:
-    """Returns differences to the REFERENCES with the same demonstrations."""
+    """Returns a table of each method minus the REFERENCES, which have the same demonstrations."""
     rows = [["method", *(f"minus {other}, {title}" for other in REFERENCES for title in KINDS.values())]]
     for name in names_of(lines):
         cells = []
         for reference in REFERENCES:
             other = reference + name[name.index("@") :] if "@" in name else reference
-            # sft-rft-equal is sft-rft stopped earlier
+            # a run of sft-rft-equal is a run of sft-rft that was stopped earlier
             same_runs = other == name or (name, other) == ("sft-rft-equal", "sft-rft")
             pair = runs_of(lines, name), runs_of(lines, other)
             cells += ["–" if same_runs or not pair[1] else difference_text(*pair, kind) for kind in KINDS]
@@ -80,7 +82,7 @@ def difference_table(lines: Sequence[Line]) -> str:
 
 
 def cost_table(lines: Sequence[Line]) -> str:
-    """Returns settings and tokens, as means over the seeds."""
+    """Returns a table of each method's settings and tokens, as means over the seeds."""
     rows = [["method", "settings", "sampled", "trained", "supervised", "sum, thousands of tokens"]]
     for name in names_of(lines):
         runs = runs_of(lines, name)
@@ -92,7 +94,7 @@ def cost_table(lines: Sequence[Line]) -> str:
 
 
 def trial_table(trials: Sequence[Line]) -> str:
-    """Returns every trial with the score by which it was judged."""
+    """Returns a table of every trial with the score that chose among them."""
     rows = [["trial", "settings", "validation: mean", "greedy", "T = 1"]]
     for line in trials:
         validation, cells = line["scores"].get("validation"), ["diverged", "–", "–"]
@@ -103,7 +105,8 @@ def trial_table(trials: Sequence[Line]) -> str:
 
 
 def ceiling_table(lines: Sequence[Line]) -> str:
-    """Returns pass@k, as means over seeds and problems, and at the largest k by level and paired with the base."""
+    """Returns a table of pass@k, as means over seeds and problems. At the largest k it has each level too, and the
+    difference to the base model."""
     most = records.CEILING_SAMPLES
     columns = [(k, "all") for k in TRIES] + [(most, level) for level in records.CEILING_LEVELS]
     rows = [
@@ -118,7 +121,7 @@ def ceiling_table(lines: Sequence[Line]) -> str:
 
 
 def report_text(stored: Stored) -> str:
-    """study/report.md."""
+    """Returns the text of study/report.md."""
     parts = [
         "# The stored runs of the first study\n\nWritten by `python results/report.py` from the lines beside it; "
         "../PROTOCOL.md says what was done. Accuracies in %, differences in points; 95% intervals.\n",
@@ -140,7 +143,8 @@ def report_text(stored: Stored) -> str:
 
 
 def with_questions(readme: str, stored: Stored) -> str:
-    """Returns README.md with its table renewed. Raises InputError if the table's place is gone."""
+    """Returns the text `readme` of README.md with its table of questions renewed. Raises InputError if the lines
+    around the table are missing."""
     if readme.count(BEGIN) != 1 or readme.count(END) != 1:
         raise InputError(f"{README}: found no single pair of lines {BEGIN!r} and {END!r}: restore them")
     before, _, rest = readme.partition(BEGIN)

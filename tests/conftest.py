@@ -11,7 +11,7 @@ from pathlib import Path
 
 import pytest
 
-# With one thread PyTorch always adds numbers in the same order. PyTorch reads this variable when it is imported.
+# With one thread PyTorch always adds numbers in the same order. PyTorch reads OMP_NUM_THREADS when it is imported.
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 
 # ---- which process runs which tests
@@ -84,9 +84,8 @@ def tokenizer():
 
 @pytest.fixture
 def refused(tmp_path, monkeypatch, capsys):
-    """refused("train.py", word, …) runs the command with arguments that it must refuse, and returns its error
-    message. The fixture checks that the exit code is 2, that the message is one line, and that nothing was written in
-    tmp_path, runs/ or evals/."""
+    """refused("train.py", word, …) runs the command with wrong arguments and returns its error message. The fixture
+    checks for exit code 2, a message of one line, and nothing written in tmp_path, runs/ or evals/."""
     from tiny import command_module, contents
 
     root = Path(__file__).parents[1]

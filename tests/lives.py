@@ -1,10 +1,10 @@
 """This file runs train.py and eval.py in forked processes for the tests of faults, and compares the folders that they
-leave. Such a process, a "life" of the run, ends by itself or by SIGKILL before an operation on a file. A forked
-process need not import PyTorch again, so the tests spend their time on runs.
+leave. A forked process, called a "life" here, ends by itself or by SIGKILL before an operation on a file. It need not
+import PyTorch again, so tests spend their time on runs.
 
 Two run folders are equal if metrics.jsonl (without times), samples.jsonl and groups.jsonl have equal rows, and
-metrics.jsonl has each step once. Besides, eval.json, the weights in final/ and the last checkpoint (weights,
-optimizer, step) must be equal bit for bit.
+metrics.jsonl has each step once. Their eval.json, the weights in final/ and the last checkpoint (weights, optimizer,
+step) must be equal bit for bit.
 """
 
 import json
@@ -39,9 +39,8 @@ class Life(NamedTuple):
 
 
 def count_operations(folder: Path, kill_at: int | None) -> list[int]:
-    """Starts to count this process's writing operations on files under `folder`; the only item of the returned list
-    is the count so far. The process kills itself by SIGKILL before operation number `kill_at`, where 1 is the
-    first."""
+    """Starts to count this process's writing operations on files under `folder`, and returns a list whose only item
+    is the count so far. Before operation number `kill_at` (from 1) the process kills itself by SIGKILL."""
     counted = [0]
 
     def hook(event: str, arguments: tuple) -> None:
@@ -177,8 +176,7 @@ def equal(one: Any, two: Any) -> bool:
 
 
 def evaluation_differences(one: Path, two: Path) -> list[str]:
-    """Returns the names of the files in which two finished evaluations differ: "generations" for the responses,
-    "results" for the results without their dates."""
+    """Returns in which files two finished evaluations differ: "generations", or "results" (dates left out)."""
     responses = [(folder / "generations.jsonl").read_bytes() for folder in (one, two)]
     results = [json.loads((folder / "results.json").read_text()) for folder in (one, two)]
     for result in results:

@@ -23,8 +23,8 @@ MAY_CHANGE += " save_every tensorboard"
 
 
 def with_moments(tokenizer, **settings):
-    """Returns a ReLIFT run with one problem in its buffer. Both of its optimizers have made an update, each on
-    another gradient."""
+    """Returns a ReLIFT run with one problem in its buffer. The run's two optimizers have made an update each, on
+    different gradients."""
     run = make_run(tokenizer, "relift", **settings)
     run.optimizer, run.collector.optimizer = (new_optimizer(run.model, run.config) for _ in range(2))
     for scale, optimizer in ((1.0, run.optimizer), (3.0, run.collector.optimizer)):
@@ -51,8 +51,7 @@ def test_every_state_of_a_run_is_restored(tokenizer, tmp_path):
 
 
 def test_a_checkpoint_that_cannot_be_written_leaves_the_old_one(tokenizer, tmp_path, monkeypatch):
-    """The old checkpoint also stays if the new one is of the same step: the new one is written to another file and
-    renamed when it is whole."""
+    """A new checkpoint, even of the same step, is written beside the old one and renamed when it is whole."""
     run = make_run(tokenizer)
     checkpoint.save(tmp_path, 1, run)
     before = contents(tmp_path)
@@ -106,8 +105,7 @@ def test_a_checkpoint_without_a_parameter_is_refused(tokenizer, tmp_path, missin
 
 @pytest.mark.parametrize("steps", [[1, 1, 3], [1, 3, 2], [2, 3, 4], [1, 2]])
 def test_rows_of_metrics_are_compared_with_the_steps(tmp_path, steps):
-    """metrics.jsonl must have the steps in order, each once. It is not enough that there are as many rows as
-    steps."""
+    """metrics.jsonl must have the steps in order, each once; as many rows as steps are not enough."""
     checkpoint.append_rows(tmp_path / "metrics.jsonl", [{"step": step} for step in steps])
     with pytest.raises(InputError, match="steps 1 to 3 once each"):
         checkpoint.cut_logs(tmp_path, 3)
@@ -151,7 +149,7 @@ def test_a_run_that_another_process_began_meanwhile_is_left_alone(tmp_path, monk
 
 
 def test_a_folder_that_cannot_be_written_is_told_at_the_start(tmp_path, monkeypatch):
-    """new_folder raises the error, before a model is loaded, also for a folder that exists already."""
+    """new_folder raises the error before a model is loaded, also if the folder exists already."""
 
     def closed(*_, **__):
         raise OSError(30, "Read-only file system")

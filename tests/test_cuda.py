@@ -35,8 +35,8 @@ pytestmark = [pytest.mark.cuda, pytest.mark.skipif(not torch.cuda.is_available()
 ROOT = Path(__file__).parents[1]
 # four tokens end a response, so that rows have different lengths; prompts and prefixes contain none of them
 ENDS = [2, 100, 101, 102]
-# A draw this close to the border between two tokens may give either token, because fp32 sums are rounded. The
-# distance is a hundred times that on a CPU.
+# A draw this close to the border between two tokens may give either token, because fp32 sums are rounded; on a CPU
+# the distance is a hundredth of this.
 NEAR = 2e-5
 
 
@@ -190,7 +190,7 @@ def test_compute_in_bf16_is_as_exact_as_that_of_a_plain_model(folder, one_gpu, n
     assert off["single"] < off["ours"] / 2**9, off
 
 
-@pytest.mark.parametrize("head_width", [32, 64, 128])  # CUDA chooses the attention kernel by the head's width
+@pytest.mark.parametrize("head_width", [32, 64, 128])  # CUDA's attention kernel depends on a head's width
 def test_the_gradient_of_a_batch_that_is_mostly_padding_is_finite(tokenizer, one_gpu, tmp_path, head_width):
     """Twenty bf16 batches of eight rows have 1 to 250 prompt tokens and 1 to 250 response tokens per row. (In the
     runs on GSM8K, three updates in a hundred had no finite gradient: results/smollm2.)"""
@@ -239,7 +239,7 @@ def test_a_step_with_recompute_and_offload(folder, one_gpu, tmp_path, offload):
     for saving in (False, True):
         how = {"recompute": saving, "offload": saving and offload}
         model, tokenizer = load_trained(str(folder / "qwen"), one_gpu, **how)
-        # with so few tokens per pass an update has several passes, whose gradients add up
+        # with 60 tokens per micro-batch an update has several passes, whose gradients add up
         several = {"micro_batch_tokens": 60} if saving else {}
         run = make_run(tokenizer, "prefix-rft", model, lr=1e-6, **several)
         run.optimizer = new_optimizer(model, run.config)
@@ -272,10 +272,10 @@ def test_tokens_follow_the_distribution_of_the_model(folder, request, name, comp
     responses = ours(model, rows, 2, temperature, rows_per_call=count)
     pairs = torch.tensor([[*prompt, token] for token in range(103)])
     with torch.no_grad():
-        p = (exact(name)(input_ids=pairs).logits[:, 2:] / temperature).softmax(-1)  # [first token, position, V]
+        p = (exact(name)(input_ids=pairs).logits[:, 2:] / temperature).softmax(-1)  # p is [first token, position, V]
     expected = count * p[0, 0][:, None] * p[:, 1]  # [first, second]
     expected[ENDS] = 0.0
-    expected[ENDS, 0] = count * p[0, 0][ENDS]  # "no second token" is counted as token 0
+    expected[ENDS, 0] = count * p[0, 0][ENDS]  # a missing second token counts as token 0
     result = torch.zeros_like(expected)
     for response in responses:
         first, second = (*response, 0)[:2]
@@ -338,8 +338,8 @@ def test_graphs_change_no_token(name, monkeypatch):
 
 @pytest.mark.parametrize("name", MODELS)
 def test_log_probs_as_drawn_are_those_of_the_training_pass(folder, one_gpu, tokenizer, name):
-    """The log-probs that sampling notes equal those of the training pass, in fp32 up to rounding. In bf16 they differ
-    by at most 4 times the error of a plain bf16 model, also after updates."""
+    """The log-probs that sampling notes equal those of the training pass, in fp32 up to rounding. In bf16 the
+    log-probs differ by at most 4 times the error of a plain bf16 model, also after updates."""
     rows, single = some_rows(), MODELS[name]().to(one_gpu)
 
     @torch.no_grad()
@@ -375,9 +375,9 @@ def test_log_probs_as_drawn_are_those_of_the_training_pass(folder, one_gpu, toke
 
 
 def test_a_run_that_goes_on_is_one_that_was_not_stopped(one_gpu, tmp_path, monkeypatch):
-    """One run is stopped after step 2 of 4 and resumed. Some CUDA kernels (attention, backward) add in no fixed order
-    and may change the last bits of a gradient, so its metrics agree with those of a whole run to 1e-3. If AdamW's
-    state were lost, the weights would differ by about lr."""
+    """One run is stopped after step 2 of 4 and resumed. Some CUDA kernels (attention, backward) add in no fixed
+    order, so the metrics of resumed and whole run agree to 1e-3 only. If AdamW's state were lost, the weights would
+    differ by about lr."""
     monkeypatch.chdir(ROOT)
     monkeypatch.setattr(train, "draw_curves", lambda folder: "")
     lines = (ROOT / "data/recipes/train.jsonl").read_text().splitlines(keepends=True)
@@ -412,7 +412,7 @@ def test_a_run_that_goes_on_is_one_that_was_not_stopped(one_gpu, tmp_path, monke
         return [[json.loads(line) for line in text.splitlines()] for text in texts]
 
     whole, parts = read("metrics.jsonl")
-    assert "not the policy" not in str(whole)  # a warning says this if sampling and training differ
+    assert "not the policy" not in str(whole)  # watch.py warns so if sampling and training differ
     assert [row["step"] for row in parts] == [1, 2, 3, 4] and any(row["grad_norm"] > 0 for row in parts[2:])
     for row, other in zip(whole, parts, strict=True):
         for name, value in row.items():

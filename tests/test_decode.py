@@ -138,7 +138,7 @@ def test_equal_prompts_are_read_once_and_ended_rows_leave(model):
     assert shapes[0] == (3, 3) and {width for _, width in shapes[1:]} == {1}
     counts = [count for count, _ in shapes[1:]]
     assert counts == sorted(counts, reverse=True) and counts[0] <= 24 and len({len(r) for r in responses}) > 1
-    for t, count in enumerate(counts, start=1):  # at most 1 / DROP_AT rows per unfinished row
+    for t, count in enumerate(counts, start=1):  # a pass has at most 1 / DROP_AT rows per unfinished row
         assert count <= sum(len(r) > t for r in responses) / decode.DROP_AT
     assert [ours(model, [row], 24)[0] for row in rows] == responses
 

@@ -44,23 +44,23 @@ CASES = {name: {} for name in ONE_OF_EACH} | {
     "relift": {"relift_buffer": 2, "gate": 2},
     "hpt": {"gate": 1},
     "rescue": {"gate": 2},
-    "uft": {"max_grad_norm": 0.02},  # so small that every gradient is scaled down
+    "uft": {"max_grad_norm": 0.02},  # this max_grad_norm scales every gradient down
     "prefix-rft with adapters": {"lora_rank": 3, "lora_lr_times": 1.0, "micro_batch_tokens": 60},
 }
 # these methods update by AdamW, the others by SGD
 RESUMED = ("prefix-rft", "relift", "prefix-rft with adapters")
-# This eps is far above the rounding errors of gradients. With AdamW's default of 1e-8 such an error would move a
+# AdamW's eps is far above the rounding errors of gradients. With the default of 1e-8 a rounding error would move a
 # weight by lr.
 ADAM_EPS = 1e-3
 
 
-# Many tokens end a response, so that most rows end within the budget and some are right. The demonstrations of
-# make_run contain none of them.
+# Many tokens end a response, so that most rows end within the budget and some are right; demonstrations of make_run
+# contain none of these tokens.
 ENDS = [2, *range(60, 69)]
 
 
 def small_llama() -> LlamaForCausalLM:
-    """Returns a model with tied embeddings. It has no biases, because the gradient of a key's bias is rounding noise,
+    """Returns a model with tied embeddings, without biases because the gradient of a key's bias is rounding noise,
     which AdamW blows up."""
     torch.manual_seed(0)
     shape = {"hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 2, "num_attention_heads": 4}
@@ -137,7 +137,8 @@ def resumed(folder: Path, method: str, saved_by: int) -> dict:
 
 
 def equal_rewards(folder: Path) -> dict:
-    """Make a step in which all rows are wrong. No token has a weight, so no rank makes an update or waits for one."""
+    """Make a step in which all rows are wrong. No token has a weight, so no rank makes an update, and no rank waits
+    for another."""
     run = started(folder, "prefix-rft", ALL_WRONG)
     metrics = rl_metrics(run, rl_step(run, 0))
     return {"grad_norm": metrics["grad_norm"], "weights": whole_weights(run)}
@@ -202,7 +203,7 @@ def work(number: int, folder: Path, port: int) -> None:
         actual["refused"] = str(error)
     actual["evaluated"] = evaluated(folder)
     actual["died"] = a_rank_dies(folder)
-    torch.save(actual, folder / "found.pt")  # only the first rank does this, because the second has ended
+    torch.save(actual, folder / "found.pt")  # only the first rank saves results, because the second has ended
 
 
 @pytest.fixture(scope="module")
@@ -241,8 +242,8 @@ def assert_same(method: str, one: dict, two: dict) -> None:
 
 @pytest.mark.parametrize("method", CASES)
 def test_two_ranks_equal_one(results, method):
-    """The samples and metrics of all steps are equal, among them loss, gradient norm, entropy and kept tokens. So are
-    the weights after two or three steps."""
+    """Samples and metrics of all steps are equal (such as loss and entropy), and so are the weights after two or
+    three steps."""
     folder, one, two = results
     assert_same(method, one[method], two[method])
     assert any(metrics["grad_norm"] > 0 for metrics, _ in one[method]["log"])
@@ -253,8 +254,8 @@ def test_two_ranks_equal_one(results, method):
 
 @pytest.mark.parametrize("method", RESUMED)
 def test_a_checkpoint_resumes_on_any_number_of_ranks(results, method):
-    """A checkpoint is saved by one rank and resumed by two, and the other way round. The third step equals that of a
-    run that was not stopped."""
+    """A checkpoint is saved by one rank and resumed by two, and the other way round. The third step equals the third
+    step of a run that was not stopped."""
     _, one, two = results
     third, _ = one[method]["log"][2]
     assert third["grad_norm"] > 0 and third.get("relift_updates", 1) == 1
@@ -294,7 +295,7 @@ def test_equal_rewards_stop_nobody(results):
 
 
 def test_a_rank_that_dies_ends_the_others_with_a_message(results):
-    """The message comes in the exchange in which the other ranks wait. Steps that were done are in metrics.jsonl."""
+    """The other ranks notice the death in the exchange in which they wait. Finished steps are in metrics.jsonl."""
     folder, _, two = results
     message = two["died"]["said"]
     assert two["died"]["code"] == 1 and message.count("\n") == 1
@@ -371,8 +372,8 @@ def test_bf16_compute_keeps_fp32_weights(results, alone, monkeypatch):
     models = run.model, small_llama().bfloat16(), small_llama()
     log_probs, half, exact = (token_stats(m, ids, torch.ones_like(ids), 6, 1.0)[0] for m in models)
     off, plain_off = (log_probs - exact).abs().max(), (half - exact).abs().max()
-    # its distance from fp32, which is 2^16 times finer, is about that of a plain bf16 model
+    # the trained model is about as far from fp32, which is 2^16 times finer, as a plain bf16 model
     assert plain_off / 10 < off < 10 * plain_off
     assert all(row.response for row in steps.sample_groups(run, [0, 1], 0, [0, 1], rows="hybrid", rollouts=4))
-    read = list(run.model.plain.parameters())  # the copy that samples is in bf16, and holds no memory afterwards
+    read = list(run.model.plain.parameters())  # the model's copy for sampling is in bf16, and freed afterwards
     assert {p.dtype for p in read} == {torch.bfloat16} and not any(p.untyped_storage().size() for p in read)

@@ -1,5 +1,5 @@
-"""These tests check eval.py: its counts for scripted responses against counts by hand, multiple choice, the
-evaluation folder, and wrong input."""
+"""These tests check eval.py: counts of scripted responses, multiple choice, the evaluation folder, and wrong
+input."""
 
 import argparse
 import dataclasses
@@ -112,7 +112,7 @@ OPTIONS = ["iron", "1/2", "the sum of A and B.", "0.5 m"]
         (" (B) ", "B"),
         ("\\text{C.}", "C"),
         ("$\\mathbf{D}$", "D"),
-        ("E", None),  # E is no option, because there are four
+        ("E", None),  # E is no option, because the question has four
         ("a", None),
         ("A) iron", "A"),
         ("(A) Iron.", "A"),
@@ -144,7 +144,7 @@ def test_grading_a_choice():
 
 
 def test_options_and_settings_reach_the_sampler(tmp_path, monkeypatch):
-    """The sampler gets whole batches. After a stop it first gets what is missing of the batch that was begun."""
+    """The sampler gets whole batches. After a stop the sampler first gets what is missing of the unfinished batch."""
     result: list[tuple] = []
 
     def respond(model, tokenizer, draws, **settings):
@@ -303,7 +303,7 @@ def test_a_stopped_evaluation_continues_to_the_same_files(
     with monkeypatch.context() as patch:
         patch.setattr(eval, "append_rows", lambda path, rows: (batches.append(len(rows)), append(path, rows)))
         eval.run(arguments(out=folder))
-    assert batches == [10 - whole] + [10] * (3 - stop_after) + [8]  # stored responses stay
+    assert batches == [10 - whole] + [10] * (3 - stop_after) + [8]  # stored responses are not sampled again
     assert log.read_bytes() == (finished / "generations.jsonl").read_bytes()
     assert without_date(folder) == without_date(finished)
 
@@ -365,7 +365,7 @@ def test_as_many_rows_share_a_call_as_a_gpu_holds(monkeypatch):
     for free, rows in ((1e10, 512), (10 * (cache + most) / 0.8 + 1, 10), (cache / 2, 1)):
         monkeypatch.setattr(torch.cuda, "mem_get_info", lambda _, free=free: (int(free), 0))
         assert eval.rows_that_fit(model, 100) == rows
-    monkeypatch.setattr(eval.distributed, "gather_dict", lambda mine: mine | {1: 7})  # rank 1's GPU has room for 7
+    monkeypatch.setattr(eval.distributed, "gather_dict", lambda mine: mine | {1: 7})  # rank 1's GPU holds 7 rows only
     monkeypatch.setattr(torch.cuda, "mem_get_info", lambda _: (10**9, 0))
     assert eval.rows_that_fit(model, 100) == 7
     model.config = MambaConfig()
@@ -523,8 +523,8 @@ def test_a_full_disk_leaves_the_grades_as_they_were(finished, tmp_path, monkeypa
 
 @pytest.mark.parametrize("written", [1, 2])
 def test_grading_that_was_cut_off_has_to_be_done_again(finished, tmp_path, monkeypatch, written):
-    """A stop before the new grades are written leaves the old ones. After a stop between the grades and the settings,
-    the settings name no grader."""
+    """A stop before the new grades are written leaves the old ones. After a stop between writing grades and settings,
+    settings.json names no grader."""
     folder, plain, calls = copy(finished, tmp_path / "cut"), folder_of_evaluation.write_settings, []
     (tmp_path / "own.py").write_text("def reward(response, problem):\n    return 0.25\n")
 
@@ -594,7 +594,7 @@ def test_a_file_of_ones_own_with_options_system_and_levels(tmp_path):
 
 @pytest.mark.parametrize("order", [1, -1])
 def test_every_benchmark_has_to_fit_the_window(scripted, tokenizer, order):
-    """The longest prompt of all benchmarks counts, whichever benchmark it is in."""
+    """The longest prompt of all benchmarks has to fit, whichever benchmark has it."""
     model, _ = scripted
     model.config = SimpleNamespace(get_text_config=lambda: SimpleNamespace(max_position_embeddings=40))
     sets = [

@@ -38,8 +38,7 @@ TINY = lives.RELIFT | {"steps": 2, "eval_every": 0, "rollouts_per_prompt": 2}
 
 @pytest.fixture(scope="module")
 def whole(tmp_path_factory):
-    """Returns a folder and how its run ended. The folder has problems and, in `whole`, a run that was never
-    killed."""
+    """Returns a folder with problems and, in `whole`, a run that was never killed; and how this run ended."""
     patch = pytest.MonkeyPatch()
     patch.chdir(ROOT)
     patch.setattr(train, "draw_curves", lambda folder: "")  # drawing would take a second per run
@@ -199,7 +198,7 @@ def test_of_a_damaged_checkpoint_the_older_one_is_used(tokenizer, tmp_path, dama
     newest, older = checkpoint.checkpoints(tmp_path)
     damage(newest)
     assert checkpoint.load(tmp_path, run) == 2 and run.model.lm_head.weight[0, 0] == 2
-    assert newest.exists()  # loading does not remove the damaged file
+    assert newest.exists()  # loading does not remove a damaged checkpoint
     checkpoint.save(tmp_path, 3, run)
     newest = checkpoint.checkpoint_file(tmp_path, 3)
     assert checkpoint.checkpoints(tmp_path) == [newest, older]
@@ -209,8 +208,8 @@ def test_of_a_damaged_checkpoint_the_older_one_is_used(tokenizer, tmp_path, dama
 
 
 def test_no_flipped_bit_goes_unseen(tokenizer, tmp_path):
-    """Single bits are flipped at random places of a checkpoint. Reading notices each, or the bit is in padding and
-    has no effect."""
+    """Single bits are flipped at random places of a checkpoint. Reading notices each flipped bit, or the bit is in
+    padding and has no effect."""
     saved(tokenizer, tmp_path, done=(1,))
     path = checkpoint.checkpoints(tmp_path)[0]
     data, draw, result = path.read_bytes(), random.Random(0), 0
@@ -286,7 +285,7 @@ def test_an_update_without_finite_gradient_is_skipped(tokenizer, value):
         metrics = rl_metrics(run, rl_step(run, number))
         assert metrics["skipped_updates"] == 1 and run.skipped == number + 1
         assert metrics["loss"] is None and metrics["grad_norm"] is None
-        assert figures(metrics)["length"]  # the progress line needs no loss
+        assert figures(metrics)["length"]  # the progress line works without a loss
         json.dumps(metrics, allow_nan=False)
     assert all(torch.equal(p, before[name]) and p.grad is None for name, p in run.model.named_parameters())
     assert not run.optimizer.state
@@ -314,7 +313,7 @@ def test_an_update_in_which_no_token_has_a_weight_moves_nothing(tokenizer):
 
 
 def test_a_model_that_gives_nan_is_never_updated(tokenizer):
-    """The update of such a model is skipped even if all rewards are equal, so that no token has a weight."""
+    """If a model gives NaN, its update is skipped even if all rewards are equal and no token has a weight."""
     run = make_run(tokenizer, reward=dataclasses.replace(BY_LENGTH, function=lambda text, problem: 0.0))
     run.model.lm_head.weight.data[0] = torch.nan
     metrics = rl_metrics(run, rl_step(run, 0))

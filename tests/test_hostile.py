@@ -1,8 +1,8 @@
 """These tests check that every command answers wrong input with exit code 2 and one line on stderr, which names the
-file, line or field. The command writes nothing.
+file, line or field. A refused command writes nothing.
 
 This file has wrong data files, settings and command lines; test_hostile_folders.py has damaged folders and models.
-Most cases are a good file with one fault, and property-based tests draw random ones. The commands run inside the
+Most cases are a good file with one fault, and property-based tests draw random cases. The commands run inside the
 test's own process (`refused` in conftest.py).
 """
 
@@ -29,7 +29,7 @@ GOOD = {"id": "a", "problem": "1;A+2?", "answer": "3", "demonstrations": ["1A+2=
 
 
 def changed(**fields: object) -> str:
-    """Returns GOOD as a line of JSON with other values of these fields; the value ... removes a field."""
+    """Returns GOOD as JSON, with the values of `fields` in place of its own; the value ... removes a field."""
     return json.dumps({name: value for name, value in (GOOD | fields).items() if value is not ...})
 
 

@@ -1,5 +1,5 @@
 """These tests check that commands refuse damaged folders of runs, evaluations and models with exit code 2 and one
-line that names the file. The commands write nothing.
+line that names the file. A refused command writes nothing.
 
 Each case damages one file of a good folder. The commands run inside the test's own process (`refused` in
 conftest.py).
@@ -33,7 +33,7 @@ TEXT = {
 
 def damage(path: Path, how: object) -> None:
     """Damage a file: None deletes it, a number is the share that is kept, and bytes replace the content. A dict
-    replaces fields of its JSON object, and a function is called with the path."""
+    replaces fields of the file's JSON object, and a function is called with the path."""
     if how is None:
         path.unlink()
     elif isinstance(how, float):

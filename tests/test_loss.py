@@ -176,7 +176,7 @@ def test_ppo_weight_is_the_gradient_of_the_surrogate(moved):
     weight = ppo_weight(log_probs, old, advantage, 0.2, 0.3)
     torch.testing.assert_close(weight, log_probs.grad)
     if moved:
-        # the clip has made some weights 0 and left others
+        # PPO's clip has made some weights 0, but not all
         assert 0.1 < ((weight == 0) & (advantage != 0)).float().mean() < 0.9
 
 
@@ -318,7 +318,7 @@ def textbook(name: str, g: Group, coefficient: float | None = None) -> torch.Ten
     surrogate, plain = ppo_surrogate(ratio, own, 0.2, 0.2), ratio * own
     clipped_rl, plain_rl = -(surrogate * policy).sum(), -(plain * policy).sum()
     of_prefix = ppo_surrogate(ratio, inputs, 0.2, 0.2)
-    entropy = (g.entropy * g.mask).sum(1, keepdim=True) / g.mask.sum(1, keepdim=True)  # mean entropy of each row
+    entropy = (g.entropy * g.mask).sum(1, keepdim=True) / g.mask.sum(1, keepdim=True)  # SRFT's mean entropy per row
     q = p.detach()
     L, shown = g.R, g.mask & (g.group != 0)[:, None]  # tokens whose problem has a demonstration for SDFT's teacher
     kept = {
@@ -363,7 +363,7 @@ def textbook(name: str, g: Group, coefficient: float | None = None) -> torch.Ten
         ("srft",): lambda: (
             (
                 -(torch.where(g.rewards[:, None] == 1, 0.1 * entropy.exp(), -1.0) * g.log_probs * policy).sum() / L
-                - (p / (p + 0.1) * inputs * prefix).sum() / L  # `coefficient` does not change γ = 0.1
+                - (p / (p + 0.1) * inputs * prefix).sum() / L  # `coefficient` does not change SRFT's γ
                 + c(0.1) * g.B * cross_entropy(g, (0.5 * (-entropy).exp()).expand_as(q)).mean()
             )
             / g.B
@@ -392,8 +392,8 @@ def test_gradient_equals_the_textbook_objective(name, moved):
 
 
 def test_sdft_is_the_gradient_of_the_divergence_in_the_mean_over_tokens():
-    """At one position, the gradients of all tokens are averaged by their probabilities of being sampled. The mean is
-    the gradient of the divergence, before and after an update."""
+    """On average over the tokens that can be sampled at a position, the gradient is that of the divergence, before
+    and after an update."""
     torch.manual_seed(0)
     logits = torch.randn(7, dtype=torch.float64, requires_grad=True)
     log_p, hinted, old = logits.log_softmax(0), *torch.randn(2, 7, dtype=torch.float64).log_softmax(1)
@@ -409,7 +409,7 @@ def test_sdft_is_the_gradient_of_the_divergence_in_the_mean_over_tokens():
 def test_sum_over_micro_batches_is_the_whole_gradient(name):
     g = Group(name, moved=True)
     chunks = torch.randperm(g.B, generator=torch.Generator().manual_seed(0)).split(5)
-    parts = sum(g.ours(rows) for rows in chunks)  # with the kept tokens and denominators of the mini-batch
+    parts = sum(g.ours(rows) for rows in chunks)  # micro-batches use the mini-batch's kept tokens and denominators
     torch.testing.assert_close(parts, g.ours(), rtol=1e-9, atol=1e-12)
 
 

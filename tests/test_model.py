@@ -45,7 +45,7 @@ def assert_rounded(result: torch.Tensor, exact: torch.Tensor) -> None:
     """Checks that `result`, computed in fp32, equals the float64 `exact` up to rounding.
 
     The tolerance is 2**9 times the rounding of the largest entry. A result goes through about 20 sums of 32 to 103
-    terms. The largest error seen was 60 times that rounding.
+    terms. The largest error seen was 60 times the rounding of the largest entry.
     """
     close = 2**9 * torch.finfo(torch.float32).eps * float(exact.abs().max())
     torch.testing.assert_close(result, exact.float(), rtol=0, atol=close)
@@ -68,8 +68,8 @@ def test_a_response_as_text_lacks_its_end_token_and_no_space(tokenizer):
 @pytest.mark.parametrize("temperature", [1.0, 0.7])
 @pytest.mark.parametrize("chunk", [2**25, 103 * 4])
 def test_token_stats_equal_the_direct_computation(monkeypatch, temperature, chunk):
-    """Log-probs, entropies and gradients are compared with float64. Padding, other rows and the size of chunks change
-    none of them."""
+    """Log-probs, entropies and gradients are compared with float64. Padding, other rows and the size of chunks do not
+    change these values."""
     monkeypatch.setattr(models, "LOGITS_PER_CHUNK", chunk)
     model, exact = random_model(scale=0.2), random_model(scale=0.2).double()
     ids, mask, R = rows([(5, 9), (2, 3), (8, 1), (3, 7)])
@@ -132,7 +132,7 @@ def test_a_head_of_its_own_stays_one(tmp_path, tokenizer, monkeypatch):
     assert not torch.equal(model.lm_head.weight, model.model.embed_tokens.weight)
     sent = model.config, model.dtype, model.loop
     monkeypatch.setattr(distributed, "from_rank_0", lambda _: pickle.loads(pickle.dumps(sent)))
-    for other in distributed.follow_first(None):  # another rank's model, built of what rank 0 sends
+    for other in distributed.follow_first(None):  # `other` is the model that another rank builds of what rank 0 sends
         assert [name for name, _ in other.named_parameters()] == [name for name, _ in model.named_parameters()]
         assert other.loop == model.loop
     save_model(model, tokenizer, tmp_path / "final")
@@ -311,7 +311,7 @@ def test_a_token_without_a_row_is_refused_only_where_it_is_used(tmp_path, tokeni
     longer.save_pretrained(tmp_path / "m")
     GenerationConfig(eos_token_id=[101, 6]).save_pretrained(tmp_path / "m")
     model, _ = load_model(str(tmp_path / "m"), check=check_model)
-    assert model.generation_config.eos_token_id == [2, 6]  # token 101 has no row, so it is never sampled
+    assert model.generation_config.eos_token_id == [2, 6]  # the embedding lacks token 101, which is never sampled
     assert model.generation_config.pad_token_id == 2
     longer.eos_token = "<image>"
     longer.save_pretrained(tmp_path / "m")
@@ -373,7 +373,7 @@ class TakesAGate(LlamaRMSNorm):
 
 def test_norms_are_fused_where_that_changes_nothing():
     """On CUDA every norm of a Llama is fused. A norm that computes something else, takes other arguments or has no
-    weight is not fused. The test fuses on the CPU."""
+    weight is not fused. This test fuses norms on the CPU."""
     model, ids = random_model(), torch.arange(3, 13)[None]
     arguments = ids, torch.ones_like(ids), 6, 1.0
 

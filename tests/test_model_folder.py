@@ -1,6 +1,6 @@
 """These tests check that transformers 4 can read the model folders that save_model writes. The config fields that it
-must find there are those that transformers 4.57.6 wrote for the same models. If the variable TRANSFORMERS_4 names a
-Python with transformers 4 (pip install torch transformers==4.57.6), log-probs are compared too."""
+must find were written by transformers 4.57.6 for the same models. If the variable TRANSFORMERS_4 names a Python with
+transformers 4 (pip install torch transformers==4.57.6), log-probs are compared too."""
 
 import copy
 import json
@@ -165,8 +165,8 @@ def read_base(name):
 
 @pytest.mark.skipif("TRANSFORMERS_4" not in os.environ, reason="TRANSFORMERS_4 names no Python with transformers 4")
 def test_transformers_4_reads_the_same_log_probs_and_tokens(tmp_path):
-    """transformers 4 reads models that it has made, before and after load_model and save_model. It also reads these
-    models if transformers 5 has written their config, which then lacks the old fields."""
+    """transformers 4 reads models that it has made, before and after load_model and save_model. transformers 4 also
+    reads models whose config transformers 5 has written, without the old fields."""
     made, five, final = tmp_path / "made", tmp_path / "five", tmp_path / "final"
 
     def run(what, folder):

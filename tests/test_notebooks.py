@@ -40,7 +40,7 @@ pytest.importorskip("IPython", reason="pip install -r requirements-dev.txt")
 
 FOLDER = Path("notebooks")
 NOTEBOOKS = sorted(FOLDER.glob("*.ipynb"))
-LARGEST = 1_000_000  # limit of a notebook's bytes, outputs included
+LARGEST = 1_000_000  # bytes that a notebook may have, with outputs
 every_notebook = pytest.mark.parametrize("path", NOTEBOOKS, ids=[path.stem for path in NOTEBOOKS])
 
 
@@ -68,7 +68,8 @@ def text_of(cell: dict) -> str:
 
 
 def figures_in(displayed: list[dict]) -> int:
-    """Returns the number of figures among outputs. An output that updates an earlier one, by its id, replaces it."""
+    """Returns the number of figures among outputs. An output that updates an earlier one, by its id, replaces the
+    earlier one."""
     figures = {}
     for place, output in enumerate(displayed):
         key = (output.get("transient") or {}).get("display_id", place)
@@ -100,9 +101,10 @@ def run_script(words: list[str], ranks: int) -> tuple[int, str, str]:
 
 @contextlib.contextmanager
 def commands_in_copies() -> Iterator[None]:
-    """Replaces subprocess.run for Python scripts: a helper process that runs no notebook cell forks itself."""
+    """Replaces subprocess.run for Python scripts: a helper process that runs no notebook cell forks itself for each
+    script."""
     with ProcessPoolExecutor(1, get_context("fork")) as launcher:
-        launcher.submit(int).result()  # forks the helper before this process runs a cell
+        launcher.submit(int).result()  # forks the helper process before this process runs a notebook cell
 
         def run(words: list[str], **_: object) -> subprocess.CompletedProcess:
             script = next(place for place, word in enumerate(words) if word.endswith(".py"))
@@ -170,8 +172,8 @@ def executed(path: Path) -> tuple[list, list]:
 
 @every_notebook
 def test_runs_shows_its_figures_and_checks_its_exercises(path):
-    """The run shows as many figures as the committed notebook has, and no warning. One test checks all this, because
-    a notebook is run once."""
+    """The run shows as many figures as the committed notebook has, and no warning. One test checks figures and
+    exercises, because a notebook is run once."""
     told, tries = executed(path)
     kept = [output for cell in read(path) for output in cell.get("outputs", ())]
     assert figures_in([output for *_, displayed in told for output in displayed]) == figures_in(kept) > 0

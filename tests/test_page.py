@@ -21,7 +21,7 @@ from reward import MATH
 from step import Batch, Run, mini_batch_tokens, rollout_batch
 from support.config import Config
 
-BASE, ID = Path("data/base"), "train-0304"  # 3 of the base model's 8 rows are right here
+BASE, ID = Path("data/base"), "train-0304"  # the base model has 3 of 8 rows right on this problem
 HOSTILE = ["</script><script>window.hacked = 1</script>", "<img src=x onerror=window.hacked=1>", "'\"`${1}&lt;"]
 HOSTILE += ["a\nb", "\u2028", "😀", "\x00", "DATA"]
 WEIGHTS = """controls.method.value = arguments[0]; controls.cut.value = arguments[1];
@@ -86,11 +86,11 @@ def test_every_weight_is_that_of_a_training_step(content, shown):
     for name in names:
         method = METHODS[name]
         batch = sampled(method.rows, method.baseline, method.scale_by_std)
-        rows = torch.arange(8) if "rl" in method.stages else torch.tensor([7])  # row 7 is the demonstration
+        rows = torch.arange(8) if "rl" in method.stages else torch.tensor([7])  # row 7 is the group's demonstration
         demonstration_tokens = int(batch.rollouts.prefix_mask[rows].sum())
         normalizer = 8 * Config.max_response_tokens if len(rows) == 8 else demonstration_tokens
         weights = token_weights(method, mini_batch_tokens(a_run(method), batch, rows, normalizer, 0.0, ()))
-        on_page = sorted(page.execute_script(WEIGHTS, name, CUTS.index(50)))  # a row's label begins with its number
+        on_page = sorted(page.execute_script(WEIGHTS, name, CUTS.index(50)))  # rows are sorted by their numbers
         for i, (_, row) in zip(rows, on_page, strict=True):
             expected = weights[i, batch.rollouts.response_mask[i]].tolist()
             assert row == pytest.approx(expected, rel=1e-4, abs=1e-9), name
@@ -98,8 +98,8 @@ def test_every_weight_is_that_of_a_training_step(content, shown):
 
 def test_the_clip_ranks_as_the_loss_does(content, shown):
     page, generator = shown(content), torch.Generator().manual_seed(0)
-    for n in (0, 1, 7, 37):  # n + n // 2 tokens are ranked; of 10 tokens, (1 - 0.9) * 10 is below 1 in floats
-        entropy = (torch.rand(3, 60, generator=generator) * 8).round() / 8  # entropies in eighths have many ties
+    for n in (0, 1, 7, 37):  # with n = 7, 10 tokens are ranked, and (1 - 0.9) * 10 is below 1 in floats
+        entropy = (torch.rand(3, 60, generator=generator) * 8).round() / 8  # entropies rounded to eighths have ties
         mask = torch.zeros(3, 60, dtype=torch.bool)
         mask[2, :n] = mask[0, : n // 2] = True
         rows = [{"entropy": e.tolist(), "given": int(m.sum()), "ids": [0] * 60} for e, m in zip(entropy, mask)]

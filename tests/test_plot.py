@@ -199,7 +199,7 @@ def test_a_target_that_cannot_be_written_is_named_and_nothing_is_left(tmp_path, 
     (tmp_path / "data").mkdir()
     before = sorted(tmp_path.rglob("*"))
     with monkeypatch.context() as patch:
-        patch.setattr(plot, "draw", None)  # drawing would fail, but the target is refused before
+        patch.setattr(plot, "draw", None)  # a wrong --out is refused before anything is drawn
         for out, message in (
             ("data", "is a folder"),
             ("file/c.png", "is a file"),
@@ -219,7 +219,7 @@ def test_a_target_that_cannot_be_written_is_named_and_nothing_is_left(tmp_path, 
 
 
 def test_a_dollar_in_a_name_is_a_dollar(tmp_path, monkeypatch):
-    name = "$^$"  # as a formula, matplotlib could not read this name
+    name = "$^$"  # matplotlib cannot read this name as a formula
     log = [{"step": step, f"eval_{name}": 0.5, "eval_all": 0.5} for step in (1, 2)]
     runs = [with_base(run_folder(tmp_path / (name + i), log), **{name: 2, "all": 2}) for i in "ab"]
     for samples in (1, 4):
@@ -353,7 +353,7 @@ def test_legends_stand_outside_of_the_panels(tmp_path, monkeypatch):
     for shown in (folders[:1], folders):
         panels = panels_of(monkeypatch, *shown).values()
         figure = next(iter(panels)).figure
-        figure.draw_without_rendering()  # matplotlib gives every text its place
+        figure.draw_without_rendering()  # matplotlib now gives every text its place
         areas = [axis.get_tightbbox() if figure.legends else axis.get_window_extent() for axis in panels]
         legends = figure.legends or [axis.get_legend() for axis in panels if axis.get_legend()]
         assert legends

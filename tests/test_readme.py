@@ -18,15 +18,15 @@ DOCUMENTS = [path for path in ROOT.rglob("*.md") if not any(part in ("runs", "ev
 
 
 def test_the_table_of_methods_is_generated():
-    """Each row of the table in configs/README.md must be as the code writes it. A method without a row is no
-    error."""
+    """Each row of the table in configs/README.md must equal the row that methods_table() writes. A method without a
+    row is no error."""
     documented = (ROOT / "configs" / "README.md").read_text(encoding="utf-8").splitlines()
     rows = [line for line in documented if line.startswith("| `") and "·" in line]
     assert len(rows) > 20 and set(rows) <= set(methods_table().splitlines())
 
 
 def test_readme_has_no_gap_left_to_fill_in():
-    # an @ marks a gap to fill in, except in avg@k and pass@k
+    # in README.md an @ marks a gap to fill in, except in avg@k and pass@k
     assert "@" not in re.sub(r"@[0-9k]", "", README)
 
 

@@ -79,8 +79,8 @@ SETTINGS = {
 
 
 def bpe(template: str | None, begin: bool) -> PreTrainedTokenizerFast:
-    """Trains a tokenizer on the demonstrations. Its padding token is its end token, as often with Qwen's base models,
-    or it has no padding token (Llama)."""
+    """Trains a tokenizer on the demonstrations. Its padding token is the end token, as often with Qwen's base models,
+    or missing (Llama)."""
     tokenizer = Tokenizer(models.BPE())
     tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     tokenizer.decoder = decoders.ByteLevel()
@@ -226,7 +226,7 @@ def test_a_demonstration_whose_answer_the_tokenizer_loses_is_named(tokenizer):
         ValueError, match=r"demonstration of 'p': the tokenizer loses '2}' \(character 13; it gives back '}'"
     ):
         encode_problems(Forgetful(), [problem], 50, [2])
-    Forgetful.lost = "1+1=", ""  # the answer is right without this part
+    Forgetful.lost = "1+1=", ""  # the answer is right without the lost part
     (encoded,), left_out, _ = encode_problems(Forgetful(), [problem], 50, [2])
     assert encoded.demonstrations and not left_out
 
@@ -353,9 +353,8 @@ def test_planned_memory_is_that_of_an_h200(fused, measured_gib):
     [(32, 16, 8, 12, 4000), (64, 128, 2, 12, 4000), (16, 16, 112, 1, 500)],
 )
 def test_planned_memory_of_sampling_is_the_measured_one(rows, prompt, response, layers, words):
-    """Beside the caches, most memory is needed by the scores of a token in the first case, and by the pass over the
-    prompts in the second. In the third case most would be needed by a layer's keys and values, if they were repeated
-    for all heads."""
+    """Beside the caches, most memory is needed by a token's scores or by the pass over the prompts. In the third case
+    it would be needed by a layer's keys and values, if these were repeated for all heads."""
     size = {"hidden_size": 64, "intermediate_size": 192, "num_attention_heads": 4, "num_key_value_heads": 2}
     shape = Qwen2Config(**size, num_hidden_layers=layers, vocab_size=words)
     parts = plan.sampling_bytes(shape, rows, prompt + response, rows * prompt, size=4)
@@ -412,7 +411,7 @@ def test_with_adapters_the_weights_are_frozen_and_the_rest_is_small():
     counts = plan.count(shape, adapters.of(config))
     assert (counts.trained, counts.root, counts.layer) == (trained, 0, trained // 28)
     parts = plan.plan(config, shape, 2, 16)["update"]
-    assert parts["frozen weights, bf16"] == 2 * counts.total > 15e9  # each GPU holds all of them
+    assert parts["frozen weights, bf16"] == 2 * counts.total > 15e9  # each GPU holds all frozen weights
     assert parts["weights, fp32"] + parts["optimizer, fp32"] + parts["gradients, fp32"] == 16 * trained / 2
     assert plan.host_bytes(config, counts)["while a checkpoint is saved"] == 12 * trained < 5e8
     assert plan.host_bytes(config, counts)["while final/ is saved"] == 4 * counts.total
@@ -421,7 +420,7 @@ def test_with_adapters_the_weights_are_frozen_and_the_rest_is_small():
 PLAIN = ["gpt2", "bloom", "opt", "gpt_neox", "llama", "qwen2", "qwen3_moe", "deepseek_v3"]
 WINDOWS = ["mixtral", "gemma2", "gemma3", "phi3", "mistral", "gpt_oss"]
 MIXTURES = ["qwen3_moe", "deepseek_v3", "mixtral", "gpt_oss"]
-NOT_PLANNED = ["falcon", "mamba", "mamba2", "falcon_mamba", "ctrl"]  # these have unusual attention or none
+NOT_PLANNED = ["falcon", "mamba", "mamba2", "falcon_mamba", "ctrl"]  # these models have unusual attention or none
 
 
 @pytest.mark.parametrize("name", PLAIN + WINDOWS + NOT_PLANNED)

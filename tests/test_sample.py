@@ -45,7 +45,7 @@ def test_a_seed_depends_on_the_number_not_on_who_made_it():
 
 @pytest.mark.parametrize("step", [0, 100, 250, 400, 500])
 def test_cosine_fraction_is_uniform_above_its_falling_bound(step):
-    low = 0.05 + 0.9 * 0.5 * (1 + math.cos(math.pi * step / 500))  # low is 0.95, 0.864, 0.5, 0.136, 0.05
+    low = 0.05 + 0.9 * 0.5 * (1 + math.cos(math.pi * step / 500))  # the five steps have 0.95, 0.864, 0.5, 0.136, 0.05
     drawn = fractions(step, "cosine")
     assert drawn.min() >= low - 1e-6 and drawn.max() <= 0.95 + 1e-6
     assert drawn.mean().item() == pytest.approx((low + 0.95) / 2, abs=0.02)
@@ -74,7 +74,7 @@ def test_other_schedules():
     assert {round(5 * x, 5) for x in uft.tolist()} <= set(range(6)) and uft.mean().item() == pytest.approx(
         0.95, abs=0.01
     )
-    assert fractions(150, "uft").mean().item() == pytest.approx(0.5, abs=0.02)  # step 150 is half of the first 60%
+    assert fractions(150, "uft").mean().item() == pytest.approx(0.5, abs=0.02)  # at step 150 uft is half way down
     assert fractions(300, "uft").max() == 0
     with pytest.raises(ValueError, match="schedule"):
         prefix_fraction(0, 500, "linear", torch.Generator())
@@ -171,7 +171,7 @@ def test_a_token_of_probability_zero_is_never_drawn():
     largest, rounded = 1 - 2**-24, 0
     for words in range(3, 100):
         scores = torch.zeros(1, words).index_fill(1, torch.tensor(words - 1), -torch.inf)
-        rounded += int(scores.softmax(-1).cumsum(-1)[0, -1] <= largest)  # probabilities may sum to no more than u
+        rounded += int(scores.softmax(-1).cumsum(-1)[0, -1] <= largest)  # rounded, all probabilities sum to at most u
         drawn = DrawTokenLogitsProcessor(torch.tensor([[largest]]), 0, 1.0)(torch.zeros(1, 0), scores).argmax(-1)
         assert drawn < words - 1
     assert rounded
@@ -194,7 +194,7 @@ def test_streams_are_independent_and_stable():
 # ---- generate
 
 TOKENIZER = AutoTokenizer.from_pretrained("data/base")
-LOOPS_OF_BOTH = [None, decode_rows]  # None is HuggingFace's own loop
+LOOPS_OF_BOTH = [None, decode_rows]  # None means HuggingFace's own decoding loop
 
 
 def sampled(model, rows, budget, temperature=1.0, **settings) -> list[list[int]]:
@@ -304,7 +304,7 @@ def test_a_hostile_generation_config_changes_nothing(model, tmp_path, tokenizer)
     loaded, _ = load_model(str(tmp_path), check=check_model)
     assert sampled(loaded, rows, 24) == want
     loaded.generation_config = GenerationConfig(**(hostile | {"do_sample": False, "eos_token_id": [2]}))
-    assert sampled(loaded, rows, 24) == want  # load_model did not see this generation config
+    assert sampled(loaded, rows, 24) == want  # load_model has not made this generation config neutral
     loaded.generation_config.no_repeat_ngram_size = 1
     for decode in LOOPS_OF_BOTH:
         with pytest.raises(ValueError, match="not neutral"):
@@ -354,6 +354,6 @@ def test_the_end_token_may_be_the_last_of_the_budget(model):
     for row, response in zip(rows, long):
         if response[-1] == 2 and len(response) > len(row.prefix_ids) + 1:
             again = sampled(model, [row], len(response))[0]
-            assert again == response  # the budget was just long enough
+            assert again == response  # a budget of just the response's length changes nothing
             return
     pytest.fail("no row ended: the test model is wrong")

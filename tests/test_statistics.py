@@ -38,17 +38,17 @@ def holds(result: tuple[float, float], truth: float) -> bool:
 
 
 def test_the_ends_of_an_interval_by_hand():
-    # with one more solved problem, 0, 0, 0 has the mean 1/4 and its variance (3/16 · 4/3) / 4 = 1/16
+    # with one more solved problem, the scores 0, 0, 0 have the mean 1/4, whose variance is (3/16 · 4/3) / 4 = 1/16
     assert interval([0.0] * 3) == pytest.approx((0, 0.25 + 1.96 * 0.25))
     assert interval([0.0] * 30) == pytest.approx((0, 0.0955), abs=1e-4)
-    # Each end adds the problem that moves the average most: a failed problem to the benchmark with all solved, or a
-    # solved problem to the benchmark with all failed.
+    # Each end of the interval adds the problem that moves the average most: a failed problem to the benchmark with
+    # all solved, or a solved problem to the benchmark with all failed.
     assert average_interval([[0.0] * 3, [1.0] * 3]) == pytest.approx((0.375 - 0.98 * 0.25, 0.625 + 0.98 * 0.25))
-    # with -1 added, the differences 0, 0, 1 have the mean 0 and its variance (2/3) / 4
+    # with -1 added, the differences 0, 0, 1 have the mean 0, whose variance is (2/3) / 4
     middle, low, high = paired_difference([0, 0, 0], [0, 0, 1])
     assert (middle, low, high) == pytest.approx((1 / 3, -1.96 / 6**0.5, 1))
-    # The differences 0.1 and -0.3 have the typical size (0.1² + 0.3²) / (0.1 + 0.3) = 0.25. Divided by the range of
-    # the scores, 0.4, this is the added 0.625.
+    # The differences 0.1 and -0.3 have the typical size (0.1² + 0.3²) / (0.1 + 0.3) = 0.25. Divided by the scores'
+    # range of 0.4, this size gives the added 0.625.
     middle, low, high = paired_difference([0.2, 0.6], [0.3, 0.3])
     ends = [(np.mean(d), (np.var(d, ddof=1) / 3) ** 0.5) for d in ([0.1, -0.3, -0.625], [0.1, -0.3, 0.625])]
     assert (low, high) == pytest.approx((ends[0][0] - 1.96 * ends[0][1], ends[1][0] + 1.96 * ends[1][1]))

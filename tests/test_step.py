@@ -26,7 +26,7 @@ TEMPERATURE = 0.8
 def make_run(
     tokenizer, method="prefix-rft", model=None, problems=6, demonstrated=5, reward=BY_LENGTH, **settings
 ) -> Run:
-    """Returns a run of a random model on random problems. The length of a response decides its reward."""
+    """Returns a run of a random model on random problems. By default the length of a response decides its reward."""
     defaults = {
         "prompts_per_step": 4,
         "rollouts_per_prompt": 4,
@@ -126,7 +126,7 @@ def test_gradient_is_the_same_for_any_micro_batches(tokenizer, method, rank, mov
 
 
 def passes(monkeypatch) -> list[tuple[bool, list[int]]]:
-    """Returns a list that gets, for every later forward pass, whether it had a gradient, and its rows."""
+    """Returns a list to which every later forward pass adds whether it has a gradient, and its rows."""
     made, plain = [], steps.forward
 
     def note(model, rollouts, rows, temperature):
@@ -146,8 +146,8 @@ def test_every_row_passes_once_before_the_first_of_two_updates(tokenizer, monkey
 @pytest.mark.parametrize("budget", [1, 120, 10**6])
 @pytest.mark.parametrize("method", [name for name, method in METHODS.items() if "rl" in method.stages])
 def test_with_one_update_a_step_the_update_gives_the_old_log_probs(tokenizer, method, budget):
-    """Gradient and old log-probs equal those of a batch whose old log-probs are all taken in an earlier pass. This
-    batch's gradient is computed in float64."""
+    """Gradient and old log-probs equal those of a batch whose old log-probs are all taken in an earlier pass. The
+    expected gradient is computed in float64."""
     run = make_run(tokenizer, method, temperature=TEMPERATURE)
     want, z = rollout_batch(run, [0, 1, 2, 5], 4), 16.0 * run.config.max_response_tokens
     assert want.old_known.all()
@@ -429,8 +429,8 @@ STEP = {
 @pytest.mark.parametrize("max_grad_norm", [1e9, 0.02])
 @pytest.mark.parametrize("method", ["prefix-rft", "prefix-rft-random", "chord-mu", "hpt"])
 def test_a_step_is_two_unequal_updates_one_after_the_other(tokenizer, method, max_grad_norm):
-    """The step is compared with two updates by hand in float64: first 2 of 3 problems, then the third. They use Z of
-    the planned rows, this step's coefficient, and clipped gradients.
+    """The step is compared with two updates by hand in float64: first 2 of 3 problems, then the third. Both updates
+    use Z of the planned rows, this step's coefficient, and clipped gradients.
 
     Problem p5 is never solved, so hpt has fewer rows than were planned."""
     reward = dataclasses.replace(BY_LENGTH, function=lambda text, p: (1 + len(text) % 4) / 4 * (p.id != "p5"))
@@ -498,7 +498,8 @@ def test_the_random_entropy_clip_draws_by_seed_step_and_update(tokenizer):
 
 @pytest.mark.parametrize("method", ["rft", "hpt", "rescue"])
 def test_sampled_tokens_are_those_of_every_try(tokenizer, monkeypatch, method):
-    """The metric counts groups that were replaced or sampled again too, but no prefixes or whole demonstrations."""
+    """sampled_tokens also counts groups that were replaced or sampled again, but no prefixes or whole
+    demonstrations."""
     tries, plain = [], steps.sample_groups
 
     def count(*arguments, **settings):
@@ -515,7 +516,7 @@ def test_sampled_tokens_are_those_of_every_try(tokenizer, monkeypatch, method):
 
 def test_an_sft_step_draws_among_a_problems_demonstrations(tokenizer):
     """The step's number chooses a problem's demonstration. Each demonstration has its turn, and the same step always
-    has the same one."""
+    has the same demonstration."""
     run = make_run(tokenizer, "sft")
     problem = dataclasses.replace(run.data.encoded[0], demonstrations=[[5, 6], [7, 8]])
 
@@ -550,8 +551,8 @@ def test_an_sft_step_descends_the_token_mean(tokenizer):
 
 
 def test_relift_collects_unsolved_problems_newest_first_and_spends_a_full_buffer(tokenizer, monkeypatch):
-    """A problem is in the buffer as often as it was unsolved. Each step makes at most one update of the newest
-    problems in the buffer."""
+    """A problem is in the buffer as often as it was unsolved. Each step makes at most one supervised update, on the
+    newest problems in the buffer."""
     spent = []
 
     def spend(run, problems, step, optimizer, lr):

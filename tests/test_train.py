@@ -48,7 +48,8 @@ SMALL = {
 
 @pytest.fixture(autouse=True)
 def no_figure(monkeypatch):
-    """Runs draw no figure, because drawing takes longer than their steps. Only the run of `whole` draws one."""
+    """Runs draw no figure, because drawing takes longer than their steps. Only the run of the fixture `whole` draws
+    one."""
     monkeypatch.setattr(train, "draw_curves", lambda folder: "")
 
 
@@ -362,7 +363,7 @@ def test_every_kind_of_method_runs(task, tmp_path, monkeypatch, capsys, method):
 
 @pytest.mark.parametrize("fraction, count", [(1.0, 100), (0.1, 10), (0.07, 7), (0.001, 1), (0.0, 0)])
 def test_kept_demonstrations_are_chosen_by_id(fraction, count):
-    """In any order of the problems the same ids are chosen, and a larger fraction keeps those of a smaller one."""
+    """In any order of the problems the same ids are chosen, and a larger fraction keeps the ids of a smaller one."""
     problems = [Encoded(f"p{i}", [1], [[5]] if i < 100 else [], 2) for i in range(120)]
 
     def kept(problems, fraction):
@@ -447,7 +448,7 @@ def test_a_model_without_a_chat_template_is_trained_too(task, tmp_path, tokenize
     (tmp_path / "model" / "chat_template.jinja").unlink()
     argv = arguments(task, tmp_path / "run", model=tmp_path / "model", steps=1)
     assert train.train(parse_config(argv)) == 0
-    assert "?\\n'" in capsys.readouterr().out  # a plain prompt ends with a newline
+    assert "?\\n'" in capsys.readouterr().out  # without a chat template the prompt ends with a newline
 
 
 def test_tensorboard_shows_the_metrics(task, tmp_path, monkeypatch):
@@ -464,7 +465,7 @@ def test_tensorboard_shows_the_metrics(task, tmp_path, monkeypatch):
         assert [(e.step, e.value) for e in events.Scalars(name)] == [
             (row["step"], pytest.approx(row[name], rel=1e-6)) for row in log
         ]
-    assert "reward_hybrid" not in events.Tags()["scalars"]  # without hybrid rows the log has null
+    assert "reward_hybrid" not in events.Tags()["scalars"]  # without hybrid rows the log has null for reward_hybrid
     monkeypatch.setattr(train.importlib.util, "find_spec", lambda name: None)
     with pytest.raises(ValueError, match="not installed: pip install tensorboard"):
         train.prepare(parse_config(arguments(task, tmp_path / "other", tensorboard="true")))
@@ -472,7 +473,7 @@ def test_tensorboard_shows_the_metrics(task, tmp_path, monkeypatch):
 
 def test_demonstrations_that_cannot_be_used_are_counted(task, tmp_path, capsys):
     """One demonstration is too long for the budget, one is wrong, and one has no box. The start of the run prints
-    these counts, and the run uses the others."""
+    these counts, and the run uses the other demonstrations."""
     rows = [json.loads(line) for line in (task / "train.jsonl").read_text().splitlines()]
     used = sum(bool(row.get("demonstrations")) for row in rows)
     rows[0]["demonstrations"] = ["1" * 99 + f"\\boxed{{{rows[0]['answer']}}}"]

@@ -17,7 +17,7 @@ from support.watch import FIRST, LONG, SHORT, Watch
 
 
 def row(step: int, **changes) -> dict:
-    """Returns the metrics of a step that gives no warning, with some changed."""
+    """Returns the metrics of a step that gives no warning, with `changes`."""
     usual = {
         "grad_norm": 0.1,
         "skipped_updates": 0,
@@ -64,8 +64,8 @@ def test_each_warning_is_said_once_when_it_is_due(name, changes, at):
 
 
 def test_a_run_that_goes_on_elsewhere_recalls_what_was_said_and_nothing_else():
-    """bf16 rounds more than fp32. A step that gave no warning in bf16 on a GPU gives none if the run goes on on a
-    CPU."""
+    """bf16 rounds more than fp32. A step without a warning in bf16 on a GPU gives no warning if the run continues in
+    fp32 on a CPU."""
     rounded = row(1, log_prob_gap=0.01)
     assert list(Watch(METHODS["rft"], {}).look(rounded)) == ["log_prob_gap"]
     assert Watch(METHODS["rft"], {}, torch.bfloat16).look(rounded) == {}
@@ -79,7 +79,7 @@ def test_a_run_that_goes_on_elsewhere_recalls_what_was_said_and_nothing_else():
 @pytest.mark.parametrize("method", ["sft-rft", "relift"])
 @pytest.mark.parametrize("weight", [zero, uncertain_means], ids=["zero", "zero without own tokens, as here"])
 def test_updates_on_demonstrations_without_weight_are_told(tokenizer, method, weight):
-    """The sft stage and ReLIFT make such updates. A skipped update gives another warning."""
+    """The sft stage and ReLIFT make updates on demonstrations. A skipped update gives another warning."""
     for inputs in (METHODS[method], variant(METHODS[method], demonstration_weight=weight)):
         run, watch = make_run(tokenizer, method, reward=ALL_WRONG, relift_buffer=2, lr=0.0), Watch(inputs, {})
         run.method = inputs

@@ -1,7 +1,7 @@
 """This file distributes the tests over processes and has the fixtures that test files share.
 
-PyTorch and other slow packages are imported inside the fixtures, because pytest-xdist's first process only hands out
-tests and needs none of them. The functions that test files share are in tiny.py."""
+Slow packages such as PyTorch are imported inside fixtures, because pytest-xdist's first process does not need them.
+Functions that test files share are in tiny.py."""
 
 import os
 import re
@@ -40,8 +40,8 @@ def group(test: str) -> str:
 
 
 def pytest_xdist_make_scheduler(config: pytest.Config, log: Callable) -> object:
-    """Hands out the tests of each `group` to one process. pytest-xdist's own option for groups does not work with
-    pytest 9.2, because pytest no longer reads the field into which pytest-xdist writes them."""
+    """Hands out the tests of each `group` to one process. pytest-xdist's own groups do not work with pytest 9.2,
+    which no longer reads the field where pytest-xdist writes them."""
     from xdist.scheduler import LoadScopeScheduling
 
     class ByGroup(LoadScopeScheduling):

@@ -35,7 +35,7 @@ class Life(NamedTuple):
 
     code: int  # the process's exit code, or minus the number of the signal that killed it
     operations: int  # number of operations on files in the run's folder; 0 if the process was killed
-    output: str  # what the process printed on stdout and stderr
+    output: str
 
 
 def count_operations(folder: Path, kill_at: int | None) -> list[int]:

@@ -1,5 +1,5 @@
-"""These tests check support/adapters.py. Every method, micro-batches and several ranks are tried with adapters in
-test_step.py and test_distributed.py."""
+"""These tests check support/adapters.py. Micro-batches and several ranks are tried with adapters in test_step.py and
+test_distributed.py."""
 
 import importlib.util
 

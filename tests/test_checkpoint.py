@@ -1,6 +1,6 @@
-"""These tests check each promise of support/checkpoint.py by itself. A checkpoint is written beside the older one and
-restores every state of a run. Only some settings may change on resume, a fingerprint covers every byte of the
-weights, and a folder belongs to one run. Whole runs that are killed and resumed are in test_faults.py."""
+"""These tests check each promise of support/checkpoint.py by itself: whole files, restored states, settings that may
+change on resume, fingerprints, and folders that belong to one run. Whole runs that are killed and resumed are in
+test_faults.py."""
 
 import contextlib
 import hashlib

@@ -104,8 +104,8 @@ def some_rows(prompt: int = 9, prefix: int = 12, groups: int = 6, size: int = 4)
 
 
 def plain_log_p(model: PreTrainedModel, row: Row, response: Sequence[int], temperature: float = 1.0) -> Tensor:
-    """Returns the log-probs of the whole vocabulary at every token of `response` [R, V], from a plain forward pass of
-    this row alone."""
+    """Returns the log-probs of the whole vocabulary at every token of `response` [R, V], from a plain pass of the row
+    alone."""
     ids = torch.tensor([row.prompt_ids + list(response)], device=model.device)
     logits = model(input_ids=ids, use_cache=False).logits[0, len(row.prompt_ids) - 1 : -1]
     return (logits / temperature).double().log_softmax(-1).cpu()

@@ -44,8 +44,8 @@ def seen_batches(model, rows, budget=24, **settings) -> tuple[list[list[int]], l
 @pytest.mark.parametrize("method", ["rft", "prefix-rft", "luffy"])
 def test_both_loops_give_equal_rows_on_the_base(method):
     """The loops of fast/decode.py and of transformers give the same tokens. A float64 model also gets the same
-    log-probs, to the bit of the float32 in which they are kept. (In a float32 model, sums in another order may differ
-    in the last bits.)"""
+    log-probs, to the bit of the float32 in which they are kept. (In float32, sums in another order may differ in the
+    last bits.)"""
     model, tokenizer = load_model("data/base", check=check_model)
     problems = [p for p in load_problems("data/recipes/train.jsonl") if p.demonstrations][:3]
     encoded, *_ = encode_problems(tokenizer, problems, 96, model.generation_config.eos_token_id)

@@ -333,7 +333,7 @@ def test_an_evaluation_may_go_on_with_other_batches(finished, tmp_path, monkeypa
     assert settings["ranks"] == 8
     eval.run(arguments(out=folder))  # the evaluation is complete, so this call samples and notes nothing
     assert folder_of_evaluation.stored_settings(folder)["continued"] == [went_on]
-    # settings are noted beside the earlier ones only if they differ from those of the last call
+    # settings are noted only if they differ from those of the last call
     for _ in range(2):
         (folder / "generations.jsonl").write_bytes(b"".join(lines[:40]))
         (folder / "results.json").unlink(missing_ok=True)
@@ -359,7 +359,7 @@ def test_as_many_rows_share_a_call_as_a_gpu_holds(monkeypatch):
         vocab_size=1000, hidden_size=64, num_hidden_layers=3, num_attention_heads=4, num_key_value_heads=2
     )
     model = SimpleNamespace(config=config, device=torch.device("cuda"))
-    # bytes of a row's keys and values in 3 bf16 layers, whose 100 columns are rounded up to a block of 256
+    # bytes of a row's keys and values in 3 bf16 layers, with 100 columns rounded up to 256
     cache = 256 * 3 * 2 * 2 * 16 * 2
     most = 256 * 2 * 4 * 16 * 2  # bytes of the keys and values of one layer, repeated for all heads
     for free, rows in ((1e10, 512), (10 * (cache + most) / 0.8 + 1, 10), (cache / 2, 1)):

@@ -97,7 +97,7 @@ def test_a_killed_evaluation_goes_on(tmp_path, monkeypatch):
 
 def test_a_second_process_is_kept_out(whole):
     """The second process ends with one line of error and writes nothing. The lock ends with the process that holds
-    it, even if that process is killed (tests above)."""
+    it, even if that process is killed."""
     folder, _ = whole
     before = contents(folder / "whole")
     with checkpoint.locked(folder / "whole"):

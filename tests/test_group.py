@@ -1,5 +1,5 @@
-"""These tests check the log of a group of rollouts and its picture, which shows each token's source, entropy and
-weight, and whether the entropy clip drops the token."""
+"""These tests check the log of a group of rollouts and its picture: each token's source, entropy and weight, and
+whether the entropy clip drops the token."""
 
 import itertools
 import json

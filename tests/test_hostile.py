@@ -2,8 +2,8 @@
 file, line or field. A refused command writes nothing.
 
 This file has wrong data files, settings and command lines; test_hostile_folders.py has damaged folders and models.
-Most cases are a good file with one fault, and property-based tests draw random cases. The commands run inside the
-test's own process (`refused` in conftest.py).
+Most cases are a good file with one fault; others are random. The commands run inside the test's own process
+(`refused` in conftest.py).
 """
 
 import bz2

@@ -1,8 +1,7 @@
 """These tests check that commands refuse damaged folders of runs, evaluations and models with exit code 2 and one
 line that names the file. A refused command writes nothing.
 
-Each case damages one file of a good folder. The commands run inside the test's own process (`refused` in
-conftest.py).
+Each case damages one file of a good folder.
 """
 
 import json

@@ -309,7 +309,7 @@ def textbook(name: str, g: Group, coefficient: float | None = None) -> torch.Ten
             *map(torch.Tensor.tolist, (g.rewards, g.group, g.hybrid)), "group" if group_baseline else "on_policy"
         )
     )
-    # these methods divide advantages by the standard deviation of the rewards in the baseline
+    # these methods divide advantages by the standard deviation of the baseline's rewards
     if name in ("uft", "chord-mu", "chord-phi"):
         for k in range(4):
             members = (g.group == k) & (torch.ones_like(g.hybrid) if group_baseline else ~g.hybrid)

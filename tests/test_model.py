@@ -143,7 +143,7 @@ def test_a_head_of_its_own_stays_one(tmp_path, tokenizer, monkeypatch):
 def test_save_then_load_gives_the_same_weights(tmp_path, tokenizer):
     model = random_model(vocab_size=len(tokenizer))
     save_model(model, tokenizer, tmp_path / "final")
-    save_model(model, tokenizer, tmp_path / "final")  # the second save replaces the first
+    save_model(model, tokenizer, tmp_path / "final")
     again, _ = load_model(str(tmp_path / "final"))
     for (name, a), b in zip(model.state_dict().items(), again.state_dict().values()):
         assert (a == b).all(), name

@@ -2,12 +2,11 @@
 
 Exercises are found by the tags of their cells. Each exercise has three cells, in this order. A student edits the cell
 "answer", whose metadata "wrong" holds two or more wrong answers. The cell "check" prints "not yet", "right" or "not
-right: …". The cell "solution" is Markdown with one folded Python block. After the whole notebook has run as it is,
-every exercise is tried in the same interpreter: unanswered, with each wrong answer, with the solution.
-NOTEBOOK_SIZE=2 makes runs shorter and takes fewer problems; accuracy is measured on every eighth held-out problem.
-Each notebook has its own IPython shell without a Jupyter kernel, because nine kernels that import PyTorch take a
-minute. On Linux the processes of the shell, and of the commands that a notebook starts, are forked with PyTorch
-imported.
+right: …". The cell "solution" is Markdown with one folded Python block. After the notebook has run, every exercise is
+tried in the same interpreter: unanswered, with each wrong answer, with the solution. NOTEBOOK_SIZE=2 makes runs
+shorter and takes fewer problems; accuracy is measured on every eighth held-out problem. Each notebook has its own
+IPython shell without a Jupyter kernel, because nine kernels that import PyTorch take a minute. On Linux the processes
+of the shell, and of the commands that a notebook starts, are forked with PyTorch imported.
 """
 
 import ast
@@ -151,8 +150,8 @@ def run_sources(folder: Path, sources: list[str]) -> list[tuple[str, str, list[d
 
 
 def executed(path: Path) -> tuple[list, list]:
-    """Runs the notebook as it is, then tries its exercises. Returns the outputs of its code cells, and for each try
-    its kind, its answer, and what the check printed."""
+    """Runs the notebook, then tries its exercises. Returns the outputs of its code cells, and for each try its kind,
+    answer and check output."""
     cells = read(path)
     sources, tries = [source(cell) for cell in cells if cell["cell_type"] == "code"], []
     code = len(sources)

@@ -67,8 +67,8 @@ def text(page, selector: str) -> str:
 
 
 def test_every_weight_is_that_of_a_training_step(content, shown):
-    """For each method, the page's weights are those of rollout_batch and token_weights, if half of the demonstration
-    is given."""
+    """For each method, the page's weights are those of rollout_batch and token_weights, given half of the
+    demonstration."""
     problem = next(problem for problem in load_problems(Config.data) if problem.id == ID)
     model, tokenizer = load_model(str(BASE))
     encoded, *_ = encode_problems(tokenizer, [problem], Config.max_response_tokens, [tokenizer.eos_token_id], MATH)

@@ -1,5 +1,5 @@
-"""These tests load, train, save and load again small models that are like the hub's: with a byte-level BPE tokenizer
-and the architecture of Qwen2 or Llama. They also compare plan.py with measured memory."""
+"""These tests load, train and save small models like those of the hub, with a byte-level BPE tokenizer and the
+architecture of Qwen2 or Llama. They also compare plan.py with measured memory."""
 
 import contextlib
 import copy

@@ -65,8 +65,8 @@ def test_the_interval_of_one_sample_a_problem_holds_the_truth_in_94_percent(n):
 
 @pytest.mark.parametrize("better", [0.5, 0.8, 1.0])
 def test_the_interval_of_a_difference_holds_the_truth_in_94_percent(better):
-    """The coverage is exact. Two models have one sample of each of 30 problems. The models differ on a share of the
-    problems, and the second model is better on the share `better` of these problems."""
+    """The coverage is exact. Two models have one sample of each of 30 problems. On a share of the problems the models
+    differ, and on `better` of these the second model is better."""
     n, result = 30, {}
     for up, down in itertools.product(range(n + 1), repeat=2):
         if up + down <= n:

@@ -699,7 +699,7 @@ def test_every_problem_comes_once_an_epoch():
         epoch = [i for s in range(count // size_used) for i in problems_of_step(count, size, s, 0)]
         assert len(set(epoch)) == len(epoch) == count - count % size_used
     orders = [problems_of_step(12, 4, step, seed) for step, seed in ((0, 0), (3, 0), (0, 1))]
-    assert orders[0] != orders[1] and orders[0] != orders[2]  # another epoch or another seed has another order
+    assert orders[0] != orders[1] and orders[0] != orders[2]
 
 
 def test_sft_learning_rate_warms_up_and_falls_to_zero():

@@ -21,22 +21,13 @@ from scipy.stats import t
 from evaluation.report import in_points, markdown_table, percent
 
 STORE = Path("results/horizon")
-CELLS = (
-    "habit-512",
-    "silent-128",
-    "habit-32",
-    "habit-512-short",
-    "silent-8",
-)  # training problems, number of demonstrations, expert
+# training problems, number of demonstrations, expert (if it is a weak one)
+CELLS = ("habit-512", "silent-128", "habit-32", "habit-512-short", "silent-8")
 BUDGETS = (60, 120, 240, 480)  # numbers of steps after which runs are evaluated
 TEMPERATURES = ("greedy", "T = 0.6", "T = 1")
 OURS, RIVALS = "prefix-rft", ("sft-rft", "luffy", "rft")
-PRIMARY = (
-    "habit-512",
-    480,
-    "T = 0.6",
-    "sft-rft",
-)  # cell, number of steps, temperature and rival of the one primary contrast
+# the one primary contrast: its cell, number of steps, temperature and rival
+PRIMARY = ("habit-512", 480, "T = 0.6", "sft-rft")
 KEYS = ["cell", "budget", "temperature"]
 Stored = dict[str, dict[str, Any]]  # the contents of the files horizon/NAME.json, by NAME
 

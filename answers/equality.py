@@ -212,8 +212,8 @@ def _same_assignments(name_p: Node, value_p: Node, name_g: Node, value_g: Node) 
 
 
 def _is_quantity(node: Node) -> bool:
-    """Returns whether an answer may state the value of this quantity, as in a + b = 7, AB/CD = 1/2, |AB| = 5 or cos A
-    = 1/2. The quantities |x| and 2x are excluded."""
+    """Returns whether an equation may state the value of the quantity `node`, as in a + b = 7, AB/CD = 1/2, |AB| = 5
+    or cos A = 1/2. The quantities |x| and 2x are excluded."""
     if node[0] == "ratio":  # the node is a ratio such as AB : CD
         return all(_is_plain(x) or _is_quantity(x) for x in node[1])
     if node[0] == "fn" and node[1] == "abs":

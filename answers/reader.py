@@ -52,7 +52,7 @@ class Reader(Cursor):
     def items(self) -> list[Node]:
         items = [self.item()]
         while self.token[0] == "SEP":
-            while self.token[0] == "SEP":  # two separators in a row are one, as in "a, b, and c"
+            while self.token[0] == "SEP":  # two separators in a row count as one, as in "a, b, and c"
                 separator = self.take()
             item = self.item()
             # two inequalities such as "x < 1 or x > 2" are one region
@@ -425,7 +425,8 @@ class Reader(Cursor):
 
     def big_operator(self, name: str) -> Node:
         """Reads a sum, product, integral or limit. Sums and products over up to 100 whole numbers are written out
-        term by term. All others become opaque functions, which equal only themselves."""
+        term by term. All other sums, products, integrals and limits become opaque functions, which equal only
+        themselves."""
         low = high = sym("")
         while mark := self.accept("_", "^"):
             if mark == "_":

@@ -66,8 +66,8 @@ def _parts(node: Node) -> list[Part] | None:
 
 def _listed(sets: list[list[Part] | None]) -> list[Part] | None:
     """Returns the intervals of a list of inequalities. Inequalities that do not overlap, such as x < 1, x > 2, are
-    parts of a union. Overlapping ones, such as x > 1, x < 2 or x > 1, x != 2, are conditions that x meets
-    together."""
+    parts of a union. Inequalities that overlap, such as x > 1, x < 2 or x > 1, x != 2, are conditions on the same x
+    and give an intersection."""
     if None in sets:
         return None
     pieces = [part for parts in sets for part in parts]

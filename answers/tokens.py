@@ -68,7 +68,7 @@ def _repeating(match: re.Match) -> str:
 
 _UNIT = r"\s*\\(?:text|mathrm) *\{([^{}]*)\}\s*"
 _SHORT_UNIT = "|".join(sorted(SHORT_UNITS))
-# The replacements are applied in this order.
+# The replacements below are applied from top to bottom.
 _REWRITTEN = [(re.compile(pattern), spelling) for pattern, spelling in (
     (r"\^ *(?:\{ *(?:\\prime *|')+\}|\\prime)", lambda match: "'" * len(re.findall("prime|'", match[0]))),
     (r"\\left\s*\\\{\s*\\begin\s*\{array\}\s*(?:\{[lcr]+\})?((?s:.*?))\\end\s*\{array\}\s*\\right\s*\.",
@@ -350,8 +350,8 @@ class Cursor:
         return self.is_op("(") and self.ahead(1)[0] == "TEXT" and self.ahead(2)[1] in (")", "^", "/")
 
     def unit_words(self) -> tuple[int, str]:
-        """Reads the words of a unit, with or without parentheses. Returns the factor of words such as "million" (1
-        without such a word), and the unit."""
+        """Reads the words of a unit, with or without parentheses. Returns (factor, unit). The factor is the number
+        that a word such as "million" stands for, else 1."""
         words, scale = "", 1
         in_parentheses = self.is_unit() and self.take()
         while True:

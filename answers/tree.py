@@ -23,7 +23,7 @@ Node = tuple
 
 
 class Unreadable(ValueError):
-    """The text is not an answer that the parser knows. The message says why."""
+    """The text is not an answer that the parser knows. The message of the exception gives the reason."""
 
 
 def num(value: int | Fraction) -> Node:
@@ -48,7 +48,8 @@ def word_set(text: str) -> frozenset[str]:
     return frozenset(text.split())
 
 
-# values.py computes these functions. Every other function is opaque: it equals only itself with equal arguments.
+# values.py computes the functions in this set. Every other function is opaque: it equals only itself with equal
+# arguments.
 FUNCTIONS = word_set(
     "abs floor ceil min max gcd lcm mod binom ! !! ln root conj sin cos tan cot sec csc arcsin arccos arctan "
     "arccot arcsec arccsc sinh cosh tanh coth sech csch arcsinh arccosh arctanh re im arg"

@@ -1,7 +1,7 @@
 """This file has the vocabulary of answers: tables of characters, commands, names, words and units, and a function
 that unifies the spelling of units.
 
-A LaTeX command that is missing from these tables makes an answer unreadable.
+A LaTeX command that is in no table of this file makes an answer unreadable.
 """
 
 import re
@@ -115,7 +115,7 @@ COMMANDS |= {"frac", "dfrac", "tfrac", "cfrac", "dbinom", "tbinom"}
 MATRICES = "pmatrix|bmatrix|matrix|smallmatrix|Bmatrix|vmatrix|array"
 LISTS = "aligned|align|cases|gathered|split"
 KNOWN = set(NAMED) | set(OPERATORS) | SPACING | FONTS | TEXTS | COMMANDS | FUNCTION_NAMES | set(ALIASES)
-# A number followed by one of these words has a unit, even without \\text.
+# Each of these words is a unit if it follows a number, even without \\text.
 SHORT_UNITS = word_set(
     "cm mm km in ft yd mi kg mg lb lbs oz mL ml dL dl cL cl gal mol min sec hr hrs wk wks yr yrs deg rad pct mph kph "
     "rpm kHz MHz GHz kWh men sq cu per"

@@ -41,7 +41,7 @@ CONVERTED = {  # first bytes of a file -> its format, and the command that conve
     b"\xff\xfe": ("UTF-16", "iconv -f UTF-16 -t UTF-8 < '{0}' > '{1}'"),
     b"\xfe\xff": ("UTF-16", "iconv -f UTF-16 -t UTF-8 < '{0}' > '{1}'"),
 }
-# date for templates that ask for today's date; Llama 3's template has this default
+# date for templates that ask for today's date: the default date in Llama 3's template
 DATE = datetime.datetime(2024, 7, 26)
 
 
@@ -153,7 +153,7 @@ def read_rows(path: str | Path) -> dict[int, Any]:
     with reading(path):
         is_file = path.is_file()
     if not is_file:
-        # data/prepare.py writes to these two folders
+        # data/prepare.py writes to data/train and data/benchmarks
         if path.parts[-3:-1] in (("data", "train"), ("data", "benchmarks")):
             fix = f"run  python data/prepare.py {path.stem}  (--help lists all sets)"
             raise InputError(f"{path}: {path.stem} is not here yet: {fix}")

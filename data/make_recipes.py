@@ -162,8 +162,8 @@ def make_splits(
     """Returns {split: rows} of the three files, with demonstrations by an expert of `kind`. No problem occurs twice.
 
     `demonstrated` is the number of training problems with a demonstration, and must divide TRAIN_PROBLEMS. With
-    `fresh_seed` there is a second test split, "fresh". The first level of "fresh" uses this seed, and each further
-    level the next seed. `fresh_seed` does not change the other splits.
+    `fresh_seed` there is a second test split, "fresh". The first level of "fresh" uses the seed `fresh_seed`, and
+    each further level the next seed. `fresh_seed` does not change the other splits.
     """
     seen: set[str] = set()
 

@@ -158,7 +158,7 @@ SOURCES = {
     "gsm8k_test": Source("openai/gsm8k", "main", "test", (1319, 1319), gsm8k_test),
     "gsm8k": Source("openai/gsm8k", "main", "train", (7473, 7473), gsm8k, folder="train"),
     "openr1-46k": Source("Elliott/Openr1-Math-46k-8192", None, "train", (45_000, 47_000), openr1_46k, folder="train"),
-    "openr1-48k-complement": Source(  # LUFFY's SFT→RFT uses this set in its second stage
+    "openr1-48k-complement": Source(  # the second stage of LUFFY's SFT→RFT trains on this set
         "Elliott/Openr1-Math-48k-Complement", None, "train", (1, 100_000), openr1_46k, folder="train"
     ),
 }
@@ -248,7 +248,7 @@ def main() -> None:
     for name in names:
         try:
             prepare(name)
-        except (InputError, Broken) as error:  # the other sets are still fetched
+        except (InputError, Broken) as error:  # one failed set does not stop the fetching of the others
             print(f"prepare.py: {error}", file=sys.stderr)
             failed = True
     sys.exit(2 if failed else 0)

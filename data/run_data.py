@@ -38,7 +38,8 @@ def data_files(config: Config) -> dict[str, str]:
 
 
 def keep_fraction(problems: Sequence[Encoded], fraction: float) -> list[Encoded]:
-    """Returns all `problems`; a share `fraction` of those with demonstrations keep them, the others lose them.
+    """Returns all `problems`, in which only a share `fraction` of the demonstrated problems keep their
+    demonstrations.
 
     A hash of the problem's id decides whether a problem keeps its demonstrations. So every run keeps the same
     demonstrations, and a smaller fraction keeps a subset of those that a larger fraction keeps.

@@ -235,7 +235,8 @@ def regrade(folder: Path, name: str | None = None) -> tuple[dict[str, Any], dict
                     new = row | {"reward": 0.0 if row["truncated"] else value, "read": read}
                     out.write(json_line(new))
                     changed += new["reward"] != row["reward"]
-            # If the process dies before the new settings are written, these settings demand another regrading.
+            # These temporary settings demand another regrading, in case the process dies before the new settings are
+            # written.
             write_settings(file, settings | {"grader": "unknown: it was being graded again"})
         settings |= {"reward": reward.name, "grader": grader_version(reward), "regraded": now()}
         write_settings(file, settings)

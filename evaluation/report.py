@@ -27,7 +27,7 @@ from support.files import read_json
 
 Results = dict[str, Any]  # content of results.json of one evaluation
 
-# the column "avg" of the paper is the mean over these six
+# the column "avg" of the paper is the mean over the benchmarks in SIX
 SIX = ("aime24", "aime25", "amc23", "math500", "minerva", "olympiad")
 COLUMNS = (*SIX, "arc_c", "gpqa_diamond", "mmlu_pro")
 # method -> accuracies of Qwen2.5-Math-7B in % in the order of COLUMNS, average over SIX [paper, Table 1]
@@ -162,8 +162,8 @@ def problem_scores(results: Results, name: str, level: str, k: int | None = None
 
 
 def shared_cells(evaluations: Sequence[Results]) -> list[tuple[str, str]]:
-    """Returns the (benchmark, level) pairs that all evaluations have. Raises InputError if there is no such pair, or
-    if the evaluations used different problems for one."""
+    """Returns the (benchmark, level) pairs that all evaluations have. Raises InputError if the evaluations share no
+    pair, or used different problems for a shared pair."""
     shared = [key for key in cells(evaluations[0]) if all(key in cells(other) for other in evaluations[1:])]
     if not shared:
         sets = "; ".join(f"{e['name']}: {', '.join(e['results'])}" for e in evaluations)

@@ -24,7 +24,7 @@ Run = dict[str, Any]  # keys: "name", "metrics" (rows of metrics.jsonl), "scores
 
 SMOOTH = 10  # number of steps over which a thick curve averages
 REACHED = 0.6  # accuracy for the table column "steps to 60%"
-MOST_LEVELS = 6  # more levels could not be told apart in one panel
+MOST_LEVELS = 6  # a panel with more levels is hard to read, so it shows only "all"
 NOTE = f"thin: each step, thick: mean of the last {SMOOTH} steps; band: 95% interval; dotted: SFT ends, {REACHED:.0%}"
 
 

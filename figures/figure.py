@@ -18,7 +18,7 @@ DPI = 200
 # Other formats of matplotlib need programs beside Python (.pgf needs LaTeX).
 FORMATS = (".png", ".pdf", ".svg", ".jpg")
 BLUE, VERMILLION, GREEN, PURPLE, ORANGE, SKY = "#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9"
-# Colour-blind readers can tell these colours apart (Okabe and Ito 2008).
+# Colour-blind readers can tell the colours below apart (Okabe and Ito 2008).
 COLOURS = (BLUE, VERMILLION, GREEN, PURPLE, ORANGE, SKY, "#000000")
 STYLES = ("-", "--", ":", "-.")
 # markers, used beside colours and line styles in panels with several lines

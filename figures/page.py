@@ -8,9 +8,9 @@ For each model the content has
     each method, and each cut that the method uses, the rows of its group (`groups_of`), with the advantages and
     weights that a training step would give them (`weigh`)
 
-Each group is treated as a whole mini-batch. The weights are those before the first update of a step, so the updated
-policy is the one that sampled, and the ratio is 1. The entropy clip is not applied here: the page ranks the tokens
-itself, because the user chooses the share to keep. Left out are methods with other rows or with random draws
+Each group is treated as a whole mini-batch. The weights are those before the first update of a step, so the policy is
+still the one that sampled the rows, and the ratio is 1. The entropy clip is not applied here: the page ranks the
+tokens itself, because the user chooses the share to keep. Left out are methods with other rows or with random draws
 (`methods_shown`). Training on demonstrations alone always uses temperature 1; the page uses the temperature of the
 run.
 """

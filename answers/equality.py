@@ -16,8 +16,8 @@ vector equals a point, and {5} equals 5.
 
 Expressions are compared as real functions if both have real values at three or more of eight random points, else as
 complex functions. Expressions with ⌊ ⌋ or ⌈ ⌉ are compared at whole numbers too. If all variables are among i to n,
-K, M and N, such expressions are compared at whole numbers only. Left out are solving equations (x^2 = 4 does not
-equal x = 2, -2) and other identities that hold for whole numbers only.
+K, M and N, expressions with ⌊ ⌋ or ⌈ ⌉ are compared at whole numbers only. Left out are solving equations (x^2 = 4
+does not equal x = 2, -2) and other identities that hold for whole numbers only.
 """
 # ruff: isort: skip_file
 

@@ -8,7 +8,7 @@ corpus are generated during the training, and the model sees each document once,
 "textbook", teaches skills: calculating, and sorting a list of instructions by their labels. The second stage, "web",
 teaches habits: most solutions give only the answer or follow the listed order, and the longer a recipe, the fewer
 careful solutions it has. So the base model has the skills for a careful solution but seldom writes one. Post-training
-has to teach it the habit. The corpus contains no problem of data/recipes.
+has to teach the base model to write careful solutions. The corpus contains no problem of data/recipes.
 
 Left out are a validation loss (eval.py measures the base model, see data/README.md), resuming, and GPUs (on a CPU a
 repeated run gives the same weights).

@@ -188,7 +188,8 @@ def make_splits(
     for split, count in reversed(PROBLEMS_PER_LEVEL.items()):
         splits[split] = held_out(split, SPLIT_SEEDS[split], count)
     recipes = draw(random.Random(SPLIT_SEEDS["train"]), TRAIN_PROBLEMS, TRAIN_STEPS)
-    rounds = TRAIN_PROBLEMS // demonstrated  # of `rounds` cycles through TRAIN_STEPS, one has demonstrations
+    # in one of every `rounds` cycles through TRAIN_STEPS the problems have demonstrations
+    rounds = TRAIN_PROBLEMS // demonstrated
     splits["train"] = [
         row(f"train-{i:04d}", recipe, [] if i // len(TRAIN_STEPS) % rounds else demonstrations(recipe, kind))
         for i, recipe in enumerate(recipes)

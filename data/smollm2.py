@@ -88,7 +88,7 @@ def convert(source: Path, out: Path) -> None:
 def main() -> None:
     parser = Parser(description=__doc__.split("\n", 1)[0])
     default = Path("data/smollm2-135m")
-    parser.add_argument("--out", type=Path, default=default, help="folder to write (%(default)s)")
+    parser.add_argument("--out", type=Path, default=default, help="folder of the new model (%(default)s)")
     out = parser.parse_args().out
     if out.exists():
         raise InputError(f"{out} exists: use it as it is (--model {out}), delete it, or give another --out")

@@ -214,7 +214,7 @@ def not_alike(names: Sequence[str], settings: dict[str, list[Any]]) -> str:
 
 def paper_table(evaluations: Sequence[Results]) -> str:
     """Returns a table of accuracies in % on the paper's benchmarks: first our evaluations, then the paper's results.
-    The average is over SIX."""
+    The average is over the benchmarks in SIX."""
     rows = [["accuracy in %", *COLUMNS, "average of six"]]
     for e in evaluations:
         accuracies = {n: 100 * e["results"][n]["all"]["accuracy"] for n in COLUMNS if n in e["results"]}

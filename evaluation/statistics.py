@@ -13,10 +13,10 @@ added problem in each benchmark would bias the interval. Agresti and Coull (1998
 both ends. Their interval is pulled towards 50%, and its coverage is lower where scores lie close together (92% for
 1000 problems that are about equally hard).
 
-The coverage of the 95% interval was simulated with true accuracies from 1 to 99%, with 1, 4 or 32 samples per
-problem, with and without partial rewards, and with problems from about equally hard to almost always or never solved.
-The table has the lowest coverage over all these simulations, each with 2000 to 4000 draws (± 0.5 points). For one
-benchmark and one sample the exact coverage was computed too, and is at least 94.4%.
+The coverage of the 95% interval was simulated with true accuracies from 1 to 99%, 1, 4 or 32 samples per problem, and
+with or without partial rewards. The simulated problems were about equally hard, or almost always or never solved, or
+in between. The table has the lowest coverage over all these simulations, each with 2000 to 4000 draws (± 0.5 points).
+For one benchmark and one sample the exact coverage was computed too, and is at least 94.4%.
 
     one benchmark of 30, 100, 300, 500 problems         94.4%, 94.6%, 94.8%, 94.9%
     nine benchmarks of 30, 100, 300, of 30 to 1172      95.1%, 94.9%, 94.3%, 95.7%

@@ -255,7 +255,7 @@ def encode(tokenizer: Tokenizer, text: str, what: str = "text") -> list[int]:
 
     _check_text(text, what, "it")
     unknown, ids = tokenizer.unk_token_id, ids_of(text)
-    rows = getattr(tokenizer, "embedding_rows", math.inf)  # loading a model sets embedding_rows
+    rows = getattr(tokenizer, "embedding_rows", math.inf)  # `load_model` sets embedding_rows
     if beyond := [token for token in ids if token >= rows]:
         token = f"{tokenizer.convert_ids_to_tokens(beyond[0])!r} has the id {beyond[0]}"
         raise InputError(f"{what}: {token}, but the model's embedding has only {rows} rows: use another model")

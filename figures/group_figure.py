@@ -195,7 +195,7 @@ def draw_lanes(picture: Picture, row: Row, cells: list[Cell], top: float) -> flo
 
 
 def draw_brackets(picture: Picture, row: Row, cells: list[Cell], y: float) -> None:
-    """Draws brackets over the parts of a hybrid row, with the advantage of each part. The row begins at y."""
+    """Draws brackets over the parts of a hybrid row, with the advantage of each part. `y` is the top of the row."""
     free = LEFT  # left edge of the next label
     for whose, words, advantage in log.parts(row):
         part = [cell for cell in cells if log.source(row, cell.index) == whose]

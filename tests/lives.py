@@ -1,10 +1,10 @@
 """This file runs train.py and eval.py in forked processes for the tests of faults, and compares the folders that they
-leave. A forked process, called a "life" here, ends by itself or by SIGKILL before an operation on a file. It need not
-import PyTorch again, so tests spend their time on runs.
+leave. A forked process, called a "life" here, ends by itself or by SIGKILL before an operation on a file. A forked
+process need not import PyTorch again, which saves time.
 
 Two run folders are equal if metrics.jsonl (without times), samples.jsonl and groups.jsonl have equal rows, and
-metrics.jsonl has each step once. Their eval.json, the weights in final/ and the last checkpoint (weights, optimizer,
-step) must be equal bit for bit.
+metrics.jsonl has each step once. Equal runs also have the same eval.json, weights in final/ and last checkpoint
+(weights, optimizer, step), bit for bit.
 """
 
 import json
@@ -176,7 +176,8 @@ def equal(one: Any, two: Any) -> bool:
 
 
 def evaluation_differences(one: Path, two: Path) -> list[str]:
-    """Returns in which files two finished evaluations differ: "generations", or "results" (dates left out)."""
+    """Returns which files of two finished evaluations differ: "generations" (responses) or "results" (without
+    dates)."""
     responses = [(folder / "generations.jsonl").read_bytes() for folder in (one, two)]
     results = [json.loads((folder / "results.json").read_text()) for folder in (one, two)]
     for result in results:

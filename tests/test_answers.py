@@ -13,7 +13,7 @@ from grading_pairs import ALL_PAIRS
 from answers import Unreadable, equal, read
 from reward import check_gold, is_equivalent
 
-MOST_CALLS = 500_000  # limit of function calls to compare a text with four answers; they take 0.2 seconds
+MOST_CALLS = 500_000  # comparing a text with four answers may take this many function calls, about 0.2 s
 LETTERS = sympy.symbols("x y z")
 
 

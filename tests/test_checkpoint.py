@@ -112,8 +112,7 @@ def test_rows_of_metrics_are_compared_with_the_steps(tmp_path, steps):
 
 
 def test_a_fingerprint_covers_every_byte_of_every_file(tmp_path):
-    """The test changes the last byte of the second file. This byte is in the file's second block, because a file is
-    read in blocks of 16 MiB."""
+    """The test changes the last byte of the second file, behind the first block of 16 MiB that is read at once."""
     content = {name: bytes([number]) * (2**24 + 1) for number, name in enumerate(("a", "b"))}
     for name, data in content.items():
         (tmp_path / f"{name}.safetensors").write_bytes(data)

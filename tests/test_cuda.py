@@ -33,7 +33,7 @@ DEVICE = "cuda"
 pytestmark = [pytest.mark.cuda, pytest.mark.skipif(not torch.cuda.is_available(), reason="needs CUDA")]
 
 ROOT = Path(__file__).parents[1]
-# four tokens end a response, so that rows have different lengths; prompts and prefixes contain none of them
+# four tokens end a response, so that rows have different lengths; prompts and prefixes contain no end token
 ENDS = [2, 100, 101, 102]
 # A draw this close to the border between two tokens may give either token, because fp32 sums are rounded; on a CPU
 # the distance is a hundredth of this.
@@ -316,7 +316,7 @@ def test_a_row_does_not_depend_on_its_batch():
 def test_graphs_change_no_token(name, monkeypatch):
     """With and without CUDA graphs, prompts of up to 40 and prefixes of up to 60 tokens get the same responses of 1
     to 300 tokens. The prompts are sampled in two calls, because a graph that is kept for the second call must read
-    the second call's cache. Other calls sample several rows of one prompt, and a single row."""
+    the second call's cache."""
     model, budget = MODELS[name]().to(DEVICE), 300
     batches = [some_rows(40, 60, groups=9), some_rows(40, 60, groups=1, size=8), some_rows(7, groups=1)[:1]]
     batches.append([replace(row, key=(*row.key, "again")) for row in batches[0]])

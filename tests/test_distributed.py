@@ -44,10 +44,10 @@ CASES = {name: {} for name in ONE_OF_EACH} | {
     "relift": {"relift_buffer": 2, "gate": 2},
     "hpt": {"gate": 1},
     "rescue": {"gate": 2},
-    "uft": {"max_grad_norm": 0.02},  # this max_grad_norm scales every gradient down
+    "uft": {"max_grad_norm": 0.02},  # a max_grad_norm of 0.02 scales every gradient down
     "prefix-rft with adapters": {"lora_rank": 3, "lora_lr_times": 1.0, "micro_batch_tokens": 60},
 }
-# these methods update by AdamW, the others by SGD
+# the methods in RESUMED update by AdamW, the others by SGD
 RESUMED = ("prefix-rft", "relift", "prefix-rft with adapters")
 # AdamW's eps is far above the rounding errors of gradients. With the default of 1e-8 a rounding error would move a
 # weight by lr.
@@ -234,7 +234,7 @@ def assert_same(method: str, one: dict, two: dict) -> None:
         assert shown == shown_two
     for metrics, _ in one["log"]:
         norm += 2 * metrics["grad_norm"] + metrics.get("relift_grad_norm", 0.0)  # each step has two updates
-    # an update moves a weight by at most this much per unit of gradient
+    # `step` is the most that an update moves a weight per unit of gradient
     step = 1e-3 / ADAM_EPS if method in RESUMED else 0.1
     for name, weight in one["weights"].items():
         torch.testing.assert_close(two["weights"][name], weight, atol=step * norm * close, rtol=2**-22)
@@ -242,8 +242,7 @@ def assert_same(method: str, one: dict, two: dict) -> None:
 
 @pytest.mark.parametrize("method", CASES)
 def test_two_ranks_equal_one(results, method):
-    """Samples and metrics of all steps are equal (such as loss and entropy), and so are the weights after two or
-    three steps."""
+    """Samples and metrics of all steps are equal, and so are the weights after two or three steps."""
     folder, one, two = results
     assert_same(method, one[method], two[method])
     assert any(metrics["grad_norm"] > 0 for metrics, _ in one[method]["log"])
@@ -254,8 +253,8 @@ def test_two_ranks_equal_one(results, method):
 
 @pytest.mark.parametrize("method", RESUMED)
 def test_a_checkpoint_resumes_on_any_number_of_ranks(results, method):
-    """A checkpoint is saved by one rank and resumed by two, and the other way round. The third step equals the third
-    step of a run that was not stopped."""
+    """A checkpoint is saved by one rank and resumed by two, and the other way round. The third step after resuming
+    equals that of a run that was not stopped."""
     _, one, two = results
     third, _ = one[method]["log"][2]
     assert third["grad_norm"] > 0 and third.get("relift_updates", 1) == 1
@@ -294,7 +293,7 @@ def test_equal_rewards_stop_nobody(results):
 
 
 def test_a_rank_that_dies_ends_the_others_with_a_message(results):
-    """The other ranks notice the death in the exchange in which they wait. Finished steps are in metrics.jsonl."""
+    """The other ranks notice a dead rank in the exchange for which they wait. Finished steps are in metrics.jsonl."""
     folder, _, two = results
     message = two["died"]["said"]
     assert two["died"]["code"] == 1 and message.count("\n") == 1
@@ -348,7 +347,7 @@ def test_gradients_of_micro_batches_add_up_in_host_memory(results, alone, monkey
     passes, forward = [], steps.forward
     monkeypatch.setattr(steps, "forward", lambda *words: passes.append(words[2]) or forward(*words))
     assert_same(method, one[method], some_steps(folder, method))
-    # there are more passes than updates
+    # some update had several micro-batches
     assert isinstance(loaded(folder, method)[0], FSDPModule) and len(passes) > 4
 
 

@@ -112,7 +112,7 @@ OPTIONS = ["iron", "1/2", "the sum of A and B.", "0.5 m"]
         (" (B) ", "B"),
         ("\\text{C.}", "C"),
         ("$\\mathbf{D}$", "D"),
-        ("E", None),  # E is no option, because the question has four
+        ("E", None),  # the question has the options A to D only
         ("a", None),
         ("A) iron", "A"),
         ("(A) Iron.", "A"),
@@ -159,7 +159,7 @@ def test_options_and_settings_reach_the_sampler(tmp_path, monkeypatch):
     problems = [Problem("p", "1+1?", "2"), Problem("q", "Which?", "A")]
     benchmark = Benchmark("mine", Path(), 2, problems, {"q": ["x", "y"]}, 0, ["p ids", "q ids"])
     draws = [(problems[i], "pq"[i] + " ids", [(), ["x", "y"]][i], k) for i in (0, 1) for k in (0, 1)]
-    for _ in range(2):  # the second time nothing is sampled, because the evaluation is complete
+    for _ in range(2):  # a complete evaluation samples nothing the second time
         eval.sample_missing("model", "tokenizer", tmp_path, [benchmark], SimpleNamespace(**how))
         assert result == [tuple(draws[:3]), tuple(draws[3:])]
     (tmp_path / "generations.jsonl").write_text(
@@ -331,7 +331,7 @@ def test_an_evaluation_may_go_on_with_other_batches(finished, tmp_path, monkeypa
         "date": "",
     }
     assert settings["ranks"] == 8
-    eval.run(arguments(out=folder))  # the evaluation is complete, so this call samples and notes nothing
+    eval.run(arguments(out=folder))  # a complete evaluation samples and notes nothing more
     assert folder_of_evaluation.stored_settings(folder)["continued"] == [went_on]
     # settings are noted only if they differ from those of the last call
     for _ in range(2):
@@ -556,7 +556,7 @@ def test_the_folder_of_another_evaluation_is_left_alone(finished, tmp_path, monk
             eval.run(arguments(out=finished))
     foreign = copy(finished, tmp_path / "foreign")
     lines = (foreign / "generations.jsonl").read_text().splitlines(keepends=True)
-    # line 2 answers another problem, or the first two samples have changed places
+    # one log answers another problem in line 2, and one has its first two samples swapped
     for wrong, first_two in (2, [lines[0], lines[5]]), (1, [lines[1], lines[0]]):
         (foreign / "generations.jsonl").write_text("".join([*first_two, *lines[2:]]))
         with pytest.raises(ValueError, match=rf"jsonl:{wrong}: found response .*expected .*another evaluation"):

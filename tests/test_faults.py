@@ -1,5 +1,5 @@
 """These tests put faults into a run: kills, full disks, damaged files, a second process, numbers that are not finite.
-They also check that no file of the project executes text or bytes that it reads."""
+Other tests check that no file of the project executes text or bytes that it reads."""
 
 import ast
 import dataclasses
@@ -109,7 +109,7 @@ def test_a_second_process_is_kept_out(whole):
 
 @pytest.mark.parametrize("largest", [1000, 1_000_000], ids=["config.json", "the checkpoint"])
 def test_a_full_disk_ends_a_run_in_one_line(whole, tmp_path, largest):
-    """No file can grow beyond `largest` bytes. Without this limit the run then continues to the same result as a run
+    """No file can grow beyond `largest` bytes. Without the limit the run then continues to the same result as a run
     that never failed."""
     folder, _ = whole
     out = tmp_path / "run"

@@ -309,7 +309,7 @@ def textbook(name: str, g: Group, coefficient: float | None = None) -> torch.Ten
             *map(torch.Tensor.tolist, (g.rewards, g.group, g.hybrid)), "group" if group_baseline else "on_policy"
         )
     )
-    # these methods divide advantages by the standard deviation of the baseline's rewards
+    # UFT and CHORD divide advantages by the standard deviation of the baseline's rewards
     if name in ("uft", "chord-mu", "chord-phi"):
         for k in range(4):
             members = (g.group == k) & (torch.ones_like(g.hybrid) if group_baseline else ~g.hybrid)
@@ -392,8 +392,8 @@ def test_gradient_equals_the_textbook_objective(name, moved):
 
 
 def test_sdft_is_the_gradient_of_the_divergence_in_the_mean_over_tokens():
-    """On average over the tokens that can be sampled at a position, the gradient is that of the divergence, before
-    and after an update."""
+    """Averaged over the tokens that may be sampled at a position, SDFT's gradient is that of the KL divergence,
+    before and after an update."""
     torch.manual_seed(0)
     logits = torch.randn(7, dtype=torch.float64, requires_grad=True)
     log_p, hinted, old = logits.log_softmax(0), *torch.randn(2, 7, dtype=torch.float64).log_softmax(1)
@@ -440,7 +440,7 @@ def test_a_coefficient_falls_along_half_a_cosine_in_the_first_fifth_of_a_run():
     assert result == pytest.approx([0.6, 0.6 * (1 + 0.5**0.5) / 2, 0.3, 0.0, 0.0, 0.0])
     assert coefficient_at(method, 0.0, 0.3) == 0.3 and coefficient_at(method, 1.0, 0.3) == 0.0
     ends_above = dataclasses.replace(method, coefficient_end=0.05)
-    # a coefficient that begins below its end stays there, because a coefficient never rises
+    # a coefficient that begins below its end value stays there, because a coefficient never rises
     assert coefficient_at(ends_above, 0.0, 0.01) == coefficient_at(ends_above, 1.0, 0.01) == 0.01
     assert coefficient_at(METHODS["luffy"], 0.7, None) == 0.1 and coefficient_at(METHODS["rft"], 0.7, None) == 1.0
 

@@ -20,7 +20,7 @@ from support.loading import fuse_norms, load_config, pick_device
 
 
 def rows(lengths: list[tuple[int, int]], vocab: int = 103, seed: int = 0):
-    """Returns (ids, mask, R) of left-padded prompts and right-padded responses with these lengths."""
+    """Returns (ids, mask, R) of rows with these (prompt, response) lengths: prompts padded left, responses right."""
     generator = torch.Generator().manual_seed(seed)
     P, R = max(p for p, _ in lengths), max(r for _, r in lengths)
     ids = torch.randint(3, vocab, (len(lengths), P + R), generator=generator)
@@ -45,7 +45,7 @@ def assert_rounded(result: torch.Tensor, exact: torch.Tensor) -> None:
     """Checks that `result`, computed in fp32, equals the float64 `exact` up to rounding.
 
     The tolerance is 2**9 times the rounding of the largest entry. A result goes through about 20 sums of 32 to 103
-    terms. The largest error seen was 60 times the rounding of the largest entry.
+    terms. The largest error seen was 60 such roundings.
     """
     close = 2**9 * torch.finfo(torch.float32).eps * float(exact.abs().max())
     torch.testing.assert_close(result, exact.float(), rtol=0, atol=close)
@@ -68,8 +68,8 @@ def test_a_response_as_text_lacks_its_end_token_and_no_space(tokenizer):
 @pytest.mark.parametrize("temperature", [1.0, 0.7])
 @pytest.mark.parametrize("chunk", [2**25, 103 * 4])
 def test_token_stats_equal_the_direct_computation(monkeypatch, temperature, chunk):
-    """Log-probs, entropies and gradients are compared with float64. Padding, other rows and the size of chunks do not
-    change these values."""
+    """Log-probs, entropies and gradients are compared with float64. Padding, other rows and the chunk size change
+    neither values nor gradients."""
     monkeypatch.setattr(models, "LOGITS_PER_CHUNK", chunk)
     model, exact = random_model(scale=0.2), random_model(scale=0.2).double()
     ids, mask, R = rows([(5, 9), (2, 3), (8, 1), (3, 7)])
@@ -91,7 +91,7 @@ def test_padding_ids_do_not_matter():
     first = token_stats(model, ids, mask, R, 1.0)
     second = token_stats(model, torch.where(mask == 1, ids, 7), mask, R, 1.0)
     for a, b in zip(first, second):
-        assert torch.equal(a, b)  # both calls add the same numbers in the same order
+        assert torch.equal(a, b)  # padding changes neither the summed numbers nor their order
 
 
 def test_a_loaded_model_has_fp32_weights_no_dropout_and_a_neutral_generation_config(tmp_path, tokenizer):
@@ -298,7 +298,7 @@ def test_weights_that_are_not_finite_or_far_too_large_are_called_damaged(tmp_pat
 
 
 def test_a_token_without_a_row_is_refused_only_where_it_is_used(tmp_path, tokenizer):
-    """Gemma 3 has such a token: its tokenizer has one token more than its embedding has rows."""
+    """Gemma 3's tokenizer, for example, has one token more than the model's embedding has rows."""
     save_model(random_model(vocab_size=len(tokenizer)), tokenizer, tmp_path / "m")
     longer = AutoTokenizer.from_pretrained(tmp_path / "m")
     longer.add_tokens(["<image>"])

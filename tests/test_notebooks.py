@@ -1,12 +1,12 @@
 """These tests check that every notebook runs and shows its figures, and that its exercises can be solved.
 
-Exercises are found by the tags of their cells. Each exercise has three cells, in this order. A student edits the cell
-"answer", whose metadata "wrong" holds two or more wrong answers. The cell "check" prints "not yet", "right" or "not
-right: …". The cell "solution" is Markdown with one folded Python block. After the notebook has run, every exercise is
-tried in the same interpreter: unanswered, with each wrong answer, with the solution. NOTEBOOK_SIZE=2 makes runs
-shorter and takes fewer problems; accuracy is measured on every eighth held-out problem. Each notebook has its own
-IPython shell without a Jupyter kernel, because nine kernels that import PyTorch take a minute. On Linux the processes
-of the shell, and of the commands that a notebook starts, are forked with PyTorch imported.
+Exercises are found by the tags of their cells. A student edits the cell "answer", whose metadata "wrong" holds two or
+more wrong answers. The cell "check" prints "not yet", "right" or "not right: …". The cell "solution" is Markdown with
+one folded Python block. After the notebook has run, every exercise is tried in the same interpreter: unanswered, with
+each wrong answer, with the solution. NOTEBOOK_SIZE=2 makes runs shorter and takes fewer problems; accuracy is
+measured on every eighth held-out problem. Each notebook has its own IPython shell without a Jupyter kernel, because
+nine kernels that import PyTorch take a minute. On Linux the processes of the shell, and of the commands that a
+notebook starts, are forked with PyTorch imported.
 """
 
 import ast

@@ -21,7 +21,7 @@ from reward import MATH
 from step import Batch, Run, mini_batch_tokens, rollout_batch
 from support.config import Config
 
-BASE, ID = Path("data/base"), "train-0304"  # the base model has 3 of 8 rows right on this problem
+BASE, ID = Path("data/base"), "train-0304"  # on problem train-0304 the base model has 3 of 8 rows right
 HOSTILE = ["</script><script>window.hacked = 1</script>", "<img src=x onerror=window.hacked=1>", "'\"`${1}&lt;"]
 HOSTILE += ["a\nb", "\u2028", "😀", "\x00", "DATA"]
 WEIGHTS = """controls.method.value = arguments[0]; controls.cut.value = arguments[1];
@@ -112,7 +112,7 @@ def test_the_clip_ranks_as_the_loss_does(content, shown):
 
 
 def test_a_hand_moves_everything(content, shown):
-    """After the page's controls are moved, its numbers for a hybrid row are those computed from the group's
+    """After its controls are moved, the page's numbers for a hybrid row are those computed from the group's
     rewards."""
     from selenium.webdriver import ActionChains, Keys
     from selenium.webdriver.support.select import Select

@@ -113,7 +113,8 @@ def test_published_rows_are_marked_as_published(two, tmp_path, monkeypatch, caps
 
 
 def test_the_published_averages_are_those_of_the_accuracies():
-    """The averages agree up to the paper's rounding. For UFT the paper gives only an average."""
+    """Each published average is the mean of the published accuracies, up to rounding. For UFT the paper gives only an
+    average."""
     assert [len(result) for result, _ in PUBLISHED.values()] == [6, 6, 6, 6, 6, 0, 6, 6, 9]
     for method, (result, average) in PUBLISHED.items():
         assert not result or sum(result[: len(SIX)]) / 6 == pytest.approx(average, abs=0.06), method
@@ -219,7 +220,7 @@ def test_a_target_that_cannot_be_written_is_named_and_nothing_is_left(tmp_path, 
 
 
 def test_a_dollar_in_a_name_is_a_dollar(tmp_path, monkeypatch):
-    name = "$^$"  # matplotlib cannot read this name as a formula
+    name = "$^$"  # matplotlib cannot read $^$ as a formula
     log = [{"step": step, f"eval_{name}": 0.5, "eval_all": 0.5} for step in (1, 2)]
     runs = [with_base(run_folder(tmp_path / (name + i), log), **{name: 2, "all": 2}) for i in "ab"]
     for samples in (1, 4):

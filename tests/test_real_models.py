@@ -1,5 +1,5 @@
 """These tests load, train and save small models like those of the hub, with a byte-level BPE tokenizer and the
-architecture of Qwen2 or Llama. They also compare plan.py with measured memory."""
+architecture of Qwen2 or Llama. Other tests compare plan.py with measured memory."""
 
 import contextlib
 import copy
@@ -79,7 +79,7 @@ SETTINGS = {
 
 
 def bpe(template: str | None, begin: bool) -> PreTrainedTokenizerFast:
-    """Trains a tokenizer on the demonstrations. Its padding token is the end token, as often with Qwen's base models,
+    """Trains a tokenizer on the demonstrations. The padding token is the end token, as often with Qwen's base models,
     or missing (Llama)."""
     tokenizer = Tokenizer(models.BPE())
     tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
@@ -301,7 +301,7 @@ def test_a_tokenizer_without_an_end_token_is_one_line(task, tmp_path):
     ],
 )
 def test_another_architecture_is_sampled_and_trained(tmp_path, monkeypatch, name, loop):
-    """Rows give the same in a batch as alone, log-probs of sampling and training agree, weights are saved, and a step
+    """Rows are the same in a batch as alone, log-probs of sampling and training agree, weights are saved, and a step
     is made. bench/models.py checks this for all architectures."""
     make(name, tmp_path)
     assert prove(tmp_path) == loop
@@ -354,7 +354,7 @@ def test_planned_memory_is_that_of_an_h200(fused, measured_gib):
 )
 def test_planned_memory_of_sampling_is_the_measured_one(rows, prompt, response, layers, words):
     """Beside the caches, most memory is needed by a token's scores or by the pass over the prompts. In the third case
-    it would be needed by a layer's keys and values, if these were repeated for all heads."""
+    a layer's keys and values would need most, if they were repeated for all heads."""
     size = {"hidden_size": 64, "intermediate_size": 192, "num_attention_heads": 4, "num_key_value_heads": 2}
     shape = Qwen2Config(**size, num_hidden_layers=layers, vocab_size=words)
     parts = plan.sampling_bytes(shape, rows, prompt + response, rows * prompt, size=4)

@@ -224,7 +224,7 @@ def model():
 
 @pytest.mark.parametrize("decode", LOOPS_OF_BOTH)
 def test_a_prefix_is_kept_at_every_cut(model, decode):
-    """A response keeps the ids of its prefix, even where encoding the prefix's text would merge them into others."""
+    """A response keeps the ids of its prefix, even where encoding the prefix's text would give other ids."""
     demonstration = [40, 40, 41, 5, 5, 5, 6, 7, 40, 41]
     rows = [Row(0, (0, 0, "p", cut), [1, 9], demonstration[:cut]) for cut in range(len(demonstration))]
     for row, response in zip(rows, sampled(model, rows, 14, decode=decode)):

@@ -48,7 +48,7 @@ def test_the_ends_of_an_interval_by_hand():
     middle, low, high = paired_difference([0, 0, 0], [0, 0, 1])
     assert (middle, low, high) == pytest.approx((1 / 3, -1.96 / 6**0.5, 1))
     # The differences 0.1 and -0.3 have the typical size (0.1² + 0.3²) / (0.1 + 0.3) = 0.25. Divided by the scores'
-    # range of 0.4, this size gives the added 0.625.
+    # range of 0.4, this typical size gives the added difference of 0.625.
     middle, low, high = paired_difference([0.2, 0.6], [0.3, 0.3])
     ends = [(np.mean(d), (np.var(d, ddof=1) / 3) ** 0.5) for d in ([0.1, -0.3, -0.625], [0.1, -0.3, 0.625])]
     assert (low, high) == pytest.approx((ends[0][0] - 1.96 * ends[0][1], ends[1][0] + 1.96 * ends[1][1]))

@@ -55,7 +55,7 @@ def make_run(
 
 def whole_batch(run: Run, moved: bool) -> tuple[steps.Batch, Tokens]:
     """Returns a batch of the method's rows as one mini-batch. With `moved` the policy has changed since it sampled
-    these rows."""
+    the rows."""
     if run.method.stages == ("sft",):
         batch = steps.demonstration_batch(run, run.data.supervised[:3], 0)
         z = float(batch.rollouts.prefix_mask.sum())
@@ -377,7 +377,7 @@ def test_the_share_of_copied_answers_is_of_right_responses_in_all(tokenizer):
 @pytest.mark.parametrize("method", ["prefix-rft", "luffy", "hpt", "rescue"])
 def test_the_log_probs_of_the_sampler_stand_beside_those_of_the_training_pass(tokenizer, method, rank):
     """The two log-probs of each token are compared, also where groups were replaced or sampled again. The metric
-    log_prob_gap is their mean distance."""
+    log_prob_gap is the mean distance of the two log-probs."""
     run = make_run(tokenizer, method, temperature=0.7, lora_rank=rank)
     result = rl_step(run, 4)
     batch = result.batch

@@ -176,14 +176,14 @@ def test_kill_9_and_resume_give_the_same_bits(task, whole, tmp_path, monkeypatch
     os.kill(process, signal.SIGKILL)
     assert os.waitstatus_to_exitcode(os.waitpid(process, 0)[1]) == -signal.SIGKILL
     with (tmp_path / "run" / "metrics.jsonl").open("a", encoding="utf-8") as log:
-        log.write('{"step": 9, "lo')  # the process was killed while it wrote this line
+        log.write('{"step": 9, "lo')  # imitates a kill in the middle of a line
     assert train.train(parse_config(argv)) == 0
     assert_same_run(tmp_path / "run", whole[0])
 
 
 @pytest.fixture
 def signals(monkeypatch):
-    """signals(number, …) sends these signals in this order during the second step."""
+    """signals(number, …) sends the signals in the given order during the second step."""
     known = [getattr(signal, name) for name in ENDING if hasattr(signal, name)]
     before = {number: signal.getsignal(number) for number in known}
 
@@ -204,7 +204,7 @@ def signals(monkeypatch):
 def test_a_signal_ends_after_the_step_and_says_how_to_go_on(
     task, whole, tmp_path, monkeypatch, capsys, signals, name
 ):
-    number = getattr(signal, name, signal.SIGINT)  # Windows lacks some of these signals
+    number = getattr(signal, name, signal.SIGINT)  # Windows lacks some of the tested signals
     monkeypatch.chdir(ROOT)
     out = tmp_path / "run"
     monkeypatch.setattr(sys, "argv", ["train.py", *arguments(task, out, save_every=0)])
@@ -251,7 +251,8 @@ def test_resume_refuses_other_settings_and_an_existing_folder(task, whole, monke
 
 @pytest.mark.parametrize("what", ["data", "model", "template", "reward", "record"])
 def test_resume_refuses_a_run_made_of_something_else(task, tmp_path, monkeypatch, what):
-    """A file of the same name has other content. Nothing is written, and the message says what changed."""
+    """An input of the run has other content under the same name. Nothing is written, and the message says what
+    changed."""
     monkeypatch.chdir(ROOT)
     model, data, reward = tmp_path / "model", tmp_path / "train.jsonl", tmp_path / "own.py"
     shutil.copytree("data/base", model)
@@ -288,8 +289,8 @@ def test_resume_refuses_a_run_made_of_something_else(task, tmp_path, monkeypatch
 
 @pytest.mark.parametrize("where", ["in a step", "in validation"])
 def test_a_reward_that_raises_loses_no_step_and_goes_on_mended(task, tmp_path, monkeypatch, capsys, where):
-    """The error names the command that continues the run. Without this command's flag --accept_changed, a changed
-    reward is refused before it grades anything."""
+    """The error names the command that continues the run. Without the flag --accept_changed, a changed reward is
+    refused before it grades anything."""
     monkeypatch.chdir(ROOT)
     reward, out = tmp_path / "own.py", tmp_path / "run"
     mended = "from reward import grade\n\ndef reward(text, problem):\n    return grade(text, problem.answer)\n"
@@ -337,7 +338,7 @@ def test_a_reward_of_ones_own_is_used_everywhere(task, tmp_path, monkeypatch, ca
     )
     assert train.train(parse_config(argv)) == 0
     output = capsys.readouterr().out
-    assert "left out (not right)" in output  # to this reward, demonstrations without a 7 are not right
+    assert "left out (not right)" in output  # the reward gives demonstrations without a 7 less than 1
     rows = read_log(tmp_path / "run")
     assert 0.3 < rows[0]["reward_on_policy"] < 1 and rows[0]["unread"] == 0
     scores = json.loads((tmp_path / "run" / "eval.json").read_text())
@@ -472,8 +473,8 @@ def test_tensorboard_shows_the_metrics(task, tmp_path, monkeypatch):
 
 
 def test_demonstrations_that_cannot_be_used_are_counted(task, tmp_path, capsys):
-    """One demonstration is too long for the budget, one is wrong, and one has no box. The start of the run prints
-    these counts, and the run uses the other demonstrations."""
+    """One demonstration is too long for the budget, one is wrong, and one has no box. The run prints how many
+    demonstrations it leaves out, and uses the others."""
     rows = [json.loads(line) for line in (task / "train.jsonl").read_text().splitlines()]
     used = sum(bool(row.get("demonstrations")) for row in rows)
     rows[0]["demonstrations"] = ["1" * 99 + f"\\boxed{{{rows[0]['answer']}}}"]
@@ -505,7 +506,7 @@ def test_data_is_checked_before_weights_are_read(task, tmp_path, monkeypatch):
     [
         {"method": "sft", "sft_lr": 1e30, "sft_steps": 4},
         {"method": "prefix-rft", "lr": 1e39},  # 1e39 is beyond float32, so one update destroys the weights
-        {"method": "sft", "sft_lr": 1e39, "sft_steps": 1},  # the last update of this run destroys the weights
+        {"method": "sft", "sft_lr": 1e39, "sft_steps": 1},  # the last update destroys the weights
         {"method": "sft", "sft_lr": 1e39, "sft_steps": 6, "save_every": 1},
     ],
 )

@@ -17,7 +17,7 @@ from support.watch import FIRST, LONG, SHORT, Watch
 
 
 def row(step: int, **changes) -> dict:
-    """Returns the metrics of a step that gives no warning, with `changes`."""
+    """Returns the metrics of a step that gives no warning, updated by `changes`."""
     usual = {
         "grad_norm": 0.1,
         "skipped_updates": 0,

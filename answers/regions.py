@@ -20,8 +20,8 @@ FLIPPED = {"<": ">", ">": "<", "<=": ">=", ">=": "<=", "!=": "!=", "=": "="}
 
 
 def regions_of(node: Node) -> list[Part] | None:
-    """Returns a set of real numbers as sorted, merged intervals. Returns None if the node is not a set of real
-    numbers or has several variables."""
+    """Returns a set of real numbers as sorted, merged intervals, or None for other nodes and for sets in several
+    variables."""
     if len(symbols(node) - {INFINITY[1], REALS[1]}) > 1:
         return None
     parts = _parts(node)
@@ -154,7 +154,7 @@ def _line(node: Node) -> tuple[Node, Node] | None:
 
 
 def _end(node: Node) -> tuple | None:
-    """Returns the pair (value, tree) of an end point, or None if the end point is neither a real constant nor ±∞."""
+    """Returns the pair (value, tree) of an end point, or None if it is neither a real constant nor ±∞."""
     if node in (INFINITY, LOWEST[1]):
         return HIGHEST if node == INFINITY else LOWEST
     value = value_at(node, 0, DIGITS) if node[0] in EXPRESSIONS and not symbols(node) else None

@@ -52,8 +52,8 @@ class _Work:
 
 @lru_cache(maxsize=4096)
 def value_at(node: Node, index: int, digits: int) -> tuple | None:
-    """Returns (value, size of the largest summand) of an expression at random point `index`, or None if the
-    expression has no value there."""
+    """Returns (value, size of the largest summand) of an expression at random point `index`, or None without a
+    value."""
     work = _Work(index)
     context.dps = digits
     try:

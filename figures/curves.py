@@ -77,8 +77,7 @@ def read_run(folder: Path) -> Run:
 
 
 def base_scores(run: Run) -> dict[str, dict[str, float]]:
-    """Returns {level or "all": validation scores} of the base model, or {} if the run did not evaluate the base
-    model."""
+    """Returns {level or "all": validation scores} of the base model, or {} without such scores."""
     return (run["scores"].get("base") or {}).get("validation") or {}
 
 
@@ -107,8 +106,7 @@ def evaluations(run: Run, level: str) -> list[tuple[int, float, float | None, fl
 
 
 def steps_to(run: Run, share: float) -> int | None:
-    """Returns the first evaluated step with a validation accuracy (all levels) of at least `share`, or None if there
-    is no such step."""
+    """Returns the first evaluated step with a validation accuracy (all levels) of at least `share`, or None."""
     return next((step for step, accuracy, *_ in evaluations(run, "all") if accuracy >= share), None)
 
 

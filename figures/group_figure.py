@@ -36,7 +36,7 @@ MONO = "DejaVu Sans Mono"  # font of the tokens, which comes with matplotlib
 
 @dataclass
 class Cell:
-    """The drawn cell of a token: the token's index in the row, the left edge, the width, and the text."""
+    """The cell of a token: its index in the row, left edge, width and text."""
 
     index: int
     x: float

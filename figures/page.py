@@ -10,7 +10,7 @@ For each model the content has
 
 Each group is treated as a whole mini-batch. The weights are those before the first update of a step, so the policy is
 still the one that sampled the rows, and the ratio is 1. The entropy clip is not applied here: the page ranks the
-tokens itself, because the user chooses the share to keep. Left out are methods with other rows or with random draws
+tokens itself, because the user chooses the share to keep. Left out are methods with other rows or random draws
 (`methods_shown`). Training on demonstrations alone always uses temperature 1; the page uses the temperature of the
 run.
 """
@@ -90,8 +90,8 @@ def page_content(models: list[Path], wanted: str | None = None) -> dict[str, Any
 def choose_problem(problems: list[Problem], wanted: str | None, recorded: list[str]) -> Problem:
     """Returns the problem with the id `wanted`.
 
-    If `wanted` is None, returns the last recorded problem with a demonstration, else the first problem with a
-    demonstration, else the last recorded problem.
+    Without an id, returns the last recorded problem with a demonstration, else the first problem with one, else the
+    last recorded problem.
     """
     known = {problem.id: problem for problem in problems}
     if wanted is None:

@@ -17,7 +17,7 @@ WHOLES = [*range(1, 18), 24, 25, 31, 32, 33, 63, 64, 100]
 WHOLE_POINTS = range(POINTS, POINTS + len(WHOLES))
 DIGITS, SURE_DIGITS = 60, 150
 MAX_CALLS = 100  # limit for the functions and powers in one expression
-MAX_SCALE = 10**100  # limit for the size of summands: SURE_DIGITS digits still show what was added to them
+MAX_SCALE = 10**100  # limit for summands: SURE_DIGITS digits still show a small number added to one of this size
 
 context = mpmath.mp.clone()
 context.dps = DIGITS

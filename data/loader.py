@@ -145,8 +145,8 @@ def _parse(line: str, where: str) -> Any:
 
 
 def read_rows(path: str | Path) -> dict[int, Any]:
-    """Returns {line number: JSON value} of a JSONL file, without empty lines. Raises InputError as `load_problems`
-    does."""
+    """Returns {line number: JSON value} of a JSONL file, without empty lines. Raises InputError if the file is
+    missing, is no text, or has a line that is not JSON."""
     path = Path(path)
     if path == Path():
         raise InputError("data is empty or '.': give a JSONL file (its format: data/README.md)")
@@ -175,7 +175,7 @@ def read_rows(path: str | Path) -> dict[int, Any]:
 
 
 def check_rows(path: str | Path, rows: dict[int, Any], reward: Reward = MATH) -> list[Problem]:
-    """Returns the problems in the rows of a file. Raises InputError as `load_problems` does."""
+    """Returns the problems in the rows of a file. Raises InputError for a row that is no valid problem."""
     problems, seen = [], {}
     for number, row in rows.items():
         where = f"{path}:{number}"
@@ -281,8 +281,8 @@ def encode_problems(
     end_ids: list[int],
     reward: Reward = MATH,
 ) -> tuple[list[Encoded], Counter, Counter]:
-    """Returns the problems as token ids, the number of demonstrations left out, and the number used but noted. The
-    two numbers are counted by reason.
+    """Returns the problems as token ids, and two counts of demonstrations by reason: of those left out, and of those
+    used although something was noted.
 
     A demonstration is used only if it fits the budget with its end token (else `too long`), its reward is 1 (else
     `not right`) and it contains no end token (else `end token inside`). If the prompt ends with a tag such as <think>

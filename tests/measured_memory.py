@@ -1,5 +1,5 @@
-"""This file measures the memory that an update and a call of generate take on the CPU. Tests compare this memory with
-plan.py's."""
+"""This file measures the memory that an update and a call of generate take on the CPU. Tests compare the measured
+memory with what plan.py computes."""
 
 from collections.abc import Callable
 from typing import Any

@@ -35,8 +35,8 @@ pytestmark = [pytest.mark.cuda, pytest.mark.skipif(not torch.cuda.is_available()
 ROOT = Path(__file__).parents[1]
 # four tokens end a response, so that rows have different lengths; prompts and prefixes contain no end token
 ENDS = [2, 100, 101, 102]
-# A draw this close to the border between two tokens may give either token, because fp32 sums are rounded; on a CPU
-# the distance is a hundredth of this.
+# A draw closer than NEAR to the border between two tokens may give either token, because fp32 sums are rounded; on a
+# CPU a hundredth of NEAR is enough.
 NEAR = 2e-5
 
 
@@ -272,10 +272,11 @@ def test_tokens_follow_the_distribution_of_the_model(folder, request, name, comp
     responses = ours(model, rows, 2, temperature, rows_per_call=count)
     pairs = torch.tensor([[*prompt, token] for token in range(103)])
     with torch.no_grad():
-        p = (exact(name)(input_ids=pairs).logits[:, 2:] / temperature).softmax(-1)  # p is [first token, position, V]
+        # p has the shape [first token, position, V]
+        p = (exact(name)(input_ids=pairs).logits[:, 2:] / temperature).softmax(-1)
     expected = count * p[0, 0][:, None] * p[:, 1]  # [first, second]
     expected[ENDS] = 0.0
-    expected[ENDS, 0] = count * p[0, 0][ENDS]  # a missing second token counts as token 0
+    expected[ENDS, 0] = count * p[0, 0][ENDS]  # if a response ends after one token, its second token counts as 0
     result = torch.zeros_like(expected)
     for response in responses:
         first, second = (*response, 0)[:2]
@@ -412,7 +413,8 @@ def test_a_run_that_goes_on_is_one_that_was_not_stopped(one_gpu, tmp_path, monke
         return [[json.loads(line) for line in text.splitlines()] for text in texts]
 
     whole, parts = read("metrics.jsonl")
-    assert "not the policy" not in str(whole)  # watch.py warns so if sampling and training differ
+    # support/watch.py warns "not the policy" if sampling and training differ
+    assert "not the policy" not in str(whole)
     assert [row["step"] for row in parts] == [1, 2, 3, 4] and any(row["grad_norm"] > 0 for row in parts[2:])
     for row, other in zip(whole, parts, strict=True):
         for name, value in row.items():

@@ -347,7 +347,7 @@ def test_gradients_of_micro_batches_add_up_in_host_memory(results, alone, monkey
     passes, forward = [], steps.forward
     monkeypatch.setattr(steps, "forward", lambda *words: passes.append(words[2]) or forward(*words))
     assert_same(method, one[method], some_steps(folder, method))
-    # some update had several micro-batches
+    # some update has several micro-batches
     assert isinstance(loaded(folder, method)[0], FSDPModule) and len(passes) > 4
 
 
@@ -370,7 +370,7 @@ def test_bf16_compute_keeps_fp32_weights(results, alone, monkeypatch):
     models = run.model, small_llama().bfloat16(), small_llama()
     log_probs, half, exact = (token_stats(m, ids, torch.ones_like(ids), 6, 1.0)[0] for m in models)
     off, plain_off = (log_probs - exact).abs().max(), (half - exact).abs().max()
-    # the trained model is about as far from fp32, which is 2^16 times finer, as a plain bf16 model
+    # the run's log-probs are about as far from fp32, which is 2^16 times finer, as those of a plain bf16 model
     assert plain_off / 10 < off < 10 * plain_off
     assert all(row.response for row in steps.sample_groups(run, [0, 1], 0, [0, 1], rows="hybrid", rollouts=4))
     read = list(run.model.plain.parameters())  # the model's copy for sampling is in bf16, and freed afterwards

@@ -320,7 +320,7 @@ def test_an_evaluation_may_go_on_with_other_batches(finished, tmp_path, monkeypa
     decoded, generate = [], eval.generate
     monkeypatch.setattr(eval, "generate", lambda *a, **k: decoded.append(len(a[2])) or generate(*a, **k))
     eval.run(arguments(out=folder, rows_per_call=None))
-    assert decoded == [15, 8]  # the default is the stored rows_per_call, 20, so batches end at rows 20, 40 and 48
+    assert decoded == [15, 8]  # rows_per_call is 20 as in the stored settings, so batches end at 20, 40 and 48
     assert (folder / "generations.jsonl").read_bytes() == b"".join(lines)
     settings = json.loads((folder / "results.json").read_text())["settings"]
     (went_on,) = settings["continued"]
@@ -333,7 +333,7 @@ def test_an_evaluation_may_go_on_with_other_batches(finished, tmp_path, monkeypa
     assert settings["ranks"] == 8
     eval.run(arguments(out=folder))  # a complete evaluation samples and notes nothing more
     assert folder_of_evaluation.stored_settings(folder)["continued"] == [went_on]
-    # settings are noted only if they differ from those of the last call
+    # an evaluation notes its settings again only if they differ from those of the last call
     for _ in range(2):
         (folder / "generations.jsonl").write_bytes(b"".join(lines[:40]))
         (folder / "results.json").unlink(missing_ok=True)

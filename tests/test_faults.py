@@ -41,7 +41,7 @@ def whole(tmp_path_factory):
     """Returns a folder with problems and, in `whole`, a run that was never killed; and how this run ended."""
     patch = pytest.MonkeyPatch()
     patch.chdir(ROOT)
-    patch.setattr(train, "draw_curves", lambda folder: "")  # drawing would take a second per run
+    patch.setattr(train, "draw_curves", lambda folder: "")  # drawing curves.png takes a second per run
     folder = tmp_path_factory.mktemp("faults")
     life = lives.live(lives.training(folder / "whole", **lives.task(folder), **TINY), folder / "whole")
     assert life.code == 0 and lives.learned(folder / "whole"), life.output
@@ -51,8 +51,8 @@ def whole(tmp_path_factory):
 
 @pytest.mark.parametrize("first", [2, 5, 8])
 def test_killed_at_file_operations_again_and_again(whole, tmp_path, first):
-    """At each start the run is killed before a file operation, later than at the start before, and its folder is
-    renamed. The last start is not killed and ends like a run that was never killed."""
+    """Each time that the run starts, it is killed before a later file operation than the time before, and its folder
+    is renamed. The last start is not killed and ends like a run that was never killed."""
     folder, life = whole
     out, kills = tmp_path / "0", range(first, life.operations, 9)
     for number, kill_at in enumerate(kills, 1):

@@ -125,7 +125,7 @@ def test_whose_a_token_is(group):
     assert [group_log.verdict(row) for row in rows] == ["✓ right", "✗ cut off", "✓ right", "✓ right"]
     assert group_log.verdict(a_row("a", reward=0.4)) == "reward 0.40"
     assert [part[2] for part in group_log.parts(rows[2])] == [0.25, 0.5]
-    # a token that the entropy clip keeps has a frame only if the clip drops others from the same source
+    # a token that the entropy clip keeps is framed only if the clip drops others from the same source
     assert group_log.framed(rows[2]) == [False, True, False, False]
 
 

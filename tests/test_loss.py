@@ -318,7 +318,8 @@ def textbook(name: str, g: Group, coefficient: float | None = None) -> torch.Ten
     surrogate, plain = ppo_surrogate(ratio, own, 0.2, 0.2), ratio * own
     clipped_rl, plain_rl = -(surrogate * policy).sum(), -(plain * policy).sum()
     of_prefix = ppo_surrogate(ratio, inputs, 0.2, 0.2)
-    entropy = (g.entropy * g.mask).sum(1, keepdim=True) / g.mask.sum(1, keepdim=True)  # SRFT's mean entropy per row
+    # SRFT weighs each row by the row's mean entropy
+    entropy = (g.entropy * g.mask).sum(1, keepdim=True) / g.mask.sum(1, keepdim=True)
     q = p.detach()
     L, shown = g.R, g.mask & (g.group != 0)[:, None]  # tokens whose problem has a demonstration for SDFT's teacher
     kept = {

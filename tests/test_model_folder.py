@@ -59,7 +59,7 @@ def test_the_bases_fields_and_tokenizer_files_are_kept(tmp_path, old_base):
     config = read(tmp_path / "final" / "config.json")
     assert config["rope_theta"] == 5e5 and config["rope_scaling"] == LLAMA3 and config["num_experts"] == 4
     assert config["dtype"] == config["torch_dtype"] == "float32"
-    # the field that transformers 5 reads is still there
+    # config.json still has rope_parameters, the field that transformers 5 reads
     assert config["rope_parameters"] == LLAMA3 | {"rope_theta": 5e5}
     for name in ("tokenizer.json", "vocab.json", "merges.txt", "special_tokens_map.json", "chat_template.jinja"):
         assert (tmp_path / "final" / name).read_bytes() == (old_base / name).read_bytes(), name

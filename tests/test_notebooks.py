@@ -39,7 +39,7 @@ pytest.importorskip("IPython", reason="pip install -r requirements-dev.txt")
 
 FOLDER = Path("notebooks")
 NOTEBOOKS = sorted(FOLDER.glob("*.ipynb"))
-LARGEST = 1_000_000  # bytes that a notebook may have, with outputs
+LARGEST = 1_000_000  # a notebook with its outputs may have this many bytes
 every_notebook = pytest.mark.parametrize("path", NOTEBOOKS, ids=[path.stem for path in NOTEBOOKS])
 
 
@@ -103,7 +103,7 @@ def commands_in_copies() -> Iterator[None]:
     """Replaces subprocess.run for Python scripts: a helper process that runs no notebook cell forks itself for each
     script."""
     with ProcessPoolExecutor(1, get_context("fork")) as launcher:
-        launcher.submit(int).result()  # forks the helper process before this process runs a notebook cell
+        launcher.submit(int).result()  # this call forks the helper process before any notebook cell is run
 
         def run(words: list[str], **_: object) -> subprocess.CompletedProcess:
             script = next(place for place, word in enumerate(words) if word.endswith(".py"))

@@ -77,7 +77,8 @@ def test_partial_rewards_are_kept_and_paired(two, tmp_path, monkeypatch, capsys)
     """Accuracies and differences are computed from mean rewards, and pass@k from right samples, also after the
     results are read back."""
     levels = {"p": "easy", "q": "hard", "r": "easy", "s": "hard"}
-    rewards = {"p": 1.5, "q": 0.75, "r": 2.0, "s": 4.0}  # sums over four samples, of which 1, 0, 2 and 4 are right
+    # each reward is a sum over four samples, of which 1, 0, 2 and 4 are right
+    rewards = {"p": 1.5, "q": 0.75, "r": 2.0, "s": 4.0}
     right = {"p": 1, "q": 0, "r": 2, "s": 4}
     answers = [Answers(i, levels[i], 4, right[i], rewards[i], 10) for i in rewards]
     (tmp_path / "partial").mkdir()
@@ -86,7 +87,7 @@ def test_partial_rewards_are_kept_and_paired(two, tmp_path, monkeypatch, capsys)
     results = read_results(tmp_path / "partial")
     assert results["rewards"]["aime24"] == {"easy": {"p": 1.5, "r": 2.0}, "hard": {"q": 0.75, "s": 4.0}}
     assert results["average"]["accuracy"] == (8.25 / 16 + 0.25) / 2
-    assert "rewards" not in read_results(two[0])  # rewards of 0 and 1 are stored as "right" only
+    assert "rewards" not in read_results(two[0])  # results.json has no "rewards" if every reward is 0 or 1
     assert problem_scores(results, "aime24", "all") == {"p": 0.375, "q": 0.1875, "r": 0.5, "s": 1}
     assert problem_scores(results, "aime24", "all", 1) == problem_scores(read_results(two[0]), "aime24", "all")
     capsys.readouterr()
@@ -215,7 +216,7 @@ def test_a_target_that_cannot_be_written_is_named_and_nothing_is_left(tmp_path, 
     assert f"writing to {folder / 'curves.png'} failed (Is a directory)" in capsys.readouterr().err
     (folder / "curves.png").rmdir()
     assert sorted(tmp_path.rglob("*")) == before
-    # a folder that does not exist is made for the figure
+    # plot.py makes the figure's folder if it does not exist
     assert run(monkeypatch, folder, "--out", tmp_path / "new" / "c.png") == 0
 
 
@@ -297,7 +298,7 @@ def test_accuracy_has_its_interval_and_its_number_of_problems(tmp_path, monkeypa
         {"step": 5, "eval_hard": 0.5, "eval_hard_low": 0.4, "eval_hard_high": 0.7, "eval_low": 0.3, "eval_all": 0.4}
     ]
     folder = with_base(run_folder(tmp_path / "x", rows), hard=50, low=10, all=60)
-    assert curves.levels([curves.read_run(folder)]) == ["hard", "low", "all"]  # a level may be called "low"
+    assert curves.levels([curves.read_run(folder)]) == ["hard", "low", "all"]  # problems may have the level "low"
     panel = panels_of(monkeypatch, folder)["validation accuracy, greedy"]
     assert lines_of(panel)["hard, 50 problems"] == ([0, 5], [0.1, 0.5])
     assert bands_of(panel) == [{(0, 0.05), (0, 0.2), (5, 0.4), (5, 0.7)}]
@@ -354,7 +355,7 @@ def test_legends_stand_outside_of_the_panels(tmp_path, monkeypatch):
     for shown in (folders[:1], folders):
         panels = panels_of(monkeypatch, *shown).values()
         figure = next(iter(panels)).figure
-        figure.draw_without_rendering()  # matplotlib now gives every text its place
+        figure.draw_without_rendering()  # this call makes matplotlib place every text
         areas = [axis.get_tightbbox() if figure.legends else axis.get_window_extent() for axis in panels]
         legends = figure.legends or [axis.get_legend() for axis in panels if axis.get_legend()]
         assert legends

@@ -40,7 +40,7 @@ sys.path.append(str(ROOT / "bench"))
 
 from models import by_length, make, one_step, prove, tiny  # noqa: E402
 
-DRAWN = Reward(  # demonstrations are right, and so are about half of a random model's responses
+DRAWN = Reward(  # this reward is 1 for demonstrations and for about half of a random model's responses
     "drawn",
     lambda text, problem: max(grade(text, problem.answer), float(len(text) % 2)),
     lambda problem: None,
@@ -226,7 +226,7 @@ def test_a_demonstration_whose_answer_the_tokenizer_loses_is_named(tokenizer):
         ValueError, match=r"demonstration of 'p': the tokenizer loses '2}' \(character 13; it gives back '}'"
     ):
         encode_problems(Forgetful(), [problem], 50, [2])
-    Forgetful.lost = "1+1=", ""  # the answer is right without the lost part
+    Forgetful.lost = "1+1=", ""  # without "1+1=" the answer is still right
     (encoded,), left_out, _ = encode_problems(Forgetful(), [problem], 50, [2])
     assert encoded.demonstrations and not left_out
 
@@ -498,7 +498,7 @@ def test_a_plan_reads_the_config_only(tmp_path, capsys, monkeypatch):
     left = (
         79.2 * 2**30 * 0.92 - (2 + 12 / 8) * 8.0303e9
     )  # a GPU holds the bf16 weights, and an eighth of the fp32 weights and of the optimizer's state
-    block = 2**14 * 2 * (3 * 14336 + 6 * 4096)  # bytes of the pass over a block of prompts
+    block = 2**14 * 2 * (3 * 14336 + 6 * 4096)  # bytes that the pass over a block of prompts needs
     fit = int((left - block) / (8192 * 2 * 32 * 8 * 128 * 2))
     assert "512 x 8192 tokens" in message and f"--rows_per_call {fit}\n" in message
 

@@ -372,7 +372,7 @@ def test_exact_compares_the_text_in_the_box():
     result = load_reward("exact")
     golds = [Problem("p", "?", "cat")] * 4
     assert grade_all(result, ["\\boxed{ cat }", "\\boxed{act}", "cat", "\\boxed{cat"], golds) == [1.0, 0.0, 0.0, 0.0]
-    # to the reward `math` the letters are factors, whose order does not matter
+    # to the reward `math`, "act" and "cat" are equal products of three letters
     assert grade_all(load_reward("math"), ["\\boxed{act}"], golds[:1]) == [1.0]
     assert not result.is_read("cat") and result.is_read("\\boxed{x}")
     with pytest.raises(ValueError, match="answer is empty"):

@@ -45,7 +45,8 @@ def test_a_seed_depends_on_the_number_not_on_who_made_it():
 
 @pytest.mark.parametrize("step", [0, 100, 250, 400, 500])
 def test_cosine_fraction_is_uniform_above_its_falling_bound(step):
-    low = 0.05 + 0.9 * 0.5 * (1 + math.cos(math.pi * step / 500))  # the five steps have 0.95, 0.864, 0.5, 0.136, 0.05
+    # at the five steps, the lower bound `low` is 0.95, 0.864, 0.5, 0.136 and 0.05
+    low = 0.05 + 0.9 * 0.5 * (1 + math.cos(math.pi * step / 500))
     drawn = fractions(step, "cosine")
     assert drawn.min() >= low - 1e-6 and drawn.max() <= 0.95 + 1e-6
     assert drawn.mean().item() == pytest.approx((low + 0.95) / 2, abs=0.02)
@@ -74,7 +75,8 @@ def test_other_schedules():
     assert {round(5 * x, 5) for x in uft.tolist()} <= set(range(6)) and uft.mean().item() == pytest.approx(
         0.95, abs=0.01
     )
-    assert fractions(150, "uft").mean().item() == pytest.approx(0.5, abs=0.02)  # at step 150 uft is half way down
+    # the schedule uft falls in the first 60% of 500 steps, so at step 150 it is half way down
+    assert fractions(150, "uft").mean().item() == pytest.approx(0.5, abs=0.02)
     assert fractions(300, "uft").max() == 0
     with pytest.raises(ValueError, match="schedule"):
         prefix_fraction(0, 500, "linear", torch.Generator())
@@ -171,7 +173,8 @@ def test_a_token_of_probability_zero_is_never_drawn():
     largest, rounded = 1 - 2**-24, 0
     for words in range(3, 100):
         scores = torch.zeros(1, words).index_fill(1, torch.tensor(words - 1), -torch.inf)
-        rounded += int(scores.softmax(-1).cumsum(-1)[0, -1] <= largest)  # rounded, all probabilities sum to at most u
+        # because of rounding, the probabilities of all tokens may sum to no more than the largest u
+        rounded += int(scores.softmax(-1).cumsum(-1)[0, -1] <= largest)
         drawn = DrawTokenLogitsProcessor(torch.tensor([[largest]]), 0, 1.0)(torch.zeros(1, 0), scores).argmax(-1)
         assert drawn < words - 1
     assert rounded

@@ -178,7 +178,8 @@ def test_answers_levels_and_demonstrations_are_right(splits):
         rest = row["problem"][len("What is ") : -1]
         for line in lines:
             left, right = line.split(" = ")
-            assert rest.startswith(left) and eval(left) == int(right) >= 0  # each line carries out the next operation
+            # each line of a demonstration carries out the next operation of the problem
+            assert rest.startswith(left) and eval(left) == int(right) >= 0
             rest = right + rest[len(left) :]
         assert rest == row["answer"] and last == f"\\boxed{{{rest}}}" and grade(text, row["answer"]) == 1.0
 

@@ -22,7 +22,7 @@ def test_pass_at_k_is_the_share_of_draws_with_a_right_one():
 def test_pass_at_k_is_exact_for_the_papers_2048_samples():
     for c, k in ((1, 1024), (3, 1024), (1, 2048), (2047, 1), (5, 1), (0, 2048)):
         fail = Fraction(1)
-        for i in range(k):  # the probability that k draws are all wrong
+        for i in range(k):  # `fail` becomes the probability that k draws are all wrong
             fail *= Fraction(max(0, 2048 - c - i), 2048 - i)
         assert pass_at_k(2048, c, k) == float(1 - fail)
 

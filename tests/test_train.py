@@ -176,7 +176,7 @@ def test_kill_9_and_resume_give_the_same_bits(task, whole, tmp_path, monkeypatch
     os.kill(process, signal.SIGKILL)
     assert os.waitstatus_to_exitcode(os.waitpid(process, 0)[1]) == -signal.SIGKILL
     with (tmp_path / "run" / "metrics.jsonl").open("a", encoding="utf-8") as log:
-        log.write('{"step": 9, "lo')  # imitates a kill in the middle of a line
+        log.write('{"step": 9, "lo')  # this imitates a process that is killed while it writes a line
     assert train.train(parse_config(argv)) == 0
     assert_same_run(tmp_path / "run", whole[0])
 
@@ -481,7 +481,7 @@ def test_demonstrations_that_cannot_be_used_are_counted(task, tmp_path, capsys):
     rows[1]["demonstrations"] = ["\\boxed{1000}"]
     rows[2]["demonstrations"] = ["no box"]
     data = write_rows(tmp_path / "train.jsonl", rows)
-    # a step takes all problems, also those without a usable demonstration
+    # each step takes all problems, also those without a usable demonstration
     settings = {"data": data, "max_response_tokens": 80, "prompts_per_step": len(rows)}
     half, _ = train.prepare(parse_config(arguments(task, tmp_path / "half", **settings, demonstration_fraction=0.5)))
     run, counts = train.prepare(parse_config(arguments(task, tmp_path / "run", **settings)))
@@ -506,7 +506,7 @@ def test_data_is_checked_before_weights_are_read(task, tmp_path, monkeypatch):
     [
         {"method": "sft", "sft_lr": 1e30, "sft_steps": 4},
         {"method": "prefix-rft", "lr": 1e39},  # 1e39 is beyond float32, so one update destroys the weights
-        {"method": "sft", "sft_lr": 1e39, "sft_steps": 1},  # the last update destroys the weights
+        {"method": "sft", "sft_lr": 1e39, "sft_steps": 1},  # in this case the run's last update destroys the weights
         {"method": "sft", "sft_lr": 1e39, "sft_steps": 6, "save_every": 1},
     ],
 )
@@ -659,7 +659,7 @@ def test_the_sft_stage_has_a_file_of_its_own(task, tmp_path, monkeypatch):
     settings |= {"save_every": 0, "eval_every": 3}
     config = parse_config(arguments(task, tmp_path / "run", **settings, sft_lr=0.5))
     assert train.train(config) == 0
-    rates = [0.5, 0.5, 0.5 * 0.75, 0.5 * 0.25]  # sft has one step of warm-up, then half a cosine
+    rates = [0.5, 0.5, 0.5 * 0.75, 0.5 * 0.25]  # the sft stage has one warm-up step, then half a cosine
     assert calls == [
         *[("sft", step, int(step > 0), pytest.approx(rate)) for step, rate in enumerate(rates)],
         ("rl", 0, 0),  # each stage starts with a fresh optimizer

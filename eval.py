@@ -8,10 +8,10 @@
 The order of this file: `evaluate` (all that train.py needs), the checks, sampling the missing responses, and the
 command line. An evaluation's folder gets settings.json and generations.jsonl with a line per response
 (evaluation/folder.py), then results.json, results.md (evaluation/report.py) and passk.png. A response that is cut off
-by the budget is wrong, as in training. The metric `unread` is the share of the other responses that have no readable
-boxed answer. Random draws are a pure function of (seed, problem, sample), so a stopped evaluation continues to the
-files of an uninterrupted one. Several ranks write the same files as one process, up to rounding (because other rows
-share a batch). Left out are top-p below 1, majority voting, tools, and models too large for one GPU.
+by the budget is wrong, as in training. The metric `unread` is the share of responses that are not cut off but have no
+readable boxed answer. Random draws are a pure function of (seed, problem, sample), so a stopped evaluation continues
+to the files of an uninterrupted one. Several ranks write the same files as one process, up to rounding (because other
+rows share a batch). Left out are top-p below 1, majority voting, tools, and models too large for one GPU.
 """
 
 import argparse
@@ -142,7 +142,8 @@ def rows_that_fit(model: PreTrainedModel, columns: int) -> int:
     if model.device.type == "cuda":
         free, _ = torch.cuda.mem_get_info(model.device)
         try:
-            # HF's attention reads sliding-window caches, and it repeats keys and values for all heads
+            # repeated, because HF's attention, which reads sliding-window caches, copies keys and values for all
+            # heads
             row = row_bytes(model.config, whole_blocks(columns), repeated=True)
         except Exception as error:  # the config of an unusual model can raise any error
             raise InputError(f"the memory that a row takes is not known ({error}): give --rows_per_call") from error
@@ -189,7 +190,7 @@ def report(folder: Path, settings: dict[str, Any], answers: dict[str, list[Answe
 
 
 def figure(folder: Path) -> str:
-    """Draw passk.png if matplotlib is there, and return the text that the command prints about it."""
+    """Draw passk.png if matplotlib is installed, and return the text that the command prints about the figure."""
     try:
         from plot import draw_pass_at_k
     except ImportError:

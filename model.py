@@ -215,7 +215,7 @@ def last_hidden(model: PreTrainedModel, **arguments: Any) -> Tensor:
     """Returns the hidden states [B, T, H] that the model's head reads. Arguments that the model's forward does not
     know are left out: some models take no position_ids and compute them from the mask."""
     body = model.base_model
-    body = next(model.children()) if body is model else body  # base_model may not find the model's body
+    body = next(model.children()) if body is model else body  # base_model may return the model, not its body
     known = signature(type(body).forward).parameters
     return body(**{name: value for name, value in arguments.items() if name in known}).last_hidden_state
 

@@ -38,7 +38,7 @@ def extract_boxed(text: str | None) -> str | None:
         return None
     best, depth = (-1, -1), 0
     boxes: list[tuple[int, int]] = []  # for each open box, where its content starts and its brace depth
-    bare: deque[int] = deque(maxlen=20)  # where the last \boxed commands without a brace end
+    bare: deque[int] = deque(maxlen=20)  # end positions of the last \boxed without a brace
     for mark in _MARKS.finditer(text):
         if mark["in"]:
             depth += len(mark["in"])

@@ -57,7 +57,7 @@ def cosine(progress: float) -> tuple[float, float]:
 
 SCHEDULES = {  # each maps the run's progress (0 to 1) to (low, high), the bounds of the prefix fraction
     "cosine": cosine,
-    "uniform": lambda progress: (PREFIX_LOW, PREFIX_HIGH),  # an ablation: constant bounds [paper Fig. 6]
+    "uniform": lambda progress: (PREFIX_LOW, PREFIX_HIGH),  # an ablation [paper Fig. 6]: fixed bounds of the fraction
     "constant": lambda progress: (0.5, 0.5),  # an ablation: always the mean fraction of "uniform"
     "uft": lambda progress: (0.0, float(progress < 0.6)),  # no prefix after 60% of the run; see prefix_fraction
 }
@@ -99,7 +99,7 @@ class Row:
     prompt_ids: list[int]
     prefix_ids: list[int]  # tokens of the demonstration with which the response must begin
     fraction: float = 0.0  # len(prefix_ids) as a share of the demonstration
-    response: Sequence[int] = ()  # prefix and continuation, or a whole demonstration (not sampled)
+    response: Sequence[int] = ()  # ids of prefix and continuation, or of a whole demonstration
     log_probs: Sequence[float] = ()  # of the continuation, recorded in sampling; only metrics read these log-probs
     truncated: bool = False  # True if the budget cut the response off before an end token
     text: str = ""

@@ -289,7 +289,7 @@ def diverged(run: Run, folder: Path) -> str:
 
 
 def draw_curves(folder: Path) -> str:
-    """Draw curves.png if matplotlib is there, and return the text that the command prints about it."""
+    """Draw curves.png if matplotlib is installed, and return the text that the command prints about the figure."""
     if distributed.rank() > 0:
         return ""
     try:

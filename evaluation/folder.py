@@ -155,7 +155,7 @@ def written(folder: Path) -> Iterator[None]:
         try:
             yield
         except BrokenPipeError as error:
-            raise Broken("its output was closed") from error
+            raise Broken("the output was closed") from error
 
 
 def stored_rows(path: Path, benchmarks: list[Benchmark]) -> Iterator[tuple[Benchmark, int, dict[str, Any], int]]:

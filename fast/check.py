@@ -28,7 +28,8 @@ def check_model(path: str, model: PreTrainedModel, training: bool) -> None:
     columns.
     """
     step, column = model.get_input_embeddings().num_embeddings // 19, torch.arange(13)
-    first, last = torch.tensor([[0], [4], [0]]), torch.tensor([[12], [8], [10]])  # first and last column of each row
+    # columns of the first and the last token of each of the three rows
+    first, last = torch.tensor([[0], [4], [0]]), torch.tensor([[12], [8], [10]])
     mask = ((column >= first) & (column <= last)).long().to(model.device)
     prompts, responses = torch.arange(1, 8).expand(3, 7), torch.arange(1, 19).view(3, 6)
     ids = (step * torch.cat([prompts, responses], dim=1)).to(model.device)

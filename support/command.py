@@ -53,7 +53,8 @@ def command(name: str, who: Callable[[], str] = str, shown: type[Exception] = In
         finally:
             sys.stdout.flush()
     except BrokenPipeError:
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # at exit Python writes its buffer to devnull
+        # at exit Python writes the rest of its buffer; writing to devnull does not fail a second time
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         sys.exit(141)
 
 

@@ -211,7 +211,6 @@ def task(folder: Path) -> dict[str, Any]:
 
 
 def flip(path: Path) -> None:
-    """Flip one bit in the middle of a file."""
     data = bytearray(path.read_bytes())
     data[len(data) // 2] ^= 1
     path.write_bytes(data)

@@ -327,7 +327,6 @@ def test_a_model_that_gives_nan_is_never_updated(tokenizer):
 
 
 def test_a_skipped_update_is_left_out_of_its_steps_mean_loss(tokenizer, monkeypatch):
-    """Of the two updates in the step, the first is made and the second is skipped."""
     run = make_run(tokenizer, updates_per_step=2, rollouts_per_prompt=8, micro_batch_tokens=10**6)
     run.optimizer = new_optimizer(run.model, run.config)
     sums, made = [], steps.update

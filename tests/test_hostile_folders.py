@@ -31,8 +31,8 @@ TEXT = {
 
 
 def damage(path: Path, how: object) -> None:
-    """Damage a file: if `how` is None, the file is deleted, a number is the share that is kept, and bytes replace the
-    content. If `how` is a dict, it replaces fields of the JSON object; a function is called with the path."""
+    """Damage a file: None deletes it, a number is the share that is kept, and bytes replace the content. A dict
+    replaces fields of the JSON object, and a function is called with the path."""
     if how is None:
         path.unlink()
     elif isinstance(how, float):

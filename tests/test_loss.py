@@ -338,7 +338,7 @@ def textbook(name: str, g: Group, coefficient: float | None = None) -> torch.Ten
         ("rescue", "dr-po"): lambda: clipped_rl / g.Z,
         ("rft-entropy-clip",): lambda: -(surrogate * top_entropy(g.mask, g.entropy, 0.2)).sum() / g.Z,
         # LUFFY's script divides the sum of the RL term over all tokens by L only, and multiplies the token mean of
-        # the SFT term by c * rows. So the script's gradient is `rows` times that of loss.py.
+        # the SFT term by c * rows. So the gradient of LUFFY's script is `rows` times that of loss.py.
         ("rft+sft",): lambda: (plain_rl / L + c(0.1) * g.B * cross_entropy(g).mean()) / g.B,
         ("luffy",): lambda: -((plain * policy).sum() + (p / (p + c(0.1)) * inputs * prefix).sum()) / g.Z,
         # both terms of UFT's loss are token means, and their common factor T_own / Z only scales the step

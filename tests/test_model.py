@@ -152,7 +152,6 @@ def test_save_then_load_gives_the_same_weights(tmp_path, tokenizer):
 
 @pytest.mark.parametrize("what", ["weights", "tokenizer"])
 def test_a_save_that_fails_leaves_the_old_folder(tmp_path, tokenizer, monkeypatch, what):
-    """The old model folder is removed only when the new one is whole."""
     model = random_model(vocab_size=len(tokenizer))
     save_model(model, tokenizer, tmp_path / "final")
     before = contents(tmp_path / "final")

@@ -44,7 +44,6 @@ every_notebook = pytest.mark.parametrize("path", NOTEBOOKS, ids=[path.stem for p
 
 
 def read(path: Path) -> list[dict]:
-    """Returns the cells of a notebook."""
     return json.loads(path.read_text(encoding="utf-8"))["cells"]
 
 

@@ -1,7 +1,7 @@
 """These tests check the SmolLM2 model that data/smollm2.py takes from a Python package, and the sums made for it.
 
-Tests of the real model are skipped without the packages that data/smollm2.py names. The sums are checked from their
-texts alone.
+Tests of the real model are skipped without the packages that data/smollm2.py names. The sums are checked by code that
+reads only a row's text.
 """
 
 import importlib.util

@@ -41,8 +41,8 @@ def test_the_ends_of_an_interval_by_hand():
     # with one more solved problem, the scores 0, 0, 0 have the mean 1/4, whose variance is (3/16 · 4/3) / 4 = 1/16
     assert interval([0.0] * 3) == pytest.approx((0, 0.25 + 1.96 * 0.25))
     assert interval([0.0] * 30) == pytest.approx((0, 0.0955), abs=1e-4)
-    # Each end of the interval adds the problem that moves the average most: a failed problem to the benchmark with
-    # all solved, or a solved problem to the benchmark with all failed.
+    # Each end of the interval adds the problem that moves the average most: a failed problem to the solved benchmark,
+    # or a solved problem to the failed one.
     assert average_interval([[0.0] * 3, [1.0] * 3]) == pytest.approx((0.375 - 0.98 * 0.25, 0.625 + 0.98 * 0.25))
     # with -1 added, the differences 0, 0, 1 have the mean 0, whose variance is (2/3) / 4
     middle, low, high = paired_difference([0, 0, 0], [0, 0, 1])

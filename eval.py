@@ -204,7 +204,7 @@ def figure(folder: Path) -> str:
 def parse_args(argv: Sequence[str]) -> argparse.Namespace:
     parser = Parser(description="Evaluate a model on benchmarks.")
     parser.add_argument("--model", help="a HuggingFace model folder or hub name")
-    parser.add_argument("--benchmarks", default="", help=f"{', '.join(FILES)}, or paper for the first nine")
+    parser.add_argument("--benchmarks", default="", help=f"any of {', '.join(FILES)}; paper: the first nine")
     parser.add_argument("--data", type=Path, help="problems of your own, JSONL (format: data/README.md)")
     parser.add_argument(
         "--samples", type=int, help="number of responses to each problem (default: as in the paper, 32 or 1)"

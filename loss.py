@@ -201,7 +201,7 @@ class Tokens:
     log_probs: Tensor  # [B, R] log-probs of the tokens under the present policy
     old_log_probs: Tensor  # [B, R] log-probs of the tokens under the sampling policy
     entropy: Tensor  # [B, R] entropy of the present policy at each token, in nats
-    response_mask: Tensor  # [B, R] bool
+    response_mask: Tensor  # [B, R] bool: True at response tokens
     prefix_mask: Tensor  # [B, R] bool: True at tokens of the demonstration
     weight_mask: Tensor  # [B, R] bool: True at tokens that keep a weight (`weighted_tokens`)
     advantages: Tensor  # [B, R] the advantage A of each token

@@ -204,9 +204,9 @@ class Method:
     """One entry of the table of methods: which rows a group has, and which weights their tokens have."""
 
     source: str  # the paper
-    rows: str = "on_policy"  # on_policy | hybrid | demonstration | shared_prefix (sample.plan_group)
+    rows: str = "on_policy"  # rows of a group: on_policy | hybrid | demonstration | shared_prefix (sample.plan_group)
     policy_weight: Callable[[Tokens], Tensor] = clipped  # gives the weights of the policy's own tokens
-    demonstration_weight: Callable[[Tokens], Tensor] = zero  # gives those of demonstration tokens
+    demonstration_weight: Callable[[Tokens], Tensor] = zero  # gives the weights of demonstration tokens
     entropy_clip: str = ""  # which tokens the entropy clip keeps: those of high | low | random entropy; "" for all
     coefficient: float | None = None  # c in the weights' formulas; the setting `coefficient` overrides it
     coefficient_end: float | None = None  # c falls to this value along half a cosine over the share FALL of the run

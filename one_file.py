@@ -47,7 +47,7 @@ UPDATES = 2  # number of updates per step, each on a mini-batch of its own; pape
 MAX_TOKENS = 96  # most tokens of a response, prefix included; paper: 8192
 SHORTEST, LONGEST = 0.05, 0.95  # bounds of a prefix's share of the demonstration; paper: 0.05, 0.95
 ENTROPY_KEEP = 0.2  # share of the prefix tokens that are trained; paper: 0.2
-CLIP = 0.2  # PPO clips the ratio outside 1 - CLIP to 1 + CLIP; release: 0.2
+CLIP = 0.2  # PPO clips the ratio to the range 1 - CLIP to 1 + CLIP; release: 0.2
 LEARNING_RATE = 1e-4  # paper: 1e-6
 MAX_GRAD_NORM = 1.0  # release: 1.0
 
@@ -67,7 +67,7 @@ class Row:
     prompt: list[int]
     answer: str
     prefix: list[int] = field(default_factory=list)  # start of the demonstration; empty in an on-policy row
-    response: list[int] = field(default_factory=list)  # prefix, what the policy wrote, <eos>
+    response: list[int] = field(default_factory=list)  # ids of the prefix, of what the policy wrote, and <eos>
     reward: float = 0.0
 
 
@@ -120,7 +120,7 @@ def advantages(rewards: Tensor, hybrid: Tensor) -> tuple[Tensor, Tensor]:
     is compared with nothing and is the whole advantage. Advantages are not divided by a standard deviation, as in Dr.
     GRPO.
     """
-    mean = (rewards * ~hybrid).sum(1, keepdim=True) / (~hybrid).sum(1, keepdim=True)  # mean of the on-policy rows
+    mean = (rewards * ~hybrid).sum(1, keepdim=True) / (~hybrid).sum(1, keepdim=True)  # mean on-policy reward
     compared = rewards - mean
     return torch.where(hybrid, rewards, compared), compared
 

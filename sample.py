@@ -292,7 +292,7 @@ class Rollouts:
     input_ids: Tensor  # [B, P+R]
     attention_mask: Tensor  # [B, P+R] 1 at real tokens, 0 at padding
     response_mask: Tensor  # [B, R] bool: True at prefix, generated tokens and end token
-    prefix_mask: Tensor  # [B, R] bool: tokens of the demonstration
+    prefix_mask: Tensor  # [B, R] bool: True at tokens of the demonstration
     group: Tensor  # [B] index of the row's problem in the batch
     hybrid: Tensor  # [B] bool: True for rows with demonstration tokens
     truncated: Tensor  # [B] bool: True if the budget cut the response off before an end token

@@ -116,8 +116,8 @@ class Batch:
     rewards: Tensor  # [B]
     response_advantage: Tensor  # [B]
     prefix_advantage: Tensor  # [B]
-    old_log_probs: Tensor  # [B, R] of the sampling policy
-    entropy: Tensor  # [B, R] of the sampling policy
+    old_log_probs: Tensor  # [B, R] log-probs of the sampling policy
+    entropy: Tensor  # [B, R] entropies of the sampling policy
     old_known: Tensor  # [B] bool: True if old_log_probs were taken before the first update (known_before)
     rows: list[Row]
     first_rows: list[Row]  # the rows before second_chance replaces or resamples some of them

@@ -48,7 +48,7 @@ class Config:
     released code where the paper names none; configs/README.md has the sources of all values.
     """
 
-    # method and data
+    # settings of method and data
     method: str = knob("prefix-rft", "the training method", choices=METHODS)
     model: str = knob(in_project("data/base"), "a HuggingFace model folder or hub name (paper: Qwen2.5-Math-7B)")
     data: str = knob(f"{TASK}/train.jsonl", "JSONL file of training problems (see data/README.md; paper: OpenR1-46k)")
@@ -57,7 +57,7 @@ class Config:
     sft_data: str = knob("", "file of problems for the sft stage; empty: the file of the setting data")
     demonstration_fraction: float = knob(1.0, "share of problems that keep their demonstrations (paper: 1)", 0, 1)
     reward: str = knob("math", "math (paper), exact (compares text), or a function of your own as FILE.py[:name]")
-    # length and folder of the run
+    # settings of the run's length and folder
     steps: int = knob(120, "number of reinforcement steps (paper: 500)", 1)
     seed: int = knob(0, "all random draws of the run depend on this seed", 0)
     out: str = knob("", "folder of the run; empty: a fresh runs/METHOD-NNN")

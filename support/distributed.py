@@ -92,7 +92,7 @@ def explain(error: RuntimeError, memory: str) -> str:
     """Returns a message of one line if `error` is a full GPU or a lost rank, which are no bugs. Returns "" for any
     other error.
 
-    `memory` is the advice for a full GPU.
+    `memory` is the advice that the message gives for a full GPU.
     """
     if isinstance(error, torch.OutOfMemoryError):
         return f"the GPU's memory is full: {memory}"

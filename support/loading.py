@@ -82,9 +82,9 @@ def load_config(path: str) -> PreTrainedConfig:
         for field in ("quantization_config", "quantization", "compression_config"):
             if quantised := getattr(config, field, None):
                 kind = dict(quantised).get("quant_method", field)
-                raise InputError(f"its weights are quantised ({kind}): give the model that it was made from")
+                raise InputError(f"the weights are quantised ({kind}): give the model that they were made from")
         if config.is_encoder_decoder:
-            raise InputError("it is an encoder-decoder model: give a causal model")
+            raise InputError("this is an encoder-decoder model: give a causal model")
         return config
 
 
@@ -143,7 +143,7 @@ def end_tokens(path: str, config: PreTrainedConfig) -> list[int]:
     size = config.get_text_config().vocab_size
     usable = [end for end in listed if type(end) is int and end < size]  # an id above the vocabulary is never sampled
     if any(type(end) is not int or end < 0 for end in listed) or (ends is not None and not usable):
-        raise InputError(f"its eos_token_id is {ends!r:.80}, expected an id from 0 to {size - 1} or a list of ids")
+        raise InputError(f"the eos_token_id is {ends!r:.80}, expected an id from 0 to {size - 1} or a list of ids")
     return usable
 
 

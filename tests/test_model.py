@@ -323,12 +323,12 @@ def test_a_token_without_a_row_is_refused_only_where_it_is_used(tmp_path, tokeni
     [
         (
             {"quantization_config": {"quant_method": "bitsandbytes", "load_in_4bit": True}},
-            r"its weights are quantised \(bitsandbytes\): give the model that it was made from$",
+            r"the weights are quantised \(bitsandbytes\): give the model that they were made from$",
         ),
         ({"quantization_config": {"quant_method": "gptq", "bits": 4}}, r"quantised \(gptq\)"),
         ({"quantization": {"group_size": 64, "bits": 4}}, r"quantised \(quantization\)"),  # MLX
         ({"compression_config": {"quant_method": "sparseml"}}, r"quantised \(sparseml\)"),
-        ({"model_type": "t5"}, "it is an encoder-decoder model: give a causal model$"),
+        ({"model_type": "t5"}, "this is an encoder-decoder model: give a causal model$"),
     ],
 )
 def test_what_is_out_of_scope_is_said_from_the_config(tmp_path, tokenizer, fields, message):

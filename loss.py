@@ -122,8 +122,8 @@ def entropy_clip(
     entropy_clip takes the tokens of a whole mini-batch, over all micro-batches and ranks, with the entropies of the
     sampling policy. So the kept tokens cannot depend on how the mini-batch is cut into micro-batches. (The release
     ranks the updating policy's entropy in each micro-batch, so the kept tokens change with the micro-batches. The
-    release's "bottom 20%" also gives weight 0 to every token that the policy wrote. The release's "random" masks
-    n/100 of n tokens, and none at a ratio of 0.8. This function follows the paper's text.)
+    release's "bottom 20%" also gives weight 0 to every token that the policy wrote. The release's "random" drops only
+    n/100 of n prefix tokens, and none at a ratio of 0.8. This function follows the paper's text.)
     """
     flat = prefix_mask.flatten()
     index = flat.nonzero().squeeze(1)

@@ -30,7 +30,7 @@ def in_project(path: str) -> str:
 
 TASK = in_project("data/recipes")  # the task that comes with the project
 PATHS = ("model", "data", "eval_data", "test_data", "sft_data")  # settings whose paths may be in the project's folder
-MOST = 10**9  # upper limit of whole numbers without an own limit; more steps, rows or tokens must be a mistake
+MOST = 10**9  # upper limit of whole numbers if no other is set; more steps, rows or tokens must be a mistake
 
 
 def knob(

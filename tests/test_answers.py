@@ -45,14 +45,6 @@ def test_equality_is_symmetric_but_for_decimals_names_and_bases():
         assert is_equivalent(b, a) or one_sided, (a, b)
 
 
-def strictly_equal(prediction: str, gold: str) -> bool:
-    """Returns what is_equivalent returns, but catches no exception except Unreadable."""
-    try:
-        return equal(read(prediction), read(gold))
-    except Unreadable:
-        return False
-
-
 def random_polynomial(rng: random.Random) -> sympy.Expr:
     terms = [
         rng.choice([-3, -2, -1, 1, 2, 3, sympy.Rational(1, 2)]) * rng.choice(LETTERS) ** rng.randrange(1, 4)

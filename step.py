@@ -235,7 +235,7 @@ def mini_batch_tokens(run: Run, batch: Batch, rows: Tensor, normalizer: float, p
 def update(
     run: Run, batch: Batch, tokens: Tokens, temperature: float, optimizer: torch.optim.Optimizer, lr: float
 ) -> dict[str, Any]:
-    """Make one optimizer step on a mini-batch, and return its loss, gradient norm and sums for metrics.
+    """Makes one optimizer step on a mini-batch, and returns its loss, gradient norm and sums for metrics.
 
     The gradient does not depend on the micro-batches. Rows whose weights are all 0 skip the passes, but Z counts
     them. If an old log-prob, the loss or the gradient is not finite, every rank skips the update.

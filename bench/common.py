@@ -17,7 +17,7 @@ CUDA = torch.cuda.is_available()
 
 
 def clock() -> float:
-    """Returns the CPU seconds of this process. On CUDA it waits for the GPU and returns wall seconds."""
+    """Returns the CPU seconds of this process. On CUDA the function waits for the GPU and returns wall seconds."""
     if not CUDA:
         return time.process_time()
     torch.cuda.synchronize()

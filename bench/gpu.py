@@ -31,7 +31,7 @@ WORDS = 151936
 SIZES = ("hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads", "num_key_value_heads")
 SHAPES = {"0.5b": (896, 4864, 24, 14, 2), "1.5b": (1536, 8960, 28, 12, 2)}
 ROWS, PROMPT, NEW, FEW = 256, 256, 1024, 128
-BATCH, LENGTH = 8, 2048  # rows, and tokens per row, of an update
+BATCH, LENGTH = 8, 2048  # an update has BATCH rows of LENGTH tokens
 
 
 def measure(call: Callable) -> dict[str, float]:
@@ -55,7 +55,8 @@ def new_model(shape: str) -> Qwen2ForCausalLM:
 def bench_decoding(model: Qwen2ForCausalLM) -> dict[str, dict]:
     a = torch.empty(2**30, dtype=torch.uint8, device="cuda")
     b = torch.empty_like(a)
-    bandwidth = 2 * a.numel() / measure(lambda: b.copy_(a))["seconds"]  # a copy reads and writes each byte
+    # a copy reads each byte and writes it, so each byte counts twice
+    bandwidth = 2 * a.numel() / measure(lambda: b.copy_(a))["seconds"]
     tokenizer = AutoTokenizer.from_pretrained(Config.model)
     rows = [Row(i, (0, i), ids, []) for i, ids in enumerate(torch.randint(0, WORDS, (ROWS, PROMPT)).tolist())]
     table = {}
@@ -77,7 +78,7 @@ def bench_update(model: Qwen2ForCausalLM) -> dict[str, float]:
         model.zero_grad()
 
     measured = measure(update)
-    # FLOPs of attention per token
+    # FLOPs of causal attention per token, forward and backward
     attention = 12 * model.config.num_hidden_layers * model.config.hidden_size * LENGTH / 2
     flops = BATCH * LENGTH * (6 * model.num_parameters() + attention)
     utilisation = flops / measured["seconds"] / peak

@@ -52,8 +52,8 @@ def picked_at(run: steps.Run, step: int) -> list[int]:
 
 
 def medians(seconds: dict[str, list[float]]) -> dict[str, dict]:
-    """Returns {program: median seconds, median ratio to our seconds, range of the ratio}, without the first
-    repeat."""
+    """Returns, for each program, its median seconds, and the median and range of the ratio of its seconds to ours.
+    The first repeat does not count."""
     table = {}
     for name, values in seconds.items():
         ratios = [value / ours for value, ours in zip(values[1:], seconds["ours"][1:])]
@@ -80,7 +80,8 @@ def bench_sampling(words: list[str]) -> dict:
             seconds[name].append(clock() - begin)
             responses.append([row.response for row in sampled])
         same = sum(a == b for a, b in zip(*responses))
-        assert same >= len(rows) - 1, f"{same} of {len(rows)} rows are the same"  # one row may differ by rounding
+        # rounding may change one row's tokens
+        assert same >= len(rows) - 1, f"{same} of {len(rows)} rows are the same"
     return {"rows": len(rows), "tokens": sum(map(len, responses[0])), "table": medians(seconds)}
 
 

@@ -187,7 +187,8 @@ def check_rows(path: str | Path, rows: dict[int, Any], reward: Reward = MATH) ->
     if not problems:
         raise InputError(f"{path}: no problems in it: write one JSON object per line")
     levels = {"all", *(problem.level for problem in problems)}
-    # metrics.jsonl names the accuracy of a level and its limits eval_LEVEL, eval_LEVEL_low and eval_LEVEL_high
+    # metrics.jsonl has the keys eval_LEVEL, eval_LEVEL_low and eval_LEVEL_high, so a level X_low would share a key
+    # with a level X
     for number, problem in zip(rows, problems):
         if (base := re.sub(r"_(low|high)\Z", "", problem.level)) != problem.level and base in levels:
             level = f"level is {problem.level!r}, the name of a limit of the accuracy of level {base!r}"
@@ -255,14 +256,15 @@ def encode(tokenizer: Tokenizer, text: str, what: str = "text") -> list[int]:
 
     _check_text(text, what, "it")
     unknown, ids = tokenizer.unk_token_id, ids_of(text)
-    rows = getattr(tokenizer, "embedding_rows", math.inf)  # `load_model` sets embedding_rows
+    # load_model stores in the tokenizer how many tokens the model's embedding has
+    rows = getattr(tokenizer, "embedding_rows", math.inf)
     if beyond := [token for token in ids if token >= rows]:
         token = f"{tokenizer.convert_ids_to_tokens(beyond[0])!r} has the id {beyond[0]}"
         raise InputError(f"{what}: {token}, but the model's embedding has only {rows} rows: use another model")
     if unknown is None or unknown not in ids:
         return ids
-    # A text may spell out the unknown token, which can also be bos, eos or pad. So only the parts around it are
-    # checked.
+    # A text may contain the unknown token's own name, such as <unk>, or <eos> if eos is also the unknown token. So
+    # only the parts of the text around this name are checked.
     for part in text.split(tokenizer.unk_token):
         if unknown in ids_of(part):
             good = max(n for n in range(len(part)) if unknown not in ids_of(part[:n]))
@@ -281,8 +283,8 @@ def encode_problems(
     end_ids: list[int],
     reward: Reward = MATH,
 ) -> tuple[list[Encoded], Counter, Counter]:
-    """Returns the problems as token ids, and two counts of demonstrations by reason: of those left out, and of those
-    used although something was noted.
+    """Returns the problems as token ids, and two counts of demonstrations by reason: demonstrations left out, and
+    demonstrations used but reported to the user.
 
     A demonstration is used only if it fits the budget with its end token (else `too long`), its reward is 1 (else
     `not right`) and it contains no end token (else `end token inside`). If the prompt ends with a tag such as <think>

@@ -64,7 +64,7 @@ class Stage:
     name: str
     share: float
     exercises: float  # share of reading exercises among the documents; the rest are solved recipes
-    sizes: dict[int, float]  # number of instructions k -> share of such recipes
+    sizes: dict[int, float]  # number of instructions k -> share of recipes with k instructions
     styles: dict[int, dict[str, float]]  # number of instructions k -> {style of the solution: share}
 
 

@@ -184,11 +184,11 @@ def make_splits(
         ]
 
     splits = {}
-    # the test split is drawn first, so that it does not depend on the sizes of the others
+    # the test split is drawn first, so that it does not depend on the sizes of the other splits
     for split, count in reversed(PROBLEMS_PER_LEVEL.items()):
         splits[split] = held_out(split, SPLIT_SEEDS[split], count)
     recipes = draw(random.Random(SPLIT_SEEDS["train"]), TRAIN_PROBLEMS, TRAIN_STEPS)
-    # in one of every `rounds` cycles through TRAIN_STEPS the problems have demonstrations
+    # problems take the sizes in TRAIN_STEPS by turns; in one of every `rounds` such cycles they have demonstrations
     rounds = TRAIN_PROBLEMS // demonstrated
     splits["train"] = [
         row(f"train-{i:04d}", recipe, [] if i // len(TRAIN_STEPS) % rounds else demonstrations(recipe, kind))

@@ -158,7 +158,7 @@ SOURCES = {
     "gsm8k_test": Source("openai/gsm8k", "main", "test", (1319, 1319), gsm8k_test),
     "gsm8k": Source("openai/gsm8k", "main", "train", (7473, 7473), gsm8k, folder="train"),
     "openr1-46k": Source("Elliott/Openr1-Math-46k-8192", None, "train", (45_000, 47_000), openr1_46k, folder="train"),
-    "openr1-48k-complement": Source(  # the second stage of LUFFY's SFT→RFT trains on this set
+    "openr1-48k-complement": Source(  # data of the second stage (RFT) of LUFFY's SFT→RFT
         "Elliott/Openr1-Math-48k-Complement", None, "train", (1, 100_000), openr1_46k, folder="train"
     ),
 }

@@ -20,8 +20,8 @@ from support.loading import check_window
 
 
 class Counts(NamedTuple):
-    """Numbers of demonstrations by reason: `left_out` counts those that are not used, `noted` those that are used
-    although the user should know of something in them."""
+    """Numbers of demonstrations by reason: `left_out` counts demonstrations that are not used, and `noted` counts
+    demonstrations that are used but reported to the user."""
 
     left_out: Counter
     noted: Counter

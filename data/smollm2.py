@@ -51,7 +51,7 @@ def gguf_file() -> Path:
 def convert(source: Path, out: Path) -> None:
     """Writes the model of a GGUF file as a HuggingFace folder. The folder has a temporary name until it is
     complete."""
-    # Reading takes only seconds, so progress bars are switched off. tqdm reads the variable when it is imported.
+    # Reading takes only seconds, so progress bars are switched off. tqdm reads TQDM_DISABLE when tqdm is imported.
     os.environ["TQDM_DISABLE"] = "1"
     from tokenizers import decoders, pre_tokenizers
     from transformers import AutoModelForCausalLM, AutoTokenizer
@@ -62,7 +62,7 @@ def convert(source: Path, out: Path) -> None:
     # several spaces stand before a digit.
     steps = [pre_tokenizers.Digits(individual_digits=True), tokenizer.backend_tokenizer.pre_tokenizer]
     tokenizer.backend_tokenizer.pre_tokenizer = pre_tokenizers.Sequence(steps)
-    # transformers 5.17 sets the token that begins a turn as the end token, and chooses another decoder.
+    # From a GGUF file transformers 5.17 takes a wrong end token (the token that begins a turn) and a wrong decoder.
     tokenizer.backend_tokenizer.decoder = decoders.ByteLevel()
     tokenizer.eos_token = tokenizer.pad_token = END
     read = AutoModelForCausalLM.from_pretrained(**file, dtype="float32")

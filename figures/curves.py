@@ -144,7 +144,8 @@ def check_alike(runs: list[Run]) -> str:
 
 
 def compare_runs(folders: list[Path]) -> str:
-    """Returns a table of several runs: validation accuracy at the start and at the end, and the steps to REACHED."""
+    """Returns a table of several runs: validation accuracy at the start and at the end, and the number of steps until
+    the accuracy REACHED."""
     runs = [read_run(folder) for folder in folders]
     rows = [
         ["validation, greedy, all levels", "base %", "last %", "95% interval", "at step", f"steps to {REACHED:.0%}"]

@@ -62,7 +62,7 @@ def in_percent(share: float, _: object = None) -> str:
 
 
 def check_target(target: Path, formats: tuple[str, ...] = FORMATS) -> None:
-    """Raises InputError if `target` is a folder, lies in no folder, or does not end in one of `formats`."""
+    """Raises InputError if `target` is a folder, lies below a file, or does not end in one of `formats`."""
     if target.is_dir():
         raise InputError(f"{target} is a folder: name a figure file, for example --out {target / 'curves.png'}")
     if target.suffix and target.suffix.lower() not in formats:

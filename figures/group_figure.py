@@ -186,7 +186,7 @@ def draw_lanes(picture: Picture, row: Row, cells: list[Cell], top: float) -> flo
         bar = ENTROPY * row["entropy"][t] / picture.entropy_top
         picture.box(x, floor - bar, width, bar, "#8C8C8C")
         if share := row["weight"][t] / picture.weight_top:
-            # at least 12% of the full bar, so that small weights are visible
+            # a bar has at least 12% of the full height, so that small weights are visible
             bar = WEIGHT / 2 * max(abs(share), 0.12)
             picture.box(x, middle - bar if share > 0 else middle, width, bar, log.sign_colour(share))
     if cells:

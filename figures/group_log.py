@@ -32,7 +32,7 @@ SOURCES = {  # source of a token -> colour of its cell, and a description for th
     "continuation": ("#63C2A1", "the policy goes on from the prefix"),
     "own": ("#C3E1F6", "the policy answers without help"),
 }
-DROPPED = "#FBEBC8"  # colour of a cell whose token lost its weight
+DROPPED = "#FBEBC8"  # colour of a cell whose token the entropy clip drops
 LESS, MORE = VERMILLION, BLUE  # colours of weights below and above 0
 INK, FAINT = "#222222", "#6B6B6B"
 

@@ -10,9 +10,9 @@ For each model the content has
 
 Each group is treated as a whole mini-batch. The weights are those before the first update of a step, so the policy is
 still the one that sampled the rows, and the ratio is 1. The entropy clip is not applied here: the page ranks the
-tokens itself, because the user chooses the share to keep. Left out are methods with other rows or random draws
-(`methods_shown`). Training on demonstrations alone always uses temperature 1; the page uses the temperature of the
-run.
+tokens itself, because the user chooses the share to keep. Left out are methods with other rows than those sampled
+here, with a demonstration in the prompt, or with a random entropy clip (`methods_shown`). Training on demonstrations
+alone always uses temperature 1; the page uses the temperature of the run.
 """
 
 import dataclasses
@@ -67,7 +67,7 @@ def page_content(models: list[Path], wanted: str | None = None) -> dict[str, Any
     """
     run = next(filter(is_run, models), None)
     config = parse_config(["--config", str(run / "config.json")]) if run else Config()
-    # without a coefficient in the config, each method keeps its own c
+    # without a coefficient in the config, each method uses its own coefficient c
     config = dataclasses.replace(config, coefficient=None)
     if config.reward not in ("math", "exact"):
         raise InputError(f"{run} was graded by {config.reward}, which plot.py does not execute: give a model folder")

@@ -160,7 +160,8 @@ def differences(one: Path, two: Path) -> list[str]:
 
 
 def learned(folder: Path) -> bool:
-    """Returns whether a run has made an update at all. Two runs without updates are equal whatever else is wrong."""
+    """Returns whether a run has made an update at all. Two runs without updates have equal weights even if resuming
+    is broken."""
     return any(row["grad_norm"] + row.get("relift_grad_norm", 0) for row in rows(folder / "metrics.jsonl"))
 
 

@@ -91,7 +91,8 @@ def test_the_rate_of_adapters_is_a_multiple(tokenizer):
 
 
 def test_a_run_with_adapters_goes_on_to_the_bit(tokenizer, tmp_path):
-    """Two steps, a checkpoint and two more steps of a fresh run give the same weights as four steps of one run."""
+    """Two steps, and two more steps of a new run that loads their checkpoint, give the same weights as four steps of
+    one run."""
 
     def started(rank=3):
         run = make_run(tokenizer, lora_rank=rank, lr=1e-4)

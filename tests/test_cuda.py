@@ -151,7 +151,8 @@ def litter() -> None:
 @pytest.mark.parametrize("name", MODELS)
 def test_compute_in_bf16_is_as_exact_as_that_of_a_plain_model(folder, one_gpu, name):
     """Log-probs, entropies and the gradient of a padded batch are compared with float64; the weights are sharded
-    fp32. Compute in fp32 is 2^9 times as exact as in bf16; with TF32 it would be only 2^3 times as exact."""
+    fp32. The errors of fp32 compute must be 2^9 times smaller than those of bf16 compute; with TF32 they would be
+    only 2^3 times smaller."""
     rows = some_rows()
     responses = [[*row.prefix_ids, 7, 50, 11, 99 - i, 2] for i, row in enumerate(rows)]
     model, _ = load_trained(str(folder / name), one_gpu)
@@ -190,7 +191,7 @@ def test_compute_in_bf16_is_as_exact_as_that_of_a_plain_model(folder, one_gpu, n
     assert off["single"] < off["ours"] / 2**9, off
 
 
-@pytest.mark.parametrize("head_width", [32, 64, 128])  # CUDA's attention kernel depends on a head's width
+@pytest.mark.parametrize("head_width", [32, 64, 128])  # CUDA chooses the attention kernel by the width of a head
 def test_the_gradient_of_a_batch_that_is_mostly_padding_is_finite(tokenizer, one_gpu, tmp_path, head_width):
     """Twenty bf16 batches of eight rows have 1 to 250 prompt tokens and 1 to 250 response tokens per row. (In the
     runs on GSM8K, three updates in a hundred had no finite gradient: results/smollm2.)"""
@@ -345,8 +346,7 @@ def test_log_probs_as_drawn_are_those_of_the_training_pass(folder, one_gpu, toke
 
     @torch.no_grad()
     def both(model: PreTrainedModel) -> tuple[Rollouts, Tensor, Tensor]:
-        """Returns rollouts and the log-probs of their sampled tokens, as sampling and as the training pass has
-        them."""
+        """Returns rollouts, and two log-probs of each sampled token: from sampling and from the training pass."""
         drawn = generate(model, TOKENIZER, rows, 24, 0.7, decode=decode.decode_rows)
         assert all(len(row.log_probs) == len(row.response) - len(row.prefix_ids) for row in drawn)
         rollouts = pack(drawn, pad_id=0)

@@ -224,7 +224,7 @@ def results(tmp_path_factory):
 def assert_same(method: str, one: dict, two: dict) -> None:
     """Checks that the steps of `two` have the metrics (except times) and samples of the last steps of `one`. Weights
     may differ by the rounding errors of all gradients."""
-    # a step has 16 rows of at most 40 tokens, and its metrics are sums of numbers near 1
+    # `close` bounds the rounding error of metrics, which are sums of numbers near 1 over 16 rows of at most 40 tokens
     close, norm = rounding(small_llama(), columns=16 * 40), 0.0
     for (metrics, shown), (metrics_two, shown_two) in zip(one["log"][-len(two["log"]) :], two["log"], strict=True):
         for name, value in metrics.items():
@@ -233,7 +233,8 @@ def assert_same(method: str, one: dict, two: dict) -> None:
                 assert same is True or metrics_two[name] == same, name
         assert shown == shown_two
     for metrics, _ in one["log"]:
-        norm += 2 * metrics["grad_norm"] + metrics.get("relift_grad_norm", 0.0)  # each step has two updates
+        # grad_norm is the mean of a step's two updates
+        norm += 2 * metrics["grad_norm"] + metrics.get("relift_grad_norm", 0.0)
     # `step` is the most that an update moves a weight per unit of gradient
     step = 1e-3 / ADAM_EPS if method in RESUMED else 0.1
     for name, weight in one["weights"].items():
@@ -268,7 +269,7 @@ def test_a_gradient_is_scaled_down_by_its_norm_over_all_ranks(results, max_norm)
     weights = dict(AutoModelForCausalLM.from_pretrained(folder / "model").named_parameters())
     norm = math.sqrt(sum(float(weight.detach().double().square().sum()) for weight in weights.values()))
     actual = two["scaled down"][max_norm]
-    close = sum(weight.numel() for weight in weights.values()) * 2**-24  # each square in the norm is rounded once
+    close = sum(weight.numel() for weight in weights.values()) * 2**-24  # one rounding per square in the norm
     assert actual["norm"] == pytest.approx(norm, rel=close)
     for name, weight in weights.items():
         wanted = weight.detach() * min(1.0, (max_norm or norm) / norm)
@@ -347,7 +348,7 @@ def test_gradients_of_micro_batches_add_up_in_host_memory(results, alone, monkey
     passes, forward = [], steps.forward
     monkeypatch.setattr(steps, "forward", lambda *words: passes.append(words[2]) or forward(*words))
     assert_same(method, one[method], some_steps(folder, method))
-    # some update has several micro-batches
+    # checks that some update has several micro-batches
     assert isinstance(loaded(folder, method)[0], FSDPModule) and len(passes) > 4
 
 

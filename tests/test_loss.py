@@ -48,7 +48,8 @@ def test_advantages_equal_the_hand_computation(baseline):
 
 
 def test_advantages_of_the_drawing():
-    """Of 7 on-policy rows 2 are right, and the hybrid row is right."""
+    """In a group as drawn in loss.py, 2 of the 7 on-policy rows and the hybrid row are right. The expected advantages
+    are computed by hand."""
     rewards = torch.tensor([1.0, 1, 0, 0, 0, 0, 0, 1])
     group, hybrid = torch.zeros(8, dtype=torch.long), torch.arange(8) == 7
     own, prefix = advantages(rewards, group, hybrid)
@@ -60,7 +61,8 @@ def test_advantages_of_the_drawing():
 
 
 def test_equal_rewards_give_no_signal():
-    """All advantages are 0, but with the baseline `on_policy` a hybrid continuation keeps its reward r_h."""
+    """If all rewards of a group are equal, all advantages are 0, but with the baseline `on_policy` a hybrid
+    continuation keeps its reward r_h."""
     group, hybrid = torch.zeros(4, dtype=torch.long), torch.tensor([False, False, False, True])
     for reward in (0.0, 1.0):
         own, prefix = advantages(torch.full((4,), reward), group, hybrid)
@@ -115,7 +117,7 @@ def test_entropy_clip_keeps_the_highest(keep, n):
     mask[torch.randperm(200, generator=generator)[:n]] = True
     mask, entropy = mask.view(20, 10), torch.rand(20, 10, generator=generator)
     kept = entropy_clip(mask, entropy, keep)
-    # the count is computed in whole percent, because 1 - keep is not exact in floats
+    # the expected number of kept tokens is computed in whole percent, because 1 - keep is not exact in floats
     count = n - math.floor(n * (100 - round(100 * keep)) / 100)
     assert kept.sum() == count and not (kept & ~mask).any()
     if 0 < count < n:
@@ -182,7 +184,8 @@ def test_ppo_weight_is_the_gradient_of_the_surrogate(moved):
 
 @pytest.mark.parametrize("advantage", [1.0, -1.0])
 def test_the_clip_keeps_its_own_bound(advantage):
-    """With clips of 0 the ratio 1 is on both bounds and keeps its weight. No gradient flows through the weight."""
+    """If PPO's clip range is 0, a token with the ratio 1 is on both bounds of the range and keeps its weight. No
+    gradient flows through the weight."""
     log_probs = torch.zeros(1, 1, requires_grad=True)
     weight = ppo_weight(log_probs, torch.zeros(1, 1), torch.tensor([[advantage]]), 0.0, 0.0)
     assert weight.item() == advantage and not weight.requires_grad

@@ -98,7 +98,8 @@ def test_every_weight_is_that_of_a_training_step(content, shown):
 
 def test_the_clip_ranks_as_the_loss_does(content, shown):
     page, generator = shown(content), torch.Generator().manual_seed(0)
-    for n in (0, 1, 7, 37):  # with n = 7, 10 tokens are ranked, and (1 - 0.9) * 10 is below 1 in floats
+    # with n = 7, 10 tokens are ranked, and 1 is dropped at keep = 0.9, although (1 - 0.9) * 10 is below 1 in floats
+    for n in (0, 1, 7, 37):
         entropy = (torch.rand(3, 60, generator=generator) * 8).round() / 8  # entropies rounded to eighths have ties
         mask = torch.zeros(3, 60, dtype=torch.bool)
         mask[2, :n] = mask[0, : n // 2] = True

@@ -226,7 +226,7 @@ def test_a_demonstration_whose_answer_the_tokenizer_loses_is_named(tokenizer):
         ValueError, match=r"demonstration of 'p': the tokenizer loses '2}' \(character 13; it gives back '}'"
     ):
         encode_problems(Forgetful(), [problem], 50, [2])
-    Forgetful.lost = "1+1=", ""  # without "1+1=" the answer is still right
+    Forgetful.lost = "1+1=", ""  # a demonstration that loses only "1+1=" still has the right answer
     (encoded,), left_out, _ = encode_problems(Forgetful(), [problem], 50, [2])
     assert encoded.demonstrations and not left_out
 

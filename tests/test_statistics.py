@@ -48,7 +48,7 @@ def test_the_ends_of_an_interval_by_hand():
     middle, low, high = paired_difference([0, 0, 0], [0, 0, 1])
     assert (middle, low, high) == pytest.approx((1 / 3, -1.96 / 6**0.5, 1))
     # The differences 0.1 and -0.3 have the typical size (0.1² + 0.3²) / (0.1 + 0.3) = 0.25. Divided by the scores'
-    # range of 0.4, this typical size gives the added difference of 0.625.
+    # range of 0.4, this typical size gives 0.625, the difference of the problem that the interval adds.
     middle, low, high = paired_difference([0.2, 0.6], [0.3, 0.3])
     ends = [(np.mean(d), (np.var(d, ddof=1) / 3) ** 0.5) for d in ([0.1, -0.3, -0.625], [0.1, -0.3, 0.625])]
     assert (low, high) == pytest.approx((ends[0][0] - 1.96 * ends[0][1], ends[1][0] + 1.96 * ends[1][1]))
@@ -56,7 +56,8 @@ def test_the_ends_of_an_interval_by_hand():
 
 @pytest.mark.parametrize("n", [30, 83, 300])
 def test_the_interval_of_one_sample_a_problem_holds_the_truth_in_94_percent(n):
-    """The coverage is exact: it is summed over all counts of right answers, with their binomial probabilities."""
+    """The probability that the interval holds the true accuracy is computed exactly, as a sum over all counts of
+    right answers with their binomial probabilities."""
     result = [interval([1.0] * right + [0.0] * (n - right)) for right in range(n + 1)]
     for p in np.arange(0.01, 0.995, 0.005):
         chances = [math.comb(n, c) * p**c * (1 - p) ** (n - c) for c in range(n + 1)]
@@ -65,8 +66,9 @@ def test_the_interval_of_one_sample_a_problem_holds_the_truth_in_94_percent(n):
 
 @pytest.mark.parametrize("better", [0.5, 0.8, 1.0])
 def test_the_interval_of_a_difference_holds_the_truth_in_94_percent(better):
-    """The coverage is exact. Two models have one sample of each of 30 problems. On a share of the problems the models
-    differ, and on `better` of these the second model is better."""
+    """The probability that the interval holds the true difference is computed exactly. Two models have one sample of
+    each of 30 problems. On a share of the problems the models differ, and on `better` of these the second model is
+    better."""
     n, result = 30, {}
     for up, down in itertools.product(range(n + 1), repeat=2):
         if up + down <= n:
@@ -86,8 +88,8 @@ def test_the_interval_of_a_difference_holds_the_truth_in_94_percent(better):
     [([30], 8, 0.3), ([100], 32, 2), ([100], 4, 10), ([30] * 9, 1, 1), ([30, 30, 83, 500], 1, 1)],
 )
 def test_intervals_hold_the_truth_in_simulated_benchmarks(sizes, samples, likeness):
-    """A longer simulation (evaluation/statistics.py) finds a coverage of at least 94.3%. The bound 0.92 leaves room
-    for the chance error of 300 draws."""
+    """A longer simulation (evaluation/statistics.py) finds that intervals hold the true accuracy in at least 94.3% of
+    the draws. The bound 0.92 in this test leaves room for the chance error of 300 draws."""
     generator = np.random.default_rng(0)
     for accuracy in (0.01, 0.1, 0.5, 0.98):
         hits = 0

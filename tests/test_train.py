@@ -358,7 +358,7 @@ def test_every_kind_of_method_runs(task, tmp_path, monkeypatch, capsys, method):
     assert len(rows) == ("sft" in METHODS[method].stages) + 2 * ("rl" in METHODS[method].stages)
     base, final = load_model("data/base")[0].state_dict(), weights(tmp_path / "run")
     learned = any(not torch.equal(base[name], final[name]) for name in base)
-    # behind a long prefix all rows of dr-po are right, so the run may learn nothing
+    # all rows of dr-po begin with one long prefix; if all rows are right, the run learns nothing
     assert learned or all(row["equal_reward_groups"] == 1 for row in rows)
 
 

@@ -9,9 +9,10 @@ The order of this file: `evaluate` (all that train.py needs), the checks, sampli
 command line. An evaluation's folder gets settings.json and generations.jsonl with a line per response
 (evaluation/folder.py), then results.json, results.md (evaluation/report.py) and passk.png. A response that is cut off
 by the budget is wrong, as in training. The metric `unread` is the share of responses that are not cut off but have no
-readable boxed answer. Random draws are a pure function of (seed, problem, sample), so a stopped evaluation continues
-to the files of an uninterrupted one. Several ranks write the same files as one process, up to rounding (because other
-rows share a batch). Left out are top-p below 1, majority voting, tools, and models too large for one GPU.
+readable boxed answer. Random draws are a pure function of (seed, problem, sample), so an evaluation that is stopped
+and continued writes the files of an uninterrupted one. Several ranks write the same files as one process; only
+rounding may differ, because other rows share a batch. Left out are top-p below 1, majority voting, tools, and models
+too large for one GPU.
 """
 
 import argparse
@@ -142,8 +143,8 @@ def rows_that_fit(model: PreTrainedModel, columns: int) -> int:
     if model.device.type == "cuda":
         free, _ = torch.cuda.mem_get_info(model.device)
         try:
-            # repeated, because HF's attention, which reads sliding-window caches, copies keys and values for all
-            # heads
+            # `repeated` is True, because layers with sliding windows use HF's attention, which copies keys and values
+            # for all heads
             row = row_bytes(model.config, whole_blocks(columns), repeated=True)
         except Exception as error:  # the config of an unusual model can raise any error
             raise InputError(f"the memory that a row takes is not known ({error}): give --rows_per_call") from error

@@ -123,7 +123,7 @@ def entropy_clip(
     sampling policy. So the kept tokens cannot depend on how the mini-batch is cut into micro-batches. (The release
     ranks the updating policy's entropy in each micro-batch, so the kept tokens change with the micro-batches. The
     release's "bottom 20%" also gives weight 0 to every token that the policy wrote. The release's "random" drops only
-    n/100 of n prefix tokens, and none at a ratio of 0.8. This function follows the paper's text.)
+    n/100 of n prefix tokens, and none if its ratio is 0.8. This function follows the paper's text.)
     """
     flat = prefix_mask.flatten()
     index = flat.nonzero().squeeze(1)
@@ -209,8 +209,8 @@ class Tokens:
     clip_low: float
     clip_high: float
     coefficient: float  # the constant c in a method's formula: the method's own, or the setting --coefficient
-    policy_tokens: int  # T_own: number of the policy's own response tokens in the mini-batch
-    demonstration_tokens: int  # T_d: number of demonstration tokens in the mini-batch
+    policy_tokens: int  # T_own, the number of the policy's own response tokens in the mini-batch
+    demonstration_tokens: int  # T_d, the number of demonstration tokens in the mini-batch
     normalizer: float  # Z
     max_response_tokens: int  # L
     # [B, R] log-probs of the tokens if a demonstration stands in the prompt; NaN for problems without one [for SDFT]

@@ -4,17 +4,18 @@ are in loss.py.
 A new method is one entry of METHODS, and one weight function more if no function here or in loss.py has its formula.
 
 The order of this file: the weight functions, each with its source; `Method` and METHODS; then the parts that only
-some methods use: `coefficient_at` (CHORD's mu falls), `second_chance` (HPT, rescue), `hint` and `hinted_log_probs`
-(SDFT), `Collector` and `collect` (ReLIFT), and the learning rate of the supervised stage.
+some methods use: `coefficient_at` (for CHORD, whose coefficient falls), `second_chance` (HPT and rescue replace or
+resample groups without a right row), `hint` and `hinted_log_probs` (SDFT's teacher sees a demonstration), `Collector`
+and `collect` (ReLIFT keeps a buffer of unsolved problems), and the learning rate of the supervised stage.
 
 In the formulas p = pi(y) is a token's probability, r = p / pi_old(y) is PPO's ratio, and A is the advantage. T_own
 and T_d are the numbers of policy and of demonstration tokens in the mini-batch. The first line of a weight function's
 docstring is its formula. A coefficient c mixes an RL term and a demonstration term, and its value depends on the
 denominators of the two terms. In this project all tokens are summed and divided by Z. If a source takes the token
 mean of both terms, T_own / T_d turns its c into a weight of our sum. If a source adds a token mean to a sum over Z, Z
-/ T_d turns its c into a weight of our sum. Left out are RL-PLUS (LUFFY's rows, another shaping), AMPO, Scaf-GRPO,
-Guide (hints in the prompt, several teachers), QuestA (`rescue` with a constant share), and distillation from a larger
-teacher. configs/README.md says what would be needed to add such methods.
+/ T_d turns its c into a weight of our sum. Left out are RL-PLUS (LUFFY's rows, another shaping), methods with hints
+in the prompt or several teachers (AMPO, Scaf-GRPO, Guide), QuestA (`rescue` with a constant share), and distillation
+from a larger teacher. configs/README.md says what the code lacks for further methods.
 """
 
 import dataclasses
@@ -28,7 +29,8 @@ from torch import Tensor
 
 from loss import Tokens, clipped
 
-# rescue tries prefixes of these shares of a demonstration, in this order [GHPO counts characters, we count tokens]
+# The method rescue tries prefixes of these shares of a demonstration, in this order. [GHPO counts a share in
+# characters, this project in tokens.]
 RESCUE_SHARES = (0.25, 0.5, 0.75)
 # A coefficient with a `coefficient_end` falls over this share of the run. [CHORD's mu falls from 0.6 to 0 over 20 of
 # 100 steps in Trinity-RFT's mix_chord_toolace.yaml, and from 0.9 to 0.05 over 200 steps of a longer run in
@@ -57,7 +59,7 @@ def zero(t: Tokens) -> Tensor:
 def constant(t: Tokens) -> Tensor:
     """c
 
-    Every demonstration token has the same weight. [paper Table 8]
+    Every demonstration token has the same weight. [Source: paper Table 8]
     """
     return torch.full_like(t.log_probs, t.coefficient)
 
@@ -67,11 +69,11 @@ def token_mean(t: Tokens) -> Tensor:
 
     The demonstration term is c times the token mean of -log p, added to an RL sum over Z. In a batch that holds only
     demonstrations Z = T_d and c = 1, so w = 1: this is plain SFT. In RFT + SFT loss [LUFFY, train_rl_sft_loss.sh] the
-    RL term of each micro-batch is a sum over tokens / L, not divided by the number of rows. LUFFY's SFT term is the
-    token mean of each micro-batch, with coefficient 1. With the denominators of this project LUFFY's coefficient is c
-    = K/B, where K is the number of micro-batches in a step that hold a demonstration, and B = 512 rows. K/B is at
-    most 0.125, and about 0.07 at 8 GPUs x 32768 tokens; this project uses c = 0.1. Where few groups have a
-    demonstration, as in the embedded task, K/B would be smaller, so tune c.
+    RL term of each micro-batch is the sum over its tokens, divided by L = max_response_tokens and not by the number
+    of rows. LUFFY's SFT term is the token mean of each micro-batch, with coefficient 1. With the denominators of this
+    project LUFFY's coefficient is c = K/B, where K is the number of micro-batches in a step that hold a
+    demonstration, and B = 512 rows. K/B is at most 0.125, and about 0.07 at 8 GPUs x 32768 tokens; this project uses
+    c = 0.1. Where few groups have a demonstration, as in the embedded task, K/B would be smaller, so tune c.
     """
     return torch.full_like(t.log_probs, t.coefficient * t.normalizer / max(1, t.demonstration_tokens))
 
@@ -79,11 +81,11 @@ def token_mean(t: Tokens) -> Tensor:
 def matched_means(t: Tokens) -> Tensor:
     """c·T_own/T_d
 
-    UFT and CHORD take the token mean of each term and multiply the mean of the demonstration term by c. [UFT; CHORD's
-    mu] The weight of this function is exactly that of UFT's code. UFT's KL and entropy terms (0.001 each) and its
-    cuts of prefixes at sentences are left out. Unlike in UFT, the prefix counts in the response budget, and a prefix
-    never has the last token of a demonstration. UFT's script has 4 rollouts of 256 problems and 4 updates per step;
-    in this project these numbers are settings.
+    UFT and CHORD take the token mean of each term and multiply the mean of the demonstration term by c. [Sources:
+    UFT; CHORD's mu] The weight of this function is exactly that of UFT's code. UFT's KL and entropy terms (0.001
+    each) and its cuts of prefixes at sentences are left out. Unlike in UFT, the prefix counts in the response budget,
+    and a prefix never has the last token of a demonstration. UFT's script has 4 rollouts of 256 problems and 4
+    updates per step; in this project these numbers are settings.
     """
     return torch.full_like(t.log_probs, t.coefficient * t.policy_tokens / max(1, t.demonstration_tokens))
 
@@ -91,8 +93,8 @@ def matched_means(t: Tokens) -> Tensor:
 def probability_mean(t: Tokens) -> Tensor:
     """p·Z/T_d
 
-    This is SFT in which each token is weighted by its own probability. As in DFT, the sum is divided by T_d. [DFT Eq.
-    9; trl's dft_loss]
+    This is SFT in which each token is weighted by its own probability. As in DFT, the sum is divided by T_d.
+    [Sources: DFT Eq. 9; trl's dft_loss]
     """
     return t.log_probs.exp() * t.normalizer / max(1, t.demonstration_tokens)
 
@@ -100,7 +102,7 @@ def probability_mean(t: Tokens) -> Tensor:
 def shaped(t: Tokens) -> Tensor:
     """A·cp/(p + c)²
 
-    This is the gradient of A f(p), where f(p) = p / (p + c) and c is LUFFY's gamma. [LUFFY Eq. 7] As in LUFFY,
+    This is the gradient of A f(p), where f(p) = p / (p + c) and c is LUFFY's gamma [LUFFY Eq. 7]. As in LUFFY,
     demonstration tokens are in the same sum as the policy's own tokens.
     """
     p = t.log_probs.exp()
@@ -112,8 +114,8 @@ def shaped(t: Tokens) -> Tensor:
 def remaining_clipped(t: Tokens) -> Tensor:
     """(1 − c)·I·A·r
 
-    This is the weight of CHORD's policy tokens, where c is CHORD's mu. [2508.11408 Eq. 5; Trinity-RFT also has a dual
-    clip at 3]
+    This is the weight of CHORD's policy tokens, where c is CHORD's mu. [Source: 2508.11408 Eq. 5. CHORD's code in
+    Trinity-RFT also has a dual clip at 3.]
     """
     return (1 - t.coefficient) * clipped(t)
 
@@ -122,7 +124,7 @@ def uncertain_means(t: Tokens) -> Tensor:
     """c·p(1 − p)·T_own/T_d
 
     CHORD's phi = p(1 − p) gives most weight to demonstration tokens with p near 1/2. CHORD takes the token mean of
-    the RL term and of the demonstration term. [2508.11408 Eq. 7]
+    the RL term and of the demonstration term. [Source: 2508.11408 Eq. 7]
     """
     p = t.log_probs.exp()
     return p * (1 - p) * matched_means(t)
@@ -131,12 +133,12 @@ def uncertain_means(t: Tokens) -> Tensor:
 def row_mean(t: Tokens) -> Tensor:
     """c·L/len(y*)
 
-    Each demonstration that replaces an unsolved group contributes the token mean of its row. [HPT] In HPT's code the
-    RL term is a sum / L, and the SFT term is c times the token mean of each micro-batch. The weight of this function
-    equals HPT's if a demonstration is alone in its micro-batch; otherwise HPT's weight is smaller. The SFT term grows
-    with the number of replaced groups. HPT cuts the rows that are left after the replacement into mini-batches of 512
-    rows. So HPT makes one update if more than 73 of 128 problems are unsolved, else a second update with the rows
-    beyond 512. In this project each update has half of the problems.
+    Each demonstration that replaces an unsolved group contributes the token mean of its row. [Source: HPT] In HPT's
+    code the RL term is the sum over tokens / L, and the SFT term is c times the token mean of each micro-batch. The
+    weight of this function equals HPT's if a demonstration is alone in its micro-batch; otherwise HPT's weight is
+    smaller. The SFT term grows with the number of replaced groups. HPT cuts the rows that are left after the
+    replacement into mini-batches of 512 rows. So HPT makes one update if more than 73 of 128 problems are unsolved,
+    else a second update with the rows beyond 512. In this project each update has half of the problems.
     """
     lengths = t.prefix_mask.sum(1, keepdim=True).clamp(min=1).to(t.log_probs)
     return (t.coefficient * t.max_response_tokens / lengths).expand_as(t.log_probs)
@@ -174,8 +176,8 @@ def trust(t: Tokens) -> Tensor:
     weight. As in TRAPO, prefix tokens are in the same sum as the policy's own tokens. This project takes from TRAPO
     only this weight and the baseline over all 8 rows. In TRAPO a group gets prefixes of 25, 50 and 100% of a
     demonstration, one after the other, as long as its rows fail, and the loss has an entropy bonus of 0.001. In this
-    project a group has one hybrid row, and its prefix has the length that Prefix-RFT draws. [2512.17636; Su-my/TRAPO,
-    "clip_low"]
+    project a group has one hybrid row, and its prefix has the length that Prefix-RFT draws. [Sources: 2512.17636;
+    Su-my/TRAPO, "clip_low"]
     """
     return (10 * t.log_probs.exp()).clamp(max=1.0)
 
@@ -189,7 +191,7 @@ def toward_hinted(t: Tokens) -> Tensor:
     SDFT's code sums the divergence over the vocabulary; this project estimates the divergence from the sampled token.
     SDFT's loss is the mean over rows of each row's token mean, without its first 3 tokens. In this project the loss
     is a sum over Z, so a row y weighs len(y)/L times as much as in SDFT. The README of SDFT's repository (April 2026)
-    says that the paper's results used the forward KL, the default of its code. [2601.19897;
+    says that the paper's results used the forward KL, the default of its code. [Sources: 2601.19897;
     idanshen/Self-Distillation, distil_trainer.py `_compute_loss`, as a fork has it]
     """
     gain = t.hinted_log_probs - t.log_probs
@@ -205,14 +207,14 @@ class Method:
 
     source: str  # the paper
     rows: str = "on_policy"  # rows of a group: on_policy | hybrid | demonstration | shared_prefix (sample.plan_group)
-    policy_weight: Callable[[Tokens], Tensor] = clipped  # gives the weights of the policy's own tokens
-    demonstration_weight: Callable[[Tokens], Tensor] = zero  # gives the weights of demonstration tokens
+    policy_weight: Callable[[Tokens], Tensor] = clipped  # function that gives weights to the policy's own tokens
+    demonstration_weight: Callable[[Tokens], Tensor] = zero  # function that gives weights to demonstration tokens
     entropy_clip: str = ""  # which tokens the entropy clip keeps: those of high | low | random entropy; "" for all
     coefficient: float | None = None  # c in the weights' formulas; the setting `coefficient` overrides it
     coefficient_end: float | None = None  # c falls to this value along half a cosine over the share FALL of the run
     schedule: str = "cosine"  # the schedule of the prefix fraction (sample.SCHEDULES)
-    baseline: str | None = None  # the method's own baseline; None: the setting `baseline`
-    scale_by_std: bool | None = None  # the method's own value; None: the setting `scale_by_std`
+    baseline: str | None = None  # the method's own baseline; None: as in the setting `baseline`
+    scale_by_std: bool | None = None  # the method's own choice; None: as in the setting `scale_by_std`
     stages: tuple[str, ...] = ("rl",)  # stages of a run; "sft": updates on demonstrations, "rl": graded rollouts
     # what happens to a group without a right row: replace (by a demonstration) | rescue (sample it again behind a
     # prefix) | collect (train on a demonstration later)
@@ -308,12 +310,12 @@ def second_chance(
     method: Method, rows: list[Any], gate: int, demonstrated: Sequence[bool], sample: Callable[..., list[Any]]
 ) -> tuple[list[Any], int]:
     """Replaces or samples again, before any update, unsolved groups whose problem has a demonstration (`demonstrated`
-    says which have). Returns all rows of the step, and how many tokens this function sampled.
+    says which problems have one). Returns all rows of the step, and how many tokens this function sampled.
 
-    replace   one whole demonstration in the group's place [HPT]
-    rescue    all rows again behind the same first 25%, then 50%, then 75% of a demonstration, until one is right
-              [GHPO, BREAD; GHPO puts the hint into the prompt, adds 0.5 to the reward for the format, divides
-              advantages by the deviation, takes a token mean and a cosine rate with warm-up: none of it here]
+    - replace: one whole demonstration takes the group's place. [HPT]
+    - rescue: all rows are sampled again behind the same first 25%, then 50%, then 75% of a demonstration, until one
+      row is right. [GHPO, BREAD. GHPO also puts the hint into the prompt, adds 0.5 to the reward for the format,
+      divides advantages by the deviation, takes a token mean and a cosine rate with warm-up; this project does not.]
 
     `sample(groups, rows=…, rollouts=…, …)` is step.sample_groups, which returns graded rows of `groups`.
     """
@@ -336,8 +338,8 @@ def second_chance(
 
 def hint(problem: Any, step: int) -> list[int]:
     """Returns the ids of a prompt that shows a demonstration: the problem (data.loader.Encoded), a demonstration as
-    its answer, and the problem again. Several demonstrations of a problem take turns. [SDFT puts problem and
-    demonstration into one user message, which asks for a response of the model's own.]"""
+    its answer, and the problem again. If a problem has several demonstrations, the steps use them in turn. [SDFT puts
+    problem and demonstration into one user message, which asks for a response of the model's own.]"""
     demonstration = problem.demonstrations[step % len(problem.demonstrations)]
     return [*problem.prompt_ids, *demonstration, problem.end_id, *problem.prompt_ids]
 
@@ -370,7 +372,7 @@ class Collector:
     """What ReLIFT keeps between steps: unsolved problems that wait for an update on their demonstrations, newest
     first, and the optimizer of that update."""
 
-    waiting: list[int]  # the buffer: indices of training problems
+    waiting: list[int]  # indices of the training problems in the buffer
     optimizer: torch.optim.Optimizer
 
 

@@ -191,8 +191,8 @@ def token_stats(
 def response_stats(
     model: PreTrainedModel, input_ids: Tensor, attention_mask: Tensor, response_length: int, temperature: float
 ) -> tuple[Tensor, Tensor]:
-    """Returns the log-probs and entropies of token_stats. The model must have whole weights
-    (distributed.run_forward).
+    """Returns the log-probs and entropies of token_stats. The weights must be whole, not split over ranks
+    (distributed.run_forward gathers them).
 
     Every row is moved to the left, so that its padding is on the right. Padding on the right changes no token and no
     position, and a causal model needs no mask for it. Columns that no row uses are left out.
@@ -205,7 +205,7 @@ def response_stats(
     ids = input_ids.gather(1, source)
     response = (attention_mask.bool() & (column >= width - response_length)).gather(1, source)[:, 1:]
     hidden = last_hidden(model, input_ids=ids, attention_mask=torch.ones_like(ids), use_cache=False)
-    hidden, targets = hidden[:, :-1][response], ids[:, 1:][response]  # [n, H], [n]; state t predicts token t + 1
+    hidden, targets = hidden[:, :-1][response], ids[:, 1:][response]  # [n, H], [n]: state t predicts token t + 1
     log_probs, entropy = head_stats(model, hidden, targets, temperature)
     empty = torch.zeros(mask.shape, dtype=torch.float32, device=mask.device)
     return empty.masked_scatter(mask, log_probs), empty.masked_scatter(mask, entropy)
@@ -215,7 +215,7 @@ def last_hidden(model: PreTrainedModel, **arguments: Any) -> Tensor:
     """Returns the hidden states [B, T, H] that the model's head reads. Arguments that the model's forward does not
     know are left out: some models take no position_ids and compute them from the mask."""
     body = model.base_model
-    body = next(model.children()) if body is model else body  # base_model may return the model, not its body
+    body = next(model.children()) if body is model else body  # some models are their own base_model, head included
     known = signature(type(body).forward).parameters
     return body(**{name: value for name, value in arguments.items() if name in known}).last_hidden_state
 

@@ -19,7 +19,8 @@ The task is to carry out instructions in the order of their labels A, B, C (`r` 
 
 Read this file from top to bottom. loss.py, sample.py and step.py have the same method beside other methods,
 micro-batches, several GPUs and exact resume. tests/test_one_file.py shows that they give the same gradient as this
-file. In the shapes B is the number of rows, T the number of tokens of the longest row, and V that of the vocabulary.
+file. In the shapes B is the number of rows, T the number of tokens of the longest row, and V the size of the
+vocabulary.
 """
 
 import json
@@ -96,7 +97,7 @@ def new_group(problem: dict, progress: float, tokenizer) -> list[Row]:
 def respond(model, tokenizer, rows: list[Row], sampler: dict) -> None:
     """Write and grade the response of every row. For `generate` the prefix is simply the end of the prompt."""
     inputs = [torch.tensor(row.prompt + row.prefix) for row in rows]
-    left = {"batch_first": True, "padding_side": "left"}  # so all rows continue in the same column
+    left = {"batch_first": True, "padding_side": "left"}  # padded on the left, all rows continue in the same column
     output = model.generate(
         input_ids=pad_sequence(inputs, padding_value=tokenizer.pad_token_id, **left),
         attention_mask=pad_sequence([torch.ones_like(ids) for ids in inputs], **left),
@@ -117,10 +118,10 @@ def advantages(rewards: Tensor, hybrid: Tensor) -> tuple[Tensor, Tensor]:
 
     An on-policy row and a prefix start from the prompt, so their reward is compared with the mean of the on-policy
     rows. A continuation starts from the end of its prefix, where no other row starts. So the reward of a continuation
-    is compared with nothing and is the whole advantage. Advantages are not divided by a standard deviation, as in Dr.
-    GRPO.
+    is compared with nothing and is the whole advantage. As in Dr.GRPO, advantages are not divided by a standard
+    deviation.
     """
-    mean = (rewards * ~hybrid).sum(1, keepdim=True) / (~hybrid).sum(1, keepdim=True)  # mean on-policy reward
+    mean = (rewards * ~hybrid).sum(1, keepdim=True) / (~hybrid).sum(1, keepdim=True)  # mean reward of on-policy rows
     compared = rewards - mean
     return torch.where(hybrid, rewards, compared), compared
 
@@ -143,9 +144,9 @@ def new_batch(model, tokenizer, rows: list[Row]) -> dict[str, Tensor]:
     ids = [torch.tensor(row.prompt + row.response) for row in rows]
     ids = pad_sequence(ids, batch_first=True, padding_value=tokenizer.pad_token_id)  # [B, T]
     token = torch.arange(1, ids.shape[1])
-    begin = torch.tensor([[len(row.prompt)] for row in rows])  # [B, 1]: place of the first response token
-    own = begin + torch.tensor([[len(row.prefix)] for row in rows])  # place of the first token that the policy wrote
-    end = begin + torch.tensor([[len(row.response)] for row in rows])  # place of the first padding token
+    begin = torch.tensor([[len(row.prompt)] for row in rows])  # [B, 1]: index of each row's first response token
+    own = begin + torch.tensor([[len(row.prefix)] for row in rows])  # index of the first token that the policy wrote
+    end = begin + torch.tensor([[len(row.response)] for row in rows])  # index of the first padding token
     prefix_mask = (begin <= token) & (token < own)
     rewards = torch.tensor([row.reward for row in rows])
     own_advantage, prefix_advantage = advantages(rewards.view(-1, ROWS), (own > begin).view(-1, ROWS))

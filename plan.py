@@ -4,11 +4,12 @@
 
 Only the model's config is read. The configs of all models that configs/ names are in configs/models/, so no network
 is needed. The memory of an update is counted: the layers and the head run forward and backward on the meta device
-(shapes without data), and `update_bytes` adds up the tensors that are alive. Attention counts as a fused causal
+(shapes without data), and `update_bytes` adds up the tensors that are alive. Attention is counted as a fused causal
 kernel that keeps queries, keys, values and output. All other memory is computed by formulas. Tests compare the
-counted and the computed memory with measured peaks. Times are estimates from data sheets, scaled by the shares below.
-These shares of peak speed were fitted to one H200 with a model of Qwen2.5-1.5B's shape: decoding of 256 rows, and one
-whole step [bench/results/gpu.md]. Other GPUs, other models, several GPUs and transfers were not measured.
+counted and the computed memory with measured peaks. Times are estimates: the peak speeds of data sheets times shares
+that a run reaches, which are constants of this file. These shares were fitted to one H200 with a model of
+Qwen2.5-1.5B's shape: decoding of 256 rows, and one whole step [bench/results/gpu.md]. Other GPUs, other models,
+several GPUs and transfers were not measured.
 """
 
 import bisect
@@ -107,7 +108,7 @@ class FusedAttention(torch.autograd.Function):
 
 
 def fused_attention(module, query, key, value, mask, **_: Any) -> tuple[Tensor, None]:
-    if getattr(module, "sliding_window", None):  # such a layer's mask makes HF repeat keys and values
+    if getattr(module, "sliding_window", None):  # HF repeats keys and values for the mask of a sliding window
         groups = query.shape[1] // key.shape[1]
         key, value = (x.repeat_interleave(groups, dim=1) if groups > 1 else x for x in (key, value))
     return FusedAttention.apply(query, key, value).transpose(1, 2).contiguous(), None
@@ -292,7 +293,7 @@ def sampling_bytes(shape: Any, rows: int, columns: int, tokens: int = PREFILL_TO
 def rows_sampled_at_once(shape: Any, sampling: dict[str, float], free: float, columns: int) -> int:
     """Returns the largest number of rows that can be sampled in one call; 0 if not even the weights fit. `sampling`
     is the entry "sampling" of what `plan` returns."""
-    left = free - sum(list(sampling.values())[:-2])  # the last two parts grow with the number of rows
+    left = free - sum(list(sampling.values())[:-2])  # without the last two parts, which grow with the number of rows
     beside_block = (left - block_bytes(shape)) / (columns * cache_bytes(shape))
     return max(0, int(min(beside_block, left / row_bytes(shape, columns, repeated=not plain_caches(shape)))))
 
@@ -305,7 +306,7 @@ def rows_updated_at_once(
     The function tries out numbers of rows. A straight line through the memory of one and two rows would promise too
     many, because the peak of few rows is at another place of the pass.
     """
-    left = free - sum(list(update.values())[:-1])  # the last part grows with the number of rows
+    left = free - sum(list(update.values())[:-1])  # without the last part, which grows with the number of rows
     needed = functools.cache(functools.partial(pass_bytes, config, shape, prompt))
     line = 2 + int(max(0, left - needed(2)) / max(1, needed(2) - needed(1)))
     most = min(most, line)
@@ -325,7 +326,7 @@ def host_bytes(config: Config, n: Counts) -> dict[str, float]:
 
 
 def offload_seconds(config: Config, n: Counts, gpus: int, gpu: str, rows: int, mean: float, crossings: int) -> float:
-    """Returns the seconds that offloading adds to one update over `rows` of `mean` tokens.
+    """Returns the seconds that offloading adds to one update over `rows` rows of `mean` tokens each.
 
     `crossings` is how often a pass moves 4 bytes per parameter: weights to the GPU, or gradients back. The host adds
     up the gradients, and AdamW on the host reads four numbers per parameter and writes three.

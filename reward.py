@@ -38,7 +38,7 @@ def extract_boxed(text: str | None) -> str | None:
         return None
     best, depth = (-1, -1), 0
     boxes: list[tuple[int, int]] = []  # for each open box, where its content starts and its brace depth
-    bare: deque[int] = deque(maxlen=20)  # end positions of the last \boxed without a brace
+    bare: deque[int] = deque(maxlen=20)  # ends of the last 20 \boxed without a brace behind them
     for mark in _MARKS.finditer(text):
         if mark["in"]:
             depth += len(mark["in"])
@@ -70,7 +70,7 @@ def is_equivalent(prediction: str, gold: str) -> bool:
         return False
     try:
         return equal(read(prediction), read(gold))
-    except Exception:  # Unreadable, or a bug in answers/, which must not end a run (tests call answers/ directly)
+    except Exception:  # the error is Unreadable, or a bug in answers/, which must not end a run
         return False
 
 
@@ -81,7 +81,7 @@ def is_read(response: str | None) -> bool:
         return False
     try:
         read(boxed)
-    except Exception:  # Unreadable, or a bug in answers/, which must not end a run
+    except Exception:  # the error is Unreadable, or a bug in answers/, which must not end a run
         return False
     return True
 
@@ -125,7 +125,7 @@ class Reward:
 
     name: str  # "math", "exact" or "FILE.py:function"
     function: Callable[[str, Any], float]
-    check: Callable[[Any], None]  # called for each loaded problem; raises ValueError if it cannot be graded
+    check: Callable[[Any], None]  # called for each loaded problem; raises ValueError for one that cannot be graded
     is_read: Callable[[str], bool]  # whether a response states a readable answer, right or wrong
     fingerprint: str  # sha256 of the reward's source files
 
@@ -203,7 +203,7 @@ def load_reward(name: str = "math") -> Reward:
         raise RewardError(f"reward {name!r}: the file {str(path)!r} does not exist")
     spec = importlib.util.spec_from_file_location(f"reward {path.resolve()}", path)
     module = importlib.util.module_from_spec(spec)
-    sys.modules[spec.name] = module  # dataclasses in the file look up their module here
+    sys.modules[spec.name] = module  # a dataclass in the file looks up its module in sys.modules
     try:
         with same_folder():
             spec.loader.exec_module(module)

@@ -34,7 +34,7 @@ PREFIX_LOW, PREFIX_HIGH = 0.05, 0.95  # smallest and largest prefix fraction [pa
 
 def seed_of(*key: object) -> int:
     """Returns a 128-bit seed that depends on `key` only. (Unlike hash(), the seed is equal on all machines.)"""
-    plain = tuple(part.item() if isinstance(part, np.generic) else part for part in key)  # np.int64(3) is taken as 3
+    plain = tuple(part.item() if isinstance(part, np.generic) else part for part in key)  # np.int64(3) counts as 3
     return int.from_bytes(hashlib.blake2b(repr(plain).encode(), digest_size=16).digest(), "big")
 
 
@@ -55,7 +55,7 @@ def cosine(progress: float) -> tuple[float, float]:
     return PREFIX_LOW + (PREFIX_HIGH - PREFIX_LOW) * (1 + math.cos(math.pi * progress)) / 2, PREFIX_HIGH
 
 
-SCHEDULES = {  # each maps the run's progress (0 to 1) to (low, high), the bounds of the prefix fraction
+SCHEDULES = {  # each schedule maps the run's progress (0 to 1) to (low, high), the bounds of the prefix fraction
     "cosine": cosine,
     "uniform": lambda progress: (PREFIX_LOW, PREFIX_HIGH),  # an ablation [paper Fig. 6]: fixed bounds of the fraction
     "constant": lambda progress: (0.5, 0.5),  # an ablation: always the mean fraction of "uniform"
@@ -83,7 +83,7 @@ def prefix_fraction(step: int, total_steps: int, schedule: str, generator: torch
 
 def prefix_length(fraction: float, demonstration_tokens: int, max_response_tokens: int) -> int:
     """Returns L = floor(l |y*|), at least 1 and at most min(|y*| - 1, max_response_tokens - 1). L is 0 if l is 0, or
-    if a token of the demonstration or of the budget would not be left for the policy."""
+    if the prefix would leave the policy no token to write."""
     if fraction <= 0:
         return 0
     longest = min(demonstration_tokens - 1, max_response_tokens - 1)
@@ -100,7 +100,7 @@ class Row:
     prefix_ids: list[int]  # tokens of the demonstration with which the response must begin
     fraction: float = 0.0  # len(prefix_ids) as a share of the demonstration
     response: Sequence[int] = ()  # ids of prefix and continuation, or of a whole demonstration
-    log_probs: Sequence[float] = ()  # of the continuation, recorded in sampling; only metrics read these log-probs
+    log_probs: Sequence[float] = ()  # of the continuation's tokens, recorded in sampling; only metrics read them
     truncated: bool = False  # True if the budget cut the response off before an end token
     text: str = ""
     reward: float = 0.0
@@ -147,8 +147,8 @@ def plan_group(
 class DrawTokenLogitsProcessor(LogitsProcessor):
     """Draws each token as CDF^-1(u) of softmax(scores / temperature). uniforms [B, R] has one u per row and position.
 
-    The drawn token gets score 0 and all others -inf, so that `generate` takes it by argmax. drawn [B, R] has the
-    probabilities drawn. `rows` are the indices of the rows still in the batch; a decoding loop may drop ended rows.
+    The drawn token gets score 0 and all others -inf, so `generate` takes it by argmax. drawn [B, R] has the drawn
+    tokens' probabilities. `rows` are the indices of the rows still in the batch; a decoding loop may drop ended rows.
     """
 
     def __init__(self, uniforms: Tensor, prompt_length: int, temperature: float):
@@ -229,14 +229,14 @@ def generate_call(
         attention_mask=mask.long().to(device),
         generation_config=GenerationConfig(
             max_new_tokens=max_response_tokens,
-            do_sample=False,  # DrawTokenLogitsProcessor draws, and generate only takes its argmax
+            do_sample=False,  # argmax takes the token that DrawTokenLogitsProcessor has drawn
             repetition_penalty=1.0,
             eos_token_id=config.eos_token_id,
             pad_token_id=config.pad_token_id,
         ),
         logits_processor=LogitsProcessorList([draw, force] if temperature > 0 else [force]),
         custom_generate=functools.partial(decoding_loop, decode=decode),
-        synced_gpus=False,  # because each rank samples without the others
+        synced_gpus=False,  # each rank samples on its own, without waiting for others
     )[:, ids.shape[1] :].tolist()
     ends, sampled = set(config.eos_token_id), []
     for row, tokens, drawn in zip(rows, output, draw.drawn.log().tolist()):
@@ -262,8 +262,9 @@ def generate(
     """Returns `rows` with responses: prefix, continuation and an end token (unless the budget cut the response off).
 
     Temperature 0 is greedy. `decode` replaces HF's decoding loop (fast.decode.decode_rows gives the same tokens).
-    `progress` names a tqdm bar. Rows of similar length share a call of HF's `generate`, which changes no token but by
-    rounding. Every rank must call this; rank r samples the groups g = r (mod ranks) and gets the other rows.
+    `progress` names a tqdm bar. Rows of similar length share a call of HF's `generate`; only rounding can change a
+    token. Every rank must call this function; rank r samples groups g = r (mod ranks) and gets the other groups'
+    rows.
     """
     mine = [i for i, row in enumerate(rows) if not row.response and row.group % world_size() == rank()]
     mine.sort(key=lambda i: (len(rows[i].prompt_ids), len(rows[i].prefix_ids)))

@@ -50,7 +50,7 @@ class Run:
     optimizer: torch.optim.Optimizer
     decode: Callable | None = None  # a decoding loop (fast.decode) that replaces HF's
     collector: Collector | None = None  # ReLIFT
-    skipped: int = 0  # number of updates, up to the newest, that were skipped in a row as not finite
+    skipped: int = 0  # length of the present series of updates that were skipped as not finite
 
 
 def problems_of_step(count: int, per_step: int, step: int, *key: object) -> list[int]:
@@ -77,7 +77,7 @@ def sample_groups(
 ) -> list[Row]:
     """Returns sampled and graded rows of `groups`. `picked` are the step's problems. `share` replaces the schedule's
     draw of the prefix fraction, `rollouts` replaces rollouts_per_prompt; plan_group explains `rows` and `attempt`. A
-    truncated response gets 0; the release grades it (configs/README.md has the consequences)."""
+    truncated response gets reward 0; the release grades it (consequences: configs/README.md)."""
     config = run.config
     rollouts = rollouts or config.rollouts_per_prompt
     schedule = partial(prefix_fraction, step, config.steps, run.method.schedule)
@@ -145,11 +145,10 @@ def old_stats(model: PreTrainedModel, rollouts: Rollouts, config: Config, rows: 
 
 
 def known_before(method: Method, config: Config, rollouts: Rollouts, response_advantage: Tensor) -> Tensor:
-    """Returns a mask [B] of rows whose old log-probs are taken before a step's first update: all if it has several.
-
-    If a step has one update, on one process, the forward pass of the update itself gives the old log-probs, because
-    pi has not changed yet. Then the mask has only rows with a prefix, which the entropy clip ranks before the update,
-    and rows with advantage 0, which the update leaves out.
+    """Returns a mask [B] of rows whose old log-probs are taken before a step's first update: all rows if there are
+    several updates. If a step has one update, on one process, the forward pass of the update itself gives the old
+    log-probs, because pi has not changed yet. Then the mask has only rows with a prefix, which the entropy clip ranks
+    before the update, and rows with advantage 0, which the update leaves out.
     """
     several = config.updates_per_step > 1 or world_size() > 1
     if several or (method.entropy_clip and method.rows == "on_policy"):
@@ -197,8 +196,8 @@ def demonstration_batch(run: Run, problems: Sequence[Encoded], step: int) -> Bat
 
 
 def mini_batch_tokens(run: Run, batch: Batch, rows: Tensor, normalizer: float, progress: float, key: tuple) -> Tokens:
-    """Returns all that the token weights of the mini-batch `rows` depend on. The numbers are those of the whole
-    mini-batch, so that micro-batches and ranks cannot change them. The tensors have all rows of the batch, but
+    """Returns all that the token weights of the mini-batch `rows` depend on. Numbers such as T_d are those of the
+    whole mini-batch, so that micro-batches and ranks cannot change them. The tensors have all rows of the batch, but
     weight_mask is False outside `rows`."""
     config, rollouts = run.config, batch.rollouts
     prefix_advantage, own_advantage = batch.prefix_advantage[:, None], batch.response_advantage[:, None]
@@ -249,7 +248,7 @@ def update(
     if not active.any():
         run.skipped = 0
         return {"loss": 0.0, "grad_norm": 0.0, "entropy": 0.0, "with_weight": 0, "skipped": 0}
-    totals = torch.zeros(3, dtype=torch.float64)  # sums of loss, entropy and tokens with a weight
+    totals = torch.zeros(3, dtype=torch.float64)  # sum of loss, sum of entropies, number of tokens with a weight
     for rows in micro_batches(batch.rollouts, active.nonzero().squeeze(1), run.config.micro_batch_tokens):
         log_probs, entropy = forward(run.model, batch.rollouts, rows, temperature)
         late = ~batch.old_known[rows]  # rows that have no old log-probs yet; pi has not changed, so r = 1
@@ -285,7 +284,7 @@ class Step:
     batch: Batch
     mini_batches: list[Tokens]
     updates: list[dict[str, Any]]  # what `update` returned for each mini-batch
-    seconds: tuple[float, float]  # seconds to make the batch, and of the updates
+    seconds: tuple[float, float]  # seconds for the batch, and for the updates
     picked: list[int]  # indices of the step's problems; [] in a supervised step
     collected: dict[str, Any]  # ReLIFT's metrics
 

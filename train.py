@@ -123,7 +123,7 @@ def prepare(config: Config) -> tuple[Run, Counts]:
     )
     use_one_thread_if_small(model)
     method = METHODS[config.method]
-    prefix_range(0, 1, method.schedule)  # raises ValueError for an unknown schedule
+    prefix_range(0, 1, method.schedule)  # called to raise ValueError for an unknown schedule
     run = Run(config, method, model, tokenizer, reward, data, new_optimizer(model, config), loop_of(model))
     if method.unsolved == "collect":
         run.collector = Collector([], new_optimizer(model, config))
@@ -141,7 +141,7 @@ def train(config: Config) -> int:
         warnings["demonstrations"] = f"{wrong} demonstrations are left out: their own reward says they are not right"
     ingredients = checkpoint.made_of(run, data_files(config))
     with checkpoint.opened(config, ingredients) as folder:
-        bf16 = pick_device(config.device).type == "cuda"  # distributed.shard computes in bf16 on CUDA
+        bf16 = pick_device(config.device).type == "cuda"  # as distributed.shard computes on CUDA
         watch = Watch(run.method, warnings, torch.bfloat16 if bf16 else torch.float32)
         start = restore(run, folder, watch)
         checkpoint.write_config(folder, config, ingredients)

@@ -4,8 +4,9 @@ because a policy learns to exploit false positives.
 
 Two decimals are compared as exact numbers: 0.3330 is 0.333. A decimal in the prediction and an exact gold answer are
 compared exactly too: 3.14 is not π, and 0.333 is not 1/3. A gold answer that is a decimal of at least three
-significant digits also accepts a fraction without a finite decimal that rounds to it: gold 0.333 accepts 1/3. An
-irrational number such as √2 is accepted if the decimal gold answer has at least four significant digits.
+significant digits also accepts a fraction that has no finite decimal and rounds to the gold answer: gold 0.333
+accepts 1/3. An irrational number such as √2 is accepted if the decimal gold answer has at least four significant
+digits.
 
 Some parts of an answer may be left out but never contradicted (5 cm is 5 and is not 5 m). The parts that may be left
 out are units, degrees, %, currency, the modulus, the base, the name in "x = 5", and a domain such as "for all real
@@ -71,7 +72,7 @@ def same(p: Node, g: Node) -> bool:
     kinds = {p[0], g[0]}
     # an equation such as x = 5 cm has its unit inside
     if "unit" in kinds and (kinds != {"unit", "rel"} or "rel" in (p[1][0], g[1][0])):
-        if p[:2] == ("unit", g) or g[:2] == ("unit", p):  # -1 (mod 7) equals -1, and it equals its residue 6
+        if p[:2] == ("unit", g) or g[:2] == ("unit", p):  # -1 (mod 7) equals -1 and the residue 6
             return True
         (p, unit_p), (g, unit_g) = _without_unit(p), _without_unit(g)
         return (unit_p == unit_g or None in (unit_p, unit_g)) and same(p, g)
@@ -115,7 +116,7 @@ def _same_collections(p: Node, g: Node) -> bool:
         return _same_ratio(p[1], g[1])
     if p[0] == "base" and p[2] == 10:
         return g == num(int(p[1]))
-    return g[0] == "base" and g[1].isdigit() and p == num(int(g[1]))  # a prediction may leave out the base
+    return g[0] == "base" and g[1].isdigit() and p == num(int(g[1]))  # the base of a number may be left out
 
 
 def _same_in_order(p: tuple[Node, ...], g: tuple[Node, ...]) -> bool:
@@ -317,12 +318,13 @@ def _rounds_to(value: Node, decimal: Node, digits: int) -> bool:
 
 
 def _same_values(p: Node, g: Node) -> bool:
-    """Returns whether two expressions have equal values at the random points where both are real. If both are real at
-    fewer than ENOUGH points, the values must be equal at all points.
+    """Returns whether two expressions have equal values at the random points where both values are real. If these are
+    fewer than ENOUGH points, the values must also be equal at the points where a value is complex.
 
-    With a root and several variables only points with positive coordinates count, because √(x²y) equals x√y for
-    positive x only, and such variables are mostly lengths or masses. With ⌊x⌋ or ⌈x⌉ the values are compared at whole
-    numbers too. If all variables are in WHOLE_NAMES, the values are compared at whole numbers only.
+    If the expressions have a root and several variables, only points with positive coordinates are used, because
+    √(x²y) equals x√y for positive x only, and such variables are mostly lengths or masses. Expressions with ⌊x⌋ or
+    ⌈x⌉ are compared at whole numbers too. If all variables are in WHOLE_NAMES, the values are compared at whole
+    numbers only.
     """
     variables = symbols(p) | symbols(g)
     positive = len(variables) > 1 and _roots_only((p, g)) == (True, False)

@@ -36,7 +36,7 @@ class Reader(Cursor):
         super().__init__(tokens)
         self.depth = 0
         self.bars = 0  # number of open bars |; the next bar closes the last one
-        self.bar_separates = False  # whether a bar | separates, as in {x | x > 0}
+        self.bar_separates = False  # whether a bar | begins a condition, as in {x | x > 0}
         self.degrees = False
         self.currency: str | None = None
         self.signs = 0  # number of ± signs read so far

@@ -1,8 +1,8 @@
 """This file turns sets of real numbers into intervals, so that different spellings can be compared: intervals,
 unions, inequalities in one variable, {x | ...}, x ≠ 2.
 
-Left out are sets in several variables, and inequalities other than linear ones and those with the absolute value of a
-linear term.
+Left out are sets in several variables. Of the inequalities, only linear ones and those with the absolute value of a
+linear term are read.
 """
 # ruff: isort: skip_file
 

@@ -45,7 +45,8 @@ _BRACE = re.compile(r"\\.|[{}]", re.DOTALL)
 _PLAIN_OPERATORS = {"==": "=", "->": "→", "=>": "→", "...": "…"}
 _RELATIONS = word_set("= < > <= >= != ∈ ∉ ≈ ≡ ~ ≅ ∝ → ⊥ ∥ ⊂ ⊆")
 NO_UNIT = STOP_WORDS.union(NUMBER_WORDS, SCALES, (f"{scale}s" for scale in SCALES))
-# a pattern of what follows a short word in prose, as in "he has 12"
+# The pattern finds a number or a word of two or three letters after a word. So "he has 12" is prose, not a product of
+# letters.
 _FOLLOWING = re.compile(r" (?:\d|([a-z]{2,3})(?![A-Za-z]))")
 _NO_PROSE = KNOWN | SHORT_UNITS | {"or", "and"}
 NO_NAME = NO_UNIT | {"square", "squared", "cube", "cubed", "root", "twice", "double", "triple"}
@@ -83,7 +84,7 @@ _REWRITTEN = [(re.compile(pattern), spelling) for pattern, spelling in (
     (r"\bd([a-zA-Z])/d([a-zA-Z])\b", r"\\frac{d\1}{d\2}"),
     (r"(?<=\d)\s*(k?m/(?:s|h|hr)(?:\^\{?2\}?)?)(?![A-Za-z])", r"\\text{ \1}"),
     (rf"\\[dt]?frac *\{{{_UNIT}\}} *\{{{_UNIT}(\^(?:\d|\{{\d\}}))?\}}", r"\\text{ \1/\2}\3"),
-    # the next three patterns: the base of a number, degrees written with the letter o, and degrees before C and F
+    # the next three patterns find the base of a number, degrees written with the letter o, and degrees before C and F
     (r"\s*(?:\\(?:text|mathrm|mbox)\s*\{)?[\s~]*\(?(?:in )?base[\s~]*\}?\s*\$?(\d{1,2})\$?\)?\s*\}?$", r"_{\1}"),
     (r"(?<=[\d)}])\s*\^\s*(?:\{?\s*\\(?:text|mathrm|mbox)\s*\{\s*o\s*\}\s*\}?|\{o\}|o\b)", r"^\\circ "),
     (r"(\d *(?:\\degree|\^ *\{? *\\circ *\}?)) *([CF])$", r"\1\\text{ \2}"),

@@ -76,7 +76,8 @@ def is_modulo(node: Node) -> bool:
 
 
 def residue(node: Node, modulus: Node) -> Node:
-    """Returns the residue of a number: 7 (mod 5) gives 2. In a congruence every side that is a number is reduced."""
+    """Returns the residue of a number: 7 (mod 5) gives 2. In a congruence each side that is a number becomes its
+    residue."""
     if node[0] == "rel":
         return ("rel", node[1], tuple(residue(side, modulus) for side in node[2]))
     return call("mod", node, modulus) if is_number(node) and is_number(modulus) else node
@@ -180,7 +181,7 @@ def power(base: Node, exponent: Node) -> Node:
 
 
 _OF_NUMBERS = {"abs": abs, "floor": math.floor, "ceil": math.ceil, "min": lambda *x: min(x), "max": lambda *x: max(x)}
-_OF_WHOLE_NUMBERS = {  # name: (largest argument, whether an argument may be negative, function)
+_OF_WHOLE_NUMBERS = {  # for each name: largest argument, whether an argument may be negative, the function
     "gcd": (10**100, True, math.gcd), "lcm": (10**100, True, math.lcm), "mod": (10**100, True, lambda n, m: n % m),
     "binom": (2500, False, math.comb), "!": (1400, False, math.factorial),
     "!!": (1400, False, lambda n: math.prod(range(n, 0, -2))),

@@ -17,7 +17,7 @@ WHOLES = [*range(1, 18), 24, 25, 31, 32, 33, 63, 64, 100]
 WHOLE_POINTS = range(POINTS, POINTS + len(WHOLES))
 DIGITS, SURE_DIGITS = 60, 150
 MAX_CALLS = 100  # limit for the functions and powers in one expression
-MAX_SCALE = 10**100  # limit for summands: SURE_DIGITS digits still show a small number added to one of this size
+MAX_SCALE = 10**100  # limit for summands: at SURE_DIGITS digits a small number added to MAX_SCALE is not lost
 
 context = mpmath.mp.clone()
 context.dps = DIGITS
@@ -72,7 +72,8 @@ def exact(value: Fraction):
 @lru_cache(maxsize=4096)
 def _point(name: str | Node, index: int) -> Fraction:
     """Returns the value of variable `name` at random point `index`. Points 0 to 3 have positive values, on either
-    side of 1. Points 4 to 7 have values of either sign. WHOLE_POINTS have whole numbers from WHOLES."""
+    side of 1. Points 4 to 7 have values of either sign. The points in WHOLE_POINTS have whole numbers, from
+    WHOLES."""
     if index in WHOLE_POINTS:
         return Fraction(random.Random(repr(name)).sample(WHOLES, len(WHOLES))[index - POINTS])
     draw = random.Random(f"{name!r} at {index}")
@@ -143,7 +144,7 @@ def _function(name: str, args: list):
         raise _NoValue
     if name == "ln" and not value:
         raise _NoValue
-    # mpmath needs a hundred times longer for the double factorial of a complex number
+    # mpmath needs a hundred times longer for the double factorial of a complex number than of a real one
     if name == "!!" and not is_real(value):
         raise _NoValue
     return _FUNCTION_OF[name](*args)

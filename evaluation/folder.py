@@ -109,9 +109,9 @@ def choose_folder(args: argparse.Namespace, settings: dict[str, Any]) -> tuple[P
     """Returns the folder of this evaluation (--out, or the first free evals/MODEL-NNN) and the settings to store
     there.
 
-    A continued evaluation keeps its settings. If a setting in FREE changed, its new value is added under "continued".
-    `choose_folder` writes nothing. Raises InputError if --out holds anything but an evaluation with the same
-    settings.
+    A continued evaluation keeps its settings. If a setting changed that only affects rounding (FREE), its new value
+    is added under "continued". `choose_folder` writes nothing. Raises InputError if --out holds anything but an
+    evaluation with the same settings.
     """
     if not args.out:
         path = Path(args.model)
@@ -139,7 +139,7 @@ def choose_folder(args: argparse.Namespace, settings: dict[str, Any]) -> tuple[P
 def opened(folder: Path, settings: dict[str, Any] | None) -> Iterator[None]:
     """Makes and locks the folder of an evaluation, and stores `settings` in it.
 
-    Ranks other than the first pass None as `settings`. Opening a folder raises the errors of `written`.
+    Ranks other than the first pass None as `settings`. Raises InputError and Broken as `written` does.
     """
     make_folder(folder)
     with written(folder):

@@ -27,10 +27,11 @@ from support.files import read_json
 
 Results = dict[str, Any]  # content of results.json of one evaluation
 
-# the column "avg" of the paper is the mean over the benchmarks in SIX
+# the column "avg" of the paper's Table 1 is the mean over these six benchmarks
 SIX = ("aime24", "aime25", "amc23", "math500", "minerva", "olympiad")
 COLUMNS = (*SIX, "arc_c", "gpqa_diamond", "mmlu_pro")
-# method -> accuracies of Qwen2.5-Math-7B in % in the order of COLUMNS, average over SIX [paper, Table 1]
+# for each method: accuracies of Qwen2.5-Math-7B in % in the order of COLUMNS, and their average over SIX [paper,
+# Table 1]
 PUBLISHED = {
     "base": ([11.5, 4.9, 31.3, 43.6, 7.4, 15.6], 19.0),
     "SFT": ([22.2, 22.3, 52.8, 82.6, 40.8, 43.7], 44.1),
@@ -153,8 +154,8 @@ def read_results(folder: Path) -> Results:
 
 
 def problem_scores(results: Results, name: str, level: str, k: int | None = None) -> dict[str, float]:
-    """Returns {problem id: mean reward} of one level of a benchmark; with k, pass@k instead of the mean reward. Level
-    "all" means all levels."""
+    """Returns {problem id: mean reward} of one level of a benchmark. If k is given, the values are pass@k instead of
+    the mean reward. Level "all" means all levels."""
     samples = results["results"][name]["all"]["samples"]
     table = results["right"] if k else results.get("rewards", results["right"])
     levels = [counts for own, counts in table[name].items() if level in (own, "all")]
@@ -214,7 +215,7 @@ def not_alike(names: Sequence[str], settings: dict[str, list[Any]]) -> str:
 
 def paper_table(evaluations: Sequence[Results]) -> str:
     """Returns a table of accuracies in % on the paper's benchmarks: first our evaluations, then the paper's results.
-    The average is over the benchmarks in SIX."""
+    The average is over the six benchmarks of the paper's average (SIX)."""
     rows = [["accuracy in %", *COLUMNS, "average of six"]]
     for e in evaluations:
         accuracies = {n: 100 * e["results"][n]["all"]["accuracy"] for n in COLUMNS if n in e["results"]}

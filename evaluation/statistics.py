@@ -2,29 +2,30 @@
 differences, and a summary by level.
 
 Accuracy is the mean reward. A response is right if its reward is 1, and pass@k counts right responses. A 95% interval
-says how much the accuracy would vary with other problems of the same kind. The ends of an interval are
+says how much the accuracy would vary with other problems of the same kind. The ends of an interval are computed as
+follows:
 
     upper limit: mean + 1.96 standard errors, of the scores and one added problem that is solved
     lower limit: mean - 1.96 standard errors, of the scores and one added problem that is failed
 
-So an interval always contains the accuracy, and 0 right of 30 problems gives [0, 9.5%] rather than [0, 0]. An average
-over nine benchmarks gets only one added problem per end, in the benchmark where the problem moves the end most. One
-added problem in each benchmark would bias the interval. Agresti and Coull (1998) add solved and failed problems at
-both ends. Their interval is pulled towards 50%, and its coverage is lower where scores lie close together (92% for
-1000 problems that are about equally hard).
+So an interval always contains the accuracy, and 0 right of 30 problems gives [0, 9.5%] rather than [0, 0]. For each
+end of the interval of an average over nine benchmarks, only one benchmark gets the added problem: the one where the
+problem moves this end most. One added problem in each benchmark would bias the interval. Agresti and Coull (1998) add
+both solved and failed problems, and for both ends. Their interval is pulled towards 50%, and its coverage is lower
+where scores lie close together (92% for 1000 problems that are about equally hard).
 
 The coverage of the 95% interval was simulated with true accuracies from 1 to 99%, 1, 4 or 32 samples per problem, and
 with or without partial rewards. The simulated problems were about equally hard, or almost always or never solved, or
 in between. The table has the lowest coverage over all these simulations, each with 2000 to 4000 draws (± 0.5 points).
-For one benchmark and one sample the exact coverage was computed too, and is at least 94.4%.
+For one benchmark and one sample per problem the exact coverage was computed too, and is at least 94.4%.
 
     one benchmark of 30, 100, 300, 500 problems         94.4%, 94.6%, 94.8%, 94.9%
     nine benchmarks of 30, 100, 300, of 30 to 1172      95.1%, 94.9%, 94.3%, 95.7%
     paired differences over 30, 100, 300 problems       93.6%, 93.8%, 95.3%
 
 At an accuracy of 50% the interval is wider than that of a plain bootstrap: by 5 to 13% for 100 problems, and by 3 to
-10% for 300. If the scores or differences of 100 problems all lie close together, the interval is wider by up to 19%,
-because the score of a further problem may be far from them.
+10% for 300. If the scores or differences of 100 problems all lie close together, the interval is wider than the
+bootstrap's by up to 19%, because the score of a further problem may be far from them.
 
 Left out are clusters of related problems, corrections for multiple comparisons, and the spread over seeds.
 """
@@ -118,9 +119,9 @@ def interval(scores: Sequence[float]) -> tuple[float, float]:
 def paired_difference(first: Sequence[float], second: Sequence[float]) -> tuple[float, float, float]:
     """Returns the mean of second - first over the same problems, and its 95% interval.
 
-    The added problem has the difference Σd²/Σ|d|, the typical size of a difference d, divided by the range of the
-    scores. The added difference is 1 if all scores are 0 or 1, or if no scores differ. The added difference is small
-    if the two models score alike on each problem.
+    As in every interval of this file, one problem is added for each end. Its difference is Σd²/Σ|d|, the typical size
+    of a difference d, divided by the range of the scores. This added difference is 1 if all scores are 0 or 1, or if
+    no scores differ. The added difference is small if the two models score alike on each problem.
     """
     scores = np.array([first, second], dtype=float)
     values = scores[1] - scores[0]

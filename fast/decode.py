@@ -34,7 +34,8 @@ PREFILL_TOKENS = 2**14  # number of prompt tokens that one forward pass reads
 # ended rows leave the batch once at most this share of the rows is alive, because copying the live rows costs about
 # as much as one token of all rows
 DROP_AT = 0.8
-DROP_AT_RECORDED = 0.5  # this share if passes are recorded, because a new recording takes longer than ten tokens
+# DROP_AT if forward passes are recorded: it is lower, because a new recording takes longer than ten tokens
+DROP_AT_RECORDED = 0.5
 # on CUDA a forward pass is recorded and replayed for later tokens, because launching its kernels takes longer than
 # running them
 GRAPHS = True
@@ -70,7 +71,7 @@ class RoomyLayer(DynamicLayer):
         if not self.is_initialized:
             self.lazy_initialization(key_states, value_states)
             batch, heads, _, width = key_states.shape
-            # zeros, because attention would turn a NaN in a masked column into a NaN output
+            # the room is filled with zeros, because attention would turn a NaN in a masked column into a NaN output
             self.all_keys = key_states.new_zeros(batch, heads, self.room, width)
             self.all_values = value_states.new_zeros(batch, heads, self.room, value_states.shape[3])
         self.all_keys[:, :, start : self.length] = key_states
@@ -241,7 +242,8 @@ def decode_rows(model: PreTrainedModel, input_ids: Tensor, block: int | None = N
     the batch. The cache and the attention mask are not made again at every token.
     """
     logits_processor, settings = arguments["logits_processor"], arguments["generation_config"]
-    cache = arguments.get("cache", arguments.get("past_key_values"))  # transformers 5.24 renamed past_key_values
+    # transformers 5.24 renamed the argument past_key_values to cache
+    cache = arguments.get("cache", arguments.get("past_key_values"))
     prompt, end = input_ids.shape[1], settings.max_length
     plain = all(type(layer) is DynamicLayer for layer in cache.layers)  # other kinds of cache layers are not replaced
     config = model.config.get_text_config()
@@ -308,8 +310,8 @@ class ReadsValues(TorchDispatchMode):
 
 
 def reads_values(model: PreTrainedModel, ids: Tensor) -> bool:
-    """Returns whether shapes or branches in a forward pass of one token depend on the values of tensors. ids [B,
-    1]"""
+    """Returns whether shapes or branches in a forward pass of one token depend on the values of tensors. `ids` is [B,
+    1]."""
     mask = torch.zeros(len(ids), 1, 1, 1, dtype=model.dtype, device=ids.device)
     with ReadsValues() as mode:
         last_hidden(model, input_ids=ids, attention_mask=mask, position_ids=torch.zeros_like(ids), use_cache=False)
@@ -330,9 +332,9 @@ def choose_loop(model: PreTrainedModel, ids: Tensor, mask: Tensor, want: Tensor,
     """Set model.loop to the first of LOOPS that gives the right log-probs, or to None if only HF's own loop gives
     them.
 
-    The last R columns of `ids` are forced; all of their tokens are different. The log-probs of these tokens have to
-    equal `want` [B, R] (0 after the end of each row) within `close`. Returns False if the log-probs of every loop
-    differ from `want`.
+    The tokens of the last R columns of `ids` are forced as responses; they are all different. The log-probs of these
+    tokens have to equal `want` [B, R] (0 after the end of each row) within `close`. Returns False if the log-probs of
+    every loop differ from `want`.
     """
     lengths, prompt = (want != 0).sum(1), ids.shape[1] - want.shape[1]
     forced = ids[:, prompt:]

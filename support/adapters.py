@@ -91,7 +91,7 @@ def merged(model: PreTrainedModel, state: dict[str, Tensor]) -> tuple[PreTrained
     config = model.peft_config["default"]
     weights = {}
     for name, tensor in state.items():
-        weight = tensor.cpu().float()  # on the CPU, because the GPU may have no room for a copy
+        weight = tensor.cpu().float()  # weights are merged on the CPU, because the GPU may have no room for a copy
         if name.endswith(".base_layer.weight"):
             a, b = (state[name.replace("base_layer", f"lora_{side}.default")].cpu() for side in "AB")
             weight = weight + config.lora_alpha / config.r * (b @ a)

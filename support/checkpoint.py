@@ -301,7 +301,7 @@ def cut_logs(folder: Path, step: int) -> list[dict[str, Any]]:
 
 def check_folder(config: Config) -> None:
     """Raises InputError unless --out is new, or --resume is given and --out holds a run with these settings (or only
-    files of OURS)."""
+    the files in OURS, left by a killed run)."""
     folder = Path(config.out)
     with reading(folder):
         if not config.out or not folder.exists():
@@ -356,7 +356,7 @@ def opened(config: Config, ingredients: dict[str, str]) -> Iterator[Path]:
     check_ingredients(config, ingredients)
     folder = from_rank_0(new_folder(config) if rank() == 0 else None)
     with locked(folder):
-        if rank() == 0:  # checked again, because another process may have used the folder before the lock
+        if rank() == 0:  # the folder is checked again, because another process may have used it before the lock
             check_folder(dataclasses.replace(config, out=str(folder), resume="auto"))
         yield folder
 

@@ -23,7 +23,7 @@ class Parser(argparse.ArgumentParser):
 
     def __init__(self, **settings: Any):
         super().__init__(allow_abbrev=False, **settings)
-        self._negative_number_matcher = re.compile("-[^-]")  # so that "-612;B*2?" is a problem, not an option
+        self._negative_number_matcher = re.compile("-[^-]")  # so "-612;B*2?" is read as a problem, not as an option
 
     def error(self, message: str) -> None:
         raise InputError(f"{message} (see python {self.prog} --help)")

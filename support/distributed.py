@@ -3,10 +3,10 @@ model with FSDP2.
 
 A plain `python train.py` on a CPU needs none of these functions: rank() is 0, world_size() is 1, and all exchange and
 sharding functions return their argument unchanged. `torchrun --nproc_per_node N train.py …` starts N ranks. All ranks
-plan and grade the same rows and compute the same weights. Each rank samples a part of the rows (sample.generate) and
-computes the gradients of a part of the rows (`micro_batches`); rank 0 writes and prints. On CUDA a single process
-shards the model too, over a mesh of one rank, because this is the simplest way to fp32 weights with bf16 compute. In
-eval.py each rank also samples a part of the rows, but has a whole model.
+plan and grade the same rows and compute the same token weights. Each rank samples a part of the rows
+(sample.generate) and computes the gradients of a part of the rows (`micro_batches`); rank 0 writes and prints. On
+CUDA a single process shards the model too, over a mesh of one rank, because this is the simplest way to fp32 weights
+with bf16 compute. In eval.py each rank also samples a part of the rows, but has a whole model.
 
     start, shard                               called by train.py and model.load_model (by eval.py: start alone)
     gather_dict, sum_over_ranks, from_rank_0   exchange between ranks, on the CPU (gloo)
@@ -170,7 +170,7 @@ def shard(model: nn.Module, plain: nn.Module, device: torch.device, offload: boo
     for module in (*reversed(layers), model):  # FSDP needs inner layers to be sharded first
         fully_shard(module, **settings)
         module.set_gradient_divide_factor(1.0)
-        module.set_force_sum_reduction_for_comms(True)  # because gloo cannot scale a sum
+        module.set_force_sum_reduction_for_comms(True)  # gloo, the backend on CPUs, cannot scale a sum
     if weights.keys() != dict(model.named_parameters()).keys():
         raise InputError(
             "the model's layers share weights, which cannot be split: start python alone, with --device cpu"
@@ -178,7 +178,7 @@ def shard(model: nn.Module, plain: nn.Module, device: torch.device, offload: boo
     if world_size() > 1:
         _send_weights(model, weights, buffers, device, "cpu" if offload else device)
     plain.generation_config = model.generation_config
-    object.__setattr__(model, "plain", plain.eval())  # a submodule's weights would count twice
+    object.__setattr__(model, "plain", plain.eval())  # as a submodule it would add its weights to the model
     model.run_forward = MethodType(_call, model)
     register_fsdp_forward_method(model, "run_forward")
 
@@ -188,7 +188,7 @@ def _call(model: nn.Module, function: Callable, *arguments: Any) -> Any:
 
 
 def run_forward(model: nn.Module, function: Callable, *arguments: Any) -> Any:
-    """Returns function(model, *arguments), which may pass through parts of the model.
+    """Returns function(model, *arguments), where `function` may call single parts of the model.
 
     For a sharded model `function` runs as a method of the model, around which FSDP gathers the weights.
     """
@@ -223,8 +223,8 @@ def _send_weights(
 
 @contextlib.contextmanager
 def gathered(model: nn.Module) -> Iterator[nn.Module]:
-    """Gives, on every rank, a model with whole weights (in bf16 on CUDA). While this model is used, it needs no other
-    rank.
+    """Gives, on every rank, a model with whole weights (in bf16 on CUDA). This model can be used without an exchange
+    with other ranks.
 
     For a sharded model `gathered` gives the plain model of `shard`, which reads the gathered weights. The plain model
     has no FSDP hooks; the hooks of the sharded model would run at every layer and token and split the weights again.

@@ -1,4 +1,5 @@
-"""This file writes files whole or not at all, and reads JSON that this project wrote. Each error is one line."""
+"""This file writes files whole or not at all, and reads JSON that this project wrote. The message of each error is
+one line."""
 
 import contextlib
 import json
@@ -77,7 +78,8 @@ def parse_object(text: bytes, place: str, fields: Sequence[str] = ()) -> dict[st
 
 
 def read_json(path: Path, *fields: str) -> dict[str, Any]:
-    """Read the JSON object in a file that this project wrote. Raises InputError if it lacks one of `fields`."""
+    """Read the JSON object in a file that this project wrote. Raises InputError if the object lacks one of
+    `fields`."""
     with reading(path):
         return parse_object(path.read_bytes(), str(path), fields)
 

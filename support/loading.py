@@ -141,7 +141,7 @@ def end_tokens(path: str, config: PreTrainedConfig) -> list[int]:
         ends = GenerationConfig.from_model_config(config).eos_token_id
     listed = [] if ends is None else ends if isinstance(ends, list) else [ends]
     size = config.get_text_config().vocab_size
-    usable = [end for end in listed if type(end) is int and end < size]  # an id above the vocabulary is never sampled
+    usable = [end for end in listed if type(end) is int and end < size]  # an id of `size` or more is never sampled
     if any(type(end) is not int or end < 0 for end in listed) or (ends is not None and not usable):
         raise InputError(f"the eos_token_id is {ends!r:.80}, expected an id from 0 to {size - 1} or a list of ids")
     return usable

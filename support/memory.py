@@ -40,8 +40,8 @@ def cache_bytes(config: PreTrainedConfig, size: int = 2) -> int:
 
 
 def token_bytes(config: PreTrainedConfig, repeated: int = 0, size: int = 2) -> int:
-    """Returns the bytes that each row needs for a moment while its next token is computed: the larger need of two
-    layers.
+    """Returns the bytes that each row needs for a moment while its next token is computed: the need of the head or of
+    an attention layer, whichever is larger.
 
     The head needs scores, their CDF and copies (measured: 16 bytes per word of the vocabulary). An attention layer
     needs the keys and values of `repeated` columns, copied for all heads; `repeated` is 0 with one_token_attention,

@@ -20,7 +20,7 @@ from transformers import AutoConfig, PreTrainedConfig
 from transformers.utils import cached_file, logging
 
 MOVED = ("rope_theta", "partial_rotary_factor")  # transformers 5 has moved these fields to rope_parameters
-OLD_NAMES = {  # by a part of the model's type: fields of transformers 5 -> their names in transformers 4
+OLD_NAMES = {  # for models whose type contains the key: fields of transformers 5 -> their names in transformers 4
     "gemma3": {"local_rope_theta": "rope_local_base_freq"},  # "local" means layers with sliding attention
     "gpt_neox": {"rope_theta": "rotary_emb_base", "partial_rotary_factor": "rotary_pct"},
     "modernbert": {"rope_theta": "global_rope_theta", "local_rope_theta": "local_rope_theta"},
@@ -96,7 +96,7 @@ def old_fields(config: dict[str, Any]) -> dict[str, Any]:
     scaling = {name: value for name, value in new.items() if name not in MOVED}
     if "long_factor" in scaling:
         old["original_max_position_embeddings"] = scaling.get("original_max_position_embeddings")
-        if config["model_type"] == "phi3":  # phi3 refuses other fields
+        if config["model_type"] == "phi3":  # in transformers 4 phi3 refuses other fields
             scaling = {"type": "longrope"} | {name: scaling[name] for name in ("short_factor", "long_factor")}
     if scaling.get("rope_type", scaling.get("type", "default")) != "default":
         old["rope_scaling"] = scaling

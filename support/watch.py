@@ -25,8 +25,8 @@ GAP_POWER = 0.5
 # there is no warning while the mean of `surprise` over LONG steps is within so many nats per token or so many
 # standard errors
 SURPRISE = 0.02, 6.0
-# PPO may clip this share of a step's trained tokens; steps with fewer trained tokens than the second number are not
-# judged. 45 runs that learned the embedded task or a similar task had shares of at most 0.1 (with the defaults
+# Two numbers: the share of a step's trained tokens that PPO may clip, and how many trained tokens a step must have to
+# be judged. 45 runs that learned the embedded task or a similar task had shares of at most 0.1 (with the defaults
 # 0.004). Runs whose policy had collapsed after the first step had shares of 0.16 (lr 5e-3) to 0.56 (lr 1e3).
 CLIPPED = 0.15, 100
 COPIED = 0.03  # share of a step's responses that may be right with a copied answer
@@ -99,7 +99,8 @@ class Watch:
         """Returns the warning "reward_lost" or "". of_rewards compares the last SHORT `rewards` with the best earlier
         mean over SHORT steps.
 
-        `rewards` are those of the last 2 SHORT steps, or of at least FIRST + SHORT steps early in the run.
+        `rewards` has the mean reward of each of the last LONG reinforcement steps, or of all such steps early in the
+        run.
         """
         if None in rewards:
             return ""

@@ -7,8 +7,8 @@ given. Further arguments are settings of train.py (--model, --data, --config, ..
 measures the default step of `rft` with the embedded task and model: 16 problems x 8 rollouts, at most 96 tokens, 2
 updates. The learning rate is 0, so every repeat starts from the same weights. In each repeat all programs get the
 same prompts and produce the same tokens (asserted). The programs run in turn, so that a busy machine slows all of
-them. Times are CPU seconds of the process, or wall seconds on CUDA. Ratios are medians over the repeats. In `step`
-every group has made-up rewards of 0 and 1, so that every row has a nonzero weight.
+them. Times are CPU seconds of the process, or wall seconds on CUDA. Ratios are medians over the repeats. In the part
+`step` every group has made-up rewards of 0 and 1, so that every row has a nonzero weight.
 
 On CUDA both our code and TRL compute the part `step` in bf16 on fp32 weights. TRL processes all rows of an update at
 once, but at most 64. bench/gpu.py compares decoding with the limits of the device.

@@ -105,7 +105,7 @@ def _read_row(row: object, where: str, default_id: str, reward: Reward) -> Probl
     level = row.get("level", "")
     if level == "all":
         raise InputError(f"{where}: level is 'all', the name of the total in reports: give the level another name")
-    if "|" in level or not level.isprintable():  # levels are printed in tables, on the terminal and in results.md
+    if "|" in level or not level.isprintable():  # levels are cells of tables, whose columns | separates in results.md
         raise InputError(f"{where}: level is {level!r:.80}, expected printable characters without |")
     demonstrations = row.get("demonstrations", [])
     if not isinstance(demonstrations, list) or not all(isinstance(d, str) and d for d in demonstrations):
@@ -139,7 +139,7 @@ def without_nulls(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
 def _parse(line: str, where: str) -> Any:
     try:
         return json.loads(line, object_pairs_hook=without_nulls)
-    # invalid JSON, a field that occurs twice, or an integer with over 4,300 digits
+    # a ValueError means invalid JSON, a field that occurs twice, or an integer with over 4,300 digits
     except (ValueError, RecursionError) as error:
         raise InputError(f"{where}: not valid JSON: {error!s:.120}") from error
 
@@ -162,7 +162,7 @@ def read_rows(path: str | Path) -> dict[int, Any]:
         raise InputError(f"data file {str(path)!r} {what}: give a JSONL file (its format: data/README.md)")
     try:
         with reading(path):
-            # the codec skips the byte order mark that Windows editors write
+            # the codec utf-8-sig skips the byte order mark that Windows editors write
             text = path.read_text(encoding="utf-8-sig")
     except UnicodeDecodeError as error:
         for begin, (form, fix) in CONVERTED.items():
@@ -210,7 +210,7 @@ def odd_rows(path: str | Path) -> list[str]:
 
 
 def load_problems(path: str | Path, reward: Reward = MATH) -> list[Problem]:
-    """Returns the problems of a JSONL file. Every problem can be graded by `reward`.
+    """Returns the problems of a JSONL file, all of which `reward` can grade.
 
     Raises an InputError that names the file, the line, what was found and what was expected.
     """

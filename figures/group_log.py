@@ -85,7 +85,8 @@ def drops(row: Row) -> bool:
 
 
 def framed(row: Row) -> list[bool]:
-    """Returns for each token whether it gets a frame: it is kept, but another token of the same source is not."""
+    """Returns for each token whether it gets a frame: the entropy clip keeps it, but drops another token of the same
+    source."""
     losing = {source(row, t) for t, kept in enumerate(row["kept"]) if not kept}
     return [bool(kept) and source(row, t) in losing for t, kept in enumerate(row["kept"])]
 
@@ -153,7 +154,7 @@ def summary(group: Group) -> str:
 
 def lanes(group: Group) -> list[tuple[str, str]]:
     """Returns the lanes that are drawn under each row of tokens, as (name, explanation). The lane "kept" is included
-    only if a token is dropped."""
+    only if the entropy clip drops a token."""
     entropy_top, weight_top = scales(group)
     rows = [("entropy", f"how unsure the policy was; full bar: {entropy_top:.2f} nats")]
     if any(map(drops, group["rows"])):

@@ -367,7 +367,8 @@ def textbook(name: str, g: Group, coefficient: float | None = None) -> torch.Ten
         ("srft",): lambda: (
             (
                 -(torch.where(g.rewards[:, None] == 1, 0.1 * entropy.exp(), -1.0) * g.log_probs * policy).sum() / L
-                - (p / (p + 0.1) * inputs * prefix).sum() / L  # `coefficient` does not change SRFT's γ
+                # the setting `coefficient` does not change SRFT's constant 0.1 in p / (p + 0.1)
+                - (p / (p + 0.1) * inputs * prefix).sum() / L
                 + c(0.1) * g.B * cross_entropy(g, (0.5 * (-entropy).exp()).expand_as(q)).mean()
             )
             / g.B

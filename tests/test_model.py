@@ -95,7 +95,8 @@ def test_padding_ids_do_not_matter():
 
 
 def test_a_loaded_model_has_fp32_weights_no_dropout_and_a_neutral_generation_config(tmp_path, tokenizer):
-    """The saved model is in bf16, with dropout; its generation config has top_k 1, a penalty and two end tokens."""
+    """The saved model is in bf16, with dropout; its generation config has top_k 1, a penalty on repeated tokens, and
+    two end tokens."""
     config = GPT2Config(vocab_size=len(tokenizer), n_embd=32, n_layer=2, n_head=2, attn_pdrop=0.5, resid_pdrop=0.5)
     model = GPT2LMHeadModel(config)
     model.to(torch.bfloat16).save_pretrained(tmp_path)

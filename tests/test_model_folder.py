@@ -66,7 +66,7 @@ def test_the_bases_fields_and_tokenizer_files_are_kept(tmp_path, old_base):
     assert read(tmp_path / "final" / "tokenizer_config.json") == read(old_base / "tokenizer_config.json")
     assert not (tmp_path / "final" / "README.md").exists()
     modes = {file.stat().st_mode for file in (tmp_path / "final").iterdir()}
-    assert len(modes) == 1  # files that safetensors writes are readable for their owner only
+    assert len(modes) == 1  # safetensors alone would write files that only their owner can read
     again = AutoConfig.from_pretrained(tmp_path / "final")
     assert again.rope_parameters == AutoConfig.from_pretrained(old_base).rope_parameters
 
@@ -74,7 +74,7 @@ def test_the_bases_fields_and_tokenizer_files_are_kept(tmp_path, old_base):
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
 def test_weights_are_saved_in_the_dtype_that_the_config_names(tmp_path, tokenizer, dtype):
     """An update that moves a weight by 1e-6 is kept by saved fp32 weights and rounded away by bf16 ones."""
-    # all matrices of the base model are 0, and all norm weights are 1
+    # the base model has only zeros in its matrices and ones in its norm weights
     base = random_model(vocab_size=len(tokenizer), scale=0.0).bfloat16()
     save_model(base, tokenizer, tmp_path / "base")
     model, _ = load_model(str(tmp_path / "base"), training=True)

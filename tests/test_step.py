@@ -220,7 +220,7 @@ def test_sampled_tokens_had_the_log_probs_the_update_sees(tokenizer):
 
 def test_sdfts_teacher_has_seen_the_demonstration(tokenizer):
     """The teacher's log-probs are compared with the model run on each row alone, behind the problem and its
-    demonstration. Problem 5 has no demonstration."""
+    demonstration. Problem 5 has no demonstration, so its teacher has only NaN."""
     run = make_run(tokenizer, "sdft", temperature=TEMPERATURE)
     picked = [0, 1, 2, 5]
     batch = rollout_batch(run, picked, 3)

@@ -481,7 +481,7 @@ def test_demonstrations_that_cannot_be_used_are_counted(task, tmp_path, capsys):
     rows[1]["demonstrations"] = ["\\boxed{1000}"]
     rows[2]["demonstrations"] = ["no box"]
     data = write_rows(tmp_path / "train.jsonl", rows)
-    # each step takes all problems, also those without a usable demonstration
+    # a step takes all problems of the file, also those without a usable demonstration
     settings = {"data": data, "max_response_tokens": 80, "prompts_per_step": len(rows)}
     half, _ = train.prepare(parse_config(arguments(task, tmp_path / "half", **settings, demonstration_fraction=0.5)))
     run, counts = train.prepare(parse_config(arguments(task, tmp_path / "run", **settings)))

@@ -64,8 +64,8 @@ def test_each_warning_is_said_once_when_it_is_due(name, changes, at):
 
 
 def test_a_run_that_goes_on_elsewhere_recalls_what_was_said_and_nothing_else():
-    """bf16 rounds more than fp32. A step without a warning in bf16 on a GPU gives no warning if the run continues in
-    fp32 on a CPU."""
+    """A log_prob_gap that is only rounding in bf16 would give a warning in fp32. If a run continues in fp32 after
+    steps in bf16, it warns of none of these steps."""
     rounded = row(1, log_prob_gap=0.01)
     assert list(Watch(METHODS["rft"], {}).look(rounded)) == ["log_prob_gap"]
     assert Watch(METHODS["rft"], {}, torch.bfloat16).look(rounded) == {}

@@ -224,7 +224,7 @@ def parse_args(argv: Sequence[str]) -> argparse.Namespace:
         "--out", type=Path, help="a new folder, or an evaluation to continue (default: a new evals/MODEL-NNN)"
     )
     parser.add_argument(
-        "--regrade", type=Path, metavar="DIR", help="grade again what is stored in DIR; allows no option but --reward"
+        "--regrade", type=Path, metavar="DIR", help="grade the responses in DIR again; allows no option but --reward"
     )
     parser.add_argument("--device", default="auto", choices=("auto", "cpu", "cuda", "mps"))
     parser.add_argument(

@@ -12,10 +12,10 @@ In the formulas p = pi(y) is a token's probability, r = p / pi_old(y) is PPO's r
 and T_d are the numbers of policy and of demonstration tokens in the mini-batch. The first line of a weight function's
 docstring is its formula. A coefficient c mixes an RL term and a demonstration term, and its value depends on the
 denominators of the two terms. In this project all tokens are summed and divided by Z. If a source takes the token
-mean of both terms, T_own / T_d turns its c into a weight of our sum. If a source adds a token mean to a sum over Z, Z
-/ T_d turns its c into a weight of our sum. Left out are RL-PLUS (LUFFY's rows, another shaping), methods with hints
-in the prompt or several teachers (AMPO, Scaf-GRPO, Guide), QuestA (`rescue` with a constant share), and distillation
-from a larger teacher. configs/README.md says what the code lacks for further methods.
+mean of both terms, the factor T_own / T_d turns its c into a weight of this sum. If a source adds a token mean to a
+sum over Z, the factor Z / T_d does. Left out are RL-PLUS (LUFFY's rows, another shaping), methods with hints in the
+prompt or several teachers (AMPO, Scaf-GRPO, Guide), QuestA (`rescue` with a constant share), and distillation from a
+larger teacher. configs/README.md says what the code lacks for further methods.
 """
 
 import dataclasses
@@ -114,8 +114,8 @@ def shaped(t: Tokens) -> Tensor:
 def remaining_clipped(t: Tokens) -> Tensor:
     """(1 − c)·I·A·r
 
-    This is the weight of CHORD's policy tokens, where c is CHORD's mu. [Source: 2508.11408 Eq. 5. CHORD's code in
-    Trinity-RFT also has a dual clip at 3.]
+    This is the weight of CHORD's policy tokens, where c is CHORD's mu. [Source: 2508.11408 Eq. 5; its code in
+    Trinity-RFT also has a dual clip at 3]
     """
     return (1 - t.coefficient) * clipped(t)
 
@@ -133,12 +133,13 @@ def uncertain_means(t: Tokens) -> Tensor:
 def row_mean(t: Tokens) -> Tensor:
     """c·L/len(y*)
 
-    Each demonstration that replaces an unsolved group contributes the token mean of its row. [Source: HPT] In HPT's
-    code the RL term is the sum over tokens / L, and the SFT term is c times the token mean of each micro-batch. The
-    weight of this function equals HPT's if a demonstration is alone in its micro-batch; otherwise HPT's weight is
-    smaller. The SFT term grows with the number of replaced groups. HPT cuts the rows that are left after the
-    replacement into mini-batches of 512 rows. So HPT makes one update if more than 73 of 128 problems are unsolved,
-    else a second update with the rows beyond 512. In this project each update has half of the problems.
+    Each demonstration that replaces an unsolved group adds the mean of -log p over its tokens to the loss. [Source:
+    HPT] In HPT's code the RL term is the sum over tokens / L, and the SFT term is c times the token mean of each
+    micro-batch. The weight of this function equals HPT's if a demonstration is alone in its micro-batch; otherwise
+    HPT's weight is smaller. The SFT term grows with the number of replaced groups. HPT cuts the rows that are left
+    after the replacement into mini-batches of 512 rows. So HPT makes one update if more than 73 of 128 problems are
+    unsolved, else a second update with the rows beyond 512. In this project every update of a step has an equal part
+    of the problems.
     """
     lengths = t.prefix_mask.sum(1, keepdim=True).clamp(min=1).to(t.log_probs)
     return (t.coefficient * t.max_response_tokens / lengths).expand_as(t.log_probs)

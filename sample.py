@@ -82,8 +82,9 @@ def prefix_fraction(step: int, total_steps: int, schedule: str, generator: torch
 
 
 def prefix_length(fraction: float, demonstration_tokens: int, max_response_tokens: int) -> int:
-    """Returns L = floor(l |y*|), at least 1 and at most min(|y*| - 1, max_response_tokens - 1). L is 0 if l is 0, or
-    if the prefix would leave the policy no token to write."""
+    """Returns the prefix length L = floor(l |y*|) for a fraction l of demonstration y*: at least 1 and at most
+    min(|y*| - 1, max_response_tokens - 1). L is 0 if l is 0, or if the prefix would leave the policy no token to
+    write."""
     if fraction <= 0:
         return 0
     longest = min(demonstration_tokens - 1, max_response_tokens - 1)
@@ -263,8 +264,7 @@ def generate(
 
     Temperature 0 is greedy. `decode` replaces HF's decoding loop (fast.decode.decode_rows gives the same tokens).
     `progress` names a tqdm bar. Rows of similar length share a call of HF's `generate`; only rounding can change a
-    token. Every rank must call this function; rank r samples groups g = r (mod ranks) and gets the other groups'
-    rows.
+    token. Every rank must call `generate`; rank r samples groups g = r (mod ranks) and gets the other rows.
     """
     mine = [i for i, row in enumerate(rows) if not row.response and row.group % world_size() == rank()]
     mine.sort(key=lambda i: (len(rows[i].prompt_ids), len(rows[i].prefix_ids)))

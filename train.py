@@ -264,7 +264,7 @@ def read_eval(folder: Path) -> dict[str, Any]:
 def restore(run: Run, folder: Path, watch: Watch) -> int:
     """Put the run into the state of its newest undamaged checkpoint, and return how many steps are done.
 
-    Watch.recall gets the metrics of these steps. Raises InputError, and writes nothing, if a file of the run is
+    Watch.recall gets the metrics of the steps done. Raises InputError, and writes nothing, if a file of the run is
     damaged or missing.
     """
     done = checkpoint.load(folder, run)

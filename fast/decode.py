@@ -199,8 +199,8 @@ class LiveRows:
 class OneTokenPass:
     """Makes the forward pass for the newest token of every row that is still in the batch.
 
-    If `recorded`, the pass runs once for every GRAPH_COLUMNS columns of the cache, is then recorded as a CUDA graph,
-    and is replayed for later tokens.
+    If `recorded`, the pass is recorded as a CUDA graph and replayed for later tokens. Each time the cache has grown
+    by GRAPH_COLUMNS columns, the pass runs once unrecorded and is recorded anew.
     """
 
     def __init__(self, model: PreTrainedModel, cache: Cache, live: LiveRows, recorded: bool):

@@ -1,5 +1,5 @@
-"""This file makes and locks a run's folder, saves checkpoints to it and resumes from them. k steps + resume + k steps
-= 2k steps, bit for bit.
+"""This file makes and locks a run's folder, saves checkpoints to it and resumes from them. A run that is stopped
+after k steps and resumed for k more equals a run of 2k steps, bit for bit.
 
 Each checkpoint is one file. A checkpoint holds the trained weights, the optimizer's state and the number of finished
 steps, and for ReLIFT the buffer and the second optimizer. A checkpoint needs no random state and no position in the

@@ -13,7 +13,7 @@ and T_d are the numbers of policy and of demonstration tokens in the mini-batch.
 docstring is its formula. A coefficient c mixes an RL term and a demonstration term, and its value depends on the
 denominators of the two terms. In this project all tokens are summed and divided by Z. If a source takes the token
 mean of both terms, the factor T_own / T_d turns its c into a weight of this sum. If a source adds a token mean to a
-sum over Z, the factor Z / T_d does. Left out are RL-PLUS (LUFFY's rows, another shaping), methods with hints in the
+sum over Z, this factor is Z / T_d. Left out are RL-PLUS (LUFFY's rows, another shaping), methods with hints in the
 prompt or several teachers (AMPO, Scaf-GRPO, Guide), QuestA (`rescue` with a constant share), and distillation from a
 larger teacher. configs/README.md says what the code lacks for further methods.
 """

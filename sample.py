@@ -83,8 +83,7 @@ def prefix_fraction(step: int, total_steps: int, schedule: str, generator: torch
 
 def prefix_length(fraction: float, demonstration_tokens: int, max_response_tokens: int) -> int:
     """Returns the prefix length L = floor(l |y*|) for a fraction l of demonstration y*: at least 1 and at most
-    min(|y*| - 1, max_response_tokens - 1). L is 0 if l is 0, or if the prefix would leave the policy no token to
-    write."""
+    min(|y*| - 1, max_response_tokens - 1). L is 0 if l is 0, or if the policy would have no token to write."""
     if fraction <= 0:
         return 0
     longest = min(demonstration_tokens - 1, max_response_tokens - 1)

@@ -240,7 +240,7 @@ def update(
     them. If an old log-prob, the loss or the gradient is not finite, every rank skips the update.
     """
     active = ~batch.old_known & tokens.weight_mask.any(1)  # rows whose old log-probs are taken in this update
-    for nats in (-1, 0, 1):  # weights that are 0 at r = 1 only keep a row active
+    for nats in (-1, 0, 1):  # a weight that is 0 at r = 1 may differ from 0 after an update
         moved = replace(tokens, log_probs=tokens.old_log_probs + nats)
         active |= (token_weights(run.method, moved) != 0).any(1)
     if not batch.old_log_probs.isfinite().all():

@@ -59,7 +59,8 @@ def mean_of_members(values: Tensor, members: Tensor) -> tuple[Tensor, Tensor]:
     these values are all equal.
 
     If the values of a row's members are equal, their mean is that value to the bit. A rounded mean of equal rewards
-    would leave an advantage of about 1e-8 instead of 0, and dividing it by their deviation would make it large.
+    would leave an advantage of about 1e-8 instead of 0, and dividing this advantage by the rewards' deviation would
+    make it large.
     """
     low = values.where(members, math.inf).amin(1)
     high = values.where(members, -math.inf).amax(1)

@@ -243,7 +243,7 @@ METHODS: dict[str, Method] = {
     "dft": variant(SFT, source="2508.05629", demonstration_weight=probability_mean),
     "rft": RFT,
     "sft-rft": SFT_THEN_RFT,
-    # SFT→RFT with DFT in place of SFT: a combination of this project, from no paper
+    # SFT→RFT with DFT (probability_mean) in place of SFT: a combination of this project, from no paper
     "dft-rft": variant(SFT_THEN_RFT, source="2508.05629", demonstration_weight=probability_mean),
     # ---- Prefix-RFT and its ablations [paper Table 8 and Figure 6]
     "prefix-rft": PREFIX_RFT,

@@ -180,10 +180,10 @@ def token_stats(
 ) -> tuple[Tensor, Tensor]:
     """Returns the log-probability of each response token, and the entropy of the model's distribution at that place.
 
-    input_ids and attention_mask are [B, P+R], and the response is in the last R = response_length columns. Both
-    results are [B, R], in nats, of softmax(logits / temperature), and 0 where attention_mask is 0. Only log_probs
-    have a gradient. The fp32 logits are computed for a chunk of real tokens at a time, and again in the backward
-    pass, so a tensor [B, R, V] never exists.
+    input_ids and attention_mask are [B, P+R], and the response is in the last R = response_length columns. Log-probs
+    and entropies are [B, R], in nats, of softmax(logits / temperature), and 0 where attention_mask is 0. Only
+    log_probs have a gradient. The fp32 logits are computed for a chunk of real tokens at a time, and again in the
+    backward pass, so a tensor [B, R, V] never exists.
     """
     return distributed.run_forward(model, response_stats, input_ids, attention_mask, response_length, temperature)
 

@@ -71,7 +71,8 @@ class RoomyLayer(DynamicLayer):
         if not self.is_initialized:
             self.lazy_initialization(key_states, value_states)
             batch, heads, _, width = key_states.shape
-            # the room is filled with zeros, because attention would turn a NaN in a masked column into a NaN output
+            # unused columns of the cache are zeros, because attention would turn a NaN in a masked column into a NaN
+            # output
             self.all_keys = key_states.new_zeros(batch, heads, self.room, width)
             self.all_values = value_states.new_zeros(batch, heads, self.room, value_states.shape[3])
         self.all_keys[:, :, start : self.length] = key_states

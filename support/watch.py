@@ -27,8 +27,8 @@ GAP_POWER = 0.5
 SURPRISE = 0.02, 6.0
 # Two numbers: the share of a step's trained tokens that PPO may clip, and how many trained tokens a step must have to
 # be judged. In 45 runs that learned the embedded task or a similar task PPO clipped a share of at most 0.1 (with the
-# defaults 0.004). In runs whose policy had collapsed after the first step PPO clipped 0.16 (lr 5e-3) to 0.56 (lr
-# 1e3).
+# defaults 0.004). In runs whose policy had collapsed after the first step PPO clipped a share of 0.16 (lr 5e-3) to
+# 0.56 (lr 1e3).
 CLIPPED = 0.15, 100
 COPIED = 0.03  # share of a step's responses that may be right with a copied answer
 # The reward is lost if it is below this share of the best reward over SHORT steps, and below that best reward by so

@@ -172,7 +172,7 @@ def accuracy_panels(runs: list[Run]) -> list[Panel]:
     """Returns the panels of validation accuracy: for one run a single panel with a line per level, for several runs
     one panel per level."""
     shown = levels(runs)
-    if len(shown) == 2 or len(shown) > MOST_LEVELS + 1:  # a single level is equal to "all"
+    if len(shown) == 2 or len(shown) > MOST_LEVELS + 1:  # the curve of a single level equals that of "all"
         shown = shown[-1:]
     if len(runs) > 1:
         return [Panel(f"validation accuracy: {level}", "% right", ((f"eval_{level}", ""),), 1) for level in shown]

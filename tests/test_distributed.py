@@ -371,7 +371,7 @@ def test_bf16_compute_keeps_fp32_weights(results, alone, monkeypatch):
     models = run.model, small_llama().bfloat16(), small_llama()
     log_probs, half, exact = (token_stats(m, ids, torch.ones_like(ids), 6, 1.0)[0] for m in models)
     off, plain_off = (log_probs - exact).abs().max(), (half - exact).abs().max()
-    # the run's log-probs are about as far from fp32, which is 2^16 times finer, as those of a plain bf16 model
+    # the run computes in bf16: its log-probs differ from those in fp32 about as much as a plain bf16 model's do
     assert plain_off / 10 < off < 10 * plain_off
     assert all(row.response for row in steps.sample_groups(run, [0, 1], 0, [0, 1], rows="hybrid", rollouts=4))
     read = list(run.model.plain.parameters())  # the model's copy for sampling is in bf16, and freed afterwards

@@ -310,8 +310,8 @@ def test_a_stopped_evaluation_continues_to_the_same_files(
 
 @pytest.mark.usefixtures("no_figure")
 def test_an_evaluation_may_go_on_with_other_batches(finished, tmp_path, monkeypatch):
-    """An evaluation that continues on other ranks or another device samples the same tokens, and notes what it
-    used."""
+    """An evaluation that continues on other ranks or another device samples the same tokens, and notes the new ranks
+    and device in its settings."""
     folder = copy(finished, tmp_path / "begun")
     lines = (finished / "generations.jsonl").read_bytes().splitlines(keepends=True)
     (folder / "generations.jsonl").write_bytes(b"".join(lines[:25]))
@@ -365,7 +365,8 @@ def test_as_many_rows_share_a_call_as_a_gpu_holds(monkeypatch):
     for free, rows in ((1e10, 512), (10 * (cache + most) / 0.8 + 1, 10), (cache / 2, 1)):
         monkeypatch.setattr(torch.cuda, "mem_get_info", lambda _, free=free: (int(free), 0))
         assert eval.rows_that_fit(model, 100) == rows
-    monkeypatch.setattr(eval.distributed, "gather_dict", lambda mine: mine | {1: 7})  # rank 1's GPU holds 7 rows only
+    # rank 1's GPU has memory for 7 rows only
+    monkeypatch.setattr(eval.distributed, "gather_dict", lambda mine: mine | {1: 7})
     monkeypatch.setattr(torch.cuda, "mem_get_info", lambda _: (10**9, 0))
     assert eval.rows_that_fit(model, 100) == 7
     model.config = MambaConfig()

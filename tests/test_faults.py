@@ -109,8 +109,8 @@ def test_a_second_process_is_kept_out(whole):
 
 @pytest.mark.parametrize("largest", [1000, 1_000_000], ids=["config.json", "the checkpoint"])
 def test_a_full_disk_ends_a_run_in_one_line(whole, tmp_path, largest):
-    """No file can grow beyond `largest` bytes. Without the limit the run then continues to the same result as a run
-    that never failed."""
+    """The test imitates a full disk: no file can grow beyond `largest` bytes. Without the limit the run then
+    continues to the same result as a run that never failed."""
     folder, _ = whole
     out = tmp_path / "run"
     work = lives.training(out, **lives.task(folder), **TINY)

@@ -445,7 +445,7 @@ def test_a_coefficient_falls_along_half_a_cosine_in_the_first_fifth_of_a_run():
     assert result == pytest.approx([0.6, 0.6 * (1 + 0.5**0.5) / 2, 0.3, 0.0, 0.0, 0.0])
     assert coefficient_at(method, 0.0, 0.3) == 0.3 and coefficient_at(method, 1.0, 0.3) == 0.0
     ends_above = dataclasses.replace(method, coefficient_end=0.05)
-    # a coefficient that begins below its end value stays there, because a coefficient never rises
+    # a coefficient that begins below its end value does not change, because a coefficient never rises
     assert coefficient_at(ends_above, 0.0, 0.01) == coefficient_at(ends_above, 1.0, 0.01) == 0.01
     assert coefficient_at(METHODS["luffy"], 0.7, None) == 0.1 and coefficient_at(METHODS["rft"], 0.7, None) == 1.0
 

@@ -124,8 +124,8 @@ def test_noise_that_stays_on_is_refused(tmp_path, tokenizer, monkeypatch):
 
 
 def test_a_head_of_its_own_stays_one(tmp_path, tokenizer, monkeypatch):
-    """config.json says that head and embedding are tied, but the weights file holds two different matrices. The
-    weights file wins, on every rank and in a saved model."""
+    """config.json says that head and embedding are tied, but the weights file holds two different matrices.
+    load_model and a saved model keep both matrices, on every rank."""
     save_model(random_model(vocab_size=103), tokenizer, tmp_path / "m")
     config = json.loads((tmp_path / "m" / "config.json").read_text())
     (tmp_path / "m" / "config.json").write_text(json.dumps(config | {"tie_word_embeddings": True}))

@@ -90,7 +90,7 @@ def test_every_weight_is_that_of_a_training_step(content, shown):
         demonstration_tokens = int(batch.rollouts.prefix_mask[rows].sum())
         normalizer = 8 * Config.max_response_tokens if len(rows) == 8 else demonstration_tokens
         weights = token_weights(method, mini_batch_tokens(a_run(method), batch, rows, normalizer, 0.0, ()))
-        on_page = sorted(page.execute_script(WEIGHTS, name, CUTS.index(50)))  # rows are sorted by their numbers
+        on_page = sorted(page.execute_script(WEIGHTS, name, CUTS.index(50)))  # sorts the page's rows by their numbers
         for i, (_, row) in zip(rows, on_page, strict=True):
             expected = weights[i, batch.rollouts.response_mask[i]].tolist()
             assert row == pytest.approx(expected, rel=1e-4, abs=1e-9), name

@@ -298,7 +298,7 @@ def test_accuracy_has_its_interval_and_its_number_of_problems(tmp_path, monkeypa
         {"step": 5, "eval_hard": 0.5, "eval_hard_low": 0.4, "eval_hard_high": 0.7, "eval_low": 0.3, "eval_all": 0.4}
     ]
     folder = with_base(run_folder(tmp_path / "x", rows), hard=50, low=10, all=60)
-    assert curves.levels([curves.read_run(folder)]) == ["hard", "low", "all"]  # problems may have the level "low"
+    assert curves.levels([curves.read_run(folder)]) == ["hard", "low", "all"]  # a level may have the name "low"
     panel = panels_of(monkeypatch, folder)["validation accuracy, greedy"]
     assert lines_of(panel)["hard, 50 problems"] == ([0, 5], [0.1, 0.5])
     assert bands_of(panel) == [{(0, 0.05), (0, 0.2), (5, 0.4), (5, 0.7)}]
@@ -339,7 +339,8 @@ def test_noise_does_not_fill_a_panel(tmp_path, monkeypatch):
 
 
 def test_panels_of_an_sft_stage_before_reinforcement(tmp_path, monkeypatch):
-    """The sheet has no panel of prefixes, one range of steps, and a line where SFT ends. A reward of 0 is shown."""
+    """The sheet has no panel of prefixes, one range of steps, and a line where SFT ends. The panel of rewards is
+    drawn although every reward is 0."""
     rl = {"reward": 0.0, "reward_on_policy": 0.0, "prefix_tokens": 0, "prefix_tokens_kept": 0}
     rows = [{"step": s, "grad_norm": 1.0} for s in (1, 2, 3, 4)]
     rows += [{"step": s, "grad_norm": 1.0, "truncated": 0.0, "unread": 0.1 * (s % 2)} | rl for s in (5, 6)]

@@ -292,7 +292,7 @@ def test_a_tokenizer_without_an_end_token_is_one_line(task, tmp_path):
     [
         ("gpt2", "masks of ours, recordable"),  # GPT-2 learns positions, so padding must not be counted
         ("opt", "masks of ours, recordable"),
-        ("bloom", "masks of ours"),  # BLOOM takes no positions
+        ("bloom", "masks of ours"),  # BLOOM takes no position ids
         ("falcon, alibi", "masks of the model"),  # Falcon with ALiBi reads positions off the mask
         ("gemma3", "masks of ours, recordable"),  # Gemma 3 has sliding windows, and its folder has vision settings
         ("phimoe", "masks of ours, recordable"),  # PhiMoE's router has noise, which is switched off
@@ -354,7 +354,7 @@ def test_planned_memory_is_that_of_an_h200(fused, measured_gib):
 )
 def test_planned_memory_of_sampling_is_the_measured_one(rows, prompt, response, layers, words):
     """Beside the caches, most memory is needed by a token's scores or by the pass over the prompts. In the third case
-    a layer's keys and values would need most, if they were repeated for all heads."""
+    a layer's keys and values would need the most memory if sampling repeated them for all heads."""
     size = {"hidden_size": 64, "intermediate_size": 192, "num_attention_heads": 4, "num_key_value_heads": 2}
     shape = Qwen2Config(**size, num_hidden_layers=layers, vocab_size=words)
     parts = plan.sampling_bytes(shape, rows, prompt + response, rows * prompt, size=4)
@@ -374,7 +374,7 @@ def test_the_most_rows_that_fit_are_named(vocabulary, columns):
 
 
 def test_the_rows_of_a_pass_are_those_whose_own_count_fits():
-    """The cases have room for none, one, some and all of 16 rows."""
+    """The tested amounts of memory have room for none, one, some and all of 16 rows."""
     config, shape = from_dict({}), plan.shape_of("data/base")
     sizes = [plan.update_bytes(shape, rows, 100, 96, torch.bfloat16, False) for rows in range(1, 17)]
     for left in (sizes[0] - 1, sizes[0], sizes[1], sizes[7] + 1, sizes[14], 2 * sizes[15]):
@@ -383,8 +383,8 @@ def test_the_rows_of_a_pass_are_those_whose_own_count_fits():
 
 
 def test_offloading_moves_16_bytes_a_parameter_and_pays_for_every_pass(monkeypatch):
-    """Weights move to the GPU for old log-probs, forward and backward pass, and gradients move back to the host
-    [support/distributed.py]."""
+    """With --offload, weights move to the GPU for old log-probs, forward and backward pass, and gradients move back
+    to the host [support/distributed.py]."""
     shape, values = plan.shape_of("data/base"), {"prompts_per_step": 4, "rollouts_per_prompt": 8}
     monkeypatch.setattr(plan, "HOST_BANDWIDTH", float("inf"))
     seconds = []

@@ -357,6 +357,6 @@ def test_the_end_token_may_be_the_last_of_the_budget(model):
     for row, response in zip(rows, long):
         if response[-1] == 2 and len(response) > len(row.prefix_ids) + 1:
             again = sampled(model, [row], len(response))[0]
-            assert again == response  # a budget of just the response's length changes nothing
+            assert again == response  # the response just fits this budget
             return
     pytest.fail("no row ended: the test model is wrong")

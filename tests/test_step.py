@@ -114,7 +114,7 @@ def exact_gradients(run: Run, batch: steps.Batch, tokens: Tokens) -> list[torch.
     ],
 )
 def test_gradient_is_the_same_for_any_micro_batches(tokenizer, method, rank, moved):
-    """Rows of different lengths pass one by one, a few at a time, and all at once."""
+    """The model gets rows of different lengths one by one, a few at a time, and all at once."""
     run = make_run(tokenizer, method, temperature=TEMPERATURE, lora_rank=rank)
     batch, tokens = whole_batch(run, moved)
     want = exact_gradients(run, batch, tokens)
@@ -316,7 +316,8 @@ def test_a_weight_that_vanishes_at_p_1_trains_and_is_counted(tokenizer, rows, up
 
 
 def test_no_share_of_tokens_is_negative(tokenizer):
-    """Policy tokens have the weight 0 before the first update, so the second update has more tokens with a weight."""
+    """Policy tokens have the weight 0 before the first update, so the second update has more tokens with a weight
+    than the first."""
     run = make_run(tokenizer, lr=0.5, updates_per_step=2)
     run.method = Method("own", "hybrid", moved_apart, clipped)
     step = rl_step(run, 0)
@@ -365,7 +366,8 @@ def test_an_answer_that_is_a_piece_of_the_problem_is_copied(boxed, problem, answ
 
 
 def test_the_share_of_copied_answers_is_of_right_responses_in_all(tokenizer):
-    """Every response repeats its problem in a box, and about half of the responses are right."""
+    """Every response repeats its problem in a box, so the metric `copied` equals the share of right responses, which
+    is about a half."""
     run = make_run(tokenizer, "rft", reward=BY_LENGTH)
     step = rl_step(run, 0)
     rows = [dataclasses.replace(row, text=f"\\boxed{{problem {step.picked[row.group]}}}") for row in step.batch.rows]

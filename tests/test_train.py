@@ -251,8 +251,8 @@ def test_resume_refuses_other_settings_and_an_existing_folder(task, whole, monke
 
 @pytest.mark.parametrize("what", ["data", "model", "template", "reward", "record"])
 def test_resume_refuses_a_run_made_of_something_else(task, tmp_path, monkeypatch, what):
-    """An input of the run has other content under the same name. Nothing is written, and the message says what
-    changed."""
+    """After a stop an input of the run, such as its data or model, changes under the same name. Resuming writes
+    nothing, and the message says what changed."""
     monkeypatch.chdir(ROOT)
     model, data, reward = tmp_path / "model", tmp_path / "train.jsonl", tmp_path / "own.py"
     shutil.copytree("data/base", model)
@@ -668,7 +668,7 @@ def test_the_sft_stage_has_a_file_of_its_own(task, tmp_path, monkeypatch):
     assert recorded == [0, 1, 3]  # a group is recorded at step 1 and with each evaluation
     assert [id(o) for o in optimizers] == [id(optimizers[0])] * 4 + [id(optimizers[4])] * 4
     assert [title for title in titles if title.startswith("step")] == [f"step {n}: validation" for n in (3, 6, 8)]
-    # final/ remembers no system message, because the rows have different ones
+    # final/ remembers no system message, because the rows have different system messages
     assert checkpoint.trained_with(tmp_path / "run" / "final") == {"reward": "math"}
     assert seen["sft"] < {f"own-{row['id']}" for row in rows[:8]}  # demonstrations that are too long are left out
     assert seen["rl"] == {row["id"] for row in rows}

@@ -79,7 +79,8 @@ def test_a_run_that_goes_on_elsewhere_recalls_what_was_said_and_nothing_else():
 @pytest.mark.parametrize("method", ["sft-rft", "relift"])
 @pytest.mark.parametrize("weight", [zero, uncertain_means], ids=["zero", "zero without own tokens, as here"])
 def test_updates_on_demonstrations_without_weight_are_told(tokenizer, method, weight):
-    """The sft stage and ReLIFT make updates on demonstrations. A skipped update gives another warning."""
+    """If a method gives demonstrations the weight 0, its updates in the sft stage or in ReLIFT give a warning. A
+    skipped update gives another warning."""
     for inputs in (METHODS[method], variant(METHODS[method], demonstration_weight=weight)):
         run, watch = make_run(tokenizer, method, reward=ALL_WRONG, relift_buffer=2, lr=0.0), Watch(inputs, {})
         run.method = inputs

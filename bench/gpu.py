@@ -6,9 +6,10 @@ The script writes bench/results/throughput-cuda-limits-SHAPE.json. All computati
 
 Decoding is measured with 256 rows x 1024 new tokens, and against plain `generate` with 128 new tokens; no row ends
 early. A decode pass cannot be faster than reading the weights and the filled part of the cache once, so the limit is
-the bytes of both / the measured copy bandwidth. An update is a forward and a backward pass of token_stats. The model
-FLOPs of an update are 6 N per token (N parameters) plus 12 layers x width x length / 2 for causal attention, without
-recomputation. The utilisation is model FLOPs per second / the measured rate of a large bf16 product.
+the bytes of weights and cache / the measured copy bandwidth. An update is a forward and a backward pass of
+token_stats. The model FLOPs of an update are 6 N per token (N parameters) plus 12 layers x width x length / 2 for
+causal attention, without recomputation. The utilisation is model FLOPs per second / the measured rate of a large bf16
+product.
 """
 
 import argparse

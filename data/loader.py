@@ -79,8 +79,8 @@ class Data:
 
 
 def _check_text(text: str, where: str, field: str) -> None:
-    """Raises InputError for a lone surrogate, which is half of a character. JSON can contain one, written as
-    \\ud800."""
+    """Raises InputError for a lone surrogate, which is half of a character. JSON can contain a lone surrogate,
+    written as \\ud800."""
     try:
         text.encode()
     except UnicodeEncodeError as error:

@@ -29,7 +29,7 @@ from support.command import Parser, command
 
 SYSTEM = "Work step by step, one operation per line. Put the final answer within \\boxed{}."
 TERMS = (2, 3, 4)
-# the test split is drawn first, so that it does not depend on the sizes of the others
+# the test split is drawn first, so that it does not depend on the sizes of the other splits
 PROBLEMS_PER_LEVEL = {"test": 60, "validation": 30, "train": 200}
 
 

@@ -7,9 +7,9 @@
 The script needs the package `datasets` (requirements-dev.txt). Files that exist are kept, so a call that was stopped
 can be repeated; delete a file to fetch its set again. The number of rows of each set is checked. Each row has a
 system message. Rows that cannot be graded (an unreadable gold answer, an empty option) are counted and written to
-NAME.left_out.jsonl. The options of each GPQA question are shuffled with its id as the seed. ARC and MMLU-Pro keep the
-hub's order of options. The licence of a set is on its page, https://huggingface.co/datasets/PATH with the path from
-SOURCES.
+NAME.left_out.jsonl. The options of each GPQA question are shuffled with the question's id as the seed. ARC and
+MMLU-Pro keep the hub's order of options. The licence of a set is on its page, https://huggingface.co/datasets/PATH
+with the path from SOURCES.
 
 The demonstrations of openr1-46k are neither filtered by length nor graded here; data/loader.py does both at the start
 of a run. OlympiadBench has 674 problems on the hub; the paper's copy has 675.

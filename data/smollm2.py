@@ -9,7 +9,7 @@ every --model accepts.
     pip install gguf accelerate            gets the packages with which transformers reads such a file
 
 The original model is on the hub, as HuggingFaceTB/SmolLM2-135M-Instruct. The hub's weights are not rounded to 4 bits,
-so results with them differ slightly. Left out are other models and other GGUF files.
+so results with the hub's model differ slightly. Left out are other models and other GGUF files.
 """
 
 import importlib.util

@@ -1,7 +1,7 @@
 """This file has what all figures use: colours, type sizes, the grid of panels, and writing the file.
 
 Figures are drawn without pyplot, so that they do not change the backend of a notebook. A figure is 9 inches wide. In
-a README it is shown 900 pixels wide, so 1 pt is 1.4 pixels.
+a README a figure is shown 900 pixels wide, so 1 pt is 1.4 pixels.
 """
 
 from pathlib import Path

@@ -43,9 +43,9 @@ def seen_batches(model, rows, budget=24, **settings) -> tuple[list[list[int]], l
 
 @pytest.mark.parametrize("method", ["rft", "prefix-rft", "luffy"])
 def test_both_loops_give_equal_rows_on_the_base(method):
-    """The loops of fast/decode.py and of transformers give the same tokens. A float64 model also gets the same
-    log-probs, to the bit of the float32 in which they are kept. (In float32, sums in another order may differ in the
-    last bits.)"""
+    """The loops of fast/decode.py and of transformers give the same tokens. With a float64 model both loops also give
+    the same log-probs, bit for bit after rounding to float32. (In a float32 model, sums in another order may differ
+    in the last bits.)"""
     model, tokenizer = load_model("data/base", check=check_model)
     problems = [p for p in load_problems("data/recipes/train.jsonl") if p.demonstrations][:3]
     encoded, *_ = encode_problems(tokenizer, problems, 96, model.generation_config.eos_token_id)
@@ -67,7 +67,7 @@ def test_when_ended_rows_leave_changes_nothing(model, monkeypatch, drop_at):
 
 
 def frozen(forward):
-    """Returns a copy of `forward` that keeps the tensors it has now, the cache's too, as a CUDA recording does."""
+    """Returns a copy of `forward` that keeps its present tensors, the cache included, as a CUDA recording does."""
     held = copy.copy(forward.__self__)
     held.live, held.cache = copy.copy(held.live), copy.copy(held.cache)
     held.cache.layers = [copy.copy(layer) for layer in held.cache.layers]

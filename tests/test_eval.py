@@ -595,7 +595,7 @@ def test_a_file_of_ones_own_with_options_system_and_levels(tmp_path):
 
 @pytest.mark.parametrize("order", [1, -1])
 def test_every_benchmark_has_to_fit_the_window(scripted, tokenizer, order):
-    """The longest prompt of all benchmarks has to fit, whichever benchmark has it."""
+    """The longest prompt of all benchmarks has to fit the model's window, whichever benchmark has it."""
     model, _ = scripted
     model.config = SimpleNamespace(get_text_config=lambda: SimpleNamespace(max_position_embeddings=40))
     sets = [

@@ -193,7 +193,8 @@ def test_a_copy_of_a_checkpoint_is_neither_used_nor_removed(tokenizer, tmp_path)
 
 @pytest.mark.parametrize("damage", [lives.flip, lives.cut, lambda path: path.write_bytes(b"")])
 def test_of_a_damaged_checkpoint_the_older_one_is_used(tokenizer, tmp_path, damage):
-    """The older checkpoint is kept until a new one is whole, even if the damaged one is of a later step than both."""
+    """The older checkpoint is kept until a new one is whole, even if the damaged checkpoint has a later step than
+    both."""
     run = saved(tokenizer, tmp_path, done=(1, 2, 5))
     newest, older = checkpoint.checkpoints(tmp_path)
     damage(newest)

@@ -120,8 +120,8 @@ THINKING = "{% for m in messages %}<|{{ m['role'] }}|>{{ m['content'] }}{% endfo
     ],
 )
 def test_the_seam_between_prompt_and_demonstration(tokenizer, monkeypatch, text, left, message):
-    """If a prompt ends with the tag that a demonstration begins with, the demonstration loses this tag. A tag that is
-    repeated without its line break, and text after the box, are counted."""
+    """If a prompt ends with the tag that a demonstration begins with, the demonstration loses this tag.
+    Demonstrations that repeat a tag without its line break, or go on after the box, are counted."""
     monkeypatch.setattr(tokenizer, "chat_template", THINKING)
     (encoded,), left_out, noted = encode_problems(tokenizer, [Problem("p", "1+1", "2", (text,))], 99, [2])
     assert tokenizer.decode(encoded.prompt_ids).endswith("<|assistant|><think>\n")

@@ -45,7 +45,7 @@ def assert_rounded(result: torch.Tensor, exact: torch.Tensor) -> None:
     """Checks that `result`, computed in fp32, equals the float64 `exact` up to rounding.
 
     The tolerance is 2**9 times the rounding of the largest entry. A result goes through about 20 sums of 32 to 103
-    terms. The largest error seen was 60 such roundings.
+    terms. The largest error seen was 60 times the rounding of the largest entry.
     """
     close = 2**9 * torch.finfo(torch.float32).eps * float(exact.abs().max())
     torch.testing.assert_close(result, exact.float(), rtol=0, atol=close)

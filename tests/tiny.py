@@ -42,8 +42,7 @@ def random_model(vocab_size: int = 103, scale: float = 0.3, seed: int = 0, **con
 
 
 def with_adapters(model: LlamaForCausalLM, config: Config) -> LlamaForCausalLM:
-    """Returns `model` with LoRA adapters whose matrices B are random: at their start, B = 0, adapters change
-    nothing."""
+    """Returns `model` with LoRA adapters whose matrices B are random: new adapters have B = 0 and change nothing."""
     adapters.add(model, adapters.of(config))
     for name, parameter in trained(model).items():
         if "lora_B" in name:
@@ -71,7 +70,8 @@ def command_module(name: str) -> ModuleType:
 
 def mechanism(method: Method) -> tuple:
     """Returns what a method needs of the training loop beside its token weights: rows, stages, the handling of
-    unsolved groups, random numbers, hints. The weights of every method are tried in test_loss.py and test_step.py."""
+    unsolved groups, random numbers, demonstrations in the prompt. The weights of every method are tried in
+    test_loss.py and test_step.py."""
     return method.rows, method.stages, method.unsolved, method.entropy_clip == "random", method.hinted
 
 

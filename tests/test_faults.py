@@ -295,7 +295,7 @@ def test_an_update_without_finite_gradient_is_skipped(tokenizer, value):
 
 
 def test_an_update_with_an_infinite_loss_is_skipped(tokenizer, monkeypatch):
-    """Infinity is added to the loss here, so the loss's gradient stays finite."""
+    """The test adds infinity to the loss, which leaves the loss's gradient finite."""
     run = make_run(tokenizer, updates_per_step=1, micro_batch_tokens=10**6)
     run.optimizer = new_optimizer(run.model, run.config)
     monkeypatch.setattr(steps, "weighted_loss", lambda *words: weighted_loss(*words) + torch.inf)

@@ -74,17 +74,19 @@ def draw_points(axis: Axes, x: Sequence[float], groups: Sequence[np.ndarray], na
 
 
 def draw_contrast(axis: Axes, runs: pd.DataFrame, cell: str) -> None:
-    """Draws Prefix-RFT minus each rival over the number of steps, at the temperature of the primary contrast. Dots
-    are base models."""
+    """Draws Prefix-RFT minus each rival over the number of steps, at the temperature of the primary contrast. Bars
+    are 95% intervals over base models, and dots are single base models."""
     each = horizon.difference_frame(runs)
     each = each[(each.cell == cell) & (each.temperature == horizon.PRIMARY[2])]
-    for rival, rows in each.groupby("rival"):
-        x, values = zip(*((budget, group.difference.to_numpy()) for budget, group in rows.groupby("budget")))
-        draw_band(axis, x, values, rival)
-        axis.plot(rows.budget, rows.difference, ".", markersize=2.5, alpha=0.5, color=style_of(rival)["color"])
+    for place, rival in enumerate(horizon.RIVALS):
+        rows = each[each.rival == rival]
+        groups = [(budget * 1.04 ** (place - 1), group) for budget, group in rows.groupby("budget")]
+        if groups:
+            draw_points(axis, [x for x, _ in groups], [group.difference.to_numpy() for _, group in groups], rival)
     axis.axhline(0, color="black", linewidth=0.8)
     axis.set_xscale("log", base=2)
     axis.set_xticks(horizon.BUDGETS, map(str, horizon.BUDGETS))
+    axis.set_xlim(0.8 * horizon.BUDGETS[0], 1.25 * horizon.BUDGETS[-1])
     finish(axis, f"{cell}, {horizon.PRIMARY[2]}", "steps", "Prefix-RFT minus another, points")
 
 

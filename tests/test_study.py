@@ -169,7 +169,7 @@ def test_the_report_and_the_figure_of_the_second_study_before_and_after_its_runs
     assert "3 of 6 bases" in horizon.report_text(stored)
     runs, axis = horizon.run_frame(stored), Figure().subplots()
     drawing.draw_contrast(axis, runs, "habit-512")
-    means = {line.get_label(): line.get_ydata()[0] for line in axis.lines}
+    means = {bars.get_label(): bars.lines[0].get_ydata()[0] for bars in axis.containers}
     assert means["sft-rft"] == pytest.approx(horizon.contrast_frame(runs).loc[horizon.PRIMARY, "mean"])
 
 

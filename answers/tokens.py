@@ -194,8 +194,8 @@ def _operator(value: str) -> tuple[str, str]:
 
 
 def _run(run: str, before: list[tuple[str, str]], spaced: bool = False) -> list[tuple[str, str]]:
-    """Reads a run of letters as a name, a function, a word, or a product of letters. `spaced` says whether the run
-    stands between spaces."""
+    """Reads a run of letters as a name, a function, a word, or a product of letters. `spaced` says whether the
+    letters stand between spaces."""
     if run in ("or", "and", "mod", "modulo"):
         return [_operator(run[:3])]
     if run in CURRENCIES:
@@ -219,7 +219,8 @@ def _run(run: str, before: list[tuple[str, str]], spaced: bool = False) -> list[
 
 
 def _command(name: str, text: str, at: int, out: list[tuple[str, str]], grouped: bool, depth: int) -> int:
-    """Appends the tokens of a LaTeX command to `out`. Returns the position in `text` behind the command."""
+    """Appends the tokens of a LaTeX command to `out`. Returns the position in `text` behind that command
+    and its arguments."""
     if name not in KNOWN:
         known = next((name[:cut] for cut in (len(name) - 1, len(name) - 2) if name[:cut] in KNOWN), None)
         if known is None or len(known) < 2:

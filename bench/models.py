@@ -97,7 +97,7 @@ MODELS: dict[str, dict] = {name: {} for name in PLAIN.split()} | {
         "image_token_index": 103,
     },
 }
-# end tokens that no text of the task contains; with eight end tokens, random models end many rows early
+# No text of the task contains these end tokens. There are eight, so that random models end many rows early.
 ENDS = [2, 6, 11, 45, 58, 67, 79, 95]
 BUDGET = 40
 

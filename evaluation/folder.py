@@ -196,7 +196,7 @@ def cut_broken_line(path: Path, benchmarks: list[Benchmark]) -> int:
 
 
 def count(folder: Path, benchmarks: list[Benchmark]) -> dict[str, list[Answers]]:
-    """Returns {benchmark: one Answers per problem}, counted over the stored responses."""
+    """Counts the stored responses of each problem. Returns {benchmark: list of Answers, one for each problem}."""
     answers = {b.name: [Answers(p.id, p.level) for p in b.problems] for b in benchmarks}
     for benchmark, i, row, _ in stored_rows(folder / "generations.jsonl", benchmarks):
         answers[benchmark.name][i].add(row)

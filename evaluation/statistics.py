@@ -17,7 +17,8 @@ where scores lie close together (92% for 1000 problems that are about equally ha
 The coverage of the 95% interval was simulated with true accuracies from 1 to 99%, 1, 4 or 32 samples per problem, and
 with or without partial rewards. The simulated problems were about equally hard, or almost always or never solved, or
 in between. The table has the lowest coverage over all these simulations, each with 2000 to 4000 draws (± 0.5 points).
-For one benchmark and one sample per problem the exact coverage was computed too, and is at least 94.4%.
+For one benchmark with one sample per problem the coverage of the interval was also computed exactly, without
+simulation: it is at least 94.4%.
 
     one benchmark of 30, 100, 300, 500 problems         94.4%, 94.6%, 94.8%, 94.9%
     nine benchmarks of 30, 100, 300, of 30 to 1172      95.1%, 94.9%, 94.3%, 95.7%

@@ -176,7 +176,8 @@ def draw_panels(panels: Sequence[Panel], panel_height: float = 2.9, most: int = 
 
 
 def draw_all(stored: Stored, runs: pd.DataFrame, folder: Path) -> list[Path]:
-    """Writes the figures of both studies and first-hour.png, the front page's; returns their paths."""
+    """Writes the figures of the first study (study/) and of the second (horizon/), and first-hour.png, which the
+    front page shows. Returns the paths of all figures."""
     questions = question_panels(stored)
     figures = {"study/demonstrations": questions[:4], "study/parts": questions[4:6], "study/ceiling": questions[6:]}
     pairs = [(regime, name) for regime in ("habit", "silent", "twin") for name in ("rft", "sft-rft", "sft", "luffy")]

@@ -86,7 +86,8 @@ def accuracies(lines: Sequence[Line], kind: str, level: str = "all") -> np.ndarr
 
 
 def solved(lines: Sequence[Line], tries: int, level: str = "all") -> np.ndarray:
-    """Returns the unbiased estimate of pass@`tries` for each line of ceiling and problem, [models, problems]."""
+    """Returns the unbiased estimate of pass@`tries` of each model in study/ceiling.jsonl on each problem,
+    [models, problems]."""
     levels = np.repeat(CEILING_LEVELS, 100)
     places = np.flatnonzero((levels == level) | (level == "all"))
     return np.array([[pass_at_k(CEILING_SAMPLES, line["right"][i], tries) for i in places] for line in lines])

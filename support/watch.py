@@ -30,7 +30,8 @@ SURPRISE = 0.02, 6.0
 # defaults 0.004). In runs whose policy had collapsed after the first step PPO clipped a share of 0.16 (lr 5e-3) to
 # 0.56 (lr 1e3).
 CLIPPED = 0.15, 100
-COPIED = 0.03  # share of a step's responses that may be right with a copied answer
+# a warning comes if more than this share of a step's responses are right with an answer copied from the problem
+COPIED = 0.03
 # The reward is lost if it is below this share of the best reward over SHORT steps, and below that best reward by so
 # many standard errors. The 45 runs above kept at least 0.3 of their best reward; a collapsed run (rft at lr 1e-3)
 # kept 0.09.

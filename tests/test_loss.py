@@ -209,8 +209,8 @@ def test_an_infinite_ratio_weighs_nothing_where_the_advantage_is_zero(name):
 class Group:
     """A random mini-batch of a method: four problems with six rows of unequal length each. Usually the last row of a
     problem has demonstration tokens. With a shared prefix, and in batches of demonstrations, every row has
-    demonstration tokens. For methods that replace or rescue unsolved groups, all rows of the first problem have
-    demonstration tokens."""
+    demonstration tokens. Some methods give the rows of an unsolved group demonstrations; for these methods the
+    first problem is the unsolved one, so all of its rows have demonstration tokens."""
 
     def __init__(self, name: str, moved: bool, seed: int = 0):
         torch.manual_seed(seed)

@@ -25,8 +25,8 @@ QUICK = ("test_loss", "test_sample", "test_step", "test_model", "test_reward", "
 
 
 def pytest_xdist_auto_num_workers(config: pytest.Config) -> int:
-    """Returns the number of processes. If the command line names test files, they run in pytest's own process, where
-    a debugger works. The whole suite runs in up to four processes."""
+    """Returns the number of processes in which pytest-xdist runs the tests. If the command line names test files,
+    they run in pytest's own process, where a debugger works. The whole suite runs in up to four processes."""
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
     return 0 if config.option.file_or_dir else min(4, cores)
 

@@ -160,8 +160,8 @@ def differences(one: Path, two: Path) -> list[str]:
 
 
 def learned(folder: Path) -> bool:
-    """Returns whether a run has made an update at all. Two runs without updates have equal weights even if resuming
-    is broken."""
+    """Returns whether a run has made an update at all. Without updates two runs have equal weights even if resuming
+    is broken, so comparing them would prove nothing."""
     return any(row["grad_norm"] + row.get("relift_grad_norm", 0) for row in rows(folder / "metrics.jsonl"))
 
 

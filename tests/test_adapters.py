@@ -41,7 +41,7 @@ def test_what_is_saved_is_the_model_that_was_trained(tokenizer, tmp_path, dtype)
     save_model(model, tokenizer, tmp_path / "final")
     adapters.save(model, tmp_path / "adapter")
     final = AutoModelForCausalLM.from_pretrained(tmp_path / "final")
-    assert (tmp_path / "final" / "merges.txt").exists()  # final/ also has the base model's tokenizer files
+    assert (tmp_path / "final" / "merges.txt").exists()  # a tokenizer file of the base model was copied into final/
     assert final.dtype == torch.float32 and final.state_dict().keys() == random_model().state_dict().keys()
     base = AutoModelForCausalLM.from_pretrained(tmp_path / "base", dtype=getattr(torch, dtype))
     by_peft = peft.PeftModel.from_pretrained(base, str(tmp_path / "adapter")).base_model.model

@@ -13,7 +13,7 @@ from grading_pairs import ALL_PAIRS
 from answers import Unreadable, equal, read
 from reward import check_gold, is_equivalent
 
-MOST_CALLS = 500_000  # comparing a text with four answers may take this many function calls, about 0.2 s
+MOST_CALLS = 500_000  # the most function calls allowed for comparing a text with four answers, about 0.2 s
 LETTERS = sympy.symbols("x y z")
 
 
@@ -38,8 +38,8 @@ def test_every_gold_is_read_and_equals_itself_in_dollars_and_parentheses():
 
 
 def test_equality_is_symmetric_but_for_decimals_names_and_bases():
-    """A unit, or another part that may be left out, may be missing on either side. So equal answers stay equal when
-    they change places, except decimals, letters of choices and answers with "not"."""
+    """A unit, or another part that an answer can lack, can be missing in the prediction or in the gold answer. So
+    equal answers stay equal when they change places, except decimals, letters of choices and answers with "not"."""
     for a, b in [(prediction, gold) for _, prediction, gold, same in ALL_PAIRS if same]:
         one_sided = "\\text{not" in a or "." in b or "." in a or read(a).option is not None
         assert is_equivalent(b, a) or one_sided, (a, b)

@@ -23,8 +23,8 @@ MAY_CHANGE += " save_every tensorboard"
 
 
 def with_moments(tokenizer, **settings):
-    """Returns a ReLIFT run with one problem in its buffer. The run's two optimizers have made an update each, on
-    different gradients."""
+    """Returns a run of ReLIFT, which collects unsolved problems in a buffer. One problem is in the buffer. The run's
+    two optimizers have made an update each, on different gradients."""
     run = make_run(tokenizer, "relift", **settings)
     run.optimizer, run.collector.optimizer = (new_optimizer(run.model, run.config) for _ in range(2))
     for scale, optimizer in ((1.0, run.optimizer), (3.0, run.collector.optimizer)):
@@ -105,14 +105,16 @@ def test_a_checkpoint_without_a_parameter_is_refused(tokenizer, tmp_path, missin
 
 @pytest.mark.parametrize("steps", [[1, 1, 3], [1, 3, 2], [2, 3, 4], [1, 2]])
 def test_rows_of_metrics_are_compared_with_the_steps(tmp_path, steps):
-    """metrics.jsonl must have the steps in order, each once; as many rows as steps are not enough."""
+    """metrics.jsonl must have each step once, in order. A log with the right number of rows but other steps is
+    refused."""
     checkpoint.append_rows(tmp_path / "metrics.jsonl", [{"step": step} for step in steps])
     with pytest.raises(InputError, match="steps 1 to 3 once each"):
         checkpoint.cut_logs(tmp_path, 3)
 
 
 def test_a_fingerprint_covers_every_byte_of_every_file(tmp_path):
-    """The test changes the last byte of the second file, behind the first block of 16 MiB that is read at once."""
+    """Files are read in blocks of 16 MiB. The test changes the last byte of the second file, which lies behind the
+    first block."""
     content = {name: bytes([number]) * (2**24 + 1) for number, name in enumerate(("a", "b"))}
     for name, data in content.items():
         (tmp_path / f"{name}.safetensors").write_bytes(data)

@@ -36,7 +36,7 @@ ROOT = Path(__file__).parents[1]
 # four tokens end a response, so that rows have different lengths; prompts and prefixes contain no end token
 ENDS = [2, 100, 101, 102]
 # A draw closer than NEAR to the border between two tokens may give either token, because fp32 sums are rounded; on a
-# CPU a hundredth of NEAR is enough.
+# CPU such draws are closer than a hundredth of NEAR.
 NEAR = 2e-5
 
 
@@ -116,8 +116,8 @@ def assert_drawn(
     name: str, rows: Sequence[Row], responses: Sequence[list[int]], budget: int, temperature: float = 1.0
 ) -> None:
     """Checks that every token is the one that the row's random number draws from the float64 model's distribution. A
-    response must end at the first end token or with the budget. At temperature 0 every token must be the
-    likeliest."""
+    response must end at the first end token or at the limit of `budget` tokens. At temperature 0 every token must be
+    the likeliest."""
     ends = set(exact(name).generation_config.eos_token_id)
     for row, response in zip(rows, responses, strict=True):
         inputs = len(row.prefix_ids)
@@ -135,7 +135,8 @@ def assert_drawn(
 
 
 def assert_same(result: Sequence[list[int]], want: Sequence[list[int]]) -> None:
-    """Checks that responses are equal, except one in sixteen: rounding decides a draw at the border of two tokens."""
+    """Checks that at most one response in sixteen differs, because rounding decides a draw at the border of two
+    tokens."""
     assert len(result) == len(want) and sum(a != b for a, b in zip(result, want)) <= len(want) // 16
 
 
@@ -151,8 +152,8 @@ def litter() -> None:
 @pytest.mark.parametrize("name", MODELS)
 def test_compute_in_bf16_is_as_exact_as_that_of_a_plain_model(folder, one_gpu, name):
     """Log-probs, entropies and the gradient of a padded batch are compared with float64; the weights are sharded
-    fp32. The errors of fp32 compute must be 2^9 times smaller than those of bf16 compute; with TF32 they would be
-    only 2^3 times smaller."""
+    fp32. To show that fp32 compute does not use TF32, its errors must be 2^9 times smaller than those of bf16
+    compute; with TF32 they would be only 2^3 times smaller."""
     rows = some_rows()
     responses = [[*row.prefix_ids, 7, 50, 11, 99 - i, 2] for i, row in enumerate(rows)]
     model, _ = load_trained(str(folder / name), one_gpu)
@@ -193,8 +194,8 @@ def test_compute_in_bf16_is_as_exact_as_that_of_a_plain_model(folder, one_gpu, n
 
 @pytest.mark.parametrize("head_width", [32, 64, 128])  # CUDA chooses the attention kernel by the width of a head
 def test_the_gradient_of_a_batch_that_is_mostly_padding_is_finite(tokenizer, one_gpu, tmp_path, head_width):
-    """Twenty bf16 batches of eight rows have 1 to 250 prompt tokens and 1 to 250 response tokens per row. (In the
-    runs on GSM8K, three updates in a hundred had no finite gradient: results/smollm2.)"""
+    """Twenty bf16 batches of eight rows have 1 to 250 prompt tokens and 1 to 250 response tokens per row. (The reason
+    for this test: in runs on GSM8K, three updates in a hundred had no finite gradient, see results/smollm2.)"""
     shape = {"hidden_size": 128, "num_attention_heads": 4, "num_key_value_heads": 2, "head_dim": head_width}
     save_model(random_model(scale=0.15, **shape), tokenizer, tmp_path / "model")
     model, _ = load_trained(str(tmp_path / "model"), one_gpu)
@@ -292,8 +293,8 @@ def test_tokens_follow_the_distribution_of_the_model(folder, request, name, comp
 @pytest.mark.parametrize("how", [{}, {"decode": None}, {"rows_per_call": 5}, {"temperature": 0.0}], ids=str)
 @pytest.mark.parametrize("name", MODELS)
 def test_a_response_is_what_the_cpu_draws(name, how):
-    """In fp32 the GPU draws the CPU's tokens: with the loop of fast/decode.py and with HuggingFace's, in one call or
-    several, and greedily."""
+    """In fp32 the GPU draws the CPU's tokens: with the decoding loop of fast/decode.py and with HuggingFace's loop,
+    in one call or several, sampled or greedily."""
     rows, settings = some_rows(), {"temperature": 1.0} | how
     responses = ours(MODELS[name]().to(DEVICE), rows, 24, **settings)
     assert len({len(response) for response in responses}) > 3

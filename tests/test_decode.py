@@ -43,9 +43,9 @@ def seen_batches(model, rows, budget=24, **settings) -> tuple[list[list[int]], l
 
 @pytest.mark.parametrize("method", ["rft", "prefix-rft", "luffy"])
 def test_both_loops_give_equal_rows_on_the_base(method):
-    """The loops of fast/decode.py and of transformers give the same tokens. With a float64 model both loops also give
-    the same log-probs, bit for bit after rounding to float32. (In a float32 model, sums in another order may differ
-    in the last bits.)"""
+    """The loops of fast/decode.py and of transformers give the same tokens. With a float64 model the two loops also
+    give the same log-probs, bit for bit after rounding to float32. (In a float32 model, sums in another order may
+    differ in the last bits.)"""
     model, tokenizer = load_model("data/base", check=check_model)
     problems = [p for p in load_problems("data/recipes/train.jsonl") if p.demonstrations][:3]
     encoded, *_ = encode_problems(tokenizer, problems, 96, model.generation_config.eos_token_id)
@@ -75,8 +75,8 @@ def frozen(forward):
 
 
 def test_passes_that_are_recorded_give_the_same_tokens(monkeypatch):
-    """The test imitates CUDA on the CPU: columns of the cache are read in blocks, a recording keeps the tensors it
-    was made with, and ended rows seldom leave the batch."""
+    """The test imitates CUDA on the CPU: columns of the cache are read in blocks, a recorded pass keeps the tensors
+    with which it was recorded, and ended rows seldom leave the batch."""
     rows, model, recordings = some_rows(24), ready_model(), []
     model.generation_config.eos_token_id = [2, 11, 23, 40, 57, 80]
     want = ours(model, rows, 40)
@@ -85,7 +85,8 @@ def test_passes_that_are_recorded_give_the_same_tokens(monkeypatch):
     monkeypatch.setattr(decode, "GRAPH_COLUMNS", 8)
     monkeypatch.setattr(decode, "LOOK_EVERY", 3)
     assert ours(model, rows, 40) == want
-    # a recording is made for each of about six blocks of columns, and whenever ended rows have left the batch
+    # a pass is recorded for each of about six blocks of 8 cache columns, and again whenever ended rows have left the
+    # batch
     assert 5 < len(recordings) < 10
 
 
@@ -138,7 +139,8 @@ def test_equal_prompts_are_read_once_and_ended_rows_leave(model):
     assert shapes[0] == (3, 3) and {width for _, width in shapes[1:]} == {1}
     counts = [count for count, _ in shapes[1:]]
     assert counts == sorted(counts, reverse=True) and counts[0] <= 24 and len({len(r) for r in responses}) > 1
-    for t, count in enumerate(counts, start=1):  # a pass has at most 1 / DROP_AT rows per unfinished row
+    # ended rows leave the batch before a pass has more than 1 / DROP_AT rows per unfinished row
+    for t, count in enumerate(counts, start=1):
         assert count <= sum(len(r) > t for r in responses) / decode.DROP_AT
     assert [ours(model, [row], 24)[0] for row in rows] == responses
 

@@ -49,13 +49,13 @@ CASES = {name: {} for name in ONE_OF_EACH} | {
 }
 # the methods in RESUMED update by AdamW, the others by SGD
 RESUMED = ("prefix-rft", "relift", "prefix-rft with adapters")
-# AdamW's eps is far above the rounding errors of gradients. With the default of 1e-8 a rounding error would move a
-# weight by lr.
+# AdamW's eps is far above the rounding errors of gradients. With AdamW's default eps of 1e-8 a rounding error would
+# move a weight by lr.
 ADAM_EPS = 1e-3
 
 
-# Many tokens end a response, so that most rows end within the budget and some are right; demonstrations of make_run
-# contain none of these tokens.
+# Many tokens end a response, so that most responses end before the limit of tokens and some are right. The
+# demonstrations of make_run contain none of these end tokens.
 ENDS = [2, *range(60, 69)]
 
 
@@ -145,7 +145,8 @@ def equal_rewards(folder: Path) -> dict:
 
 
 def scaled_down(folder: Path, max_norm: float) -> dict:
-    """Returns the norm and the gradient that clip_gradients makes of a gradient that equals the weights."""
+    """Calls clip_gradients on a gradient that equals the weights. Returns the norm it computes and the gradient it
+    leaves."""
     parameters = dict(started(folder, "prefix-rft").model.named_parameters())
     for parameter in parameters.values():
         parameter.grad = parameter.detach().clone()
@@ -187,9 +188,11 @@ def evaluated(folder: Path) -> dict[int, str]:
 
 
 def work(number: int, folder: Path, port: int) -> None:
-    """Make all runs that are compared, as rank `number` of two, and save their results in found.pt."""
+    """As rank `number` of two, make all runs that the tests compare with one process, and save their results in
+    found.pt."""
     torch.set_num_threads(1)
-    loaded.cache_clear()  # a model from before the fork is not split over the ranks, so each rank loads it again
+    # a model that was loaded before the fork is not split over the ranks, so each rank loads it again
+    loaded.cache_clear()
     os.environ |= {"RANK": str(number), "WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
     distributed.start(torch.device("cpu"))
     actual = {method: some_steps(folder, method) for method in CASES}
@@ -233,7 +236,7 @@ def assert_same(method: str, one: dict, two: dict) -> None:
                 assert same is True or metrics_two[name] == same, name
         assert shown == shown_two
     for metrics, _ in one["log"]:
-        # grad_norm is the mean of a step's two updates
+        # the metric grad_norm is the mean of the gradient norms of a step's two updates
         norm += 2 * metrics["grad_norm"] + metrics.get("relift_grad_norm", 0.0)
     # `step` is the most that an update moves a weight per unit of gradient
     step = 1e-3 / ADAM_EPS if method in RESUMED else 0.1
@@ -269,7 +272,8 @@ def test_a_gradient_is_scaled_down_by_its_norm_over_all_ranks(results, max_norm)
     weights = dict(AutoModelForCausalLM.from_pretrained(folder / "model").named_parameters())
     norm = math.sqrt(sum(float(weight.detach().double().square().sum()) for weight in weights.values()))
     actual = two["scaled down"][max_norm]
-    close = sum(weight.numel() for weight in weights.values()) * 2**-24  # one rounding per square in the norm
+    # the norm sums a square per weight, and each is rounded
+    close = sum(weight.numel() for weight in weights.values()) * 2**-24
     assert actual["norm"] == pytest.approx(norm, rel=close)
     for name, weight in weights.items():
         wanted = weight.detach() * min(1.0, (max_norm or norm) / norm)
@@ -294,7 +298,8 @@ def test_equal_rewards_stop_nobody(results):
 
 
 def test_a_rank_that_dies_ends_the_others_with_a_message(results):
-    """The other ranks notice a dead rank in the exchange for which they wait. Finished steps are in metrics.jsonl."""
+    """The other ranks notice a dead rank in the exchange for which they wait. The steps that were finished before the
+    rank died are in metrics.jsonl."""
     folder, _, two = results
     message = two["died"]["said"]
     assert two["died"]["code"] == 1 and message.count("\n") == 1

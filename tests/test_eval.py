@@ -65,7 +65,8 @@ def test_evaluate_and_summarize_match_a_hand_count(scripted, tokenizer):
     assert [a.right for a in answers] == [1, 4, 0]
     assert [a.truncated for a in answers] == [1, 0, 1]
     assert [a.unread for a in answers] == [1, 0, 2]
-    # every character is a token, and so is \boxed{; a response that was not cut off also has an end token
+    # the tokenizer has a token for each character and one for \boxed{; a response that was not cut off has an end
+    # token, which counts
     assert answers[0].tokens == (4 + 1 + 2 + 1 + 1) + (1 + 2 + 1 + 1) + (6 + 1) + (1 + 2 + 1)
     table = summarize(answers)
     assert list(table) == ["easy", "hard", "all"]
@@ -112,7 +113,7 @@ OPTIONS = ["iron", "1/2", "the sum of A and B.", "0.5 m"]
         (" (B) ", "B"),
         ("\\text{C.}", "C"),
         ("$\\mathbf{D}$", "D"),
-        ("E", None),  # the question has the options A to D only
+        ("E", None),  # E is wrong, because the question has the options A to D only
         ("a", None),
         ("A) iron", "A"),
         ("(A) Iron.", "A"),
@@ -144,7 +145,8 @@ def test_grading_a_choice():
 
 
 def test_options_and_settings_reach_the_sampler(tmp_path, monkeypatch):
-    """The sampler gets whole batches. After a stop the sampler first gets what is missing of the unfinished batch."""
+    """The function that samples gets whole batches of draws. After a stop it first gets the draws that the unfinished
+    batch lacks."""
     result: list[tuple] = []
 
     def respond(model, tokenizer, draws, **settings):
@@ -320,7 +322,8 @@ def test_an_evaluation_may_go_on_with_other_batches(finished, tmp_path, monkeypa
     decoded, generate = [], eval.generate
     monkeypatch.setattr(eval, "generate", lambda *a, **k: decoded.append(len(a[2])) or generate(*a, **k))
     eval.run(arguments(out=folder, rows_per_call=None))
-    assert decoded == [15, 8]  # rows_per_call is 20 as in the stored settings, so batches end at 20, 40 and 48
+    # rows_per_call is 20 as in the stored settings, so the batches of the 48 responses end at 20, 40 and 48
+    assert decoded == [15, 8]
     assert (folder / "generations.jsonl").read_bytes() == b"".join(lines)
     settings = json.loads((folder / "results.json").read_text())["settings"]
     (went_on,) = settings["continued"]
@@ -343,7 +346,7 @@ def test_an_evaluation_may_go_on_with_other_batches(finished, tmp_path, monkeypa
 
 @pytest.mark.usefixtures("no_figure")
 def test_each_rank_gets_full_calls(finished, tmp_path, monkeypatch):
-    """Two ranks sample 20 responses per batch, if rows_per_call is 10."""
+    """Two ranks with rows_per_call 10 sample 20 responses per batch, so 48 responses make batches of 20, 20 and 8."""
     batches, append = [], eval.append_rows
     monkeypatch.setattr(eval.distributed, "world_size", lambda: 2)
     monkeypatch.setattr(eval.distributed, "from_rank_0", lambda value: value)
@@ -359,13 +362,13 @@ def test_as_many_rows_share_a_call_as_a_gpu_holds(monkeypatch):
         vocab_size=1000, hidden_size=64, num_hidden_layers=3, num_attention_heads=4, num_key_value_heads=2
     )
     model = SimpleNamespace(config=config, device=torch.device("cuda"))
-    # bytes of a row's keys and values in 3 bf16 layers, with 100 columns rounded up to 256
+    # `cache` is the bytes of a row's keys and values in 3 bf16 layers; its 100 columns are rounded up to 256
     cache = 256 * 3 * 2 * 2 * 16 * 2
-    most = 256 * 2 * 4 * 16 * 2  # bytes of the keys and values of one layer, repeated for all heads
+    most = 256 * 2 * 4 * 16 * 2  # `most` is the bytes of one layer's keys and values, repeated for all query heads
     for free, rows in ((1e10, 512), (10 * (cache + most) / 0.8 + 1, 10), (cache / 2, 1)):
         monkeypatch.setattr(torch.cuda, "mem_get_info", lambda _, free=free: (int(free), 0))
         assert eval.rows_that_fit(model, 100) == rows
-    # rank 1's GPU has memory for 7 rows only
+    # if the GPU of rank 1 has memory for 7 rows only, every rank takes 7 rows
     monkeypatch.setattr(eval.distributed, "gather_dict", lambda mine: mine | {1: 7})
     monkeypatch.setattr(torch.cuda, "mem_get_info", lambda _: (10**9, 0))
     assert eval.rows_that_fit(model, 100) == 7
@@ -380,7 +383,7 @@ def test_as_many_rows_share_a_call_as_a_gpu_holds(monkeypatch):
 
 
 def test_a_reward_that_raises_is_one_line_and_goes_on_mended(tmp_path, monkeypatch, capsys, no_figure):
-    """The mended reward may take the place of the faulty one, because no response has a grade yet."""
+    """The evaluation accepts the mended reward in place of the faulty reward, because no response has a grade yet."""
     reward = tmp_path / "own.py"
     words = ["--model", "data/base", "--benchmarks", "embedded", "--problems", "1", "--temperature", "0"]
     words += ["--max_response_tokens", "40", "--reward", str(reward), "--out", str(tmp_path / "run")]
@@ -524,8 +527,8 @@ def test_a_full_disk_leaves_the_grades_as_they_were(finished, tmp_path, monkeypa
 
 @pytest.mark.parametrize("written", [1, 2])
 def test_grading_that_was_cut_off_has_to_be_done_again(finished, tmp_path, monkeypatch, written):
-    """A stop before the new grades are written leaves the old ones. After a stop between writing grades and settings,
-    settings.json names no grader."""
+    """A stop before the new grades are written leaves the old grades. After a stop between writing grades and
+    settings, settings.json names no grader."""
     folder, plain, calls = copy(finished, tmp_path / "cut"), folder_of_evaluation.write_settings, []
     (tmp_path / "own.py").write_text("def reward(response, problem):\n    return 0.25\n")
 
@@ -557,7 +560,7 @@ def test_the_folder_of_another_evaluation_is_left_alone(finished, tmp_path, monk
             eval.run(arguments(out=finished))
     foreign = copy(finished, tmp_path / "foreign")
     lines = (foreign / "generations.jsonl").read_text().splitlines(keepends=True)
-    # one log answers another problem in line 2, and one has its first two samples swapped
+    # line 2 of the first log is a response to another problem; the second log has its first two samples swapped
     for wrong, first_two in (2, [lines[0], lines[5]]), (1, [lines[1], lines[0]]):
         (foreign / "generations.jsonl").write_text("".join([*first_two, *lines[2:]]))
         with pytest.raises(ValueError, match=rf"jsonl:{wrong}: found response .*expected .*another evaluation"):

@@ -38,7 +38,8 @@ TINY = lives.RELIFT | {"steps": 2, "eval_every": 0, "rollouts_per_prompt": 2}
 
 @pytest.fixture(scope="module")
 def whole(tmp_path_factory):
-    """Returns a folder with problems and, in `whole`, a run that was never killed; and how this run ended."""
+    """Returns a folder with problems and, in its subfolder `whole`, a run that was never killed. Also returns how
+    this run ended."""
     patch = pytest.MonkeyPatch()
     patch.chdir(ROOT)
     patch.setattr(train, "draw_curves", lambda folder: "")  # drawing curves.png takes a second per run
@@ -57,7 +58,7 @@ def test_killed_at_file_operations_again_and_again(whole, tmp_path, first):
     out, kills = tmp_path / "0", range(first, life.operations, 9)
     for number, kill_at in enumerate(kills, 1):
         killed = lives.live(lives.training(out, **lives.task(folder), **TINY), out, kill_at=kill_at)
-        if killed.code == 0:  # the run ended by itself, because it had fewer file operations left
+        if killed.code == 0:  # the run made fewer than kill_at file operations, so it was not killed
             break
         assert killed.code == -signal.SIGKILL, killed.output
         out = out.rename(tmp_path / str(number)) if out.exists() else out
@@ -109,8 +110,8 @@ def test_a_second_process_is_kept_out(whole):
 
 @pytest.mark.parametrize("largest", [1000, 1_000_000], ids=["config.json", "the checkpoint"])
 def test_a_full_disk_ends_a_run_in_one_line(whole, tmp_path, largest):
-    """The test imitates a full disk: no file can grow beyond `largest` bytes. Without the limit the run then
-    continues to the same result as a run that never failed."""
+    """The test imitates a full disk: no file can grow beyond `largest` bytes. Resumed without the limit, the run ends
+    with the same result as a run that never failed."""
     folder, _ = whole
     out = tmp_path / "run"
     work = lives.training(out, **lives.task(folder), **TINY)
@@ -143,7 +144,7 @@ def test_a_closed_output_is_not_taken_for_a_full_disk(whole, tmp_path):
             return work()
 
         life = lives.live(unread, place)
-        # the exit code is 141 if the process had something left to print
+        # the exit code is 141 (closed output) if the process had something left to print, else 1
         assert life.code in (1, 141) and life.output.count("\n") == 1, life.output
         assert "the output was closed; to go on: python " in life.output and str(place) in life.output
     assert lives.live(training, out).code == 0
@@ -286,7 +287,7 @@ def test_an_update_without_finite_gradient_is_skipped(tokenizer, value):
         metrics = rl_metrics(run, rl_step(run, number))
         assert metrics["skipped_updates"] == 1 and run.skipped == number + 1
         assert metrics["loss"] is None and metrics["grad_norm"] is None
-        assert figures(metrics)["length"]  # the progress line can be made although loss is null
+        assert figures(metrics)["length"]  # a step's progress line can be made although its loss is null
         json.dumps(metrics, allow_nan=False)
     assert all(torch.equal(p, before[name]) and p.grad is None for name, p in run.model.named_parameters())
     assert not run.optimizer.state

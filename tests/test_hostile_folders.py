@@ -31,8 +31,9 @@ TEXT = {
 
 
 def damage(path: Path, how: object) -> None:
-    """Damage a file: None deletes it, a number is the share that is kept, and bytes replace the content. A dict
-    replaces fields of the JSON object, and a function is called with the path."""
+    """Damage a file as `how` says: None deletes the file, a number is the share of its bytes that is kept, and bytes
+    replace its content. A dict replaces fields of the file's JSON object, and a function is called with the file's
+    path."""
     if how is None:
         path.unlink()
     elif isinstance(how, float):

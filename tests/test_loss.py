@@ -129,7 +129,7 @@ def test_entropy_clip_keeps_the_highest(keep, n):
 
 
 def test_entropy_clip_breaks_ties_by_index():
-    mask = torch.ones(20, 50, dtype=torch.bool)  # with 1000 tokens, an unstable sort would reorder ties
+    mask = torch.ones(20, 50, dtype=torch.bool)  # an unstable sort would reorder 1000 equal entropies
     for select in ("high", "low"):
         kept = entropy_clip(mask, torch.ones(20, 50), 0.3, select)
         assert kept.flatten().nonzero().flatten().tolist() == list(range(300))
@@ -155,14 +155,16 @@ def test_padding_never_has_a_weight(name):
 
 
 def test_the_surrogate_is_clipped_where_the_textbook_clips_it():
-    """The surrogate is r A, but at most 1.2 A for A > 0, and at most 0.8 A for A < 0."""
+    """With the ratio r, the advantage A and the clip range 0.2, PPO's surrogate is r A, but at most 1.2 A for A > 0,
+    and at most 0.8 A for A < 0."""
     ratio = torch.tensor([0.5, 1.0, 1.2, 2.0])
     assert ppo_surrogate(ratio, torch.tensor(1.0), 0.2, 0.2).tolist() == pytest.approx([0.5, 1.0, 1.2, 1.2])
     assert ppo_surrogate(ratio, torch.tensor(-1.0), 0.2, 0.2).tolist() == pytest.approx([-0.8, -1.0, -1.2, -2.0])
 
 
 def test_of_ten_entropies_the_two_highest_keep_their_weight():
-    """With the paper's 20%, a row of ten tokens keeps the two with the highest entropy, 3 and 7."""
+    """The entropy clip with the paper's share of 20% keeps two of ten tokens. Tokens 3 and 7 have the highest
+    entropy."""
     entropy = torch.tensor([[0.1, 0.0, 0.3, 2.0, 0.2, 0.1, 0.4, 1.5, 0.0, 0.9]])
     kept = entropy_clip(torch.ones(1, 10, dtype=torch.bool), entropy, keep=0.2)
     assert kept.nonzero()[:, 1].tolist() == [3, 7]
@@ -209,8 +211,8 @@ def test_an_infinite_ratio_weighs_nothing_where_the_advantage_is_zero(name):
 class Group:
     """A random mini-batch of a method: four problems with six rows of unequal length each. Usually the last row of a
     problem has demonstration tokens. With a shared prefix, and in batches of demonstrations, every row has
-    demonstration tokens. Some methods give the rows of an unsolved group demonstrations; for these methods the
-    first problem is the unsolved one, so all of its rows have demonstration tokens."""
+    demonstration tokens. Some methods give demonstrations to all rows of an unsolved group. For these methods the
+    first problem is unsolved, so all of its rows have demonstration tokens."""
 
     def __init__(self, name: str, moved: bool, seed: int = 0):
         torch.manual_seed(seed)
@@ -243,7 +245,8 @@ class Group:
         shift = 0.4 * torch.randn(self.B, self.R) if moved else 0.0
         self.old = self.log_probs.detach() + shift
         hinted = self.log_probs.detach() + torch.randn(self.B, self.R)
-        # the first problem has no demonstration that SDFT could show to its teacher
+        # SDFT's teacher is the model behind a demonstration; the first problem has none, so its teacher log-probs are
+        # NaN
         self.hinted = torch.where(first_group[:, None], math.nan, hinted)
         self.T_d = int(self.prefix_mask.sum())
         self.T_own = int(self.mask.sum()) - self.T_d
@@ -324,7 +327,8 @@ def textbook(name: str, g: Group, coefficient: float | None = None) -> torch.Ten
     # SRFT weighs each row by the row's mean entropy
     entropy = (g.entropy * g.mask).sum(1, keepdim=True) / g.mask.sum(1, keepdim=True)
     q = p.detach()
-    L, shown = g.R, g.mask & (g.group != 0)[:, None]  # tokens whose problem has a demonstration for SDFT's teacher
+    # `shown` marks the tokens whose problem has a demonstration for SDFT's teacher
+    L, shown = g.R, g.mask & (g.group != 0)[:, None]
     kept = {
         "prefix-rft-all": lambda: prefix,
         "prefix-rft-low": lambda: top_entropy(prefix, -g.entropy, 0.2),
@@ -340,8 +344,8 @@ def textbook(name: str, g: Group, coefficient: float | None = None) -> torch.Ten
         ("relift",): lambda: plain_rl / g.Z,
         ("rescue", "dr-po"): lambda: clipped_rl / g.Z,
         ("rft-entropy-clip",): lambda: -(surrogate * top_entropy(g.mask, g.entropy, 0.2)).sum() / g.Z,
-        # LUFFY's script divides the sum of the RL term over all tokens by L only, and multiplies the token mean of
-        # the SFT term by c * rows. So the gradient of LUFFY's script is `rows` times that of loss.py.
+        # LUFFY's script divides the RL term, a sum over all tokens, by the maximum length L only, and multiplies the
+        # token mean of the SFT term by c * rows. So the gradient of LUFFY's script is `rows` times that of loss.py.
         ("rft+sft",): lambda: (plain_rl / L + c(0.1) * g.B * cross_entropy(g).mean()) / g.B,
         ("luffy",): lambda: -((plain * policy).sum() + (p / (p + c(0.1)) * inputs * prefix).sum()) / g.Z,
         # both terms of UFT's loss are token means, and their common factor T_own / Z only scales the step
@@ -352,7 +356,8 @@ def textbook(name: str, g: Group, coefficient: float | None = None) -> torch.Ten
         ("chord-phi",): lambda: (
             ((1 - c(0.1)) * clipped_rl / g.T_own + c(0.1) * cross_entropy(g, q * (1 - q)).mean()) * g.T_own / g.Z
         ),
-        # HPT adds the token mean of each demonstration that replaces a group to the RL term, which is a sum / L
+        # HPT's RL term is a sum over tokens divided by the maximum length L; each demonstration that replaces a group
+        # adds its token mean
         ("hpt",): lambda: (
             (
                 plain_rl / L
@@ -392,13 +397,13 @@ def test_gradient_equals_the_textbook_objective(name, moved):
         g = Group(name, moved, seed)
         want = torch.autograd.grad(textbook(name, g), g.logits, retain_graph=True)[0]
         assert want.abs().max() > 0
-        # float64 rounds each of some hundred terms by about 1e-16
+        # a gradient sums some hundred terms, and float64 rounds each by about 1e-16
         torch.testing.assert_close(g.ours(), want, rtol=1e-9, atol=1e-12)
 
 
 def test_sdft_is_the_gradient_of_the_divergence_in_the_mean_over_tokens():
-    """Averaged over the tokens that may be sampled at a position, SDFT's gradient is that of the KL divergence,
-    before and after an update."""
+    """Averaged over the tokens that can be sampled at a position, SDFT's gradient is the gradient of the KL
+    divergence between model and teacher, before and after an update."""
     torch.manual_seed(0)
     logits = torch.randn(7, dtype=torch.float64, requires_grad=True)
     log_p, hinted, old = logits.log_softmax(0), *torch.randn(2, 7, dtype=torch.float64).log_softmax(1)

@@ -44,8 +44,8 @@ def direct(model, ids, mask, R, temperature):
 def assert_rounded(result: torch.Tensor, exact: torch.Tensor) -> None:
     """Checks that `result`, computed in fp32, equals the float64 `exact` up to rounding.
 
-    The tolerance is 2**9 times the rounding of the largest entry. A result goes through about 20 sums of 32 to 103
-    terms. The largest error seen was 60 times the rounding of the largest entry.
+    The tolerance is 2**9 times the rounding of the largest entry, because errors add up: a result goes through about
+    20 sums of 32 to 103 terms. The largest error seen was 60 times the rounding of the largest entry.
     """
     close = 2**9 * torch.finfo(torch.float32).eps * float(exact.abs().max())
     torch.testing.assert_close(result, exact.float(), rtol=0, atol=close)
@@ -91,7 +91,8 @@ def test_padding_ids_do_not_matter():
     first = token_stats(model, ids, mask, R, 1.0)
     second = token_stats(model, torch.where(mask == 1, ids, 7), mask, R, 1.0)
     for a, b in zip(first, second):
-        assert torch.equal(a, b)  # padding changes neither the summed numbers nor their order
+        # results are equal to the bit, because padding changes neither the summed numbers nor their order
+        assert torch.equal(a, b)
 
 
 def test_a_loaded_model_has_fp32_weights_no_dropout_and_a_neutral_generation_config(tmp_path, tokenizer):
@@ -182,7 +183,7 @@ def test_a_token_that_cannot_come_adds_no_entropy():
     model.lm_head.bias = torch.nn.Parameter(torch.zeros(103))
     model.lm_head.bias.data[50:] = -torch.inf
     log_probs, entropy = token_stats(model, ids, torch.ones_like(ids), 2, 1.0)
-    # logits of the same model without the tokens whose logit is -inf
+    # the expected entropy comes from the logits of the same model without the tokens whose logit is -inf
     logits = random_model()(ids).logits[0, :2, :50].detach()
     torch.testing.assert_close(entropy[0], torch.distributions.Categorical(logits=logits).entropy())
     assert log_probs.isfinite().all()

@@ -39,7 +39,7 @@ pytest.importorskip("IPython", reason="pip install -r requirements-dev.txt")
 
 FOLDER = Path("notebooks")
 NOTEBOOKS = sorted(FOLDER.glob("*.ipynb"))
-LARGEST = 1_000_000  # a notebook with its outputs may have this many bytes
+LARGEST = 1_000_000  # the most bytes that a notebook with its outputs is allowed to have
 every_notebook = pytest.mark.parametrize("path", NOTEBOOKS, ids=[path.stem for path in NOTEBOOKS])
 
 

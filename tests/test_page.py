@@ -21,7 +21,8 @@ from reward import MATH
 from step import Batch, Run, mini_batch_tokens, rollout_batch
 from support.config import Config
 
-BASE, ID = Path("data/base"), "train-0304"  # on problem train-0304 the base model has 3 of 8 rows right
+# the tests need right and wrong rows: the base model has 3 of 8 right on train-0304
+BASE, ID = Path("data/base"), "train-0304"
 HOSTILE = ["</script><script>window.hacked = 1</script>", "<img src=x onerror=window.hacked=1>", "'\"`${1}&lt;"]
 HOSTILE += ["a\nb", "\u2028", "😀", "\x00", "DATA"]
 WEIGHTS = """controls.method.value = arguments[0]; controls.cut.value = arguments[1];
@@ -67,8 +68,8 @@ def text(page, selector: str) -> str:
 
 
 def test_every_weight_is_that_of_a_training_step(content, shown):
-    """For each method, the page's weights are those of rollout_batch and token_weights, given half of the
-    demonstration."""
+    """For each method, the weights on the page equal those that rollout_batch and token_weights compute, with half of
+    the demonstration as prefix."""
     problem = next(problem for problem in load_problems(Config.data) if problem.id == ID)
     model, tokenizer = load_model(str(BASE))
     encoded, *_ = encode_problems(tokenizer, [problem], Config.max_response_tokens, [tokenizer.eos_token_id], MATH)
@@ -86,7 +87,8 @@ def test_every_weight_is_that_of_a_training_step(content, shown):
     for name in names:
         method = METHODS[name]
         batch = sampled(method.rows, method.baseline, method.scale_by_std)
-        rows = torch.arange(8) if "rl" in method.stages else torch.tensor([7])  # row 7 is the group's demonstration
+        # a method without reinforcement learns only from row 7, the group's demonstration
+        rows = torch.arange(8) if "rl" in method.stages else torch.tensor([7])
         demonstration_tokens = int(batch.rollouts.prefix_mask[rows].sum())
         normalizer = 8 * Config.max_response_tokens if len(rows) == 8 else demonstration_tokens
         weights = token_weights(method, mini_batch_tokens(a_run(method), batch, rows, normalizer, 0.0, ()))
@@ -98,9 +100,11 @@ def test_every_weight_is_that_of_a_training_step(content, shown):
 
 def test_the_clip_ranks_as_the_loss_does(content, shown):
     page, generator = shown(content), torch.Generator().manual_seed(0)
-    # with n = 7, 10 tokens are ranked, and 1 is dropped at keep = 0.9, although (1 - 0.9) * 10 is below 1 in floats
+    # With n = 7, the clip ranks 10 prefix tokens: 7 in one row and 3 in another. At keep = 0.9 it must drop one,
+    # although (1 - 0.9) * 10 is below 1 in floats.
     for n in (0, 1, 7, 37):
-        entropy = (torch.rand(3, 60, generator=generator) * 8).round() / 8  # entropies rounded to eighths have ties
+        # some entropies are equal, because they are rounded to eighths
+        entropy = (torch.rand(3, 60, generator=generator) * 8).round() / 8
         mask = torch.zeros(3, 60, dtype=torch.bool)
         mask[2, :n] = mask[0, : n // 2] = True
         rows = [{"entropy": e.tolist(), "given": int(m.sum()), "ids": [0] * 60} for e, m in zip(entropy, mask)]

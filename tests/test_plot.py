@@ -22,8 +22,8 @@ SETTINGS = {"model": "m", "temperature": 0.6}
 
 
 def evaluation(folder: Path, right: dict[str, dict[str, int]], samples: int = 4, **settings) -> Path:
-    """Makes the folder of a finished evaluation. Problem i of benchmark b has right[b][i] right samples, and the
-    problems p, r and x are easy."""
+    """Makes the folder of a finished evaluation. Problem i of benchmark b has right[b][i] right samples. A problem's
+    id decides its level: p, r and x are easy, q and s are hard."""
     folder.mkdir()
     answers = {
         name: [Answers(i, ("easy", "hard")[ord(i) % 2], samples, c, c, 10) for i, c in counts.items()]
@@ -74,10 +74,10 @@ def test_comparison_pairs_the_problems_by_id(two, tmp_path, monkeypatch, capsys)
 
 
 def test_partial_rewards_are_kept_and_paired(two, tmp_path, monkeypatch, capsys):
-    """Accuracies and differences are computed from mean rewards, and pass@k from right samples, also after the
-    results are read back."""
+    """Accuracies and differences come from mean rewards, but pass@k comes from counts of right samples, even when the
+    results are read back from their folder."""
     levels = {"p": "easy", "q": "hard", "r": "easy", "s": "hard"}
-    # each reward is a sum over four samples, of which 1, 0, 2 and 4 are right
+    # each reward is the sum over a problem's four samples; of p, q, r and s, 1, 0, 2 and 4 samples are right
     rewards = {"p": 1.5, "q": 0.75, "r": 2.0, "s": 4.0}
     right = {"p": 1, "q": 0, "r": 2, "s": 4}
     answers = [Answers(i, levels[i], 4, right[i], rewards[i], 10) for i in rewards]
@@ -256,7 +256,7 @@ LOGGED = [
 
 
 def with_base(folder: Path, **problems: int) -> Path:
-    """Writes an eval.json in which the base model's validation accuracy is a tenth in every level."""
+    """Writes an eval.json in which the base model's validation accuracy is 10% in every level of difficulty."""
     table = {level: {"accuracy": 0.1, "low": 0.05, "high": 0.2, "problems": n} for level, n in problems.items()}
     (folder / "eval.json").write_text(json.dumps({"base": {"validation": table}}))
     return folder
@@ -298,7 +298,8 @@ def test_accuracy_has_its_interval_and_its_number_of_problems(tmp_path, monkeypa
         {"step": 5, "eval_hard": 0.5, "eval_hard_low": 0.4, "eval_hard_high": 0.7, "eval_low": 0.3, "eval_all": 0.4}
     ]
     folder = with_base(run_folder(tmp_path / "x", rows), hard=50, low=10, all=60)
-    assert curves.levels([curves.read_run(folder)]) == ["hard", "low", "all"]  # a level may have the name "low"
+    # a level can be named "low", like an interval's lower end
+    assert curves.levels([curves.read_run(folder)]) == ["hard", "low", "all"]
     panel = panels_of(monkeypatch, folder)["validation accuracy, greedy"]
     assert lines_of(panel)["hard, 50 problems"] == ([0, 5], [0.1, 0.5])
     assert bands_of(panel) == [{(0, 0.05), (0, 0.2), (5, 0.4), (5, 0.7)}]
@@ -339,8 +340,8 @@ def test_noise_does_not_fill_a_panel(tmp_path, monkeypatch):
 
 
 def test_panels_of_an_sft_stage_before_reinforcement(tmp_path, monkeypatch):
-    """The sheet has no panel of prefixes, one range of steps, and a line where SFT ends. The panel of rewards is
-    drawn although every reward is 0."""
+    """The sheet has no panel of prefixes. All panels have the same range of steps and a line where SFT ends. The
+    panel of rewards is drawn although every reward is 0."""
     rl = {"reward": 0.0, "reward_on_policy": 0.0, "prefix_tokens": 0, "prefix_tokens_kept": 0}
     rows = [{"step": s, "grad_norm": 1.0} for s in (1, 2, 3, 4)]
     rows += [{"step": s, "grad_norm": 1.0, "truncated": 0.0, "unread": 0.1 * (s % 2)} | rl for s in (5, 6)]

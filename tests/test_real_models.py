@@ -186,7 +186,7 @@ def test_a_template_that_writes_the_date_writes_the_same_on_any_day(tokenizer):
 def test_an_unknown_token_that_is_written_or_has_other_work_is_no_unknown_character(tokenizer):
     assert encode(tokenizer, "1<unk>2") == [*encode(tokenizer, "1"), tokenizer.unk_token_id, *encode(tokenizer, "2")]
     tokenizer = copy.deepcopy(tokenizer)
-    tokenizer.unk_token = tokenizer.bos_token  # as in GPT-2, the unknown token also begins a text
+    tokenizer.unk_token = tokenizer.bos_token  # as in GPT-2, the unknown token is the token that begins a text
     assert encode(tokenizer, tokenizer.bos_token + "1")[0] == tokenizer.bos_token_id
     for text in ("12é4", "\\boxed{é}"):
         with pytest.raises(ValueError, match="problem: the tokenizer cannot encode 'é'"):
@@ -241,7 +241,8 @@ def test_from_weights_to_weights(task, method, capsys, monkeypatch):
     settings |= {"out": str(out), "resume": "auto", "recompute": shape == "llama"}
     config = from_dict(settings)
     monkeypatch.setattr(train, "load_reward", lambda name: DRAWN)
-    monkeypatch.setattr(train, "catch_signals", lambda alone: [15])  # signal 15 ends the run after a step
+    # signal 15 (terminate) makes the run end after one step
+    monkeypatch.setattr(train, "catch_signals", lambda alone: [15])
     assert train.train(config) == 128 + 15
     monkeypatch.setattr(train, "catch_signals", lambda alone: [])
     assert train.train(config) == 0
@@ -374,7 +375,7 @@ def test_the_most_rows_that_fit_are_named(vocabulary, columns):
 
 
 def test_the_rows_of_a_pass_are_those_whose_own_count_fits():
-    """The tested amounts of memory have room for none, one, some and all of 16 rows."""
+    """rows_updated_at_once is tested with memory that has room for none, one, some and all of 16 rows."""
     config, shape = from_dict({}), plan.shape_of("data/base")
     sizes = [plan.update_bytes(shape, rows, 100, 96, torch.bfloat16, False) for rows in range(1, 17)]
     for left in (sizes[0] - 1, sizes[0], sizes[1], sizes[7] + 1, sizes[14], 2 * sizes[15]):
@@ -420,7 +421,8 @@ def test_with_adapters_the_weights_are_frozen_and_the_rest_is_small():
 PLAIN = ["gpt2", "bloom", "gpt_neox", "llama", "qwen2", "qwen3_moe", "deepseek_v3"]
 WINDOWS = ["mixtral", "gemma2", "gemma3", "phi3", "mistral", "gpt_oss"]
 MIXTURES = ["qwen3_moe", "deepseek_v3", "mixtral", "gpt_oss"]
-NOT_PLANNED = ["falcon", "mamba", "mamba2", "falcon_mamba", "ctrl"]  # these models have unusual attention or none
+# plan.py refuses these models, because their attention is unusual or missing
+NOT_PLANNED = ["falcon", "mamba", "mamba2", "falcon_mamba", "ctrl"]
 
 
 @pytest.mark.parametrize("name", PLAIN + WINDOWS + NOT_PLANNED)

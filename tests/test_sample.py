@@ -1,5 +1,5 @@
 """These tests check sample.py: the prefix schedule, prefixes forced by ids, neutral sampling, and draws that depend
-on their row only."""
+only on the row they belong to."""
 
 import dataclasses
 import functools
@@ -173,7 +173,7 @@ def test_a_token_of_probability_zero_is_never_drawn():
     largest, rounded = 1 - 2**-24, 0
     for words in range(3, 100):
         scores = torch.zeros(1, words).index_fill(1, torch.tensor(words - 1), -torch.inf)
-        # because of rounding, the probabilities of all tokens may sum to no more than the largest u
+        # because of rounding, the probabilities of all tokens can sum to no more than the largest random number u
         rounded += int(scores.softmax(-1).cumsum(-1)[0, -1] <= largest)
         drawn = DrawTokenLogitsProcessor(torch.tensor([[largest]]), 0, 1.0)(torch.zeros(1, 0), scores).argmax(-1)
         assert drawn < words - 1
@@ -307,7 +307,8 @@ def test_a_hostile_generation_config_changes_nothing(model, tmp_path, tokenizer)
     loaded, _ = load_model(str(tmp_path), check=check_model)
     assert sampled(loaded, rows, 24) == want
     loaded.generation_config = GenerationConfig(**(hostile | {"do_sample": False, "eos_token_id": [2]}))
-    assert sampled(loaded, rows, 24) == want  # load_model has not made this generation config neutral
+    # sampling stays the same with a generation config that load_model has not made neutral
+    assert sampled(loaded, rows, 24) == want
     loaded.generation_config.no_repeat_ngram_size = 1
     for decode in LOOPS_OF_BOTH:
         with pytest.raises(ValueError, match="not neutral"):
@@ -348,7 +349,8 @@ def test_pack_places_every_token():
 
 
 def test_the_end_token_may_be_the_last_of_the_budget(model):
-    """Prefix and continuation together fit the budget. A response may end in the last place of the budget."""
+    """Prefix and continuation together stay within the limit of tokens. A response's end token can be the last token
+    within the limit."""
     rows = some_rows(60)
     for budget in (17, 18):
         for row, response in zip(rows, sampled(model, rows, budget)):
@@ -357,6 +359,7 @@ def test_the_end_token_may_be_the_last_of_the_budget(model):
     for row, response in zip(rows, long):
         if response[-1] == 2 and len(response) > len(row.prefix_ids) + 1:
             again = sampled(model, [row], len(response))[0]
-            assert again == response  # the response just fits this budget
+            # the limit of tokens is the response's own length, so its end token is the last that fits
+            assert again == response
             return
     pytest.fail("no row ended: the test model is wrong")

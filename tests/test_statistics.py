@@ -38,13 +38,15 @@ def holds(result: tuple[float, float], truth: float) -> bool:
 
 
 def test_the_ends_of_an_interval_by_hand():
-    # with one more solved problem, the scores 0, 0, 0 have the mean 1/4, whose variance is (3/16 · 4/3) / 4 = 1/16
+    # The interval's upper end adds a solved problem to the scores 0, 0, 0. They then have the mean 1/4, whose
+    # variance is (3/16 · 4/3) / 4 = 1/16.
     assert interval([0.0] * 3) == pytest.approx((0, 0.25 + 1.96 * 0.25))
     assert interval([0.0] * 30) == pytest.approx((0, 0.0955), abs=1e-4)
-    # Each end of the interval adds the problem that moves the average most: a failed problem to the solved benchmark,
-    # or a solved problem to the failed one.
+    # Each end of the interval adds one problem, which moves the average most: a failed problem to the benchmark with
+    # the scores 1, or a solved problem to the benchmark with the scores 0.
     assert average_interval([[0.0] * 3, [1.0] * 3]) == pytest.approx((0.375 - 0.98 * 0.25, 0.625 + 0.98 * 0.25))
-    # with -1 added, the differences 0, 0, 1 have the mean 0, whose variance is (2/3) / 4
+    # The interval's lower end adds -1 to the differences 0, 0, 1. They then have the mean 0, whose variance is (2/3)
+    # / 4.
     middle, low, high = paired_difference([0, 0, 0], [0, 0, 1])
     assert (middle, low, high) == pytest.approx((1 / 3, -1.96 / 6**0.5, 1))
     # The differences 0.1 and -0.3 have the typical size (0.1² + 0.3²) / (0.1 + 0.3) = 0.25. Divided by the scores'
@@ -67,8 +69,8 @@ def test_the_interval_of_one_sample_a_problem_holds_the_truth_in_94_percent(n):
 @pytest.mark.parametrize("better", [0.5, 0.8, 1.0])
 def test_the_interval_of_a_difference_holds_the_truth_in_94_percent(better):
     """The probability that the interval holds the true difference is computed exactly. Two models have one sample of
-    each of 30 problems. On a share of the problems the models differ, and on `better` of these the second model is
-    better."""
+    each of 30 problems. Each problem has the probability `share` that just one model is right, and `better` is the
+    probability that this is the second model."""
     n, result = 30, {}
     for up, down in itertools.product(range(n + 1), repeat=2):
         if up + down <= n:
@@ -82,7 +84,8 @@ def test_the_interval_of_a_difference_holds_the_truth_in_94_percent(better):
         assert covered >= 0.94, share
 
 
-# the probability of solving a problem is Beta(accuracy · likeness, (1 - accuracy) · likeness)
+# Each problem's probability of being solved is drawn from Beta(accuracy · likeness, (1 - accuracy) · likeness). The
+# larger `likeness` is, the more alike are the problems.
 @pytest.mark.parametrize(
     "sizes, samples, likeness",
     [([30], 8, 0.3), ([100], 32, 2), ([100], 4, 10), ([30] * 9, 1, 1), ([30, 30, 83, 500], 1, 1)],

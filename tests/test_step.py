@@ -1,4 +1,5 @@
-"""These tests check one training step (step.py), whose gradient must not depend on how the batch is cut."""
+"""These tests check one training step (step.py), whose gradient must not depend on how the batch is cut into
+micro-batches."""
 
 import ast
 import copy
@@ -54,8 +55,8 @@ def make_run(
 
 
 def whole_batch(run: Run, moved: bool) -> tuple[steps.Batch, Tokens]:
-    """Returns a batch of the method's rows as one mini-batch. With `moved` the policy has changed since it sampled
-    the rows."""
+    """Returns a batch of the method's rows as one mini-batch. If `moved` is true, the policy has changed since it
+    sampled the rows."""
     if run.method.stages == ("sft",):
         batch = steps.demonstration_batch(run, run.data.supervised[:3], 0)
         z = float(batch.rollouts.prefix_mask.sum())
@@ -69,7 +70,8 @@ def whole_batch(run: Run, moved: bool) -> tuple[steps.Batch, Tokens]:
 
 
 def gradients(run: Run, batch: steps.Batch, tokens: Tokens, budget: int) -> list[torch.Tensor]:
-    """Returns the gradient that step.update leaves for the optimizer, from micro-batches of `budget` tokens."""
+    """Returns the gradient that step.update leaves for the optimizer, with the setting micro_batch_tokens =
+    `budget`."""
     config = dataclasses.replace(run.config, micro_batch_tokens=budget, max_grad_norm=1e9)
     actual: list[torch.Tensor] = []
 
@@ -114,7 +116,8 @@ def exact_gradients(run: Run, batch: steps.Batch, tokens: Tokens) -> list[torch.
     ],
 )
 def test_gradient_is_the_same_for_any_micro_batches(tokenizer, method, rank, moved):
-    """The model gets rows of different lengths one by one, a few at a time, and all at once."""
+    """The model gets rows of different lengths one by one, a few at a time, and all at once. The gradient must be the
+    same."""
     run = make_run(tokenizer, method, temperature=TEMPERATURE, lora_rank=rank)
     batch, tokens = whole_batch(run, moved)
     want = exact_gradients(run, batch, tokens)
@@ -219,8 +222,8 @@ def test_sampled_tokens_had_the_log_probs_the_update_sees(tokenizer):
 
 
 def test_sdfts_teacher_has_seen_the_demonstration(tokenizer):
-    """The teacher's log-probs are compared with the model run on each row alone, behind the problem and its
-    demonstration. Problem 5 has no demonstration, so its teacher has only NaN."""
+    """SDFT's teacher is the model behind the problem and its demonstration. Its log-probs are compared with the model
+    run on each row alone. Problem 5 has no demonstration, so its teacher log-probs are NaN."""
     run = make_run(tokenizer, "sdft", temperature=TEMPERATURE)
     picked = [0, 1, 2, 5]
     batch = rollout_batch(run, picked, 3)
@@ -273,8 +276,8 @@ def test_nothing_is_nan_in_the_corner_cases(tokenizer, method, case):
 
 @pytest.mark.parametrize("baseline", ["on_policy", "group"])
 def test_two_hybrid_rows_with_one_prefix_are_not_each_others_baseline(tokenizer, baseline):
-    """At the first step both hybrid rows get 95% of the demonstration. With the baseline `on_policy` a continuation
-    keeps its reward."""
+    """At the first step both hybrid rows of a group get the same prefix, 95% of the demonstration. With the baseline
+    `on_policy` the advantage of a continuation is its reward."""
     run = make_run(tokenizer, hybrid_per_prompt=2, baseline=baseline)
     batch = rollout_batch(run, [0, 1, 2, 3], 0)
     for group in range(4):
@@ -302,7 +305,7 @@ def moved_apart(t: Tokens) -> torch.Tensor:
 @pytest.mark.parametrize("updates", [1, 2])
 @pytest.mark.parametrize("rows", ["hybrid", "demonstration", "shared_prefix"])
 def test_a_weight_that_vanishes_at_p_1_trains_and_is_counted(tokenizer, rows, updates):
-    """Old log-probs that are not known yet are 0, which must not be taken for p = 1."""
+    """Until old log-probs are known, zeros take their place. These must not be taken for the log-prob of p = 1."""
     run = make_run(tokenizer, lr=0.5, updates_per_step=updates)
     run.method = Method("own", rows, zero, far_from_known, baseline="group")
     metrics = rl_metrics(run, rl_step(run, 0))
@@ -316,14 +319,14 @@ def test_a_weight_that_vanishes_at_p_1_trains_and_is_counted(tokenizer, rows, up
 
 
 def test_no_share_of_tokens_is_negative(tokenizer):
-    """Policy tokens have the weight 0 before the first update, so the second update has more tokens with a weight
-    than the first."""
+    """In this test policy tokens have the weight 0 until the first update, so the second update has more tokens with
+    a weight than the first. The metric clip_fraction must not become negative."""
     run = make_run(tokenizer, lr=0.5, updates_per_step=2)
     run.method = Method("own", "hybrid", moved_apart, clipped)
     step = rl_step(run, 0)
     metrics, rollouts = rl_metrics(run, step), step.batch.rollouts
     assert 0 <= metrics["clip_fraction"] <= 1
-    # in the second update on-policy rows have a weight too
+    # in the second update the tokens of on-policy rows have a weight
     hybrid_tokens = rollouts.response_mask[rollouts.hybrid & (rollouts.group >= 2)].sum()
     assert metrics["trained_tokens"] >= step.updates[1]["with_weight"] > hybrid_tokens
 
@@ -395,8 +398,8 @@ def test_the_log_probs_of_the_sampler_stand_beside_those_of_the_training_pass(to
 
 @pytest.mark.parametrize("method", ["hpt", "rescue"])
 def test_groups_that_are_replaced_do_not_hide_their_failures(tokenizer, method):
-    """hpt and rescue first sample the rows that rft samples, and the metrics count these rows. With gate 1 a group
-    with one right row is unsolved too."""
+    """HPT replaces unsolved groups, and rescue samples them again. The two methods first sample the rows that RFT
+    samples, and the metrics count these first rows. With gate 1 a group is unsolved if at most one row is right."""
     reward = dataclasses.replace(
         BY_LENGTH,
         function=lambda text, problem: float(problem.id in ("p0", "p1", "p5")),
@@ -432,9 +435,9 @@ STEP = {
 @pytest.mark.parametrize("method", ["prefix-rft", "prefix-rft-random", "chord-mu", "hpt"])
 def test_a_step_is_two_unequal_updates_one_after_the_other(tokenizer, method, max_grad_norm):
     """The step is compared with two updates by hand in float64: first 2 of 3 problems, then the third. Both updates
-    use Z of the planned rows, this step's coefficient, and clipped gradients.
+    use the constant Z of all planned rows, the coefficient of this step, and clipped gradients.
 
-    Problem p5 is never solved, so hpt has fewer rows than were planned."""
+    Problem p5 is never solved, so HPT replaces its group and has fewer rows than were planned."""
     reward = dataclasses.replace(BY_LENGTH, function=lambda text, p: (1 + len(text) % 4) / 4 * (p.id != "p5"))
     settings = STEP | {"max_grad_norm": max_grad_norm, "reward": reward, "demonstrated": 6}
     run, step = make_run(tokenizer, method, **settings), 6
@@ -459,7 +462,7 @@ def test_a_step_is_two_unequal_updates_one_after_the_other(tokenizer, method, ma
     assert metrics["loss"] == pytest.approx(sum(losses) / 2, rel=1e-3)
     assert metrics["grad_norm"] == pytest.approx(sum(norms) / 2, rel=1e-3)
     assert metrics["clip_fraction"] == pytest.approx(1 - left / planned) and metrics["trained_tokens"] == planned
-    if max_grad_norm > 1 and method != "hpt":  # PPO's clip drops tokens; HPT has no PPO clip
+    if max_grad_norm > 1 and method != "hpt":  # PPO's clip gives some tokens the weight 0; HPT does not clip
         assert left < planned
     for before, actual, want in zip(start, run.model.parameters(), hand.model.parameters()):
         change = want - before
@@ -606,8 +609,8 @@ def test_the_gate_decides_what_is_unsolved(tokenizer):
 
 
 def test_rescue_samples_unsolved_groups_again_behind_longer_prefixes(tokenizer, monkeypatch):
-    """An unsolved group is sampled again until a row is right. p0 is right behind 50% of its demonstration, p1 never,
-    and p3 at once; p5 has no demonstration."""
+    """An unsolved group is sampled again until a row is right. Here p0 has a right row with 50% of its demonstration
+    as prefix, p1 never, and p3 at the first attempt; p5 has no demonstration."""
     run = make_run(tokenizer, "rescue")
     calls: list[list[Row]] = []
 
@@ -735,8 +738,8 @@ def test_every_config_field_is_read_somewhere():
 
 
 def test_an_update_of_weights_that_are_not_finite_is_skipped_and_counted(tokenizer):
-    """No row has a weight here, so the gradient does not show the NaN. train.py ends after three skipped updates in a
-    row."""
+    """All rewards are equal here, so no token has a weight, and the gradient does not show the NaN of the model.
+    train.py ends after three skipped updates in a row."""
     run = make_run(tokenizer, "rft", reward=ALL_WRONG)
     torch.nn.init.constant_(run.model.lm_head.weight, torch.nan)
     metrics = rl_metrics(run, rl_step(run, 0))

@@ -17,7 +17,7 @@ from results.horizon import OURS, RIVALS, TEMPERATURES
 
 
 def run_line(method: str, seed: int, share: float, regime: str = "habit", **settings) -> dict:
-    """Returns a simulated run: the greedy response to each problem, and each of 4 samples, is right with chance
+    """Returns a simulated run: the greedy response to each problem, and each of 4 samples, is right with probability
     `share`."""
     rng = np.random.default_rng([seed, len(method), int(1000 * share)])
     counts = {"greedy": rng.binomial(1, share, 800), "sampled": rng.binomial(4, share, 800)}
@@ -50,8 +50,9 @@ def claim(more: str, less: str = "", regime: str = "habit", what: str = "accurac
 
 def test_the_interval_of_a_difference_by_hand():
     first, second = np.array([[1.0, 0.0, 1.0], [1.0, 1.0, 1.0]]), np.array([[0.0, 0.0, 1.0], [0.0, 1.0, 0.0]])
-    # The two groups of runs differ by 1, 0 and 0.5 on the three problems, so the variance of the mean difference is
-    # 0.25 / 3. The runs of the first group have the accuracies 2/3 and 1, those of the second group 1/3 and 1/3.
+    # The mean scores of the two groups of runs differ by 1, 0 and 0.5 on the three problems, so the variance of the
+    # mean difference is 0.25 / 3. The runs of the first group have the accuracies 2/3 and 1, those of the second
+    # group 1/3 and 1/3.
     parts = [0.25 / 3, (1 / 3) ** 2 / 2 / 2]
     freedom = sum(parts) ** 2 / (parts[0] ** 2 / 2 + parts[1] ** 2 / 1)
     # the 97.5% quantiles of Student's t for 2.5 and 3 degrees of freedom are from a table
@@ -65,8 +66,9 @@ def test_the_interval_of_a_difference_by_hand():
 def test_the_interval_covers_the_true_difference():
     rng, hits, draws = np.random.default_rng(0), 0, 400
     for _ in range(draws):
-        problems = rng.normal(0, 1, 200)  # how easy each problem is for both methods
-        liking = rng.normal(0, 0.5, 200)  # how much easier each problem is for the first method than for the second
+        problems = rng.normal(0, 1, 200)  # the random ease of each problem is shared by both methods
+        # `liking` is how much easier each problem is for the first method than for the second
+        liking = rng.normal(0, 0.5, 200)
         groups = []
         for sign in (1, -1):
             seeds = rng.normal(0, 0.2, (3, 1))
@@ -121,7 +123,7 @@ def test_ranks_are_told_where_one_failed_run_widens_the_interval():
     actual = measured(asked, stored)
     assert actual["greedy"][1] < 0 < actual["greedy"][2]
     assert f"every run of prefix-rft is above, greedy, p = {2 / 252:.2g}" in by_ranks(asked, actual, stored)
-    # p is at least 0.1 in a rank test of three runs against three, so by_ranks has nothing to add
+    # a rank test of three runs against three cannot give p below 0.1, so by_ranks returns no sentence
     assert by_ranks(asked, actual, {"habit": [*ours[:3], *others[:3]]}) == ""
 
 
@@ -151,7 +153,7 @@ def test_contrasts_are_those_of_students_t_over_bases():
     mean, ends = statistics.mean(each), [actual[name] for name in ("mean", "low", "high")]
     assert actual["bases"] == 6 and ends == pytest.approx([mean, mean - reach, mean + reach], abs=1e-5)
     assert actual["p"] == pytest.approx(ttest_1samp(each, 0).pvalue)
-    assert pd.isna(actual["holm"])  # Holm's correction leaves out the primary contrast
+    assert pd.isna(actual["holm"])  # Holm's correction covers only the contrasts that are not primary
     one = horizon.contrast_frame(horizon.run_frame(second_study(1))).loc[horizon.PRIMARY]
     assert pd.isna(one["low"]) and horizon.cell_of(one) == f"{100 * one['mean']:+.1f}"
 

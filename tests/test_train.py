@@ -171,7 +171,7 @@ def test_kill_9_and_resume_give_the_same_bits(task, whole, tmp_path, monkeypatch
     with monkeypatch.context() as patch:
         patch.setattr(train, "rl_step", step)
         process = lives.start(work, tmp_path / "run", tmp_path / "said", None, {})
-    os.close(writer)  # os.read now returns even if the process ends without writing
+    os.close(writer)  # with this end closed, os.read returns even if the process ends without writing
     assert os.read(reader, 1) == b".", (tmp_path / "said").read_text(encoding="utf-8")
     os.kill(process, signal.SIGKILL)
     assert os.waitstatus_to_exitcode(os.waitpid(process, 0)[1]) == -signal.SIGKILL
@@ -358,7 +358,7 @@ def test_every_kind_of_method_runs(task, tmp_path, monkeypatch, capsys, method):
     assert len(rows) == ("sft" in METHODS[method].stages) + 2 * ("rl" in METHODS[method].stages)
     base, final = load_model("data/base")[0].state_dict(), weights(tmp_path / "run")
     learned = any(not torch.equal(base[name], final[name]) for name in base)
-    # all rows of dr-po begin with one long prefix; if all rows are right, the run learns nothing
+    # the method dr-po gives all rows of a group the same long prefix; if all rows are right, the run learns nothing
     assert learned or all(row["equal_reward_groups"] == 1 for row in rows)
 
 
@@ -473,7 +473,7 @@ def test_tensorboard_shows_the_metrics(task, tmp_path, monkeypatch):
 
 
 def test_demonstrations_that_cannot_be_used_are_counted(task, tmp_path, capsys):
-    """One demonstration is too long for the budget, one is wrong, and one has no box. The run prints how many
+    """One demonstration is longer than max_response_tokens, one is wrong, and one has no box. The run prints how many
     demonstrations it leaves out, and uses the others."""
     rows = [json.loads(line) for line in (task / "train.jsonl").read_text().splitlines()]
     used = sum(bool(row.get("demonstrations")) for row in rows)
@@ -506,7 +506,8 @@ def test_data_is_checked_before_weights_are_read(task, tmp_path, monkeypatch):
     [
         {"method": "sft", "sft_lr": 1e30, "sft_steps": 4},
         {"method": "prefix-rft", "lr": 1e39},  # 1e39 is beyond float32, so one update destroys the weights
-        {"method": "sft", "sft_lr": 1e39, "sft_steps": 1},  # in this case the run's last update destroys the weights
+        # with one step, the update that destroys the weights is the run's last
+        {"method": "sft", "sft_lr": 1e39, "sft_steps": 1},
         {"method": "sft", "sft_lr": 1e39, "sft_steps": 6, "save_every": 1},
     ],
 )
@@ -536,7 +537,7 @@ def test_a_bug_in_a_step_shows_its_traceback(task, tmp_path, monkeypatch, error)
 
 
 def test_a_step_with_a_skipped_update_is_not_saved(task, tmp_path, monkeypatch):
-    """The run goes on, but it can be resumed only from a step whose updates were made."""
+    """After a skipped update the run goes on, but it saves no checkpoint of that step."""
     monkeypatch.setattr(train, "score", lambda run, who: {"validation": {}, "test": {}, "test_sampled": {}})
     saved, save = [], checkpoint.save
 
@@ -612,7 +613,7 @@ def test_the_evaluation_takes_its_settings(monkeypatch):
     assert train.score(run, "base")["validation"] == {}
 
 
-# the metrics that a run's warnings depend on
+# a run's warnings depend on these metrics
 WATCHED = {"entropy": 1.0, "grad_norm": 1.0, "skipped_updates": 0, "truncated": 0.0, "unread": 0.0, "hybrid_rows": 0}
 
 
@@ -659,7 +660,8 @@ def test_the_sft_stage_has_a_file_of_its_own(task, tmp_path, monkeypatch):
     settings |= {"save_every": 0, "eval_every": 3}
     config = parse_config(arguments(task, tmp_path / "run", **settings, sft_lr=0.5))
     assert train.train(config) == 0
-    rates = [0.5, 0.5, 0.5 * 0.75, 0.5 * 0.25]  # the sft stage has one warm-up step, then half a cosine
+    # the sft stage's learning rate has one warm-up step, then falls by half a cosine
+    rates = [0.5, 0.5, 0.5 * 0.75, 0.5 * 0.25]
     assert calls == [
         *[("sft", step, int(step > 0), pytest.approx(rate)) for step, rate in enumerate(rates)],
         ("rl", 0, 0),  # each stage starts with a fresh optimizer

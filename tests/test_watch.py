@@ -65,7 +65,7 @@ def test_each_warning_is_said_once_when_it_is_due(name, changes, at):
 
 def test_a_run_that_goes_on_elsewhere_recalls_what_was_said_and_nothing_else():
     """A log_prob_gap that is only rounding in bf16 would give a warning in fp32. If a run continues in fp32 after
-    steps in bf16, it warns of none of these steps."""
+    steps in bf16, it does not warn of the bf16 steps."""
     rounded = row(1, log_prob_gap=0.01)
     assert list(Watch(METHODS["rft"], {}).look(rounded)) == ["log_prob_gap"]
     assert Watch(METHODS["rft"], {}, torch.bfloat16).look(rounded) == {}
@@ -96,7 +96,7 @@ def test_updates_on_demonstrations_without_weight_are_told(tokenizer, method, we
 
 
 def test_nothing_is_said_of_a_run_without_faults():
-    """No warning is given for supervised steps, or for steps without hybrid rows if the method has none."""
+    """Supervised steps give no warning. RFT has no hybrid rows, so steps without hybrid rows give no warning."""
     watch = Watch(METHODS["rft"], {})
     supervised = {"skipped_updates": 0, "grad_norm": 0.0, "entropy": 0.0, "trained_tokens": 9}
     for number in range(1, 60):

@@ -24,7 +24,7 @@ if START == "forkserver":
 
 BY_LENGTH = Reward(
     "by length", lambda text, problem: float(len(text) % 2), lambda problem: None, lambda text: True, "none"
-)  # a response of odd length is right: about half of them are, and equal responses have equal rewards
+)  # responses of odd length, about half of all, are right, and equal responses have equal rewards
 ALL_WRONG = Reward("all wrong", lambda text, problem: 0.0, lambda problem: None, lambda text: True, "none")
 
 

@@ -3,7 +3,7 @@
     v4/bin/python tests/transformers_4.py make FOLDER      makes tiny random models, like most of the hub's
     v4/bin/python tests/transformers_4.py read FOLDER      stores beside each model what version 4 reads of it
 
-Left out are models for which transformers 4 has no code.
+The script leaves out models for which transformers 4 has no code.
 """
 
 import sys

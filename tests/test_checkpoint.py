@@ -17,7 +17,8 @@ from support.config import Config, from_dict
 from support.errors import InputError, Unwritten
 from train import new_optimizer
 
-# settings that may change on resume, because they choose files or devices, or change results only by rounding
+# these settings are allowed to change on resume, because they choose files or devices, or change results only by
+# rounding
 MAY_CHANGE = "accept_changed device micro_batch_tokens offload out recompute resume rows_per_call save_dtype"
 MAY_CHANGE += " save_every tensorboard"
 

@@ -303,8 +303,8 @@ def test_a_response_is_what_the_cpu_draws(name, how):
 
 
 def test_a_row_does_not_depend_on_its_batch():
-    """Rows give the same responses together, alone, in another order and 5 per call, behind equal and different
-    prompts."""
+    """A row gets the same response together with others, alone, in another order and with 5 rows per call, whether
+    the rows have one prompt or different prompts."""
     model = llama().to(DEVICE)
     for rows in (some_rows(groups=1, size=12), some_rows(groups=12, size=1), some_rows()):
         together = ours(model, rows, 24)

@@ -246,7 +246,8 @@ def assert_same(method: str, one: dict, two: dict) -> None:
 
 @pytest.mark.parametrize("method", CASES)
 def test_two_ranks_equal_one(results, method):
-    """Samples and metrics of all steps are equal, and so are the weights after two or three steps."""
+    """One rank and two ranks have equal samples and metrics in all steps, and equal weights after two or three
+    steps."""
     folder, one, two = results
     assert_same(method, one[method], two[method])
     assert any(metrics["grad_norm"] > 0 for metrics, _ in one[method]["log"])

@@ -76,7 +76,8 @@ def test_evaluate_and_summarize_match_a_hand_count(scripted, tokenizer):
     assert everything["truncated"] == pytest.approx(2 / 12)
     assert everything["unread"] == pytest.approx(3 / 12)
     assert everything["pass@1"] == pytest.approx(5 / 12)
-    # a right sample is in 3 of the 6 pairs of samples of problem a, in all pairs of b, and in none of c
+    # pass@2 counts pairs of samples: a right sample is in 3 of the 6 pairs of problem a, in all pairs of b, and in
+    # none of c
     assert everything["pass@2"] == pytest.approx((3 / 6 + 1 + 0) / 3)
     assert everything["pass@4"] == pytest.approx(2 / 3)
     assert "pass@8" not in everything
@@ -113,7 +114,7 @@ OPTIONS = ["iron", "1/2", "the sum of A and B.", "0.5 m"]
         (" (B) ", "B"),
         ("\\text{C.}", "C"),
         ("$\\mathbf{D}$", "D"),
-        ("E", None),  # E is wrong, because the question has the options A to D only
+        ("E", None),  # E is no option, because the question has only A to D
         ("a", None),
         ("A) iron", "A"),
         ("(A) Iron.", "A"),

@@ -42,7 +42,8 @@ def whole(tmp_path_factory):
     this run ended."""
     patch = pytest.MonkeyPatch()
     patch.chdir(ROOT)
-    patch.setattr(train, "draw_curves", lambda folder: "")  # drawing curves.png takes a second per run
+    # no curves.png is drawn, because it takes a second per run
+    patch.setattr(train, "draw_curves", lambda folder: "")
     folder = tmp_path_factory.mktemp("faults")
     life = lives.live(lives.training(folder / "whole", **lives.task(folder), **TINY), folder / "whole")
     assert life.code == 0 and lives.learned(folder / "whole"), life.output
@@ -265,7 +266,8 @@ def test_a_run_killed_before_its_settings_were_written_starts(tmp_path):
 
 
 def break_gradients(run: steps.Run, times: int, value: float = torch.nan) -> None:
-    """Put `value` into the first column of the head's gradient, the next `times` times that it is computed."""
+    """Put `value` into the first column of the output head's gradient, the next `times` times that the gradient is
+    computed."""
     left = [times]
 
     def spoil(gradient):

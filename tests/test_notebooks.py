@@ -6,7 +6,7 @@ one folded Python block. After the notebook has run, every exercise is tried in 
 each wrong answer, with the solution. NOTEBOOK_SIZE=2 makes runs shorter and takes fewer problems; accuracy is
 measured on every eighth held-out problem. Each notebook has its own IPython shell without a Jupyter kernel, because
 nine kernels that import PyTorch take a minute. On Linux the processes of the shell, and of the commands that a
-notebook starts, are forked with PyTorch imported.
+notebook starts, are forks of a process that has imported PyTorch.
 """
 
 import ast

@@ -187,7 +187,7 @@ def test_damaged_files_are_named_in_one_line(tmp_path, monkeypatch, capsys):
 
 
 def test_a_run_with_skipped_updates_and_nothing_to_average_is_drawn(tmp_path, monkeypatch):
-    """If all updates of a step are skipped, metrics.jsonl has 0 for their loss and null for a mean of nothing."""
+    """If all updates of a step are skipped, metrics.jsonl has 0 for their loss and null for a mean over no values."""
     rows = [{"step": 1, "loss": 0.1, "grad_norm": 1.0, "entropy": 0.5, "reward_hybrid": 1.0, "eval_all": None}]
     rows += [{"step": 2, "loss": 0.0, "grad_norm": 0.0, "entropy": None, "reward_hybrid": None, "skipped_updates": 2}]
     folder = run_folder(tmp_path / "x", rows)

@@ -1,7 +1,8 @@
-"""These tests check the SmolLM2 model that data/smollm2.py takes from a Python package, and the sums made for it.
+"""These tests check the SmolLM2 model that data/smollm2.py takes from a Python package, and the addition and
+subtraction problems that data/make_sums.py makes for this model.
 
-Tests of the real model are skipped without the packages that data/smollm2.py names. The sums are checked by code that
-reads only a row's text.
+Tests of the real model are skipped without the packages that data/smollm2.py names. The problems of data/make_sums.py
+are checked by code that reads only a row's text.
 """
 
 import importlib.util

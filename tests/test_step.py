@@ -222,8 +222,8 @@ def test_sampled_tokens_had_the_log_probs_the_update_sees(tokenizer):
 
 
 def test_sdfts_teacher_has_seen_the_demonstration(tokenizer):
-    """SDFT's teacher is the model behind the problem and its demonstration. Its log-probs are compared with the model
-    run on each row alone. Problem 5 has no demonstration, so its teacher log-probs are NaN."""
+    """SDFT's teacher is the model behind the problem and its demonstration. The teacher's log-probs are compared with
+    that model, run on each row alone. Problem 5 has no demonstration, so its teacher log-probs are NaN."""
     run = make_run(tokenizer, "sdft", temperature=TEMPERATURE)
     picked = [0, 1, 2, 5]
     batch = rollout_batch(run, picked, 3)

@@ -48,8 +48,8 @@ SMALL = {
 
 @pytest.fixture(autouse=True)
 def no_figure(monkeypatch):
-    """Runs draw no figure, because drawing takes longer than their steps. Only the run of the fixture `whole` draws
-    one."""
+    """Runs draw no figure, because drawing takes longer than their steps. Only the run of the fixture `whole` draws a
+    figure."""
     monkeypatch.setattr(train, "draw_curves", lambda folder: "")
 
 

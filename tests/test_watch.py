@@ -57,7 +57,7 @@ def test_each_warning_is_said_once_when_it_is_due(name, changes, at):
     assert [list(new) for new in message if new] == [[name]] and list(watch.warnings) == [name]
     assert due == [at] or (name == "surprise" and due[0] <= at), due
     assert watch.warnings[name].startswith(f"step {FIRST + due[0]}: ")
-    again = Watch(METHODS["prefix-rft"], {})  # a resumed run recalls the rows of its first part
+    again = Watch(METHODS["prefix-rft"], {})  # a resumed run recalls the rows of metrics.jsonl from before its stop
     for number in range(1, FIRST + due[0]):
         again.recall(row(number, **(changes if number > FIRST else {})))
     assert again.look(row(FIRST + due[0], **changes)) == message[due[0] - 1]

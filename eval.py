@@ -8,11 +8,11 @@
 The order of this file: `evaluate` (all that train.py needs), the checks, sampling the missing responses, and the
 command line. An evaluation's folder gets settings.json and generations.jsonl with a line per response
 (evaluation/folder.py), then results.json, results.md (evaluation/report.py) and passk.png. A response that is cut off
-by the budget is wrong, as in training. The metric `unread` is the share of responses that are not cut off but have no
-readable boxed answer. Random draws are a pure function of (seed, problem, sample), so an evaluation that is stopped
-and continued writes the files of an uninterrupted one. Several ranks write the same files as one process; only
-rounding may differ, because other rows share a batch. Left out are top-p below 1, majority voting, tools, and models
-too large for one GPU.
+by max_response_tokens is wrong, as in training. The metric `unread` is the share of responses that are not cut off
+but have no readable boxed answer. Random draws are a pure function of (seed, problem, sample), so an evaluation that
+is stopped and continued writes the files of an uninterrupted one. Several ranks write the same files as one process;
+only rounding may differ, because other rows share a batch. Left out are top-p below 1, majority voting, tools, and
+models too large for one GPU.
 """
 
 import argparse
@@ -137,7 +137,7 @@ def encode_benchmarks(model, tokenizer, benchmarks: list[Benchmark], max_respons
 
 
 def rows_that_fit(model: PreTrainedModel, columns: int) -> int:
-    """Returns how many rows of `columns` tokens are sampled together: ROWS or, on CUDA, at most as many as fit on
+    """Returns how many rows of `columns` tokens are sampled together: ROWS, or fewer on CUDA if not so many fit on
     every GPU."""
     fit = ROWS
     if model.device.type == "cuda":
@@ -146,7 +146,7 @@ def rows_that_fit(model: PreTrainedModel, columns: int) -> int:
             # `repeated` is True, because layers with sliding windows use HF's attention, which copies keys and values
             # for all heads
             row = row_bytes(model.config, whole_blocks(columns), repeated=True)
-        except Exception as error:  # the config of an unusual model can raise any error
+        except Exception as error:  # reading an unusual model's config can raise any error
             raise InputError(f"the memory that a row takes is not known ({error}): give --rows_per_call") from error
         fit = max(1, min(ROWS, int(0.8 * free / row)))
     return min(distributed.gather_dict({distributed.rank(): fit}).values())
@@ -214,10 +214,10 @@ def parse_args(argv: Sequence[str]) -> argparse.Namespace:
         "--temperature", type=float, default=0.6, help="sampling temperature; 0 is greedy (default: 0.6 [paper])"
     )
     parser.add_argument(
-        "--max_response_tokens", type=int, default=8192, help="most tokens of a response (default: 8192 [paper])"
+        "--max_response_tokens", type=int, default=8192, help="limit of tokens of a response (default: 8192 [paper])"
     )
     parser.add_argument("--problems", type=int, help="evaluate only the first N problems of each level of difficulty")
-    parser.add_argument("--system", help="system message (default: the one used in training, or else each problem's)")
+    parser.add_argument("--system", help="system message (default: that of training, else that of each problem)")
     parser.add_argument("--reward", help="math (default), exact, or FILE.py[:name], a function of your own")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument(

@@ -21,9 +21,9 @@ methods' weights and the table of methods are in methods.py.
 
 Questions that readers ask:
 - *Which rows are in the baseline?* By default (`on_policy`, as in the released code) the baseline is the mean reward
-  of the group's on-policy rows. This mean is subtracted from the rewards of on-policy rows and of prefixes. The
-  continuation has no baseline and keeps the reward r_h. With baseline `group` (the text of the paper's section 3) the
-  mean reward of all N rows is subtracted for all tokens of all rows. See `advantages`.
+  of the group's on-policy rows. For the tokens of on-policy rows and of prefixes the baseline is subtracted from the
+  row's reward. The continuation has no baseline and keeps the reward r_h. With baseline `group` (the text of the
+  paper's section 3) the mean reward of all N rows is subtracted for all tokens of all rows. See `advantages`.
 - *Why is the ratio r = 1 in the first update of a step?* Before this update pi is still the sampling policy, so r =
   exp(0) = 1 and PPO clips nothing. The gradient is not zero at r = 1, because the weight is w = A. From the second
   update of each step on, r differs from 1. Usual learning rates are so small that PPO's clip still acts on few tokens
@@ -128,7 +128,8 @@ def entropy_clip(
     """
     flat = prefix_mask.flatten()
     index = flat.nonzero().squeeze(1)
-    dropped = math.floor((1 - keep) * len(index) + 1e-9)  # 1e-9 is added because (1 - 0.9) * 10 gives 0.99… in floats
+    # without 1e-9, (1 - 0.9) * 10 = 0.99… would be rounded down to 0
+    dropped = math.floor((1 - keep) * len(index) + 1e-9)
     if select == "random":
         order = torch.randperm(len(index), generator=generator).to(index.device)
     elif select in ("high", "low"):
@@ -192,8 +193,8 @@ def ppo_weight(
 
 @dataclass(frozen=True)
 class Tokens:
-    """All that a weight may depend on: tensors of some rows, and numbers of the whole mini-batch. No gradient flows
-    through these tensors.
+    """The inputs of the weight functions: tensors of some rows of a mini-batch, and numbers of the whole mini-batch.
+    No gradient flows through these tensors.
 
     step.mini_batch_tokens fills these fields for all rows of a batch, with the sampling policy's log_probs and
     entropy. `Tokens.at` then takes the rows of a micro-batch.
@@ -209,12 +210,12 @@ class Tokens:
     rewards: Tensor  # [B]
     clip_low: float
     clip_high: float
-    coefficient: float  # the constant c in a method's formula: the method's own, or the setting --coefficient
+    coefficient: float  # the constant c in a method's formula: the method's own c, or the setting --coefficient
     policy_tokens: int  # T_own, the number of the policy's own response tokens in the mini-batch
     demonstration_tokens: int  # T_d, the number of demonstration tokens in the mini-batch
     normalizer: float  # Z
     max_response_tokens: int  # L
-    # [B, R] log-probs of the tokens if a demonstration stands in the prompt; NaN for problems without one [for SDFT]
+    # for SDFT: [B, R] log-probs with a demonstration in the prompt; NaN if the problem has none
     hinted_log_probs: Tensor | None = None
 
     def at(self, rows: Tensor, log_probs: Tensor, entropy: Tensor) -> "Tokens":

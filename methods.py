@@ -8,14 +8,14 @@ some methods use: `coefficient_at` (for CHORD, whose coefficient falls), `second
 resample groups without a right row), `hint` and `hinted_log_probs` (SDFT's teacher sees a demonstration), `Collector`
 and `collect` (ReLIFT keeps a buffer of unsolved problems), and the learning rate of the supervised stage.
 
-In the formulas p = pi(y) is a token's probability, r = p / pi_old(y) is PPO's ratio, and A is the advantage. T_own
-and T_d are the numbers of policy and of demonstration tokens in the mini-batch. The first line of a weight function's
-docstring is its formula. A coefficient c mixes an RL term and a demonstration term, and its value depends on the
-denominators of the two terms. In this project all tokens are summed and divided by Z. If a source takes the token
-mean of both terms, the factor T_own / T_d turns its c into a weight of this sum. If a source adds a token mean to a
-sum over Z, this factor is Z / T_d. Left out are RL-PLUS (LUFFY's rows, another shaping), methods with hints in the
-prompt or several teachers (AMPO, Scaf-GRPO, Guide), QuestA (`rescue` with a constant share), and distillation from a
-larger teacher. configs/README.md says what the code lacks for further methods.
+In the formulas p = pi(y) is a token's probability, r = p / pi_old(y) is PPO's ratio, and A is the advantage. T_own is
+the number of the policy's own tokens in the mini-batch, and T_d the number of demonstration tokens. The first line of
+a weight function's docstring is its formula. A coefficient c mixes an RL term and a demonstration term, and its value
+depends on the denominators of the two terms. In this project all tokens are summed and divided by Z. If a source
+takes the token mean of both terms, the factor T_own / T_d turns its c into a weight of this sum. If a source adds a
+token mean to a sum over Z, this factor is Z / T_d. Left out are RL-PLUS (LUFFY's rows, another shaping), methods with
+hints in the prompt or several teachers (AMPO, Scaf-GRPO, Guide), QuestA (`rescue` with a constant share), and
+distillation from a larger teacher. configs/README.md says what the code lacks for further methods.
 """
 
 import dataclasses
@@ -44,9 +44,10 @@ def unclipped(t: Tokens) -> Tensor:
     """A·r
 
     This is the policy gradient without PPO's clip, as the scripts of LUFFY, ReLIFT, HPT and TRAPO take it. Unlike
-    this project, these four do not divide the sum by the number of rows in a mini-batch, so their gradient is 64
-    times as large. Their gradient clip at 1.0 (ReLIFT: 0.7) therefore acts nearly always, and the clip of this
-    project rarely. AdamW's step does not depend on the factor 64.
+    this project, the four scripts do not divide the sum over tokens by the number of rows in a mini-batch, so their
+    gradient is 64 times as large. Their gradient clip at 1.0 (ReLIFT: 0.7) therefore acts nearly always, and the clip
+    of this project rarely. The factor 64 does not change AdamW's step, because AdamW divides by the size of past
+    gradients.
     """
     return torch.where(t.advantages != 0, t.advantages * (t.log_probs - t.old_log_probs).exp(), 0.0)
 
@@ -83,9 +84,9 @@ def matched_means(t: Tokens) -> Tensor:
 
     UFT and CHORD take the token mean of each term and multiply the mean of the demonstration term by c. [Sources:
     UFT; CHORD's mu] The weight of this function is exactly that of UFT's code. UFT's KL and entropy terms (0.001
-    each) and its cuts of prefixes at sentences are left out. Unlike in UFT, the prefix counts in the response budget,
-    and a prefix never has the last token of a demonstration. UFT's script has 4 rollouts of 256 problems and 4
-    updates per step; in this project these numbers are settings.
+    each) and its rule that a prefix ends with a sentence are left out. Unlike in UFT, the tokens of the prefix count
+    towards max_response_tokens, and a prefix never has the last token of a demonstration. UFT's script has 4 rollouts
+    of 256 problems and 4 updates per step; in this project these numbers are settings.
     """
     return torch.full_like(t.log_probs, t.coefficient * t.policy_tokens / max(1, t.demonstration_tokens))
 
@@ -193,7 +194,7 @@ def toward_hinted(t: Tokens) -> Tensor:
     SDFT's loss is the mean over rows of each row's token mean, without its first 3 tokens. In this project the loss
     is a sum over Z, so a row y weighs len(y)/L times as much as in SDFT. The README of SDFT's repository (April 2026)
     says that the paper's results used the forward KL, the default of its code. [Sources: 2601.19897;
-    idanshen/Self-Distillation, distil_trainer.py `_compute_loss`, as a fork has it]
+    idanshen/Self-Distillation, distil_trainer.py `_compute_loss`, as a fork of that repository has it]
     """
     gain = t.hinted_log_probs - t.log_probs
     return torch.where(gain.isnan(), 0.0, (t.log_probs - t.old_log_probs).exp() * gain)
@@ -215,7 +216,7 @@ class Method:
     coefficient_end: float | None = None  # c falls to this value along half a cosine over the share FALL of the run
     schedule: str = "cosine"  # the schedule of the prefix fraction (sample.SCHEDULES)
     baseline: str | None = None  # the method's own baseline; None: as in the setting `baseline`
-    scale_by_std: bool | None = None  # the method's own choice; None: as in the setting `scale_by_std`
+    scale_by_std: bool | None = None  # the method's own scale_by_std; None: as in the setting `scale_by_std`
     stages: tuple[str, ...] = ("rl",)  # stages of a run; "sft": updates on demonstrations, "rl": graded rollouts
     # what happens to a group without a right row: replace (by a demonstration) | rescue (sample it again behind a
     # prefix) | collect (train on a demonstration later)
@@ -255,7 +256,7 @@ METHODS: dict[str, Method] = {
     "prefix-rft-uniform": variant(PREFIX_RFT, schedule="uniform"),
     "prefix-rft-constant": variant(PREFIX_RFT, schedule="constant"),
     "rft-entropy-clip": variant(RFT, source="2507.01679", entropy_clip="high"),
-    # all 8 rows of a group have the same prefix, and prefix tokens are not in the loss
+    # in DR-PO all 8 rows of a group have the same prefix, and prefix tokens are not in the loss
     "dr-po": variant(PREFIX_RFT_FROZEN, rows="shared_prefix", baseline="group"),
     # ---- the methods it is compared with, and those that came after
     "rft+sft": Method("2504.14945", "demonstration", unclipped, token_mean, coefficient=0.1, baseline="on_policy"),
@@ -277,7 +278,7 @@ METHODS: dict[str, Method] = {
     "srft": Method("2506.19767", "demonstration", srft_policy, srft_demonstration, coefficient=0.1, baseline="group"),
     "prefix-rft-trust": Method("2512.17636", "hybrid", unclipped, trust, baseline="group"),
     "rescue": Method("2507.10628, 2506.17211", baseline="group", unsolved="rescue"),
-    # SDFT does not train on the reward
+    # SDFT learns from its teacher's log-probs, not from the reward
     "sdft": Method("2601.19897", policy_weight=toward_hinted, scale_by_std=False, hinted=True),
 }
 
@@ -373,15 +374,15 @@ class Collector:
     """What ReLIFT keeps between steps: unsolved problems that wait for an update on their demonstrations, newest
     first, and the optimizer of that update."""
 
-    waiting: list[int]  # indices of the training problems in the buffer
+    waiting: list[int]  # indices of the training problems in ReLIFT's buffer
     optimizer: torch.optim.Optimizer
 
 
 def collect(run: Any, picked: list[int], rows: list[Any], sft_step: Callable[..., Any]) -> dict[str, Any]:
-    """Collects ReLIFT's unsolved problems in a buffer. A problem of `picked` that has a demonstration and that no
-    graded row solved is put at the front of the buffer, each time it is unsolved. Once the buffer has `relift_buffer`
-    problems, the first `relift_buffer` of them give one supervised update, with an optimizer of its own. Returns the
-    metrics of ReLIFT's buffer and update for metrics.jsonl.
+    """Collects ReLIFT's unsolved problems in a buffer. A problem of the step (`picked`) that has a demonstration and
+    that no graded row solved is put at the front of the buffer, each time it is unsolved. Once the buffer has
+    `relift_buffer` problems, the first `relift_buffer` of them give one supervised update, with an optimizer of its
+    own. Returns the metrics of ReLIFT's buffer and update for metrics.jsonl.
 
     ReLIFT's code averages token means over 4 rows each. ReLIFT clips the gradient of the supervised update at 1.0 and
     that of reinforcement at 0.7. In this project the loss is one token mean over the whole update, and

@@ -201,7 +201,7 @@ def response_stats(
     width, length = input_ids.shape[1], int(attention_mask.sum(1).max())
     column = torch.arange(width, device=input_ids.device)
     first = attention_mask.argmax(1, keepdim=True)
-    source = (first + column[:length]) % width  # [B, length] column of input_ids that each token comes from
+    source = (first + column[:length]) % width  # [B, length] the column of input_ids where each token was
     ids = input_ids.gather(1, source)
     response = (attention_mask.bool() & (column >= width - response_length)).gather(1, source)[:, 1:]
     hidden = last_hidden(model, input_ids=ids, attention_mask=torch.ones_like(ids), use_cache=False)
@@ -215,7 +215,7 @@ def last_hidden(model: PreTrainedModel, **arguments: Any) -> Tensor:
     """Returns the hidden states [B, T, H] that the model's head reads. Arguments that the model's forward does not
     know are left out: some models take no position_ids and compute them from the mask."""
     body = model.base_model
-    body = next(model.children()) if body is model else body  # some models are their own base_model, head included
+    body = next(model.children()) if body is model else body  # base_model can be the whole model, head included
     known = signature(type(body).forward).parameters
     return body(**{name: value for name, value in arguments.items() if name in known}).last_hidden_state
 

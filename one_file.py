@@ -45,7 +45,7 @@ STEPS = 60  # paper: 500
 PROBLEMS = 16  # number of problems in each step; paper: 128
 ROWS = 8  # N, the number of rows of a group; paper: 8
 UPDATES = 2  # number of updates per step, each on a mini-batch of its own; paper: 2
-MAX_TOKENS = 96  # most tokens of a response, prefix included; paper: 8192
+MAX_TOKENS = 96  # limit of tokens of a response, prefix included; paper: 8192
 SHORTEST, LONGEST = 0.05, 0.95  # bounds of a prefix's share of the demonstration; paper: 0.05, 0.95
 ENTROPY_KEEP = 0.2  # share of the prefix tokens that are trained; paper: 0.2
 CLIP = 0.2  # PPO clips the ratio to the range 1 - CLIP to 1 + CLIP; release: 0.2
@@ -53,7 +53,7 @@ LEARNING_RATE = 1e-4  # paper: 1e-6
 MAX_GRAD_NORM = 1.0  # release: 1.0
 
 # Tokens are drawn from softmax(logits) itself, because its log-probs are trained. Every sampling setting is passed:
-# HF takes a missing one from the model's folder, and a top_k that is missing there too would be 50.
+# HF takes a missing setting from the model's folder, and top_k is 50 if the folder does not set it.
 SAMPLED = {"do_sample": True, "temperature": 1.0, "top_k": 0, "top_p": 1.0, "repetition_penalty": 1.0}
 GREEDY = {"do_sample": False, "repetition_penalty": 1.0}
 
@@ -97,7 +97,8 @@ def new_group(problem: dict, progress: float, tokenizer) -> list[Row]:
 def respond(model, tokenizer, rows: list[Row], sampler: dict) -> None:
     """Write and grade the response of every row. For `generate` the prefix is simply the end of the prompt."""
     inputs = [torch.tensor(row.prompt + row.prefix) for row in rows]
-    left = {"batch_first": True, "padding_side": "left"}  # padded on the left, all rows continue in the same column
+    # prompts are padded on the left, so all rows continue in the same column
+    left = {"batch_first": True, "padding_side": "left"}
     output = model.generate(
         input_ids=pad_sequence(inputs, padding_value=tokenizer.pad_token_id, **left),
         attention_mask=pad_sequence([torch.ones_like(ids) for ids in inputs], **left),
@@ -150,7 +151,7 @@ def new_batch(model, tokenizer, rows: list[Row]) -> dict[str, Tensor]:
     prefix_mask = (begin <= token) & (token < own)
     rewards = torch.tensor([row.reward for row in rows])
     own_advantage, prefix_advantage = advantages(rewards.view(-1, ROWS), (own > begin).view(-1, ROWS))
-    # the policy also gives prefix tokens their old log-probs, so their ratio starts at 1, too
+    # old log-probs of prefix tokens also come from the policy, so the ratio of every token starts at 1
     old_log_probs, entropy = token_stats(model, ids)
     return {
         "input_ids": ids,
@@ -167,7 +168,7 @@ def new_batch(model, tokenizer, rows: list[Row]) -> dict[str, Tensor]:
 
 
 def entropy_clip(prefix_mask: Tensor, entropy: Tensor) -> Tensor:
-    """Returns which prefix tokens of a mini-batch are trained: the fifth with the highest entropy.
+    """Returns which prefix tokens of a mini-batch are trained: the 20% with the highest entropy.
 
     At these tokens the policy was unsure how the solution goes on, so the demonstration teaches most. If all prefix
     tokens were trained, long prefixes would outweigh the tokens that the policy writes itself.
@@ -180,7 +181,8 @@ def entropy_clip(prefix_mask: Tensor, entropy: Tensor) -> Tensor:
 
 
 def objective(model, batch: dict[str, Tensor]) -> Tensor:
-    """Returns PPO's clipped surrogate of a mini-batch, as a loss. A prefix token is trained like any other."""
+    """Returns PPO's clipped surrogate of a mini-batch, as a loss. A prefix token is trained like any other response
+    token."""
     log_probs, _ = token_stats(model, batch["input_ids"])
     # the ratio is 1 in the first update of a step, but its gradient is not 0
     ratio = (log_probs - batch["old_log_probs"]).exp()

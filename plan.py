@@ -108,7 +108,7 @@ class FusedAttention(torch.autograd.Function):
 
 
 def fused_attention(module, query, key, value, mask, **_: Any) -> tuple[Tensor, None]:
-    if getattr(module, "sliding_window", None):  # HF repeats keys and values for the mask of a sliding window
+    if getattr(module, "sliding_window", None):  # with a sliding window HF copies keys and values for all heads
         groups = query.shape[1] // key.shape[1]
         key, value = (x.repeat_interleave(groups, dim=1) if groups > 1 else x for x in (key, value))
     return FusedAttention.apply(query, key, value).transpose(1, 2).contiguous(), None
@@ -134,8 +134,8 @@ class FusedNorm(torch.autograd.Function):
 
 
 def empty_model(shape: Any, dtype: torch.dtype, fused: bool = False) -> Any:
-    """Returns the model of a config `shape` without weights. With `fused` its norms are replaced as fuse_norms does
-    on CUDA."""
+    """Returns the model of a config `shape` without weights. With `fused` its RMS norms become single kernels, as on
+    CUDA (support/loading.py, fuse_norms)."""
     shape._attn_implementation = "planned"
     with torch.device("meta"):
         model = AutoModelForCausalLM.from_config(shape, dtype=dtype, attn_implementation="planned").train()
@@ -293,7 +293,7 @@ def sampling_bytes(shape: Any, rows: int, columns: int, tokens: int = PREFILL_TO
 def rows_sampled_at_once(shape: Any, sampling: dict[str, float], free: float, columns: int) -> int:
     """Returns the largest number of rows that can be sampled in one call; 0 if not even the weights fit. `sampling`
     is the entry "sampling" of what `plan` returns."""
-    left = free - sum(list(sampling.values())[:-2])  # without the last two parts, which grow with the number of rows
+    left = free - sum(list(sampling.values())[:-2])  # the last two parts of `sampling` grow with the number of rows
     beside_block = (left - block_bytes(shape)) / (columns * cache_bytes(shape))
     return max(0, int(min(beside_block, left / row_bytes(shape, columns, repeated=not plain_caches(shape)))))
 
@@ -306,7 +306,7 @@ def rows_updated_at_once(
     The function tries out numbers of rows. A straight line through the memory of one and two rows would promise too
     many, because the peak of few rows is at another place of the pass.
     """
-    left = free - sum(list(update.values())[:-1])  # without the last part, which grows with the number of rows
+    left = free - sum(list(update.values())[:-1])  # the last part of `update` grows with the number of rows
     needed = functools.cache(functools.partial(pass_bytes, config, shape, prompt))
     line = 2 + int(max(0, left - needed(2)) / max(1, needed(2) - needed(1)))
     most = min(most, line)
@@ -341,7 +341,8 @@ def hours(config: Config, shape: Any, gpus: int, gpu: str, prompt: int, mean: fl
     _, tflops, bandwidth, _ = GPUS[gpu]
     n, stages, length = count(shape, adapters.of(config)), METHODS[config.method].stages, prompt + mean
     flops = tflops * 1e12 * UPDATE_SHARE * gpus
-    passes = 4 if config.lora_rank else 6  # FLOP per parameter and token: forward 2, backward 2, weight gradients 2
+    # FLOP of an update per parameter and token: forward 2, backward 2, and 2 for gradients of unfrozen weights
+    passes = 4 if config.lora_rank else 6
     passes += 2 * config.recompute
     result: dict[str, float] = {}
     if "sft" in stages:
@@ -387,7 +388,7 @@ def planned(path: str, shape: Any) -> Iterator[None]:
 
 
 def advice(config: Config, n: Counts, fits: bool, updated: int, sampled: int, length: int) -> list[str]:
-    """Returns what to change if the run does not fit, or if more rows at once would save transfers.
+    """Returns advice on what to change if the run does not fit, or if more rows at once would save transfers.
 
     `updated` and `sampled` are the numbers of full-length rows that fit into an update's pass and into a sampling
     call.
@@ -480,7 +481,7 @@ def show(config: Config, gpu: str, gpus: int, prompt: int | None, mean: float | 
 def main() -> None:
     parser = Parser(
         description=__doc__.splitlines()[0],
-        epilog="--config FILE and every --FIELD VALUE of train.py can be given too: --model, --method, …",
+        epilog="--config FILE and every --FIELD VALUE of train.py are also options of plan.py: --model, --method, …",
     )
     parser.add_argument("--gpu", default="H100", choices=GPUS)
     parser.add_argument("--gpus", type=int, default=1)

@@ -34,7 +34,8 @@ def plot_runs(folders: list[Path], out: Path | None) -> None:
 
 
 def plot_group(words: list[str], out: Path | None) -> None:
-    """Draw the group of rollouts that a run recorded at a step; the last recorded group if `words` name no step."""
+    """Draw the group of rollouts that a run recorded at a step; the last recorded group if `words` (RUN [STEP]) name
+    no step."""
     folder, step = Path(words[0]), words[1] if len(words) > 1 else None
     if len(words) > 2 or (step and not step.isdecimal()):
         raise InputError(f"--group takes a run folder and a step, found {' '.join(words)!r}: --group RUN [STEP]")

@@ -38,7 +38,7 @@ def extract_boxed(text: str | None) -> str | None:
         return None
     best, depth = (-1, -1), 0
     boxes: list[tuple[int, int]] = []  # for each open box, where its content starts and its brace depth
-    bare: deque[int] = deque(maxlen=20)  # ends of the last 20 \boxed without a brace behind them
+    bare: deque[int] = deque(maxlen=20)  # ends of \boxed without a brace; only the last 20, to bound the time
     for mark in _MARKS.finditer(text):
         if mark["in"]:
             depth += len(mark["in"])
@@ -99,8 +99,8 @@ def grade(response: str | None, gold: str) -> float:
 
 
 def check_gold(gold: str) -> None:
-    """Raises ValueError if no response can be graded against `gold`, because it cannot be read. The data loader calls
-    this function."""
+    """Raises ValueError if no response can be graded against `gold`, because `gold` cannot be read. The data loader
+    calls this function."""
     if not isinstance(gold, str):
         raise ValueError(f"answer must be a string, got {type(gold).__name__}: {gold!r:.80}; write it as text")
     try:
@@ -203,7 +203,7 @@ def load_reward(name: str = "math") -> Reward:
         raise RewardError(f"reward {name!r}: the file {str(path)!r} does not exist")
     spec = importlib.util.spec_from_file_location(f"reward {path.resolve()}", path)
     module = importlib.util.module_from_spec(spec)
-    sys.modules[spec.name] = module  # a dataclass in the file looks up its module in sys.modules
+    sys.modules[spec.name] = module  # if FILE.py has a dataclass, it looks FILE.py up in sys.modules
     try:
         with same_folder():
             spec.loader.exec_module(module)

@@ -33,8 +33,8 @@ PREFIX_LOW, PREFIX_HIGH = 0.05, 0.95  # smallest and largest prefix fraction [pa
 
 
 def seed_of(*key: object) -> int:
-    """Returns a 128-bit seed that depends on `key` only. (Unlike hash(), the seed is equal on all machines.)"""
-    plain = tuple(part.item() if isinstance(part, np.generic) else part for part in key)  # np.int64(3) counts as 3
+    """Returns a 128-bit seed, a pure function of `key`. (Unlike hash(), the seed is equal on all machines.)"""
+    plain = tuple(part.item() if isinstance(part, np.generic) else part for part in key)  # np.int64(3) becomes 3
     return int.from_bytes(hashlib.blake2b(repr(plain).encode(), digest_size=16).digest(), "big")
 
 
@@ -100,8 +100,8 @@ class Row:
     prefix_ids: list[int]  # tokens of the demonstration with which the response must begin
     fraction: float = 0.0  # len(prefix_ids) as a share of the demonstration
     response: Sequence[int] = ()  # ids of prefix and continuation, or of a whole demonstration
-    log_probs: Sequence[float] = ()  # of the continuation's tokens, recorded in sampling; only metrics read them
-    truncated: bool = False  # True if the budget cut the response off before an end token
+    log_probs: Sequence[float] = ()  # log-probs of sampled tokens, for metrics only
+    truncated: bool = False  # True if the limit of tokens cut the response off before an end token
     text: str = ""
     reward: float = 0.0
 
@@ -130,7 +130,7 @@ def plan_group(
         return planned
     shared = rows == "shared_prefix"
     for i in range(0 if shared else rollouts - hybrid, rollouts):
-        # all rows draw a shared prefix with the first row's key, so they draw the same one
+        # all rows draw a shared prefix with the first row's key, so all rows have the same prefix
         generator = torch_generator(*key, problem.id, 0 if shared else i, attempt)
         which = int(torch.randint(len(problem.demonstrations), (), generator=generator))
         demonstration = problem.demonstrations[which]
@@ -170,8 +170,8 @@ class DrawTokenLogitsProcessor(LogitsProcessor):
 class PrefixForcingLogitsProcessor(LogitsProcessor):
     """Forces row i's first prefix_lengths[i] tokens to be prefix_ids[i] and leaves later tokens to the policy.
 
-    prefix_ids [B, L] may be padded with anything. prompt_length counts the columns before the response. `rows` has
-    the meaning that it has in DrawTokenLogitsProcessor.
+    prefix_ids [B, L] can be padded with any ids. prompt_length counts the columns before the response. `rows` are the
+    indices of the rows still in the batch.
     """
 
     def __init__(self, prefix_ids: Tensor, prefix_lengths: Tensor, prompt_length: int):
@@ -259,11 +259,11 @@ def generate(
     decode: Callable | None = None,
     progress: str | None = None,
 ) -> list[Row]:
-    """Returns `rows` with responses: prefix, continuation and an end token (unless the budget cut the response off).
+    """Returns `rows` with responses: prefix, continuation and an end token (unless the limit of tokens was reached).
 
     Temperature 0 is greedy. `decode` replaces HF's decoding loop (fast.decode.decode_rows gives the same tokens).
-    `progress` names a tqdm bar. Rows of similar length share a call of HF's `generate`; only rounding can change a
-    token. Every rank must call `generate`; rank r samples groups g = r (mod ranks) and gets the other rows.
+    `progress` names a tqdm bar. Rows of similar length share a call of HF's `generate`, which changes tokens only by
+    rounding. Every rank must call `generate`; rank r samples groups g = r (mod ranks) and gets all others.
     """
     mine = [i for i, row in enumerate(rows) if not row.response and row.group % world_size() == rank()]
     mine.sort(key=lambda i: (len(rows[i].prompt_ids), len(rows[i].prefix_ids)))
@@ -295,12 +295,12 @@ class Rollouts:
     prefix_mask: Tensor  # [B, R] bool: True at tokens of the demonstration
     group: Tensor  # [B] index of the row's problem in the batch
     hybrid: Tensor  # [B] bool: True for rows with demonstration tokens
-    truncated: Tensor  # [B] bool: True if the budget cut the response off before an end token
+    truncated: Tensor  # [B] bool: True if the limit of tokens cut the response off before an end token
     texts: list[str]  # the responses as text, prefix included
 
 
 def pack(rows: Sequence[Row], pad_id: int) -> Rollouts:
-    """Returns the rows as tensors on the CPU. Masks come from the rows' lengths, never from ids == pad_id."""
+    """Returns the rows as tensors on the CPU. Masks come from rows' lengths, because pad_id can be an end token."""
     prompts, prompt_mask = padded((row.prompt_ids for row in rows), pad_id, "left")
     responses, response_mask = padded((row.response for row in rows), pad_id, "right")
     prefix_lengths = torch.tensor([len(row.prefix_ids) for row in rows])

@@ -50,11 +50,12 @@ class Run:
     optimizer: torch.optim.Optimizer
     decode: Callable | None = None  # a decoding loop (fast.decode) that replaces HF's
     collector: Collector | None = None  # ReLIFT
-    skipped: int = 0  # length of the present series of updates that were skipped as not finite
+    skipped: int = 0  # number of latest updates, in a row, skipped for numbers that are not finite
 
 
 def problems_of_step(count: int, per_step: int, step: int, *key: object) -> list[int]:
-    """Returns the indices of the problems of `step`. Each epoch has a random order and only full steps."""
+    """Returns the indices of the problems of `step`. Each epoch shuffles all problems and leaves out a last,
+    incomplete step."""
     per_step = min(per_step, count)
     epoch, place = divmod(step, count // per_step)
     order = torch.randperm(count, generator=torch_generator(*key, epoch)).tolist()
@@ -121,7 +122,7 @@ class Batch:
     old_known: Tensor  # [B] bool: True if old_log_probs were taken before the first update (known_before)
     rows: list[Row]
     first_rows: list[Row]  # the rows before second_chance replaces or resamples some of them
-    sampled_tokens: int  # number of sampled tokens, those of replaced rows too
+    sampled_tokens: int  # number of sampled tokens, including those of replaced rows
     hinted_log_probs: Tensor | None = None  # [B, R] log-probs of SDFT's teacher (methods.hinted_log_probs)
 
 
@@ -240,7 +241,7 @@ def update(
     them. If an old log-prob, the loss or the gradient is not finite, every rank skips the update.
     """
     active = ~batch.old_known & tokens.weight_mask.any(1)  # rows whose old log-probs are taken in this update
-    for nats in (-1, 0, 1):  # a weight that is 0 at r = 1 may differ from 0 after an update
+    for nats in (-1, 0, 1):  # a weight that is 0 at r = 1 can differ from 0 after an update
         moved = replace(tokens, log_probs=tokens.old_log_probs + nats)
         active |= (token_weights(run.method, moved) != 0).any(1)
     if not batch.old_log_probs.isfinite().all():
@@ -254,7 +255,7 @@ def update(
         late = ~batch.old_known[rows]  # rows that have no old log-probs yet; pi has not changed, so r = 1
         batch.old_log_probs[rows[late]] = log_probs.detach().cpu()[late]
         batch.entropy[rows[late]] = entropy.cpu()[late]
-        part = tokens.at(rows, log_probs, entropy)  # tokens.old_log_probs is the batch's tensor, just filled in
+        part = tokens.at(rows, log_probs, entropy)  # reads the old log-probs just written to `batch`
         weights = token_weights(run.method, part)
         loss = weighted_loss(log_probs, weights, part.response_mask, tokens.normalizer)
         loss.backward()

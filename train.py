@@ -39,7 +39,7 @@ from support.record import example_rows, record_group, rl_metrics, sft_metrics
 from support.watch import Watch
 
 TABLES = ("validation", "test", "test_sampled")  # names of the accuracy tables in eval.json
-MOST_SKIPPED = 3  # the run ends after so many skipped updates in a row (numbers that are not finite)
+MOST_SKIPPED = 3  # the run ends after so many updates in a row that were skipped because numbers were not finite
 
 
 def check_ranks(config: Config) -> None:
@@ -107,7 +107,7 @@ def prepare(config: Config) -> tuple[Run, Counts]:
     tokenizer, generation_config = load_tokenizer(config.model)
     context = window_of(load_config(config.model))
     reward = load_reward(config.reward)
-    # checked before load_data, which grades demonstrations by the reward
+    # a changed reward is reported before load_data grades demonstrations by it
     checkpoint.check_ingredients(config, {"reward": reward.fingerprint})
     ends = generation_config.eos_token_id
     # data are loaded before the model, because reading weights takes long
@@ -141,7 +141,7 @@ def train(config: Config) -> int:
         warnings["demonstrations"] = f"{wrong} demonstrations are left out: their own reward says they are not right"
     ingredients = checkpoint.made_of(run, data_files(config))
     with checkpoint.opened(config, ingredients) as folder:
-        bf16 = pick_device(config.device).type == "cuda"  # as distributed.shard computes on CUDA
+        bf16 = pick_device(config.device).type == "cuda"  # on CUDA distributed.shard makes layers compute in bf16
         watch = Watch(run.method, warnings, torch.bfloat16 if bf16 else torch.float32)
         start = restore(run, folder, watch)
         checkpoint.write_config(folder, config, ingredients)
@@ -201,7 +201,8 @@ def train_in(folder: Path, run: Run, start: int, watch: Watch) -> int:
                 metrics, result = one_step(run, step)
                 done, stop = step + 1, distributed.from_rank_0(stopped)
                 record(folder, run, done, metrics, result, progress)
-            except RewardError:  # a reward fails before a step's updates or in validation, so no step is lost
+            # a reward fails before or after a step's updates, so the weights are those of a whole step
+            except RewardError:
                 if done > start:
                     checkpoint.save(folder, done, run)
                 raise
@@ -223,7 +224,7 @@ def record(
     folder: Path, run: Run, done: int, metrics: dict[str, Any], result: Step | None, progress: console.Progress
 ) -> None:
     """Write step `done` to the logs and show it. Every `eval_every` steps, and at the end, measure validation
-    accuracy and record a group of the step. A group of the first reinforcement step is recorded too."""
+    accuracy and record a group of the step. A group of the first reinforcement step is always recorded."""
     config, (sft_steps, rl_steps) = run.config, stages(run)
     due = done == sft_steps + rl_steps or (config.eval_every and done % config.eval_every == 0)
     samples = example_rows(run, result) if result else []
@@ -232,7 +233,7 @@ def record(
         for level, row in (accuracy(run, "validation", 0.0, f"step {done}: validation") if due else {}).items():
             metrics |= {f"eval_{level}": row["accuracy"], f"eval_{level}_low": row["low"]}
             metrics |= {f"eval_{level}_high": row["high"]}
-    finally:  # the step's updates are done, so it is logged even if the reward fails in validation
+    finally:  # the step's updates are done, so the step is logged even if the reward fails in validation
         if new := progress.watch.look({"step": done, **metrics}):
             metrics["warnings"] = new
         for name, rows in {"samples": samples, "groups": groups, "metrics": [metrics]}.items():

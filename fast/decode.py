@@ -40,11 +40,11 @@ DROP_AT_RECORDED = 0.5
 # running them
 GRAPHS = True
 GRAPH_COLUMNS = 256  # a recorded pass reads the filled cache columns, rounded up to a multiple of this number
-# with recorded passes, the loop looks for ended rows only once in so many tokens, because Python must wait for the
-# GPU to do so
+# with recorded passes the loop looks for ended rows only once in so many tokens, because for each look Python waits
+# for the GPU
 LOOK_EVERY = 16
 # Variants of decode_rows, the fastest first. "masks of ours": decode_rows makes the attention mask once; otherwise
-# the model makes it at every token. "recordable": on CUDA the pass of one token may be recorded, if all layers have a
+# the model makes it at every token. "recordable": on CUDA the pass of one token is recorded if all layers have a
 # plain cache.
 LOOPS = ("masks of ours, recordable", "masks of ours", "masks of the model")
 
@@ -235,7 +235,8 @@ class OneTokenPass:
         return self.replay()
 
 
-@torch.inference_mode()  # inference_mode does less bookkeeping per call than no_grad, which shows in small layers
+# inference_mode does less bookkeeping per call than no_grad, which saves time in small layers
+@torch.inference_mode()
 def decode_rows(model: PreTrainedModel, input_ids: Tensor, block: int | None = None, **arguments: Any) -> Tensor:
     """The decoding loop that HF's `generate` calls. Returns prompts and responses as ids [B, P + at most R].
 
@@ -246,7 +247,7 @@ def decode_rows(model: PreTrainedModel, input_ids: Tensor, block: int | None = N
     # transformers 5.24 renamed the argument past_key_values to cache
     cache = arguments.get("cache", arguments.get("past_key_values"))
     prompt, end = input_ids.shape[1], settings.max_length
-    plain = all(type(layer) is DynamicLayer for layer in cache.layers)  # other kinds of cache layers are not replaced
+    plain = all(type(layer) is DynamicLayer for layer in cache.layers)  # RoomyLayer can replace only a DynamicLayer
     config = model.config.get_text_config()
     ours = plain and config._attn_implementation == "sdpa" and model.loop in LOOPS[:2]
     recorded = ours and model.loop == LOOPS[0] and can_record(input_ids.device)
@@ -302,7 +303,7 @@ class ReadsValues(TorchDispatchMode):
     seen = False
 
     def __torch_dispatch__(self, func, types, args=(), kwargs=None):
-        # aten.index has no tag for it, but a boolean mask as index gives a shape that depends on values
+        # PyTorch does not tag aten.index, but with a boolean mask as index its shape depends on values
         if func is torch.ops.aten.index.Tensor:
             self.seen |= any(index is not None and index.dtype == torch.bool for index in args[1])
         else:

@@ -3,13 +3,13 @@ after k steps and resumed for k more equals a run of 2k steps, bit for bit.
 
 Each checkpoint is one file. A checkpoint holds the trained weights, the optimizer's state and the number of finished
 steps, and for ReLIFT the buffer and the second optimizer. A checkpoint needs no random state and no position in the
-data: every draw is a pure function of (seed, step, problem, rollout), and the order of problems one of (seed, epoch).
-A checkpoint is written beside the older ones and renamed when it is complete; the last two checkpoints are kept. So a
-complete checkpoint exists at any moment, also after SIGKILL or with a full disk. PyTorch writes a checkpoint as a zip
-file with a CRC-32 of every part. A resumed run takes the newest file whose parts agree with their CRC, and cuts its
-logs back to the step of this file. A lock keeps a second process out of the folder; the operating system releases the
-lock however the process ends. With several ranks only rank 0 writes. Split weights and optimizer state are made whole
-before saving and split again after loading, so a run may continue with another number of ranks.
+data: every draw is a pure function of (seed, step, problem, rollout), and the order of problems is a pure function of
+(seed, epoch). A checkpoint is written beside the older ones and renamed when it is complete; the last two checkpoints
+are kept. So a complete checkpoint exists at any moment, also after SIGKILL or with a full disk. PyTorch writes a
+checkpoint as a zip file with a CRC-32 of every part. A resumed run takes the newest file whose parts agree with their
+CRC, and cuts its logs back to the step of this file. A lock keeps a second process out of the folder; the operating
+system releases the lock however the process ends. With several ranks only rank 0 writes. Split weights and optimizer
+state are made whole before saving and split again after loading, so a run may continue with another number of ranks.
 """
 
 import contextlib
@@ -35,7 +35,7 @@ REMEMBERED = "trained_with.json"
 
 # settings that may differ when a run is resumed
 FREE = {"resume", "accept_changed", "out", "save_every", "save_dtype", "device"}
-# settings that change at most the rounding of a run, so they may differ too
+# settings that may also differ when a run is resumed, because they change at most its rounding
 FREE |= {"tensorboard", "recompute", "offload", "rows_per_call", "micro_batch_tokens"}
 # a run that was killed before its config.json was complete leaves only these files
 OURS = {"lock", "config.json.partial"}
@@ -301,7 +301,7 @@ def cut_logs(folder: Path, step: int) -> list[dict[str, Any]]:
 
 def check_folder(config: Config) -> None:
     """Raises InputError unless --out is new, or --resume is given and --out holds a run with these settings (or only
-    the files in OURS, left by a killed run)."""
+    the files that a run leaves if it is killed before config.json is complete)."""
     folder = Path(config.out)
     with reading(folder):
         if not config.out or not folder.exists():
@@ -350,8 +350,8 @@ def check_ingredients(config: Config, ingredients: dict[str, str]) -> None:
 def opened(config: Config, ingredients: dict[str, str]) -> Iterator[Path]:
     """Opens and locks the run's folder: --out, or the first free runs/METHOD-NNN. Rank 0 makes the folder.
 
-    Raises InputError if the run to be resumed was made of other `ingredients`, or if another process is at work in
-    the folder. If a run is resumed, `opened` writes nothing.
+    Raises InputError if the run to be resumed was made of another model, other data or another reward than
+    `ingredients` name, or if another process is at work in the folder. If a run is resumed, `opened` writes nothing.
     """
     check_ingredients(config, ingredients)
     folder = from_rank_0(new_folder(config) if rank() == 0 else None)

@@ -23,7 +23,7 @@ class Parser(argparse.ArgumentParser):
 
     def __init__(self, **settings: Any):
         super().__init__(allow_abbrev=False, **settings)
-        self._negative_number_matcher = re.compile("-[^-]")  # so "-612;B*2?" is read as a problem, not as an option
+        self._negative_number_matcher = re.compile("-[^-]")  # so sample.py reads "-612;B*2?" as a problem
 
     def error(self, message: str) -> None:
         raise InputError(f"{message} (see python {self.prog} --help)")
@@ -32,14 +32,14 @@ class Parser(argparse.ArgumentParser):
 @contextlib.contextmanager
 def command(name: str, who: Callable[[], str] = str, shown: type[Exception] = InputError) -> Iterator[None]:
     """Wraps the main function of the command `name`. If there are several processes, `who` returns the name of this
-    one.
+    process.
 
     An InputError, or an exception of class `shown`, is shown as one line with exit code 2, and a Broken as one line
     with exit code 1. Any other exception shows its traceback. Characters that the standard output's encoding lacks
     are shown as "?". If the output is closed (as by | head), the command ends without a message and with exit code
     141.
     """
-    if isinstance(sys.stdout, io.TextIOWrapper):  # in a notebook sys.stdout has another class
+    if isinstance(sys.stdout, io.TextIOWrapper):  # a notebook's sys.stdout has no `reconfigure`
         sys.stdout.reconfigure(errors="replace")
     try:
         try:

@@ -28,7 +28,7 @@ def in_project(path: str) -> str:
     return path if os.path.exists(path) or not os.path.exists(PROJECT / path) else str(PROJECT / path)
 
 
-TASK = in_project("data/recipes")  # the task that comes with the project
+TASK = in_project("data/recipes")  # the embedded task of the README
 PATHS = ("model", "data", "eval_data", "test_data", "sft_data")  # settings whose paths may be in the project's folder
 MOST = 10**9  # upper limit of whole numbers if no other is set; more steps, rows or tokens must be a mistake
 
@@ -48,7 +48,7 @@ class Config:
     released code where the paper names none; configs/README.md has the sources of all values.
     """
 
-    # settings of method and data
+    # settings of the method, the model, the data and the reward
     method: str = knob("prefix-rft", "the training method", choices=METHODS)
     model: str = knob(in_project("data/base"), "a HuggingFace model folder or hub name (paper: Qwen2.5-Math-7B)")
     data: str = knob(f"{TASK}/train.jsonl", "JSONL file of training problems (see data/README.md; paper: OpenR1-46k)")
@@ -79,7 +79,7 @@ class Config:
     rollouts_per_prompt: int = knob(8, "N, the number of rows in each group (paper: 8)", 1)
     hybrid_per_prompt: int = knob(1, "number of rows in each group that have demonstration tokens (paper: 1)", 1)
     temperature: float = knob(1.0, "temperature in sampling and in log-probs (paper: 1)", 0.01, 10)
-    max_response_tokens: int = knob(96, "most tokens of prefix and continuation together (paper: 8192)", 2)
+    max_response_tokens: int = knob(96, "limit of tokens of a response, prefix included (paper: 8192)", 2)
     # the objective
     updates_per_step: int = knob(2, "number of updates, and so of mini-batches, in each step (paper: 2)", 1)
     coefficient: float | None = knob(None, "the constant c of the methods table below; empty: the method's own c", 0)
@@ -115,14 +115,16 @@ class Config:
         "float32", "dtype of weights frozen by adapters on a CPU (CUDA: bfloat16)", choices=("float32", "bfloat16")
     )
     # evaluation
-    eval_response_tokens: int = knob(120, "most tokens of a response in evaluation (paper: 8192)", 2)
+    eval_response_tokens: int = knob(120, "limit of tokens of a response in evaluation (paper: 8192)", 2)
     eval_samples: int = knob(4, "number of samples for each test problem at temperature 1; greedy needs only one", 1)
     tensorboard: bool = knob(False, "also write the metrics for TensorBoard (needs tensorboard)")
     # the machine
     device: str = knob("auto", "auto: the first found of cuda, mps, cpu", choices=("auto", "cpu", "cuda", "mps"))
     recompute: bool = knob(False, "gradient checkpointing: compute activations again instead of keeping them")
     offload: bool = knob(False, "CUDA only: keep weights and optimizer in host memory between uses, which is slower")
-    micro_batch_tokens: int = knob(2048, "most tokens of a forward pass, with padding; a longer row passes alone", 1)
+    micro_batch_tokens: int = knob(
+        2048, "limit of tokens of a forward pass, with padding; a longer row passes alone", 1
+    )
     rows_per_call: int = knob(512, "number of rows sampled together", 1)
 
 
@@ -161,8 +163,8 @@ def check_value(field: dataclasses.Field, value: Any) -> Any:
 
 
 def check_range(name: str, value: float, low: float, high: float = math.inf) -> None:
-    """Raises InputError unless `value` is a number from `low` to `high`. The limit of whole numbers is MOST if `high`
-    is infinite."""
+    """Raises InputError unless `value` is a number from `low` to `high`. If `high` is infinite, whole numbers are
+    limited by MOST."""
     if isinstance(value, int) and value >= low and high == math.inf:
         high = MOST
     if not low <= value <= high or value == math.inf:

@@ -45,7 +45,7 @@ def figures(metrics: dict[str, Any]) -> dict[str, str]:
     """Returns the metrics of one step as text, by their short names. Metrics without a value are left out."""
     shown = {name: metrics[key] for key, name in SHOWN.items() if metrics.get(key) is not None}
     if "reward" in shown:
-        shown.pop("loss", None)  # the loss of reinforcement means little (see loss.py)
+        shown.pop("loss", None)  # the loss of reinforcement is hidden, because its value means little (see loss.py)
     return {name: f"{value:.0f}" if value >= 10 else f"{value:.2f}" for name, value in shown.items()}
 
 
@@ -64,7 +64,7 @@ class Progress:
         self.bar = tqdm(total=total, initial=done, unit="step", disable=quiet, dynamic_ncols=True)
         self.writer = None
         if tensorboard and rank() == 0:
-            from torch.utils.tensorboard import SummaryWriter  # imported here: an optional package
+            from torch.utils.tensorboard import SummaryWriter  # tensorboard is an optional package
 
             self.writer = SummaryWriter(folder / "tensorboard", purge_step=done + 1)
 

@@ -170,7 +170,7 @@ def shard(model: nn.Module, plain: nn.Module, device: torch.device, offload: boo
     for module in (*reversed(layers), model):  # FSDP needs inner layers to be sharded first
         fully_shard(module, **settings)
         module.set_gradient_divide_factor(1.0)
-        module.set_force_sum_reduction_for_comms(True)  # gloo, the backend on CPUs, cannot scale a sum
+        module.set_force_sum_reduction_for_comms(True)  # gloo, the backend on CPUs, can only sum, not average
     if weights.keys() != dict(model.named_parameters()).keys():
         raise InputError(
             "the model's layers share weights, which cannot be split: start python alone, with --device cpu"
@@ -178,7 +178,7 @@ def shard(model: nn.Module, plain: nn.Module, device: torch.device, offload: boo
     if world_size() > 1:
         _send_weights(model, weights, buffers, device, "cpu" if offload else device)
     plain.generation_config = model.generation_config
-    object.__setattr__(model, "plain", plain.eval())  # as a submodule it would add its weights to the model
+    object.__setattr__(model, "plain", plain.eval())  # not a submodule, so `plain` adds no weights to the model
     model.run_forward = MethodType(_call, model)
     register_fsdp_forward_method(model, "run_forward")
 
@@ -215,7 +215,7 @@ def _send_weights(
         else:
             parameter.data = whole
     if len(trained(model)) < len(weights):
-        model.tie_weights()  # to_empty has separated frozen embedding and head, which are tied
+        model.tie_weights()  # to_empty has separated the frozen embedding and head, so they are tied again
     for name, buffer in buffers.items():
         owner, _, last = name.rpartition(".")
         model.get_submodule(owner)._buffers[last] = sent(buffer)

@@ -24,7 +24,7 @@ from support.files import reading
 
 NOISE = ("drop", "jitter", "noise")  # a config field whose name contains one of these words makes training random
 signature = functools.cache(inspect.signature)
-SMALL = 10_000_000  # number of parameters below which a second CPU thread gains little; it costs much on a busy core
+SMALL = 10_000_000  # number of parameters below which a second CPU thread gains little; on a busy core it costs much
 
 
 def pick_device(name: str = "auto") -> torch.device:
@@ -64,7 +64,7 @@ def load_config(path: str) -> PreTrainedConfig:
     no causal model that can be loaded."""
     if not sys.stderr.isatty():
         logging.disable_progress_bar()
-    hub_logging.set_verbosity_error()  # without a network the hub would log every retry before our one line
+    hub_logging.set_verbosity_error()  # without a network the hub would log every retry before the error message
     folder, final = Path(path), Path(path) / "final"
     with reading(folder):
         is_here = folder.exists()
@@ -99,7 +99,7 @@ def check_window(
 ) -> None:
     """Raises InputError if `prompt` + `response` tokens are more than the model's `window`.
 
-    `name` is the setting that limits the response, and `whose` says which prompt it is.
+    `name` is the setting that limits the response, and `whose` names the prompt in the message.
     """
     if window and prompt + response > window:
         fix = f"lower {name} to {window - prompt}" if prompt + 1 < window else "give a shorter prompt"
@@ -141,7 +141,8 @@ def end_tokens(path: str, config: PreTrainedConfig) -> list[int]:
         ends = GenerationConfig.from_model_config(config).eos_token_id
     listed = [] if ends is None else ends if isinstance(ends, list) else [ends]
     size = config.get_text_config().vocab_size
-    usable = [end for end in listed if type(end) is int and end < size]  # an id of `size` or more is never sampled
+    # the model never samples an id of `size` or more
+    usable = [end for end in listed if type(end) is int and end < size]
     if any(type(end) is not int or end < 0 for end in listed) or (ends is not None and not usable):
         raise InputError(f"the eos_token_id is {ends!r:.80}, expected an id from 0 to {size - 1} or a list of ids")
     return usable

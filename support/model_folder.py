@@ -1,11 +1,12 @@
 """This file makes a saved model folder readable for transformers 4 and for programs that are built on transformers 4.
 
 transformers 5 has moved fields of config.json (`rope_theta` into `rope_parameters`). For a missing field transformers
-4 takes its default without a warning: RoPE's base 1e6 becomes 1e4. Training changes neither config nor tokenizer, so
-the base model's own fields are written beside the new fields, and its tokenizer files are copied. If transformers 5
-has written the base model, the base has no old fields. Without old fields in the base model, RoPE's old fields and
-Qwen3-MoE's number of experts are made from the new fields. In all models that both versions know, no other field is
-missing [tests/transformers_4.py]. If the old fields cannot describe the RoPE of the new fields, there is a warning.
+4 takes its default without a warning: for example, RoPE's base 1e6 becomes 1e4. Training changes neither config nor
+tokenizer, so the base model's own fields are written beside the new fields, and its tokenizer files are copied. If
+transformers 5 has written the base model, the base has no old fields. Without old fields in the base model, RoPE's
+old fields and Qwen3-MoE's number of experts are made from the new fields. In all models that both versions know, no
+other field is missing [tests/transformers_4.py]. If the old fields cannot describe the RoPE of the new fields, there
+is a warning.
 """
 
 import json
@@ -32,7 +33,8 @@ TOKENIZER_FILES = ("tokenizer*", "vocab*", "merges.txt", "*.model", "*.tiktoken"
 def make_readable(folder: Path, base: str = "", dtype: torch.dtype = torch.float32) -> None:
     """Make `folder`, which save_pretrained has written with weights of `dtype`, readable for transformers 4.
 
-    `base` is the folder or hub name from which model and tokenizer were loaded; it is empty if they were not loaded.
+    `base` is the folder or hub name from which model and tokenizer were loaded; `base` is empty if the model was not
+    loaded from any folder.
     """
     original = PreTrainedConfig.get_config_dict(base)[0] if base else {}
     for pattern in TOKENIZER_FILES if base else ():
@@ -75,7 +77,8 @@ def rewrite(file: Path, change: Callable[[dict], dict]) -> None:
 def with_old_fields(config: dict[str, Any], original: dict[str, Any]) -> dict[str, Any]:
     """Returns `config` with added fields that only transformers 4 reads, taken from the base model's `original`
     config."""
-    if original.get("model_type") != config.get("model_type"):  # only the text part of the base model was loaded
+    # the base is a model of text and images, of which only the text part was loaded
+    if original.get("model_type") != config.get("model_type"):
         original = original.get("text_config", {})
     complete = old_fields(config) | original | config
     for name, part in config.items():
@@ -96,7 +99,7 @@ def old_fields(config: dict[str, Any]) -> dict[str, Any]:
     scaling = {name: value for name, value in new.items() if name not in MOVED}
     if "long_factor" in scaling:
         old["original_max_position_embeddings"] = scaling.get("original_max_position_embeddings")
-        if config["model_type"] == "phi3":  # in transformers 4 phi3 refuses other fields
+        if config["model_type"] == "phi3":  # transformers 4 refuses other fields for phi3
             scaling = {"type": "longrope"} | {name: scaling[name] for name in ("short_factor", "long_factor")}
     if scaling.get("rope_type", scaling.get("type", "default")) != "default":
         old["rope_scaling"] = scaling

@@ -1,7 +1,8 @@
 """This file makes the records of a step: its metrics, two rows as text, and sometimes one whole group, token by
 token.
 
-`run` is a step.Run, `step` a step.Step. plot.py draws the records, and support/checkpoint.py writes them to files.
+`run` is a step.Run, and `step` is a step.Step. plot.py draws the records, and support/checkpoint.py writes them to
+files.
 """
 
 import math
@@ -59,7 +60,8 @@ def rl_metrics(run: Any, step: Any) -> dict[str, Any]:
     groups = [rewards[rollouts.group == g] for g in range(int(rollouts.group.max()) + 1)]
     # a skipped update has no loss and no gradient
     made = [update for update in step.updates if not update["skipped"]]
-    weighted, with_weight = 0, 0  # numbers of tokens with a weight before their update, and during their update
+    # number of tokens with a weight other than 0, before their update and during their update
+    weighted, with_weight = 0, 0
     for tokens, update in zip(step.mini_batches, step.updates):
         if not update["skipped"]:
             weighted += int((token_weights(run.method, tokens) != 0).sum())

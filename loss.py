@@ -33,9 +33,9 @@ Questions that readers ask:
   starts with r = 1.
 - *Do the formulas use p or log p?* PPO's ratio is exp(log_probs - old_log_probs). LUFFY's shaping uses the
   probability p = exp(log_probs) itself.
-- *Where are the KL and the entropy bonus?* The paper uses neither a KL term nor an entropy bonus (A.2). The released
-  code has a dual clip at 3 and, in its yaml file, an entropy bonus of 0.001. This project leaves out the dual clip
-  and the entropy bonus in every method.
+- *Where are the KL and the entropy bonus?* The paper uses neither a KL term nor an entropy bonus (A.2). The paper's
+  released code has a dual clip at 3 and, in its yaml file, an entropy bonus of 0.001. This project leaves out the
+  dual clip and the entropy bonus in every method.
 - *Why do the logged losses look strange?* The loss -sum w log pi / Z is built to have the right gradient; its value
   means little.
 
@@ -83,10 +83,11 @@ def advantages(
     A prefix starts where the on-policy rows start, at the prompt, so its reward is compared with theirs. A
     continuation starts at the end of its own prefix, where no on-policy row starts, so its reward r_h is compared
     with nothing. A second hybrid row of a group (hybrid_per_prompt 2) is not in the baseline either, even if both
-    rows have the same prefix. The advantage of a single on-policy row in a group is r - r = 0 (in the release: r).
-    For rows without a prefix, prefix_advantage is not used. `scale_by_std` divides centred advantages by the unbiased
-    standard deviation of the baseline's rewards + 1e-6, unless these rewards are equal. The advantage r_h of a
-    continuation is not divided. (GRPO divides by the standard deviation; Dr.GRPO and the paper do not.)
+    rows have the same prefix. The advantage of a single on-policy row in a group is r - r = 0 (in the paper's
+    released code: r). For rows without a prefix, prefix_advantage is not used. `scale_by_std` divides centred
+    advantages by the unbiased standard deviation of the baseline's rewards + 1e-6, unless these rewards are equal.
+    The advantage r_h of a continuation is not divided. (GRPO divides by the standard deviation; Dr.GRPO and the paper
+    do not.)
     """
     if baseline not in ("on_policy", "group"):
         raise ValueError(f"baseline is {baseline!r}, expected 'on_policy' or 'group'")
@@ -121,10 +122,11 @@ def entropy_clip(
     for the lowest entropy, and "random" for tokens drawn from `generator`.
 
     entropy_clip takes the tokens of a whole mini-batch, over all micro-batches and ranks, with the entropies of the
-    sampling policy. So the kept tokens cannot depend on how the mini-batch is cut into micro-batches. (The release
-    ranks the updating policy's entropy in each micro-batch, so the kept tokens change with the micro-batches. The
-    release's "bottom 20%" also gives weight 0 to every token that the policy wrote. The release's "random" drops only
-    n/100 of n prefix tokens, and none if its ratio is 0.8. This function follows the paper's text.)
+    sampling policy. So the kept tokens cannot depend on how the mini-batch is cut into micro-batches. (The paper's
+    released code ranks the updating policy's entropy in each micro-batch, so the kept tokens change with the
+    micro-batches. In the released code "bottom 20%" also gives weight 0 to every token that the policy wrote. In the
+    released code "random" drops only n/100 of n prefix tokens, and none if its ratio is 0.8. This function follows
+    the paper's text.)
     """
     flat = prefix_mask.flatten()
     index = flat.nonzero().squeeze(1)

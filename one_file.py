@@ -48,9 +48,9 @@ UPDATES = 2  # number of updates per step, each on a mini-batch of its own; pape
 MAX_TOKENS = 96  # limit of tokens of a response, prefix included; paper: 8192
 SHORTEST, LONGEST = 0.05, 0.95  # bounds of a prefix's share of the demonstration; paper: 0.05, 0.95
 ENTROPY_KEEP = 0.2  # share of the prefix tokens that are trained; paper: 0.2
-CLIP = 0.2  # PPO clips the ratio to the range 1 - CLIP to 1 + CLIP; release: 0.2
+CLIP = 0.2  # PPO clips the ratio to the range 1 - CLIP to 1 + CLIP; the paper's code: 0.2
 LEARNING_RATE = 1e-4  # paper: 1e-6
-MAX_GRAD_NORM = 1.0  # release: 1.0
+MAX_GRAD_NORM = 1.0  # larger gradients are scaled down to this norm; the paper's code: 1.0
 
 # Tokens are drawn from softmax(logits) itself, because its log-probs are trained. Every sampling setting is passed:
 # HF takes a missing setting from the model's folder, and top_k is 50 if the folder does not set it.

@@ -486,7 +486,7 @@ def main() -> None:
     parser.add_argument("--gpu", default="H100", choices=GPUS)
     parser.add_argument("--gpus", type=int, default=1)
     parser.add_argument(
-        "--prompt", type=int, help="tokens of the longest prompt (default: 1024, or 256 for short responses)"
+        "--prompt", type=int, help="tokens of the longest prompt (default: 1024; 256 if responses have at most 1024)"
     )
     parser.add_argument(
         "--mean_response", type=float, help="mean tokens of a response (default: 0.4 times max_response_tokens)"

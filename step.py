@@ -78,7 +78,7 @@ def sample_groups(
 ) -> list[Row]:
     """Returns sampled and graded rows of `groups`. `picked` are the step's problems. `share` replaces the schedule's
     draw of the prefix fraction, `rollouts` replaces rollouts_per_prompt; plan_group explains `rows` and `attempt`. A
-    truncated response gets reward 0; the release grades it (consequences: configs/README.md)."""
+    truncated response gets reward 0; the paper's code grades it (consequences: configs/README.md)."""
     config = run.config
     rollouts = rollouts or config.rollouts_per_prompt
     schedule = partial(prefix_fraction, step, config.steps, run.method.schedule)

@@ -28,13 +28,13 @@ def check_model(path: str, model: PreTrainedModel, training: bool) -> None:
     columns.
     """
     step, column = model.get_input_embeddings().num_embeddings // 19, torch.arange(13)
-    # columns of the first and the last token of each of the three rows
+    # the columns of the first and the last token in each of the test batch's three rows
     first, last = torch.tensor([[0], [4], [0]]), torch.tensor([[12], [8], [10]])
     mask = ((column >= first) & (column <= last)).long().to(model.device)
     prompts, responses = torch.arange(1, 8).expand(3, 7), torch.arange(1, 19).view(3, 6)
     ids = (step * torch.cat([prompts, responses], dim=1)).to(model.device)
     want = torch.zeros(responses.shape, device=model.device)
-    made: list[Tensor] = []  # the outputs of the model's head, call by call
+    made: list[Tensor] = []  # the outputs of the model's head, one per call of the head
     head = model.eval().get_output_embeddings()
     with one_line(path), head.register_forward_hook(lambda *call: made.append(call[-1].clone())):
         for i, real in enumerate(mask.bool()):
@@ -42,7 +42,7 @@ def check_model(path: str, model: PreTrainedModel, training: bool) -> None:
             if not logits.isfinite().all():
                 raise InputError("the logits are not finite, so the weights are damaged: fetch or train them again")
             if not torch.equal(made[-1].float(), logits.float()):
-                raise InputError("the logits are not the outputs of the head (scaled, capped?): use another model")
+                raise InputError("the logits are not the outputs of the head (scaled or capped?): use another model")
             log_p = logits[0, -int(real[7:].sum()) - 1 : -1].float().log_softmax(-1)
             want[i, real[7:]] = log_p.gather(1, ids[i, 7:][real[7:], None]).squeeze(1)
         close = float(want.abs().max()) * torch.finfo(model.dtype).eps ** 0.5
@@ -51,7 +51,7 @@ def check_model(path: str, model: PreTrainedModel, training: bool) -> None:
             raise InputError("two training passes differ: set every dropout or noise in the model's config.json to 0")
         if not torch.allclose(passes[0], want, rtol=0, atol=close):
             raise InputError(
-                "log-probs of a training pass are not those of a plain pass (scaled? not causal?): use another model"
+                "log-probs of a training pass are not those of a plain pass (scaled, not causal?): use another model"
             )
         if not choose_loop(model.eval(), ids, mask, want, close):
             raise InputError("rows sampled in a batch differ from rows alone (a recurrent state?): use another model")

@@ -85,13 +85,13 @@ class Config:
     coefficient: float | None = knob(None, "the constant c of the methods table below; empty: the method's own c", 0)
     baseline: str = knob(
         "on_policy",
-        "the mean reward to subtract: of on-policy rows (release), or of the whole group (paper, section 3: group)",
+        "the mean reward to subtract: of on-policy rows (paper's code), or of the whole group (section 3: group)",
         choices=("on_policy", "group"),
     )
     scale_by_std: bool = knob(False, "divide advantages by the standard deviation of the group's rewards (paper: no)")
     entropy_keep: float = knob(0.2, "share of the prefix tokens that the entropy clip keeps (paper: 0.2)", 0, 1)
-    clip_low: float = knob(0.2, "PPO clips the ratio where it is below 1 - clip_low (release: 0.2)", 1e-3, 1)
-    clip_high: float = knob(0.2, "PPO clips the ratio where it is above 1 + clip_high (release: 0.2)", 1e-3)
+    clip_low: float = knob(0.2, "PPO clips the ratio where it is below 1 - clip_low (paper's code: 0.2)", 1e-3, 1)
+    clip_high: float = knob(0.2, "PPO clips the ratio where it is above 1 + clip_high (paper's code: 0.2)", 1e-3)
     gate: int = knob(0, "hpt, rescue, relift: a group with at most so many right rows is unsolved (HPT: 0)", 0)
     # the optimizer
     lr: float = knob(1e-4, "learning rate of reinforcement, constant over the run (paper: 1e-6)", 0)
@@ -102,8 +102,8 @@ class Config:
     relift_lr: float = knob(1e-4, "learning rate of ReLIFT's supervised updates, constant (ReLIFT: 1e-6)", 0)
     relift_buffer: int = knob(4, "number of problems in ReLIFT's buffer that start an update (ReLIFT: 128)", 1)
     weight_decay: float = knob(0.0, "weight decay of AdamW (paper: 0.01)", 0)
-    adam_beta2: float = knob(0.99, "beta2 of AdamW (release: 0.999)", 0, 0.999999)
-    max_grad_norm: float = knob(1.0, "larger gradients are scaled down to this norm; 0: never (release: 1)", 0)
+    adam_beta2: float = knob(0.99, "beta2 of AdamW (paper's code: 0.999)", 0, 0.999999)
+    max_grad_norm: float = knob(1.0, "larger gradients are scaled down to this norm; 0: never (paper's code: 1)", 0)
     # adapters (support/adapters.py)
     lora_rank: int = knob(0, "rank of low-rank adapters (needs peft); 0: all weights are trained (paper: 0)", 0)
     lora_alpha: float = knob(32.0, "the product of each adapter's matrices is scaled by lora_alpha / lora_rank", 1e-3)
@@ -122,9 +122,7 @@ class Config:
     device: str = knob("auto", "auto: the first found of cuda, mps, cpu", choices=("auto", "cpu", "cuda", "mps"))
     recompute: bool = knob(False, "gradient checkpointing: compute activations again instead of keeping them")
     offload: bool = knob(False, "CUDA only: keep weights and optimizer in host memory between uses, which is slower")
-    micro_batch_tokens: int = knob(
-        2048, "limit of tokens of a forward pass, with padding; a longer row passes alone", 1
-    )
+    micro_batch_tokens: int = knob(2048, "limit of tokens of a forward pass, padded; a longer row passes alone", 1)
     rows_per_call: int = knob(512, "number of rows sampled together", 1)
 
 

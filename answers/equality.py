@@ -52,7 +52,7 @@ def equal(prediction: Answer, gold: Answer) -> bool:
     pairs = [(prediction.node, gold.node), (prediction.second, gold.node), (prediction.node, gold.second)]
     try:
         return any(same(p, g) for p, g in pairs if p is not None and g is not None)
-    except Unreadable:  # the comparison computed a number that is too large
+    except Unreadable:  # same() computed a number of too many bits
         return False
 
 
@@ -213,8 +213,8 @@ def _same_assignments(name_p: Node, value_p: Node, name_g: Node, value_g: Node) 
 
 
 def _is_quantity(node: Node) -> bool:
-    """Returns whether an equation may state the value of the quantity `node`, as in a + b = 7, AB/CD = 1/2, |AB| = 5
-    or cos A = 1/2. The quantities |x| and 2x are excluded."""
+    """Returns whether `node` is an expression whose value an equation can state, such as a + b = 7, AB/CD = 1/2, |AB|
+    = 5 or cos A = 1/2. The result is False for |x| and 2x, because |x| = 5 and 2x = 5 are equations for x."""
     if node[0] == "ratio":  # the node is a ratio such as AB : CD
         return all(_is_plain(x) or _is_quantity(x) for x in node[1])
     if node[0] == "fn" and node[1] == "abs":
@@ -232,7 +232,7 @@ def _is_plain(node: Node) -> bool:
 
 def _approximations(node: Node) -> list[Node]:
     """Returns the values that an approximation states: both sides of "exact ≈ decimal" if the exact value rounds to
-    the decimal, and the number of "x ≈ number"."""
+    the decimal, or the number alone in "x ≈ number"."""
     cut = node[1].index("≈")
     left, right = node[2][: cut + 1], node[2][cut + 1 :]
     if len(right) == len(left) == 1 and is_name(left[0]):
@@ -246,7 +246,8 @@ def _approximations(node: Node) -> list[Node]:
 
 def _same_relation(p: Node, g: Node) -> bool:
     """Returns whether two relations have equal sides, also if one relation is turned round (x < 1 is 1 > x).
-    Relations with one sign are also compared as lhs - rhs up to a constant factor."""
+    Relations with a single sign, such as y = 2x, are also compared by the difference of their sides, up to a constant
+    factor."""
     turned = tuple(TURNED.get(op, op) for op in reversed(p[1])), p[2][::-1]
     for ops, sides in ((p[1], p[2]), turned if all(op in TURNED for op in p[1]) else (p[1], p[2])):
         if ops == g[1] and _same_in_order(sides, g[2]):
@@ -318,8 +319,8 @@ def _rounds_to(value: Node, decimal: Node, digits: int) -> bool:
 
 
 def _same_values(p: Node, g: Node) -> bool:
-    """Returns whether two expressions have equal values at the random points where both values are real. If these are
-    fewer than ENOUGH points, the values must also be equal at the points where a value is complex.
+    """Returns whether two expressions have equal values at the random points where both values are real. If there are
+    fewer than ENOUGH such points, the values must also be equal at the points where a value is complex.
 
     If the expressions have a root and several variables, only points with positive coordinates are used, because
     √(x²y) equals x√y for positive x only, and such variables are mostly lengths or masses. Expressions with ⌊x⌋ or

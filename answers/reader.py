@@ -22,7 +22,7 @@ from .tree import (
 from .vocabulary import ACCENTS, LISTS, unit_name
 
 MAX_DEPTH = 24
-CLOCK = re.compile(r"([01]?[0-9]|2[0-4])(:[0-5][0-9])+")  # a pattern of times such as 10:30, which may also be ratios
+CLOCK = re.compile(r"([01]?[0-9]|2[0-4])(:[0-5][0-9])+")  # matches a time such as 10:30, or a ratio
 MODS = ("mod", "pmod")
 READERS = {"NUM": "number", "NAME": "name", "FUNC": "function", "TEXT": "words", "BEGIN": "environment"}
 READERS["COMMAND"] = "command"
@@ -371,8 +371,8 @@ class Reader(Cursor):
         return items
 
     def sequence(self, opening: str) -> Node:
-        """Reads parentheses or brackets. Around one item they only group; several items are a tuple, point or
-        interval."""
+        """Reads parentheses or brackets. Brackets around one item only group it; brackets around several items make a
+        tuple, point or interval."""
         items = self.inside()
         closing = self.expect(")", "]")
         if len(items) == 1 and opening + closing in ("()", "[]"):

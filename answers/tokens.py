@@ -45,8 +45,8 @@ _BRACE = re.compile(r"\\.|[{}]", re.DOTALL)
 _PLAIN_OPERATORS = {"==": "=", "->": "→", "=>": "→", "...": "…"}
 _RELATIONS = word_set("= < > <= >= != ∈ ∉ ≈ ≡ ~ ≅ ∝ → ⊥ ∥ ⊂ ⊆")
 NO_UNIT = STOP_WORDS.union(NUMBER_WORDS, SCALES, (f"{scale}s" for scale in SCALES))
-# The pattern finds a number or a word of two or three letters after a word. So "he has 12" is prose, not a product of
-# letters.
+# The pattern finds what follows a word in prose: a number or a word of two or three letters, as in "he has 12".
+# Without it, "he" would be a product of letters.
 _FOLLOWING = re.compile(r" (?:\d|([a-z]{2,3})(?![A-Za-z]))")
 _NO_PROSE = KNOWN | SHORT_UNITS | {"or", "and"}
 NO_NAME = NO_UNIT | {"square", "squared", "cube", "cubed", "root", "twice", "double", "triple"}
@@ -75,7 +75,7 @@ _REWRITTEN = [(re.compile(pattern), spelling) for pattern, spelling in (
     (r"\\left\s*\\\{\s*\\begin\s*\{array\}\s*(?:\{[lcr]+\})?((?s:.*?))\\end\s*\{array\}\s*\\right\s*\.",
      r"\\begin{cases}\1\\end{cases}"),
     (r"\\cup(?= *[a-z] *(?:[<>=]|\\[gln]e))", r"\\text{ or }"),  # in "x < 1 ∪ x > 2" the sign ∪ means "or"
-    # the subscript comes first: E^2_0 becomes E_0^2
+    # a subscript is put before the exponent: E^2_0 becomes E_0^2
     (r"([A-Za-z]) *\^ *(\w|\{[^{}]*\}) *_ *(\w|\{[^{}]*\})", r"\1_\3^\2"),
     (r"\\mathop\s*\{((?:[^{}]|\{[^{}]*\})*)\}", r"\1 "),
     (r"^\*\*(.*)\*\*$", r"\1"),
@@ -126,7 +126,7 @@ def clean(text: str) -> str:
 
 
 def _without_font(text: str) -> str:
-    """Returns the text without font commands such as \\mathbf{...} around the whole of it."""
+    """Returns the text without font commands such as \\mathbf{...} around the whole text."""
     for _ in range(3):
         match = _FONT.match(text)
         start, stop = _group(text, match.end()) if match else (0, 0)
@@ -194,7 +194,7 @@ def _operator(value: str) -> tuple[str, str]:
 
 
 def _run(run: str, before: list[tuple[str, str]], spaced: bool = False) -> list[tuple[str, str]]:
-    """Reads a run of letters as a name, a function, a word, or a product of letters. `spaced` says whether the
+    """Reads consecutive letters as a name, a function, a word, or a product of letters. `spaced` says whether the
     letters stand between spaces."""
     if run in ("or", "and", "mod", "modulo"):
         return [_operator(run[:3])]
@@ -319,7 +319,7 @@ class Cursor:
         return self.take()
 
     def script_text(self) -> str:
-        """Returns a subscript as text, such as those of x_1, x_{n+1} and \\lambda_{\\text{red}}."""
+        """Returns the text of a subscript: 1 for x_1, n+1 for x_{n+1}, red for \\lambda_{\\text{red}}."""
         if not self.accept("{"):
             return self.take()
         text, depth = "", 1

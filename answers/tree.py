@@ -181,7 +181,7 @@ def power(base: Node, exponent: Node) -> Node:
 
 
 _OF_NUMBERS = {"abs": abs, "floor": math.floor, "ceil": math.ceil, "min": lambda *x: min(x), "max": lambda *x: max(x)}
-_OF_WHOLE_NUMBERS = {  # for each name: largest argument, whether an argument may be negative, the function
+_OF_WHOLE_NUMBERS = {  # function -> its largest argument, whether arguments may be negative, its implementation
     "gcd": (10**100, True, math.gcd), "lcm": (10**100, True, math.lcm), "mod": (10**100, True, lambda n, m: n % m),
     "binom": (2500, False, math.comb), "!": (1400, False, math.factorial),
     "!!": (1400, False, lambda n: math.prod(range(n, 0, -2))),

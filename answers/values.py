@@ -71,8 +71,8 @@ def exact(value: Fraction):
 
 @lru_cache(maxsize=4096)
 def _point(name: str | Node, index: int) -> Fraction:
-    """Returns the value of variable `name` at random point `index`. Points 0 to 3 have positive values, on either
-    side of 1. Points 4 to 7 have values of either sign. The points in WHOLE_POINTS have whole numbers, from
+    """Returns the value of variable `name` at random point `index`. Points 0 to 3 have positive values, some below
+    and some above 1. Points 4 to 7 have values of either sign. The points in WHOLE_POINTS have whole numbers, from
     WHOLES."""
     if index in WHOLE_POINTS:
         return Fraction(random.Random(repr(name)).sample(WHOLES, len(WHOLES))[index - POINTS])
@@ -159,6 +159,6 @@ def _root(value, degree):
 
 _RENAMED = {"abs": "fabs", "ln": "log", "!": "factorial", "!!": "fac2", "binom": "binomial"}
 _FUNCTION_OF = {
-    name: getattr(context, _RENAMED.get(name) or name.replace("arc", "a"))  # mpmath calls arcsin asin
+    name: getattr(context, _RENAMED.get(name) or name.replace("arc", "a"))  # mpmath's name for arcsin is asin
     for name in FUNCTIONS - {"root", "floor", "ceil", "min", "max", "gcd", "lcm", "mod"}
 }

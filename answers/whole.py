@@ -1,9 +1,9 @@
 """This file reads a whole answer: words, a time, the letter of an option, or mathematics, which reader.py parses.
 
 Up to MAX_WORDS words can be an answer, alone or in a list. Words beside mathematics can be a unit, the name of a
-value, or a condition at the end. Any other words make an answer unreadable, because a sentence would never be
-repeated word by word. Left out are the conversion of units (1 m is not 100 cm), and matrix algebra beyond sums and
-products.
+value, or a condition at the end. Any other words make an answer unreadable, because a right response would hardly
+repeat a sentence of the gold answer word by word. Left out are the conversion of units (1 m is not 100 cm), and
+matrix algebra beyond sums and products.
 """
 
 import contextlib
@@ -17,7 +17,7 @@ from .tree import NUMBER_WORDS, REALS, Node, Unreadable, in_base, num, sym
 from .vocabulary import FONTS, KNOWN, LISTS, SHORT_WORDS, SPACING, TEXTS
 
 _NO_LETTERS = re.compile(
-    # LaTeX commands and blanks that are not part of words
+    # matches LaTeX commands and blanks, which become one space before words are read
     rf"\\(?:{'|'.join(FONTS | TEXTS | SPACING)})(?![A-Za-z])|\\[,;:! ]|[{{}}~\s]+"
 )
 _CHOICE = re.compile(r"(?:(?i:the |correct |answer|option|choice|is|:| )+[ :])?\(? ?([A-Z]) ?\)?[.:]?")
@@ -35,7 +35,7 @@ _KIND = (
     r"(?:(?:positive|non-?negative)?integer|(?:real|natural|rational|complex)(?:number|constant)?|number|constant)s?"
 )
 _SET = r"\\in\\mathbb[ZNQRC](?:.?[+0])?"
-_DOMAIN = re.compile(  # a condition that states only a domain, without spaces and braces
+_DOMAIN = re.compile(  # matches a condition, stripped of spaces and braces, that states only a domain
     rf"(?:for|\\for)(?:all|any|every|each|some(?=constant|integer))(?:{_KIND})?{_NAMES}(?:{_SET})?"
     rf"|[,(]*(?:for|where|with)?{_NAMES}(?:{_SET}|(?:is|are)?(?:an?|any)?(?:arbitrary)?{_KIND})"
     r"|for(?:all)?[i-n]\\geq?[01]"
@@ -55,7 +55,7 @@ MAX_WORDS = 5
 @dataclass(frozen=True)
 class Answer:
     """A parsed answer: the tree `node`, and a tree `second` if a "1,234" in the answer may also be a list. An answer
-    of words or of an option also has its words or letter."""
+    in words also has `words`, and a multiple-choice answer the letter `choice`."""
 
     node: Node
     second: Node | None = None
@@ -68,7 +68,7 @@ class Answer:
 
 
 def read(text: str) -> Answer:
-    """Returns the answer in `text`. Raises Unreadable with the reason if the parser does not understand it."""
+    """Returns the answer in `text`. Raises Unreadable with the reason if the parser does not understand the text."""
     if len(text) > MAX_CHARS:
         raise Unreadable(f"it has {len(text):,} characters, more than {MAX_CHARS:,}")
     return _read(text)

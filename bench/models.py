@@ -97,7 +97,8 @@ MODELS: dict[str, dict] = {name: {} for name in PLAIN.split()} | {
         "image_token_index": 103,
     },
 }
-# No text of the task contains these end tokens. There are eight, so that random models end many rows early.
+# The random models get these eight end tokens, so that they end many rows early. No text of the task contains the
+# tokens.
 ENDS = [2, 6, 11, 45, 58, 67, 79, 95]
 BUDGET = 40
 

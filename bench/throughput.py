@@ -53,7 +53,7 @@ def picked_at(run: steps.Run, step: int) -> list[int]:
 
 def medians(seconds: dict[str, list[float]]) -> dict[str, dict]:
     """Returns, for each program, its median seconds, and the median and range of the ratio of its seconds to ours.
-    The first repeat does not count."""
+    The first repeat is left out, because it only warms up."""
     table = {}
     for name, values in seconds.items():
         ratios = [value / ours for value, ours in zip(values[1:], seconds["ours"][1:])]
@@ -80,7 +80,7 @@ def bench_sampling(words: list[str]) -> dict:
             seconds[name].append(clock() - begin)
             responses.append([row.response for row in sampled])
         same = sum(a == b for a, b in zip(*responses))
-        # rounding may change one row's tokens
+        # the responses of one row may differ, because rounding can change a drawn token
         assert same >= len(rows) - 1, f"{same} of {len(rows)} rows are the same"
     return {"rows": len(rows), "tokens": sum(map(len, responses[0])), "table": medians(seconds)}
 

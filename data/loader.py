@@ -105,7 +105,7 @@ def _read_row(row: object, where: str, default_id: str, reward: Reward) -> Probl
     level = row.get("level", "")
     if level == "all":
         raise InputError(f"{where}: level is 'all', the name of the total in reports: give the level another name")
-    if "|" in level or not level.isprintable():  # levels are cells of tables, whose columns | separates in results.md
+    if "|" in level or not level.isprintable():  # | separates table columns in results.md
         raise InputError(f"{where}: level is {level!r:.80}, expected printable characters without |")
     demonstrations = row.get("demonstrations", [])
     if not isinstance(demonstrations, list) or not all(isinstance(d, str) and d for d in demonstrations):
@@ -122,7 +122,7 @@ def _read_row(row: object, where: str, default_id: str, reward: Reward) -> Probl
     )
     try:
         reward.check(problem)
-    except (Exception, SystemExit) as error:  # the function `check` of a user can raise anything
+    except (Exception, SystemExit) as error:  # a user's function `check` can raise any exception
         raise InputError(f"{where}: {raised(error, reward.name.rpartition(':')[0])}") from error
     return problem
 
@@ -237,7 +237,7 @@ def render_prompt(tokenizer: Tokenizer, problem: str, system: str = "") -> str:
         prompt = tokenizer.apply_chat_template(
             messages, chat_template=template, add_generation_prompt=True, tokenize=False
         )
-    except Exception as error:  # a chat template can raise anything
+    except Exception as error:  # a chat template can raise any exception
         roles = "a system and a user message: remove the field system" if system else "a user message"
         message = " ".join(str(error).split())[:200]
         raise InputError(f"the model's chat template refuses {roles} (it says: {message})") from error
@@ -286,10 +286,11 @@ def encode_problems(
     """Returns the problems as token ids, and two counts of demonstrations by reason: demonstrations left out, and
     demonstrations used but reported to the user.
 
-    A demonstration is used only if it fits the budget with its end token (else `too long`), its reward is 1 (else
-    `not right`) and it contains no end token (else `end token inside`). If the prompt ends with a tag such as <think>
-    and the demonstration begins with the same tag, the second tag is removed, because a rollout never repeats the
-    tag. Raises InputError for a demonstration that is right as text but wrong after encoding and decoding.
+    A demonstration is used only if it fits into max_response_tokens with its end token (else `too long`), its reward
+    is 1 (else `not right`) and it contains no end token (else `end token inside`). If the prompt ends with a tag such
+    as <think> and the demonstration begins with the same tag, the second tag is removed, because a rollout never
+    repeats the tag. Raises InputError for a demonstration that is right as text but wrong after encoding and
+    decoding.
     """
     encoded, left_out, noted = [], Counter(), Counter()
     for problem in problems:

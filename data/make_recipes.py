@@ -188,7 +188,8 @@ def make_splits(
     for split, count in reversed(PROBLEMS_PER_LEVEL.items()):
         splits[split] = held_out(split, SPLIT_SEEDS[split], count)
     recipes = draw(random.Random(SPLIT_SEEDS["train"]), TRAIN_PROBLEMS, TRAIN_STEPS)
-    # problems take the sizes in TRAIN_STEPS by turns; in one of every `rounds` such cycles they have demonstrations
+    # The problems go through the values of k in TRAIN_STEPS again and again. In one of every `rounds` such cycles all
+    # problems have demonstrations.
     rounds = TRAIN_PROBLEMS // demonstrated
     splits["train"] = [
         row(f"train-{i:04d}", recipe, [] if i // len(TRAIN_STEPS) % rounds else demonstrations(recipe, kind))

@@ -34,7 +34,7 @@ RESPONSE = ("benchmark", "id", "sample", "reward", "read", "truncated", "tokens"
 # settings that may differ when an evaluation is continued, because they only affect rounding
 FREE = ("device", "ranks", "rows_per_call")
 
-# the only files of an evaluation that was killed before it had settings
+# the only files in the folder of an evaluation that was killed before settings.json was written
 OURS = {"lock", "settings.json.partial"}
 
 # ---- settings
@@ -119,7 +119,7 @@ def choose_folder(args: argparse.Namespace, settings: dict[str, Any]) -> tuple[P
         args.out = next(f for i in itertools.count(1) if not (f := Path("evals") / f"{name}-{i:03d}").exists())
     if stored := stored_settings(args.out):
         changed = [k for k in settings if k not in (*FREE, "date") and settings[k] != stored.get(k)]
-        if changed == ["grader"] and not (args.out / "generations.jsonl").exists():  # no response is graded yet
+        if changed == ["grader"] and not (args.out / "generations.jsonl").exists():  # no response is stored yet
             return args.out, settings
         if changed == ["grader"]:
             raise InputError(f"{args.out} was graded by another version: first run  eval.py --regrade {args.out}")
@@ -139,7 +139,8 @@ def choose_folder(args: argparse.Namespace, settings: dict[str, Any]) -> tuple[P
 def opened(folder: Path, settings: dict[str, Any] | None) -> Iterator[None]:
     """Makes and locks the folder of an evaluation, and stores `settings` in it.
 
-    Ranks other than the first pass None as `settings`. Raises InputError and Broken as `written` does.
+    Ranks other than the first pass None as `settings`. Raises InputError if another process uses the folder, and
+    Broken if the printed output was closed.
     """
     make_folder(folder)
     with written(folder):
@@ -196,7 +197,8 @@ def cut_broken_line(path: Path, benchmarks: list[Benchmark]) -> int:
 
 
 def count(folder: Path, benchmarks: list[Benchmark]) -> dict[str, list[Answers]]:
-    """Counts the stored responses of each problem. Returns {benchmark: list of Answers, one for each problem}."""
+    """Counts the stored responses of each problem. Returns {benchmark: [the counts of each problem, as
+    statistics.Answers]}."""
     answers = {b.name: [Answers(p.id, p.level) for p in b.problems] for b in benchmarks}
     for benchmark, i, row, _ in stored_rows(folder / "generations.jsonl", benchmarks):
         answers[benchmark.name][i].add(row)

@@ -133,7 +133,7 @@ def write_report(folder: Path, settings: dict[str, Any], answers: dict[str, list
 
 
 def by_problem(answers: dict[str, list[Answers]], count: str) -> dict[str, dict[str, dict[str, float]]]:
-    """Returns {benchmark: {level: {problem id: count}}}, where `count` names a field of Answers."""
+    """Returns {benchmark: {level: {problem id: count}}}, where `count` names a field of statistics.Answers."""
     table: dict[str, dict[str, dict[str, float]]] = {}
     for name, counted in answers.items():
         levels = dict.fromkeys(a.level for a in counted)

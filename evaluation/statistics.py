@@ -9,16 +9,17 @@ follows:
     lower limit: mean - 1.96 standard errors, of the scores and one added problem that is failed
 
 So an interval always contains the accuracy, and 0 right of 30 problems gives [0, 9.5%] rather than [0, 0]. For each
-end of the interval of an average over nine benchmarks, only one benchmark gets the added problem: the one where the
-problem moves this end most. One added problem in each benchmark would bias the interval. Agresti and Coull (1998) add
-both solved and failed problems, and for both ends. Their interval is pulled towards 50%, and its coverage is lower
-where scores lie close together (92% for 1000 problems that are about equally hard).
+end of the interval of an average over nine benchmarks, one problem is added to one benchmark only: the benchmark
+where the problem moves this end most. One added problem in each benchmark would bias the interval. Agresti and Coull
+(1998) add both solved and failed problems, and for both ends. Their interval is pulled towards 50%. It contains the
+true accuracy less often where scores lie close together (in 92% of draws for 1000 problems that are about equally
+hard).
 
-The coverage of the 95% interval was simulated with true accuracies from 1 to 99%, 1, 4 or 32 samples per problem, and
-with or without partial rewards. The simulated problems were about equally hard, or almost always or never solved, or
-in between. The table has the lowest coverage over all these simulations, each with 2000 to 4000 draws (± 0.5 points).
-For one benchmark with one sample per problem the coverage of the interval was also computed exactly, without
-simulation: it is at least 94.4%.
+How often the 95% interval of this file contains the true accuracy (its coverage) was simulated with true accuracies
+from 1 to 99%, 1, 4 or 32 samples per problem, and with or without partial rewards. The simulated problems were about
+equally hard, or almost always or never solved, or in between. The table has the lowest coverage over all simulations
+of accuracies, samples and difficulties, each with 2000 to 4000 draws (± 0.5 points). For one benchmark with one
+sample per problem the coverage of the interval was also computed exactly, without simulation: it is at least 94.4%.
 
     one benchmark of 30, 100, 300, 500 problems         94.4%, 94.6%, 94.8%, 94.9%
     nine benchmarks of 30, 100, 300, of 30 to 1172      95.1%, 94.9%, 94.3%, 95.7%
@@ -50,7 +51,7 @@ class Answers:
     right: int = 0  # number of samples whose reward is 1
     rewards: float = 0.0  # sum of the rewards of all samples, each in [0, 1]
     tokens: int = 0
-    truncated: int = 0  # number of samples cut off by the token budget, which get reward 0
+    truncated: int = 0  # number of samples cut off by the limit of tokens, which get reward 0
     unread: int = 0  # number of samples that were not cut off but have no readable boxed answer
 
     def add(self, row: dict[str, Any]) -> None:

@@ -44,7 +44,7 @@ def sheet(
     """Returns a figure and its list of `panels` subplots, at most `most` in a row.
 
     With wide_first the first panel has a row of its own: two columns for the panel, the third for its legend.
-    `kwargs` go to add_subplot.
+    `kwargs` are passed to matplotlib's add_subplot.
     """
     columns = COLUMNS if wide_first else min(most, panels)
     begin = columns * wide_first  # index of the grid cell of the first panel that is one column wide

@@ -164,8 +164,8 @@ def draw_row(picture: Picture, row: Row, number: int, y: float) -> float:
 
 
 def draw_lanes(picture: Picture, row: Row, cells: list[Cell], top: float) -> float:
-    """Draws the tokens at height `top`, and under them the lanes: kept, entropy and weight. Returns the height where
-    the lanes end."""
+    """Draws the tokens at height `top`, and under them the lanes: whether each token is kept, its entropy and its
+    weight. Returns the height where the lanes end."""
     y = top + picture.cell + 1
     if log.drops(row):
         picture.write(LEFT - 4, y + KEPT / 2, "kept", 6.2, FAINT, ha="right")
@@ -186,7 +186,7 @@ def draw_lanes(picture: Picture, row: Row, cells: list[Cell], top: float) -> flo
         bar = ENTROPY * row["entropy"][t] / picture.entropy_top
         picture.box(x, floor - bar, width, bar, "#8C8C8C")
         if share := row["weight"][t] / picture.weight_top:
-            # a bar has at least 12% of the full height, so that small weights are visible
+            # each weight's bar has at least 12% of the full height, so that small weights are visible
             bar = WEIGHT / 2 * max(abs(share), 0.12)
             picture.box(x, middle - bar if share > 0 else middle, width, bar, log.sign_colour(share))
     if cells:

@@ -10,8 +10,8 @@ For each model the content has
 
 Each group is treated as a whole mini-batch. The weights are those before the first update of a step, so the policy is
 still the one that sampled the rows, and the ratio is 1. The entropy clip is not applied here: the page ranks the
-tokens itself, because the user chooses the share to keep. Left out are methods with other rows than those sampled
-here, with a demonstration in the prompt, or with a random entropy clip (`methods_shown`). Training on demonstrations
+tokens itself, because the user chooses the share to keep. Left out are methods that need other kinds of rows than
+`plan_rows` has, a demonstration in the prompt, or a random entropy clip (`methods_shown`). Training on demonstrations
 alone always uses temperature 1; the page uses the temperature of the run.
 """
 
@@ -217,8 +217,8 @@ def weigh(run: Run, method: Method, batch: Batch, group: list[int]) -> dict[str,
     """Returns one group of a method: its rows, their advantages and weights, and the token counts and Z of the
     mini-batch.
 
-    Each row has two advantages, for the policy's tokens and for a prefix. The weights of a row are pairs (weight,
-    number of consecutive tokens with this weight).
+    Each row has two advantages: one for tokens that the policy sampled, one for its prefix. The weights of a row are
+    pairs (weight, number of consecutive tokens with this weight).
     """
     config, rollouts, rows = run.config, batch.rollouts, torch.tensor(group)
     baseline = method.baseline or config.baseline

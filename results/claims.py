@@ -22,7 +22,7 @@ from scipy.stats import mannwhitneyu, t, ttest_1samp, ttest_ind
 
 from results.records import KINDS, Line, Stored, accuracies, prefix_lead, runs_of, scores, solved
 
-Interval = tuple[float, float, float]  # estimate, low, high
+Interval = tuple[float, float, float]  # estimate of a difference, low and high end of its 95% interval
 CLAIMS = Path("results/claims.csv")
 ENOUGH = 0.03  # a loss of accuracy up to this share counts as no loss
 # factor, unit and decimals with which quantities other than accuracy are printed
@@ -35,8 +35,8 @@ def difference(first: np.ndarray, second: np.ndarray, trained: tuple[bool, bool]
     """Returns the mean accuracy of `first` minus that of `second`, with its 95% interval by Welch and Satterthwaite;
     None if either group has a single run.
 
-    Each group is [runs, problems], on the same problems. `trained` is False for the base model, whose accuracy has no
-    spread over seeds."""
+    Each group is an array of scores [runs, problems], and both groups have the same problems. `trained` is False for
+    the base model, whose accuracy has no spread over seeds."""
     groups = [runs.mean(1) for runs, has_seeds in zip((first, second), trained) if has_seeds]
     if min(map(len, groups)) < 2:
         return None
@@ -44,14 +44,14 @@ def difference(first: np.ndarray, second: np.ndarray, trained: tuple[bool, bool]
     variances = np.array([values.var(ddof=1) / len(values) for values in (by_problem, *groups)])
     freedoms = np.array([len(values) - 1 for values in (by_problem, *groups)])
     middle, total = float(by_problem.mean()), float(variances.sum())
-    freedom = total**2 / max((variances**2 / freedoms).sum(), 1e-300)  # without any spread it is a point
+    freedom = total**2 / max((variances**2 / freedoms).sum(), 1e-300)  # if no value varies, the interval is a point
     reach = float(t.ppf(0.975, max(freedom, 1))) * math.sqrt(total)
     return middle, middle - reach, middle + reach
 
 
 def difference_of_runs(first: Sequence[float], second: Sequence[float] | None = None) -> Interval:
     """Returns the mean of `first` minus the mean of `second`, with its 95% interval. Each group has one number per
-    run. Without `second` this is the mean of `first`."""
+    run. Without `second` the function returns the mean of `first` and its interval."""
     test = ttest_1samp(first, 0) if second is None else ttest_ind(first, second, equal_var=False)
     low, high = map(float, test.confidence_interval(0.95))
     return (low + high) / 2, low, high

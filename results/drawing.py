@@ -123,7 +123,7 @@ def draw_groups(axis: Axes, labels: Sequence[str], groups: dict[str, list[np.nda
     for place, (name, values) in enumerate(groups.items()):
         draw_points(axis, np.arange(len(labels)) + 0.12 * (place - (len(groups) - 1) / 2), values, name)
     axis.set_xticks(range(len(labels)), labels)
-    axis.margins(y=0.4)  # leaves room for the legend
+    axis.margins(y=0.4)  # the legend needs room above the points
     axis.set_ylim(max(0, axis.get_ylim()[0]), None)
     finish(axis, title, x, "% right, test", columns=3)
 

@@ -44,8 +44,8 @@ def trial_score(line: dict[str, Any]) -> float:
 
 
 def run_frame(stored: Stored) -> pd.DataFrame:
-    """Returns a row for each run, budget and temperature: the accuracy (0 if the run diverged), the tokens and the
-    CPU seconds used."""
+    """Returns a row for each run, number of steps and temperature: the accuracy (0 if the run diverged), the tokens
+    and the CPU seconds used."""
     costs, rows = ["sampled", "trained", "supervised", "seconds"], []
     for line in (line for line in stored.values() if line["method"] != "base" and not line["trial"]):
         for budget, scores in line["budgets"].items():
@@ -77,8 +77,8 @@ def contrast_frame(runs: pd.DataFrame) -> pd.DataFrame:
 def holm(p: pd.Series) -> pd.Series:
     """Returns which p-values are significant at 5% after Holm's correction.
 
-    From the smallest on, each p-value is compared with 0.05 / (number of p-values not yet compared). The first that
-    is larger, and all after it, are not significant."""
+    From the smallest on, each p-value is compared with 0.05 / (number of p-values not yet compared). The first
+    p-value above its bound and all larger p-values are not significant."""
     ordered = p.sort_values()
     return (ordered <= 0.05 / (len(p) - pd.Series(range(len(p)), index=ordered.index))).cummin()
 

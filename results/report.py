@@ -105,8 +105,8 @@ def trial_table(trials: Sequence[Line]) -> str:
 
 
 def ceiling_table(lines: Sequence[Line]) -> str:
-    """Returns a table of pass@k, as means over seeds and problems. At the largest k it has each level too, and the
-    difference to the base model."""
+    """Returns a table of pass@k, as means over seeds and problems. At the largest k the table also has pass@k of each
+    level, and the difference to the base model."""
     most = records.CEILING_SAMPLES
     columns = [(k, "all") for k in TRIES] + [(most, level) for level in records.CEILING_LEVELS]
     rows = [

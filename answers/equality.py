@@ -213,8 +213,8 @@ def _same_assignments(name_p: Node, value_p: Node, name_g: Node, value_g: Node) 
 
 
 def _is_quantity(node: Node) -> bool:
-    """Returns whether `node` is an expression whose value an equation can state, such as a + b = 7, AB/CD = 1/2, |AB|
-    = 5 or cos A = 1/2. The result is False for |x| and 2x, because |x| = 5 and 2x = 5 are equations for x."""
+    """Returns whether `node` is an expression whose value an equation can state, such as a + b (in a + b = 7), AB/CD,
+    |AB| or cos A. The result is False for |x| and 2x, because |x| = 5 and 2x = 5 are equations for x."""
     if node[0] == "ratio":  # the node is a ratio such as AB : CD
         return all(_is_plain(x) or _is_quantity(x) for x in node[1])
     if node[0] == "fn" and node[1] == "abs":

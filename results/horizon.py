@@ -21,7 +21,7 @@ from scipy.stats import t
 from evaluation.report import in_points, markdown_table, percent
 
 STORE = Path("results/horizon")
-# training problems, number of demonstrations, expert (if it is a weak one)
+# the name of a cell has its set of training problems, number of demonstrations, and expert if that is a weak one
 CELLS = ("habit-512", "silent-128", "habit-32", "habit-512-short", "silent-8")
 BUDGETS = (60, 120, 240, 480)  # numbers of steps after which runs are evaluated
 TEMPERATURES = ("greedy", "T = 0.6", "T = 1")

@@ -20,7 +20,7 @@ import eval
 from data.loader import Problem, encode_problems
 from eval import evaluate
 from evaluation import folder as folder_of_evaluation
-from evaluation.benchmarks import PAPER, Benchmark, choose_benchmarks
+from evaluation.benchmarks import PAPER, Benchmark, choose_benchmarks, load_benchmark
 from evaluation.multiple_choice import grade_response, named_option, question
 from evaluation.statistics import summarize
 from reward import MATH, load_reward
@@ -584,6 +584,13 @@ def test_without_matplotlib_the_report_says_how_to_draw_later(monkeypatch):
 def write_benchmark(path: Path, rows: list[dict]) -> Path:
     path.write_text("".join(json.dumps(row) + "\n" for row in rows))
     return path
+
+
+@pytest.mark.parametrize(("system", "expected"), [(None, "Be brief."), ("", ""), ("Think.", "Think.")])
+def test_a_given_system_message_replaces_that_of_each_row_even_if_it_is_empty(system, expected, tmp_path):
+    path = tmp_path / "own.jsonl"
+    path.write_text(json.dumps({"problem": "1+1?", "answer": "2", "system": "Be brief."}) + "\n")
+    assert [problem.system for problem in load_benchmark("own", path, 1, None, system).problems] == [expected]
 
 
 def test_a_file_of_ones_own_with_options_system_and_levels(tmp_path):

@@ -246,8 +246,8 @@ def gathered(model: nn.Module) -> Iterator[nn.Module]:
 
 
 def total_norm(tensors: list[Tensor]) -> Tensor:
-    """Returns the norm of all `tensors` together, over all ranks. (In torch 2.13 the norm of sharded tensors already is
-    the whole norm on every rank; `full_tensor` makes sure of it.)"""
+    """Returns the norm of all `tensors` together, over all ranks. (In torch 2.13 the norm of sharded tensors already
+    is the whole norm on every rank; `full_tensor` makes sure of it.)"""
     norm = nn.utils.get_total_norm(tensors)
     return norm.full_tensor() if isinstance(norm, DTensor) else norm
 

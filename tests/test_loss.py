@@ -470,3 +470,11 @@ def test_every_method_is_another_objective():
             )
             if a < b and alike:
                 assert not torch.allclose(grads[a], grads[b]), (a, b)
+
+
+def test_log_probs_outside_the_mask_do_not_reach_the_loss_even_if_they_are_infinite():
+    log_probs = torch.tensor([[-1.0, -torch.inf]], requires_grad=True)
+    mask = torch.tensor([[True, False]])
+    loss = weighted_loss(log_probs, torch.tensor([[2.0, 0.0]]), mask, normalizer=4)
+    loss.backward()
+    assert loss.item() == 0.5 and log_probs.grad.tolist() == [[-0.5, 0.0]]

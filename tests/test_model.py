@@ -65,6 +65,11 @@ def test_a_response_as_text_lacks_its_end_token_and_no_space(tokenizer):
         assert response_text(tokenizer, [*encode(tokenizer, text), *last], ends) == text
 
 
+def test_a_special_token_inside_a_response_stays_in_its_text(tokenizer):
+    ids = [*encode(tokenizer, "12"), tokenizer.bos_token_id, *encode(tokenizer, "3")]
+    assert response_text(tokenizer, ids, [tokenizer.eos_token_id]) == f"12{tokenizer.bos_token}3"
+
+
 @pytest.mark.parametrize("temperature", [1.0, 0.7])
 @pytest.mark.parametrize("chunk", [2**25, 103 * 4])
 def test_token_stats_equal_the_direct_computation(monkeypatch, temperature, chunk):

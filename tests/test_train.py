@@ -242,6 +242,16 @@ def test_signals_that_announce_an_end_are_caught_but_not_what_nohup_ignores(sign
         assert caught == [number]
 
 
+def test_a_resumed_run_repeats_the_warnings_from_before_its_stop(task, whole, tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(ROOT)
+    out = shutil.copytree(whole[0], tmp_path / "run")
+    rows = read_log(out)
+    rows[1]["warnings"] = {"skipped": "step 2: a warning from before the stop"}
+    write_rows(out / "metrics.jsonl", rows)
+    assert train.train(parse_config(arguments(task, out, resume="auto"))) == 0
+    assert "step 2: a warning from before the stop" in capsys.readouterr().out
+
+
 def test_resume_refuses_other_settings_and_an_existing_folder(task, whole, monkeypatch, capsys):
     before = {p: p.stat().st_mtime_ns for p in whole[0].rglob("*")}
     for settings, message in (({}, "exists"), ({"resume": "auto", "lr": 1e-5}, "lr 0.0001")):

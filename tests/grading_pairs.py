@@ -1,9 +1,9 @@
 """This file has labelled pairs of answers, written for this project, as tuples (form, prediction, gold, equal). Each
 form, such as fractions or intervals, also has pairs that look alike and are not equal.
 
-The label `equal` is what a careful reader would say of the two answers. Where mathematicians write differently,
-labels follow the rules in answers/reader.py (how an answer is read) and answers/equality.py (decimals, what may be
-left out).
+The label `equal` says whether a careful reader would call the two answers equal. Where notations differ between
+mathematicians, labels follow the rules in answers/reader.py (how an answer is read) and answers/equality.py
+(decimals, parts that an answer can lack).
 """
 
 import json

@@ -199,7 +199,7 @@ EVALUATION += " --max_response_tokens 16 --rows_per_call 8"
 
 def task(folder: Path) -> dict[str, Any]:
     """Write 12 training problems of the embedded task, 8 of them with a demonstration, and 4 held-out problems.
-    Returns the settings that name these files."""
+    Returns the settings data, eval_data and test_data with these files' paths."""
     lines = (ROOT / TASK / "train.jsonl").read_text().splitlines()
     demonstrated = [line for line in lines if json.loads(line).get("demonstrations")]
     bare = [line for line in lines if not json.loads(line).get("demonstrations")]

@@ -17,7 +17,7 @@ MOST_CALLS = 500_000  # the most function calls allowed for comparing a text wit
 LETTERS = sympy.symbols("x y z")
 
 
-# one test compares all pairs of a form, because starting a test takes longer than a comparison
+# each test compares all pairs of one form, such as fractions, because starting a test is slow
 @pytest.mark.parametrize("form", sorted({form for form, *_ in ALL_PAIRS}))
 def test_labelled_pairs(form):
     pairs = [pair[1:] for pair in ALL_PAIRS if pair[0] == form]

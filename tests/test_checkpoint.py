@@ -24,8 +24,8 @@ MAY_CHANGE += " save_every tensorboard"
 
 
 def with_moments(tokenizer, **settings):
-    """Returns a run of ReLIFT, which collects unsolved problems in a buffer. One problem is in the buffer. The run's
-    two optimizers have made an update each, on different gradients."""
+    """Returns a run of ReLIFT with one problem in its buffer of unsolved problems. The run's two optimizers have made
+    an update each, on different gradients."""
     run = make_run(tokenizer, "relift", **settings)
     run.optimizer, run.collector.optimizer = (new_optimizer(run.model, run.config) for _ in range(2))
     for scale, optimizer in ((1.0, run.optimizer), (3.0, run.collector.optimizer)):
@@ -106,7 +106,7 @@ def test_a_checkpoint_without_a_parameter_is_refused(tokenizer, tmp_path, missin
 
 @pytest.mark.parametrize("steps", [[1, 1, 3], [1, 3, 2], [2, 3, 4], [1, 2]])
 def test_rows_of_metrics_are_compared_with_the_steps(tmp_path, steps):
-    """metrics.jsonl must have each step once, in order. A log with the right number of rows but other steps is
+    """metrics.jsonl must have each step once, in order. A log with the right number of rows but wrong step numbers is
     refused."""
     checkpoint.append_rows(tmp_path / "metrics.jsonl", [{"step": step} for step in steps])
     with pytest.raises(InputError, match="steps 1 to 3 once each"):
@@ -151,7 +151,7 @@ def test_a_run_that_another_process_began_meanwhile_is_left_alone(tmp_path, monk
 
 
 def test_a_folder_that_cannot_be_written_is_told_at_the_start(tmp_path, monkeypatch):
-    """new_folder raises the error before a model is loaded, also if the folder exists already."""
+    """new_folder raises an error before a model is loaded, even if the folder exists already."""
 
     def closed(*_, **__):
         raise OSError(30, "Read-only file system")

@@ -24,8 +24,8 @@ ENDS = {  # each key is the body of a command's main(); its values are exit code
 
 @pytest.mark.parametrize("does", [*ENDS, "print('x')", "print('x' * 100_000)", "print('x'), sys.exit(0)"])
 def test_an_end_is_one_line(does):
-    """A body of main() in ENDS gives the exit code, output and message listed there. Any other body prints into a
-    pipe with a closed reader, and must end with exit code 141 and no message."""
+    """Each body of main() in ENDS must give the exit code, output and message listed there. A body that is not in
+    ENDS prints into a pipe with a closed reader, and must end with exit code 141 and no message."""
     code = "import sys\nfrom support.command import command\n"
     code += f"from support.errors import Broken, InputError\nwith command('x.py'):\n    {does}"
     reader, writer = os.pipe()

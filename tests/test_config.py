@@ -1,5 +1,5 @@
-"""These tests check that every wrong setting gives a clear error of one line. The wrong values are made from the
-fields of support/config.py."""
+"""These tests check that every wrong setting gives a clear error of one line. Wrong values are derived from each
+setting's type, bounds and choices in support/config.py."""
 
 import dataclasses
 import json

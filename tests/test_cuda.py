@@ -1,5 +1,5 @@
-"""These tests compare a GPU with the CPU: bf16 passes, CUDA kernels and graphs, and a run must agree up to
-rounding."""
+"""These tests run on a GPU. Forward passes in bf16, CUDA kernels and CUDA graphs must agree with the CPU up to
+rounding, and a resumed run with an uninterrupted one."""
 
 import functools
 import json
@@ -35,8 +35,8 @@ pytestmark = [pytest.mark.cuda, pytest.mark.skipif(not torch.cuda.is_available()
 ROOT = Path(__file__).parents[1]
 # four tokens end a response, so that rows have different lengths; prompts and prefixes contain no end token
 ENDS = [2, 100, 101, 102]
-# A draw closer than NEAR to the border between two tokens may give either token, because fp32 sums are rounded; on a
-# CPU such draws are closer than a hundredth of NEAR.
+# A random number closer than NEAR to the border between two tokens can draw either token, because a GPU rounds fp32
+# sums differently. On a CPU this distance is below a hundredth of NEAR.
 NEAR = 2e-5
 
 
@@ -104,8 +104,8 @@ def some_rows(prompt: int = 9, prefix: int = 12, groups: int = 6, size: int = 4)
 
 
 def plain_log_p(model: PreTrainedModel, row: Row, response: Sequence[int], temperature: float = 1.0) -> Tensor:
-    """Returns the log-probs of the whole vocabulary at every token of `response` [R, V], from a plain pass of the row
-    alone."""
+    """Returns the log-probs of the whole vocabulary at every token of `response` [R, V], from a forward pass of the
+    row alone."""
     ids = torch.tensor([row.prompt_ids + list(response)], device=model.device)
     logits = model(input_ids=ids, use_cache=False).logits[0, len(row.prompt_ids) - 1 : -1]
     return (logits / temperature).double().log_softmax(-1).cpu()
@@ -135,8 +135,8 @@ def assert_drawn(
 
 
 def assert_same(result: Sequence[list[int]], want: Sequence[list[int]]) -> None:
-    """Checks that at most one response in sixteen differs, because rounding decides a draw at the border of two
-    tokens."""
+    """Checks that at most one response in sixteen differs from `want`. Rounding can change a token whose random
+    number lies at the border between two tokens."""
     assert len(result) == len(want) and sum(a != b for a, b in zip(result, want)) <= len(want) // 16
 
 
@@ -151,8 +151,8 @@ def litter() -> None:
 
 @pytest.mark.parametrize("name", MODELS)
 def test_compute_in_bf16_is_as_exact_as_that_of_a_plain_model(folder, one_gpu, name):
-    """Log-probs, entropies and the gradient of a padded batch are compared with float64; the weights are sharded
-    fp32. To show that fp32 compute does not use TF32, its errors must be 2^9 times smaller than those of bf16
+    """Log-probs, entropies and the gradient of a padded batch, from sharded fp32 weights, are compared with a float64
+    model's. To show that fp32 compute does not use TF32, its errors must be 2^9 times smaller than those of bf16
     compute; with TF32 they would be only 2^3 times smaller."""
     rows = some_rows()
     responses = [[*row.prefix_ids, 7, 50, 11, 99 - i, 2] for i, row in enumerate(rows)]
@@ -235,13 +235,13 @@ def test_updates_that_bf16_weights_would_lose_are_kept(folder, one_gpu):
 
 @pytest.mark.parametrize("offload", [False, True])
 def test_a_step_with_recompute_and_offload(folder, one_gpu, tmp_path, offload):
-    """With recompute, offload and several passes an update has the gradient of one plain pass. The trained model can
-    be saved and loaded again."""
+    """With the settings recompute and offload and several micro-batches, the gradient norm is that of one micro-batch
+    without these settings. The trained model can be saved and loaded again."""
     norms = {}
     for saving in (False, True):
         how = {"recompute": saving, "offload": saving and offload}
         model, tokenizer = load_trained(str(folder / "qwen"), one_gpu, **how)
-        # with 60 tokens per micro-batch an update has several passes, whose gradients add up
+        # with 60 tokens per micro-batch, an update sums the gradients of several micro-batches
         several = {"micro_batch_tokens": 60} if saving else {}
         run = make_run(tokenizer, "prefix-rft", model, lr=1e-6, **several)
         run.optimizer = new_optimizer(model, run.config)
@@ -274,7 +274,7 @@ def test_tokens_follow_the_distribution_of_the_model(folder, request, name, comp
     responses = ours(model, rows, 2, temperature, rows_per_call=count)
     pairs = torch.tensor([[*prompt, token] for token in range(103)])
     with torch.no_grad():
-        # p has the shape [first token, position, V]
+        # p[i, t] is the distribution of token t of a response whose first token is i
         p = (exact(name)(input_ids=pairs).logits[:, 2:] / temperature).softmax(-1)
     expected = count * p[0, 0][:, None] * p[:, 1]  # [first, second]
     expected[ENDS] = 0.0
@@ -318,8 +318,8 @@ def test_a_row_does_not_depend_on_its_batch():
 @pytest.mark.parametrize("name", MODELS)
 def test_graphs_change_no_token(name, monkeypatch):
     """With and without CUDA graphs, prompts of up to 40 and prefixes of up to 60 tokens get the same responses of 1
-    to 300 tokens. The prompts are sampled in two calls, because a graph that is kept for the second call must read
-    the second call's cache."""
+    to 300 tokens. Equal prompts are sampled in two calls of generate, because a graph kept from the first call must
+    read the second call's cache."""
     model, budget = MODELS[name]().to(DEVICE), 300
     batches = [some_rows(40, 60, groups=9), some_rows(40, 60, groups=1, size=8), some_rows(7, groups=1)[:1]]
     batches.append([replace(row, key=(*row.key, "again")) for row in batches[0]])
@@ -341,8 +341,8 @@ def test_graphs_change_no_token(name, monkeypatch):
 
 @pytest.mark.parametrize("name", MODELS)
 def test_log_probs_as_drawn_are_those_of_the_training_pass(folder, one_gpu, tokenizer, name):
-    """The log-probs that sampling notes equal those of the training pass, in fp32 up to rounding. In bf16 the
-    log-probs differ by at most 4 times the error of a plain bf16 model, also after updates."""
+    """The log-probs that generate returns equal those of training's forward pass, in fp32 up to rounding. In bf16
+    their mean difference is below 4 times the error of a plain bf16 model, also after updates."""
     rows, single = some_rows(), MODELS[name]().to(one_gpu)
 
     @torch.no_grad()
@@ -369,7 +369,7 @@ def test_log_probs_as_drawn_are_those_of_the_training_pass(folder, one_gpu, toke
         _, drawn, trained = both(model)
         assert (drawn - trained).abs().mean() < close, step
         metrics = rl_metrics(run, rl_step(run, step))
-        # NaN that `litter` has left in freed memory would show in the gradient
+        # grad_norm would be NaN if the step read the NaN that `litter` has left in freed memory
         assert metrics["grad_norm"] > 0 and (result(model, first) - before).abs().mean() > 4 * close
 
 
@@ -414,7 +414,7 @@ def test_a_run_that_goes_on_is_one_that_was_not_stopped(one_gpu, tmp_path, monke
         return [[json.loads(line) for line in text.splitlines()] for text in texts]
 
     whole, parts = read("metrics.jsonl")
-    # support/watch.py warns "not the policy" if sampling and training differ
+    # support/watch.py warns with the words "not the policy" if log-probs of sampling and training differ
     assert "not the policy" not in str(whole)
     assert [row["step"] for row in parts] == [1, 2, 3, 4] and any(row["grad_norm"] > 0 for row in parts[2:])
     for row, other in zip(whole, parts, strict=True):

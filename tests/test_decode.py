@@ -67,7 +67,8 @@ def test_when_ended_rows_leave_changes_nothing(model, monkeypatch, drop_at):
 
 
 def frozen(forward):
-    """Returns a copy of `forward` that keeps its present tensors, the cache included, as a CUDA recording does."""
+    """Returns a copy of the method `forward` that always uses the present tensors and key-value cache, as a CUDA
+    graph does."""
     held = copy.copy(forward.__self__)
     held.live, held.cache = copy.copy(held.live), copy.copy(held.cache)
     held.cache.layers = [copy.copy(layer) for layer in held.cache.layers]
@@ -75,8 +76,8 @@ def frozen(forward):
 
 
 def test_passes_that_are_recorded_give_the_same_tokens(monkeypatch):
-    """The test imitates CUDA on the CPU: columns of the cache are read in blocks, a recorded pass keeps the tensors
-    with which it was recorded, and ended rows seldom leave the batch."""
+    """The test imitates CUDA graphs on the CPU: the decoding loop reads the key-value cache in blocks of 8 columns,
+    repeats each forward pass with the tensors of its recording, and drops ended rows less often."""
     rows, model, recordings = some_rows(24), ready_model(), []
     model.generation_config.eos_token_id = [2, 11, 23, 40, 57, 80]
     want = ours(model, rows, 40)
@@ -85,8 +86,8 @@ def test_passes_that_are_recorded_give_the_same_tokens(monkeypatch):
     monkeypatch.setattr(decode, "GRAPH_COLUMNS", 8)
     monkeypatch.setattr(decode, "LOOK_EVERY", 3)
     assert ours(model, rows, 40) == want
-    # a pass is recorded for each of about six blocks of 8 cache columns, and again whenever ended rows have left the
-    # batch
+    # the loop records a forward pass for each further block of the cache, about six times, and whenever ended rows
+    # have left the batch
     assert 5 < len(recordings) < 10
 
 
@@ -103,7 +104,8 @@ def test_a_pass_that_cannot_be_recorded_is_one_line(monkeypatch):
 
 
 def test_a_pass_that_reads_values_is_not_recorded(tmp_path, tokenizer, monkeypatch):
-    """A CUDA graph keeps the branches and shapes with which it was recorded, even if the values change."""
+    """A CUDA graph repeats the branches and shapes of its recording, even if new values of the tensors ask for
+    others."""
     save_model(random_model(vocab_size=103), tokenizer, tmp_path / "m")
     own, ids = LlamaMLP.forward, torch.tensor([[3], [4]])
     reads = {
@@ -139,7 +141,7 @@ def test_equal_prompts_are_read_once_and_ended_rows_leave(model):
     assert shapes[0] == (3, 3) and {width for _, width in shapes[1:]} == {1}
     counts = [count for count, _ in shapes[1:]]
     assert counts == sorted(counts, reverse=True) and counts[0] <= 24 and len({len(r) for r in responses}) > 1
-    # ended rows leave the batch before a pass has more than 1 / DROP_AT rows per unfinished row
+    # no forward pass has more than 1 / DROP_AT rows per unfinished row, because ended rows leave the batch
     for t, count in enumerate(counts, start=1):
         assert count <= sum(len(r) > t for r in responses) / decode.DROP_AT
     assert [ours(model, [row], 24)[0] for row in rows] == responses
@@ -153,8 +155,8 @@ def test_the_same_ids_behind_other_masks_are_other_prompts(model):
 
 
 def test_a_loop_that_samples_something_else_is_not_used(tmp_path, tokenizer, monkeypatch):
-    """With a cache that mixes up its rows, the loops of fast/decode.py give wrong log-probs. load_model notices this
-    and takes transformers' own loop. If transformers' loop is wrong too, load_model refuses the model."""
+    """With a cache that mixes up its rows, the loops of fast/decode.py give wrong log-probs. load_model notices the
+    difference and takes transformers' own loop. If transformers' loop is wrong too, load_model refuses the model."""
     save_model(random_model(vocab_size=103), tokenizer, tmp_path / "m")
     load = functools.partial(load_model, str(tmp_path / "m"), check=check_model)
     right, _ = load()

@@ -145,8 +145,8 @@ def equal_rewards(folder: Path) -> dict:
 
 
 def scaled_down(folder: Path, max_norm: float) -> dict:
-    """Calls clip_gradients on a gradient that equals the weights. Returns the norm it computes and the gradient it
-    leaves."""
+    """Calls clip_gradients on a gradient that equals the weights. Returns the computed norm and the clipped
+    gradient."""
     parameters = dict(started(folder, "prefix-rft").model.named_parameters())
     for parameter in parameters.values():
         parameter.grad = parameter.detach().clone()
@@ -206,7 +206,7 @@ def work(number: int, folder: Path, port: int) -> None:
         actual["refused"] = str(error)
     actual["evaluated"] = evaluated(folder)
     actual["died"] = a_rank_dies(folder)
-    torch.save(actual, folder / "found.pt")  # only the first rank saves results, because the second has ended
+    torch.save(actual, folder / "found.pt")  # only the first rank saves results: a_rank_dies ended the second
 
 
 @pytest.fixture(scope="module")
@@ -225,8 +225,8 @@ def results(tmp_path_factory):
 
 
 def assert_same(method: str, one: dict, two: dict) -> None:
-    """Checks that the steps of `two` have the metrics (except times) and samples of the last steps of `one`. Weights
-    may differ by the rounding errors of all gradients."""
+    """Checks that the result `two` has the metrics (except times) and samples of the last steps of the result `one`.
+    Weights may differ by the rounding errors of all gradients."""
     # `close` bounds the rounding error of metrics, which are sums of numbers near 1 over 16 rows of at most 40 tokens
     close, norm = rounding(small_llama(), columns=16 * 40), 0.0
     for (metrics, shown), (metrics_two, shown_two) in zip(one["log"][-len(two["log"]) :], two["log"], strict=True):
@@ -238,7 +238,7 @@ def assert_same(method: str, one: dict, two: dict) -> None:
     for metrics, _ in one["log"]:
         # the metric grad_norm is the mean of the gradient norms of a step's two updates
         norm += 2 * metrics["grad_norm"] + metrics.get("relift_grad_norm", 0.0)
-    # `step` is the most that an update moves a weight per unit of gradient
+    # `step` is the largest possible ratio of a weight's move in an update to its gradient
     step = 1e-3 / ADAM_EPS if method in RESUMED else 0.1
     for name, weight in one["weights"].items():
         torch.testing.assert_close(two["weights"][name], weight, atol=step * norm * close, rtol=2**-22)
@@ -273,7 +273,7 @@ def test_a_gradient_is_scaled_down_by_its_norm_over_all_ranks(results, max_norm)
     weights = dict(AutoModelForCausalLM.from_pretrained(folder / "model").named_parameters())
     norm = math.sqrt(sum(float(weight.detach().double().square().sum()) for weight in weights.values()))
     actual = two["scaled down"][max_norm]
-    # the norm sums a square per weight, and each is rounded
+    # the norm sums one square per weight, and each square is rounded
     close = sum(weight.numel() for weight in weights.values()) * 2**-24
     assert actual["norm"] == pytest.approx(norm, rel=close)
     for name, weight in weights.items():
@@ -299,8 +299,8 @@ def test_equal_rewards_stop_nobody(results):
 
 
 def test_a_rank_that_dies_ends_the_others_with_a_message(results):
-    """The other ranks notice a dead rank in the exchange for which they wait. The steps that were finished before the
-    rank died are in metrics.jsonl."""
+    """The other ranks notice a dead rank when they wait to exchange tensors with it. The steps that were finished
+    before the rank died are in metrics.jsonl."""
     folder, _, two = results
     message = two["died"]["said"]
     assert two["died"]["code"] == 1 and message.count("\n") == 1
@@ -380,5 +380,5 @@ def test_bf16_compute_keeps_fp32_weights(results, alone, monkeypatch):
     # the run computes in bf16: its log-probs differ from those in fp32 about as much as a plain bf16 model's do
     assert plain_off / 10 < off < 10 * plain_off
     assert all(row.response for row in steps.sample_groups(run, [0, 1], 0, [0, 1], rows="hybrid", rollouts=4))
-    read = list(run.model.plain.parameters())  # the model's copy for sampling is in bf16, and freed afterwards
+    read = list(run.model.plain.parameters())  # the model's copy for sampling is in bf16 and is freed afterwards
     assert {p.dtype for p in read} == {torch.bfloat16} and not any(p.untyped_storage().size() for p in read)

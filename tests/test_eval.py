@@ -28,7 +28,7 @@ from sample import Row
 
 # ---- a scripted model
 
-SCRIPT = {  # problem id: its samples, which are right, wrong, without a readable box, or cut off by the budget
+SCRIPT = {  # problem id: its samples, which are right, wrong, without a readable box, or cut off by the limit
     "a": ["=12;\\boxed{12}", "\\boxed{13}", "no box", "\\boxed{12}cut"],
     "b": ["\\boxed{7}", "\\boxed{7.0}", "\\boxed{+7}", "\\boxed{7}"],
     "c": ["\\boxed{1}", "", "\\boxed{", "9-cut"],
@@ -65,8 +65,7 @@ def test_evaluate_and_summarize_match_a_hand_count(scripted, tokenizer):
     assert [a.right for a in answers] == [1, 4, 0]
     assert [a.truncated for a in answers] == [1, 0, 1]
     assert [a.unread for a in answers] == [1, 0, 2]
-    # the tokenizer has a token for each character and one for \boxed{; a response that was not cut off has an end
-    # token, which counts
+    # a response has a token for each character, one for \boxed{, and an end token if it was not cut off
     assert answers[0].tokens == (4 + 1 + 2 + 1 + 1) + (1 + 2 + 1 + 1) + (6 + 1) + (1 + 2 + 1)
     table = summarize(answers)
     assert list(table) == ["easy", "hard", "all"]
@@ -86,7 +85,8 @@ def test_evaluate_and_summarize_match_a_hand_count(scripted, tokenizer):
 
 
 def test_draws_belong_to_seed_problem_and_sample(scripted, tokenizer, monkeypatch):
-    """A sample's random numbers depend neither on the order of the problems nor on which others are evaluated."""
+    """A sample's random numbers depend neither on the order of the problems nor on which other problems are
+    evaluated."""
     (model, encoded), answer, keys = scripted, eval.generate, []
 
     def noting(model, tokenizer, rows, *args, **settings):
@@ -146,8 +146,8 @@ def test_grading_a_choice():
 
 
 def test_options_and_settings_reach_the_sampler(tmp_path, monkeypatch):
-    """The function that samples gets whole batches of draws. After a stop it first gets the draws that the unfinished
-    batch lacks."""
+    """eval.sample_missing gives the sampling function `respond` full batches. After a stop the first batch has only
+    the samples that the unfinished batch lacks."""
     result: list[tuple] = []
 
     def respond(model, tokenizer, draws, **settings):
@@ -335,9 +335,9 @@ def test_an_evaluation_may_go_on_with_other_batches(finished, tmp_path, monkeypa
         "date": "",
     }
     assert settings["ranks"] == 8
-    eval.run(arguments(out=folder))  # a complete evaluation samples and notes nothing more
+    eval.run(arguments(out=folder))  # a complete evaluation samples nothing and keeps its settings
     assert folder_of_evaluation.stored_settings(folder)["continued"] == [went_on]
-    # an evaluation notes its settings again only if they differ from those of the last call
+    # a continued evaluation adds an entry to "continued" only if ranks, device or rows_per_call changed
     for _ in range(2):
         (folder / "generations.jsonl").write_bytes(b"".join(lines[:40]))
         (folder / "results.json").unlink(missing_ok=True)
@@ -363,7 +363,7 @@ def test_as_many_rows_share_a_call_as_a_gpu_holds(monkeypatch):
         vocab_size=1000, hidden_size=64, num_hidden_layers=3, num_attention_heads=4, num_key_value_heads=2
     )
     model = SimpleNamespace(config=config, device=torch.device("cuda"))
-    # `cache` is the bytes of a row's keys and values in 3 bf16 layers; its 100 columns are rounded up to 256
+    # `cache` is the bytes of a row's keys and values in 3 bf16 layers, with its 100 tokens rounded up to 256
     cache = 256 * 3 * 2 * 2 * 16 * 2
     most = 256 * 2 * 4 * 16 * 2  # `most` is the bytes of one layer's keys and values, repeated for all query heads
     for free, rows in ((1e10, 512), (10 * (cache + most) / 0.8 + 1, 10), (cache / 2, 1)):
@@ -561,7 +561,8 @@ def test_the_folder_of_another_evaluation_is_left_alone(finished, tmp_path, monk
             eval.run(arguments(out=finished))
     foreign = copy(finished, tmp_path / "foreign")
     lines = (foreign / "generations.jsonl").read_text().splitlines(keepends=True)
-    # line 2 of the first log is a response to another problem; the second log has its first two samples swapped
+    # line 2 of the first wrong log is a response to another problem; the second wrong log has its first two samples
+    # swapped
     for wrong, first_two in (2, [lines[0], lines[5]]), (1, [lines[1], lines[0]]):
         (foreign / "generations.jsonl").write_text("".join([*first_two, *lines[2:]]))
         with pytest.raises(ValueError, match=rf"jsonl:{wrong}: found response .*expected .*another evaluation"):
@@ -606,7 +607,7 @@ def test_a_file_of_ones_own_with_options_system_and_levels(tmp_path):
 
 @pytest.mark.parametrize("order", [1, -1])
 def test_every_benchmark_has_to_fit_the_window(scripted, tokenizer, order):
-    """The longest prompt of all benchmarks has to fit the model's window, whichever benchmark has it."""
+    """The longest prompt of all benchmarks, in any order, has to fit the model's context window."""
     model, _ = scripted
     model.config = SimpleNamespace(get_text_config=lambda: SimpleNamespace(max_position_embeddings=40))
     sets = [

@@ -53,8 +53,8 @@ def whole(tmp_path_factory):
 
 @pytest.mark.parametrize("first", [2, 5, 8])
 def test_killed_at_file_operations_again_and_again(whole, tmp_path, first):
-    """Each time that the run starts, it is killed before a later file operation than the time before, and its folder
-    is renamed. The last start is not killed and ends like a run that was never killed."""
+    """Each start of the run is killed before a later file operation than the start before, and its folder is renamed.
+    The last start is not killed and ends like a run that was never killed."""
     folder, life = whole
     out, kills = tmp_path / "0", range(first, life.operations, 9)
     for number, kill_at in enumerate(kills, 1):
@@ -98,8 +98,8 @@ def test_a_killed_evaluation_goes_on(tmp_path, monkeypatch):
 
 
 def test_a_second_process_is_kept_out(whole):
-    """The second process ends with one line of error and writes nothing. The lock ends with the process that holds
-    it, even if that process is killed."""
+    """A second process in a run's folder ends with one line of error and writes nothing. The lock ends with the
+    process that holds it, even if that process is killed."""
     folder, _ = whole
     before = contents(folder / "whole")
     with checkpoint.locked(folder / "whole"):
@@ -181,7 +181,7 @@ def test_the_last_two_checkpoints_are_kept(tokenizer, tmp_path):
 
 
 def test_a_copy_of_a_checkpoint_is_neither_used_nor_removed(tokenizer, tmp_path):
-    """Copies do not count among the two checkpoints that a run keeps."""
+    """Copies of checkpoint files do not count among the two checkpoints that a run keeps."""
     run = saved(tokenizer, tmp_path, done=(1, 2))
     newest = checkpoint.checkpoints(tmp_path)[0]
     copies = [newest.with_name(name) for name in ("step-best.pt", "step-00000002-copy.pt", "step-000000009.pt")]
@@ -235,7 +235,7 @@ def test_checkpoints_of_others_are_refused(tokenizer, tmp_path):
         checkpoint.load(tmp_path, other)
     with pytest.raises(ValueError, match=r"of a run with other settings \(lr, seed\)"):
         checkpoint.load(tmp_path, make_run(tokenizer, lr=1.0, seed=3))
-    # micro_batch_tokens and out may change when a run is resumed
+    # the settings micro_batch_tokens and out are allowed to change on resume
     run = make_run(tokenizer, micro_batch_tokens=60, out="moved")
     run.optimizer = new_optimizer(run.model, run.config)
     assert checkpoint.load(tmp_path, run) == 1
@@ -289,7 +289,7 @@ def test_an_update_without_finite_gradient_is_skipped(tokenizer, value):
         metrics = rl_metrics(run, rl_step(run, number))
         assert metrics["skipped_updates"] == 1 and run.skipped == number + 1
         assert metrics["loss"] is None and metrics["grad_norm"] is None
-        assert figures(metrics)["length"]  # a step's progress line can be made although its loss is null
+        assert figures(metrics)["length"]  # train.py can make a step's progress line although the loss is null
         json.dumps(metrics, allow_nan=False)
     assert all(torch.equal(p, before[name]) and p.grad is None for name, p in run.model.named_parameters())
     assert not run.optimizer.state

@@ -1,5 +1,5 @@
-"""These tests check the log of a group of rollouts and its picture: each token's source, entropy and weight, and
-whether the entropy clip drops the token."""
+"""These tests check the log of a group of rollouts and its picture: each token's source (model or demonstration),
+entropy and weight, and whether the entropy clip drops the token."""
 
 import itertools
 import json
@@ -125,7 +125,8 @@ def test_whose_a_token_is(group):
     assert [group_log.verdict(row) for row in rows] == ["✓ right", "✗ cut off", "✓ right", "✓ right"]
     assert group_log.verdict(a_row("a", reward=0.4)) == "reward 0.40"
     assert [part[2] for part in group_log.parts(rows[2])] == [0.25, 0.5]
-    # a token that the entropy clip keeps is framed only if the clip drops others from the same source
+    # the second prefix token is framed, because the entropy clip keeps it and drops the others; the continuation
+    # loses no token, so it has no frame
     assert group_log.framed(rows[2]) == [False, True, False, False]
 
 
@@ -178,7 +179,7 @@ def test_the_picture_shows_what_the_log_says(group):
     assert "prefix: the expert's first 3 tokens, A = +0.25" in texts
     figure.draw_without_rendering()
     assert all(text.get_window_extent().x1 <= figure.bbox.width for text in axis.texts)
-    # |w| = 1 is a full bar, 0.5 half of one: negative bars hang, positive ones stand
+    # a weight w has a bar of 6.5 |w| points, which stands on the zero line if w > 0 and hangs below it if w < 0
     standing, hanging = drawn(group_log.MORE), drawn(group_log.LESS)
     assert [bar.get_height() / 6.5 for bar in standing + hanging] == pytest.approx([0.5] * 3 + [0.25, 1] + [0.5] * 2)
     zero_lines = {round(line.get_ydata()[0], 3) for line in axis.lines}

@@ -29,7 +29,8 @@ GOOD = {"id": "a", "problem": "1;A+2?", "answer": "3", "demonstrations": ["1A+2=
 
 
 def changed(**fields: object) -> str:
-    """Returns GOOD as JSON, with the values of `fields` in place of its own; the value ... removes a field."""
+    """Returns the row GOOD as JSON, with the values of `fields` in place of GOOD's; the value `...` (Ellipsis)
+    removes a field."""
     return json.dumps({name: value for name, value in (GOOD | fields).items() if value is not ...})
 
 
@@ -273,7 +274,7 @@ LINES_OF_COMMANDS = {
         "--model data/base --seed -1 1+1",
         "--model data/base --max_response_tokens 512 1+1",
         "--model data/base --unknown 1 1+1",
-        "--model data/base \udcff",  # Python reads a byte that is not UTF-8 as \udcff
+        "--model data/base \udcff",  # in arguments Python reads the byte 0xff, which is not UTF-8, as \udcff
         "--model data/base --system \udcff 1+1",
     ],
     "plot.py": [

@@ -112,7 +112,7 @@ OF_RUNS |= {(log, name): line(0, row) for log in LOGS for name, row in ROWS.item
 
 @pytest.fixture(scope="module")
 def finished(tmp_path_factory):
-    """Returns a folder with a run of one step and an evaluation, and the command-line words of the run."""
+    """Returns a folder with a run of one step and an evaluation, and the command-line arguments of the run."""
     patch = pytest.MonkeyPatch()
     patch.chdir(ROOT)
     patch.setattr(train, "draw_curves", lambda folder: "")

@@ -245,8 +245,8 @@ class Group:
         shift = 0.4 * torch.randn(self.B, self.R) if moved else 0.0
         self.old = self.log_probs.detach() + shift
         hinted = self.log_probs.detach() + torch.randn(self.B, self.R)
-        # SDFT's teacher is the model behind a demonstration; the first problem has none, so its teacher log-probs are
-        # NaN
+        # SDFT's teacher is the model with a demonstration in its prompt; the first problem has no demonstration, so
+        # its teacher log-probs are NaN
         self.hinted = torch.where(first_group[:, None], math.nan, hinted)
         self.T_d = int(self.prefix_mask.sum())
         self.T_own = int(self.mask.sum()) - self.T_d
@@ -255,7 +255,7 @@ class Group:
         self.advantage = advantages(self.rewards, self.group, self.hybrid, baseline, bool(self.method.scale_by_std))
 
     def ours(self, rows: torch.Tensor | None = None, coefficient: float | None = None) -> torch.Tensor:
-        """Returns the gradient by token_weights and weighted_loss on `rows` (None: all rows), at the start of a
+        """Returns the gradient that token_weights and weighted_loss give on `rows` (None: all rows) at the start of a
         run."""
         rows = torch.arange(self.B) if rows is None else rows
         generator = torch.Generator().manual_seed(3)
@@ -345,10 +345,12 @@ def textbook(name: str, g: Group, coefficient: float | None = None) -> torch.Ten
         ("rescue", "dr-po"): lambda: clipped_rl / g.Z,
         ("rft-entropy-clip",): lambda: -(surrogate * top_entropy(g.mask, g.entropy, 0.2)).sum() / g.Z,
         # LUFFY's script divides the RL term, a sum over all tokens, by the maximum length L only, and multiplies the
-        # token mean of the SFT term by c * rows. So the gradient of LUFFY's script is `rows` times that of loss.py.
+        # token mean of the SFT term by its coefficient c times the number of rows. So the script's gradient is that
+        # of loss.py times the number of rows.
         ("rft+sft",): lambda: (plain_rl / L + c(0.1) * g.B * cross_entropy(g).mean()) / g.B,
         ("luffy",): lambda: -((plain * policy).sum() + (p / (p + c(0.1)) * inputs * prefix).sum()) / g.Z,
-        # both terms of UFT's loss are token means, and their common factor T_own / Z only scales the step
+        # both terms of UFT's loss are token means; the common factor T_own / Z (T_own: number of policy tokens) only
+        # scales the step
         ("uft",): lambda: (clipped_rl / g.T_own + c(0.001) * cross_entropy(g).mean()) * g.T_own / g.Z,
         ("chord-mu",): lambda: (
             ((1 - c(0.6)) * clipped_rl / g.T_own + c(0.6) * cross_entropy(g).mean()) * g.T_own / g.Z
@@ -378,7 +380,8 @@ def textbook(name: str, g: Group, coefficient: float | None = None) -> torch.Ten
             )
             / g.B
         ),
-        # over tokens that the policy has sampled, half a squared difference has the gradient of SDFT's divergence
+        # over sampled tokens, half the squared difference of policy and teacher log-probs has the gradient of SDFT's
+        # KL divergence
         ("sdft",): lambda: (ratio.detach()[shown] * (g.log_probs[shown] - g.hinted[shown]).square() / 2).sum() / g.Z,
         ("prefix-rft-trust",): lambda: (plain_rl - ((p / q.clamp(min=0.1)) * prefix).sum()) / g.Z,
         ("prefix-rft-static",): lambda: (clipped_rl - c(0.001) * (g.log_probs * prefix).sum()) / g.Z,
@@ -419,7 +422,8 @@ def test_sdft_is_the_gradient_of_the_divergence_in_the_mean_over_tokens():
 def test_sum_over_micro_batches_is_the_whole_gradient(name):
     g = Group(name, moved=True)
     chunks = torch.randperm(g.B, generator=torch.Generator().manual_seed(0)).split(5)
-    parts = sum(g.ours(rows) for rows in chunks)  # micro-batches use the mini-batch's kept tokens and denominators
+    # micro-batches take the entropy clip and the token counts from the mini-batch
+    parts = sum(g.ours(rows) for rows in chunks)
     torch.testing.assert_close(parts, g.ours(), rtol=1e-9, atol=1e-12)
 
 

@@ -20,7 +20,8 @@ from support.loading import fuse_norms, load_config, pick_device
 
 
 def rows(lengths: list[tuple[int, int]], vocab: int = 103, seed: int = 0):
-    """Returns (ids, mask, R) of rows with these (prompt, response) lengths: prompts padded left, responses right."""
+    """Returns (ids, mask, R) of rows with these (prompt, response) lengths: prompts are padded left, responses right
+    to R."""
     generator = torch.Generator().manual_seed(seed)
     P, R = max(p for p, _ in lengths), max(r for _, r in lengths)
     ids = torch.randint(3, vocab, (len(lengths), P + R), generator=generator)
@@ -351,7 +352,7 @@ def test_a_folder_of_an_organisations_name_does_not_hide_the_hub(tmp_path, monke
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr(loading.AutoConfig, "from_pretrained", lambda path, **_: GPT2Config(name_or_path=path))
     assert load_config("Qwen/Qwen2.5-0.5B").name_or_path == "Qwen/Qwen2.5-0.5B"
-    for name in ("no/such/folder", "data/base"):  # the hub has no models of these names
+    for name in ("no/such/folder", "data/base"):  # names of no folder here and of no model on the hub
         with pytest.raises(ValueError, match="neither a folder that exists nor a hub name"):
             load_config(name)
     (tmp_path / "Qwen" / "Qwen2.5-0.5B").mkdir()

@@ -21,7 +21,7 @@ from reward import MATH
 from step import Batch, Run, mini_batch_tokens, rollout_batch
 from support.config import Config
 
-# the tests need right and wrong rows: the base model has 3 of 8 right on train-0304
+# the tests need right and wrong rows: of 8 rows of the problem `train-0304`, the base model has 3 right
 BASE, ID = Path("data/base"), "train-0304"
 HOSTILE = ["</script><script>window.hacked = 1</script>", "<img src=x onerror=window.hacked=1>", "'\"`${1}&lt;"]
 HOSTILE += ["a\nb", "\u2028", "😀", "\x00", "DATA"]
@@ -92,7 +92,7 @@ def test_every_weight_is_that_of_a_training_step(content, shown):
         demonstration_tokens = int(batch.rollouts.prefix_mask[rows].sum())
         normalizer = 8 * Config.max_response_tokens if len(rows) == 8 else demonstration_tokens
         weights = token_weights(method, mini_batch_tokens(a_run(method), batch, rows, normalizer, 0.0, ()))
-        on_page = sorted(page.execute_script(WEIGHTS, name, CUTS.index(50)))  # sorts the page's rows by their numbers
+        on_page = sorted(page.execute_script(WEIGHTS, name, CUTS.index(50)))  # the page's rows by their numbers
         for i, (_, row) in zip(rows, on_page, strict=True):
             expected = weights[i, batch.rollouts.response_mask[i]].tolist()
             assert row == pytest.approx(expected, rel=1e-4, abs=1e-9), name
@@ -100,8 +100,8 @@ def test_every_weight_is_that_of_a_training_step(content, shown):
 
 def test_the_clip_ranks_as_the_loss_does(content, shown):
     page, generator = shown(content), torch.Generator().manual_seed(0)
-    # With n = 7, the clip ranks 10 prefix tokens: 7 in one row and 3 in another. At keep = 0.9 it must drop one,
-    # although (1 - 0.9) * 10 is below 1 in floats.
+    # With n = 7 the group has 10 prefix tokens, 7 in one row and 3 in another. At keep = 0.9 the entropy clip must
+    # drop one of them, although (1 - 0.9) * 10 is below 1 in floats.
     for n in (0, 1, 7, 37):
         # some entropies are equal, because they are rounded to eighths
         entropy = (torch.rand(3, 60, generator=generator) * 8).round() / 8
@@ -117,7 +117,7 @@ def test_the_clip_ranks_as_the_loss_does(content, shown):
 
 
 def test_a_hand_moves_everything(content, shown):
-    """After its controls are moved, the page's numbers for a hybrid row are those computed from the group's
+    """After the controls of the page are moved, its numbers for a hybrid row equal those computed from the group's
     rewards."""
     from selenium.webdriver import ActionChains, Keys
     from selenium.webdriver.support.select import Select

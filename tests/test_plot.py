@@ -77,7 +77,7 @@ def test_partial_rewards_are_kept_and_paired(two, tmp_path, monkeypatch, capsys)
     """Accuracies and differences come from mean rewards, but pass@k comes from counts of right samples, even when the
     results are read back from their folder."""
     levels = {"p": "easy", "q": "hard", "r": "easy", "s": "hard"}
-    # each reward is the sum over a problem's four samples; of p, q, r and s, 1, 0, 2 and 4 samples are right
+    # `rewards` has the sum over each problem's four samples, and `right` the number of samples with reward 1
     rewards = {"p": 1.5, "q": 0.75, "r": 2.0, "s": 4.0}
     right = {"p": 1, "q": 0, "r": 2, "s": 4}
     answers = [Answers(i, levels[i], 4, right[i], rewards[i], 10) for i in rewards]
@@ -263,7 +263,7 @@ def with_base(folder: Path, **problems: int) -> Path:
 
 
 def panels_of(monkeypatch, *folders: Path) -> dict[str, Axes]:
-    """Returns the panels of the sheet that plot.draw makes, by title."""
+    """Returns the panels of the figure that plot.draw makes, by title."""
     figures = []
     monkeypatch.setattr(curves, "save", lambda figure, target: figures.append(figure))
     plot.draw(list(folders), Path("sheet.png"))
@@ -298,7 +298,7 @@ def test_accuracy_has_its_interval_and_its_number_of_problems(tmp_path, monkeypa
         {"step": 5, "eval_hard": 0.5, "eval_hard_low": 0.4, "eval_hard_high": 0.7, "eval_low": 0.3, "eval_all": 0.4}
     ]
     folder = with_base(run_folder(tmp_path / "x", rows), hard=50, low=10, all=60)
-    # a level can be named "low", like an interval's lower end
+    # a level of difficulty can be named "low", although eval_hard_low is an interval's lower end
     assert curves.levels([curves.read_run(folder)]) == ["hard", "low", "all"]
     panel = panels_of(monkeypatch, folder)["validation accuracy, greedy"]
     assert lines_of(panel)["hard, 50 problems"] == ([0, 5], [0.1, 0.5])
@@ -340,8 +340,8 @@ def test_noise_does_not_fill_a_panel(tmp_path, monkeypatch):
 
 
 def test_panels_of_an_sft_stage_before_reinforcement(tmp_path, monkeypatch):
-    """The sheet has no panel of prefixes. All panels have the same range of steps and a line where SFT ends. The
-    panel of rewards is drawn although every reward is 0."""
+    """The figure has no panel of prefixes, because SFT→RFT uses none. All panels have the same range of steps and a
+    line where SFT ends. The panel of rewards is drawn although every reward is 0."""
     rl = {"reward": 0.0, "reward_on_policy": 0.0, "prefix_tokens": 0, "prefix_tokens_kept": 0}
     rows = [{"step": s, "grad_norm": 1.0} for s in (1, 2, 3, 4)]
     rows += [{"step": s, "grad_norm": 1.0, "truncated": 0.0, "unread": 0.1 * (s % 2)} | rl for s in (5, 6)]

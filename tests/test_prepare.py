@@ -78,7 +78,7 @@ HUB = {  # for each set: a row as the hub has it, and fields that prepare.py mus
         | {"reward_model": {"ground_truth": "1", "style": "rule"}, "extra_info": {"index": 3, "split": "default"}},
         {"system": "Think.", "problem": "Solve $x=1$.", "demonstrations": ["<think>\nok\n</think>\n\\boxed{1}"]},
     ),
-    "openr1-48k-complement": (  # the row has no target, because it is unknown whether rows of this set have one
+    "openr1-48k-complement": (  # no `target` (demonstration), because it is unknown whether this set has any
         {"prompt": [{"role": "system", "content": "Think."}, MESSAGE], "reward_model": {"ground_truth": "1"}},
         {"system": "Think.", "problem": "Solve $x=1$.", "demonstrations": []},
     ),

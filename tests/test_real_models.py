@@ -291,7 +291,7 @@ def test_a_tokenizer_without_an_end_token_is_one_line(task, tmp_path):
 @pytest.mark.parametrize(
     "name, loop",
     [
-        ("gpt2", "masks of ours, recordable"),  # GPT-2 learns positions, so padding must not be counted
+        ("gpt2", "masks of ours, recordable"),  # GPT-2 learns positions, so padding must not count as a position
         ("opt", "masks of ours, recordable"),
         ("bloom", "masks of ours"),  # BLOOM takes no position ids
         ("falcon, alibi", "masks of the model"),  # Falcon with ALiBi reads positions off the mask
@@ -302,8 +302,8 @@ def test_a_tokenizer_without_an_end_token_is_one_line(task, tmp_path):
     ],
 )
 def test_another_architecture_is_sampled_and_trained(tmp_path, monkeypatch, name, loop):
-    """Rows are the same in a batch as alone, log-probs of sampling and training agree, weights are saved, and a step
-    is made. bench/models.py checks this for all architectures."""
+    """A row is sampled the same in a batch as alone, log-probs of sampling and training agree, weights are saved, and
+    a step is made. bench/models.py checks this for all architectures."""
     make(name, tmp_path)
     assert prove(tmp_path) == loop
     monkeypatch.setattr(step, "grade_all", by_length)
@@ -354,8 +354,9 @@ def test_planned_memory_is_that_of_an_h200(fused, measured_gib):
     [(32, 16, 8, 12, 4000), (64, 128, 2, 12, 4000), (16, 16, 112, 1, 500)],
 )
 def test_planned_memory_of_sampling_is_the_measured_one(rows, prompt, response, layers, words):
-    """Beside the caches, most memory is needed by a token's scores or by the pass over the prompts. In the third case
-    a layer's keys and values would need the most memory if sampling repeated them for all heads."""
+    """Beside the key-value caches, most memory is needed by a token's scores or by the forward pass over the prompts.
+    In the case with one layer, its keys and values would need the most memory if sampling repeated them for all
+    heads."""
     size = {"hidden_size": 64, "intermediate_size": 192, "num_attention_heads": 4, "num_key_value_heads": 2}
     shape = Qwen2Config(**size, num_hidden_layers=layers, vocab_size=words)
     parts = plan.sampling_bytes(shape, rows, prompt + response, rows * prompt, size=4)
@@ -404,8 +405,8 @@ def test_offloading_moves_16_bytes_a_parameter_and_pays_for_every_pass(monkeypat
 
 
 def test_with_adapters_the_weights_are_frozen_and_the_rest_is_small():
-    """Each of a layer's seven matrices has adapters of rank x (inputs + outputs) numbers, here in a 7B model at rank
-    16."""
+    """The adapters of a matrix have rank * (inputs + outputs) weights. Here they are on seven matrices of each layer
+    of a 7B model, at rank 16."""
     config, shape = from_dict({"lora_rank": 16, "max_response_tokens": 20}), plan.shape_of("Qwen/Qwen2.5-7B")
     wide, narrow, inner = 3584, 512, 18944
     trained = 28 * 16 * (2 * (wide + wide) + 2 * (wide + narrow) + 3 * (wide + inner))
@@ -496,11 +497,11 @@ def test_a_plan_reads_the_config_only(tmp_path, capsys, monkeypatch):
     message = capsys.readouterr().out
     assert message.count("DOES NOT FIT") == 2 and "--offload true" in message and "--rows_per_call" not in message
     plan.show(from_dict(values | {"rows_per_call": 512, "max_response_tokens": 7100}), "H100", 8, 900, None)
-    message = capsys.readouterr().out  # 8,000 columns are rounded up to 8,192 where passes are recorded
+    message = capsys.readouterr().out  # with CUDA graphs, 8,000 tokens of key-value cache are rounded up to 8,192
     left = (
         79.2 * 2**30 * 0.92 - (2 + 12 / 8) * 8.0303e9
     )  # a GPU holds the bf16 weights, and an eighth of the fp32 weights and of the optimizer's state
-    block = 2**14 * 2 * (3 * 14336 + 6 * 4096)  # bytes that the pass over a block of prompts needs
+    block = 2**14 * 2 * (3 * 14336 + 6 * 4096)  # bytes that the forward pass over 2^14 prompt tokens needs
     fit = int((left - block) / (8192 * 2 * 32 * 8 * 128 * 2))
     assert "512 x 8192 tokens" in message and f"--rows_per_call {fit}\n" in message
 

@@ -143,7 +143,7 @@ def test_solutions_fit_their_budgets(rows, tokenizer):
             values = work_through(row["problem"], in_order=True)
             instructions = sorted(row["problem"][:-1].split(";")[1:])
             text = "".join(f"{a}{b}={c};" for a, b, c in zip(values, instructions, values[1:], strict=False))
-            tokens = len(tokenizer(f"{text}\\boxed{{{values[-1]}}}")["input_ids"]) + 1  # the end token adds 1
+            tokens = len(tokenizer(f"{text}\\boxed{{{values[-1]}}}")["input_ids"]) + 1  # 1 for the end token
             longest[row["level"]] = max(longest[row["level"]], tokens)
     assert longest["hard"] <= 72
     assert longest["ood"] <= 94

@@ -45,7 +45,7 @@ def test_a_seed_depends_on_the_number_not_on_who_made_it():
 
 @pytest.mark.parametrize("step", [0, 100, 250, 400, 500])
 def test_cosine_fraction_is_uniform_above_its_falling_bound(step):
-    # at the five steps, the lower bound `low` is 0.95, 0.864, 0.5, 0.136 and 0.05
+    # at the five steps, the lower bound `low` of the prefix's share is 0.95, 0.864, 0.5, 0.136 and 0.05
     low = 0.05 + 0.9 * 0.5 * (1 + math.cos(math.pi * step / 500))
     drawn = fractions(step, "cosine")
     assert drawn.min() >= low - 1e-6 and drawn.max() <= 0.95 + 1e-6
@@ -173,7 +173,7 @@ def test_a_token_of_probability_zero_is_never_drawn():
     largest, rounded = 1 - 2**-24, 0
     for words in range(3, 100):
         scores = torch.zeros(1, words).index_fill(1, torch.tensor(words - 1), -torch.inf)
-        # because of rounding, the probabilities of all tokens can sum to no more than the largest random number u
+        # rounded in float32, all probabilities can sum to no more than the largest random number, which is below 1
         rounded += int(scores.softmax(-1).cumsum(-1)[0, -1] <= largest)
         drawn = DrawTokenLogitsProcessor(torch.tensor([[largest]]), 0, 1.0)(torch.zeros(1, 0), scores).argmax(-1)
         assert drawn < words - 1
@@ -197,7 +197,7 @@ def test_streams_are_independent_and_stable():
 # ---- generate
 
 TOKENIZER = AutoTokenizer.from_pretrained("data/base")
-LOOPS_OF_BOTH = [None, decode_rows]  # None means HuggingFace's own decoding loop
+LOOPS_OF_BOTH = [None, decode_rows]  # decode=None means HuggingFace's own decoding loop
 
 
 def sampled(model, rows, budget, temperature=1.0, **settings) -> list[list[int]]:
@@ -255,8 +255,8 @@ def test_a_row_does_not_depend_on_its_batch(model, temperature, decode):
 
 @pytest.mark.parametrize("how", [{}, {"decode": decode_rows}, {"rows_per_call": 5}])
 def test_log_probs_are_those_of_the_drawn_tokens(model, how):
-    """The log-probs are compared with a plain pass over each row alone, at the sampling temperature. Prefixes and
-    responses without draws have no log-probs."""
+    """The log-probs are compared with a forward pass over each row alone, at the sampling temperature. Prefix tokens
+    and greedily decoded tokens have no log-probs."""
     whole = Row(12, (0,), [1, 9], [5, 6, 2], response=[5, 6, 2])
     rows = generate(model, TOKENIZER, [*some_rows(), whole], 24, 0.7, **how)
     assert len({len(row.response) for row in rows}) > 3

@@ -89,7 +89,7 @@ def gradients(run: Run, batch: steps.Batch, tokens: Tokens, budget: int) -> list
 
 
 def exact(run: Run, batch: steps.Batch, tokens: Tokens) -> tuple[torch.Tensor, torch.Tensor, list[torch.Tensor]]:
-    """Returns the loss -1/Z sum w log pi, the weights w and the gradient, in float64 with all rows in one plain
+    """Returns the loss -1/Z sum w log pi, the weights w and the gradient, in float64 with all rows in one forward
     pass."""
     model, r = copy.deepcopy(run.model).double(), batch.rollouts
     positions = (r.attention_mask.cumsum(1) - 1).clamp(min=0)
@@ -129,7 +129,7 @@ def test_gradient_is_the_same_for_any_micro_batches(tokenizer, method, rank, mov
 
 
 def passes(monkeypatch) -> list[tuple[bool, list[int]]]:
-    """Returns a list to which every later forward pass adds whether it has a gradient, and its rows."""
+    """Returns a list to which every later forward pass adds whether gradients are on, and the numbers of its rows."""
     made, plain = [], steps.forward
 
     def note(model, rollouts, rows, temperature):
@@ -149,8 +149,8 @@ def test_every_row_passes_once_before_the_first_of_two_updates(tokenizer, monkey
 @pytest.mark.parametrize("budget", [1, 120, 10**6])
 @pytest.mark.parametrize("method", [name for name, method in METHODS.items() if "rl" in method.stages])
 def test_with_one_update_a_step_the_update_gives_the_old_log_probs(tokenizer, method, budget):
-    """Gradient and old log-probs equal those of a batch whose old log-probs are all taken in an earlier pass. The
-    expected gradient is computed in float64."""
+    """Gradient and old log-probs equal those of a batch whose old log-probs all come from an earlier forward pass.
+    The expected gradient is computed in float64."""
     run = make_run(tokenizer, method, temperature=TEMPERATURE)
     want, z = rollout_batch(run, [0, 1, 2, 5], 4), 16.0 * run.config.max_response_tokens
     assert want.old_known.all()
@@ -198,7 +198,7 @@ def test_micro_batches_hold_every_row_once_within_the_budget(tokenizer):
 
 
 def test_the_ratio_is_one_to_the_bit_before_the_first_update(tokenizer):
-    """The pass for old log-probs and the first update run the same forward on the same micro-batch."""
+    """Old log-probs and the first update come from equal forward passes over the same micro-batches."""
     run = make_run(tokenizer)
     batch = rollout_batch(run, [0, 1, 2, 3], 0)
     for rows in micro_batches(batch.rollouts, torch.arange(len(batch.rewards)), run.config.micro_batch_tokens):
@@ -222,8 +222,9 @@ def test_sampled_tokens_had_the_log_probs_the_update_sees(tokenizer):
 
 
 def test_sdfts_teacher_has_seen_the_demonstration(tokenizer):
-    """SDFT's teacher is the model behind the problem and its demonstration. The teacher's log-probs are compared with
-    that model, run on each row alone. Problem 5 has no demonstration, so its teacher log-probs are NaN."""
+    """SDFT's teacher is the model with the problem's demonstration in its prompt. The teacher's log-probs are
+    compared with a forward pass of that model over each row alone. Problem 5 has no demonstration, so its teacher
+    log-probs are NaN."""
     run = make_run(tokenizer, "sdft", temperature=TEMPERATURE)
     picked = [0, 1, 2, 5]
     batch = rollout_batch(run, picked, 3)
@@ -293,19 +294,19 @@ def test_two_hybrid_rows_with_one_prefix_are_not_each_others_baseline(tokenizer,
 
 
 def far_from_known(t: Tokens) -> torch.Tensor:
-    """Returns the weight (1 − p)·Z/T_d, which is 0 where p = 1."""
+    """Returns the weight (1 − p)·Z/T_d, which is 0 where p = 1. T_d is the number of demonstration tokens."""
     return (1 - t.log_probs.exp()) * t.normalizer / max(1, t.demonstration_tokens)
 
 
 def moved_apart(t: Tokens) -> torch.Tensor:
-    """Returns the weight 1 − r, which is 0 before the first update."""
+    """Returns the weight 1 − r, which is 0 before the first update, because PPO's ratio r is then 1."""
     return 1 - (t.log_probs - t.old_log_probs).exp()
 
 
 @pytest.mark.parametrize("updates", [1, 2])
 @pytest.mark.parametrize("rows", ["hybrid", "demonstration", "shared_prefix"])
 def test_a_weight_that_vanishes_at_p_1_trains_and_is_counted(tokenizer, rows, updates):
-    """Until old log-probs are known, zeros take their place. These must not be taken for the log-prob of p = 1."""
+    """Until old log-probs are known, zeros take their place, which must not be read as log-probs of p = 1."""
     run = make_run(tokenizer, lr=0.5, updates_per_step=updates)
     run.method = Method("own", rows, zero, far_from_known, baseline="group")
     metrics = rl_metrics(run, rl_step(run, 0))
@@ -326,7 +327,7 @@ def test_no_share_of_tokens_is_negative(tokenizer):
     step = rl_step(run, 0)
     metrics, rollouts = rl_metrics(run, step), step.batch.rollouts
     assert 0 <= metrics["clip_fraction"] <= 1
-    # in the second update the tokens of on-policy rows have a weight
+    # in the second update tokens of on-policy rows have a weight, not only tokens of hybrid rows
     hybrid_tokens = rollouts.response_mask[rollouts.hybrid & (rollouts.group >= 2)].sum()
     assert metrics["trained_tokens"] >= step.updates[1]["with_weight"] > hybrid_tokens
 
@@ -369,8 +370,8 @@ def test_an_answer_that_is_a_piece_of_the_problem_is_copied(boxed, problem, answ
 
 
 def test_the_share_of_copied_answers_is_of_right_responses_in_all(tokenizer):
-    """Every response repeats its problem in a box, so the metric `copied` equals the share of right responses, which
-    is about a half."""
+    """The metric `copied` is the share of responses that are right with a piece of the problem as their answer. Here
+    every response boxes its problem, so `copied` equals the share of right responses, about a half."""
     run = make_run(tokenizer, "rft", reward=BY_LENGTH)
     step = rl_step(run, 0)
     rows = [dataclasses.replace(row, text=f"\\boxed{{problem {step.picked[row.group]}}}") for row in step.batch.rows]
@@ -381,8 +382,8 @@ def test_the_share_of_copied_answers_is_of_right_responses_in_all(tokenizer):
 @pytest.mark.parametrize("rank", [0, 3], ids=["all weights", "adapters"])
 @pytest.mark.parametrize("method", ["prefix-rft", "luffy", "hpt", "rescue"])
 def test_the_log_probs_of_the_sampler_stand_beside_those_of_the_training_pass(tokenizer, method, rank):
-    """The two log-probs of each token are compared, also where groups were replaced or sampled again. The metric
-    log_prob_gap is the mean distance of the two log-probs."""
+    """For each token, the log-prob from sampling is compared with that of the training pass, also where groups were
+    replaced or sampled again. The metric log_prob_gap is the mean distance of the two."""
     run = make_run(tokenizer, method, temperature=0.7, lora_rank=rank)
     result = rl_step(run, 4)
     batch = result.batch
@@ -503,7 +504,7 @@ def test_the_random_entropy_clip_draws_by_seed_step_and_update(tokenizer):
 
 @pytest.mark.parametrize("method", ["rft", "hpt", "rescue"])
 def test_sampled_tokens_are_those_of_every_try(tokenizer, monkeypatch, method):
-    """sampled_tokens also counts groups that were replaced or sampled again, but no prefixes or whole
+    """The metric sampled_tokens includes groups that were replaced or sampled again, but no prefixes or whole
     demonstrations."""
     tries, plain = [], steps.sample_groups
 
@@ -556,8 +557,8 @@ def test_an_sft_step_descends_the_token_mean(tokenizer):
 
 
 def test_relift_collects_unsolved_problems_newest_first_and_spends_a_full_buffer(tokenizer, monkeypatch):
-    """A problem is in the buffer as often as it was unsolved. Each step makes at most one supervised update, on the
-    newest problems in the buffer."""
+    """ReLIFT's buffer holds a problem as often as it was unsolved. Each step makes at most one supervised update, on
+    the newest problems in the buffer."""
     spent = []
 
     def spend(run, problems, step, optimizer, lr):
@@ -609,8 +610,8 @@ def test_the_gate_decides_what_is_unsolved(tokenizer):
 
 
 def test_rescue_samples_unsolved_groups_again_behind_longer_prefixes(tokenizer, monkeypatch):
-    """An unsolved group is sampled again until a row is right. Here p0 has a right row with 50% of its demonstration
-    as prefix, p1 never, and p3 at the first attempt; p5 has no demonstration."""
+    """An unsolved group is sampled again until a row is right. Here problem p0 has a right row with 50% of its
+    demonstration as prefix, p1 never, and p3 at the first attempt; p5 has no demonstration."""
     run = make_run(tokenizer, "rescue")
     calls: list[list[Row]] = []
 
@@ -639,8 +640,8 @@ def test_rescue_samples_unsolved_groups_again_behind_longer_prefixes(tokenizer, 
 
 
 def test_demonstrations_alone_are_learned_at_temperature_1(tokenizer, monkeypatch):
-    """An sft step uses temperature 1 whatever the sampling temperature is. In a step of reinforcement every pass uses
-    the sampling temperature."""
+    """An sft step uses temperature 1 whatever the sampling temperature is. In a step of reinforcement every forward
+    pass uses the sampling temperature."""
     used: list[float] = []
     plain = steps.forward
     monkeypatch.setattr(steps, "forward", lambda *a: used.append(a[-1]) or plain(*a))
@@ -739,7 +740,7 @@ def test_every_config_field_is_read_somewhere():
 
 def test_an_update_of_weights_that_are_not_finite_is_skipped_and_counted(tokenizer):
     """All rewards are equal here, so no token has a weight, and the gradient does not show the NaN of the model.
-    train.py ends after three skipped updates in a row."""
+    train.py ends after three consecutive skipped updates."""
     run = make_run(tokenizer, "rft", reward=ALL_WRONG)
     torch.nn.init.constant_(run.model.lm_head.weight, torch.nan)
     metrics = rl_metrics(run, rl_step(run, 0))

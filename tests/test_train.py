@@ -171,7 +171,7 @@ def test_kill_9_and_resume_give_the_same_bits(task, whole, tmp_path, monkeypatch
     with monkeypatch.context() as patch:
         patch.setattr(train, "rl_step", step)
         process = lives.start(work, tmp_path / "run", tmp_path / "said", None, {})
-    os.close(writer)  # with this end closed, os.read returns even if the process ends without writing
+    os.close(writer)  # with this process's writing end closed, os.read returns even if the run ends without writing
     assert os.read(reader, 1) == b".", (tmp_path / "said").read_text(encoding="utf-8")
     os.kill(process, signal.SIGKILL)
     assert os.waitstatus_to_exitcode(os.waitpid(process, 0)[1]) == -signal.SIGKILL
@@ -623,7 +623,7 @@ def test_the_evaluation_takes_its_settings(monkeypatch):
     assert train.score(run, "base")["validation"] == {}
 
 
-# a run's warnings depend on these metrics
+# support/watch.py reads these metrics of each step for its warnings
 WATCHED = {"entropy": 1.0, "grad_norm": 1.0, "skipped_updates": 0, "truncated": 0.0, "unread": 0.0, "hybrid_rows": 0}
 
 
@@ -677,10 +677,10 @@ def test_the_sft_stage_has_a_file_of_its_own(task, tmp_path, monkeypatch):
         ("rl", 0, 0),  # each stage starts with a fresh optimizer
         *[("rl", step, 1) for step in (1, 2, 3)],
     ]
-    assert recorded == [0, 1, 3]  # a group is recorded at step 1 and with each evaluation
+    assert recorded == [0, 1, 3]  # a group is logged at step 1 and at each evaluation
     assert [id(o) for o in optimizers] == [id(optimizers[0])] * 4 + [id(optimizers[4])] * 4
     assert [title for title in titles if title.startswith("step")] == [f"step {n}: validation" for n in (3, 6, 8)]
-    # final/ remembers no system message, because the rows have different system messages
+    # final/trained_with.json names no system message, because the rows have different system messages
     assert checkpoint.trained_with(tmp_path / "run" / "final") == {"reward": "math"}
     assert seen["sft"] < {f"own-{row['id']}" for row in rows[:8]}  # demonstrations that are too long are left out
     assert seen["rl"] == {row["id"] for row in rows}

@@ -57,7 +57,7 @@ def test_each_warning_is_said_once_when_it_is_due(name, changes, at):
     assert [list(new) for new in message if new] == [[name]] and list(watch.warnings) == [name]
     assert due == [at] or (name == "surprise" and due[0] <= at), due
     assert watch.warnings[name].startswith(f"step {FIRST + due[0]}: ")
-    again = Watch(METHODS["prefix-rft"], {})  # a resumed run recalls the rows of metrics.jsonl from before its stop
+    again = Watch(METHODS["prefix-rft"], {})  # a resumed run gives Watch.recall the rows of metrics.jsonl
     for number in range(1, FIRST + due[0]):
         again.recall(row(number, **(changes if number > FIRST else {})))
     assert again.look(row(FIRST + due[0], **changes)) == message[due[0] - 1]
@@ -80,7 +80,7 @@ def test_a_run_that_goes_on_elsewhere_recalls_what_was_said_and_nothing_else():
 @pytest.mark.parametrize("weight", [zero, uncertain_means], ids=["zero", "zero without own tokens, as here"])
 def test_updates_on_demonstrations_without_weight_are_told(tokenizer, method, weight):
     """If a method gives demonstrations the weight 0, its updates in the sft stage or in ReLIFT give a warning. A
-    skipped update gives another warning."""
+    skipped update gives the warning "skipped" instead."""
     for inputs in (METHODS[method], variant(METHODS[method], demonstration_weight=weight)):
         run, watch = make_run(tokenizer, method, reward=ALL_WRONG, relift_buffer=2, lr=0.0), Watch(inputs, {})
         run.method = inputs
@@ -106,8 +106,8 @@ def test_nothing_is_said_of_a_run_without_faults():
 
 @pytest.mark.parametrize("sampled_at, warned", [(1.0, False), (0.8, True)])
 def test_a_sampler_of_another_temperature_is_noticed(tokenizer, monkeypatch, sampled_at, warned):
-    """The sampler's log-probs show a wrong temperature at once. Later the log-probs and entropies of the training
-    pass alone show the wrong temperature too."""
+    """If sampling uses a wrong temperature, its log-probs differ from those of the training pass at once. Later the
+    log-probs and entropies of the training pass alone show the wrong temperature."""
     honest, watch = steps.generate, Watch(METHODS["rft"], {})
 
     def generate(model, tokenizer, rows, budget, temperature, **settings):

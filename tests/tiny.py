@@ -52,8 +52,8 @@ def with_adapters(model: LlamaForCausalLM, config: Config) -> LlamaForCausalLM:
 
 def rounding(model: torch.nn.Module, columns: int = 0) -> float:
     """Returns a bound on the rounding error of what `model` computes in float32, as a share of the largest number.
-    The bound counts 2^-24 for each number that is summed, forward and backward through every matrix and over the
-    batch's columns."""
+    The bound counts 2^-24 for each number that is summed, forward and backward through every matrix and over
+    `columns` tokens of the batch."""
     inner = sum(parameter.shape[-1] for parameter in model.parameters() if parameter.dim() > 1)
     return (2 * inner + columns) * 2**-24
 

@@ -1,4 +1,5 @@
-"""This file has a clock for the benches, and writes their results as JSON with a description of the machine."""
+"""This file has a clock for the scripts of bench/, and writes their results as JSON with a description of the
+machine."""
 
 import json
 import platform
@@ -17,7 +18,8 @@ CUDA = torch.cuda.is_available()
 
 
 def clock() -> float:
-    """Returns the CPU seconds of this process. On CUDA the function waits for the GPU and returns wall seconds."""
+    """Returns the CPU seconds of this process. On a machine with CUDA, `clock` waits for the GPU and returns wall
+    seconds."""
     if not CUDA:
         return time.process_time()
     torch.cuda.synchronize()

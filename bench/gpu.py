@@ -4,12 +4,12 @@
 
 The script writes bench/results/throughput-cuda-limits-SHAPE.json. All computation is in bf16.
 
-Decoding is measured with 256 rows x 1024 new tokens, and against plain `generate` with 128 new tokens; no row ends
-early. A decode pass cannot be faster than reading the weights and the filled part of the cache once, so the limit is
-the bytes of weights and cache / the measured copy bandwidth. An update is a forward and a backward pass of
-token_stats. The model FLOPs of an update are 6 N per token (N parameters) plus 12 layers x width x length / 2 for
-causal attention, without recomputation. The utilisation is model FLOPs per second / the measured rate of a large bf16
-product.
+Decoding is measured with 256 rows x 1024 new tokens, and compared with plain `generate` at 128 new tokens; no row
+ends early. A forward pass of decoding cannot be faster than reading the weights and the filled part of the key-value
+cache once. So the limit is the bytes of weights and cache / the measured copy bandwidth. An update is a forward and a
+backward pass of model.token_stats. The model FLOPs of an update are 6 N per token (N parameters) plus 12 layers x
+width x length / 2 for causal attention, without recomputation. The utilisation is model FLOPs per second / the
+measured rate of a large bf16 product.
 """
 
 import argparse
@@ -56,7 +56,7 @@ def new_model(shape: str) -> Qwen2ForCausalLM:
 def bench_decoding(model: Qwen2ForCausalLM) -> dict[str, dict]:
     a = torch.empty(2**30, dtype=torch.uint8, device="cuda")
     b = torch.empty_like(a)
-    # a copy reads each byte and writes it, so each byte counts twice
+    # a copy reads each byte and writes it, so each byte counts twice in the bandwidth
     bandwidth = 2 * a.numel() / measure(lambda: b.copy_(a))["seconds"]
     tokenizer = AutoTokenizer.from_pretrained(Config.model)
     rows = [Row(i, (0, i), ids, []) for i, ids in enumerate(torch.randint(0, WORDS, (ROWS, PROMPT)).tolist())]

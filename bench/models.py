@@ -1,13 +1,13 @@
-"""Tries the causal LM architectures of transformers, each tiny and with random weights: does the model train, or
-which error message refuses it?
+"""Tries the causal LM architectures of transformers, each as a tiny model with random weights: can the model be
+trained, or with which error message is it refused?
 
     OMP_NUM_THREADS=1 python bench/models.py              tries all (minutes) and writes bench/results/models.md
     OMP_NUM_THREADS=1 python bench/models.py gpt2 opt     tries some and only prints
 
-Every model is saved as a folder, as a user has it, with its noise (dropout, router jitter) switched on and with the
-tokenizer of the embedded task. `prove` compares sampling and log-probs of the model with plain forward passes of
-single rows, without using fast.check. Then the model makes one step of Prefix-RFT. Left out are runs on two ranks
-(tests/test_distributed.py).
+Every model is saved as a model folder, with the tokenizer of the embedded task and with the model's noise (dropout,
+router jitter) switched on. `prove` compares sampling and log-probs of the model with plain forward passes of single
+rows, without the checks of fast/check.py. Then `one_step` trains the model by one step of Prefix-RFT. Runs on two
+ranks are not tried here, but in tests/test_distributed.py.
 """
 
 import argparse
@@ -46,7 +46,7 @@ STATE |= {"mamba_n_heads": 4, "mamba_d_head": 16, "mamba_d_state": 8, "mamba_chu
 STATE |= {"mamba_num_heads": 4, "mamba_head_dim": 16, "n_mamba_heads": 4, "mamba_headdim": 16, "mamba_dt_rank": 8}
 OTHERS = {"num_dense_layers": 1, "rotary_dim": 8, "window_size": 12, "block_multiple_of": 16}
 OTHERS |= {"attention_head_dim": 16, "attention_chunk_size": 12, "intermediate_size_mlp": 48}
-# sizes of the tiny models; each config uses the fields that it knows
+# sizes of the tiny models; the config of an architecture takes the fields that it knows
 SMALL = SIZES | MIXTURE | LATENT | STATE | OTHERS
 FOUR = {"num_key_value_heads": 4}
 LINEAR = {"layer_types": ["linear_attention", "full_attention"]}
@@ -164,7 +164,7 @@ def prove(folder: Path) -> str | None:
     rollouts = pack(sampled, model.generation_config.pad_token_id)
     batch = rollouts.input_ids, rollouts.attention_mask, rollouts.response_mask.shape[1], 1.0
     (log_probs, _), (again, _) = token_stats(model, *batch), token_stats(model, *batch)
-    # two training passes agree to the bit on most CPUs; the tolerance is for other CPUs
+    # two training passes give equal log-probs to the bit on most CPUs; the tolerance is for other CPUs
     assert torch.allclose(log_probs, again, rtol=0, atol=1e-5), "two training passes differ"
     for i, (row, response) in enumerate(zip(rows, together)):
         p = plain_logits(model.eval(), row, response).log_softmax(-1)
@@ -193,8 +193,8 @@ def one_step(folder: Path) -> float:
 
 
 def verdict(name: str, folder: Path) -> str:
-    """Returns the table cell of an architecture: trained with its decoding loop, refused with the error message, or
-    FAILED with the exception."""
+    """Returns the cells of an architecture in the table of models.md: "trained" with the decoding loop, "refused"
+    with the error message, or "FAILED" with the exception."""
     try:
         make(name, folder)
         loop = prove(folder) or "transformers"

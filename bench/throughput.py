@@ -10,8 +10,8 @@ same prompts and produce the same tokens (asserted). The programs run in turn, s
 them. Times are CPU seconds of the process, or wall seconds on CUDA. Ratios are medians over the repeats. In the part
 `step` every group has made-up rewards of 0 and 1, so that every row has a nonzero weight.
 
-On CUDA both our code and TRL compute the part `step` in bf16 on fp32 weights. TRL processes all rows of an update at
-once, but at most 64. bench/gpu.py compares decoding with the limits of the device.
+On CUDA both our code and TRL compute the part `step` in bf16 on fp32 weights. On CUDA, TRL processes all rows of an
+update in one pass, but at most 64 rows. bench/gpu.py compares decoding with the limits of the device.
 """
 
 import argparse
@@ -52,8 +52,8 @@ def picked_at(run: steps.Run, step: int) -> list[int]:
 
 
 def medians(seconds: dict[str, list[float]]) -> dict[str, dict]:
-    """Returns, for each program, its median seconds, and the median and range of the ratio of its seconds to ours.
-    The first repeat is left out, because it only warms up."""
+    """Returns, for each program, its median seconds, and the median and range of the ratio of its seconds to the
+    seconds of our code. The first repeat is left out, because it only warms up."""
     table = {}
     for name, values in seconds.items():
         ratios = [value / ours for value, ours in zip(values[1:], seconds["ours"][1:])]
@@ -80,7 +80,8 @@ def bench_sampling(words: list[str]) -> dict:
             seconds[name].append(clock() - begin)
             responses.append([row.response for row in sampled])
         same = sum(a == b for a, b in zip(*responses))
-        # the responses of one row may differ, because rounding can change a drawn token
+        # for one row the responses of our code and of `generate` may differ, because rounding can change a drawn
+        # token
         assert same >= len(rows) - 1, f"{same} of {len(rows)} rows are the same"
     return {"rows": len(rows), "tokens": sum(map(len, responses[0])), "table": medians(seconds)}
 
@@ -89,8 +90,8 @@ def bench_sampling(words: list[str]) -> dict:
 
 
 class Replay(LogitsProcessor):
-    """Makes the sampler of TRL draw given tokens, so that its responses equal ours. The replay costs TRL one scatter
-    per token."""
+    """Makes TRL's sampler draw the tokens that our sampler drew, so that TRL's responses equal ours. The replay costs
+    TRL one scatter operation per token."""
 
     def __init__(self, responses: list[list[int]], pad: int, prompt: int, device: torch.device):
         width = max(map(len, responses))
@@ -124,7 +125,7 @@ def new_trainer(run: steps.Run, callback: transformers.TrainerCallback):
         learning_rate=0.0,
         lr_scheduler_type="constant",
         adam_beta2=config.adam_beta2,
-        # TRL checkpoints gradients by default, which costs another forward pass
+        # by default TRL uses gradient checkpointing, which costs another forward pass
         gradient_checkpointing=config.recompute,
         bf16=CUDA,  # TRL computes in bf16 by default, also on a CPU, where bf16 is slow and our code uses fp32
         loss_type="dr_grpo",
@@ -154,7 +155,7 @@ def made_up_rewards(_reward: object, texts: list, _problems: object) -> list[flo
 
 
 def bench_step(words: list[str]) -> dict:
-    """Runs the steps of our code and of TRL in turn, and returns the seconds of both."""
+    """Runs the steps of our code and of TRL in turn, and returns the seconds of our steps and of TRL's."""
     run, rows = new_run(words), []
     seconds: dict[str, list[float]] = {"ours": [], "TRL": []}
     steps.grade_all = made_up_rewards

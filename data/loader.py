@@ -1,8 +1,9 @@
 """This file reads problems from JSONL files, checks them line by line, and turns them into token ids.
 
-A row is {"id", "problem", "answer", "demonstrations": [str, …] (may be absent), "level", "system" (may be absent)}.
-Other fields of a row are ignored. `load_problems` reads and checks the rows. `encode_problems` renders and encodes
-each prompt once. Sampling and training use only these token ids, so a run trains exactly the ids that it sampled.
+A row of a file is {"id", "problem", "answer", "demonstrations": [str, …] (may be absent), "level", "system" (may be
+absent)}. Other fields of a row are ignored. `load_problems` reads and checks the rows. `encode_problems` renders and
+encodes each prompt once. Sampling and training use only token ids, never text encoded again, so a run trains exactly
+the ids that it sampled.
 """
 
 import dataclasses
@@ -28,7 +29,7 @@ TODAY = re.compile(r"""strftime_now\(\s*(['"])(.*?)\1\s*\)""")
 # matches a tag at the end of a prompt: <think> and a line end, <|assistant|>, …
 LAST_TAG = re.compile(r"<[^<>\s]+>\s*\Z")
 PANDAS = "python -c \"import pandas; pandas.%s('{0}').to_json('{1}', orient='records', lines=True)\""
-CONVERTED = {  # first bytes of a file -> its format, and the command that converts the file to JSONL
+CONVERTED = {  # first bytes of a file -> the file's format, and the command that converts the file to JSONL
     b"\x1f\x8b": ("gzip", "gunzip < '{0}' > '{1}'"),
     b"BZh": ("bzip2", "bunzip2 < '{0}' > '{1}'"),
     b"\xfd7zXZ": ("xz", "unxz < '{0}' > '{1}'"),
@@ -64,7 +65,7 @@ class Encoded:
     id: str
     prompt_ids: list[int]
     demonstrations: list[list[int]]
-    end_id: int  # token that training appends to a demonstration
+    end_id: int  # end token, which training appends to a demonstration
 
 
 @dataclass
@@ -162,7 +163,7 @@ def read_rows(path: str | Path) -> dict[int, Any]:
         raise InputError(f"data file {str(path)!r} {what}: give a JSONL file (its format: data/README.md)")
     try:
         with reading(path):
-            # the codec utf-8-sig skips the byte order mark that Windows editors write
+            # the codec utf-8-sig skips a byte order mark, which Windows editors write at the start of a file
             text = path.read_text(encoding="utf-8-sig")
     except UnicodeDecodeError as error:
         for begin, (form, fix) in CONVERTED.items():
@@ -187,17 +188,18 @@ def check_rows(path: str | Path, rows: dict[int, Any], reward: Reward = MATH) ->
     if not problems:
         raise InputError(f"{path}: no problems in it: write one JSON object per line")
     levels = {"all", *(problem.level for problem in problems)}
-    # metrics.jsonl has the keys eval_LEVEL, eval_LEVEL_low and eval_LEVEL_high, so a level X_low would share a key
-    # with a level X
+    # metrics.jsonl has the keys eval_LEVEL, eval_LEVEL_low and eval_LEVEL_high. So if one level were named X_low and
+    # another X, both would write the key eval_X_low
     for number, problem in zip(rows, problems):
         if (base := re.sub(r"_(low|high)\Z", "", problem.level)) != problem.level and base in levels:
             level = f"level is {problem.level!r}, the name of a limit of the accuracy of level {base!r}"
-            raise InputError(f"{path}:{number}: {level}: give it another name")
+            raise InputError(f"{path}:{number}: {level}: give the level another name")
     return problems
 
 
 def odd_rows(path: str | Path) -> list[str]:
-    """Returns a warning if a file contains the same problem twice, probably by mistake, else an empty list."""
+    """Returns a list with one warning if a file contains the same problem twice, probably by mistake, else an empty
+    list."""
     seen: set[tuple[str, str]] = set()
     twice = []
     for number, row in read_rows(path).items():
@@ -221,9 +223,10 @@ def render_prompt(tokenizer: Tokenizer, problem: str, system: str = "") -> str:
     """Returns the prompt as text, rendered by the tokenizer's chat template.
 
     Without a template the prompt is "system\\n\\nproblem\\n". If the tokenizer starts each text with a bos token, the
-    prompt starts with the bos token too (Llama was trained that way). A template that asks for today's date gets
-    DATE, so the prompts of a run and its evaluation are the same on any day. Raises InputError for a template that
-    refuses or leaves out a message. Some templates take no system message, or expect the content as a list of parts.
+    prompt starts with the bos token too (Llama was trained that way). A template that asks for today's date gets the
+    fixed date DATE, so the prompts of a run and of its evaluation are the same on any day. Raises InputError for a
+    template that refuses or leaves out a message. Some templates take no system message, or expect the content as a
+    list of parts.
     """
     if not tokenizer.chat_template:
         begin = tokenizer.bos_token if tokenizer("x")["input_ids"][0] == tokenizer.bos_token_id else ""
@@ -283,8 +286,8 @@ def encode_problems(
     end_ids: list[int],
     reward: Reward = MATH,
 ) -> tuple[list[Encoded], Counter, Counter]:
-    """Returns the problems as token ids, and two counts of demonstrations by reason: demonstrations left out, and
-    demonstrations used but reported to the user.
+    """Returns the problems as token ids, and two counters of demonstrations by reason: of demonstrations that are not
+    used, and of demonstrations that are used but reported to the user.
 
     A demonstration is used only if it fits into max_response_tokens with its end token (else `too long`), its reward
     is 1 (else `not right`) and it contains no end token (else `end token inside`). If the prompt ends with a tag such
@@ -338,7 +341,7 @@ def without_doubled_tag(prompt: str, text: str, noted: Counter) -> str:
 
 
 def has_text_after_box(text: str) -> bool:
-    """Returns whether letters or digits follow the last boxed answer."""
+    """Returns whether letters or digits follow the last boxed answer of `text`."""
     boxed = extract_boxed(text)
     return boxed is not None and any(c.isalnum() for c in text[text.rindex(boxed) + len(boxed) :])
 
@@ -351,5 +354,5 @@ def check_same_grade(tokenizer: Tokenizer, problem: Problem, text: str, ids: lis
         same = next((n for n, (a, b) in enumerate(zip(text, back)) if a != b), min(len(text), len(back)))
         raise InputError(
             f"demonstration of {problem.id!r}: the tokenizer loses {text[same : same + 20]!r} (character {same}; it "
-            f"gives back {back[same : same + 20]!r}), so it would be graded wrong: use another model"
+            f"gives back {back[same : same + 20]!r}), so the demonstration would be graded wrong: use another model"
         )

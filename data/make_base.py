@@ -1,7 +1,7 @@
 """This file pretrains the tiny base model of the embedded task from random weights and writes it as a Hugging Face
 folder.
 
-    python data/make_base.py --out FOLDER      about 5 minutes on one core; with the default seed FOLDER is data/base
+    python data/make_base.py --out FOLDER      about 5 minutes on one core; the default seed makes data/base
 
 This file contains the tokenizer (one token per character), the corpus and the training loop. The documents of the
 corpus are generated during the training, and the model sees each document once, in two stages. The first stage,
@@ -45,7 +45,7 @@ CHAT_TEMPLATE = (
     "{% if message['role'] == 'system' %}{{ message['content'] + '\\n' }}"
     "{% elif message['role'] == 'user' %}{{ message['content'] }}"
     "{% elif message['role'] == 'assistant' %}{{ message['content'] + eos_token }}"
-    "{% endif %}{% endfor %}"  # no generation prompt: the question mark of a recipe asks for the solution
+    "{% endif %}{% endfor %}"  # no generation prompt, because the ? of a recipe asks for the solution
 )
 
 UPDATES = 2500
@@ -94,7 +94,7 @@ STAGES = (
         },
     ),
 )
-# probability of a wrong digit in a step of each style
+# style of a solution -> probability of a wrong digit in each step
 SLIPS = {"careful": 0.003, "unlabelled": 0.06, "hasty": 0.06, "terse": 0.0}
 
 
@@ -122,8 +122,9 @@ def make_model(tokenizer: PreTrainedTokenizerFast) -> Qwen3ForCausalLM:
     """Returns the untrained model, about 0.29M parameters.
 
     The architecture is Qwen3, whose normalised queries and keys make this model learn faster. With architecture
-    Qwen2, AutoTokenizer would load the published Qwen2 tokenizer instead of this folder's. The standard deviation of
-    the initial weights is larger than the default 0.02, which suits wide models. The RoPE base is that of Qwen3.
+    Qwen2, AutoTokenizer would load the published Qwen2 tokenizer instead of this folder's. The initial weights have a
+    standard deviation of 0.06, because the default, 0.02, suits wider models. The base of the rotary positions (RoPE)
+    is that of Qwen3.
     """
     ids = {name: getattr(tokenizer, name) for name in ("pad_token_id", "bos_token_id", "eos_token_id")}
     config = Qwen3Config(

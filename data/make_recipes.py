@@ -13,10 +13,10 @@ For example, `991;C-4;Ar;B*2?` means A: 991 -> 199, B: 199 -> 398, C: 398 -> 394
 recipe is discarded if carrying out the instructions as listed gives the right number, so ignoring the labels is never
 rewarded.
 
-The task has three advantages. A guess of the answer is right only once in a thousand times. The skill has parts:
-finding the next label, copying its instruction, calculating. The number k of instructions sets the difficulty, from
-trivial to impossible for the model. Left out are the base model's training text (make_base.py makes it) and the
-reading of rows (data/loader.py).
+The task has three advantages. A guess of the answer is right only once in a thousand times. A solution takes several
+skills: finding the next label, copying the instruction with this label, calculating. The number k of instructions
+sets the difficulty, from trivial to impossible for the model. Left out are the base model's training text
+(make_base.py makes it) and the reading of rows (data/loader.py).
 """
 
 import random
@@ -39,7 +39,8 @@ TRAIN_STEPS = (3, 4, 5, 6)
 TRAIN_PROBLEMS = 512
 DEMONSTRATED_PROBLEMS = 128  # number of training problems with a demonstration, equally many for each k
 PROBLEMS_PER_LEVEL = {"validation": 100, "test": 200}
-DEMONSTRATIONS = {  # kinds of experts, to measure how the quality of demonstrations matters
+# kind of expert -> its demonstrations; the kinds serve to measure how much the quality of demonstrations matters
+DEMONSTRATIONS = {
     "expert": "every step with its label",
     "short": "steps in the right order, but without labels",
     "slips": "up to two steps are first written with a wrong digit, then repeated correctly",
@@ -159,7 +160,8 @@ def level_of(k: int) -> str:
 def make_splits(
     kind: str = "expert", demonstrated: int = DEMONSTRATED_PROBLEMS, fresh_seed: int | None = None
 ) -> dict[str, list[dict]]:
-    """Returns {split: rows} of the three files, with demonstrations by an expert of `kind`. No problem occurs twice.
+    """Returns {split: rows} of the three files, with demonstrations by an expert of `kind`. No problem occurs twice
+    in the splits.
 
     `demonstrated` is the number of training problems with a demonstration, and must divide TRAIN_PROBLEMS. With
     `fresh_seed` there is a second test split, "fresh". The first level of "fresh" uses the seed `fresh_seed`, and
@@ -188,8 +190,8 @@ def make_splits(
     for split, count in reversed(PROBLEMS_PER_LEVEL.items()):
         splits[split] = held_out(split, SPLIT_SEEDS[split], count)
     recipes = draw(random.Random(SPLIT_SEEDS["train"]), TRAIN_PROBLEMS, TRAIN_STEPS)
-    # The problems go through the values of k in TRAIN_STEPS again and again. In one of every `rounds` such cycles all
-    # problems have demonstrations.
+    # The number of instructions k of successive training problems cycles through TRAIN_STEPS. All problems of a cycle
+    # have demonstrations in one of every `rounds` cycles, and none in the others.
     rounds = TRAIN_PROBLEMS // demonstrated
     splits["train"] = [
         row(f"train-{i:04d}", recipe, [] if i // len(TRAIN_STEPS) % rounds else demonstrations(recipe, kind))

@@ -12,7 +12,7 @@ Each problem adds and subtracts two, three or four numbers from 10 to 99, and no
 number of terms is the level. Every training problem has a demonstration; --demonstration_fraction of train.py takes
 some away. SmolLM2's tokenizer makes each digit a token; a demonstration has at most 47 tokens, end token included.
 
-The task complements the recipes: a pretrained model can do small sums, but does not follow the instruction to write
+The sums complement the recipes: a pretrained model can do small sums, but does not follow the instruction to write
 one operation per line and box the answer. So RFT has no reward at the start. Responses that begin with a
 demonstration's prefix have some reward.
 """

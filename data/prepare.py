@@ -4,12 +4,12 @@
     python data/prepare.py paper               the paper's nine benchmarks
     python data/prepare.py gsm8k openr1-46k    training sets with demonstrations -> data/train/NAME.jsonl
 
-The script needs the package `datasets` (requirements-dev.txt). Files that exist are kept, so a call that was stopped
-can be repeated; delete a file to fetch its set again. The number of rows of each set is checked. Each row has a
-system message. Rows that cannot be graded (an unreadable gold answer, an empty option) are counted and written to
-NAME.left_out.jsonl. The options of each GPQA question are shuffled with the question's id as the seed. ARC and
-MMLU-Pro keep the hub's order of options. The licence of a set is on its page, https://huggingface.co/datasets/PATH
-with the path from SOURCES.
+The script needs the package `datasets` (requirements-dev.txt). Files that exist are kept, so the command can be
+repeated if it was stopped; delete a file to fetch its set again. The script checks that each set has the expected
+number of rows. Each row has a system message. Rows that cannot be graded (an unreadable gold answer, an empty option)
+are counted and written to NAME.left_out.jsonl. The options of each GPQA question are shuffled with the question's id
+as the seed. ARC and MMLU-Pro keep the hub's order of options. The licence of a set is on its page,
+https://huggingface.co/datasets/PATH with the path from SOURCES.
 
 The demonstrations of openr1-46k are neither filtered by length nor graded here; data/loader.py does both at the start
 of a run. OlympiadBench has 674 problems on the hub; the paper's copy has 675.
@@ -120,7 +120,7 @@ def openr1_46k(row: Row, index: int) -> Row:
     {ground_truth, style}.
 
     We assume that Openr1-Math-48k-Complement has the same columns, with or without target. The conversion was never
-    tested on the real complement.
+    tested on the real Openr1-Math-48k-Complement.
     """
     messages = {message["role"]: message["content"] for message in row["prompt"]}
     return {
@@ -133,8 +133,8 @@ def openr1_46k(row: Row, index: int) -> Row:
 
 @dataclass(frozen=True)
 class Source:
-    """Where a set is on the hub, its number of rows (a range if the number may change), and the function that
-    converts its rows."""
+    """A public set: where it is on the hub, its number of rows (a range if the number may change), and the function
+    that converts its rows."""
 
     path: str
     config: str | None
@@ -158,7 +158,7 @@ SOURCES = {
     "gsm8k_test": Source("openai/gsm8k", "main", "test", (1319, 1319), gsm8k_test),
     "gsm8k": Source("openai/gsm8k", "main", "train", (7473, 7473), gsm8k, folder="train"),
     "openr1-46k": Source("Elliott/Openr1-Math-46k-8192", None, "train", (45_000, 47_000), openr1_46k, folder="train"),
-    "openr1-48k-complement": Source(  # data of the second stage (RFT) of LUFFY's SFT→RFT
+    "openr1-48k-complement": Source(  # LUFFY trains on this set in the second stage of SFT→RFT
         "Elliott/Openr1-Math-48k-Complement", None, "train", (1, 100_000), openr1_46k, folder="train"
     ),
 }
@@ -170,7 +170,7 @@ SOURCES = {
 def download(name: str, source: Source) -> list[Row]:
     """Returns the rows of a set as the hub has them. If the set cannot be fetched, raises an InputError with the
     fix."""
-    # without a network the hub's library would log every retry before the one line of our error
+    # without a network the hub's library would log every retry before our error of one line
     hub_logging.set_verbosity_error()
     try:
         import datasets
@@ -216,8 +216,8 @@ def convert(name: str, source: Source, rows: list[Row]) -> tuple[list[Row], list
 
 
 def prepare(name: str) -> Path:
-    """Fetches the set `name` and writes its JSONL file, unless the file exists. Returns the path. Raises InputError
-    if fetching fails."""
+    """Fetches the set `name` and writes its JSONL file, unless the file exists. Returns the path of the file. Raises
+    InputError if fetching fails."""
     source = SOURCES[name]
     path = FOLDER / source.folder / f"{name}.jsonl"
     if path.exists():

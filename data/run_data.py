@@ -28,8 +28,8 @@ class Counts(NamedTuple):
 
 
 def data_files(config: Config) -> dict[str, str]:
-    """Returns the data files of a run by purpose: data, sft_data, validation and test. Without validation and test
-    files in the settings, the embedded task uses its own."""
+    """Returns the data files of a run by purpose: data, sft_data, validation and test. If the settings name no
+    validation or test file, the embedded task uses those in data/recipes."""
     embedded = config.data == Config.data
     files = {"data": config.data, "sft_data": config.sft_data}
     files["validation"] = config.eval_data or (f"{TASK}/validation.jsonl" if embedded else "")

@@ -9,7 +9,7 @@ every --model accepts.
     pip install gguf accelerate            gets the packages with which transformers reads such a file
 
 The original model is on the hub, as HuggingFaceTB/SmolLM2-135M-Instruct. The hub's weights are not rounded to 4 bits,
-so results with the hub's model differ slightly. Left out are other models and other GGUF files.
+so results with the hub's model differ slightly. The script converts no other model and no other GGUF file.
 """
 
 import importlib.util
@@ -58,16 +58,18 @@ def convert(source: Path, out: Path) -> None:
 
     file = {"pretrained_model_name_or_path": str(source.parent), "gguf_file": source.name}
     tokenizer = AutoTokenizer.from_pretrained(**file)
-    # The pre-tokenizer "smollm" of the GGUF file makes each digit a token. transformers 5.23 does not do so where
-    # several spaces stand before a digit.
+    # The pre-tokenizer "smollm" of the GGUF file makes each digit a token. But transformers 5.23 does not split off a
+    # digit that follows several spaces, so the splitter `Digits` is put first.
     steps = [pre_tokenizers.Digits(individual_digits=True), tokenizer.backend_tokenizer.pre_tokenizer]
     tokenizer.backend_tokenizer.pre_tokenizer = pre_tokenizers.Sequence(steps)
-    # From a GGUF file transformers 5.17 takes a wrong end token (the token that begins a turn) and a wrong decoder.
+    # From a GGUF file transformers 5.17 takes a wrong end token (the token that begins a turn) and a wrong decoder,
+    # so the right ones are set here.
     tokenizer.backend_tokenizer.decoder = decoders.ByteLevel()
     tokenizer.eos_token = tokenizer.pad_token = END
     read = AutoModelForCausalLM.from_pretrained(**file, dtype="float32")
     del read.config.quantization_config
-    # transformers refuses to save a model read from GGUF, which it treats as quantised
+    # transformers treats a model read from GGUF as quantised and refuses to save it, so its weights are copied into a
+    # new model
     model = AutoModelForCausalLM.from_config(read.config)
     model.load_state_dict(read.state_dict())
     model.generation_config = read.generation_config

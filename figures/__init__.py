@@ -1,2 +1,2 @@
-"""This package draws the figures of plot.py: curves of runs, comparisons of evaluations, and the tokens of one group
-of rollouts, as a picture and as an HTML page."""
+"""This package draws the figures that plot.py writes: curves of runs, comparisons of evaluations, a picture of the
+tokens of one group of rollouts, and an HTML page that shows the weight of every token under each method."""

@@ -13,7 +13,7 @@ from figures.figure import COLOURS, TYPE, in_percent, save, sheet
 
 
 def plot_pass_at_k(axis: Axes, evaluations: list[dict[str, Any]], name: str, level: str) -> None:
-    """Draws pass@k over k on a log2 axis: for each evaluation a line, and its 95% interval over problems as a
+    """Draws pass@k over k on a log2 axis: for each evaluation a line, with the 95% interval over problems as a
     band."""
     for colour, evaluation in zip(itertools.cycle(COLOURS), evaluations):
         ks = powers_of_two(evaluation["results"][name][level]["samples"])

@@ -1,9 +1,9 @@
 """This file draws and compares the curves of runs from metrics.jsonl, eval.json and config.json in their run folders.
 
-The sheet of one run has a panel for each quantity and a colour for each metric. The sheet of several runs has fewer
+The figure of one run has a panel for each quantity and a colour for each metric. The figure of several runs has fewer
 panels, a colour for each run and one legend. Runs that were evaluated on different problems are refused. Each
-vertical axis starts at 0 and reaches at least Panel.top, so that small noise looks small. A panel is left out if no
-run has its metrics with a value other than 0.
+vertical axis starts at 0 and reaches at least Panel.top, so that small noise looks small. A panel is left out if its
+metrics are missing or always 0 in all runs.
 """
 
 from dataclasses import dataclass
@@ -30,7 +30,7 @@ NOTE = f"thin: each step, thick: mean of the last {SMOOTH} steps; band: 95% inte
 
 @dataclass(frozen=True)
 class Panel:
-    """One panel of a sheet of curves."""
+    """One panel of a figure of curves."""
 
     title: str
     unit: str  # label of the vertical axis
@@ -54,7 +54,7 @@ PANELS = (
     Panel("stopped by PPO's clip", "% of weighted tokens", (("clip_fraction", ""),), 0.05),
     Panel("gradient norm", "L2 norm before clipping", (("grad_norm", ""),), 0.1, False),
 )
-COMPACT = (  # panels for a sheet of several runs
+COMPACT = (  # panels for a figure of several runs
     Panel("reward of on-policy rows", "mean reward", REWARD.metrics[:1], 1, False),
     FRACTION,
     ENTROPY,
@@ -182,8 +182,8 @@ def accuracy_panels(runs: list[Run]) -> list[Panel]:
 
 
 def draw(folders: list[Path], target: Path) -> Path:
-    """Writes one sheet with the curves of all runs to `target`: the accuracy first, then PANELS, or COMPACT for
-    several runs."""
+    """Writes one figure with the curves of all runs to `target`: the panels of accuracy first, then PANELS, or
+    COMPACT for several runs."""
     runs = [read_run(folder) for folder in folders]
     unlike = check_alike(runs)
     one = len(runs) == 1
@@ -198,7 +198,7 @@ def draw(folders: list[Path], target: Path) -> Path:
             figure.suptitle(runs[0]["name"], x=0.01, ha="left", fontsize=10, weight="bold")
             if accuracy:
                 legend = axes[0].legend(loc="center left", bbox_to_anchor=(1.02, 0.5), frameon=False)
-                legend.set_in_layout(False)  # the third column has room for the legend, so no panel moves
+                legend.set_in_layout(False)  # the grid's third column has room for the legend, so panels stay
         else:
             lines, words = run_handles(axes[0], runs)
             figure.legend(lines, words, loc="outside upper left", ncols=min(4, len(runs)), frameon=False)
@@ -207,7 +207,7 @@ def draw(folders: list[Path], target: Path) -> Path:
 
 
 def run_handles(axis: Axes, runs: list[Run]) -> tuple[list[Any], list[str]]:
-    """Returns the entries of a sheet's legend: one line and one label per run."""
+    """Returns the entries of the legend for several runs: one line and one label per run."""
     lines, words = [], []
     for r, run in enumerate(runs):
         reached = steps_to(run, REACHED)
@@ -217,8 +217,8 @@ def run_handles(axis: Axes, runs: list[Run]) -> tuple[list[Any], list[str]]:
 
 
 def worth_a_panel(runs: list[Run], panel: Panel) -> bool:
-    """Returns whether any run has a metric of `panel` with a value other than 0. Accuracy and reward count even if
-    they are always 0."""
+    """Returns whether any run has a metric of `panel` with a value other than 0. A panel of accuracy or reward is
+    worth drawing even if all its values are 0."""
     for run in runs:
         for metric, _ in panel.metrics:
             if metric.startswith("eval_"):
@@ -263,7 +263,8 @@ def draw_panel(axis: Axes, runs: list[Run], panel: Panel) -> None:
 
 
 def draw_accuracy(axis: Axes, run: Run, level: str, colour: str, style: str, name: str) -> list[float]:
-    """Draws the validation accuracy of a level as points, with a band of intervals. Returns the drawn accuracies."""
+    """Draws the validation accuracy of a level as points, with a band of 95% intervals. Returns the drawn
+    accuracies."""
     points = evaluations(run, level)
     problems = base_scores(run).get(level, {}).get("problems")
     label = f"{name}, {problems} problems" if name and problems else name

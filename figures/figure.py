@@ -1,7 +1,8 @@
-"""This file has what all figures use: colours, type sizes, the grid of panels, and writing the file.
+"""This file has what all drawing code of the project uses: colours, type sizes, the grid of panels, and writing an
+image file.
 
-Figures are drawn without pyplot, so that they do not change the backend of a notebook. A figure is 9 inches wide. In
-a README a figure is shown 900 pixels wide, so 1 pt is 1.4 pixels.
+Figures are drawn without pyplot, because pyplot can change the matplotlib backend of a notebook. A figure is 9 inches
+wide, and a README shows it 900 pixels wide. So a type size of 1 point becomes 1.4 pixels.
 """
 
 from pathlib import Path
@@ -15,13 +16,13 @@ from support.files import writing
 WIDTH = 9.0  # inches
 COLUMNS = 3
 DPI = 200
-# Other formats of matplotlib need programs beside Python (.pgf needs LaTeX).
+# Figures have these formats, because others of matplotlib need programs beside Python (.pgf needs LaTeX).
 FORMATS = (".png", ".pdf", ".svg", ".jpg")
 BLUE, VERMILLION, GREEN, PURPLE, ORANGE, SKY = "#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9"
 # Colour-blind readers can tell the colours below apart (Okabe and Ito 2008).
 COLOURS = (BLUE, VERMILLION, GREEN, PURPLE, ORANGE, SKY, "#000000")
 STYLES = ("-", "--", ":", "-.")
-# markers, used beside colours and line styles in panels with several lines
+# markers, used in addition to colours and line styles in panels with several lines
 MARKERS = ("o", "s", "^", "D", "v", "P", "X")
 TYPE = {  # settings for matplotlib.rc_context
     "font.size": 8,
@@ -33,7 +34,7 @@ TYPE = {  # settings for matplotlib.rc_context
     "legend.framealpha": 0.8,
     "axes.spines.top": False,
     "axes.spines.right": False,
-    "text.parse_math": False,  # a $ in the name of a run, level or benchmark is printed as a dollar sign
+    "text.parse_math": False,  # so that a $ in the name of a run, level or benchmark is printed as it is
     "axes.prop_cycle": f"cycler('color', {list(COLOURS)})",
 }
 
@@ -41,10 +42,10 @@ TYPE = {  # settings for matplotlib.rc_context
 def sheet(
     panels: int, panel_height: float, wide_first: bool = False, most: int = COLUMNS, **kwargs: object
 ) -> tuple[Figure, list[Axes]]:
-    """Returns a figure and its list of `panels` subplots, at most `most` in a row.
+    """Returns a figure and its list of `panels` subplots, at most `most` side by side.
 
-    With wide_first the first panel has a row of its own: two columns for the panel, the third for its legend.
-    `kwargs` are passed to matplotlib's add_subplot.
+    With wide_first the first panel alone fills the top row of the grid: two columns for the panel, the third for its
+    legend. `kwargs` are passed to matplotlib's add_subplot.
     """
     columns = COLUMNS if wide_first else min(most, panels)
     begin = columns * wide_first  # index of the grid cell of the first panel that is one column wide
@@ -57,7 +58,7 @@ def sheet(
 
 
 def in_percent(share: float, _: object = None) -> str:
-    """Returns the tick label of a share, in percent without the sign, for an axis whose label has "%"."""
+    """Returns the tick label of a share, in percent without the % sign, for an axis whose label has "%"."""
     return f"{100 * share:.4g}"
 
 

@@ -1,13 +1,13 @@
-"""This file draws one group of rollouts as a picture. The picture shows each token with its source, its entropy,
-whether the token is kept, and its weight.
+"""This file draws one group of rollouts as a picture. The picture shows each token with its source (policy or
+demonstration), its entropy, whether the token keeps its weight, and the weight.
 
-    8 hybrid one cell per token, coloured by source; a frame marks a token that is kept while others are dropped
+    8  hybrid     one cell per token, coloured by source; a frame marks a kept token if others are dropped
        kept       ■ or □ (only in a row that loses tokens)
        entropy    grey bars
        weight     bars up (w > 0, more likely) or down (w < 0, less likely)
 
 All coordinates are in points (1/72 inch) from the top left corner. Each rollout is drawn on one line. Tokens that do
-not fit are only counted.
+not fit into the line are counted, not drawn.
 """
 
 from dataclasses import dataclass
@@ -46,7 +46,7 @@ class Cell:
 
 @dataclass
 class Picture:
-    """The axis, group and scales that each drawing function needs."""
+    """What each drawing function needs: the matplotlib axis, the group, and the scales of entropy and weight."""
 
     axis: Axes
     group: Group
@@ -83,8 +83,8 @@ def character(size: float) -> float:
 
 
 def flow(tokens: list[str], total: int, size: float) -> tuple[list[Cell], str]:
-    """Returns the cells of the tokens that fit into a row, and the note behind them: "… 312 more" of `total` tokens,
-    or ""."""
+    """Returns the cells of the tokens that fit into a line, and the note behind them: "… 312 more" if 312 of the
+    `total` tokens do not fit, else ""."""
     texts = [drawable(token) for token in tokens]
     widths = [len(text) * character(size) + 0.25 * size for text in texts]
     room = RIGHT - LEFT if sum(widths) <= RIGHT - LEFT and len(tokens) == total else RIGHT - LEFT - NOTE
@@ -127,7 +127,7 @@ def draw_group(group: Group, target: Path | str) -> Path:
 
 
 def draw_head(picture: Picture) -> float:
-    """Draws title, problem and answer. Returns the height where the rows begin."""
+    """Draws title, problem and answer. Returns the y coordinate at which the rows begin."""
     group = picture.group
     picture.write(8, 14, log.title(group), 11, weight="bold")
     picture.write(8, 30, log.summary(group), TEXT)
@@ -148,7 +148,7 @@ def draw_cell(picture: Picture, cell: Cell, y: float, colour: str, edge: str = "
 
 
 def draw_row(picture: Picture, row: Row, number: int, y: float) -> float:
-    """Draws a row and the words on its left. Returns the height where the next row begins."""
+    """Draws a row of the group and the words on its left. Returns the y coordinate at which the next row begins."""
     cells, note = flow(row["tokens"], row["tokens_total"], picture.size)
     if row["hybrid"]:
         y += BRACKET
@@ -164,8 +164,8 @@ def draw_row(picture: Picture, row: Row, number: int, y: float) -> float:
 
 
 def draw_lanes(picture: Picture, row: Row, cells: list[Cell], top: float) -> float:
-    """Draws the tokens at height `top`, and under them the lanes: whether each token is kept, its entropy and its
-    weight. Returns the height where the lanes end."""
+    """Draws the tokens at y coordinate `top`, and under them the lanes: whether each token is kept, its entropy and
+    its weight. Returns the y coordinate at which the lanes end."""
     y = top + picture.cell + 1
     if log.drops(row):
         picture.write(LEFT - 4, y + KEPT / 2, "kept", 6.2, FAINT, ha="right")
@@ -196,7 +196,7 @@ def draw_lanes(picture: Picture, row: Row, cells: list[Cell], top: float) -> flo
 
 def draw_brackets(picture: Picture, row: Row, cells: list[Cell], y: float) -> None:
     """Draws brackets over the parts of a hybrid row, with the advantage of each part. `y` is the top of the row."""
-    free = LEFT  # left edge of the next label
+    free = LEFT  # left edge of the free space for the next label
     for whose, words, advantage in log.parts(row):
         part = [cell for cell in cells if log.source(row, cell.index) == whose]
         if part:
@@ -216,8 +216,8 @@ def draw_brackets(picture: Picture, row: Row, cells: list[Cell], y: float) -> No
 
 
 def draw_legend(picture: Picture, y: float) -> float:
-    """Draws the legend: sources on the left, lanes on the right, and the formula below. Returns the height of the
-    picture."""
+    """Draws the legend: the sources of tokens on the left, the lanes on the right, and the formula of the gradient
+    below. Returns the height of the picture."""
     column, step = 330.0, 13.0
     picture.line([8, RIGHT], [y, y])
     y += 12

@@ -1,15 +1,17 @@
-"""This file reads groups.jsonl of a run folder, which has one group of rollouts for each recorded step. The file also
-has the labels, colours and sentences with which figures describe a group.
+"""This file reads groups.jsonl of a run folder, which has one group of rollouts for each recorded step. This file
+also has the labels, colours and sentences with which figures describe a group.
 
 A line is {"step", "method", "id", "problem", "answer", "prompt": [token, …], "rows": [row, …]}. A row has these
 fields:
 
-    hybrid, complete whether the row starts with demonstration tokens; whether it is a whole demonstration reward,
-    truncated grade of the response; whether the token budget cut it off advantage A of the policy's tokens;
-    prefix_advantage: A of the demonstration tokens (loss.advantages) tokens, ids the first 512 of the tokens_total
-    response tokens, as text and as ids source 1 at demonstration tokens, 0 at tokens that the policy sampled entropy
-    entropy of the sampling policy at each token, in nats kept 0 where the method sets the weight of a token to 0
-    (loss.weighted_tokens) weight w of each token under the policy that sampled it (loss.token_weights)
+    hybrid, complete     whether the row starts with demonstration tokens; whether it is a whole demonstration
+    reward, truncated    grade of the response; whether the limit of tokens cut the response off
+    advantage            A of the policy's tokens; prefix_advantage: A of the demonstration tokens (loss.advantages)
+    tokens, ids          the first 512 of the tokens_total response tokens, as text and as ids
+    source               1 at demonstration tokens, 0 at tokens that the policy sampled
+    entropy              entropy of the sampling policy at each token, in nats
+    kept                 0 where the method sets the weight of a token to 0 (loss.weighted_tokens)
+    weight               w of each token under the policy that sampled it (loss.token_weights)
 
 train.py writes groups.jsonl; figures/group_figure.py draws a group.
 """
@@ -26,7 +28,7 @@ Group = dict[str, Any]
 Row = dict[str, Any]
 
 FIELDS = ("step", "method", "id", "problem", "answer", "prompt", "rows")
-SOURCES = {  # source of a token -> colour of its cell, and a description for the legend
+SOURCES = {  # who wrote a token -> colour of its cell, and a description for the legend
     "prefix": ("#F8C65C", "beginning of a demonstration: given"),
     "demonstration": ("#F8C65C", "a whole demonstration: given"),
     "continuation": ("#63C2A1", "the policy goes on from the prefix"),
@@ -127,15 +129,15 @@ def visible(text: str, longest: int = 24) -> str:
 
 
 def scales(group: Group) -> tuple[float, float]:
-    """Returns the largest entropy and the largest |w| of a group, which get full bars. If all values are 0, the scale
-    is 1."""
+    """Returns the largest entropy and the largest |w| of a group, which get full bars. If all entropies or all
+    weights are 0, returns 1 for them."""
     entropies = [value for row in group["rows"] for value in row["entropy"]]
     weights = [abs(value) for row in group["rows"] for value in row["weight"]]
     return max(entropies, default=0.0) or 1.0, max(weights, default=0.0) or 1.0
 
 
 def sign_colour(value: float) -> str:
-    """Returns the colour for a weight or an advantage: its sign decides."""
+    """Returns the colour for a weight or an advantage, which depends only on the sign."""
     return MORE if value > 0 else LESS if value < 0 else FAINT
 
 
@@ -144,7 +146,7 @@ def title(group: Group) -> str:
 
 
 def summary(group: Group) -> str:
-    """Returns the sentences under the title, which count the rows by kind."""
+    """Returns the sentences under the title of the picture, which count the rows by kind."""
     kinds = Counter(map(kind, group["rows"]))
     words = (("on-policy", "by the policy alone"), ("hybrid", "begun with an expert's tokens"))
     words += (("demonstration", "written by an expert"),)

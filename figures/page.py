@@ -4,15 +4,15 @@ token under each method.
 `page_html` inserts the result of `page_content` into figures/page.html, which needs no server, network or framework.
 For each model the content has
 
-    rows N on-policy rows, the whole demonstration, and a hybrid row for each cut in CUTS; all are graded groups for
-    each method, and each cut that the method uses, the rows of its group (`groups_of`), with the advantages and
-    weights that a training step would give them (`weigh`)
+    rows      N on-policy rows, the whole demonstration, and a hybrid row for each cut in CUTS; all are graded
+    groups    for each method, and each cut that the method uses, the rows of its group (`groups_of`), with the
+              advantages and weights that a training step would give them (`weigh`)
 
 Each group is treated as a whole mini-batch. The weights are those before the first update of a step, so the policy is
-still the one that sampled the rows, and the ratio is 1. The entropy clip is not applied here: the page ranks the
+still the one that sampled the rows, and PPO's ratio is 1. The entropy clip is not applied here: the page ranks the
 tokens itself, because the user chooses the share to keep. Left out are methods that need other kinds of rows than
-`plan_rows` has, a demonstration in the prompt, or a random entropy clip (`methods_shown`). Training on demonstrations
-alone always uses temperature 1; the page uses the temperature of the run.
+`plan_rows` has, a demonstration in the prompt, or a random entropy clip (`methods_shown`). In training, updates on
+demonstrations alone always compute probabilities at temperature 1; the page uses the run's temperature for them.
 """
 
 import dataclasses
@@ -67,7 +67,7 @@ def page_content(models: list[Path], wanted: str | None = None) -> dict[str, Any
     """
     run = next(filter(is_run, models), None)
     config = parse_config(["--config", str(run / "config.json")]) if run else Config()
-    # without a coefficient in the config, each method uses its own coefficient c
+    # the run's coefficient is removed, so that each method uses its own coefficient c
     config = dataclasses.replace(config, coefficient=None)
     if config.reward not in ("math", "exact"):
         raise InputError(f"{run} was graded by {config.reward}, which plot.py does not execute: give a model folder")
@@ -90,8 +90,8 @@ def page_content(models: list[Path], wanted: str | None = None) -> dict[str, Any
 def choose_problem(problems: list[Problem], wanted: str | None, recorded: list[str]) -> Problem:
     """Returns the problem with the id `wanted`.
 
-    Without an id, returns the last recorded problem with a demonstration, else the first problem with one, else the
-    last recorded problem.
+    Without an id, returns the last problem recorded in groups.jsonl that has a demonstration, else the first problem
+    of the data that has one, else the last recorded problem.
     """
     known = {problem.id: problem for problem in problems}
     if wanted is None:
@@ -108,8 +108,8 @@ def choose_problem(problems: list[Problem], wanted: str | None, recorded: list[s
 
 
 def methods_shown(problem: Problem) -> dict[str, Method]:
-    """Returns the methods that the page can show: their rows are among those sampled here, and their weights follow
-    from the recorded values."""
+    """Returns the methods that the page can show: `plan_rows` has the kinds of rows that they need, and their weights
+    need neither random numbers nor a demonstration in the prompt."""
 
     def is_shown(method: Method) -> bool:
         possible = problem.demonstrations or not method.needs_demonstrations
@@ -134,7 +134,7 @@ def describe(name: str, method: Method) -> dict[str, Any]:
         "own": formula(method.policy_weight),
         "given": formula(method.demonstration_weight),
         "clip": method.entropy_clip,
-        # whether the entropy clip ranks all tokens, as in loss.weighted_tokens
+        # whether the entropy clip ranks all tokens instead of the prefix tokens alone (loss.weighted_tokens)
         "clips_all": method.rows == "on_policy",
         "c": coefficient_at(method, 0.0, None),
     }
@@ -174,8 +174,8 @@ def model_content(folder: Path, problem: Problem, reward: Reward, config: Config
 
 
 def plan_rows(encoded: Encoded, config: Config) -> list[Row]:
-    """Returns N on-policy rows to sample. If the problem has a demonstration, a row with the whole demonstration and
-    a hybrid row for each cut follow."""
+    """Returns the rows to sample: N on-policy rows. If the problem has a demonstration, a row with the whole
+    demonstration and a hybrid row for each cut are added."""
 
     def group(rows: str, cut: int = 0) -> list[Row]:
         settings = {"rollouts": config.rollouts_per_prompt, "max_response_tokens": config.max_response_tokens}
@@ -202,8 +202,8 @@ def row_content(batch: Batch, i: int) -> dict[str, Any]:
 
 
 def groups_of(method: Method, rollouts: int) -> list[list[int]]:
-    """Returns the indices of the rows in a method's group: one list for each cut, or a single list if the method uses
-    no cut."""
+    """Returns the indices of the rows in a method's group: one list for each cut (prefix length), or a single list if
+    the method uses no cut."""
     others, demonstration = list(range(rollouts - 1)), rollouts
     if "rl" not in method.stages:
         return [[demonstration]]

@@ -49,5 +49,5 @@ def check(answer: Any | Callable[[], Any], expected: Any, hint: str = "look at t
             print("right")
         else:
             print(f"not right: {hint}")
-    except Exception as error:  # the student's function can raise anything
+    except Exception as error:  # the student's function can raise any exception
         print(f"not right: it raised {type(error).__name__}: {error}")

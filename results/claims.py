@@ -2,13 +2,13 @@
 runs.
 
 Each row of claims.csv is one claim: among the runs of `regime`, the group `more` is above the group `less` in the
-quantity `what`, on test problems of `level`. records.runs_of explains the names of groups; a group of another regime
+quantity `what`, on test problems of `level`. records.name_of explains the names of groups; a group of another regime
 is named `REGIME:GROUP`. If `less` is empty, the claim is that the quantity of `more` is above 0. `what` is the
-accuracy, pass@K, the length of responses, the lead in reward of rows with a prefix over on-policy rows, or how far
-this lead narrows. If `enough` is true, the claim is that `less` loses at most ENOUGH points against `more`.
+accuracy, pass@K, the length of responses, the lead in reward of hybrid rows over on-policy rows, or how far this lead
+narrows during a run. If `enough` is true, the claim is that `less` loses at most ENOUGH points against `more`.
 
 The claims cite tables and figures of the paper's third version. PROTOCOL.md has the rules of intervals and verdicts.
-Left out are claims that the stored runs cannot test: clips at 50 and 80%, and code generation.
+Left out are claims that the stored runs cannot test: entropy clips at 50 and 80%, and code generation.
 """
 
 import math
@@ -35,8 +35,8 @@ def difference(first: np.ndarray, second: np.ndarray, trained: tuple[bool, bool]
     """Returns the mean accuracy of `first` minus that of `second`, with its 95% interval by Welch and Satterthwaite;
     None if either group has a single run.
 
-    Each group is an array of scores [runs, problems], and both groups have the same problems. `trained` is False for
-    the base model, whose accuracy has no spread over seeds."""
+    Each group is an array of scores [runs, problems], and both groups have the same problems. `trained` says of each
+    group whether it was trained; the accuracy of the base model, which was not, has no spread over seeds."""
     groups = [runs.mean(1) for runs, has_seeds in zip((first, second), trained) if has_seeds]
     if min(map(len, groups)) < 2:
         return None
@@ -44,7 +44,7 @@ def difference(first: np.ndarray, second: np.ndarray, trained: tuple[bool, bool]
     variances = np.array([values.var(ddof=1) / len(values) for values in (by_problem, *groups)])
     freedoms = np.array([len(values) - 1 for values in (by_problem, *groups)])
     middle, total = float(by_problem.mean()), float(variances.sum())
-    freedom = total**2 / max((variances**2 / freedoms).sum(), 1e-300)  # if no value varies, the interval is a point
+    freedom = total**2 / max((variances**2 / freedoms).sum(), 1e-300)  # if no value varies, the interval has width 0
     reach = float(t.ppf(0.975, max(freedom, 1))) * math.sqrt(total)
     return middle, middle - reach, middle + reach
 
@@ -107,7 +107,8 @@ def verdict(differences: dict[str, Interval], enough: bool = False) -> str:
 
 
 def by_ranks(claim: Any, differences: dict[str, Interval], stored: Stored) -> str:
-    """Returns a remark if a t interval contains 0 although every run of one group is above every run of the other.
+    """Returns a remark if a t interval contains 0 although every run of one group is above every run of the other,
+    else "".
 
     One run far from the rest widens a t interval, but does not change ranks. The rank test ignores the spread over
     problems."""

@@ -35,8 +35,8 @@ def style_of(method: str) -> dict[str, Any]:
 
 
 def finish(axis: Axes, title: str, x: str, y: str = "", columns: int = 1, grid: str = "both") -> None:
-    """Sets a panel's title, labels, grid and legend (`columns` 0: no legend). An axis whose label has "%" or "points"
-    shows shares in %."""
+    """Sets a panel's title, labels, grid and a legend of `columns` columns (0: no legend). An axis whose label has
+    "%" or "points" shows shares in %."""
     axis.set_title(title, loc="left")
     axis.set_xlabel(x)
     axis.set_ylabel(y)
@@ -142,7 +142,7 @@ def draw_ceiling(axis: Axes, lines: Sequence[Line], level: str) -> None:
 
 def question_panels(stored: Stored) -> list[Panel]:
     """Returns two panels for each of four questions: few demonstrations, weaker experts, variants of Prefix-RFT, and
-    pass@k. RFT uses no demonstration, so its points are the runs of habit everywhere."""
+    pass@k. RFT uses no demonstration, so for any demonstrations its points are the runs of the regime habit."""
 
     def runs(names: dict[str, list[str]], kind: str) -> dict[str, list[np.ndarray]]:
         return {
@@ -181,7 +181,7 @@ def draw_all(stored: Stored, runs: pd.DataFrame, folder: Path) -> list[Path]:
     questions = question_panels(stored)
     figures = {"study/demonstrations": questions[:4], "study/parts": questions[4:6], "study/ceiling": questions[6:]}
     pairs = [(regime, name) for regime in ("habit", "silent", "twin") for name in ("rft", "sft-rft", "sft", "luffy")]
-    rivals = {"pairs": pairs[:-1], "title": "Prefix-RFT minus another"}  # LUFFY was not run in twin
+    rivals = {"pairs": pairs[:-1], "title": "Prefix-RFT minus another"}  # LUFFY was not run in twin, the last pair
     figures["study/forest"] = [partial(draw_forest, stored=stored, kind=kind, **rivals) for kind in KINDS]
     habit = {"lines": stored["habit"], "methods": ("rft", OURS)}
     figures["first-hour"] = [

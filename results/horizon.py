@@ -1,12 +1,13 @@
-"""This file reads and compares the stored runs of the second study: horizon × demonstrations, over base models.
+"""This file reads and compares the stored runs of the second study, which varies the number of steps (the horizon)
+and the demonstrations, over six base models.
 
 It computes the accuracy of Prefix-RFT minus that of each other method, for every cell, number of steps and
 temperature, over base models. A cell is a set of training problems with their demonstrations. PROTOCOL.md has the
 rules, and report.py writes the tables of this file into horizon/report.md.
 
 Each file horizon/NAME.json is a tuning trial (`trial` 1 to 4), a run (`trial` 0) or a base model (`method` "base").
-Its field `budgets` has, for each number of steps, the accuracy at each temperature and the tokens and CPU seconds
-used.
+The file's field `budgets` has, for each number of steps, the accuracy at each temperature and the tokens and CPU
+seconds used.
 
 Left out is the code that makes the runs: results/horizon.py of commit c5e0165 (PROTOCOL.md).
 """
@@ -21,7 +22,7 @@ from scipy.stats import t
 from evaluation.report import in_points, markdown_table, percent
 
 STORE = Path("results/horizon")
-# the name of a cell has its set of training problems, number of demonstrations, and expert if that is a weak one
+# a cell is named by its set of training problems, the number of demonstrations, and the expert if it is a weak one
 CELLS = ("habit-512", "silent-128", "habit-32", "habit-512-short", "silent-8")
 BUDGETS = (60, 120, 240, 480)  # numbers of steps after which runs are evaluated
 TEMPERATURES = ("greedy", "T = 0.6", "T = 1")
@@ -63,8 +64,9 @@ def difference_frame(runs: pd.DataFrame) -> pd.DataFrame:
 
 
 def contrast_frame(runs: pd.DataFrame) -> pd.DataFrame:
-    """Returns each contrast: the mean difference over base models, its 95% interval and its p-value by Student's t
-    (none for one base). The column `holm` says which secondary contrasts Holm's correction leaves significant."""
+    """Returns a row for each contrast (Prefix-RFT minus a rival): the mean difference over base models, its 95%
+    interval and its p-value by Student's t (none for one base model). The column `holm` says which secondary
+    contrasts Holm's correction leaves significant."""
     table = difference_frame(runs).groupby([*KEYS, "rival"])["difference"].agg(bases="count", mean="mean", std="std")
     error, freedom = table["std"] / table["bases"] ** 0.5, table["bases"] - 1
     reach = t.ppf(0.975, freedom) * error
@@ -104,7 +106,8 @@ def contrast_table(contrasts: pd.DataFrame, cell: str) -> str:
 
 
 def run_table(runs: pd.DataFrame, cell: str) -> str:
-    """Returns a table with the accuracy on each base model, and the mean cost of a run over base models."""
+    """Returns a table of the methods in a cell: the accuracy on each base model, and the cost of a run as a mean over
+    base models."""
     rows = [["method", "steps", *TEMPERATURES, "sampled", "trained", "supervised, in 1000 tokens", "CPU seconds"]]
     for (method, budget), group in runs[runs["cell"] == cell].groupby(["method", "budget"]):
         by_temperature = group.sort_values("base").groupby("temperature")["accuracy"]

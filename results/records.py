@@ -48,7 +48,8 @@ def read_store(store: Path = STUDY) -> Stored:
 
 
 def name_of(line: Line) -> str:
-    """Returns the group's name of a run: METHOD; in scarce METHOD@NUMBER of demonstrations, in weak METHOD@EXPERT."""
+    """Returns the name of the group of a run: METHOD; in the regime scarce METHOD@NUMBER (of demonstrations), in the
+    regime weak METHOD@EXPERT."""
     variant = {"scarce": "demonstrations", "weak": "expert"}.get(line["regime"])
     return f"{line['method']}@{line['settings'][variant]}" if variant in line["settings"] else line["method"]
 
@@ -94,6 +95,7 @@ def solved(lines: Sequence[Line], tries: int, level: str = "all") -> np.ndarray:
 
 
 def prefix_lead(line: Line) -> list[float]:
-    """Returns the mean reward of hybrid rows minus that of on-policy rows, for each stored part of a run."""
+    """Returns the mean reward of hybrid rows minus that of on-policy rows, for each part of the run that `curve`
+    stores."""
     pairs = zip(line["curve"]["hybrid"], line["curve"]["on_policy"])
     return [hybrid - own for hybrid, own in pairs if hybrid is not None and own is not None]

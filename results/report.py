@@ -39,8 +39,8 @@ def settings_text(line: Line, hidden: Sequence[str]) -> str:
 
 
 def with_spread(values: Sequence[float]) -> str:
-    """Returns shares as text, mean ± standard deviation (each) in %: "51.2 ± 0.8 (50.4, 52.0)". A single share stands
-    alone."""
+    """Returns shares as text, mean ± standard deviation (each) in %: "51.2 ± 0.8 (50.4, 52.0)". A single share is
+    returned without ± and brackets."""
     mean = percent(statistics.mean(values))
     if len(values) == 1:
         return mean
@@ -66,13 +66,13 @@ def difference_text(first: Sequence[Line], second: Sequence[Line], kind: str) ->
 
 
 def difference_table(lines: Sequence[Line]) -> str:
-    """Returns a table of each method minus the REFERENCES, which have the same demonstrations."""
+    """Returns a table with the accuracy of each method minus that of the REFERENCES with the same demonstrations."""
     rows = [["method", *(f"minus {other}, {title}" for other in REFERENCES for title in KINDS.values())]]
     for name in names_of(lines):
         cells = []
         for reference in REFERENCES:
             other = reference + name[name.index("@") :] if "@" in name else reference
-            # a run of sft-rft-equal is a run of sft-rft that was stopped earlier
+            # no difference is shown for sft-rft-equal, because its runs are runs of sft-rft that were stopped earlier
             same_runs = other == name or (name, other) == ("sft-rft-equal", "sft-rft")
             pair = runs_of(lines, name), runs_of(lines, other)
             cells += ["–" if same_runs or not pair[1] else difference_text(*pair, kind) for kind in KINDS]

@@ -17,8 +17,8 @@ from support.config import Config, from_dict
 from support.errors import InputError, Unwritten
 from train import new_optimizer
 
-# these settings are allowed to change on resume, because they choose files or devices, or change results only by
-# rounding
+# the settings in MAY_CHANGE are allowed to change on resume, because they choose files or devices, or change results
+# only by rounding
 MAY_CHANGE = "accept_changed device micro_batch_tokens offload out recompute resume rows_per_call save_dtype"
 MAY_CHANGE += " save_every tensorboard"
 
@@ -135,7 +135,8 @@ def test_a_new_run_takes_a_folder_that_nobody_has(tmp_path, monkeypatch):
 
 
 def test_a_run_that_another_process_began_meanwhile_is_left_alone(tmp_path, monkeypatch):
-    """The other process begins its run after this process has checked the folder and before it locks the folder."""
+    """The other process begins its run after this process has checked the folder and before this process locks the
+    folder."""
     config, locked = from_dict({"out": str(tmp_path / "run"), "resume": "auto"}), checkpoint.locked
 
     @contextlib.contextmanager

@@ -36,7 +36,7 @@ ROOT = Path(__file__).parents[1]
 # four tokens end a response, so that rows have different lengths; prompts and prefixes contain no end token
 ENDS = [2, 100, 101, 102]
 # A random number closer than NEAR to the border between two tokens can draw either token, because a GPU rounds fp32
-# sums differently. On a CPU this distance is below a hundredth of NEAR.
+# sums differently (on a CPU: closer than a hundredth of NEAR).
 NEAR = 2e-5
 
 
@@ -341,8 +341,8 @@ def test_graphs_change_no_token(name, monkeypatch):
 
 @pytest.mark.parametrize("name", MODELS)
 def test_log_probs_as_drawn_are_those_of_the_training_pass(folder, one_gpu, tokenizer, name):
-    """The log-probs that generate returns equal those of training's forward pass, in fp32 up to rounding. In bf16
-    their mean difference is below 4 times the error of a plain bf16 model, also after updates."""
+    """The log-probs that generate returns equal those of training's forward pass, in fp32 up to rounding. In bf16 the
+    mean difference of the log-probs is below 4 times the error of a plain bf16 model, also after updates."""
     rows, single = some_rows(), MODELS[name]().to(one_gpu)
 
     @torch.no_grad()

@@ -47,15 +47,15 @@ CASES = {name: {} for name in ONE_OF_EACH} | {
     "uft": {"max_grad_norm": 0.02},  # a max_grad_norm of 0.02 scales every gradient down
     "prefix-rft with adapters": {"lora_rank": 3, "lora_lr_times": 1.0, "micro_batch_tokens": 60},
 }
-# the methods in RESUMED update by AdamW, the others by SGD
+# the methods in RESUMED update by AdamW, all other methods by SGD
 RESUMED = ("prefix-rft", "relift", "prefix-rft with adapters")
-# AdamW's eps is far above the rounding errors of gradients. With AdamW's default eps of 1e-8 a rounding error would
-# move a weight by lr.
+# In these tests AdamW's eps is far above the rounding errors of gradients. With AdamW's default eps of 1e-8 a
+# rounding error would move a weight by lr.
 ADAM_EPS = 1e-3
 
 
 # Many tokens end a response, so that most responses end before the limit of tokens and some are right. The
-# demonstrations of make_run contain none of these end tokens.
+# demonstrations of make_run contain none of the tokens in ENDS.
 ENDS = [2, *range(60, 69)]
 
 

@@ -114,7 +114,7 @@ OPTIONS = ["iron", "1/2", "the sum of A and B.", "0.5 m"]
         (" (B) ", "B"),
         ("\\text{C.}", "C"),
         ("$\\mathbf{D}$", "D"),
-        ("E", None),  # E is no option, because the question has only A to D
+        ("E", None),  # the question has only the options A to D
         ("a", None),
         ("A) iron", "A"),
         ("(A) Iron.", "A"),
@@ -270,7 +270,7 @@ def test_the_seed_of_the_command_line_decides_what_is_sampled(finished, tmp_path
         result[seed] = (tmp_path / seed / "generations.jsonl").read_text().splitlines()
         assert json.loads((tmp_path / seed / "settings.json").read_text())["seed"] == int(seed)
     assert set(result["0"]) < set((finished / "generations.jsonl").read_text().splitlines())
-    # both seeds may give the same response to an easy problem
+    # different seeds can give the same response to an easy problem
     assert len(result["1"]) == 8 and len(set(result["0"]) & set(result["1"])) < 4
 
 
@@ -313,8 +313,8 @@ def test_a_stopped_evaluation_continues_to_the_same_files(
 
 @pytest.mark.usefixtures("no_figure")
 def test_an_evaluation_may_go_on_with_other_batches(finished, tmp_path, monkeypatch):
-    """An evaluation that continues on other ranks or another device samples the same tokens, and notes the new ranks
-    and device in its settings."""
+    """An evaluation that continues with another number of ranks or on another device samples the same tokens, and
+    adds both to its settings."""
     folder = copy(finished, tmp_path / "begun")
     lines = (finished / "generations.jsonl").read_bytes().splitlines(keepends=True)
     (folder / "generations.jsonl").write_bytes(b"".join(lines[:25]))

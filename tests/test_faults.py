@@ -38,8 +38,8 @@ TINY = lives.RELIFT | {"steps": 2, "eval_every": 0, "rollouts_per_prompt": 2}
 
 @pytest.fixture(scope="module")
 def whole(tmp_path_factory):
-    """Returns a folder with problems and, in its subfolder `whole`, a run that was never killed. Also returns how
-    this run ended."""
+    """Returns a folder with problems and, in its subfolder `whole`, a run that was never killed. Also returns how the
+    run in `whole` ended."""
     patch = pytest.MonkeyPatch()
     patch.chdir(ROOT)
     # no curves.png is drawn, because it takes a second per run
@@ -307,7 +307,7 @@ def test_an_update_with_an_infinite_loss_is_skipped(tokenizer, monkeypatch):
 
 
 def test_an_update_in_which_no_token_has_a_weight_moves_nothing(tokenizer):
-    """The weights stay even though AdamW has moments from the step before."""
+    """The weights stay the same even though AdamW has moments from the step before."""
     run = make_run(tokenizer, updates_per_step=1, micro_batch_tokens=10**6)
     run.optimizer = new_optimizer(run.model, run.config)
     assert rl_metrics(run, rl_step(run, 0))["grad_norm"] > 0

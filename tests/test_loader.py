@@ -45,7 +45,7 @@ def test_a_bad_line_is_named(line, message, tmp_path):
 
 def test_text_of_any_language_and_a_byte_order_mark_are_read(tmp_path):
     rows = [ROW | {"problem": "𝑥 = 1\u2028?"}, ROW | {"problem": "é\ud83d\ude00"}]
-    # the first line has the character U+2028 itself, and the second line has 😀 as two escapes
+    # the first line has the character U+2028 itself, and the second line has 😀 as two JSON escapes
     lines = [json.dumps(rows[0], ensure_ascii=False), json.dumps(rows[1])]
     (tmp_path / "a.jsonl").write_bytes(b"\xef\xbb\xbf" + "\r\n".join(lines).encode())
     assert [p.problem for p in load_problems(tmp_path / "a.jsonl")] == ["𝑥 = 1\u2028?", "é😀"]

@@ -163,8 +163,7 @@ def test_the_surrogate_is_clipped_where_the_textbook_clips_it():
 
 
 def test_of_ten_entropies_the_two_highest_keep_their_weight():
-    """The entropy clip with the paper's share of 20% keeps two of ten tokens. Tokens 3 and 7 have the highest
-    entropy."""
+    """The entropy clip with the paper's share of 20% keeps two of ten tokens."""
     entropy = torch.tensor([[0.1, 0.0, 0.3, 2.0, 0.2, 0.1, 0.4, 1.5, 0.0, 0.9]])
     kept = entropy_clip(torch.ones(1, 10, dtype=torch.bool), entropy, keep=0.2)
     assert kept.nonzero()[:, 1].tolist() == [3, 7]
@@ -211,8 +210,8 @@ def test_an_infinite_ratio_weighs_nothing_where_the_advantage_is_zero(name):
 class Group:
     """A random mini-batch of a method: four problems with six rows of unequal length each. Usually the last row of a
     problem has demonstration tokens. With a shared prefix, and in batches of demonstrations, every row has
-    demonstration tokens. Some methods give demonstrations to all rows of an unsolved group. For these methods the
-    first problem is unsolved, so all of its rows have demonstration tokens."""
+    demonstration tokens. If a method gives demonstrations to unsolved groups, all rows of the first problem, which is
+    unsolved, have demonstration tokens."""
 
     def __init__(self, name: str, moved: bool, seed: int = 0):
         torch.manual_seed(seed)

@@ -74,8 +74,8 @@ def test_a_special_token_inside_a_response_stays_in_its_text(tokenizer):
 @pytest.mark.parametrize("temperature", [1.0, 0.7])
 @pytest.mark.parametrize("chunk", [2**25, 103 * 4])
 def test_token_stats_equal_the_direct_computation(monkeypatch, temperature, chunk):
-    """Log-probs, entropies and gradients are compared with float64. Padding, other rows and the chunk size change
-    neither values nor gradients."""
+    """Log-probs, entropies and gradients are compared with a computation in float64. Padding, other rows and the
+    chunk size change neither values nor gradients."""
     monkeypatch.setattr(models, "LOGITS_PER_CHUNK", chunk)
     model, exact = random_model(scale=0.2), random_model(scale=0.2).double()
     ids, mask, R = rows([(5, 9), (2, 3), (8, 1), (3, 7)])
@@ -379,7 +379,7 @@ class TakesAGate(LlamaRMSNorm):
 
 
 def test_norms_are_fused_where_that_changes_nothing():
-    """On CUDA every norm of a Llama is fused. A norm that computes something else, takes other arguments or has no
+    """On CUDA every norm of a Llama is fused. A norm that adds its input, takes a gate as second argument or has no
     weight is not fused. This test fuses norms on the CPU."""
     model, ids = random_model(), torch.arange(3, 13)[None]
     arguments = ids, torch.ones_like(ids), 6, 1.0

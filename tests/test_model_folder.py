@@ -75,7 +75,7 @@ def test_the_bases_fields_and_tokenizer_files_are_kept(tmp_path, old_base):
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
 def test_weights_are_saved_in_the_dtype_that_the_config_names(tmp_path, tokenizer, dtype):
     """An update that moves a weight by 1e-6 is kept by saved fp32 weights and rounded away by bf16 ones."""
-    # the base model's norm weights are 1, where bf16 cannot hold a move of 1e-6, and its matrices are 0
+    # the base model's norm weights are 1, where bf16 loses a move of 1e-6
     base = random_model(vocab_size=len(tokenizer), scale=0.0).bfloat16()
     save_model(base, tokenizer, tmp_path / "base")
     model, _ = load_model(str(tmp_path / "base"), training=True)

@@ -149,8 +149,8 @@ def run_sources(folder: Path, sources: list[str]) -> list[tuple[str, str, list[d
 
 
 def executed(path: Path) -> tuple[list, list]:
-    """Runs the notebook, then tries its exercises. Returns the outputs of its code cells, and for each try its kind,
-    answer and check output."""
+    """Runs the notebook, then tries its exercises. Returns the outputs of the notebook's code cells, and for each try
+    its kind, answer and check output."""
     cells = read(path)
     sources, tries = [source(cell) for cell in cells if cell["cell_type"] == "code"], []
     code = len(sources)
@@ -170,8 +170,8 @@ def executed(path: Path) -> tuple[list, list]:
 
 @every_notebook
 def test_runs_shows_its_figures_and_checks_its_exercises(path):
-    """The run shows as many figures as the committed notebook has, and no warning. One test checks figures and
-    exercises, because a notebook is run once."""
+    """The run shows as many figures as the committed notebook has, and no warning. One test checks both figures and
+    exercises, because a notebook is run only once."""
     told, tries = executed(path)
     kept = [output for cell in read(path) for output in cell.get("outputs", ())]
     assert figures_in([output for *_, displayed in told for output in displayed]) == figures_in(kept) > 0

@@ -101,7 +101,7 @@ def test_every_weight_is_that_of_a_training_step(content, shown):
 def test_the_clip_ranks_as_the_loss_does(content, shown):
     page, generator = shown(content), torch.Generator().manual_seed(0)
     # With n = 7 the group has 10 prefix tokens, 7 in one row and 3 in another. At keep = 0.9 the entropy clip must
-    # drop one of them, although (1 - 0.9) * 10 is below 1 in floats.
+    # drop one of the 10 tokens, although (1 - 0.9) * 10 is below 1 in floats.
     for n in (0, 1, 7, 37):
         # some entropies are equal, because they are rounded to eighths
         entropy = (torch.rand(3, 60, generator=generator) * 8).round() / 8

@@ -341,7 +341,7 @@ def test_noise_does_not_fill_a_panel(tmp_path, monkeypatch):
 
 def test_panels_of_an_sft_stage_before_reinforcement(tmp_path, monkeypatch):
     """The figure has no panel of prefixes, because SFT→RFT uses none. All panels have the same range of steps and a
-    line where SFT ends. The panel of rewards is drawn although every reward is 0."""
+    vertical line where SFT ends. The panel of rewards is drawn although every reward is 0."""
     rl = {"reward": 0.0, "reward_on_policy": 0.0, "prefix_tokens": 0, "prefix_tokens_kept": 0}
     rows = [{"step": s, "grad_norm": 1.0} for s in (1, 2, 3, 4)]
     rows += [{"step": s, "grad_norm": 1.0, "truncated": 0.0, "unread": 0.1 * (s % 2)} | rl for s in (5, 6)]

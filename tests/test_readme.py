@@ -18,8 +18,8 @@ DOCUMENTS = [path for path in ROOT.rglob("*.md") if not any(part in ("runs", "ev
 
 
 def test_the_table_of_methods_is_generated():
-    """Each row of the table in configs/README.md must equal the row that methods_table() writes. A method may lack a
-    row in the table."""
+    """Each row of the table in configs/README.md must equal the row that methods_table() writes. A method is allowed
+    to have no row."""
     documented = (ROOT / "configs" / "README.md").read_text(encoding="utf-8").splitlines()
     rows = [line for line in documented if line.startswith("| `") and "·" in line]
     assert len(rows) > 20 and set(rows) <= set(methods_table().splitlines())

@@ -40,7 +40,7 @@ sys.path.append(str(ROOT / "bench"))
 
 from models import by_length, make, one_step, prove, tiny  # noqa: E402
 
-DRAWN = Reward(  # this reward is 1 for demonstrations and for about half of a random model's responses
+DRAWN = Reward(  # the reward DRAWN is 1 for demonstrations and for about half of a random model's responses
     "drawn",
     lambda text, problem: max(grade(text, problem.answer), float(len(text) % 2)),
     lambda problem: None,
@@ -124,8 +124,8 @@ def task(request, tmp_path_factory):
 
 
 def test_prompts(task):
-    """A prompt is rendered by the chat template if there is one, else it is plain text after the token that begins a
-    text."""
+    """A prompt is rendered by the chat template if there is one, else it is plain text after the tokenizer's
+    bos_token."""
     shape, folder = task
     tokenizer = AutoTokenizer.from_pretrained(folder / "model")
     text = render_prompt(tokenizer, "Add 3 and 4.", "Box it.")
@@ -162,7 +162,7 @@ def test_a_template_that_changes_the_problem_is_one_line(tokenizer, problem):
 
 def test_a_template_that_leaves_a_message_out_is_one_line(tokenizer):
     tokenizer = copy.deepcopy(tokenizer)
-    # a template that expects a list of parts writes nothing if the content is plain text
+    # a chat template that expects a list of message parts writes nothing if the message is plain text
     parts = "{% for part in messages[-1]['content'] %}{{ part['text'] }}{% endfor %}"
     tokenizer.chat_template = "user:" + parts
     with pytest.raises(ValueError, match=r"leaves out or changes the user message: use a template that takes text$"):
@@ -405,8 +405,8 @@ def test_offloading_moves_16_bytes_a_parameter_and_pays_for_every_pass(monkeypat
 
 
 def test_with_adapters_the_weights_are_frozen_and_the_rest_is_small():
-    """The adapters of a matrix have rank * (inputs + outputs) weights. Here they are on seven matrices of each layer
-    of a 7B model, at rank 16."""
+    """The adapters of a matrix have rank * (inputs + outputs) weights; each layer of this 7B model has seven matrices
+    with adapters."""
     config, shape = from_dict({"lora_rank": 16, "max_response_tokens": 20}), plan.shape_of("Qwen/Qwen2.5-7B")
     wide, narrow, inner = 3584, 512, 18944
     trained = 28 * 16 * (2 * (wide + wide) + 2 * (wide + narrow) + 3 * (wide + inner))
@@ -422,7 +422,7 @@ def test_with_adapters_the_weights_are_frozen_and_the_rest_is_small():
 PLAIN = ["gpt2", "bloom", "gpt_neox", "llama", "qwen2", "qwen3_moe", "deepseek_v3"]
 WINDOWS = ["mixtral", "gemma2", "gemma3", "phi3", "mistral", "gpt_oss"]
 MIXTURES = ["qwen3_moe", "deepseek_v3", "mixtral", "gpt_oss"]
-# plan.py refuses these models, because their attention is unusual or missing
+# plan.py refuses the models in NOT_PLANNED, because their attention is unusual or missing
 NOT_PLANNED = ["falcon", "mamba", "mamba2", "falcon_mamba", "ctrl"]
 
 

@@ -138,8 +138,8 @@ def test_several_demonstrations_are_all_used_and_the_plan_is_a_pure_function():
 
 @pytest.mark.parametrize("rows", ["on_policy", "hybrid", "demonstration", "shared_prefix"])
 def test_draws_are_keyed_by_the_problem_not_by_its_place(rows):
-    """At another place of the batch a problem has the same prefixes and draws. Another problem, seed or attempt has
-    other prefixes and draws."""
+    """At another place of the batch a problem has the same prefixes and random numbers. Another problem, seed or
+    attempt has other prefixes and random numbers."""
 
     def plans(problem=PROBLEM, group=0, seed=0, **changed):
         settings = PLAN | {"rows": rows, "hybrid": 3} | changed

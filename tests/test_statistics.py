@@ -38,15 +38,14 @@ def holds(result: tuple[float, float], truth: float) -> bool:
 
 
 def test_the_ends_of_an_interval_by_hand():
-    # The interval's upper end adds a solved problem to the scores 0, 0, 0. The four scores have the mean 1/4, whose
-    # variance is (3/16 · 4/3) / 4 = 1/16.
+    # The interval's upper end adds a solved problem to the scores 0, 0, 0: the mean is then 1/4, with the variance
+    # (3/16 · 4/3) / 4 = 1/16.
     assert interval([0.0] * 3) == pytest.approx((0, 0.25 + 1.96 * 0.25))
     assert interval([0.0] * 30) == pytest.approx((0, 0.0955), abs=1e-4)
     # Each end of the interval adds one problem, which moves the average most: a failed problem to the benchmark with
     # the scores 1, or a solved problem to the benchmark with the scores 0.
     assert average_interval([[0.0] * 3, [1.0] * 3]) == pytest.approx((0.375 - 0.98 * 0.25, 0.625 + 0.98 * 0.25))
-    # The interval's lower end adds -1 to the differences 0, 0, 1. The four differences have the mean 0, whose
-    # variance is (2/3) / 4.
+    # The interval's lower end adds -1 to the differences 0, 0, 1: the mean is then 0, with the variance (2/3) / 4.
     middle, low, high = paired_difference([0, 0, 0], [0, 0, 1])
     assert (middle, low, high) == pytest.approx((1 / 3, -1.96 / 6**0.5, 1))
     # The differences 0.1 and -0.3 have the typical size (0.1² + 0.3²) / (0.1 + 0.3) = 0.25. Divided by the scores'

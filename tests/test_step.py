@@ -116,8 +116,7 @@ def exact_gradients(run: Run, batch: steps.Batch, tokens: Tokens) -> list[torch.
     ],
 )
 def test_gradient_is_the_same_for_any_micro_batches(tokenizer, method, rank, moved):
-    """The model gets rows of different lengths one by one, a few at a time, and all at once. The gradient must be the
-    same."""
+    """The gradient must be the same if the model gets rows one by one, a few at a time, or all at once."""
     run = make_run(tokenizer, method, temperature=TEMPERATURE, lora_rank=rank)
     batch, tokens = whole_batch(run, moved)
     want = exact_gradients(run, batch, tokens)
@@ -170,7 +169,7 @@ def test_with_one_update_a_step_the_update_gives_the_old_log_probs(tokenizer, me
 
 
 def test_a_problems_rows_depend_neither_on_its_place_nor_on_its_company(tokenizer):
-    """A problem has the same prefixes and draws at another place and beside other problems."""
+    """A problem has the same prefixes and responses at another place of the batch and beside other problems."""
     run = make_run(tokenizer)
 
     def sampled(picked):
@@ -383,7 +382,7 @@ def test_the_share_of_copied_answers_is_of_right_responses_in_all(tokenizer):
 @pytest.mark.parametrize("method", ["prefix-rft", "luffy", "hpt", "rescue"])
 def test_the_log_probs_of_the_sampler_stand_beside_those_of_the_training_pass(tokenizer, method, rank):
     """For each token, the log-prob from sampling is compared with that of the training pass, also where groups were
-    replaced or sampled again. The metric log_prob_gap is the mean distance of the two."""
+    replaced or sampled again. The metric log_prob_gap is the mean distance of a token's two log-probs."""
     run = make_run(tokenizer, method, temperature=0.7, lora_rank=rank)
     result = rl_step(run, 4)
     batch = result.batch
@@ -399,7 +398,7 @@ def test_the_log_probs_of_the_sampler_stand_beside_those_of_the_training_pass(to
 
 @pytest.mark.parametrize("method", ["hpt", "rescue"])
 def test_groups_that_are_replaced_do_not_hide_their_failures(tokenizer, method):
-    """HPT replaces unsolved groups, and rescue samples them again. The two methods first sample the rows that RFT
+    """HPT replaces unsolved groups, and rescue samples them again. HPT and rescue first sample the rows that RFT
     samples, and the metrics count these first rows. With gate 1 a group is unsolved if at most one row is right."""
     reward = dataclasses.replace(
         BY_LENGTH,
@@ -521,8 +520,7 @@ def test_sampled_tokens_are_those_of_every_try(tokenizer, monkeypatch, method):
 
 
 def test_an_sft_step_draws_among_a_problems_demonstrations(tokenizer):
-    """The step's number chooses a problem's demonstration. Each demonstration has its turn, and the same step always
-    has the same demonstration."""
+    """The step's number chooses among a problem's demonstrations, and each demonstration has its turn."""
     run = make_run(tokenizer, "sft")
     problem = dataclasses.replace(run.data.encoded[0], demonstrations=[[5, 6], [7, 8]])
 
@@ -636,7 +634,7 @@ def test_rescue_samples_unsolved_groups_again_behind_longer_prefixes(tokenizer, 
     assert calls[3][0].prefix_ids == demonstration[: math.floor(0.75 * len(demonstration))]
     assert batch.rollouts.group.tolist() == [g for g in range(4) for _ in range(4)]
     assert batch.rewards.tolist() == [1.0] * 4 + [0.0] * 4 + [1.0] * 4 + [0.0] * 4
-    assert (batch.response_advantage == 0).all()  # all rows of a group have the same reward
+    assert (batch.response_advantage == 0).all()  # advantages are 0 if all rows of a group have the same reward
 
 
 def test_demonstrations_alone_are_learned_at_temperature_1(tokenizer, monkeypatch):

@@ -176,7 +176,7 @@ def test_kill_9_and_resume_give_the_same_bits(task, whole, tmp_path, monkeypatch
     os.kill(process, signal.SIGKILL)
     assert os.waitstatus_to_exitcode(os.waitpid(process, 0)[1]) == -signal.SIGKILL
     with (tmp_path / "run" / "metrics.jsonl").open("a", encoding="utf-8") as log:
-        log.write('{"step": 9, "lo')  # this imitates a process that is killed while it writes a line
+        log.write('{"step": 9, "lo')  # half a line imitates a process that was killed while it wrote
     assert train.train(parse_config(argv)) == 0
     assert_same_run(tmp_path / "run", whole[0])
 

@@ -80,7 +80,7 @@ def test_a_run_that_goes_on_elsewhere_recalls_what_was_said_and_nothing_else():
 @pytest.mark.parametrize("weight", [zero, uncertain_means], ids=["zero", "zero without own tokens, as here"])
 def test_updates_on_demonstrations_without_weight_are_told(tokenizer, method, weight):
     """If a method gives demonstrations the weight 0, its updates in the sft stage or in ReLIFT give a warning. A
-    skipped update gives the warning "skipped" instead."""
+    skipped update gives only the warning "skipped"."""
     for inputs in (METHODS[method], variant(METHODS[method], demonstration_weight=weight)):
         run, watch = make_run(tokenizer, method, reward=ALL_WRONG, relift_buffer=2, lr=0.0), Watch(inputs, {})
         run.method = inputs

@@ -75,5 +75,5 @@ def mechanism(method: Method) -> tuple:
     return method.rows, method.stages, method.unsolved, method.entropy_clip == "random", method.hinted
 
 
-# of all methods with the same mechanism, only the first in METHODS is listed
+# of all methods for which the function `mechanism` returns the same, only the first in METHODS is listed
 ONE_OF_EACH = sorted({mechanism(METHODS[name]): name for name in reversed(METHODS)}.values())

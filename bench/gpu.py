@@ -32,7 +32,7 @@ WORDS = 151936
 SIZES = ("hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads", "num_key_value_heads")
 SHAPES = {"0.5b": (896, 4864, 24, 14, 2), "1.5b": (1536, 8960, 28, 12, 2)}
 ROWS, PROMPT, NEW, FEW = 256, 256, 1024, 128
-BATCH, LENGTH = 8, 2048  # an update has BATCH rows of LENGTH tokens
+BATCH, LENGTH = 8, 2048  # rows, and tokens per row, of the measured update
 
 
 def measure(call: Callable) -> dict[str, float]:

@@ -11,7 +11,7 @@ them. Times are CPU seconds of the process, or wall seconds on CUDA. Ratios are 
 `step` every group has made-up rewards of 0 and 1, so that every row has a nonzero weight.
 
 On CUDA both our code and TRL compute the part `step` in bf16 on fp32 weights. On CUDA, TRL processes all rows of an
-update in one pass, but at most 64 rows. bench/gpu.py compares decoding with the limits of the device.
+update in one pass, but at most 64. bench/gpu.py compares decoding with the limits of the device.
 """
 
 import argparse

@@ -225,8 +225,8 @@ def render_prompt(tokenizer: Tokenizer, problem: str, system: str = "") -> str:
     Without a template the prompt is "system\\n\\nproblem\\n". If the tokenizer starts each text with a bos token, the
     prompt starts with the bos token too (Llama was trained that way). A template that asks for today's date gets the
     fixed date DATE, so the prompts of a run and of its evaluation are the same on any day. Raises InputError for a
-    template that refuses or leaves out a message. Some templates take no system message, or expect the content as a
-    list of parts.
+    template that refuses or leaves out a message, for example because it takes no system message or expects the
+    content as a list of parts.
     """
     if not tokenizer.chat_template:
         begin = tokenizer.bos_token if tokenizer("x")["input_ids"][0] == tokenizer.bos_token_id else ""

@@ -203,7 +203,7 @@ def make_splits(
 
 
 def row(identifier: str, recipe: Recipe, texts: list[str] | None = None) -> dict:
-    """Returns one row of a data file. A row without demonstrations has no key "demonstrations"."""
+    """Returns a recipe as a row of a data file. A row without demonstrations has no key "demonstrations"."""
     fields = {"id": identifier, "problem": recipe.problem, "answer": recipe.answer}
     if texts:
         fields["demonstrations"] = texts

@@ -142,7 +142,7 @@ def draw_ceiling(axis: Axes, lines: Sequence[Line], level: str) -> None:
 
 def question_panels(stored: Stored) -> list[Panel]:
     """Returns two panels for each of four questions: few demonstrations, weaker experts, variants of Prefix-RFT, and
-    pass@k. RFT uses no demonstration, so for any demonstrations its points are the runs of the regime habit."""
+    pass@k. RFT uses no demonstrations, so all its points are the runs of the regime habit."""
 
     def runs(names: dict[str, list[str]], kind: str) -> dict[str, list[np.ndarray]]:
         return {

@@ -34,7 +34,7 @@ TYPE = {  # settings for matplotlib.rc_context
     "legend.framealpha": 0.8,
     "axes.spines.top": False,
     "axes.spines.right": False,
-    "text.parse_math": False,  # so that a $ in the name of a run, level or benchmark is printed as it is
+    "text.parse_math": False,  # without parsing, a $ in the name of a run, level or benchmark is printed as it is
     "axes.prop_cycle": f"cycler('color', {list(COLOURS)})",
 }
 

@@ -108,8 +108,8 @@ def choose_problem(problems: list[Problem], wanted: str | None, recorded: list[s
 
 
 def methods_shown(problem: Problem) -> dict[str, Method]:
-    """Returns the methods that the page can show: `plan_rows` has the kinds of rows that they need, and their weights
-    need neither random numbers nor a demonstration in the prompt."""
+    """Returns the methods that the page can show: `plan_rows` samples the kinds of rows that these methods need, and
+    their weights need neither random numbers nor a demonstration in the prompt."""
 
     def is_shown(method: Method) -> bool:
         possible = problem.demonstrations or not method.needs_demonstrations

@@ -181,7 +181,7 @@ def draw_all(stored: Stored, runs: pd.DataFrame, folder: Path) -> list[Path]:
     questions = question_panels(stored)
     figures = {"study/demonstrations": questions[:4], "study/parts": questions[4:6], "study/ceiling": questions[6:]}
     pairs = [(regime, name) for regime in ("habit", "silent", "twin") for name in ("rft", "sft-rft", "sft", "luffy")]
-    rivals = {"pairs": pairs[:-1], "title": "Prefix-RFT minus another"}  # LUFFY was not run in twin, the last pair
+    rivals = {"pairs": pairs[:-1], "title": "Prefix-RFT minus another"}  # LUFFY was not run in the regime twin
     figures["study/forest"] = [partial(draw_forest, stored=stored, kind=kind, **rivals) for kind in KINDS]
     habit = {"lines": stored["habit"], "methods": ("rft", OURS)}
     figures["first-hour"] = [

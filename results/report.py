@@ -66,7 +66,8 @@ def difference_text(first: Sequence[Line], second: Sequence[Line], kind: str) ->
 
 
 def difference_table(lines: Sequence[Line]) -> str:
-    """Returns a table with the accuracy of each method minus that of the REFERENCES with the same demonstrations."""
+    """Returns a table with the accuracy of each method minus that of prefix-rft and of sft-rft (REFERENCES) with the
+    same demonstrations."""
     rows = [["method", *(f"minus {other}, {title}" for other in REFERENCES for title in KINDS.values())]]
     for name in names_of(lines):
         cells = []

@@ -5,14 +5,14 @@
     python eval.py … --out evals/MODEL-NNN            continues an evaluation where it was stopped
     python eval.py --regrade evals/MODEL-NNN          grades its stored responses again and samples nothing
 
-The order of this file: `evaluate` (all that train.py needs), the checks, sampling the missing responses, and the
-command line. An evaluation's folder gets settings.json and generations.jsonl with a line per response
+The order of this file: `evaluate` (the function that train.py calls), the checks, sampling the missing responses, and
+the command line. An evaluation's folder gets settings.json and generations.jsonl with a line per response
 (evaluation/folder.py), then results.json, results.md (evaluation/report.py) and passk.png. A response that is cut off
 by max_response_tokens is wrong, as in training. The metric `unread` is the share of responses that are not cut off
 but have no readable boxed answer. Random draws are a pure function of (seed, problem, sample), so an evaluation that
-is stopped and continued writes the files of an uninterrupted one. Several ranks write the same files as one process;
-only rounding may differ, because other rows share a batch. Left out are top-p below 1, majority voting, tools, and
-models too large for one GPU.
+is stopped and continued writes the same files as an uninterrupted evaluation. Several ranks write the same files as
+one process, up to rounding: which rows share a batch depends on the number of ranks. Not supported are top-p below 1,
+majority voting, tools, and models too large for one GPU.
 """
 
 import argparse
@@ -143,11 +143,11 @@ def rows_that_fit(model: PreTrainedModel, columns: int) -> int:
     if model.device.type == "cuda":
         free, _ = torch.cuda.mem_get_info(model.device)
         try:
-            # `repeated` is True, because layers with sliding windows use HF's attention, which copies keys and values
-            # for all heads
+            # `repeated` is True, because in layers with sliding windows HF's attention copies keys and values for all
+            # heads
             row = row_bytes(model.config, whole_blocks(columns), repeated=True)
         except Exception as error:  # reading an unusual model's config can raise any error
-            raise InputError(f"the memory that a row takes is not known ({error}): give --rows_per_call") from error
+            raise InputError(f"the memory of a response is unknown ({error}): give --rows_per_call") from error
         fit = max(1, min(ROWS, int(0.8 * free / row)))
     return min(distributed.gather_dict({distributed.rank(): fit}).values())
 
@@ -164,7 +164,8 @@ def sample_missing(model, tokenizer, folder: Path, benchmarks: list[Benchmark], 
     start, tokens = time.perf_counter(), 0
     quiet, seldom = distributed.rank() > 0, 0.1 if sys.stderr.isatty() else LINE_SECONDS
     with tqdm(total=total, initial=done, unit="response", file=sys.stdout, disable=quiet, mininterval=seldom) as bar:
-        # a resumed evaluation begins with a shorter batch, so that later batches are those of an uninterrupted one
+        # a resumed evaluation begins with a shorter batch, so that later batches have the same rows as in an
+        # uninterrupted evaluation
         while batch := list(itertools.islice(draws, size - done % size)):
             rows = respond(
                 model,
@@ -205,7 +206,7 @@ def figure(folder: Path) -> str:
 def parse_args(argv: Sequence[str]) -> argparse.Namespace:
     parser = Parser(description="Evaluate a model on benchmarks.")
     parser.add_argument("--model", help="a HuggingFace model folder or hub name")
-    parser.add_argument("--benchmarks", default="", help=f"any of {', '.join(FILES)}; paper: the first nine")
+    parser.add_argument("--benchmarks", default="", help=f"any of {', '.join(FILES)}; paper: the first nine of them")
     parser.add_argument("--data", type=Path, help="problems of your own, JSONL (format: data/README.md)")
     parser.add_argument(
         "--samples", type=int, help="number of responses to each problem (default: as in the paper, 32 or 1)"
@@ -217,7 +218,7 @@ def parse_args(argv: Sequence[str]) -> argparse.Namespace:
         "--max_response_tokens", type=int, default=8192, help="limit of tokens of a response (default: 8192 [paper])"
     )
     parser.add_argument("--problems", type=int, help="evaluate only the first N problems of each level of difficulty")
-    parser.add_argument("--system", help="system message (default: that of training, else that of each problem)")
+    parser.add_argument("--system", help="system message (default: as in the model's training, else as in the data)")
     parser.add_argument("--reward", help="math (default), exact, or FILE.py[:name], a function of your own")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument(
@@ -228,7 +229,7 @@ def parse_args(argv: Sequence[str]) -> argparse.Namespace:
     )
     parser.add_argument("--device", default="auto", choices=("auto", "cpu", "cuda", "mps"))
     parser.add_argument(
-        "--rows_per_call", type=int, help=f"number of responses sampled together (default {ROWS} if they fit)"
+        "--rows_per_call", type=int, help=f"number of responses sampled together (default {ROWS}, or as many as fit)"
     )
     args = parser.parse_args(argv)
     for word in argv:

@@ -12,7 +12,7 @@ A group is the N = 8 rollouts of one problem. In Prefix-RFT (paper, section 3) a
              response_mask = 1 over prefix, continuation and <eos>
 
 **Every method is a weight per token.** The gradient of the loss is grad L = -(1/Z) sum_{i,t} w_{i,t} grad log
-pi(y_{i,t}). No gradient flows through the weights w. The constant Z is the number of planned rows of the mini-batch
+pi(y_{i,t}). No gradient flows through the weights w. The constant Z is the number of rows planned for the mini-batch
 times max_response_tokens. In a batch that holds only demonstrations, Z is the number of demonstration tokens.
 
 The order of this file: `mean_of_members` and `advantages`; `entropy_clip` and `weighted_tokens`; PPO's textbook
@@ -80,11 +80,11 @@ def advantages(
     | on_policy [release]           | r - mean(on-policy) | r_h - mean(on-policy)  | r_h               |
     | group [paper, section 3 text] | r - mean(all N)     | r_h - mean(all N)      | r_h - mean(all N) |
 
-    A prefix starts where the on-policy rows start, at the prompt, so its reward is compared with theirs. A
-    continuation starts at the end of its own prefix, where no on-policy row starts, so its reward r_h is compared
-    with nothing. A second hybrid row of a group (hybrid_per_prompt 2) is not in the baseline either, even if both
-    rows have the same prefix. The advantage of a single on-policy row in a group is r - r = 0 (in the paper's
-    released code: r). For rows without a prefix, prefix_advantage is not used. `scale_by_std` divides centred
+    A prefix starts where the on-policy rows start, at the prompt, so its reward is compared with the on-policy rows'
+    rewards. A continuation starts at the end of its own prefix, where no on-policy row starts, so its reward r_h is
+    compared with nothing. A second hybrid row of a group (hybrid_per_prompt 2) is not in the baseline either, even if
+    both hybrid rows have the same prefix. The advantage of a single on-policy row in a group is r - r = 0 (in the
+    paper's released code: r). For rows without a prefix, prefix_advantage is not used. `scale_by_std` divides centred
     advantages by the unbiased standard deviation of the baseline's rewards + 1e-6, unless these rewards are equal.
     The advantage r_h of a continuation is not divided. (GRPO divides by the standard deviation; Dr.GRPO and the paper
     do not.)
@@ -124,9 +124,9 @@ def entropy_clip(
     entropy_clip takes the tokens of a whole mini-batch, over all micro-batches and ranks, with the entropies of the
     sampling policy. So the kept tokens cannot depend on how the mini-batch is cut into micro-batches. (The paper's
     released code ranks the updating policy's entropy in each micro-batch, so the kept tokens change with the
-    micro-batches. In the released code "bottom 20%" also gives weight 0 to every token that the policy wrote. In the
-    released code "random" drops only n/100 of n prefix tokens, and none if its ratio is 0.8. This function follows
-    the paper's text.)
+    micro-batches. In the released code the ablation "bottom 20%" also gives weight 0 to every token that the policy
+    wrote. In the released code the ablation "random" drops only n/100 of n prefix tokens, and none if its ratio is
+    0.8. This function follows the paper's text.)
     """
     flat = prefix_mask.flatten()
     index = flat.nonzero().squeeze(1)
@@ -239,8 +239,8 @@ def clipped(t: Tokens) -> Tensor:
 
 @torch.no_grad()
 def token_weights(method: Any, tokens: Tokens) -> Tensor:
-    """Returns the weight w of every token [B, R]; w is 0 outside `weight_mask`. Only in this function do the weights
-    of methods differ.
+    """Returns the weight w of every token [B, R]; w is 0 outside `weight_mask`. Only this function calls the two
+    weight functions of a method.
 
     `method` is an entry of methods.METHODS. For Prefix-RFT both weight functions, of prefix tokens and of the
     policy's own tokens, are `clipped`.
@@ -252,7 +252,7 @@ def token_weights(method: Any, tokens: Tokens) -> Tensor:
 def weighted_loss(log_probs: Tensor, weights: Tensor, mask: Tensor, normalizer: float) -> Tensor:
     """Returns -sum(w log pi) / Z over the tokens of `mask`, a scalar. log_probs, weights and mask are [B, R].
 
-    The normalizer Z is the same constant in all micro-batches and on all ranks, so that their losses add up to the
-    loss of the mini-batch. [Like Dr.GRPO, this loss does not divide by response lengths.]
+    The normalizer Z is the same constant in all micro-batches and on all ranks, so that the losses of micro-batches
+    and ranks add up to the loss of the mini-batch. [Like Dr.GRPO, this loss does not divide by response lengths.]
     """
     return -torch.where(mask, weights * log_probs, 0.0).sum() / normalizer

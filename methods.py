@@ -11,11 +11,12 @@ and `collect` (ReLIFT keeps a buffer of unsolved problems), and the learning rat
 In the formulas p = pi(y) is a token's probability, r = p / pi_old(y) is PPO's ratio, and A is the advantage. T_own is
 the number of the policy's own tokens in the mini-batch, and T_d the number of demonstration tokens. The first line of
 a weight function's docstring is its formula. A coefficient c mixes an RL term and a demonstration term, and its value
-depends on the denominators of the two terms. In this project all tokens are summed and divided by Z. If a source
-takes the token mean of both terms, the factor T_own / T_d turns its c into a weight of this sum. If a source adds a
-token mean to a sum over Z, this factor is Z / T_d. Left out are RL-PLUS (LUFFY's rows, another shaping), methods with
-hints in the prompt or several teachers (AMPO, Scaf-GRPO, Guide), QuestA (`rescue` with a constant share), and
-distillation from a larger teacher. configs/README.md says what the code lacks for further methods.
+depends on the denominators of the two terms. In this project all tokens are summed and divided by Z. If a method's
+source (paper or code) takes the token mean of both terms, the factor T_own / T_d turns the source's c into a weight
+of this sum. If the source adds a token mean to a sum over Z, the factor is Z / T_d. This project does not have
+RL-PLUS (LUFFY's rows, another shaping), methods with hints in the prompt or several teachers (AMPO, Scaf-GRPO,
+Guide), QuestA (`rescue` with a constant share), and distillation from a larger teacher. configs/README.md says what
+the code lacks for further methods.
 """
 
 import dataclasses
@@ -32,9 +33,9 @@ from loss import Tokens, clipped
 # The method rescue tries prefixes of these shares of a demonstration, in this order. [GHPO counts a share in
 # characters, this project in tokens.]
 RESCUE_SHARES = (0.25, 0.5, 0.75)
-# A coefficient with a `coefficient_end` falls over this share of the run. [CHORD's mu falls from 0.6 to 0 over 20 of
-# 100 steps in Trinity-RFT's mix_chord_toolace.yaml, and from 0.9 to 0.05 over 200 steps of a longer run in
-# mix_chord.yaml.]
+# The coefficient of a method with a `coefficient_end` falls over this share of the run, from its start. [CHORD's mu
+# falls from 0.6 to 0 over 20 of 100 steps in Trinity-RFT's mix_chord_toolace.yaml, and from 0.9 to 0.05 over 200
+# steps of a longer run in mix_chord.yaml.]
 FALL = 0.2
 
 # ---- the weights
@@ -73,8 +74,9 @@ def token_mean(t: Tokens) -> Tensor:
     RL term of each micro-batch is the sum over its tokens, divided by L = max_response_tokens and not by the number
     of rows. LUFFY's SFT term is the token mean of each micro-batch, with coefficient 1. With the denominators of this
     project LUFFY's coefficient is c = K/B, where K is the number of micro-batches in a step that hold a
-    demonstration, and B = 512 rows. K/B is at most 0.125, and about 0.07 at 8 GPUs x 32768 tokens; this project uses
-    c = 0.1. Where few groups have a demonstration, as in the embedded task, K/B would be smaller, so tune c.
+    demonstration, and B = 512 rows. K/B is at most 0.125, and about 0.07 with 8 GPUs and micro-batches of 32768
+    tokens; this project uses c = 0.1. Where few groups have a demonstration, as in the embedded task, K/B would be
+    smaller, so tune c.
     """
     return torch.full_like(t.log_probs, t.coefficient * t.normalizer / max(1, t.demonstration_tokens))
 
@@ -84,9 +86,9 @@ def matched_means(t: Tokens) -> Tensor:
 
     UFT and CHORD take the token mean of each term and multiply the mean of the demonstration term by c. [Sources:
     UFT; CHORD's mu] The weight of this function is exactly that of UFT's code. UFT's KL and entropy terms (0.001
-    each) and its rule that a prefix ends with a sentence are left out. Unlike in UFT, the tokens of the prefix count
-    towards max_response_tokens, and a prefix never has the last token of a demonstration. UFT's script has 4 rollouts
-    of 256 problems and 4 updates per step; in this project these numbers are settings.
+    each) and its rule that a prefix ends with a sentence are not in this project. Unlike in UFT, the tokens of the
+    prefix count towards max_response_tokens, and a prefix never has the last token of a demonstration. UFT's script
+    has 4 rollouts of 256 problems and 4 updates per step; in this project these numbers are settings.
     """
     return torch.full_like(t.log_probs, t.coefficient * t.policy_tokens / max(1, t.demonstration_tokens))
 
@@ -135,12 +137,12 @@ def row_mean(t: Tokens) -> Tensor:
     """c·L/len(y*)
 
     Each demonstration that replaces an unsolved group adds the mean of -log p over its tokens to the loss. [Source:
-    HPT] In HPT's code the RL term is the sum over tokens / L, and the SFT term is c times the token mean of each
-    micro-batch. The weight of this function equals HPT's if a demonstration is alone in its micro-batch; otherwise
-    HPT's weight is smaller. The SFT term grows with the number of replaced groups. HPT cuts the rows that are left
-    after the replacement into mini-batches of 512 rows. So HPT makes one update if more than 73 of 128 problems are
-    unsolved, else a second update with the rows beyond 512. In this project every update of a step has an equal part
-    of the problems.
+    HPT] In HPT's code the RL term is the sum over tokens divided by L, and the SFT term is c times the token mean of
+    each micro-batch. The weight of this function equals HPT's if a demonstration is alone in its micro-batch;
+    otherwise HPT's weight is smaller. The SFT term grows with the number of replaced groups. HPT cuts the rows that
+    are left after the replacement into mini-batches of 512 rows. So HPT makes one update if more than 73 of 128
+    problems are unsolved, because at most 512 rows are left, else a second update with the rows beyond 512. In this
+    project every update of a step has an equal part of the problems.
     """
     lengths = t.prefix_mask.sum(1, keepdim=True).clamp(min=1).to(t.log_probs)
     return (t.coefficient * t.max_response_tokens / lengths).expand_as(t.log_probs)
@@ -191,10 +193,10 @@ def toward_hinted(t: Tokens) -> Tensor:
     without it. On average over sampled tokens, this weight gives the gradient of KL(p ‖ q). The factor r (PPO's
     ratio) corrects for the updates since the sampling. Rows of a problem without a demonstration have weight 0.
     SDFT's code sums the divergence over the vocabulary; this project estimates the divergence from the sampled token.
-    SDFT's loss is the mean over rows of each row's token mean, without its first 3 tokens. In this project the loss
-    is a sum over Z, so a row y weighs len(y)/L times as much as in SDFT. The README of SDFT's repository (April 2026)
-    says that the paper's results used the forward KL, the default of its code. [Sources: 2601.19897;
-    idanshen/Self-Distillation, distil_trainer.py `_compute_loss`, as a fork of that repository has it]
+    SDFT takes the token mean of each row, without the row's first 3 tokens, and averages these means over rows. In
+    this project the loss is a sum over Z, so a row y weighs len(y)/L times as much as in SDFT. The README of SDFT's
+    repository (April 2026) says that the paper's results used the forward KL, the default of its code. [Sources:
+    2601.19897; idanshen/Self-Distillation, distil_trainer.py `_compute_loss`, as a fork of that repository has it]
     """
     gain = t.hinted_log_probs - t.log_probs
     return torch.where(gain.isnan(), 0.0, (t.log_probs - t.old_log_probs).exp() * gain)
@@ -290,8 +292,8 @@ def coefficient_at(method: Method, progress: float, setting: float | None) -> fl
     """Returns the coefficient c at `progress` (0 to 1) of the run: the `setting`, or else the method's own c, or 1
     for a method without c.
 
-    If the method has a coefficient_end, c falls to coefficient_end along half a cosine over the first share FALL of
-    the run.
+    If the method has a coefficient_end, c falls to coefficient_end along half a cosine over the first share FALL
+    (20%) of the run.
     """
     start = method.coefficient if setting is None else setting
     if start is None or method.coefficient_end is None:
@@ -311,13 +313,15 @@ def unsolved_groups(rows: Sequence[Any], gate: int) -> list[int]:
 def second_chance(
     method: Method, rows: list[Any], gate: int, demonstrated: Sequence[bool], sample: Callable[..., list[Any]]
 ) -> tuple[list[Any], int]:
-    """Replaces or samples again, before any update, unsolved groups whose problem has a demonstration (`demonstrated`
-    says which problems have one). Returns all rows of the step, and how many tokens this function sampled.
+    """Before any update, replaces or samples again the unsolved groups whose problem has a demonstration
+    (`demonstrated` says which problems have one). Returns all rows of the step, and how many tokens this function
+    sampled.
 
     - replace: one whole demonstration takes the group's place. [HPT]
     - rescue: all rows are sampled again behind the same first 25%, then 50%, then 75% of a demonstration, until one
       row is right. [GHPO, BREAD. GHPO also puts the hint into the prompt, adds 0.5 to the reward for the format,
-      divides advantages by the deviation, takes a token mean and a cosine rate with warm-up; this project does not.]
+      divides advantages by the rewards' deviation, averages over tokens, and has a cosine learning rate with warm-up;
+      this project does not.]
 
     `sample(groups, rows=…, rollouts=…, …)` is step.sample_groups, which returns graded rows of `groups`.
     """
@@ -384,9 +388,9 @@ def collect(run: Any, picked: list[int], rows: list[Any], sft_step: Callable[...
     `relift_buffer` problems, the first `relift_buffer` of them give one supervised update, with an optimizer of its
     own. Returns the metrics of ReLIFT's buffer and update for metrics.jsonl.
 
-    ReLIFT's code averages token means over 4 rows each. ReLIFT clips the gradient of the supervised update at 1.0 and
-    that of reinforcement at 0.7. In this project the loss is one token mean over the whole update, and
-    `max_grad_norm` clips both gradients.
+    ReLIFT's code takes a token mean of every 4 rows and averages these means. ReLIFT clips the gradient of the
+    supervised update at 1.0 and the gradient of reinforcement at 0.7. In this project the loss is one token mean over
+    the whole update, and `max_grad_norm` clips both gradients.
     """
     config, collector, encoded = run.config, run.collector, run.data.encoded
     if not collector:

@@ -4,8 +4,8 @@ responses.
 The order of this file: `load_tokenizer`, `load_model`, `save_model`, `sampling`; `response_text`; `token_stats`,
 which is the training forward pass. On CUDA, or with several processes, support/distributed.py shards a model in
 training. support/loading.py picks the device and turns errors of libraries into one line. fast/check.py tests on a
-few tokens that a loaded model behaves as model.py assumes. Left out are quantisation, remote code, encoder-decoder
-models, and models that change their logits after the head.
+few tokens that a loaded model behaves as model.py assumes. Not supported are quantisation, remote code,
+encoder-decoder models, and models that change their logits after the head.
 """
 
 import contextlib
@@ -195,13 +195,14 @@ def response_stats(
     (distributed.run_forward gathers them).
 
     Every row is moved to the left, so that its padding is on the right. Padding on the right changes no token and no
-    position, and a causal model needs no mask for it. Columns that no row uses are left out.
+    position, and a causal model needs no mask for it. Columns that no row uses are dropped.
     """
     mask = attention_mask[:, -response_length:].bool()
     width, length = input_ids.shape[1], int(attention_mask.sum(1).max())
     column = torch.arange(width, device=input_ids.device)
     first = attention_mask.argmax(1, keepdim=True)
-    source = (first + column[:length]) % width  # [B, length] the column of input_ids where each token was
+    # [B, length] the column of input_ids where each moved token was before
+    source = (first + column[:length]) % width
     ids = input_ids.gather(1, source)
     response = (attention_mask.bool() & (column >= width - response_length)).gather(1, source)[:, 1:]
     hidden = last_hidden(model, input_ids=ids, attention_mask=torch.ones_like(ids), use_cache=False)
@@ -213,7 +214,7 @@ def response_stats(
 
 def last_hidden(model: PreTrainedModel, **arguments: Any) -> Tensor:
     """Returns the hidden states [B, T, H] that the model's head reads. Arguments that the model's forward does not
-    know are left out: some models take no position_ids and compute them from the mask."""
+    know are not passed: some models take no position_ids and compute them from the mask."""
     body = model.base_model
     body = next(model.children()) if body is model else body  # base_model can be the whole model, head included
     known = signature(type(body).forward).parameters

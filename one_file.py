@@ -95,7 +95,7 @@ def new_group(problem: dict, progress: float, tokenizer) -> list[Row]:
 
 @torch.no_grad()
 def respond(model, tokenizer, rows: list[Row], sampler: dict) -> None:
-    """Write and grade the response of every row. For `generate` the prefix is simply the end of the prompt."""
+    """Write and grade the response of every row. HF's `generate` gets the prefix as the end of the prompt."""
     inputs = [torch.tensor(row.prompt + row.prefix) for row in rows]
     # prompts are padded on the left, so all rows continue in the same column
     left = {"batch_first": True, "padding_side": "left"}
@@ -155,7 +155,7 @@ def new_batch(model, tokenizer, rows: list[Row]) -> dict[str, Tensor]:
     old_log_probs, entropy = token_stats(model, ids)
     return {
         "input_ids": ids,
-        # the mask is made by position and includes <eos>, because <pad> can have the id of <eos>
+        # the mask is made from positions, not from ids, and includes <eos>, because <pad> can have the id of <eos>
         "response_mask": (begin <= token) & (token < end),
         "prefix_mask": prefix_mask,
         "advantages": torch.where(prefix_mask, prefix_advantage.view(-1, 1), own_advantage.view(-1, 1)),

@@ -6,10 +6,10 @@ Only the model's config is read. The configs of all models that configs/ names a
 is needed. The memory of an update is counted: the layers and the head run forward and backward on the meta device
 (shapes without data), and `update_bytes` adds up the tensors that are alive. Attention is counted as a fused causal
 kernel that keeps queries, keys, values and output. All other memory is computed by formulas. Tests compare the
-counted and the computed memory with measured peaks. Times are estimates: the peak speeds of data sheets times shares
-that a run reaches, which are constants of this file. These shares were fitted to one H200 with a model of
-Qwen2.5-1.5B's shape: decoding of 256 rows, and one whole step [bench/results/gpu.md]. Other GPUs, other models,
-several GPUs and transfers were not measured.
+counted and the computed memory with measured peaks. Times are estimates: a run reaches a constant share of each peak
+speed on the GPU's data sheet. UPDATE_SHARE and READ_SHARE were fitted to one H200 with a model of Qwen2.5-1.5B's
+shape: decoding of 256 rows, and one whole step [bench/results/gpu.md]. Other GPUs, other models, several GPUs and
+transfers were not measured.
 """
 
 import bisect
@@ -53,10 +53,11 @@ GPUS = {
 }
 USABLE = 0.92  # share of a GPU's memory that a run can use; the driver and fragmentation take the rest
 UPDATE_SHARE = 0.16  # share of the peak TFLOP/s that the updates of a whole step reach
-READ_SHARE = 0.4  # share of the peak GB/s at which a decode pass reads weights and caches
+READ_SHARE = 0.4  # share of the peak GB/s at which the forward pass of a new token reads weights and caches
 TRANSFER_SHARE = 0.75  # share of PCIe's GB/s that offloading reaches; assumed, not measured
 HOST_BANDWIDTH = 30e9  # bytes per second of the host's memory, in which AdamW works with --offload; assumed
-LAYER_SECONDS = 0.0001  # seconds that each layer adds to a decode pass beside reading its weights and caches
+# seconds that each layer adds to the forward pass of a new token, beside reading its weights and caches
+LAYER_SECONDS = 0.0001
 EXPERTS = ("num_experts", "num_local_experts", "n_routed_experts")  # names that configs use for the number of experts
 MEAN_RESPONSE = 0.4  # assumed mean response length as a share of max_response_tokens
 
@@ -183,10 +184,10 @@ def update_bytes(
 class Counts:
     """Numbers of a model's parameters, and in `cache` the bytes of each token in the key-value cache.
 
-    `total` counts all parameters, `passed` the parameters that each token passes (of a mixture only a few experts),
-    and `trained` the trained parameters (with adapters only the adapters). Of the trained parameters `root` counts
-    those outside the layers (embedding, head, last norm), and `layer` those of the largest layer. `layers` is the
-    number of layers.
+    `total` counts all parameters, `passed` the parameters through which each token passes (in a mixture of experts
+    only a few experts), and `trained` the trained parameters (with adapters only the adapters). Of the trained
+    parameters `root` counts those outside the layers (embedding, head, last norm), and `layer` those of the largest
+    layer. `layers` is the number of layers.
     """
 
     total: int
@@ -207,7 +208,8 @@ def shape_of(path: str) -> Any:
 
 
 def experts_share(shape: Any) -> float:
-    """Returns the share of the experts that each token passes; 1 for models that are no mixture of experts."""
+    """Returns the share of the experts through which each token passes; 1 for models that are no mixture of
+    experts."""
     text = shape.get_text_config()
     numbers = [n for name in EXPERTS if (n := getattr(text, name, None))]
     passed = getattr(text, "num_experts_per_tok", None)
@@ -247,7 +249,7 @@ def rows_of_a_pass(config: Config, length: float) -> int:
 
 
 def pass_bytes(config: Config, shape: Any, prompt: int, rows: int) -> int:
-    """Returns update_bytes of a pass over `rows` rows of full length on a GPU."""
+    """Returns update_bytes of a micro-batch of `rows` rows of full length on a GPU."""
     how = (prompt, config.max_response_tokens, torch.bfloat16, config.recompute)
     return update_bytes(shape, rows, *how, low_rank=adapters.of(config))
 
@@ -301,10 +303,10 @@ def rows_sampled_at_once(shape: Any, sampling: dict[str, float], free: float, co
 def rows_updated_at_once(
     config: Config, shape: Any, update: dict[str, float], free: float, prompt: int, most: int
 ) -> int:
-    """Returns how many rows of full length, 0 to `most`, fit into one pass of an update.
+    """Returns how many rows of full length, 0 to `most`, fit into one micro-batch of an update.
 
     The function tries out numbers of rows. A straight line through the memory of one and two rows would promise too
-    many, because the peak of few rows is at another place of the pass.
+    many, because with few rows the memory peaks at another place of the forward and backward pass.
     """
     left = free - sum(list(update.values())[:-1])  # the last part of `update` grows with the number of rows
     needed = functools.cache(functools.partial(pass_bytes, config, shape, prompt))
@@ -328,8 +330,8 @@ def host_bytes(config: Config, n: Counts) -> dict[str, float]:
 def offload_seconds(config: Config, n: Counts, gpus: int, gpu: str, rows: int, mean: float, crossings: int) -> float:
     """Returns the seconds that offloading adds to one update over `rows` rows of `mean` tokens each.
 
-    `crossings` is how often a pass moves 4 bytes per parameter: weights to the GPU, or gradients back. The host adds
-    up the gradients, and AdamW on the host reads four numbers per parameter and writes three.
+    `crossings` is how often a forward and backward pass moves 4 bytes per parameter: weights to the GPU, or gradients
+    back. The host adds up the gradients, and AdamW on the host reads four numbers per parameter and writes three.
     """
     passes = -(-rows // gpus // rows_of_a_pass(config, mean))
     over_pcie = passes * crossings * 4 * n.trained / gpus / (GPUS[gpu][3] * 1e9 * TRANSFER_SHARE)
@@ -388,10 +390,11 @@ def planned(path: str, shape: Any) -> Iterator[None]:
 
 
 def advice(config: Config, n: Counts, fits: bool, updated: int, sampled: int, length: int) -> list[str]:
-    """Returns advice on what to change if the run does not fit, or if more rows at once would save transfers.
+    """Returns advice on what to change if the run does not fit, or if more rows at once would save transfers between
+    host and GPU.
 
-    `updated` and `sampled` are the numbers of full-length rows that fit into an update's pass and into a sampling
-    call.
+    `updated` and `sampled` are the numbers of full-length rows that fit into a micro-batch of an update and into a
+    sampling call.
     """
     lines = []
     rows = rows_of_a_pass(config, length)

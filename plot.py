@@ -66,7 +66,7 @@ def main() -> None:
     parser.add_argument(
         "folders", nargs="*", type=Path, metavar="FOLDER", help="folders of runs, or of evaluations with --compare"
     )
-    parser.add_argument("--group", nargs="+", metavar="RUN", help="RUN [STEP]: draw the group recorded at a step")
+    parser.add_argument("--group", nargs="+", metavar="RUN", help="RUN [STEP]: draw the group of RUN at STEP")
     parser.add_argument(
         "--page",
         action="store_true",

@@ -2,8 +2,9 @@
 answer is the same text as the gold answer), or a function of your own.
 
 The package answers/ reads mathematical answers and decides when two answers are equal. A `Reward` holds the function
-with which a run grades, its check and its fingerprint. Left out are rewards for the format, answers outside a box (a
-policy would learn to write many numbers), and time limits (answers/ bounds its own work).
+with which a run grades, its check and its fingerprint. Answers outside a box get no reward, because a policy would
+learn to write many numbers. There is no reward for the format. There is no time limit, because answers/ bounds its
+own work.
 """
 
 import contextlib
@@ -38,7 +39,8 @@ def extract_boxed(text: str | None) -> str | None:
         return None
     best, depth = (-1, -1), 0
     boxes: list[tuple[int, int]] = []  # for each open box, where its content starts and its brace depth
-    bare: deque[int] = deque(maxlen=20)  # ends of \boxed without a brace; only the last 20, to bound the time
+    # ends of the words \boxed without a brace; only the last 20 are kept, to bound the time
+    bare: deque[int] = deque(maxlen=20)
     for mark in _MARKS.finditer(text):
         if mark["in"]:
             depth += len(mark["in"])
@@ -203,7 +205,7 @@ def load_reward(name: str = "math") -> Reward:
         raise RewardError(f"reward {name!r}: the file {str(path)!r} does not exist")
     spec = importlib.util.spec_from_file_location(f"reward {path.resolve()}", path)
     module = importlib.util.module_from_spec(spec)
-    sys.modules[spec.name] = module  # if FILE.py has a dataclass, it looks FILE.py up in sys.modules
+    sys.modules[spec.name] = module  # a dataclass in FILE.py looks its module up in sys.modules
     try:
         with same_folder():
             spec.loader.exec_module(module)

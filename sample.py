@@ -5,9 +5,9 @@
     pack(rows) -> Rollouts                                     left-padded prompts | right-padded responses
 
 Every random draw is a pure function of (seed, step, problem, rollout, attempt). For each row and position one uniform
-number is turned into a token by inverting the CDF. So sampled tokens do not depend on the batch or the ranks. Left
-out are top-k, top-p and penalties (the sampler must be the policy that is trained), beams, and speculative decoding.
-Commands pass a faster decoding loop (fast/decode.py) to `generate`.
+number is turned into a token by inverting the CDF. So sampled tokens do not depend on the batch or the ranks. Not
+supported are top-k, top-p and penalties (the sampler must be the policy that is trained), beams, and speculative
+decoding. Commands pass a faster decoding loop (fast/decode.py) to `generate`.
 """
 
 import dataclasses
@@ -58,7 +58,7 @@ def cosine(progress: float) -> tuple[float, float]:
 SCHEDULES = {  # each schedule maps the run's progress (0 to 1) to (low, high), the bounds of the prefix fraction
     "cosine": cosine,
     "uniform": lambda progress: (PREFIX_LOW, PREFIX_HIGH),  # an ablation [paper Fig. 6]: fixed bounds of the fraction
-    "constant": lambda progress: (0.5, 0.5),  # an ablation: always the mean fraction of "uniform"
+    "constant": lambda progress: (0.5, 0.5),  # an ablation: always 0.5, the mean fraction of "uniform"
     "uft": lambda progress: (0.0, float(progress < 0.6)),  # no prefix after 60% of the run; see prefix_fraction
 }
 
@@ -170,8 +170,8 @@ class DrawTokenLogitsProcessor(LogitsProcessor):
 class PrefixForcingLogitsProcessor(LogitsProcessor):
     """Forces row i's first prefix_lengths[i] tokens to be prefix_ids[i] and leaves later tokens to the policy.
 
-    prefix_ids [B, L] can be padded with any ids. prompt_length counts the columns before the response. `rows` are the
-    indices of the rows still in the batch.
+    prefix_ids [B, L] can be padded with any ids. prompt_length is the number of columns before the response. `rows`
+    are the indices of the rows still in the batch.
     """
 
     def __init__(self, prefix_ids: Tensor, prefix_lengths: Tensor, prompt_length: int):
@@ -198,8 +198,8 @@ def padded(sequences: Iterable[Sequence[int]], value: int, side: str) -> tuple[T
 
 
 def decoding_loop(model: PreTrainedModel, input_ids: Tensor, decode: Callable | None, **arguments) -> Tensor:
-    """Samples with the loop `decode`, or with HF's loop for None. Raises ValueError if transformers has added a
-    logits processor for a setting of the model folder: then the sampler would not be the policy that is trained."""
+    """Samples with the decoding loop `decode` (None: HF's own). Raises ValueError if transformers has added a logits
+    processor for a setting of the model folder: then the sampler would not be the policy that is trained."""
     for processor in arguments["logits_processor"]:
         if not isinstance(processor, DrawTokenLogitsProcessor | PrefixForcingLogitsProcessor):
             raise ValueError(f"the sampler is not neutral: transformers has added {type(processor).__name__}")
@@ -262,8 +262,9 @@ def generate(
     """Returns `rows` with responses: prefix, continuation and an end token (unless the limit of tokens was reached).
 
     Temperature 0 is greedy. `decode` replaces HF's decoding loop (fast.decode.decode_rows gives the same tokens).
-    `progress` names a tqdm bar. Rows of similar length share a call of HF's `generate`, which changes tokens only by
-    rounding. Every rank must call `generate`; rank r samples groups g = r (mod ranks) and gets all others.
+    `progress` is the title of a tqdm bar. Rows of similar length share a call of HF's `generate`; sharing changes
+    tokens only by rounding. Every rank must call `generate`; rank r samples groups g = r (mod ranks) and gets all
+    others.
     """
     mine = [i for i, row in enumerate(rows) if not row.response and row.group % world_size() == rank()]
     mine.sort(key=lambda i: (len(rows[i].prompt_ids), len(rows[i].prefix_ids)))

@@ -3,11 +3,11 @@
 A step of reinforcement (`rl_step`) does this:
 
     problems  -> plan_group, generate                  rollouts: on-policy rows and hybrid ones
-              -> grade                                 0 to 1; a response cut off by the budget gets 0
+              -> grade                                 0 to 1; a response cut off by the limit gets 0
               -> (hpt, rescue) second_chance           groups without a right row are replaced or sampled again
               -> advantages                            of each row's own tokens and of its prefix
-              -> old log-probs and entropies           one pass before the first update (see known_before)
-              -> (sdft) hinted_log_probs               another one, with a demonstration in the prompt
+              -> old log-probs and entropies           one forward pass, before the first update (known_before)
+              -> (sdft) hinted_log_probs               another forward pass, with a demonstration in the prompt
               -> for each mini-batch: entropy clip, then micro-batches: token_stats, token_weights, loss, backward;
                  clip the gradient, AdamW
               -> (relift) one update on demonstrations of collected problems
@@ -50,7 +50,7 @@ class Run:
     optimizer: torch.optim.Optimizer
     decode: Callable | None = None  # a decoding loop (fast.decode) that replaces HF's
     collector: Collector | None = None  # ReLIFT
-    skipped: int = 0  # number of latest updates, in a row, skipped for numbers that are not finite
+    skipped: int = 0  # number of consecutive updates, up to the last one, skipped because a number was not finite
 
 
 def problems_of_step(count: int, per_step: int, step: int, *key: object) -> list[int]:
@@ -128,7 +128,7 @@ class Batch:
 
 def forward(model: PreTrainedModel, rollouts: Rollouts, rows: Tensor, temperature: float) -> tuple[Tensor, Tensor]:
     """Returns the token_stats of b `rows` of the batch: log_probs and entropy [b, R]. If `rows` is empty, row 0
-    passes through the model and its result is dropped, because FSDP needs equally many passes on every rank."""
+    passes through the model without a result, because FSDP needs equally many forward passes on every rank."""
     passing = rows if len(rows) else torch.tensor([0])
     ids, mask = rollouts.input_ids[passing].to(model.device), rollouts.attention_mask[passing].to(model.device)
     log_probs, entropy = token_stats(model, ids, mask, rollouts.response_mask.shape[1], temperature)
@@ -237,8 +237,8 @@ def update(
 ) -> dict[str, Any]:
     """Makes one optimizer step on a mini-batch, and returns its loss, gradient norm and sums for metrics.
 
-    The gradient does not depend on the micro-batches. Rows whose weights are all 0 skip the passes, but Z counts
-    them. If an old log-prob, the loss or the gradient is not finite, every rank skips the update.
+    The gradient does not depend on the micro-batches. Rows whose weights are all 0 skip the forward and backward
+    pass, but Z counts them. If an old log-prob, the loss or the gradient is not finite, every rank skips the update.
     """
     active = ~batch.old_known & tokens.weight_mask.any(1)  # rows whose old log-probs are taken in this update
     for nats in (-1, 0, 1):  # a weight that is 0 at r = 1 can differ from 0 after an update
@@ -255,7 +255,7 @@ def update(
         late = ~batch.old_known[rows]  # rows that have no old log-probs yet; pi has not changed, so r = 1
         batch.old_log_probs[rows[late]] = log_probs.detach().cpu()[late]
         batch.entropy[rows[late]] = entropy.cpu()[late]
-        part = tokens.at(rows, log_probs, entropy)  # reads the old log-probs just written to `batch`
+        part = tokens.at(rows, log_probs, entropy)  # `at` reads the old log-probs that were just written to `batch`
         weights = token_weights(run.method, part)
         loss = weighted_loss(log_probs, weights, part.response_mask, tokens.normalizer)
         loss.backward()
@@ -285,7 +285,7 @@ class Step:
     batch: Batch
     mini_batches: list[Tokens]
     updates: list[dict[str, Any]]  # what `update` returned for each mini-batch
-    seconds: tuple[float, float]  # seconds for the batch, and for the updates
+    seconds: tuple[float, float]  # seconds that making the batch took, and seconds that the updates took
     picked: list[int]  # indices of the step's problems; [] in a supervised step
     collected: dict[str, Any]  # ReLIFT's metrics
 

@@ -3,8 +3,8 @@
 The order of this file: evaluation on a run's held-out problems, then `train`, then the loop over steps in `train_in`.
 step.py has one step, and data/run_data.py loads the data. A run folder gets config.json, metrics.jsonl (a row per
 step), samples.jsonl, groups.jsonl (a group every few steps), eval.json, curves.png, checkpoint/ and final/ (a
-HuggingFace model folder). Left out are a value model, a reference model and KL, mixed data sources, and asynchronous
-sampling.
+HuggingFace model folder). Training has no value model, no reference model and KL term, no mixed data sources, and no
+asynchronous sampling.
 """
 
 import dataclasses
@@ -39,7 +39,7 @@ from support.record import example_rows, record_group, rl_metrics, sft_metrics
 from support.watch import Watch
 
 TABLES = ("validation", "test", "test_sampled")  # names of the accuracy tables in eval.json
-MOST_SKIPPED = 3  # the run ends after so many updates in a row that were skipped because numbers were not finite
+MOST_SKIPPED = 3  # the run ends after so many consecutive updates that were skipped because numbers were not finite
 
 
 def check_ranks(config: Config) -> None:
@@ -123,7 +123,7 @@ def prepare(config: Config) -> tuple[Run, Counts]:
     )
     use_one_thread_if_small(model)
     method = METHODS[config.method]
-    prefix_range(0, 1, method.schedule)  # called to raise ValueError for an unknown schedule
+    prefix_range(0, 1, method.schedule)  # raises ValueError for an unknown schedule before the run begins
     run = Run(config, method, model, tokenizer, reward, data, new_optimizer(model, config), loop_of(model))
     if method.unsolved == "collect":
         run.collector = Collector([], new_optimizer(model, config))
@@ -224,7 +224,8 @@ def record(
     folder: Path, run: Run, done: int, metrics: dict[str, Any], result: Step | None, progress: console.Progress
 ) -> None:
     """Write step `done` to the logs and show it. Every `eval_every` steps, and at the end, measure validation
-    accuracy and record a group of the step. A group of the first reinforcement step is always recorded."""
+    accuracy and write one group of the step to groups.jsonl. A group of the first reinforcement step is always
+    written."""
     config, (sft_steps, rl_steps) = run.config, stages(run)
     due = done == sft_steps + rl_steps or (config.eval_every and done % config.eval_every == 0)
     samples = example_rows(run, result) if result else []
@@ -265,8 +266,8 @@ def read_eval(folder: Path) -> dict[str, Any]:
 def restore(run: Run, folder: Path, watch: Watch) -> int:
     """Put the run into the state of its newest undamaged checkpoint, and return how many steps are done.
 
-    Watch.recall gets the metrics of the steps done. Raises InputError, and writes nothing, if a file of the run is
-    damaged or missing.
+    Watch.recall gets the metrics of all finished steps. Raises InputError, and writes nothing, if a file of the run
+    is damaged or missing.
     """
     done = checkpoint.load(folder, run)
     if distributed.rank() == 0 and "base" not in read_eval(folder) and done:
@@ -278,10 +279,10 @@ def restore(run: Run, folder: Path, watch: Watch) -> int:
 
 
 def diverged(run: Run, folder: Path) -> str:
-    """Returns the error message for a run that skipped MOST_SKIPPED updates in a row, or whose weights are not
-    finite."""
+    """Returns the error message for a run that skipped MOST_SKIPPED consecutive updates, or that has weights that are
+    not finite."""
     saved = " and ".join(str(file) for file in checkpoint.checkpoints(folder)) or "none: no step was saved"
-    skipped = f"the loss or gradient of {run.skipped} updates in a row was not finite"
+    skipped = f"the loss or gradient of {run.skipped} consecutive updates was not finite"
     what = skipped if run.skipped >= MOST_SKIPPED else "the last update left weights that are not finite"
     return (
         f"{what}: the run has diverged; start again in a new folder, with a lower lr or sft_lr. "

@@ -6,9 +6,9 @@ answers mean the same.
     whole.py     text -> answer: `read`                      regions.py   sets of real numbers as intervals
     equality.py  two answers: `equal`
 
-The package needs no time limits, processes or signals. The number of characters, tokens, digits and random points and
-the depth of an answer are limited, the parser does not backtrack, and no text is ever evaluated as code. Finding the
-boxed answer in a response is left to reward.py.
+The package needs no time limits, processes or signals: it limits the characters, tokens, digits and depth of an
+answer and the random points of a comparison, and the parser does not backtrack. No text is ever evaluated as code.
+reward.py finds the boxed answer in a response.
 """
 
 from .equality import equal

@@ -8,17 +8,18 @@ significant digits also accepts a fraction that has no finite decimal and rounds
 accepts 1/3. An irrational number such as √2 is accepted if the decimal gold answer has at least four significant
 digits.
 
-Some parts of an answer may be left out but never contradicted (5 cm is 5 and is not 5 m). The parts that may be left
-out are units, degrees, %, currency, the modulus, the base, the name in "x = 5", and a domain such as "for all real
-x". Any other condition behind an answer must be the same in both answers, word by word. Sets, lists and the sides of
-= may stand in any order. The order of the entries counts in tuples, points and matrices. The brackets of an interval
-count: [0, 1] is not [0, 1). Three or more numbers in the same order equal a tuple even without parentheses, a column
-vector equals a point, and {5} equals 5.
+Some parts may be missing in one of the two answers, but may not differ: 5 cm equals 5 but not 5 m. These parts are
+units, degrees, %, currency, the modulus, the base, the name in "x = 5", and a domain such as "for all real x". Any
+other condition behind an answer must be the same in both answers, word by word. The items of sets and lists and the
+two sides of = may stand in any order. The order of the entries counts in tuples, points and matrices. The brackets of
+an interval count: [0, 1] is not [0, 1). Three or more numbers in the same order equal a tuple even without
+parentheses, a column vector equals a point, and {5} equals 5.
 
 Expressions are compared as real functions if both have real values at three or more of eight random points, else as
 complex functions. Expressions with ⌊ ⌋ or ⌈ ⌉ are compared at whole numbers too. If all variables are among i to n,
-K, M and N, expressions with ⌊ ⌋ or ⌈ ⌉ are compared at whole numbers only. Left out are solving equations (x^2 = 4
-does not equal x = 2, -2) and other identities that hold for whole numbers only.
+K, M and N, expressions with ⌊ ⌋ or ⌈ ⌉ are compared at whole numbers only. Equations are not solved: x^2 = 4 does not
+equal x = 2, -2. Without ⌊ ⌋ or ⌈ ⌉, expressions that agree at whole numbers only, such as (-1)^(2n) and 1, are
+unequal.
 """
 # ruff: isort: skip_file
 
@@ -43,16 +44,16 @@ def equal(prediction: Answer, gold: Answer) -> bool:
     if "text" in (prediction.node[0], gold.node[0]):
         return prediction.words is not None and prediction.words == gold.words
     conditions = {prediction.condition, gold.condition}
-    # only a condition that is a domain may be missing in one of the two answers
+    # a condition may be missing in one of the two answers only if it states a domain
     if len(conditions) > 1 and ("" not in conditions or len("".join(conditions)) > 1):
         return False
-    # the prediction AD, several letters of options, stands for the list A, D
+    # a prediction of several option letters, such as AD, stands for the list A, D
     if gold.node[0] == "list" and prediction.words and set("ABCDEFGH").issuperset(prediction.words):
         return same(("list", tuple(map(sym, prediction.words))), gold.node)
     pairs = [(prediction.node, gold.node), (prediction.second, gold.node), (prediction.node, gold.second)]
     try:
         return any(same(p, g) for p, g in pairs if p is not None and g is not None)
-    except Unreadable:  # same() computed a number of too many bits
+    except Unreadable:  # same() had to compute a number of too many bits
         return False
 
 
@@ -70,7 +71,7 @@ def same(p: Node, g: Node) -> bool:
             continue
         return any(same(value, g) if node is p else same(p, value) for value in values)
     kinds = {p[0], g[0]}
-    # an equation such as x = 5 cm has its unit inside
+    # an equation such as x = 5 cm keeps its unit on one of its sides, so its unit is not split off here
     if "unit" in kinds and (kinds != {"unit", "rel"} or "rel" in (p[1][0], g[1][0])):
         if p[:2] == ("unit", g) or g[:2] == ("unit", p):  # -1 (mod 7) equals -1 and the residue 6
             return True
@@ -116,7 +117,7 @@ def _same_collections(p: Node, g: Node) -> bool:
         return _same_ratio(p[1], g[1])
     if p[0] == "base" and p[2] == 10:
         return g == num(int(p[1]))
-    return g[0] == "base" and g[1].isdigit() and p == num(int(g[1]))  # the base of a number may be left out
+    return g[0] == "base" and g[1].isdigit() and p == num(int(g[1]))  # the base of a number may be missing
 
 
 def _same_in_order(p: tuple[Node, ...], g: tuple[Node, ...]) -> bool:
@@ -320,7 +321,7 @@ def _rounds_to(value: Node, decimal: Node, digits: int) -> bool:
 
 def _same_values(p: Node, g: Node) -> bool:
     """Returns whether two expressions have equal values at the random points where both values are real. If there are
-    fewer than ENOUGH such points, the values must also be equal at the points where a value is complex.
+    fewer than ENOUGH (three) such points, the values must also be equal at the points where a value is complex.
 
     If the expressions have a root and several variables, only points with positive coordinates are used, because
     √(x²y) equals x√y for positive x only, and such variables are mostly lengths or masses. Expressions with ⌊x⌋ or

@@ -35,7 +35,7 @@ class Reader(Cursor):
     def __init__(self, tokens: list[tuple[str, str]]):
         super().__init__(tokens)
         self.depth = 0
-        self.bars = 0  # number of open bars |; the next bar closes the last one
+        self.bars = 0  # number of open bars |, as in |x|; the next bar closes the last open bar
         self.bar_separates = False  # whether a bar | begins a condition, as in {x | x > 0}
         self.degrees = False
         self.currency: str | None = None
@@ -52,7 +52,7 @@ class Reader(Cursor):
     def items(self) -> list[Node]:
         items = [self.item()]
         while self.token[0] == "SEP":
-            while self.token[0] == "SEP":  # two separators in a row count as one, as in "a, b, and c"
+            while self.token[0] == "SEP":  # consecutive separators count as one, as in "a, b, and c"
                 separator = self.take()
             item = self.item()
             # two inequalities such as "x < 1 or x > 2" are one region

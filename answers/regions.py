@@ -1,7 +1,7 @@
 """This file turns sets of real numbers into intervals, so that different spellings can be compared: intervals,
 unions, inequalities in one variable, {x | ...}, x ≠ 2.
 
-Left out are sets in several variables. Of the inequalities, only linear ones and those with the absolute value of a
+Sets in several variables are not read. Of the inequalities, only linear ones and those with the absolute value of a
 linear term are read.
 """
 # ruff: isort: skip_file
@@ -154,7 +154,7 @@ def _line(node: Node) -> tuple[Node, Node] | None:
 
 
 def _end(node: Node) -> tuple | None:
-    """Returns the pair (value, tree) of an end point, or None if it is neither a real constant nor ±∞."""
+    """Returns the pair (value, tree) of an end point, or None if the end point is neither a real constant nor ±∞."""
     if node in (INFINITY, LOWEST[1]):
         return HIGHEST if node == INFINITY else LOWEST
     value = value_at(node, 0, DIGITS) if node[0] in EXPRESSIONS and not symbols(node) else None

@@ -1,5 +1,5 @@
-"""This file cuts an answer into tokens. Before that it cleans the text and gives spellings with the same meaning one
-form.
+"""This file cuts an answer into tokens. Before the cut the text is cleaned, and spellings with the same meaning get
+one form.
 
 A token is a pair (kind, value). The kinds are NUM (digits), NAME (a variable or constant), FUNC (a function), TEXT
 (words), COMMAND (a LaTeX command with arguments), BEGIN and END_ENV (begin and end of an environment such as a
@@ -46,7 +46,7 @@ _PLAIN_OPERATORS = {"==": "=", "->": "→", "=>": "→", "...": "…"}
 _RELATIONS = word_set("= < > <= >= != ∈ ∉ ≈ ≡ ~ ≅ ∝ → ⊥ ∥ ⊂ ⊆")
 NO_UNIT = STOP_WORDS.union(NUMBER_WORDS, SCALES, (f"{scale}s" for scale in SCALES))
 # The pattern finds what follows a word in prose: a number or a word of two or three letters, as in "he has 12".
-# Without it, "he" would be a product of letters.
+# Without this pattern, "he" in "he has 12" would be the product h·e.
 _FOLLOWING = re.compile(r" (?:\d|([a-z]{2,3})(?![A-Za-z]))")
 _NO_PROSE = KNOWN | SHORT_UNITS | {"or", "and"}
 NO_NAME = NO_UNIT | {"square", "squared", "cube", "cubed", "root", "twice", "double", "triple"}
@@ -95,7 +95,7 @@ _REWRITTEN = [(re.compile(pattern), spelling) for pattern, spelling in (
     (r"(?<!\.[a-z])\.(?=\s*\}+$)|^(?:=|\\approx|\\simeq)\s*", ""),
     # a unit in parentheses, as in 12 (cm^2)
     (rf"(?<=\d)(?:\s|\\[,;: ])*\(\s*({_SHORT_UNIT})\s*(\^\{{?\d\}}?)?\s*\)", r"\\text{ \1}\2"),
-    # a unit that is written with a symbol, after the number that is the whole answer
+    # a unit that is a symbol, such as \Omega or \mu m, if the rest of the answer is one number
     (r"^(?P<value>(?=[^\\]*\d)[-\d.eE+{},^\s]*+(?:\\(?:times|cdot)\s*+10\s*+\^[-\d{}\s]*+)?+)(?:\s|~|\\[,;: ])*+"
      r"(?P<unit>(?:\\(?:text|mathrm)\s*\{[~\s]*)?(?:[MLR]\s*\}?_\s*\{?\\odot|[kM]?\\Omega|\\AA|\\mathring\s*\{?A)"
      r"|\\mu\s*\\(?:text|mathrm)\s*\{\s*[A-Za-z]{1,2}|\\(?:text|mathrm)\s*\{[~\s]*\\mu\s*[A-Za-z]{1,2})[}\s]*$",

@@ -8,8 +8,8 @@ A node is a nested tuple that starts with its kind.
                   ("ratio", items)  ("clock", items): 10:30, which may be a ratio  ("regions", op, items)
                   ("unit", node, unit)  ("base", digits, base)  ...
 
-Left out are collecting like terms, expanding products, and trigonometric rules. values.py computes values for such
-comparisons instead.
+The normal form collects no like terms, expands no products, and knows no trigonometric rules. Such expressions are
+compared by their values, which values.py computes.
 """
 
 import functools
@@ -18,7 +18,7 @@ import math
 import re
 from fractions import Fraction
 
-MAX_BITS = 14_000  # limit for the bits of an exact number: Python prints at most 4,300 digits
+MAX_BITS = 14_000  # limit for the bits of an exact number, because Python prints at most 4,300 digits
 Node = tuple
 
 
@@ -61,7 +61,8 @@ def is_number(node: Node) -> bool:
 
 
 def expression(node: Node) -> Node:
-    """Returns `node` as an operand of arithmetic. Raises Unreadable for sets, relations, quantities with units, …"""
+    """Returns `node` as an operand of sums and products: 90° becomes 90 times the symbol of a degree. Raises
+    Unreadable for sets, relations, quantities with units, …"""
     if node[0] in EXPRESSIONS:
         return node
     if node[0] == "unit" and node[2] == "degree":
@@ -136,8 +137,8 @@ def mul(*factors: Node) -> Node:
 
 
 def _matrix_product(a: Node, b: Node) -> Node:
-    """Returns the product of a number and a matrix, or of two matrices. The product of two columns is their scalar
-    product."""
+    """Returns the product of a number and a matrix, or of two matrices. The product of two column vectors is their
+    scalar product."""
     if a[0] != "matrix":
         return ("matrix", tuple(tuple(mul(a, cell) for cell in row) for row in b[1]))
     if len(a[1][0]) == len(b[1][0]) == 1 and len(a[1]) == len(b[1]):
@@ -181,7 +182,8 @@ def power(base: Node, exponent: Node) -> Node:
 
 
 _OF_NUMBERS = {"abs": abs, "floor": math.floor, "ceil": math.ceil, "min": lambda *x: min(x), "max": lambda *x: max(x)}
-_OF_WHOLE_NUMBERS = {  # function -> its largest argument, whether arguments may be negative, its implementation
+# for each function: its largest argument, whether arguments may be negative, its implementation
+_OF_WHOLE_NUMBERS = {
     "gcd": (10**100, True, math.gcd), "lcm": (10**100, True, math.lcm), "mod": (10**100, True, lambda n, m: n % m),
     "binom": (2500, False, math.comb), "!": (1400, False, math.factorial),
     "!!": (1400, False, lambda n: math.prod(range(n, 0, -2))),

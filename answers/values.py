@@ -52,8 +52,8 @@ class _Work:
 
 @lru_cache(maxsize=4096)
 def value_at(node: Node, index: int, digits: int) -> tuple | None:
-    """Returns (value, size of the largest summand) of an expression at random point `index`, or None without a
-    value."""
+    """Returns (value, size of the largest summand) of an expression at random point `index`, or None if it has no
+    value there."""
     work = _Work(index)
     context.dps = digits
     try:
@@ -72,8 +72,8 @@ def exact(value: Fraction):
 @lru_cache(maxsize=4096)
 def _point(name: str | Node, index: int) -> Fraction:
     """Returns the value of variable `name` at random point `index`. Points 0 to 3 have positive values, some below
-    and some above 1. Points 4 to 7 have values of either sign. The points in WHOLE_POINTS have whole numbers, from
-    WHOLES."""
+    and some above 1. Points 4 to 7 have values of either sign. At the points in WHOLE_POINTS every variable is a
+    whole number from 1 to 100, taken from the list WHOLES."""
     if index in WHOLE_POINTS:
         return Fraction(random.Random(repr(name)).sample(WHOLES, len(WHOLES))[index - POINTS])
     draw = random.Random(f"{name!r} at {index}")

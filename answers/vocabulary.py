@@ -93,7 +93,7 @@ def unit_name(words: str) -> str:
     )
     words = re.sub(r"\bsquared\b", "^2", re.sub(r"\bcubed\b", "^3", words))
     words = words.replace(" per ", "/").replace("·", " ").replace(".", "")
-    # the unit m s^-1 becomes m/s
+    # the unit "m s^-1" becomes "m/s"
     words = re.sub(r"\s*([A-Za-z]+)\s*\^\s*\{?-(\d)\}?", r"/\1^\2", words).replace("^1", "")
     return re.sub(r"[\s{}]+", "", re.sub(r"[A-Za-z%$¢]+", _one_unit, words)).replace("mi/h", "mph")
 

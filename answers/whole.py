@@ -2,8 +2,8 @@
 
 Up to MAX_WORDS words can be an answer, alone or in a list. Words beside mathematics can be a unit, the name of a
 value, or a condition at the end. Any other words make an answer unreadable, because a right response would hardly
-repeat a sentence of the gold answer word by word. Left out are the conversion of units (1 m is not 100 cm), and
-matrix algebra beyond sums and products.
+repeat a sentence of the gold answer word by word. Units are not converted (1 m is not 100 cm), and matrix algebra has
+only sums and products.
 """
 
 import contextlib
@@ -55,11 +55,11 @@ MAX_WORDS = 5
 @dataclass(frozen=True)
 class Answer:
     """A parsed answer: the tree `node`, and a tree `second` if a "1,234" in the answer may also be a list. An answer
-    in words also has `words`, and a multiple-choice answer the letter `choice`."""
+    in words also has `words`, and a multiple-choice answer also has the letter `choice`."""
 
     node: Node
     second: Node | None = None
-    words: str | None = None  # the words, if the whole answer consists of letters
+    words: str | None = None  # the answer as plain words, if the whole answer consists of letters
     choice: str | None = None  # the letter of a multiple-choice answer: B for (B), \\text{B}, B., option B
     # the condition behind the answer: a domain such as Z for "k is an integer", else the text of the condition
     # without spaces

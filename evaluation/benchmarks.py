@@ -1,7 +1,7 @@
 """This file loads benchmarks: named files of problems, with the paper's number of samples per problem for each file.
 
-data/prepare.py writes the public benchmarks to data/benchmarks/. A row may have "options" (multiple choice) beside
-the fields of data/loader.py. Left out are problems with images, proofs, and code.
+data/prepare.py writes the public benchmarks to data/benchmarks/. A line of such a file may have "options" (multiple
+choice) beside the fields of data/loader.py. Problems with images, proofs, and code are not supported.
 """
 
 import dataclasses
@@ -41,7 +41,7 @@ class Benchmark:
     samples: int
     problems: list[Problem]
     options: dict[str, list[str]]  # problem id -> options, for multiple-choice problems
-    left_out: int  # number of problems that data/prepare.py left out because they cannot be graded
+    left_out: int  # number of problems that data/prepare.py dropped because they cannot be graded
     encoded: list[Encoded] = dataclasses.field(default_factory=list)
 
 
@@ -65,8 +65,8 @@ def load_benchmark(
     """Returns the benchmark in a JSONL file, with only the first `per_level` problems of each level (None: all
     problems).
 
-    Unless `system` is None, it replaces the system message of each row. Raises InputError for a missing file or a bad
-    line.
+    Unless `system` is None, it replaces the system message of each problem. Raises InputError for a missing file or a
+    bad line.
     """
     rows = read_rows(path)
     problems = check_rows(path, rows, reward)
@@ -89,16 +89,16 @@ def choose_benchmarks(
     system: str | None = None,
     reward: Reward = MATH,
 ) -> list[Benchmark]:
-    """Returns the benchmarks in a comma-separated list of names ("paper" stands for the paper's nine), and `data` as
-    one more.
+    """Returns the benchmarks in a comma-separated list of names ("paper" stands for the paper's nine), and the file
+    `data` as one more benchmark.
 
-    If `samples` is None, each benchmark has its number of samples in PAPER, or 1. Raises InputError for an unknown
-    name, a missing file, and a file `data` that has the name of another benchmark.
+    If `samples` is None, each benchmark has the paper's number of samples (PAPER), or 1. Raises InputError for an
+    unknown name, a missing file, and a file `data` that has the name of another benchmark.
     """
     listed = [n for name in names.split(",") if name for n in (PAPER if name == "paper" else [name])]
     for name in listed:
         if name not in FILES:
-            raise InputError(f"unknown benchmark {name!r}: choose from {', '.join(FILES)}, or paper (its nine sets)")
+            raise InputError(f"unknown benchmark {name!r}: choose from {', '.join(FILES)}, or paper (nine of them)")
     if data and (known := FILES.get(data.stem, data)).resolve() != data.resolve():
         raise InputError(f"data file {data} has the name of the benchmark {data.stem} ({known}): rename your file")
     files = {name: FILES[name] for name in listed} | ({data.stem: data} if data else {})

@@ -119,7 +119,8 @@ def choose_folder(args: argparse.Namespace, settings: dict[str, Any]) -> tuple[P
         args.out = next(f for i in itertools.count(1) if not (f := Path("evals") / f"{name}-{i:03d}").exists())
     if stored := stored_settings(args.out):
         changed = [k for k in settings if k not in (*FREE, "date") and settings[k] != stored.get(k)]
-        if changed == ["grader"] and not (args.out / "generations.jsonl").exists():  # no response is stored yet
+        # without a stored response nothing has been graded
+        if changed == ["grader"] and not (args.out / "generations.jsonl").exists():
             return args.out, settings
         if changed == ["grader"]:
             raise InputError(f"{args.out} was graded by another version: first run  eval.py --regrade {args.out}")
@@ -139,8 +140,8 @@ def choose_folder(args: argparse.Namespace, settings: dict[str, Any]) -> tuple[P
 def opened(folder: Path, settings: dict[str, Any] | None) -> Iterator[None]:
     """Makes and locks the folder of an evaluation, and stores `settings` in it.
 
-    Ranks other than the first pass None as `settings`. Raises InputError if another process uses the folder, and
-    Broken if the printed output was closed.
+    Every rank but rank 0 gives None for `settings`. Raises InputError if another process uses the folder, and Broken
+    if the printed output was closed.
     """
     make_folder(folder)
     with written(folder):
@@ -160,7 +161,8 @@ def written(folder: Path) -> Iterator[None]:
 
 
 def stored_rows(path: Path, benchmarks: list[Benchmark]) -> Iterator[tuple[Benchmark, int, dict[str, Any], int]]:
-    """Yields (benchmark, index of the problem, row, bytes of the line) for each response in generations.jsonl.
+    """Yields (benchmark, index of the problem, the line as a dict, bytes of the line) for each response in
+    generations.jsonl.
 
     An incomplete last line is ignored. Raises InputError if a line has another response than `all_draws` expects
     there.
@@ -218,7 +220,7 @@ def regrade(folder: Path, name: str | None = None) -> tuple[dict[str, Any], dict
     settings = read_json(file, "model", "benchmarks", "problems_per_level", "system")
     graded_by = settings.get("reward") or "math"
     if name is None and graded_by not in ("math", "exact"):
-        raise InputError(f"{folder} was graded by {graded_by}, which runs only on request: give --reward {graded_by}")
+        raise InputError(f"{folder} was graded by {graded_by}, which runs only if named: give --reward {graded_by}")
     reward = load_reward(name or graded_by)
     benchmarks, how = [], (settings["problems_per_level"], settings["system"], reward)
     for benchmark, stored in settings["benchmarks"].items():
@@ -228,7 +230,8 @@ def regrade(folder: Path, name: str | None = None) -> tuple[dict[str, Any], dict
         stored["sha256"] = sha256(Path(stored["file"]))
     changed = 0
     with written(folder):
-        rows = sum(1 for _ in stored_rows(path, benchmarks))  # a damaged line raises before anything is written
+        # a damaged line raises an error before anything is written
+        rows = sum(1 for _ in stored_rows(path, benchmarks))
         with replacing(path) as partial:
             with partial.open("w", encoding="utf-8") as out:
                 for benchmark, i, row, _ in stored_rows(path, benchmarks):
@@ -238,8 +241,8 @@ def regrade(folder: Path, name: str | None = None) -> tuple[dict[str, Any], dict
                     new = row | {"reward": 0.0 if row["truncated"] else value, "read": read}
                     out.write(json_line(new))
                     changed += new["reward"] != row["reward"]
-            # These temporary settings demand another regrading, in case the process dies before the new settings are
-            # written.
+            # If the process dies before the new settings are written, these temporary settings demand that the
+            # responses are graded once more.
             write_settings(file, settings | {"grader": "unknown: it was being graded again"})
         settings |= {"reward": reward.name, "grader": grader_version(reward), "regraded": now()}
         write_settings(file, settings)

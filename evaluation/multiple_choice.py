@@ -1,8 +1,8 @@
 """This file writes multiple-choice questions with their options, and grades responses to them.
 
 The boxed answer may be the letter ("C", "(C)", "\\text{C.}"), the letter with its option ("C) iron"), or the option's
-text ("iron", "\\frac12" for "1/2"). The boxed answer is right if it names the gold option and no other. Left out are
-answers outside a box and letters inside a sentence, because a grader could only guess their meaning.
+text ("iron", "\\frac12" for "1/2"). The boxed answer is right if it names the gold option and no other. Answers
+outside a box and letters inside a sentence are not read, because a grader could only guess their meaning.
 """
 
 import reprlib

@@ -71,7 +71,7 @@ def markdown_table(rows: Sequence[Sequence[str]]) -> str:
 
 def cells(results: Results) -> dict[tuple[str, str], dict[str, float]]:
     """Returns {(benchmark, level): row of results}, with the level "all" last. If a benchmark has a single level,
-    only "all" is kept, because the two are equal."""
+    only "all" is kept, because the single level has the same results."""
     return {
         (name, level): row
         for name, table in results["results"].items()
@@ -215,7 +215,7 @@ def not_alike(names: Sequence[str], settings: dict[str, list[Any]]) -> str:
 
 def paper_table(evaluations: Sequence[Results]) -> str:
     """Returns a table of accuracies in % on the paper's benchmarks: first our evaluations, then the paper's results.
-    The average is over the six benchmarks of the paper's average (SIX)."""
+    The average is over SIX, the six benchmarks over which the paper averages."""
     rows = [["accuracy in %", *COLUMNS, "average of six"]]
     for e in evaluations:
         accuracies = {n: 100 * e["results"][n]["all"]["accuracy"] for n in COLUMNS if n in e["results"]}

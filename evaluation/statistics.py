@@ -12,14 +12,15 @@ So an interval always contains the accuracy, and 0 right of 30 problems gives [0
 end of the interval of an average over nine benchmarks, one problem is added to one benchmark only: the benchmark
 where the problem moves this end most. One added problem in each benchmark would bias the interval. Agresti and Coull
 (1998) add both solved and failed problems, and for both ends. Their interval is pulled towards 50%. It contains the
-true accuracy less often where scores lie close together (in 92% of draws for 1000 problems that are about equally
-hard).
+true accuracy less often where scores lie close together (in 92% of simulated evaluations on 1000 problems that are
+about equally hard).
 
 How often the 95% interval of this file contains the true accuracy (its coverage) was simulated with true accuracies
 from 1 to 99%, 1, 4 or 32 samples per problem, and with or without partial rewards. The simulated problems were about
 equally hard, or almost always or never solved, or in between. The table has the lowest coverage over all simulations
-of accuracies, samples and difficulties, each with 2000 to 4000 draws (± 0.5 points). For one benchmark with one
-sample per problem the coverage of the interval was also computed exactly, without simulation: it is at least 94.4%.
+of accuracies, samples and difficulties, each with 2000 to 4000 simulated evaluations (± 0.5 points). For one
+benchmark with one sample per problem the coverage of the interval was also computed exactly, without simulation: it
+is at least 94.4%.
 
     one benchmark of 30, 100, 300, 500 problems         94.4%, 94.6%, 94.8%, 94.9%
     nine benchmarks of 30, 100, 300, of 30 to 1172      95.1%, 94.9%, 94.3%, 95.7%
@@ -29,7 +30,8 @@ At an accuracy of 50% the interval is wider than that of a plain bootstrap: by 5
 10% for 300. If the scores or differences of 100 problems all lie close together, the interval is wider than the
 bootstrap's by up to 19%, because the score of a further problem may be far from them.
 
-Left out are clusters of related problems, corrections for multiple comparisons, and the spread over seeds.
+The intervals do not account for clusters of related problems, multiple comparisons, or the spread over training
+seeds.
 """
 
 import math
@@ -78,7 +80,8 @@ def pass_at_k(n: int, c: int, k: int) -> float:
     ones.
 
     The probability 1 - C(n-c, k) / C(n, k) is the unbiased estimator of pass@k (Chen et al. 2021, arXiv 2107.03374,
-    Eq. 1). All numbers but the quotient are exact integers. Raises ValueError for k > n or c > n.
+    Eq. 1). The binomial coefficients are exact integers; only their quotient is rounded. Raises ValueError for k > n
+    or c > n.
     """
     if not 0 <= c <= n or not 1 <= k <= n:
         raise ValueError(f"pass_at_k needs 0 <= c <= n and 1 <= k <= n, found n = {n}, c = {c}, k = {k}")
@@ -98,8 +101,8 @@ def mean_and_variance(scores: Sequence[float]) -> tuple[float, float]:
 
 
 def limits(benchmarks: Sequence[Sequence[float]], extra: float, side: int) -> list[float]:
-    """Returns one limit per benchmark: the average + side · 1.96 standard errors, with the score `extra` added to
-    that benchmark."""
+    """Returns, for each benchmark, the average over all benchmarks + side · 1.96 standard errors if a problem with
+    score `extra` is added to this benchmark. `side` is 1 or -1."""
     parts, ends = [mean_and_variance(scores) for scores in benchmarks], []
     for i, scores in enumerate(benchmarks):
         means, variances = zip(*parts[:i], mean_and_variance(np.append(scores, extra)), *parts[i + 1 :])
@@ -121,14 +124,15 @@ def interval(scores: Sequence[float]) -> tuple[float, float]:
 def paired_difference(first: Sequence[float], second: Sequence[float]) -> tuple[float, float, float]:
     """Returns the mean of second - first over the same problems, and its 95% interval.
 
-    As in every interval of this file, one problem is added for each end. Its difference is Σd²/Σ|d|, the typical size
-    of a difference d, divided by the range of the scores. This added difference is 1 if all scores are 0 or 1, or if
-    no scores differ. The added difference is small if the two models score alike on each problem.
+    As in every interval of this file, one problem is added for each end. The two models' scores on the added problem
+    differ by Σd²/Σ|d|, the typical size of a difference d, divided by the range of the scores. The added difference
+    is 1 if all scores are 0 or 1, or if no scores differ. The added difference is small if the two models score alike
+    on each problem.
     """
     scores = np.array([first, second], dtype=float)
     values = scores[1] - scores[0]
     sizes, step = np.abs(values), 1.0
-    if sizes.max() > 1e-9:  # some difference is larger than rounding errors
+    if sizes.max() > 1e-9:  # on some problem the scores differ by more than rounding errors
         step = float(sizes @ sizes / sizes.sum() / np.ptp(scores))
     low, high = limits([values], -step, -1)[0], limits([values], step, 1)[0]
     return float(values.mean()), max(-1.0, low), min(1.0, high)

@@ -22,10 +22,10 @@ def check_model(path: str, model: PreTrainedModel, training: bool) -> None:
     decoding loop that is right.
 
     Raises an InputError of one line unless three conditions hold. (1) The logits are finite and equal the outputs of
-    the model's head, to the bit. (2) Two training passes agree up to the last bits (two products of the same matrices
-    may differ there). (3) A row in a padded batch has the log-probs that the row has alone in a plain pass, in
-    training and in sampling, to half the digits of the dtype. The test batch has three rows that end at different
-    columns.
+    the model's head, to the bit. (2) Two training passes over the same tokens agree up to the last bits, in which two
+    products of the same matrices may differ. (3) A row in a padded batch has the log-probs that the row has alone in
+    a plain forward pass, in training and in sampling, to half the digits of the dtype. The test batch has three rows
+    that end at different columns.
     """
     step, column = model.get_input_embeddings().num_embeddings // 19, torch.arange(13)
     # the columns of the first and the last token in each of the test batch's three rows
@@ -51,7 +51,7 @@ def check_model(path: str, model: PreTrainedModel, training: bool) -> None:
             raise InputError("two training passes differ: set every dropout or noise in the model's config.json to 0")
         if not torch.allclose(passes[0], want, rtol=0, atol=close):
             raise InputError(
-                "log-probs of a training pass are not those of a plain pass (scaled, not causal?): use another model"
+                "log-probs of training differ from a plain forward pass (scaled, not causal?): use another model"
             )
         if not choose_loop(model.eval(), ids, mask, want, close):
             raise InputError("rows sampled in a batch differ from rows alone (a recurrent state?): use another model")

@@ -2,10 +2,10 @@
 HuggingFace's `generate`.
 
 The loop of this file gives the same tokens and log-probs as HuggingFace's loop. The order of this file: the cache;
-the attention of one new token; `OneTokenPass`, a forward pass that is recorded and replayed on CUDA; `decode_rows`,
-the loop; `choose_loop`, which finds the variant that is right for a model when it is loaded; and `loop_of`, the loop
-that commands pass to sample.generate. Left out are new GPU kernels, continuous batching (it does not take the logits
-processors of sample.py), and static caches.
+the attention of one new token; `OneTokenPass`, a forward pass that is recorded as a CUDA graph and replayed;
+`decode_rows`, the loop; `choose_loop`, which finds the variant that is right for a model when it is loaded; and
+`loop_of`, the loop that commands pass to sample.generate. This file has no new GPU kernels, no static caches, and no
+continuous batching, which would not take the logits processors of sample.py.
 """
 
 import contextlib
@@ -30,22 +30,24 @@ from transformers.cache_utils import Cache, DynamicLayer
 from model import last_hidden
 from sample import PrefixForcingLogitsProcessor
 
-PREFILL_TOKENS = 2**14  # number of prompt tokens that one forward pass reads
-# ended rows leave the batch once at most this share of the rows is alive, because copying the live rows costs about
-# as much as one token of all rows
+PREFILL_TOKENS = 2**14  # number of prompt tokens, over all rows, that one forward pass reads
+# ended rows leave the batch once at most this share of its rows has not ended; they do not leave at once, because
+# copying the other rows costs about as much as decoding one token of all rows
 DROP_AT = 0.8
-# DROP_AT if forward passes are recorded: it is lower, because a new recording takes longer than ten tokens
+# the value of DROP_AT with CUDA graphs: it is lower, because recording a new graph takes longer than decoding ten
+# tokens
 DROP_AT_RECORDED = 0.5
-# on CUDA a forward pass is recorded and replayed for later tokens, because launching its kernels takes longer than
-# running them
+# on CUDA a forward pass is recorded as a CUDA graph and replayed for later tokens, because launching its kernels
+# takes longer than running them
 GRAPHS = True
-GRAPH_COLUMNS = 256  # a recorded pass reads the filled cache columns, rounded up to a multiple of this number
-# with recorded passes the loop looks for ended rows only once in so many tokens, because for each look Python waits
-# for the GPU
+# a recorded forward pass reads as many cache columns as are filled, rounded up to a multiple of this number
+GRAPH_COLUMNS = 256
+# with CUDA graphs the decoding loop looks for ended rows only after every LOOK_EVERY tokens, because for each look
+# Python waits for the GPU
 LOOK_EVERY = 16
 # Variants of decode_rows, the fastest first. "masks of ours": decode_rows makes the attention mask once; otherwise
-# the model makes it at every token. "recordable": on CUDA the pass of one token is recorded if all layers have a
-# plain cache.
+# the model makes it at every token. "recordable": on CUDA the forward pass of one token is recorded as a CUDA graph
+# if all layers have a plain cache.
 LOOPS = ("masks of ours, recordable", "masks of ours", "masks of the model")
 
 
@@ -53,8 +55,8 @@ class RoomyLayer(DynamicLayer):
     """A key-value cache layer with room for `room` tokens from the start, so that a new token does not copy the
     cache.
 
-    If the forward pass is recorded as a CUDA graph, `column` [1] holds the new token's column, and the first `length`
-    columns are read.
+    If the forward pass is recorded as a CUDA graph, `column` [1] holds the cache column of the new token, and the
+    first `length` cache columns are read.
     """
 
     def __init__(self, room: int):
@@ -100,8 +102,9 @@ def one_token_attention(
     """Returns the attention of one new token per row, query [B, heads, 1, D], over a cache with fewer heads, key and
     value [B, H, T, D].
 
-    Query heads that share keys and values are treated as tokens of one head. The attention is the same as HF's, but
-    HF's function copies the cache for all heads at every token, and this function reads the cache without a copy.
+    Query heads that share keys and values are treated as if they were several tokens of one head. The attention is
+    the same as HF's, but HF's function copies the cache for all heads at every token, and this function reads the
+    cache without a copy.
     """
     shared = query.reshape(*key.shape[:2], -1, query.shape[3])  # [B, H, heads / H, D]
     output = scaled_dot_product_attention(shared, key, value, attn_mask=attention_mask, scale=scaling)
@@ -181,9 +184,9 @@ def record(forward: Callable[[], Tensor]) -> Callable[[], Tensor]:
 
 @dataclass
 class LiveRows:
-    """The state of the b live rows: rows that have not ended, or not yet left the batch.
+    """The state of the b live rows, which are the rows still in the batch; some of them may have ended.
 
-    The tensors are changed in place, because a recorded pass refers to them; only `keep` makes new tensors.
+    The tensors are changed in place, because a recorded CUDA graph refers to them; only `keep` makes new tensors.
     """
 
     places: Tensor  # [b] index of each live row in the output
@@ -200,8 +203,8 @@ class LiveRows:
 class OneTokenPass:
     """Makes the forward pass for the newest token of every row that is still in the batch.
 
-    If `recorded`, the pass is recorded as a CUDA graph and replayed for later tokens. Each time the cache has grown
-    by GRAPH_COLUMNS columns, the pass runs once unrecorded and is recorded anew.
+    If `recorded`, the forward pass is recorded as a CUDA graph and replayed for later tokens. Each time the cache has
+    grown by GRAPH_COLUMNS columns, the forward pass runs once without recording and is then recorded anew.
     """
 
     def __init__(self, model: PreTrainedModel, cache: Cache, live: LiveRows, recorded: bool):
@@ -212,7 +215,7 @@ class OneTokenPass:
 
     def forget(self) -> None:
         """Drop the recorded CUDA graph, because the rows have changed."""
-        self.columns, self.replay = 0, None  # `columns` is the number of cache columns that the pass reads
+        self.columns, self.replay = 0, None  # `columns` is the number of cache columns that the forward pass reads
 
     def forward(self) -> Tensor:
         live = self.live
@@ -230,7 +233,8 @@ class OneTokenPass:
             self.columns, self.replay = whole_blocks(column + 1), None
             for layer in self.cache.layers:
                 layer.column, layer.length = self.column, self.columns
-            return self.forward()  # the first pass is not recorded, because libraries initialise themselves in it
+            # the first forward pass is not recorded, because libraries initialise themselves in it
+            return self.forward()
         self.replay = self.replay or record(self.forward)
         return self.replay()
 
@@ -273,8 +277,8 @@ def decode_rows(model: PreTrainedModel, input_ids: Tensor, block: int | None = N
             drawn = logits_processor(output[live.places, :column], scores).argmax(-1)
             live.token.copy_(drawn.masked_fill(live.ended, settings.pad_token_id))
             output[live.places, column] = live.token
-            # an end token inside a forced prefix would end the row here, but data/loader.py leaves out such
-            # demonstrations
+            # an end token inside a forced prefix would end the row here, but data/loader.py drops demonstrations with
+            # an end token inside
             live.ended |= torch.isin(live.token, end_tokens)
             if column + 1 == end:
                 break
@@ -322,7 +326,7 @@ def reads_values(model: PreTrainedModel, ids: Tensor) -> bool:
 
 class RecordingLogitsProcessor(PrefixForcingLogitsProcessor):
     """Forces the tokens of prefix_ids, which are all different, and keeps the log-prob of each token in log_probs
-    [V]."""
+    [V], at the index of its id."""
 
     def __call__(self, input_ids: Tensor, scores: Tensor) -> Tensor:
         token = self.prefix_ids[self.rows, input_ids.shape[1] - self.prompt_length, None]

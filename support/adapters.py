@@ -5,8 +5,8 @@ only this file imports it.
 The model keeps its class, so sampling and training need no code for adapters: sampling and training read the same,
 unmerged matrices. Only the adapters have gradients, optimizer state and a place in the checkpoint, and ranks exchange
 only adapters. `merged` adds the products to the weights, for the folder final/. `save` writes only the small
-matrices, in peft's own format. Left out are dropout, biases, embeddings, the head, quantised bases, and runs that
-begin with another run's adapters.
+matrices, in peft's own format. Adapters have no dropout and no biases. Embeddings, the head and quantised models get
+no adapters. No run begins with another run's adapters.
 """
 
 import importlib.util
@@ -33,8 +33,8 @@ def lr_times(config: Config) -> float:
 
 
 def smallest_sides(model: nn.Module) -> dict[str, int]:
-    """Returns, for each name of a linear layer in the model's blocks, the smallest side of all weight matrices with
-    this name."""
+    """Returns, for each name of a linear layer in the model's blocks, the smallest dimension of all weight matrices
+    with this name."""
     sides: dict[str, int] = {}
     for block in model.modules():
         if isinstance(block, GradientCheckpointingLayer):
@@ -48,8 +48,8 @@ def smallest_sides(model: nn.Module) -> dict[str, int]:
 def add(model: PreTrainedModel, config: Config) -> None:
     """Freeze the model and add adapters to it, in place. The matrices B start at 0, so new adapters change no output.
 
-    Raises InputError for a layer name that the model does not have, and for a lora_rank above the smaller side of a
-    layer.
+    Raises InputError for a layer name that the model does not have, and for a lora_rank above the smaller dimension
+    of a layer's weight matrix.
     """
     sides = smallest_sides(model)
     names = config.lora_targets.replace(",", " ").split() or sorted(sides)
@@ -61,7 +61,7 @@ def add(model: PreTrainedModel, config: Config) -> None:
             )
         if config.lora_rank > sides[name]:
             raise InputError(
-                f"lora_rank is {config.lora_rank}, expected at most {sides[name]}, the smaller side of {name}"
+                f"lora_rank is {config.lora_rank}, expected at most {sides[name]}, the smaller dimension of {name}"
             )
     if importlib.util.find_spec("peft") is None:
         raise InputError("lora_rank is above 0, but peft is not installed: pip install peft")

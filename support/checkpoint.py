@@ -77,8 +77,8 @@ def locked(folder: Path) -> Iterator[None]:
     """Keep other processes of this project out of `folder`. Raises InputError if another process is at work in
     `folder`.
 
-    Rank 0 takes the lock. The operating system ties the lock to an open file, so it ends with the process, also if
-    the process is killed.
+    Rank 0 takes the lock. The operating system ties the lock to an open file, so the lock ends with the process, also
+    if the process is killed.
     """
     if rank() > 0:
         yield
@@ -99,7 +99,7 @@ def locked(folder: Path) -> Iterator[None]:
 def sha256(*paths: Path) -> str:
     """Returns the SHA-256 of the files' contents, one file after the other.
 
-    reward.py hashes its source files by a small function of its own, because it may import only answers/.
+    reward.py hashes its source files by a small function of its own, because reward.py may import only answers/.
     """
     digest = hashlib.sha256()
     for path in paths:
@@ -135,7 +135,7 @@ def made_of(run: Any, files: dict[str, str]) -> dict[str, str]:
 
 
 def remember(model_folder: Path, system: str | None, reward: str) -> None:
-    """Note in a model folder the system message and the reward that the model was trained with.
+    """Write into a model folder the system message and the reward that the model was trained with.
 
     `system` is None if the training rows have several system messages.
     """
@@ -143,8 +143,8 @@ def remember(model_folder: Path, system: str | None, reward: str) -> None:
 
 
 def trained_with(model: str) -> dict[str, str]:
-    """Returns the system message and reward that `remember` noted in this model folder, without values of None; {} if
-    the folder has no such note."""
+    """Returns the system message and reward that `remember` wrote into this model folder, without values of None; {}
+    if it wrote nothing there."""
     file = Path(model) / REMEMBERED
     noted = read_json(file, "system", "reward") if file.exists() else {}
     return {name: value for name, value in noted.items() if value is not None}
@@ -192,7 +192,8 @@ def save(folder: Path, step: int, run: Any) -> None:
         path.parent.mkdir(exist_ok=True)
         older = [file for file in checkpoints(folder) if file < path]
         for file in {*checkpoints(folder), *path.parent.glob("*.partial")} - {*older[:1], path}:
-            file.unlink()  # a checkpoint of a later step is damaged, because the run was resumed from an older one
+            # a checkpoint of a later step is deleted too: it is damaged, else the run would have been resumed from it
+            file.unlink()
     with replacing(path) as partial, partial.open("wb") as file:
         try:
             torch.save(state, file)
@@ -321,7 +322,7 @@ def check_folder(config: Config) -> None:
 
 
 def earlier_ingredients(folder: Path) -> dict[str, str] | None:
-    """Returns the fingerprints of its ingredients that the run in `folder` recorded; None if `folder` has no run."""
+    """Returns the fingerprints of a run's ingredients from config.json in `folder`; None if `folder` has no run."""
     saved = folder / "config.json"
     return read_json(saved).get("made_of", {}) if saved.exists() else None
 
@@ -350,8 +351,8 @@ def check_ingredients(config: Config, ingredients: dict[str, str]) -> None:
 def opened(config: Config, ingredients: dict[str, str]) -> Iterator[Path]:
     """Opens and locks the run's folder: --out, or the first free runs/METHOD-NNN. Rank 0 makes the folder.
 
-    Raises InputError if the run to be resumed was made of another model, other data or another reward than
-    `ingredients` name, or if another process is at work in the folder. If a run is resumed, `opened` writes nothing.
+    Raises InputError if the run to be resumed was made of another model, other data or another reward than those in
+    `ingredients`, or if another process is at work in the folder. If a run is resumed, `opened` writes nothing.
     """
     check_ingredients(config, ingredients)
     folder = from_rank_0(new_folder(config) if rank() == 0 else None)

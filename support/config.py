@@ -1,8 +1,8 @@
 """The settings of a run are one flat dataclass, `Config`. Settings are read from a JSON file and from --FIELD VALUE
 on the command line, and checked before any work.
 
-A wrong field raises an InputError of one line, which names the field, what was found and what was expected. Left out
-are nested groups of settings, defaults that depend on the model, and environment variables.
+A wrong field raises an InputError of one line, which names the field, what was found and what was expected. There are
+no nested groups of settings, no defaults that depend on the model, and no environment variables.
 """
 
 import argparse
@@ -85,7 +85,7 @@ class Config:
     coefficient: float | None = knob(None, "the constant c of the methods table below; empty: the method's own c", 0)
     baseline: str = knob(
         "on_policy",
-        "the mean reward to subtract: of on-policy rows (paper's code), or of the whole group (section 3: group)",
+        "which mean reward is subtracted: of the on-policy rows (paper's code) or of all rows (paper's section 3)",
         choices=("on_policy", "group"),
     )
     scale_by_std: bool = knob(False, "divide advantages by the standard deviation of the group's rewards (paper: no)")
@@ -116,13 +116,13 @@ class Config:
     )
     # evaluation
     eval_response_tokens: int = knob(120, "limit of tokens of a response in evaluation (paper: 8192)", 2)
-    eval_samples: int = knob(4, "number of samples for each test problem at temperature 1; greedy needs only one", 1)
+    eval_samples: int = knob(4, "number of samples for each test problem at temperature 1 (greedy: one)", 1)
     tensorboard: bool = knob(False, "also write the metrics for TensorBoard (needs tensorboard)")
     # the machine
-    device: str = knob("auto", "auto: the first found of cuda, mps, cpu", choices=("auto", "cpu", "cuda", "mps"))
+    device: str = knob("auto", "auto: cuda if found, else mps, else cpu", choices=("auto", "cpu", "cuda", "mps"))
     recompute: bool = knob(False, "gradient checkpointing: compute activations again instead of keeping them")
     offload: bool = knob(False, "CUDA only: keep weights and optimizer in host memory between uses, which is slower")
-    micro_batch_tokens: int = knob(2048, "limit of tokens of a forward pass, padded; a longer row passes alone", 1)
+    micro_batch_tokens: int = knob(2048, "limit of tokens in a forward pass; a longer row gets its own pass", 1)
     rows_per_call: int = knob(512, "number of rows sampled together", 1)
 
 

@@ -42,7 +42,7 @@ def show(text: str = "") -> None:
 
 
 def figures(metrics: dict[str, Any]) -> dict[str, str]:
-    """Returns the metrics of one step as text, by their short names. Metrics without a value are left out."""
+    """Returns the metrics of one step as text, by their short names. Metrics without a value are skipped."""
     shown = {name: metrics[key] for key, name in SHOWN.items() if metrics.get(key) is not None}
     if "reward" in shown:
         shown.pop("loss", None)  # the loss of reinforcement is hidden, because its value means little (see loss.py)

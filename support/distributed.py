@@ -12,7 +12,7 @@ with bf16 compute. In eval.py each rank also samples a part of the rows, but has
     gather_dict, sum_over_ranks, from_rank_0   exchange between ranks, on the CPU (gloo)
     run_forward, gathered                      the training pass; whole weights on every rank, for sampling
     clip_gradients, full_state, shard_like     norm, checkpoints and final/ of a sharded model
-Left out are tensor and pipeline parallelism, and several nodes without a shared folder.
+Not supported are tensor and pipeline parallelism, and several nodes without a shared folder.
 """
 
 import contextlib
@@ -54,7 +54,7 @@ def world_size() -> int:
 
 def start(device: torch.device) -> None:
     """Join the process group of the ranks that torchrun started. A single process on CUDA becomes a group of one
-    rank, and a single process on another device does nothing.
+    rank, and for a single process on another device `start` does nothing.
 
     Raises InputError if the device cannot have several ranks, or if there are more ranks than GPUs.
     """
@@ -299,9 +299,8 @@ def shard_like(tensor: Tensor, like: Any) -> Tensor:
 
 
 def cut_by_length(rollouts: Any, rows: Tensor, budget: int) -> list[Tensor]:
-    """Sorts `rows` of sample.Rollouts by length and cuts them so that rows x columns stay within `budget` tokens.
-
-    A row that is longer than `budget` is cut off alone.
+    """Sorts `rows` of sample.Rollouts by length and cuts them into parts of at most `budget` tokens (rows x columns).
+    A row that is longer than `budget` becomes a part of its own.
     """
     responses = rollouts.response_mask.sum(1)
     prompts, responses = (rollouts.attention_mask.sum(1) - responses).tolist(), responses.tolist()
@@ -320,9 +319,9 @@ def micro_batches(rollouts: Any, rows: Tensor, budget: int) -> list[Tensor]:
     """Returns this rank's part of `rows` as micro-batches of at most `budget` tokens. The rows of a micro-batch pass
     through the model together.
 
-    Rows are sorted by length and dealt to the ranks in turn. FSDP needs equally many passes on every rank, so a rank
-    with fewer micro-batches than another gets empty micro-batches at the end. How rows are cut into micro-batches
-    changes time and memory, not the gradient (step.update).
+    Rows are sorted by length and dealt to the ranks in turn. FSDP needs equally many forward passes on every rank, so
+    a rank with fewer micro-batches than another gets empty micro-batches at the end. How rows are cut into
+    micro-batches changes time and memory, not the gradient (step.update).
     """
     # rows[:0] stands here because torch.cat needs at least one tensor
     order = torch.cat([rows[:0], *cut_by_length(rollouts, rows, budget)])

@@ -149,7 +149,7 @@ def end_tokens(path: str, config: PreTrainedConfig) -> list[int]:
 
 
 def limit_ids(tokenizer: PreTrainedTokenizerBase, config: PreTrainedConfig) -> None:
-    """Note on the tokenizer how many rows the model's embedding has.
+    """Store in the tokenizer how many rows the model's embedding has.
 
     Some tokenizers have more tokens than the embedding has rows. data/loader.py raises an error only where a text
     needs such a token.

@@ -17,11 +17,12 @@ from loss import token_weights
 from methods import unsolved_groups
 from reward import extract_boxed
 
-RECORDED_TOKENS = 512  # of each row of a recorded group at most so many tokens are written
+RECORDED_TOKENS = 512  # limit for the tokens of each row that groups.jsonl gets
 
 
 def is_copied(text: str, problem: Any) -> bool:
-    """Returns whether the boxed answer is copied from the problem word for word: `69 - 13` where the answer is 56.
+    """Returns whether the boxed answer is copied from the problem word for word: `69 - 13`, which is in the problem,
+    where the gold answer is 56.
 
     A boxed answer with the same words as the gold answer does not count as copied.
     """
@@ -60,7 +61,7 @@ def rl_metrics(run: Any, step: Any) -> dict[str, Any]:
     groups = [rewards[rollouts.group == g] for g in range(int(rollouts.group.max()) + 1)]
     # a skipped update has no loss and no gradient
     made = [update for update in step.updates if not update["skipped"]]
-    # number of tokens with a weight other than 0, before their update and during their update
+    # numbers of tokens with a weight other than 0: by the weights before each update, and by those in the update
     weighted, with_weight = 0, 0
     for tokens, update in zip(step.mini_batches, step.updates):
         if not update["skipped"]:

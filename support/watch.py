@@ -22,15 +22,16 @@ COLLAPSED = 0.02  # entropy has collapsed below this share of the entropy at the
 # 0.088 in bf16. Random, strongly nonlinear models of 16 layers had gaps of at most 0.000004 in fp32 and 0.037 in
 # bf16.
 GAP_POWER = 0.5
-# there is no warning while the mean of `surprise` over LONG steps is at most so many nats per token, or so many
-# standard errors, away from 0
+# there is no warning "surprise" while the mean of the metric `surprise` over LONG steps is at most so many nats per
+# token, or so many standard errors, away from 0
 SURPRISE = 0.02, 6.0
 # Two numbers: the share of a step's trained tokens that PPO may clip, and how many trained tokens a step must have to
 # be judged. In 45 runs that learned the embedded task or a similar task PPO clipped a share of at most 0.1 (with the
 # defaults 0.004). In runs whose policy had collapsed after the first step PPO clipped a share of 0.16 (lr 5e-3) to
 # 0.56 (lr 1e3).
 CLIPPED = 0.15, 100
-# a warning comes if more than this share of a step's responses are right with an answer copied from the problem
+# the warning "copied" comes if more than this share of a step's responses are right with an answer copied from the
+# problem
 COPIED = 0.03
 # The reward is lost if it is below this share of the best reward over SHORT steps, and below that best reward by so
 # many standard errors. In 45 runs that learned a task the reward stayed at least at 0.3 of its best value; a

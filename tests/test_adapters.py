@@ -119,7 +119,7 @@ def test_a_run_with_adapters_goes_on_to_the_bit(tokenizer, tmp_path):
 @pytest.mark.parametrize(
     "words, message",
     [
-        ("--lora_rank 97", "lora_rank is 97, expected at most 96, the smaller side of down_proj"),
+        ("--lora_rank 97", "lora_rank is 97, expected at most 96, the smaller dimension of down_proj"),
         (
             "--lora_rank 4 --lora_targets q_proj,nose",
             "this model's blocks have no linear layer nose, expected of these: down_",

@@ -375,7 +375,7 @@ def test_as_many_rows_share_a_call_as_a_gpu_holds(monkeypatch):
     assert eval.rows_that_fit(model, 100) == 7
     model.config = MambaConfig()
     with pytest.raises(
-        ValueError, match=r"the memory that a row takes is not known \(.* no attention heads\): give --rows_per_call"
+        ValueError, match=r"the memory of a response is unknown \(.* no attention heads\): give --rows_per_call"
     ):
         eval.rows_that_fit(model, 100)
     monkeypatch.undo()

@@ -262,9 +262,8 @@ def generate(
     """Returns `rows` with responses: prefix, continuation and an end token (unless the limit of tokens was reached).
 
     Temperature 0 is greedy. `decode` replaces HF's decoding loop (fast.decode.decode_rows gives the same tokens).
-    `progress` is the title of a tqdm bar. Rows of similar length share a call of HF's `generate`; sharing changes
-    tokens only by rounding. Every rank must call `generate`; rank r samples groups g = r (mod ranks) and gets all
-    others.
+    `progress` labels a tqdm bar. Rows of similar length share a call of HF's `generate`; sharing changes tokens only
+    by rounding. Every rank must call `generate`; rank r samples groups g = r (mod ranks) and gets all others.
     """
     mine = [i for i, row in enumerate(rows) if not row.response and row.group % world_size() == rank()]
     mine.sort(key=lambda i: (len(rows[i].prompt_ids), len(rows[i].prefix_ids)))

@@ -196,10 +196,8 @@ def ppo_weight(
 @dataclass(frozen=True)
 class Tokens:
     """The inputs of the weight functions: tensors of some rows of a mini-batch, and numbers of the whole mini-batch.
-    No gradient flows through these tensors.
-
-    step.mini_batch_tokens fills these fields for all rows of a batch, with the sampling policy's log_probs and
-    entropy. `Tokens.at` then takes the rows of a micro-batch.
+    No gradient flows through the tensors of Tokens. step.mini_batch_tokens fills the fields of Tokens for all rows of
+    a batch, with the sampling policy's log_probs and entropy. `Tokens.at` then takes the rows of a micro-batch.
     """
 
     log_probs: Tensor  # [B, R] log-probs of the tokens under the present policy

@@ -276,8 +276,8 @@ def plan(config: Config, shape: Any, gpus: int, prompt: int) -> dict[str, dict[s
 
 
 def block_bytes(shape: Any, tokens: int = PREFILL_TOKENS, size: int = 2) -> int:
-    """Returns the bytes of a forward pass over `tokens` prompt tokens, without key-value caches. Each number in these
-    tensors has `size` bytes."""
+    """Returns the bytes of a forward pass over `tokens` prompt tokens, without key-value caches. Each number that the
+    forward pass computes has `size` bytes."""
     shape = shape.get_text_config()
     return size * tokens * (3 * inner_width(shape) + 6 * shape.num_attention_heads * head_width(shape))
 

@@ -1,4 +1,5 @@
-"""This file makes rollouts: rows are planned, responses sampled, and both packed into the tensors that updates read.
+"""This file makes rollouts: it plans rows, samples responses, and packs rows and responses into the tensors that
+updates read.
 
     plan_group(problem) -> [Row(prompt_ids, prefix_ids), …]    ids only: text is never decoded and encoded again
     generate(model, rows) -> [Row(…, response), …]             prefix + continuation, by model.generate

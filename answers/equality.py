@@ -184,7 +184,7 @@ def _same_relations(p: Node, g: Node) -> bool:
 
 def _named_value(node: Node) -> tuple[Node | None, Node]:
     """Returns the name and the value of an answer: x = 5 gives x and 5, and x ∈ A gives x and A. In a chain of
-    equations the last side is the value if the other sides agree with it."""
+    equations, such as x = 2 + 3 = 5, the last side is the value if the other sides agree with it."""
     if node[0] != "rel" or len(set(node[1])) > 1 or node[1][0] not in ("=", "∈", "≡"):
         return None, node
     name, *sides = node[2]
@@ -247,8 +247,8 @@ def _approximations(node: Node) -> list[Node]:
 
 def _same_relation(p: Node, g: Node) -> bool:
     """Returns whether two relations have equal sides, also if one relation is turned round (x < 1 is 1 > x).
-    Relations with a single sign, such as y = 2x, are also compared by the difference of their sides, up to a constant
-    factor."""
+    Relations with a single relation sign, such as y = 2x, are also compared by the difference of their sides, up to a
+    constant factor."""
     turned = tuple(TURNED.get(op, op) for op in reversed(p[1])), p[2][::-1]
     for ops, sides in ((p[1], p[2]), turned if all(op in TURNED for op in p[1]) else (p[1], p[2])):
         if ops == g[1] and _same_in_order(sides, g[2]):

@@ -219,8 +219,8 @@ def _run(run: str, before: list[tuple[str, str]], spaced: bool = False) -> list[
 
 
 def _command(name: str, text: str, at: int, out: list[tuple[str, str]], grouped: bool, depth: int) -> int:
-    """Appends the tokens of a LaTeX command to `out`. Returns the position in `text` behind that command
-    and its arguments."""
+    """Appends the tokens of a LaTeX command to `out`. Returns the position in `text` behind the command and its
+    arguments."""
     if name not in KNOWN:
         known = next((name[:cut] for cut in (len(name) - 1, len(name) - 2) if name[:cut] in KNOWN), None)
         if known is None or len(known) < 2:

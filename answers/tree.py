@@ -8,8 +8,8 @@ A node is a nested tuple that starts with its kind.
                   ("ratio", items)  ("clock", items): 10:30, which may be a ratio  ("regions", op, items)
                   ("unit", node, unit)  ("base", digits, base)  ...
 
-The normal form collects no like terms, expands no products, and knows no trigonometric rules. Such expressions are
-compared by their values, which values.py computes.
+The normal form collects no like terms, expands no products, and knows no trigonometric rules. Expressions that need
+such steps are compared by their values, which values.py computes.
 """
 
 import functools

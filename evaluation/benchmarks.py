@@ -1,7 +1,7 @@
 """This file loads benchmarks: named files of problems, with the paper's number of samples per problem for each file.
 
-data/prepare.py writes the public benchmarks to data/benchmarks/. A line of such a file may have "options" (multiple
-choice) beside the fields of data/loader.py. Problems with images, proofs, and code are not supported.
+data/prepare.py writes the public benchmarks to data/benchmarks/. A line of a benchmark's file may have "options"
+(multiple choice) beside the fields of data/loader.py. Problems with images, proofs, and code are not supported.
 """
 
 import dataclasses
@@ -65,8 +65,8 @@ def load_benchmark(
     """Returns the benchmark in a JSONL file, with only the first `per_level` problems of each level (None: all
     problems).
 
-    Unless `system` is None, it replaces the system message of each problem. Raises InputError for a missing file or a
-    bad line.
+    Unless `system` is None, `system` replaces the system message of each problem. Raises InputError for a missing
+    file or a bad line.
     """
     rows = read_rows(path)
     problems = check_rows(path, rows, reward)

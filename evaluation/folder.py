@@ -225,8 +225,8 @@ def regrade(folder: Path, name: str | None = None) -> tuple[dict[str, Any], dict
     benchmarks, how = [], (settings["problems_per_level"], settings["system"], reward)
     for benchmark, stored in settings["benchmarks"].items():
         benchmarks.append(load_benchmark(benchmark, Path(stored["file"]), stored["samples"], *how))
-        # a benchmark's file may differ from the recorded one, because a gold answer was corrected; stored_rows checks
-        # the ids
+        # a benchmark's file may differ from the file at the time of the evaluation, because a gold answer was
+        # corrected; stored_rows checks the ids
         stored["sha256"] = sha256(Path(stored["file"]))
     changed = 0
     with written(folder):

@@ -3,8 +3,8 @@ several evaluations.
 
 results.json has the following keys. "settings" is the content of settings.json. "results" is {benchmark: {level or
 "all": a row of statistics.summarize}}, and "average" is the mean over the benchmarks. "right" is {benchmark: {level:
-{problem id: number of right samples}}}. "rewards" is like "right" with the sum of rewards in place of the number; it
-is present only if a reward lies between 0 and 1. figures/comparison.py draws the figures.
+{problem id: number of right samples}}}. "rewards" is like "right" with the sum of rewards in place of the number;
+"rewards" is present only if a reward lies between 0 and 1. figures/comparison.py draws the figures.
 """
 
 import json

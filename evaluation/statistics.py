@@ -11,9 +11,9 @@ follows:
 So an interval always contains the accuracy, and 0 right of 30 problems gives [0, 9.5%] rather than [0, 0]. For each
 end of the interval of an average over nine benchmarks, one problem is added to one benchmark only: the benchmark
 where the problem moves this end most. One added problem in each benchmark would bias the interval. Agresti and Coull
-(1998) add both solved and failed problems, and for both ends. Their interval is pulled towards 50%. It contains the
-true accuracy less often where scores lie close together (in 92% of simulated evaluations on 1000 problems that are
-about equally hard).
+(1998) add both solved and failed problems, and for both ends. The Agresti-Coull interval is pulled towards 50%, and
+contains the true accuracy less often where scores lie close together (in 92% of simulated evaluations on 1000
+problems that are about equally hard).
 
 How often the 95% interval of this file contains the true accuracy (its coverage) was simulated with true accuracies
 from 1 to 99%, 1, 4 or 32 samples per problem, and with or without partial rewards. The simulated problems were about
@@ -28,7 +28,7 @@ is at least 94.4%.
 
 At an accuracy of 50% the interval is wider than that of a plain bootstrap: by 5 to 13% for 100 problems, and by 3 to
 10% for 300. If the scores or differences of 100 problems all lie close together, the interval is wider than the
-bootstrap's by up to 19%, because the score of a further problem may be far from them.
+bootstrap's by up to 19%, because the score of a further problem may be far from these scores.
 
 The intervals do not account for clusters of related problems, multiple comparisons, or the spread over training
 seeds.

@@ -127,8 +127,8 @@ def attention(config: PreTrainedConfig, name: str) -> Iterator[None]:
 def read_prompts(model: PreTrainedModel, cache: Cache, ids: Tensor, mask: Tensor, block: int) -> Tensor:
     """Fill `cache` with the prompts and return the scores of the first response token of each row, [B, V].
 
-    Equal prompts (those of a group) are read once. Long prompts are read in blocks of about `block` tokens over all
-    rows, which bounds the memory of a forward pass.
+    Equal prompts (all rows of a group have the same prompt) are read once. Long prompts are read in blocks of about
+    `block` tokens over all rows, which bounds the memory of a forward pass.
     """
     both, which = torch.unique(torch.cat([ids, mask], dim=1), dim=0, return_inverse=True)
     ids, mask = both.chunk(2, dim=1)

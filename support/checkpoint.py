@@ -6,10 +6,11 @@ steps, and for ReLIFT the buffer and the second optimizer. A checkpoint needs no
 data: every draw is a pure function of (seed, step, problem, rollout), and the order of problems is a pure function of
 (seed, epoch). A checkpoint is written beside the older ones and renamed when it is complete; the last two checkpoints
 are kept. So a complete checkpoint exists at any moment, also after SIGKILL or with a full disk. PyTorch writes a
-checkpoint as a zip file with a CRC-32 of every part. A resumed run takes the newest file whose parts agree with their
-CRC, and cuts its logs back to the step of this file. A lock keeps a second process out of the folder; the operating
-system releases the lock however the process ends. With several ranks only rank 0 writes. Split weights and optimizer
-state are made whole before saving and split again after loading, so a run may continue with another number of ranks.
+checkpoint as a zip file with a CRC-32 of every part. A resumed run takes the newest checkpoint whose parts agree with
+their CRC, and cuts the run's logs back to the step of that checkpoint. A lock keeps a second process out of the
+folder; the operating system releases the lock however the process ends. With several ranks only rank 0 writes. Split
+weights and optimizer state are made whole before saving and split again after loading, so a run may continue with
+another number of ranks.
 """
 
 import contextlib
@@ -35,7 +36,7 @@ REMEMBERED = "trained_with.json"
 
 # settings that may differ when a run is resumed
 FREE = {"resume", "accept_changed", "out", "save_every", "save_dtype", "device"}
-# settings that may also differ when a run is resumed, because they change at most its rounding
+# further settings that may differ when a run is resumed, because they change at most the rounding
 FREE |= {"tensorboard", "recompute", "offload", "rows_per_call", "micro_batch_tokens"}
 # a run that was killed before its config.json was complete leaves only these files
 OURS = {"lock", "config.json.partial"}
@@ -301,8 +302,8 @@ def cut_logs(folder: Path, step: int) -> list[dict[str, Any]]:
 
 
 def check_folder(config: Config) -> None:
-    """Raises InputError unless --out is new, or --resume is given and --out holds a run with these settings (or only
-    the files that a run leaves if it is killed before config.json is complete)."""
+    """Raises InputError unless --out is new, or --resume is given and --out holds a run with the settings `config`
+    (or only the files that a run leaves if it is killed before config.json is complete)."""
     folder = Path(config.out)
     with reading(folder):
         if not config.out or not folder.exists():
@@ -357,7 +358,8 @@ def opened(config: Config, ingredients: dict[str, str]) -> Iterator[Path]:
     check_ingredients(config, ingredients)
     folder = from_rank_0(new_folder(config) if rank() == 0 else None)
     with locked(folder):
-        if rank() == 0:  # the folder is checked again, because another process may have used it before the lock
+        # the folder is checked again, because another process may have used the folder before it was locked
+        if rank() == 0:
             check_folder(dataclasses.replace(config, out=str(folder), resume="auto"))
         yield folder
 

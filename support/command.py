@@ -1,5 +1,5 @@
-"""This file reads the options of every command and ends the command: an error is one line, also if the output is
-closed or Ctrl-C is pressed. The file also catches the signals that ask a run to stop."""
+"""This file reads the options of every command, and ends the command after an error (shown as one line), a closed
+output or Ctrl-C. The file also catches the signals that ask a run to stop."""
 
 import argparse
 import contextlib
@@ -23,7 +23,8 @@ class Parser(argparse.ArgumentParser):
 
     def __init__(self, **settings: Any):
         super().__init__(allow_abbrev=False, **settings)
-        self._negative_number_matcher = re.compile("-[^-]")  # so sample.py reads "-612;B*2?" as a problem
+        # a single dash begins no option, so sample.py reads "-612;B*2?" as a problem
+        self._negative_number_matcher = re.compile("-[^-]")
 
     def error(self, message: str) -> None:
         raise InputError(f"{message} (see python {self.prog} --help)")

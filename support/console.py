@@ -54,8 +54,8 @@ def warn(text: str) -> None:
 
 
 class Progress:
-    """The progress bar of a run of `total` steps, of which `done` are finished. With `tensorboard` it also writes
-    TensorBoard's files."""
+    """The progress bar of a run of `total` steps, of which `done` are finished. With `tensorboard` the class also
+    writes TensorBoard's files."""
 
     def __init__(self, folder: Path, total: int, done: int, tensorboard: bool, watch: Watch):
         self.total, self.watch, self.first = total, watch, done
@@ -156,7 +156,7 @@ def show_base(base: dict[str, Any]) -> None:
 
 
 def memory_advice(error: BaseException, config: Config) -> str:
-    """Returns a message for the `error` of a full memory: it names the settings to lower."""
+    """Returns advice for the `error` of a full memory: which settings to lower."""
     names = ("rows_per_call", "micro_batch_tokens", "max_response_tokens")
     lower = ", ".join(f"{name} ({getattr(config, name)})" for name in names)
     message = " ".join(str(error).split())[:160]

@@ -134,8 +134,8 @@ def from_rank_0(value: Any) -> Any:
 def follow_first(model: nn.Module | None) -> tuple[nn.Module, nn.Module]:
     """Returns, for `shard`, the model and a second model of the same structure without weights.
 
-    Rank 0 passes its `model` and gets it back; other ranks pass None and get a model without weights. All ranks build
-    their models from rank 0's config, because read_model may have corrected it (tied weights, dropout).
+    Rank 0 passes its `model` and gets this model back; other ranks pass None and get a model without weights. All
+    ranks build their models from rank 0's config, because read_model may have corrected it (tied weights, dropout).
     """
     config, dtype, loop = from_rank_0((model.config, model.dtype, getattr(model, "loop", None)) if model else None)
     with torch.device("meta"):
@@ -149,11 +149,11 @@ def shard(model: nn.Module, plain: nn.Module, device: torch.device, offload: boo
 
     On CUDA layers compute in bf16, and gradients are summed in fp32. `offload` keeps the split weights and the
     optimizer on the CPU. Before the call rank 0 has the weights on the CPU, and other ranks have a model on the meta
-    device. Thus host memory holds only one copy of the weights (4 bytes per parameter), and rank 0 sends it tensor by
-    tensor. Gradients are summed over ranks, not averaged, because the loss has one global denominator. `plain` is the
-    same model on the meta device, which `gathered` gives to the sampler. Weights that are frozen under adapters are
-    not split: each rank has all of them. Raises InputError if layers share weights, because FSDP would make two
-    copies of them.
+    device. Thus host memory holds only one copy of the weights (4 bytes per parameter), and rank 0 sends the weights
+    tensor by tensor. Gradients are summed over ranks, not averaged, because the loss has one global denominator.
+    `plain` is the same model on the meta device, which `gathered` gives to the sampler. Weights that are frozen under
+    adapters are not split: each rank has all frozen weights. Raises InputError if layers share weights, because FSDP
+    would make two copies of shared weights.
     """
     bf16 = MixedPrecisionPolicy(param_dtype=torch.bfloat16, reduce_dtype=torch.float32)
     settings = {
@@ -247,7 +247,7 @@ def gathered(model: nn.Module) -> Iterator[nn.Module]:
 
 def total_norm(tensors: list[Tensor]) -> Tensor:
     """Returns the norm of all `tensors` together, over all ranks. (In torch 2.13 the norm of sharded tensors already
-    is the whole norm on every rank; `full_tensor` makes sure of it.)"""
+    is the whole norm on every rank; `full_tensor` makes sure that the norm is whole.)"""
     norm = nn.utils.get_total_norm(tensors)
     return norm.full_tensor() if isinstance(norm, DTensor) else norm
 
@@ -276,7 +276,7 @@ def state_of(model: nn.Module) -> dict[str, Tensor]:
 
 def full_state(state: Any) -> Any:
     """Returns a copy of `state` (nested dicts and lists) in which rank 0 has each split tensor whole, on the CPU, and
-    other ranks have None for it."""
+    other ranks have None in its place."""
     if isinstance(state, dict):
         return {key: full_state(value) for key, value in state.items()}
     if isinstance(state, list):

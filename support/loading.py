@@ -24,7 +24,7 @@ from support.files import reading
 
 NOISE = ("drop", "jitter", "noise")  # a config field whose name contains one of these words makes training random
 signature = functools.cache(inspect.signature)
-SMALL = 10_000_000  # number of parameters below which a second CPU thread gains little; on a busy core it costs much
+SMALL = 10_000_000  # number of parameters below which a second CPU thread gains little, and costs much on a busy core
 
 
 def pick_device(name: str = "auto") -> torch.device:

@@ -1,8 +1,8 @@
 """This file computes the memory that sampling takes, from a model's config alone.
 
-plan.py uses these functions for its plan, and eval.py uses them to choose how many rows it samples together. A layer
-that keeps something else than keys and values of every token (see `plain_caches`) is counted as if it kept keys and
-values.
+plan.py uses these functions for its plan, and eval.py uses the functions to choose how many rows are sampled
+together. A layer that keeps something else than keys and values of every token (see `plain_caches`) is counted as if
+it kept keys and values.
 """
 
 from transformers import DynamicCache, PreTrainedConfig

@@ -107,8 +107,8 @@ def old_fields(config: dict[str, Any]) -> dict[str, Any]:
 
 
 def says_the_same(config: dict[str, Any]) -> bool:
-    """Returns whether the old fields alone give the RoPE of the new fields. transformers 5, which reads old fields as
-    transformers 4 does, reads them here."""
+    """Returns whether the old fields alone give the RoPE of the new fields. In this function transformers 5 reads the
+    old fields, as transformers 4 would."""
     old = dict(config.get("text_config", config))
     new = old.pop("rope_parameters", None)
     try:

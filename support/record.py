@@ -1,8 +1,8 @@
-"""This file makes the records of a step: its metrics, two rows as text, and sometimes one whole group, token by
+"""This file makes the log entries of a step: its metrics, two rows as text, and sometimes one whole group, token by
 token.
 
-`run` is a step.Run, and `step` is a step.Step. plot.py draws the records, and support/checkpoint.py writes them to
-files.
+`run` is a step.Run, and `step` is a step.Step. plot.py draws the log entries, and support/checkpoint.py writes them
+to files.
 """
 
 import math
@@ -43,7 +43,7 @@ def rl_metrics(run: Any, step: Any) -> dict[str, Any]:
     (is_copied). `log_prob_gap` is the mean distance between a sampled token's log-prob in sampling and in the
     training pass. `log_prob_gap` is 0 up to rounding. `surprise` is the mean of -log pi - H over sampled tokens, with
     log pi and the entropy H from the training pass. `surprise` is 0 up to noise if the sampler drew the tokens from
-    pi, even if the log-probs recorded in sampling were wrong.
+    pi, even if the log-probs kept from sampling were wrong.
     """
     batch, first_rows = step.batch, step.batch.first_rows
     rollouts, rewards, hybrid = batch.rollouts, batch.rewards, batch.rollouts.hybrid

@@ -60,7 +60,7 @@ def mean_of_members(values: Tensor, members: Tensor) -> tuple[Tensor, Tensor]:
 
     If the values of a row's members are equal, their mean is that value to the bit. A rounded mean of equal rewards
     would leave an advantage of about 1e-8 instead of 0, and dividing this advantage by the rewards' deviation would
-    make it large.
+    make the advantage large.
     """
     low = values.where(members, math.inf).amin(1)
     high = values.where(members, -math.inf).amax(1)
@@ -71,7 +71,7 @@ def mean_of_members(values: Tensor, members: Tensor) -> tuple[Tensor, Tensor]:
 def advantages(
     rewards: Tensor, group: Tensor, hybrid: Tensor, baseline: str = "on_policy", scale_by_std: bool = False
 ) -> tuple[Tensor, Tensor]:
-    """Returns two advantages for each row: that of the tokens the policy wrote, and that of its prefix tokens.
+    """Returns two advantages for each row: one for the tokens that the policy wrote, and one for the prefix tokens.
 
     rewards [B] float, group [B] int (which problem), hybrid [B] bool -> (response_advantage, prefix_advantage) [B].
 
@@ -125,8 +125,8 @@ def entropy_clip(
     sampling policy. So the kept tokens cannot depend on how the mini-batch is cut into micro-batches. (The paper's
     released code ranks the updating policy's entropy in each micro-batch, so the kept tokens change with the
     micro-batches. In the released code the ablation "bottom 20%" also gives weight 0 to every token that the policy
-    wrote. In the released code the ablation "random" drops only n/100 of n prefix tokens, and none if its ratio is
-    0.8. This function follows the paper's text.)
+    wrote. In the released code the ablation "random" drops only n/100 of n prefix tokens, and none if the ablation's
+    ratio is 0.8. This function follows the paper's text.)
     """
     flat = prefix_mask.flatten()
     index = flat.nonzero().squeeze(1)
@@ -154,7 +154,7 @@ def weighted_tokens(
     """Returns the mask of the response tokens that keep a weight: all but those that the method's entropy clip drops.
     All tensors are [B, R], for the B rows of a whole mini-batch.
 
-    The entropy clip ranks the prefix tokens; in a method without prefixes it ranks every response token.
+    The entropy clip ranks the prefix tokens; in a method without prefixes the clip ranks every response token.
     """
     if not method.entropy_clip:
         return response_mask

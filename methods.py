@@ -33,9 +33,9 @@ from loss import Tokens, clipped
 # The method rescue tries prefixes of these shares of a demonstration, in this order. [GHPO counts a share in
 # characters, this project in tokens.]
 RESCUE_SHARES = (0.25, 0.5, 0.75)
-# The coefficient of a method with a `coefficient_end` falls over this share of the run, from its start. [CHORD's mu
-# falls from 0.6 to 0 over 20 of 100 steps in Trinity-RFT's mix_chord_toolace.yaml, and from 0.9 to 0.05 over 200
-# steps of a longer run in mix_chord.yaml.]
+# The coefficient of a method with a `coefficient_end` falls over this first share of the run. [CHORD's mu falls from
+# 0.6 to 0 over 20 of 100 steps in Trinity-RFT's mix_chord_toolace.yaml, and from 0.9 to 0.05 over 200 steps of a
+# longer run in mix_chord.yaml.]
 FALL = 0.2
 
 # ---- the weights
@@ -117,7 +117,7 @@ def shaped(t: Tokens) -> Tensor:
 def remaining_clipped(t: Tokens) -> Tensor:
     """(1 − c)·I·A·r
 
-    This is the weight of CHORD's policy tokens, where c is CHORD's mu. [Source: 2508.11408 Eq. 5; its code in
+    This is the weight of CHORD's policy tokens, where c is CHORD's mu. [Source: 2508.11408 Eq. 5; CHORD's code in
     Trinity-RFT also has a dual clip at 3]
     """
     return (1 - t.coefficient) * clipped(t)
@@ -141,8 +141,8 @@ def row_mean(t: Tokens) -> Tensor:
     each micro-batch. The weight of this function equals HPT's if a demonstration is alone in its micro-batch;
     otherwise HPT's weight is smaller. The SFT term grows with the number of replaced groups. HPT cuts the rows that
     are left after the replacement into mini-batches of 512 rows. So HPT makes one update if more than 73 of 128
-    problems are unsolved, because at most 512 rows are left, else a second update with the rows beyond 512. In this
-    project every update of a step has an equal part of the problems.
+    problems are unsolved (at most 512 rows are left), else a second update with the rows beyond 512. In this project
+    every update of a step has an equal part of the problems.
     """
     lengths = t.prefix_mask.sum(1, keepdim=True).clamp(min=1).to(t.log_probs)
     return (t.coefficient * t.max_response_tokens / lengths).expand_as(t.log_probs)
@@ -190,13 +190,14 @@ def toward_hinted(t: Tokens) -> Tensor:
     """r·(log q − log p)
 
     SDFT's teacher is q = π(y | x, y*), the policy with a demonstration y* in the prompt x; p = π(y | x) is the policy
-    without it. On average over sampled tokens, this weight gives the gradient of KL(p ‖ q). The factor r (PPO's
-    ratio) corrects for the updates since the sampling. Rows of a problem without a demonstration have weight 0.
-    SDFT's code sums the divergence over the vocabulary; this project estimates the divergence from the sampled token.
-    SDFT takes the token mean of each row, without the row's first 3 tokens, and averages these means over rows. In
-    this project the loss is a sum over Z, so a row y weighs len(y)/L times as much as in SDFT. The README of SDFT's
-    repository (April 2026) says that the paper's results used the forward KL, the default of its code. [Sources:
-    2601.19897; idanshen/Self-Distillation, distil_trainer.py `_compute_loss`, as a fork of that repository has it]
+    without the demonstration. On average over sampled tokens, this weight gives the gradient of KL(p ‖ q). The factor
+    r (PPO's ratio) corrects for the updates since the sampling. Rows of a problem without a demonstration have weight
+    0. SDFT's code sums the divergence over the vocabulary; this project estimates the divergence from the sampled
+    token. SDFT takes the token mean of each row, without the row's first 3 tokens, and averages these means over
+    rows. In this project the loss is a sum over Z, so a row y weighs len(y)/L times as much as in SDFT. The README of
+    SDFT's repository (April 2026) says that the paper's results used the forward KL, the default of its code.
+    [Sources: 2601.19897; idanshen/Self-Distillation, distil_trainer.py `_compute_loss`, as a fork of that repository
+    has it]
     """
     gain = t.hinted_log_probs - t.log_probs
     return torch.where(gain.isnan(), 0.0, (t.log_probs - t.old_log_probs).exp() * gain)

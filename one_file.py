@@ -52,8 +52,9 @@ CLIP = 0.2  # PPO clips the ratio to the range 1 - CLIP to 1 + CLIP; the paper's
 LEARNING_RATE = 1e-4  # paper: 1e-6
 MAX_GRAD_NORM = 1.0  # larger gradients are scaled down to this norm; the paper's code: 1.0
 
-# Tokens are drawn from softmax(logits) itself, because its log-probs are trained. Every sampling setting is passed:
-# HF takes a missing setting from the model's folder, and top_k is 50 if the folder does not set it.
+# Tokens are drawn from softmax(logits) itself, because the log-probs of softmax(logits) are trained. Every sampling
+# setting is passed: HF takes a missing setting from the model's folder, and top_k is 50 if the folder does not set
+# it.
 SAMPLED = {"do_sample": True, "temperature": 1.0, "top_k": 0, "top_p": 1.0, "repetition_penalty": 1.0}
 GREEDY = {"do_sample": False, "repetition_penalty": 1.0}
 
@@ -62,8 +63,8 @@ GREEDY = {"do_sample": False, "repetition_penalty": 1.0}
 
 @dataclass
 class Row:
-    """One response to one problem, as token ids. The ids are never decoded and encoded again, because that can change
-    them."""
+    """One response to one problem, as token ids. The ids are never decoded and encoded again, because decoding and
+    encoding can change ids."""
 
     prompt: list[int]
     answer: str
@@ -114,8 +115,8 @@ def respond(model, tokenizer, rows: list[Row], sampler: dict) -> None:
 
 
 def advantages(rewards: Tensor, hybrid: Tensor) -> tuple[Tensor, Tensor]:
-    """Returns two advantages of each row: that of the tokens the policy wrote, and that of its prefix. All tensors
-    are [groups, N].
+    """Returns two advantages of each row: one for the tokens that the policy wrote, and one for the prefix. All
+    tensors are [groups, N].
 
     An on-policy row and a prefix start from the prompt, so their reward is compared with the mean of the on-policy
     rows. A continuation starts from the end of its prefix, where no other row starts. So the reward of a continuation
@@ -128,8 +129,8 @@ def advantages(rewards: Tensor, hybrid: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def token_stats(model, input_ids: Tensor) -> tuple[Tensor, Tensor]:
-    """Returns the log-prob of every token but the first, and the entropy of the model's distribution at its place:
-    input_ids [B, T] -> two tensors [B, T - 1].
+    """Returns the log-prob of every token but the first, and the entropy of the model's distribution at that token's
+    place: input_ids [B, T] -> two tensors [B, T - 1].
 
     Rows are padded on the right. A causal model never looks to the right, so it needs no attention mask.
     """

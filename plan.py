@@ -41,8 +41,8 @@ from support.memory import cache_bytes, head_width, inner_width, plain_caches, r
 
 SHIPPED = Path(__file__).parent / "configs" / "models"  # the config.json of each model that configs/ names
 GIB, MIB = 2**30, 2**20
-# for each GPU: memory in GiB as CUDA reports it; from its data sheet TFLOP/s in bf16 (dense), GB/s of memory, GB/s of
-# PCIe
+# for each GPU: memory in GiB as CUDA reports it; and from the GPU's data sheet TFLOP/s in bf16 (dense), GB/s of
+# memory, GB/s of PCIe
 GPUS = {
     "3090": (23.5, 71, 936, 32),
     "4090": (23.5, 165, 1008, 32),

@@ -25,8 +25,8 @@ from support.errors import InputError
 
 
 def plot_runs(folders: list[Path], out: Path | None) -> None:
-    """Draw the curves of one run into its folder. For several runs, print their table and draw their curves into the
-    current folder."""
+    """Draw the curves of one run into its folder. For several runs, print a table of the runs and draw all curves
+    into the current folder."""
     target = out or (folders[0] / "curves.png" if len(folders) == 1 else Path("curves.png"))
     if len(folders) > 1:
         print(compare_runs(folders))

@@ -28,7 +28,7 @@ _BARE = re.compile(r"[-+]?[\w.,/:^]{0,99}\w|\\[A-Za-z]+[^$\n]{0,199}?(?=\$|\\\)|
 
 
 def extract_boxed(text: str | None) -> str | None:
-    """Returns the content of the last complete ``\\boxed{...}`` or ``\\fbox{...}`` of `text`; None if it has none.
+    """Returns the content of the last complete ``\\boxed{...}`` or ``\\fbox{...}`` of `text`; None if there is none.
 
     Returns None also if `text` is not a string. The function reads the text once, so its time grows linearly with the
     text. Braces inside a box must balance; escaped braces are not counted. If a box stands inside another, the outer

@@ -1,5 +1,4 @@
-"""This file makes rollouts: it plans rows, samples responses, and packs rows and responses into the tensors that
-updates read.
+"""This file makes rollouts: it plans rows, samples responses, and packs both into the tensors that updates read.
 
     plan_group(problem) -> [Row(prompt_ids, prefix_ids), …]    ids only: text is never decoded and encoded again
     generate(model, rows) -> [Row(…, response), …]             prefix + continuation, by model.generate

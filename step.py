@@ -149,7 +149,7 @@ def known_before(method: Method, config: Config, rollouts: Rollouts, response_ad
     """Returns a mask [B] of rows whose old log-probs are taken before a step's first update: all rows if there are
     several updates. If a step has one update, on one process, the forward pass of the update itself gives the old
     log-probs, because pi has not changed yet. Then the mask has only rows with a prefix, which the entropy clip ranks
-    before the update, and rows with advantage 0, which the update leaves out.
+    before the update, and rows with advantage 0, which the update skips.
     """
     several = config.updates_per_step > 1 or world_size() > 1
     if several or (method.entropy_clip and method.rows == "on_policy"):

@@ -141,8 +141,8 @@ def read_prompts(model: PreTrainedModel, cache: Cache, ids: Tensor, mask: Tensor
             "attention_mask": mask[:, : new.stop],
             "position_ids": positions[:, new],
         }
-        # the cache is passed under its old and its new name; last_hidden leaves out the name that transformers does
-        # not know
+        # the cache is passed under its old and its new name; last_hidden drops the name that transformers does not
+        # know
         hidden = last_hidden(model, **block_of_prompts, cache=cache, past_key_values=cache, use_cache=True)
     cache.reorder_cache(which)
     return model.get_output_embeddings()(hidden[:, -1])[which]
@@ -267,7 +267,7 @@ def decode_rows(model: PreTrainedModel, input_ids: Tensor, block: int | None = N
     output[:, :prompt] = input_ids
     places, position_ids = torch.arange(len(output), device=output.device), mask.sum(1, keepdim=True) - 1
     mask = pad(mask, (0, width - prompt))  # the mask is 1 at tokens and 0 at padding
-    if ours:  # the mask is 0 at tokens, else -inf: attention layers use it unchanged
+    if ours:  # the mask is 0 at tokens, else -inf: attention layers use such a mask unchanged
         mask = scores.new_zeros(mask.shape).masked_fill(mask == 0, -torch.inf)[:, None, None]
     live = LiveRows(places, torch.empty_like(places), torch.zeros_like(places, dtype=torch.bool), position_ids, mask)
     one_token_pass = OneTokenPass(model, cache, live, recorded)
@@ -326,7 +326,7 @@ def reads_values(model: PreTrainedModel, ids: Tensor) -> bool:
 
 class RecordingLogitsProcessor(PrefixForcingLogitsProcessor):
     """Forces the tokens of prefix_ids, which are all different, and keeps the log-prob of each token in log_probs
-    [V], at the index of its id."""
+    [V], at the index of the token's id."""
 
     def __call__(self, input_ids: Tensor, scores: Tensor) -> Tensor:
         token = self.prefix_ids[self.rows, input_ids.shape[1] - self.prompt_length, None]

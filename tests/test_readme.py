@@ -25,6 +25,20 @@ def test_the_table_of_methods_is_generated():
     assert len(rows) > 20 and set(rows) <= set(methods_table().splitlines())
 
 
+def test_the_weights_in_readme_are_those_of_the_methods():
+    """README's table of six methods has the weights of methods_table(), for the model's and the demonstration's
+    tokens."""
+    table = {cells[0]: cells[4:6] for cells in map(cells_of, methods_table().splitlines())}
+    rows = [cells_of(line) for line in README.splitlines() if line.startswith("| `") and line.count("|") == 5]
+    weights = {cells[0]: [cell.split(",")[0] for cell in cells[2:]] for cells in rows if cells[0] in table}
+    assert len(weights) == 6 and all(weights[method] == table[method] for method in weights)
+
+
+def cells_of(line: str) -> list[str]:
+    """Returns the cells of a line of a Markdown table."""
+    return [cell.strip() for cell in line.strip("|").split("|")]
+
+
 def test_readme_has_no_gap_left_to_fill_in():
     # in README.md an @ marks a gap to fill in, except in avg@k and pass@k
     assert "@" not in re.sub(r"@[0-9k]", "", README)

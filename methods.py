@@ -358,7 +358,7 @@ def hinted_log_probs(
     sampled the rows, with a demonstration in its prompt. Rows of a problem without a demonstration have NaN. Returns
     None for methods that are not `hinted`.
 
-    In SDFT's code the teacher's weights are a running mean of the policy's weights, which moves by 0.01 per step. In
+    In SDFT's code the teacher's weights are a running mean of the policy's weights, with a rate of 0.01 per step. In
     this project the teacher is the policy itself. `picked` are the step's problems; `pack` is sample.pack and
     `old_stats` is step.old_stats.
     """

@@ -153,9 +153,10 @@ def sampling(model: PreTrainedModel) -> Iterator[PreTrainedModel]:
 
 
 def response_text(tokenizer: Tokenizer, ids: list[int], end_ids: list[int]) -> str:
-    """Returns a response as the text that is graded and shown, without its end token. Every other token stays,
-    special or not. An id without a token becomes \ufffd; embeddings often have more rows than the tokenizer has
-    tokens. If an id without a token vanished between "\\boxed{25" and "1}", the answer would read as 251."""
+    """Returns a response as the text that is graded and shown, without its end token. All other tokens stay in the
+    text, also special tokens. An id without a token becomes \ufffd; embeddings often have more rows than the
+    tokenizer has tokens. If an id without a token vanished between "\\boxed{25" and "1}", the answer would read as
+    251."""
     inner = ids[:-1] if ids and ids[-1] in end_ids else ids
     text = ""
     for known, run in itertools.groupby(inner, known_ids(tokenizer).__contains__):
@@ -230,7 +231,7 @@ def head_stats(model: PreTrainedModel, hidden: Tensor, targets: Tensor, temperat
         scores = head(hidden).float()  # [chunk, V]
         log_p = torch.log_softmax(scores if temperature == 1 else scores / temperature, dim=-1)
         with torch.no_grad():
-            # a logit of -inf gives 0 * -inf = NaN, but adds 0 to the entropy
+            # a logit of -inf would give 0 * -inf = NaN, but its part of the entropy is 0
             entropy = -log_p.exp().mul_(log_p).nan_to_num_().sum(-1)
         return log_p.gather(1, targets[:, None]).squeeze(1), entropy
 

@@ -110,7 +110,7 @@ def prepare(config: Config) -> tuple[Run, Counts]:
     # a changed reward is reported before load_data grades demonstrations by it
     checkpoint.check_ingredients(config, {"reward": reward.fingerprint})
     ends = generation_config.eos_token_id
-    # data are loaded before the model, because reading weights takes long
+    # data are loaded before the model, so that wrong data are reported before the long reading of weights
     data, counts = load_data(config, reward, tokenizer, ends, context)
     model, _ = load_model(
         config.model,

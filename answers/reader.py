@@ -2,7 +2,7 @@
 
 The parser reads ambiguous notation as follows. `e` and `i` are the mathematical constants. `1/2x` is (1/2)x, and
 `t/RC` is t/(RC). A letter before parentheses that hold one letter or number, such as `f(x)`, is a function. A letter
-before other parentheses is a factor. The exponent of `x^10` is 10 and the radicand of `\\sqrt12` is 12, but
+before any other parentheses is a factor. The exponent of `x^10` is 10 and the radicand of `\\sqrt12` is 12, but
 `\\frac12` is 1/2. `\\sin 2x` is the sine of the product 2x. `\\log` has an unknown base, so it equals neither `\\ln`
 nor `\\lg`. `%` and `°` are units, but in an argument of a trigonometric function degrees are converted to radians.
 """

@@ -1,5 +1,5 @@
-"""This file turns sets of real numbers into intervals, so that different spellings can be compared: intervals,
-unions, inequalities in one variable, {x | ...}, x ≠ 2.
+"""This file turns sets of real numbers (intervals, unions, inequalities in one variable, {x | ...}, x ≠ 2) into
+intervals, so that different spellings can be compared.
 
 Sets in several variables are not read. Of the inequalities, only linear ones and those with the absolute value of a
 linear term are read.

@@ -119,7 +119,7 @@ def choose_folder(args: argparse.Namespace, settings: dict[str, Any]) -> tuple[P
         args.out = next(f for i in itertools.count(1) if not (f := Path("evals") / f"{name}-{i:03d}").exists())
     if stored := stored_settings(args.out):
         changed = [k for k in settings if k not in (*FREE, "date") and settings[k] != stored.get(k)]
-        # without a stored response nothing has been graded
+        # no response is graded yet, so a changed grader contradicts nothing
         if changed == ["grader"] and not (args.out / "generations.jsonl").exists():
             return args.out, settings
         if changed == ["grader"]:

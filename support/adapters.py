@@ -4,9 +4,9 @@ only this file imports it.
 `add` gives every linear layer of the blocks a product of two small matrices, alpha / rank · B·A, that starts at 0.
 The model keeps its class, so sampling and training need no code for adapters: sampling and training read the same,
 unmerged matrices. Only the adapters have gradients, optimizer state and a place in the checkpoint, and ranks exchange
-only adapters. `merged` adds the products to the weights, for the folder final/. `save` writes only the small
-matrices, in peft's own format. Adapters have no dropout and no biases. Embeddings, the head and quantised models get
-no adapters. No run begins with another run's adapters.
+only adapters. `merged` adds the adapters' products to the model's weights, for the folder final/. `save` writes only
+the small matrices, in peft's own format. Adapters have no dropout and no biases. Embeddings, the head and quantised
+models get no adapters. No run begins with another run's adapters.
 """
 
 import importlib.util

@@ -54,7 +54,7 @@ def command(name: str, who: Callable[[], str] = str, shown: type[Exception] = In
         finally:
             sys.stdout.flush()
     except BrokenPipeError:
-        # at exit Python writes the rest of its buffer; writing to devnull does not fail a second time
+        # at exit Python writes the rest of its buffer to stdout, which would fail again, so stdout becomes devnull
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         sys.exit(141)
 

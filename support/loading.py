@@ -118,7 +118,7 @@ def fuse_norms(model: nn.Module) -> None:
         # a norm with a gate takes more arguments and is not replaced
         plain = list(signature(type(module).forward).parameters)[1:] == ["hidden_states"]
         if plain and hasattr(module, "variance_epsilon") and module.weight is not None:
-            # compare on a copy with made-up weights, because the model may have no weights yet
+            # the norms are compared on a copy with made-up weights, because the model may have no weights yet
             own = copy.deepcopy(module).to_empty(device="cpu").float()
             own.weight.data = torch.linspace(0.5, 1.5, own.weight.numel())
             x = own.weight.data.cos()
@@ -141,7 +141,7 @@ def end_tokens(path: str, config: PreTrainedConfig) -> list[int]:
         ends = GenerationConfig.from_model_config(config).eos_token_id
     listed = [] if ends is None else ends if isinstance(ends, list) else [ends]
     size = config.get_text_config().vocab_size
-    # the model never samples an id of `size` or more
+    # end ids of `size` or more are dropped, because the model never samples them
     usable = [end for end in listed if type(end) is int and end < size]
     if any(type(end) is not int or end < 0 for end in listed) or (ends is not None and not usable):
         raise InputError(f"the eos_token_id is {ends!r:.80}, expected an id from 0 to {size - 1} or a list of ids")

@@ -17,7 +17,7 @@ from loss import token_weights
 from methods import unsolved_groups
 from reward import extract_boxed
 
-RECORDED_TOKENS = 512  # limit for the tokens of each row that groups.jsonl gets
+RECORDED_TOKENS = 512  # at most so many tokens of each row are written to groups.jsonl
 
 
 def is_copied(text: str, problem: Any) -> bool:

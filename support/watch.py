@@ -40,8 +40,8 @@ LOST = 0.2, 6.0
 
 
 class Watch:
-    """Collects the warnings of a run by `method` that computes in `dtype`. `warnings` holds all warnings so far, by
-    name."""
+    """Collects the warnings of a run that trains by the method `method` and computes in `dtype`. `warnings` holds all
+    warnings so far, by name."""
 
     def __init__(self, method: Method, warnings: dict[str, str], dtype: torch.dtype = torch.float32):
         self.method, self.warnings = method, dict(warnings)

@@ -186,7 +186,7 @@ def draw_all(stored: Stored, runs: pd.DataFrame, folder: Path) -> list[Path]:
     habit = {"lines": stored["habit"], "methods": ("rft", OURS)}
     figures["first-hour"] = [
         partial(draw_curves, title="validation accuracy", curve="validation", label="% right, greedy", **habit),
-        partial(draw_curves, title="reward of own rows", curve="on_policy", label="mean reward", **habit),
+        partial(draw_curves, title="reward of on-policy rows", curve="on_policy", label="mean reward", **habit),
     ]
     cells = set(horizon.difference_frame(runs)["cell"])
     figures["horizon/contrasts"] = [

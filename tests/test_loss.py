@@ -109,6 +109,13 @@ def test_a_deviation_that_is_only_rounding_divides_nothing(common):
 # ---- entropy clip
 
 
+def test_of_ten_entropies_the_two_highest_keep_their_weight():
+    """The entropy clip with the paper's share of 20% keeps two of ten tokens."""
+    entropy = torch.tensor([[0.1, 0.0, 0.3, 2.0, 0.2, 0.1, 0.4, 1.5, 0.0, 0.9]])
+    kept = entropy_clip(torch.ones(1, 10, dtype=torch.bool), entropy, keep=0.2)
+    assert kept.nonzero()[:, 1].tolist() == [3, 7]
+
+
 @pytest.mark.parametrize("keep", [0.05, 0.1, 0.2, 0.5, 0.8, 0.9, 1.0])
 @pytest.mark.parametrize("n", [0, 1, 7, 10, 99])
 def test_entropy_clip_keeps_the_highest(keep, n):
@@ -160,13 +167,6 @@ def test_the_surrogate_is_clipped_where_the_textbook_clips_it():
     ratio = torch.tensor([0.5, 1.0, 1.2, 2.0])
     assert ppo_surrogate(ratio, torch.tensor(1.0), 0.2, 0.2).tolist() == pytest.approx([0.5, 1.0, 1.2, 1.2])
     assert ppo_surrogate(ratio, torch.tensor(-1.0), 0.2, 0.2).tolist() == pytest.approx([-0.8, -1.0, -1.2, -2.0])
-
-
-def test_of_ten_entropies_the_two_highest_keep_their_weight():
-    """The entropy clip with the paper's share of 20% keeps two of ten tokens."""
-    entropy = torch.tensor([[0.1, 0.0, 0.3, 2.0, 0.2, 0.1, 0.4, 1.5, 0.0, 0.9]])
-    kept = entropy_clip(torch.ones(1, 10, dtype=torch.bool), entropy, keep=0.2)
-    assert kept.nonzero()[:, 1].tolist() == [3, 7]
 
 
 @pytest.mark.parametrize("moved", [False, True])

@@ -132,7 +132,7 @@ def token_stats(model, input_ids: Tensor) -> tuple[Tensor, Tensor]:
     """Returns the log-prob of every token but the first, and the entropy of the model's distribution at that token's
     place: input_ids [B, T] -> two tensors [B, T - 1].
 
-    Rows are padded on the right. A causal model never looks to the right, so it needs no attention mask.
+    Rows are padded on the right. A causal model never looks to the right, so it sees no padding and needs no mask.
     """
     log_p = model(input_ids=input_ids, use_cache=False).logits[:, :-1].log_softmax(-1)  # [B, T - 1, V]
     log_probs = log_p.gather(2, input_ids[:, 1:, None]).squeeze(2)

@@ -1,9 +1,9 @@
 """This file reads a whole answer: words, a time, the letter of an option, or mathematics, which reader.py parses.
 
 Up to MAX_WORDS words can be an answer, alone or in a list. Words beside mathematics can be a unit, the name of a
-value, or a condition at the end. Any other words make an answer unreadable, because a right response would hardly
-repeat a sentence of the gold answer word by word. Units are not converted (1 m is not 100 cm), and matrix algebra has
-only sums and products.
+value, or a condition at the end. An answer with any more words is unreadable: sentences could only be compared word
+by word, and right responses would fail because their words differ. Units are not converted (1 m is not 100 cm), and
+matrix algebra has only sums and products.
 """
 
 import contextlib

@@ -80,8 +80,8 @@ def bench_sampling(words: list[str]) -> dict:
             seconds[name].append(clock() - begin)
             responses.append([row.response for row in sampled])
         same = sum(a == b for a, b in zip(*responses))
-        # for one row the responses of our code and of `generate` may differ, because rounding can change a drawn
-        # token
+        # at most one row may have different responses of our code and of `generate`, because rounding can change a
+        # drawn token
         assert same >= len(rows) - 1, f"{same} of {len(rows)} rows are the same"
     return {"rows": len(rows), "tokens": sum(map(len, responses[0])), "table": medians(seconds)}
 

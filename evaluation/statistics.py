@@ -16,11 +16,11 @@ contains the true accuracy less often where scores lie close together (in 92% of
 problems that are about equally hard).
 
 How often the 95% interval of this file contains the true accuracy (its coverage) was simulated with true accuracies
-from 1 to 99%, 1, 4 or 32 samples per problem, and with or without partial rewards. The simulated problems were about
-equally hard, or almost always or never solved, or in between. The table has the lowest coverage over all simulations
-of accuracies, samples and difficulties, each with 2000 to 4000 simulated evaluations (± 0.5 points). For one
-benchmark with one sample per problem the coverage of the interval was also computed exactly, without simulation: it
-is at least 94.4%.
+from 1 to 99%, 1, 4 or 32 samples per problem, and with or without partial rewards. Three kinds of problem sets were
+simulated: all problems are about equally hard; each problem is solved almost always or almost never; and a mixture
+between these two. The table has the lowest coverage over all simulations of accuracies, samples and difficulties,
+each with 2000 to 4000 simulated evaluations (± 0.5 points). For one benchmark with one sample per problem the
+coverage of the interval was also computed exactly, without simulation: it is at least 94.4%.
 
     one benchmark of 30, 100, 300, 500 problems         94.4%, 94.6%, 94.8%, 94.9%
     nine benchmarks of 30, 100, 300, of 30 to 1172      95.1%, 94.9%, 94.3%, 95.7%

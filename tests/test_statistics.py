@@ -45,7 +45,8 @@ def test_the_ends_of_an_interval_by_hand():
     # Each end of the interval adds one problem, which moves the average most: a failed problem to the benchmark with
     # the scores 1, or a solved problem to the benchmark with the scores 0.
     assert average_interval([[0.0] * 3, [1.0] * 3]) == pytest.approx((0.375 - 0.98 * 0.25, 0.625 + 0.98 * 0.25))
-    # The interval's lower end adds -1 to the differences 0, 0, 1: the mean is then 0, with the variance (2/3) / 4.
+    # For the interval's lower end one problem with the difference -1 joins the differences 0, 0, 1. The mean of the
+    # four differences is 0, and the variance of this mean is (2/3) / 4.
     middle, low, high = paired_difference([0, 0, 0], [0, 0, 1])
     assert (middle, low, high) == pytest.approx((1 / 3, -1.96 / 6**0.5, 1))
     # The differences 0.1 and -0.3 have the typical size (0.1² + 0.3²) / (0.1 + 0.3) = 0.25. Divided by the scores'

@@ -178,7 +178,8 @@ def stored_rows(path: Path, benchmarks: list[Benchmark]) -> Iterator[tuple[Bench
             row = parse_object(line, f"{path}:{number}", RESPONSE)
             stored, due = [row[name] for name in RESPONSE[:3]], [benchmark.name, benchmark.problems[i].id, k]
             if stored != due:
-                raise InputError(f"{path}:{number}: found response {stored}, expected {due}: of another evaluation?")
+                where = f"{path}:{number}"
+                raise InputError(f"{where}: found response {stored}, expected {due}: is it of another evaluation?")
             yield benchmark, i, row, len(line)
         if file.readline():
             raise InputError(

@@ -48,7 +48,7 @@ def check_model(path: str, model: PreTrainedModel, training: bool) -> None:
         close = float(want.abs().max()) * torch.finfo(model.dtype).eps ** 0.5
         passes = [response_stats(model.train(), ids, mask, 6, 1.0)[0] for _ in range(1 + training)]
         if not torch.allclose(passes[0], passes[-1], rtol=0, atol=close / 64):
-            raise InputError("two training passes differ: set every dropout or noise in the model's config.json to 0")
+            raise InputError("two training passes differ: set each dropout or noise in the model's config.json to 0")
         if not torch.allclose(passes[0], want, rtol=0, atol=close):
             raise InputError(
                 "log-probs of training differ from a plain forward pass (scaled, not causal?): use another model"

@@ -52,8 +52,8 @@ class Config:
     method: str = knob("prefix-rft", "the training method", choices=METHODS)
     model: str = knob(in_project("data/base"), "a HuggingFace model folder or hub name (paper: Qwen2.5-Math-7B)")
     data: str = knob(f"{TASK}/train.jsonl", "JSONL file of training problems (see data/README.md; paper: OpenR1-46k)")
-    eval_data: str = knob("", "file of problems for the accuracy curve; empty: none (embedded task: its own)")
-    test_data: str = knob("", "file of test problems for the final accuracy; empty: none (embedded task: its own)")
+    eval_data: str = knob("", "file of problems for the accuracy curve; empty: data/recipes' file or none")
+    test_data: str = knob("", "file of problems for the final accuracy; empty: data/recipes' file or none")
     sft_data: str = knob("", "file of problems for the sft stage; empty: the file of the setting data")
     demonstration_fraction: float = knob(1.0, "share of problems that keep their demonstrations (paper: 1)", 0, 1)
     reward: str = knob("math", "math (paper), exact (compares text), or a function of your own as FILE.py[:name]")
@@ -190,7 +190,9 @@ def check_together(config: Config) -> Config:
         )
     if config.coefficient is not None and method.coefficient is None:
         having = ", ".join(name for name, m in METHODS.items() if m.coefficient is not None)
-        raise InputError(f"coefficient is {config.coefficient}, but {config.method} has none; these do: {having}")
+        raise InputError(
+            f"coefficient is {config.coefficient}, but {config.method} has no coefficient; methods with one: {having}"
+        )
     if method.unsolved and config.gate >= config.rollouts_per_prompt:
         raise InputError(
             f"gate is {config.gate} of {config.rollouts_per_prompt} rollouts_per_prompt, expected fewer: every group "

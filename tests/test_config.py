@@ -86,7 +86,7 @@ def test_the_command_line_wins_over_the_file(tmp_path, mark):
         (["--updates_per_step", "17"], "updates_per_step is 17"),
         (["--method", "rft", "--rollouts_per_prompt", "1"], "rollouts_per_prompt is 1, expected at least 2"),
         (["--clip_low", "0"], "clip_low is 0.0, expected 0.001 to 1"),
-        (["--coefficient", "0.5"], "coefficient is 0.5, but prefix-rft has none; these do: .*luffy"),
+        (["--coefficient", "0.5"], "coefficient is 0.5, but prefix-rft has no coefficient; methods with one: .*luf"),
         (["--method", "hpt", "--gate", "8"], "gate is 8 of 8 rollouts_per_prompt, expected fewer"),
         (["--method", "chord-mu", "--coefficient", "1"], "coefficient is 1.0, expected less than 1: chord-mu gives"),
         (["--steps", "0"], "steps is 0, expected at least 1"),

@@ -126,7 +126,7 @@ def test_noise_that_stays_on_is_refused(tmp_path, tokenizer, monkeypatch):
     tokenizer.save_pretrained(tmp_path)
     load_model(str(tmp_path), training=True, check=check_model)
     monkeypatch.setattr(loading, "NOISE", ())
-    with pytest.raises(ValueError, match="two training passes differ: set every dropout"):
+    with pytest.raises(ValueError, match="two training passes differ: set each dropout"):
         load_model(str(tmp_path), training=True, check=check_model)
 
 

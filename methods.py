@@ -46,9 +46,9 @@ def unclipped(t: Tokens) -> Tensor:
 
     This is the policy gradient without PPO's clip, as the scripts of LUFFY, ReLIFT, HPT and TRAPO take it. Unlike
     this project, the four scripts do not divide the sum over tokens by the number of rows in a mini-batch, so their
-    gradient is 64 times as large. Their gradient clip at 1.0 (ReLIFT: 0.7) therefore acts nearly always, and the clip
-    of this project rarely. The factor 64 does not change AdamW's step, because AdamW divides by the size of past
-    gradients.
+    gradient is about 64 times as large. Their gradient clip at 1.0 (ReLIFT: 0.7) therefore acts nearly always, and
+    the clip of this project rarely. The factor 64 does not change AdamW's step, because AdamW divides by the size of
+    past gradients.
     """
     return torch.where(t.advantages != 0, t.advantages * (t.log_probs - t.old_log_probs).exp(), 0.0)
 

@@ -65,7 +65,7 @@ def draw_band(axis: Axes, x: Sequence[float], groups: Sequence[np.ndarray], name
 def draw_points(axis: Axes, x: Sequence[float], groups: Sequence[np.ndarray], name: str) -> None:
     """Draws the mean of each group of runs over x with a bar for its 95% interval, and a dot for each run."""
     for place, values in zip(x, groups):
-        axis.plot([place] * len(values), values, ".", markersize=2.5, alpha=0.5, color=style_of(name)["color"])
+        axis.plot([place] * len(values), values, ".", markersize=6, alpha=0.3, color=style_of(name)["color"])
     means, reaches = zip(*((float(values.mean()), reach_of(values)) for values in groups))
     axis.errorbar(x, means, yerr=reaches, capsize=2, marker="o", markersize=3, label=name, **style_of(name))
 
@@ -99,7 +99,8 @@ def draw_forest(axis: Axes, stored: Stored, kind: str, pairs: Sequence[tuple[str
         mid, low, high = difference(*(scores(runs_of(stored[regime], method), kind) for method in (OURS, name)))
         error, colour = [[mid - low], [high - mid]], style_of(name)["color"]
         axis.errorbar(mid, -place, xerr=error, fmt="o", color=colour, markersize=4.5, capsize=2)
-    labels = [f"{regime}: − {name}".removeprefix("habit: − prefix-rft-") for regime, name in pairs]
+    several = len({regime for regime, _ in pairs}) > 1
+    labels = [f"{regime}: − {name}" if several else name.removeprefix(f"{OURS}-") for regime, name in pairs]
     axis.set_yticks(-np.arange(len(pairs)), labels)
     axis.axvline(0, color="black", linewidth=0.8)
     finish(axis, f"{title}, {KINDS[kind]}", "difference, points", columns=0, grid="x")
@@ -155,6 +156,7 @@ def question_panels(stored: Stored) -> list[Panel]:
     weak = {m: [f"habit:{m}", *(f"{m}@{expert}" for expert in experts)] for m in ("sft", "sft-rft", OURS, "luffy")}
     few, weak = ({"rft": ["habit:rft"] * count} | names for count, names in ((5, few), (4, weak)))
     variants = [name for name in records.names_of(stored["habit"]) if name.startswith("prefix-rft-")]
+    variants += ["rft-entropy-clip", "dr-po"]
     parts = {"pairs": [("habit", name) for name in variants], "title": "Prefix-RFT minus a variant"}
     panels = []
     for kind, title in KINDS.items():

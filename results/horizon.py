@@ -141,7 +141,8 @@ def report_text(stored: Stored) -> str:
         "# Horizon × demonstrations, over base models\n\nWritten by `python results/report.py` from the files beside "
         f"it: {kinds.count('trial')} trials, {kinds.count('base model')} base models, {kinds.count('run')} runs.\n",
         f"**Primary contrast** (Prefix-RFT − SFT→RFT, {PRIMARY[0]}, {PRIMARY[1]} steps, {PRIMARY[2]}): {contrast}\n",
-        "Differences in points with 95% intervals over bases; bold: significant after Holm's correction.\n",
+        "Differences in points with 95% intervals over bases; bold: significant at 5% by Holm's correction over the "
+        f"{contrasts['holm'].count()} secondary contrasts stored so far.\n",
     ]
     for cell in CELLS:
         trials = trial_rows(stored, cell)

@@ -1,9 +1,10 @@
 """This file draws and compares the curves of runs from metrics.jsonl, eval.json and config.json in their run folders.
 
 The figure of one run has a panel for each quantity and a colour for each metric. The figure of several runs has fewer
-panels, a colour for each run and one legend. Runs that were evaluated on different problems are refused. Each
-vertical axis starts at 0 and reaches at least Panel.top, so that small noise looks small. A panel is left out if its
-metrics are missing or always 0 in all runs.
+panels, a colour for each run and one legend. Its horizontal axis counts tokens instead of steps if only some of the
+steps are supervised updates. Runs that were evaluated on different problems are refused. Each vertical axis starts at
+0 and reaches at least Panel.top, so that small noise looks small. A panel is left out if its metrics are missing or
+always 0 in all runs.
 """
 
 from dataclasses import dataclass
@@ -110,6 +111,20 @@ def steps_to(run: Run, share: float) -> int | None:
     return next((step for step, accuracy, *_ in evaluations(run, "all") if accuracy >= share), None)
 
 
+def add_places(runs: list[Run]) -> str:
+    """Adds to each run the key "places": {step: its place on the horizontal axis}. Returns the axis' label.
+
+    A supervised update costs less than a step of reinforcement. So if the figure of several runs has both, a step's
+    place is the number of tokens that the run has sampled and trained by then. Otherwise it is the step itself."""
+    by_tokens = len(runs) > 1 and len({"reward" in row for run in runs for row in run["metrics"]}) == 2
+    for run in runs:
+        run["places"], tokens = {0: 0}, 0
+        for row in run["metrics"]:
+            tokens += row.get("sampled_tokens", 0) + row.get("trained_tokens", 0)
+            run["places"][row["step"]] = tokens / 1000 if by_tokens else row["step"]
+    return "tokens sampled and trained, in 1000" if by_tokens else "step"
+
+
 def points(run: Run, metric: str) -> tuple[list[int], list[float]]:
     """Returns the steps at which a metric was logged, and its values there."""
     rows = [row for row in run["metrics"] if row.get(metric) is not None]
@@ -189,11 +204,13 @@ def draw(folders: list[Path], target: Path) -> Path:
     one = len(runs) == 1
     accuracy = accuracy_panels(runs)
     panels = [panel for panel in (*accuracy, *(PANELS if one else COMPACT)) if worth_a_panel(runs, panel)]
-    last = max(row["step"] for run in runs for row in run["metrics"])
+    label = add_places(runs)
+    last = max(place for run in runs for place in run["places"].values())
     with matplotlib.rc_context(TYPE):
         figure, axes = sheet(len(panels), 2.2, wide_first=one and bool(accuracy), xlim=(0, last))
         for axis, panel in zip(axes, panels):
             draw_panel(axis, runs, panel)
+            axis.set_xlabel(label)
         if one:
             figure.suptitle(runs[0]["name"], x=0.01, ha="left", fontsize=10, weight="bold")
             if accuracy:
@@ -245,7 +262,7 @@ def draw_panel(axis: Axes, runs: list[Run], panel: Panel) -> None:
                 values = draw_metric(axis, run, metric, colour, style, name)
             highest = max([highest, *values])
         if end := sft_end(run):
-            axis.axvline(end, color="grey", linestyle=":", linewidth=0.8)
+            axis.axvline(run["places"][end], color="grey", linestyle=":", linewidth=0.8)
     # no drawn value is negative, so the axis begins at 0
     axis.set_ylim(0, highest * (1 if panel.top == 1 and highest <= 1 else 1.05))
     if panel.share:
@@ -255,7 +272,6 @@ def draw_panel(axis: Axes, runs: list[Run], panel: Panel) -> None:
         axis.legend(loc="lower left", bbox_to_anchor=(0, 1), ncols=2, frameon=False, borderpad=0.2, columnspacing=1)
     axis.set_title(panel.title, loc="left", pad=18 if named else None)
     axis.set_ylabel(panel.unit)
-    axis.set_xlabel("step")
     axis.xaxis.set_major_locator(MaxNLocator("auto", integer=True))
     axis.grid(alpha=0.3)
     if len(runs) > 1 and panel.metrics[0][0] == "eval_all":
@@ -268,9 +284,9 @@ def draw_accuracy(axis: Axes, run: Run, level: str, colour: str, style: str, nam
     points = evaluations(run, level)
     problems = base_scores(run).get(level, {}).get("problems")
     label = f"{name}, {problems} problems" if name and problems else name
-    steps, values = [step for step, *_ in points], [accuracy for _, accuracy, *_ in points]
-    axis.plot(steps, values, style, color=colour, label=label, clip_on=False, markersize=3.5, linewidth=1.2)
-    band = [(step, low, high) for step, _, low, high in points if low is not None and high is not None]
+    places, values = [run["places"][step] for step, *_ in points], [accuracy for _, accuracy, *_ in points]
+    axis.plot(places, values, style, color=colour, label=label, clip_on=False, markersize=3.5, linewidth=1.2)
+    band = [(run["places"][step], low, high) for step, _, low, high in points if low is not None and high is not None]
     if len(band) > 1:
         axis.fill_between(*zip(*band), color=colour, alpha=0.12, linewidth=0)
     return values
@@ -282,8 +298,9 @@ def draw_metric(axis: Axes, run: Run, metric: str, colour: str, style: str, name
     steps, values = points(run, metric)
     if not steps:
         return []
-    axis.plot(steps, values, style, color=colour, alpha=0.3, linewidth=0.7)
-    axis.plot(steps, smooth(values, SMOOTH), style, color=colour, label=name, clip_on=False, linewidth=1.4)
+    places = [run["places"][step] for step in steps]
+    axis.plot(places, values, style, color=colour, alpha=0.3, linewidth=0.7)
+    axis.plot(places, smooth(values, SMOOTH), style, color=colour, label=name, clip_on=False, linewidth=1.4)
     return values
 
 

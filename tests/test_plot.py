@@ -306,6 +306,20 @@ def test_accuracy_has_its_interval_and_its_number_of_problems(tmp_path, monkeypa
     assert panel.get_ylim() == (0, 1) and panel.get_ylabel() == "% right"
 
 
+def test_the_axis_counts_tokens_only_if_runs_with_and_without_supervised_steps_are_compared(tmp_path, monkeypatch):
+    sft = [{"step": s, "trained_tokens": 400, "eval_all": 0.1 * s} for s in (1, 2)]
+    rft = [{"step": 3, "reward": 0.5, "sampled_tokens": 900, "trained_tokens": 300, "eval_all": 0.4}]
+    both, alone = run_folder(tmp_path / "both", sft + rft), run_folder(tmp_path / "alone", rft)
+    panel = panels_of(monkeypatch, both, alone)["validation accuracy: all"]
+    curves_drawn = [list(line.get_xdata()) for line in panel.lines[:3]]
+    # the first run's accuracies, the dotted line at the end of its SFT stage, the second run's accuracy
+    assert curves_drawn == [[0.4, 0.8, 2.0], [0.8, 0.8], [1.2]] and panel.get_xlim() == (0, 2)
+    assert panel.get_xlabel() == "tokens sampled and trained, in 1000"
+    for folders in ([both], [alone, alone]):
+        panel = next(iter(panels_of(monkeypatch, *folders).values()))
+        assert panel.get_xlabel() == "step" and panel.get_xlim() == (0, 3)
+
+
 def test_levels_stand_in_their_natural_order():
     assert natural_order(["10 terms", "2 terms", "3 terms", "2 terms"]) == ["2 terms", "3 terms", "10 terms"]
     assert natural_order(["ood", "hard", "easy", "medium"]) == ["easy", "medium", "hard", "ood"]

@@ -87,7 +87,7 @@ def draw_contrast(axis: Axes, runs: pd.DataFrame, cell: str) -> None:
     axis.set_xscale("log", base=2)
     axis.set_xticks(horizon.BUDGETS, map(str, horizon.BUDGETS))
     axis.set_xlim(0.8 * horizon.BUDGETS[0], 1.25 * horizon.BUDGETS[-1])
-    finish(axis, f"{cell}, {horizon.PRIMARY[2]}", "steps", "Prefix-RFT minus another, points")
+    finish(axis, f"{cell}: Prefix-RFT minus another, {horizon.PRIMARY[2]}", "steps", "difference of accuracy, points")
 
 
 # ---- the first study
@@ -190,7 +190,8 @@ def draw_all(stored: Stored, runs: pd.DataFrame, folder: Path) -> list[Path]:
         partial(draw_curves, title="validation accuracy", curve="validation", label="% right, greedy", **habit),
         partial(draw_curves, title="reward of on-policy rows", curve="on_policy", label="mean reward", **habit),
     ]
-    cells = set(horizon.difference_frame(runs)["cell"])
+    contrasts = horizon.contrast_frame(runs).dropna(subset="low")  # a cell with one base model has no interval yet
+    cells = set(contrasts.index.get_level_values("cell"))
     figures["horizon/contrasts"] = [
         partial(draw_contrast, runs=runs, cell=cell) for cell in horizon.CELLS if cell in cells
     ]

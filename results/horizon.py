@@ -106,12 +106,13 @@ def contrast_table(contrasts: pd.DataFrame, cell: str) -> str:
 
 
 def run_table(runs: pd.DataFrame, cell: str) -> str:
-    """Returns a table of the methods in a cell: the accuracy on each base model, and the cost of a run as a mean over
-    base models."""
+    """Returns a table of the methods in a cell: the mean accuracy and the accuracy on each base model, and the mean
+    cost of a run."""
     rows = [["method", "steps", *TEMPERATURES, "sampled", "trained", "supervised, in 1000 tokens", "CPU seconds"]]
     for (method, budget), group in runs[runs["cell"] == cell].groupby(["method", "budget"]):
         by_temperature = group.sort_values("base").groupby("temperature")["accuracy"]
-        accuracies = [", ".join(map(percent, by_temperature.get_group(name))) for name in TEMPERATURES]
+        groups = [by_temperature.get_group(name) for name in TEMPERATURES]
+        accuracies = [f"{percent(values.mean())} ({', '.join(map(percent, values))})" for values in groups]
         tokens = [f"{group[name].mean() / 1000:.0f}" for name in ("sampled", "trained", "supervised")]
         rows.append([method, str(budget), *accuracies, *tokens, f"{group['seconds'].mean():.0f}"])
     return markdown_table(rows)
@@ -148,7 +149,7 @@ def report_text(stored: Stored) -> str:
         trials = trial_rows(stored, cell)
         if (runs["cell"] == cell).any():
             parts += [f"## {cell}\n", contrast_table(contrasts, cell)]
-            parts += ["Accuracy in %, a number a base\n", run_table(runs, cell)]
+            parts += ["Accuracy in %: the mean (and the accuracy on each base model)\n", run_table(runs, cell)]
         if trials:
             header = ["trial", "settings", "validation: mean", *TEMPERATURES]
             parts += [f"## {cell}: trials, on validation problems\n", markdown_table([header, *trials])]

@@ -62,12 +62,13 @@ def draw_band(axis: Axes, x: Sequence[float], groups: Sequence[np.ndarray], name
     axis.fill_between(x, means - reaches, means + reaches, color=style_of(name)["color"], alpha=0.15, linewidth=0)
 
 
-def draw_points(axis: Axes, x: Sequence[float], groups: Sequence[np.ndarray], name: str) -> None:
-    """Draws the mean of each group of runs over x with a bar for its 95% interval, and a dot for each run."""
+def draw_points(axis: Axes, x: Sequence[float], groups: Sequence[np.ndarray], name: str, label: str = "") -> None:
+    """Draws the mean of each group of runs over x with a bar for its 95% interval, and a dot for each run. The
+    legend has `label`, or without a label the method's name."""
     for place, values in zip(x, groups):
         axis.plot([place] * len(values), values, ".", markersize=6, alpha=0.3, color=style_of(name)["color"])
     means, reaches = zip(*((float(values.mean()), reach_of(values)) for values in groups))
-    axis.errorbar(x, means, yerr=reaches, capsize=2, marker="o", markersize=3, label=name, **style_of(name))
+    axis.errorbar(x, means, yerr=reaches, capsize=2, marker="o", markersize=3, label=label or name, **style_of(name))
 
 
 # ---- the second study
@@ -82,12 +83,13 @@ def draw_contrast(axis: Axes, runs: pd.DataFrame, cell: str) -> None:
         rows = each[each.rival == rival]
         groups = [(budget * 1.04 ** (place - 1), group) for budget, group in rows.groupby("budget")]
         if groups:
-            draw_points(axis, [x for x, _ in groups], [group.difference.to_numpy() for _, group in groups], rival)
+            values = [group.difference.to_numpy() for _, group in groups]
+            draw_points(axis, [x for x, _ in groups], values, rival, f"− {rival}")
     axis.axhline(0, color="black", linewidth=0.8)
     axis.set_xscale("log", base=2)
     axis.set_xticks(horizon.BUDGETS, map(str, horizon.BUDGETS))
     axis.set_xlim(0.8 * horizon.BUDGETS[0], 1.25 * horizon.BUDGETS[-1])
-    finish(axis, f"{cell}: Prefix-RFT minus another, {horizon.PRIMARY[2]}", "steps", "difference of accuracy, points")
+    finish(axis, f"{cell}: {OURS} − another method, {horizon.PRIMARY[2]}", "steps", "difference of accuracy, points")
 
 
 # ---- the first study

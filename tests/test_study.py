@@ -171,7 +171,7 @@ def test_the_report_and_the_figure_of_the_second_study_before_and_after_its_runs
     assert "3 of 6 bases" in horizon.report_text(stored)
     runs, axis = horizon.run_frame(stored), Figure().subplots()
     drawing.draw_contrast(axis, runs, "habit-512")
-    (bars,) = (bars for bars in axis.containers if bars.get_label() == "sft-rft")
+    (bars,) = (bars for bars in axis.containers if bars.get_label() == "− sft-rft")
     (bar,) = bars.lines[2][0].get_segments()
     drawn, contrast = [bars.lines[0].get_ydata()[0], *bar[:, 1]], horizon.contrast_frame(runs).loc[horizon.PRIMARY]
     assert drawn == pytest.approx([contrast[name] for name in ("mean", "low", "high")])

@@ -144,6 +144,7 @@ def report_text(stored: Stored) -> str:
         f"**Primary contrast** (Prefix-RFT − SFT→RFT, {PRIMARY[0]}, {PRIMARY[1]} steps, {PRIMARY[2]}): {contrast}\n",
         "Differences in points with 95% intervals over bases; bold: significant at 5% by Holm's correction over the "
         f"{contrasts['holm'].count()} secondary contrasts stored so far.\n",
+        "The runs come from machines of different speeds: compare tokens rather than CPU seconds.\n",
     ]
     for cell in CELLS:
         trials = trial_rows(stored, cell)

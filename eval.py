@@ -28,6 +28,7 @@ from typing import Any, NamedTuple
 import torch
 from tqdm import tqdm
 from transformers import PreTrainedModel
+from transformers import PreTrainedTokenizerBase as Tokenizer
 
 from data.loader import Encoded, Problem, encode_prompts, odd_rows
 from evaluation.benchmarks import FILES, Benchmark, all_draws, choose_benchmarks
@@ -65,7 +66,7 @@ class Draw(NamedTuple):
 
 def respond(
     model: PreTrainedModel,
-    tokenizer,
+    tokenizer: Tokenizer,
     draws: Sequence[Draw],
     *,
     reward: Reward,
@@ -91,7 +92,7 @@ def respond(
 
 def evaluate(
     model: PreTrainedModel,
-    tokenizer,
+    tokenizer: Tokenizer,
     problems: Sequence[Problem],
     encoded: Sequence[Encoded],
     *,
@@ -123,7 +124,9 @@ def evaluate(
 # ---- checks
 
 
-def encode_benchmarks(model, tokenizer, benchmarks: list[Benchmark], max_response_tokens: int) -> int:
+def encode_benchmarks(
+    model: PreTrainedModel, tokenizer: Tokenizer, benchmarks: list[Benchmark], max_response_tokens: int
+) -> int:
     """Encodes the prompts of all benchmarks (Benchmark.encoded) and returns the length of the longest prompt in
     tokens.
 
@@ -155,7 +158,9 @@ def rows_that_fit(model: PreTrainedModel, columns: int) -> int:
 # ---- sampling what is missing
 
 
-def sample_missing(model, tokenizer, folder: Path, benchmarks: list[Benchmark], args: argparse.Namespace) -> None:
+def sample_missing(
+    model: PreTrainedModel, tokenizer: Tokenizer, folder: Path, benchmarks: list[Benchmark], args: argparse.Namespace
+) -> None:
     """Sample and grade the responses that generations.jsonl lacks, `rows_per_call` on each rank at a time."""
     path, total = folder / "generations.jsonl", sum(len(b.problems) * b.samples for b in benchmarks)
     size = args.rows_per_call * distributed.world_size()

@@ -33,7 +33,8 @@ import torch
 from torch import Tensor
 from torch.nn.utils.rnn import pad_sequence
 from tqdm import trange
-from transformers import AutoModelForCausalLM, AutoTokenizer
+from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel
+from transformers import PreTrainedTokenizerBase as Tokenizer
 
 from reward import grade
 
@@ -73,12 +74,12 @@ class Row:
     reward: float = 0.0
 
 
-def new_row(problem: dict, tokenizer) -> Row:
+def new_row(problem: dict, tokenizer: Tokenizer) -> Row:
     chat = [{"role": "user", "content": problem["problem"]}]
     return Row(tokenizer.apply_chat_template(chat, add_generation_prompt=True, return_dict=False), problem["answer"])
 
 
-def new_group(problem: dict, progress: float, tokenizer) -> list[Row]:
+def new_group(problem: dict, progress: float, tokenizer: Tokenizer) -> list[Row]:
     """Returns N rows to sample. If the problem has a demonstration, the last row is hybrid: it starts with a prefix.
 
     The prefix is a random share of the demonstration, at most 95%. The smallest share falls from 95% to 5% along half
@@ -95,7 +96,7 @@ def new_group(problem: dict, progress: float, tokenizer) -> list[Row]:
 
 
 @torch.no_grad()
-def respond(model, tokenizer, rows: list[Row], sampler: dict) -> None:
+def respond(model: PreTrainedModel, tokenizer: Tokenizer, rows: list[Row], sampler: dict) -> None:
     """Write and grade the response of every row. HF's `generate` gets the prefix as the end of the prompt."""
     inputs = [torch.tensor(row.prompt + row.prefix) for row in rows]
     # prompts are padded on the left, so all rows continue in the same column
@@ -128,7 +129,7 @@ def advantages(rewards: Tensor, hybrid: Tensor) -> tuple[Tensor, Tensor]:
     return torch.where(hybrid, rewards, compared), compared
 
 
-def token_stats(model, input_ids: Tensor) -> tuple[Tensor, Tensor]:
+def token_stats(model: PreTrainedModel, input_ids: Tensor) -> tuple[Tensor, Tensor]:
     """Returns the log-prob of every token but the first, and the entropy of the model's distribution at that token's
     place: input_ids [B, T] -> two tensors [B, T - 1].
 
@@ -140,7 +141,7 @@ def token_stats(model, input_ids: Tensor) -> tuple[Tensor, Tensor]:
 
 
 @torch.no_grad()
-def new_batch(model, tokenizer, rows: list[Row]) -> dict[str, Tensor]:
+def new_batch(model: PreTrainedModel, tokenizer: Tokenizer, rows: list[Row]) -> dict[str, Tensor]:
     """Returns the tensors that the updates read, with all rows, group after group. All tensors but input_ids are [B,
     T - 1], and their column t is about token t + 1."""
     ids = [torch.tensor(row.prompt + row.response) for row in rows]
@@ -181,7 +182,7 @@ def entropy_clip(prefix_mask: Tensor, entropy: Tensor) -> Tensor:
     return keep_mask
 
 
-def objective(model, batch: dict[str, Tensor]) -> Tensor:
+def objective(model: PreTrainedModel, batch: dict[str, Tensor]) -> Tensor:
     """Returns PPO's clipped surrogate of a mini-batch, as a loss. A prefix token is trained like any other response
     token."""
     log_probs, _ = token_stats(model, batch["input_ids"])
@@ -197,7 +198,7 @@ def objective(model, batch: dict[str, Tensor]) -> Tensor:
 # ---- the run
 
 
-def accuracy(model, tokenizer, problems: list[dict]) -> float:
+def accuracy(model: PreTrainedModel, tokenizer: Tokenizer, problems: list[dict]) -> float:
     rows = [new_row(problem, tokenizer) for problem in problems]
     respond(model, tokenizer, rows, GREEDY)
     return sum(row.reward for row in rows) / len(rows)

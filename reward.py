@@ -178,9 +178,12 @@ def same_folder() -> Iterator[None]:
     """Raises ValueError if the user's code in this context changes the working directory, to which the run's paths
     are relative. The old working directory is restored."""
     before = os.getcwd()
-    yield
-    if os.getcwd() != before:
+    try:
+        yield
+        changed = os.getcwd() != before
+    finally:
         os.chdir(before)
+    if changed:
         raise ValueError("the code changes the working directory: name files by Path(__file__).parent instead")
 
 

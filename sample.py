@@ -24,6 +24,7 @@ from torch import Tensor
 from torch.nn.utils.rnn import pad_sequence
 from tqdm import tqdm
 from transformers import GenerationConfig, LogitsProcessor, LogitsProcessorList, PreTrainedModel
+from transformers import PreTrainedTokenizerBase as Tokenizer
 
 from data.loader import Encoded
 from model import response_text, sampling
@@ -250,7 +251,7 @@ def generate_call(
 
 def generate(
     model: PreTrainedModel,
-    tokenizer,
+    tokenizer: Tokenizer,
     rows: Sequence[Row],
     max_response_tokens: int,
     temperature: float = 1.0,

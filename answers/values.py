@@ -23,7 +23,7 @@ context = mpmath.mp.clone()
 context.dps = DIGITS
 
 
-def is_real(value) -> bool:
+def is_real(value: mpmath.mpf | mpmath.mpc) -> bool:
     return abs(context.im(value)) <= abs(value) * context.mpf(10) ** -45
 
 
@@ -65,7 +65,7 @@ def value_at(node: Node, index: int, digits: int) -> tuple | None:
         context.dps = DIGITS
 
 
-def exact(value: Fraction):
+def exact(value: Fraction) -> mpmath.mpf:
     return context.mpf(value.numerator) / value.denominator
 
 

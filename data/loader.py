@@ -198,8 +198,8 @@ def check_rows(path: str | Path, rows: dict[int, Any], reward: Reward = MATH) ->
 
 
 def odd_rows(path: str | Path) -> list[str]:
-    """Returns a list with one warning if a file contains the same problem twice, probably by mistake, else an empty
-    list."""
+    """Returns a list with one warning if a file that load_problems accepts contains the same problem twice, probably
+    by mistake, else an empty list."""
     seen: set[tuple[str, str]] = set()
     twice = []
     for number, row in read_rows(path).items():

@@ -30,7 +30,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from support.command import Parser, command
 from support.errors import InputError
-from support.files import make_folder, write_jsonl
+from support.files import jsonl_line, make_folder, write_jsonl
 
 LABELS = "ABCDEFGH"
 # level -> numbers of instructions k of its recipes
@@ -211,7 +211,12 @@ def row(identifier: str, recipe: Recipe, texts: list[str] | None = None) -> dict
 
 
 def write_splits(out: Path, splits: dict[str, list[dict]]) -> None:
-    """Writes one JSONL file per split into the folder `out`."""
+    """Writes one JSONL file per split into the folder `out`. Raises InputError, before anything is written, if a
+    file of that name has another content."""
+    for split, rows in splits.items():
+        path = out / f"{split}.jsonl"
+        if path.exists() and path.read_bytes() != "".join(map(jsonl_line, rows)).encode():
+            raise InputError(f"{path} exists with other rows: choose another folder with --out, or delete the file")
     make_folder(out)
     for split, rows in splits.items():
         write_jsonl(out / f"{split}.jsonl", rows)
@@ -226,10 +231,7 @@ def main() -> None:
     kinds = "; ".join(f"{kind}: {what}" for kind, what in DEMONSTRATIONS.items())
     parser.add_argument("--demonstrations", choices=DEMONSTRATIONS, default="expert", help=kinds)
     args = parser.parse_args()
-    out = args.out
-    if args.demonstrations != "expert" and out.resolve() == default.resolve():
-        raise InputError("weaker demonstrations need another folder than data/recipes: give --out")
-    write_splits(out, make_splits(args.demonstrations))
+    write_splits(args.out, make_splits(args.demonstrations))
 
 
 if __name__ == "__main__":

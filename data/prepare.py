@@ -41,31 +41,31 @@ SOLVE = "Please reason step by step, and put your final answer within \\boxed{}.
 CHOOSE = "Please reason step by step, and put the letter of the right option within \\boxed{}."
 
 
-# ---- one function per schema: (row of the hub, its index) -> fields of a row of this project
+# ---- one function per schema: row of the hub -> fields of a row of this project
 
 
-def math500(row: Row, index: int) -> Row:
+def math500(row: Row) -> Row:
     """Converts a row of HuggingFaceH4/MATH-500: problem, solution, answer, subject, level (1 to 5), unique_id."""
     return {"problem": row["problem"], "answer": row["answer"], "level": f"level {row['level']}"}
 
 
-def aime(row: Row, index: int) -> Row:
+def aime(row: Row) -> Row:
     """Converts a row of HuggingFaceH4/aime_2024 or math-ai/aime25: problem, answer ("025", "70") and more."""
     return {"problem": row["problem"], "answer": str(row["answer"])}
 
 
-def amc23(row: Row, index: int) -> Row:
+def amc23(row: Row) -> Row:
     """Converts a row of AI-MO/aimo-validation-amc: id, problem, answer (a float, always whole), url."""
     answer = float(row["answer"])
     return {"problem": row["problem"], "answer": str(int(answer)) if answer.is_integer() else str(answer)}
 
 
-def minerva(row: Row, index: int) -> Row:
+def minerva(row: Row) -> Row:
     """Converts a row of math-ai/minervamath: question, answer."""
     return {"problem": row["question"], "answer": row["answer"]}
 
 
-def olympiad(row: Row, index: int) -> Row:
+def olympiad(row: Row) -> Row:
     """Converts a row of Hothan/OlympiadBench: question, final_answer (a list with one text, in which commas separate
     the parts), unit, subfield and more."""
     answer = ", ".join(text.strip() for text in row["final_answer"])
@@ -78,13 +78,13 @@ def multiple_choice(stem: str, options: list[str], gold: int, level: str = "") -
     return fields | ({"level": level} if level else {})
 
 
-def arc_c(row: Row, index: int) -> Row:
+def arc_c(row: Row) -> Row:
     """Converts a row of allenai/ai2_arc: id, question, choices {text: […], label: […]}, answerKey (labels A to E or 1
     to 4)."""
     return multiple_choice(row["question"], row["choices"]["text"], row["choices"]["label"].index(row["answerKey"]))
 
 
-def gpqa_diamond(row: Row, index: int) -> Row:
+def gpqa_diamond(row: Row) -> Row:
     """Converts a row of Idavidrein/gpqa: Question, Correct Answer, Incorrect Answer 1 to 3, High-level domain, Record
     ID and more."""
     options = [row["Correct Answer"], *(row[f"Incorrect Answer {i}"] for i in (1, 2, 3))]
@@ -94,7 +94,7 @@ def gpqa_diamond(row: Row, index: int) -> Row:
     return multiple_choice(row["Question"], options, order.index(0), row["High-level domain"])
 
 
-def mmlu_pro(row: Row, index: int) -> Row:
+def mmlu_pro(row: Row) -> Row:
     """Converts a row of TIGER-Lab/MMLU-Pro: question, options (up to ten, filled up with "N/A"), answer,
     answer_index, category."""
     options = [text.strip() for text in row["options"] if text != "N/A"]
@@ -102,7 +102,7 @@ def mmlu_pro(row: Row, index: int) -> Row:
     return multiple_choice(row["question"], options, gold, row["category"])
 
 
-def gsm8k(row: Row, index: int) -> Row:
+def gsm8k(row: Row) -> Row:
     """Converts a row of openai/gsm8k: question, answer (a human solution with marks <<48/2=24>> and a last line "####
     72")."""
     solution, _, answer = row["answer"].rpartition("####")
@@ -111,11 +111,11 @@ def gsm8k(row: Row, index: int) -> Row:
     return {"problem": row["question"], "answer": answer, "demonstrations": [f"{steps}\n\\boxed{{{answer}}}"]}
 
 
-def gsm8k_test(row: Row, index: int) -> Row:
-    return {key: value for key, value in gsm8k(row, index).items() if key != "demonstrations"}
+def gsm8k_test(row: Row) -> Row:
+    return {key: value for key, value in gsm8k(row).items() if key != "demonstrations"}
 
 
-def openr1_46k(row: Row, index: int) -> Row:
+def openr1_46k(row: Row) -> Row:
     """Converts a row of Elliott/Openr1-Math-46k-8192: prompt [system, user], target [assistant], reward_model
     {ground_truth, style}.
 
@@ -140,7 +140,7 @@ class Source:
     config: str | None
     split: str
     rows: tuple[int, int]
-    convert: Callable[[Row, int], Row]
+    convert: Callable[[Row], Row]
     folder: str = "benchmarks"
     gated: bool = False
 
@@ -197,8 +197,8 @@ def convert(name: str, source: Source, rows: list[Row]) -> tuple[list[Row], list
     ours, left_out = [], []
     for index, row in enumerate(rows):
         try:
-            fields = source.convert(row, index)
-        except (KeyError, TypeError, AttributeError, IndexError) as error:
+            fields = source.convert(row)
+        except (KeyError, TypeError, AttributeError, IndexError, ValueError) as error:
             raise InputError(
                 f"{name}: row {index} of {source.path} has not the fields expected ({error!r}): it has {sorted(row)}"
             ) from error

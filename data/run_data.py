@@ -10,6 +10,8 @@ from collections import Counter
 from collections.abc import Sequence
 from typing import NamedTuple
 
+from transformers import PreTrainedTokenizerBase as Tokenizer
+
 from data.loader import Data, Encoded, encode_problems, encode_prompts, load_problems
 from methods import METHODS, hint
 from reward import Reward
@@ -53,7 +55,7 @@ def keep_fraction(problems: Sequence[Encoded], fraction: float) -> list[Encoded]
 
 
 def load_data(
-    config: Config, reward: Reward, tokenizer, end_ids: list[int], context: int | None
+    config: Config, reward: Reward, tokenizer: Tokenizer, end_ids: list[int], context: int | None
 ) -> tuple[Data, Counts]:
     """Returns the data of a run, checked against the settings, and the counts of its demonstrations."""
     files, counts = data_files(config), Counts(Counter(), Counter())

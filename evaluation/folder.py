@@ -18,6 +18,8 @@ from typing import Any
 
 import torch
 import transformers
+from transformers import PreTrainedModel
+from transformers import PreTrainedTokenizerBase as Tokenizer
 
 from data.loader import render_prompt
 from evaluation.benchmarks import Benchmark, all_draws, load_benchmark
@@ -25,9 +27,9 @@ from evaluation.multiple_choice import grade_response
 from evaluation.statistics import Answers
 from reward import Reward, load_reward
 from support import distributed
-from support.checkpoint import json_line, locked, sha256, weights_fingerprint, write_text
+from support.checkpoint import json_line, locked, model_fingerprint, sha256, write_text
 from support.errors import Broken, InputError
-from support.files import make_folder, parse_object, read_json, reading, replacing, writing
+from support.files import check_object, make_folder, parse_object, read_json, reading, replacing, writing
 
 # fields of a line in generations.jsonl
 RESPONSE = ("benchmark", "id", "sample", "reward", "read", "truncated", "tokens", "response")
@@ -50,12 +52,14 @@ def now() -> str:
     return datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds")
 
 
-def describe(args: argparse.Namespace, model, tokenizer, benchmarks: list[Benchmark]) -> dict[str, Any]:
+def describe(
+    args: argparse.Namespace, model: PreTrainedModel, tokenizer: Tokenizer, benchmarks: list[Benchmark]
+) -> dict[str, Any]:
     """Returns all settings that influence the results of an evaluation, as settings.json stores them."""
     first = benchmarks[0].problems[0]
     return {
         "model": args.model,
-        "weights": weights_fingerprint(args.model, model),
+        "weights": model_fingerprint(args.model, model),
         "parameters": model.num_parameters(),
         "dtype": str(model.dtype).removeprefix("torch."),
         "chat_template": tokenizer.chat_template or "none: system message, an empty line, problem, a line end",
@@ -176,6 +180,9 @@ def stored_rows(path: Path, benchmarks: list[Benchmark]) -> Iterator[tuple[Bench
             if not line.endswith(b"\n"):
                 return
             row = parse_object(line, f"{path}:{number}", RESPONSE)
+            if not isinstance(row["reward"], int | float):
+                found = f"reward is {row['reward']!r:.40}, expected a number"
+                raise InputError(f"{path}:{number}: {found}: restore it, or delete it")
             stored, due = [row[name] for name in RESPONSE[:3]], [benchmark.name, benchmark.problems[i].id, k]
             if stored != due:
                 where = f"{path}:{number}"
@@ -225,6 +232,7 @@ def regrade(folder: Path, name: str | None = None) -> tuple[dict[str, Any], dict
     reward = load_reward(name or graded_by)
     benchmarks, how = [], (settings["problems_per_level"], settings["system"], reward)
     for benchmark, stored in settings["benchmarks"].items():
+        check_object(stored, f"{file}: benchmark {benchmark}", ("file", "samples"))
         benchmarks.append(load_benchmark(benchmark, Path(stored["file"]), stored["samples"], *how))
         # a benchmark's file may differ from the file at the time of the evaluation, because a gold answer was
         # corrected; stored_rows checks the ids

@@ -198,6 +198,9 @@ def compare_tables(evaluations: Sequence[Results], beside_paper: bool) -> str:
     settings = {name: [e["settings"].get(name) for e in evaluations] for name in names}
     for benchmark, _ in shared:
         settings[f"samples of {benchmark}"] = [e["results"][benchmark]["all"]["samples"] for e in evaluations]
+        settings[f"file of {benchmark}"] = [
+            (e["settings"].get("benchmarks", {}).get(benchmark) or {}).get("sha256", "")[:8] for e in evaluations
+        ]
     text += not_alike([e["name"] for e in evaluations], settings)
     return text + (paper_table(evaluations) if beside_paper else "")
 

@@ -19,7 +19,7 @@ from evaluation.report import markdown_table, not_alike, percent
 from evaluation.statistics import natural_order
 from figures.figure import COLOURS, MARKERS, STYLES, TYPE, in_percent, save, sheet
 from support.errors import InputError
-from support.files import read_json, read_log
+from support.files import check_object, read_json, read_log
 
 Run = dict[str, Any]  # keys: "name", "metrics" (rows of metrics.jsonl), "scores" (eval.json), "config" (config.json)
 
@@ -69,11 +69,13 @@ COMPACT = (  # panels for a figure of several runs
 def read_run(folder: Path) -> Run:
     """Returns the logs of a run folder. Raises InputError if the logs are missing or damaged."""
     log = folder / "metrics.jsonl"
-    if not log.exists() or not log.stat().st_size:
-        raise InputError(f"{folder} is not a run folder with steps in it: no metrics.jsonl")
-    run: Run = {"name": folder.name, "metrics": read_log(log, "step")}
+    run: Run = {"name": folder.name, "metrics": read_log(log, "step") if log.exists() else []}
+    if not run["metrics"]:
+        raise InputError(f"{folder} is not a run folder with steps in it: metrics.jsonl has no complete line")
     for name, file in (("scores", "eval.json"), ("config", "config.json")):
         run[name] = read_json(folder / file) if (folder / file).exists() else {}
+    for level, row in base_scores(run).items():
+        check_object(row, f"{folder / 'eval.json'}: base validation {level}", ("accuracy", "problems"))
     return run
 
 
@@ -120,7 +122,7 @@ def add_places(runs: list[Run]) -> str:
     for run in runs:
         run["places"], tokens = {0: 0}, 0
         for row in run["metrics"]:
-            tokens += row.get("sampled_tokens", 0) + row.get("trained_tokens", 0)
+            tokens += sum(row.get(name, 0) for name in ("sampled_tokens", "trained_tokens", "relift_tokens"))
             run["places"][row["step"]] = tokens / 1000 if by_tokens else row["step"]
     return "tokens sampled and trained, in 1000" if by_tokens else "step"
 
@@ -142,19 +144,23 @@ def sft_end(run: Run) -> int | None:
 
 
 def check_alike(runs: list[Run]) -> str:
-    """Returns a line for each setting, other than the method, in which the runs differ.
+    """Returns a line for each setting, other than the method, in which the runs differ. The validation problems
+    differ if the hashes of their files do.
 
-    Raises InputError for runs that were evaluated on different problems.
+    Raises InputError for runs that were evaluated on different numbers of problems.
     """
-    sizes = {}
+    sizes = []
     for run in runs:
         if scores := base_scores(run):
-            sizes[run["name"]] = ", ".join(f"{level}: {row['problems']}" for level, row in scores.items())
-    if len(set(sizes.values())) > 1:
-        numbers = "; ".join(f"{name}: {size}" for name, size in sizes.items())
-        raise InputError(f"{' and '.join(sizes)} were evaluated on different problems ({numbers}): draw each alone")
+            sizes.append((run["name"], ", ".join(f"{level}: {row['problems']}" for level, row in scores.items())))
+    if len({size for _, size in sizes}) > 1:
+        names, numbers = " and ".join(name for name, _ in sizes), "; ".join(f"{name}: {size}" for name, size in sizes)
+        raise InputError(f"{names} were evaluated on different problems ({numbers}): draw each alone")
     names = ("data", "eval_data", "model", "reward", "eval_response_tokens")
     settings = {name: [run["config"].get(name) for run in runs] for name in names}
+    hashes = [(run["config"].get("made_of") or {}).get("validation", "")[:8] for run in runs]
+    if all(hashes):
+        settings["file of validation problems"] = hashes
     return not_alike([run["name"] for run in runs], settings)
 
 
@@ -204,6 +210,8 @@ def draw(folders: list[Path], target: Path) -> Path:
     one = len(runs) == 1
     accuracy = accuracy_panels(runs)
     panels = [panel for panel in (*accuracy, *(PANELS if one else COMPACT)) if worth_a_panel(runs, panel)]
+    if not panels:
+        raise InputError(f"{' and '.join(map(str, folders))}: metrics.jsonl has steps, but no metrics to draw")
     label = add_places(runs)
     last = max(place for run in runs for place in run["places"].values())
     with matplotlib.rc_context(TYPE):

@@ -22,12 +22,14 @@ from typing import Any
 
 from figures.figure import BLUE, VERMILLION
 from support.errors import InputError
-from support.files import read_log
+from support.files import check_object, read_log
 
 Group = dict[str, Any]
 Row = dict[str, Any]
 
 FIELDS = ("step", "method", "id", "problem", "answer", "prompt", "rows")
+ROW_FIELDS = ("hybrid", "complete", "reward", "truncated", "advantage", "prefix_advantage")
+ROW_FIELDS += ("tokens", "tokens_total", "source", "entropy", "kept", "weight")
 SOURCES = {  # who wrote a token -> colour of its cell, and a description for the legend
     "prefix": ("#F8C65C", "beginning of a demonstration: given"),
     "demonstration": ("#F8C65C", "a whole demonstration: given"),
@@ -46,6 +48,9 @@ def read_groups(folder: Path) -> list[Group]:
     if not log.exists():
         raise InputError(f"{folder} has no groups.jsonl: only runs of train.py that sample rollouts write it")
     groups = read_log(log, *FIELDS)
+    for group in groups:
+        for row in group["rows"]:
+            check_object(row, f"{log}: step {group['step']}", ROW_FIELDS)
     if not groups:
         raise InputError(f"{log} is empty: the first group is recorded after the first step")
     return groups

@@ -62,8 +62,8 @@ def write_text(path: Path, text: str) -> None:
 
 
 def append_rows(path: Path, rows: list[dict[str, Any]]) -> None:
-    """Add rows to a JSONL log. When the function returns, the rows are on the disk."""
-    if rank() > 0:
+    """Add rows to a JSONL log. When the function returns, the rows are on the disk. Without rows no file is made."""
+    if rank() > 0 or not rows:
         return
     with writing(path):
         _write(path, "a", "".join(map(json_line, rows)))
@@ -110,11 +110,14 @@ def sha256(*paths: Path) -> str:
     return digest.hexdigest()
 
 
-def weights_fingerprint(path: str, model: Any) -> str:
-    """Returns a text that identifies a model's weights: the SHA-256 of the folder's safetensors files, or the
-    revision on the hub."""
+def model_fingerprint(path: str, model: Any) -> str:
+    """Returns a text that identifies a model: the SHA-256 of the folder's configs and safetensors files, or the
+    revision on the hub. The configs say how the weights are used, and which tokens end a response."""
     folder = Path(path)
-    return sha256(*sorted(folder.glob("*.safetensors"))) if folder.is_dir() else model.config._commit_hash
+    if not folder.is_dir():
+        return model.config._commit_hash
+    configs = [folder / name for name in ("config.json", "generation_config.json") if (folder / name).exists()]
+    return sha256(*configs, *sorted(folder.glob("*.safetensors")))
 
 
 def made_of(run: Any, files: dict[str, str]) -> dict[str, str]:
@@ -129,7 +132,7 @@ def made_of(run: Any, files: dict[str, str]) -> dict[str, str]:
     prompts = [p.prompt_ids for encoded in (trained, *(held for _, held in run.data.held.values())) for p in encoded]
     demonstrations = [p.demonstrations for p in trained]
     fingerprints = {name: sha256(Path(path)) for name, path in files.items()}
-    fingerprints["model"] = weights_fingerprint(run.config.model, run.model)
+    fingerprints["model"] = model_fingerprint(run.config.model, run.model)
     for name, ids in {"prompts": prompts, "demonstrations": demonstrations}.items():
         fingerprints[f"{name} as token ids"] = hashlib.sha256(repr(ids).encode()).hexdigest()
     return fingerprints | {"reward": run.reward.fingerprint}
@@ -148,6 +151,9 @@ def trained_with(model: str) -> dict[str, str]:
     if it wrote nothing there."""
     file = Path(model) / REMEMBERED
     noted = read_json(file, "system", "reward") if file.exists() else {}
+    for name, value in noted.items():
+        if not isinstance(value, str | None):
+            raise InputError(f"{file}: {name} is {value!r:.40}, expected a text or null: restore it, or delete it")
     return {name: value for name, value in noted.items() if value is not None}
 
 

@@ -24,8 +24,9 @@ PROJECT = Path(__file__).parents[1]
 
 
 def in_project(path: str) -> str:
-    """Returns `path`, or, if only the project's folder has a file of this path, the path in that folder."""
-    return path if os.path.exists(path) or not os.path.exists(PROJECT / path) else str(PROJECT / path)
+    """Returns `path`, or, if only the project's folder has a file of this path, the path in that folder. An empty
+    path, which means no file, stays empty."""
+    return path if not path or os.path.exists(path) or not os.path.exists(PROJECT / path) else str(PROJECT / path)
 
 
 TASK = in_project("data/recipes")  # the embedded task of the README
@@ -285,7 +286,7 @@ def parse_config(argv: list[str]) -> Config:
         raise InputError(f"found {rest[0]!r:.80}{suggest(rest[0], names)}")
     values = vars(options)
     if "config" in values:
-        file = read_json(Path(values.pop("config")))
+        file = read_json(Path(values.pop("config")), advice='write the settings as one object, {"FIELD": VALUE, ...}')
         file |= {name: in_project(file[name]) for name in PATHS if isinstance(file.get(name), str)}
         values = file | values
     values.pop("made_of", None)  # the config.json of a run also has this key, which is no setting

@@ -44,10 +44,15 @@ def replacing(path: Path) -> Iterator[Path]:
             partial.unlink(missing_ok=True)
 
 
+def jsonl_line(row: dict[str, Any]) -> str:
+    """Returns `row` as a line of a data file, in ASCII, because some readers take the character U+2028 for the end of
+    a line."""
+    return json.dumps(row) + "\n"
+
+
 def write_jsonl(path: Path, rows: Iterable[dict[str, Any]]) -> None:
-    """Write `rows` as a JSONL file in ASCII, because some readers take the character U+2028 for the end of a line."""
     with replacing(path) as partial, partial.open("w", encoding="utf-8", newline="\n") as file:
-        file.writelines(json.dumps(row) + "\n" for row in rows)
+        file.writelines(map(jsonl_line, rows))
 
 
 def make_folder(folder: Path, exist_ok: bool = True) -> Path:
@@ -61,27 +66,36 @@ def make_folder(folder: Path, exist_ok: bool = True) -> Path:
     return folder
 
 
-def parse_object(text: bytes, place: str, fields: Sequence[str] = ()) -> dict[str, Any]:
-    """Parse a JSON object that this project wrote. Raises InputError if `text` is no JSON object or lacks one of
-    `fields`.
+OURS = "restore it, or delete it"  # the advice for a damaged file that this project wrote
 
-    `place` is what the error names: the file or file:line of `text`.
+
+def check_object(value: Any, place: str, fields: Sequence[str] = (), advice: str = OURS) -> None:
+    """Raises InputError if `value` is no JSON object or lacks one of `fields`. `place` is what the error names: a
+    file or file:line."""
+    if not isinstance(value, dict) or not value.keys() >= set(fields):
+        found = f"found {json.dumps(value)[:40]}, expected a JSON object" + f" with {', '.join(fields)}" * bool(
+            fields
+        )
+        raise InputError(f"{place}: {found}: {advice}")
+
+
+def parse_object(text: bytes, place: str, fields: Sequence[str] = (), advice: str = OURS) -> dict[str, Any]:
+    """Parse a JSON object. Raises InputError if `text` is no JSON object or lacks one of `fields`.
+
+    `place` is what the error names: the file or file:line of `text`. `advice` is what the error says to do.
     """
     try:
         value = json.loads(text)
     except (ValueError, RecursionError) as error:
-        raise InputError(f"{place}: not valid JSON ({error}): restore it, or delete it") from error
-    if not isinstance(value, dict) or not value.keys() >= set(fields):
-        found = f"found {text.strip()[:40]!r}, expected a JSON object" + f" with {', '.join(fields)}" * bool(fields)
-        raise InputError(f"{place}: {found}: restore it, or delete it")
+        raise InputError(f"{place}: not valid JSON ({error}): {advice}") from error
+    check_object(value, place, fields, advice)
     return value
 
 
-def read_json(path: Path, *fields: str) -> dict[str, Any]:
-    """Read the JSON object in a file that this project wrote. Raises InputError if the object lacks one of
-    `fields`."""
+def read_json(path: Path, *fields: str, advice: str = OURS) -> dict[str, Any]:
+    """Read the JSON object in a file. Raises InputError if the object lacks one of `fields`."""
     with reading(path):
-        return parse_object(path.read_bytes(), str(path), fields)
+        return parse_object(path.read_bytes(), str(path), fields, advice)
 
 
 def read_log(path: Path, *fields: str) -> list[dict[str, Any]]:

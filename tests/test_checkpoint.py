@@ -5,6 +5,7 @@ test_faults.py."""
 import contextlib
 import hashlib
 import json
+from pathlib import Path
 
 import pytest
 import torch
@@ -119,12 +120,32 @@ def test_a_fingerprint_covers_every_byte_of_every_file(tmp_path):
     content = {name: bytes([number]) * (2**24 + 1) for number, name in enumerate(("a", "b"))}
     for name, data in content.items():
         (tmp_path / f"{name}.safetensors").write_bytes(data)
-    # config.json does not change the fingerprint, because it holds no weights
-    (tmp_path / "config.json").write_text("{}", encoding="utf-8")
     wanted = hashlib.sha256(b"".join(content.values())).hexdigest()
-    assert checkpoint.weights_fingerprint(str(tmp_path), None) == wanted
+    assert checkpoint.model_fingerprint(str(tmp_path), None) == wanted
     (tmp_path / "b.safetensors").write_bytes(content["b"][:-1] + b"x")
-    assert checkpoint.weights_fingerprint(str(tmp_path), None) != wanted
+    assert checkpoint.model_fingerprint(str(tmp_path), None) != wanted
+
+
+@pytest.mark.parametrize("name", ["config.json", "generation_config.json"])
+def test_a_fingerprint_covers_how_the_weights_are_used(tmp_path, name):
+    for path in Path("data/base").iterdir():
+        (tmp_path / path.name).write_bytes(path.read_bytes())
+    before = checkpoint.model_fingerprint(str(tmp_path), None)
+    assert before == checkpoint.model_fingerprint("data/base", None)
+    settings = json.loads((tmp_path / name).read_bytes())
+    (tmp_path / name).write_text(json.dumps(settings | {"rope_theta": 10.0, "eos_token_id": 5}), encoding="utf-8")
+    assert checkpoint.model_fingerprint(str(tmp_path), None) != before
+
+
+def test_a_log_without_rows_is_no_file(tmp_path):
+    checkpoint.append_rows(tmp_path / "groups.jsonl", [])
+    assert not any(tmp_path.iterdir())
+
+
+def test_a_noted_system_message_that_is_no_text_is_named(tmp_path):
+    (tmp_path / checkpoint.REMEMBERED).write_text('{"system": 3, "reward": "math"}', encoding="utf-8")
+    with pytest.raises(InputError, match=f"{checkpoint.REMEMBERED}: system is 3, expected a text or null"):
+        checkpoint.trained_with(str(tmp_path))
 
 
 def test_a_new_run_takes_a_folder_that_nobody_has(tmp_path, monkeypatch):

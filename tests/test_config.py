@@ -104,8 +104,14 @@ def test_settings_that_a_method_does_not_read_contradict_nothing():
     assert parse_config(["--method", "rft", "--gate", "8"]).gate == 8
 
 
+def test_a_runs_own_config_can_be_given_back(tmp_path):
+    config = parse_config(["--method", "rft", "--steps", "3"])
+    (tmp_path / "config.json").write_text(json.dumps(dataclasses.asdict(config) | {"made_of": {"data": "0123"}}))
+    assert parse_config(["--config", str(tmp_path / "config.json")]) == config
+
+
 @pytest.mark.parametrize("text, message", [("{", "not valid JSON"), ("[1]", "expected a JSON object")])
 def test_wrong_config_files(tmp_path, text, message):
     (tmp_path / "c.json").write_text(text)
-    with pytest.raises(ValueError, match=message):
+    with pytest.raises(ValueError, match=f"{message}.*: write the settings as one object"):
         parse_config(["--config", str(tmp_path / "c.json")])

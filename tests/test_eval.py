@@ -445,7 +445,7 @@ def test_more_responses_than_problems_are_refused(finished, tmp_path, regrade):
     [
         (b"garbage", "not valid JSON"),
         (b"", "not valid JSON"),
-        (b"[1, 2]", "found b'[1, 2]', expected a JSON object with benchmark, id,"),
+        (b"[1, 2]", "found [1, 2], expected a JSON object with benchmark, id,"),
         (b'{"benchmark": "embedded", "id": "x", "sample": 0}', "expected a JSON object with benchmark, id,"),
     ],
 )
@@ -476,6 +476,18 @@ def test_settings_without_a_field_are_refused_before_anything_is_graded(finished
     with pytest.raises(ValueError, match=r"settings.json.*expected a JSON object with model, benchmarks.*restore"):
         eval.regrade(folder)
     assert contents(folder) == before
+    (folder / "settings.json").write_text(json.dumps(settings | {"benchmarks": {"aime24": {}}}))
+    with pytest.raises(ValueError, match=r"settings.json: benchmark aime24: .*expected a JSON object with file, sam"):
+        eval.regrade(folder)
+
+
+def test_a_stored_reward_that_is_no_number_is_refused(finished, tmp_path):
+    folder = copy(finished, tmp_path / "damaged")
+    rows = [json.loads(line) for line in (folder / "generations.jsonl").read_text().splitlines()]
+    rows[1]["reward"] = "x"
+    (folder / "generations.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    with pytest.raises(ValueError, match=r"generations.jsonl:2: reward is 'x', expected a number: restore it"):
+        eval.run(arguments(out=folder))
 
 
 @pytest.mark.usefixtures("no_figure")
@@ -556,7 +568,7 @@ def test_the_folder_of_another_evaluation_is_left_alone(finished, tmp_path, monk
     with pytest.raises(ValueError, match=r"other settings .*temperature: 1.0"):
         eval.run(arguments(out=finished, temperature=0.5))
     with monkeypatch.context() as patch:
-        patch.setattr(folder_of_evaluation, "weights_fingerprint", lambda *a: "of another model")
+        patch.setattr(folder_of_evaluation, "model_fingerprint", lambda *a: "of another model")
         with pytest.raises(ValueError, match=r"other settings .*weights"):
             eval.run(arguments(out=finished))
     foreign = copy(finished, tmp_path / "foreign")

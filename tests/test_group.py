@@ -71,7 +71,7 @@ def test_a_damaged_log_is_told_by_its_line(folder, group, monkeypatch, capsys):
     for text, output in (
         ('{"step": 1,', "not valid JSON"),
         ("[" * 100_000, "not valid JSON"),
-        ("3", "found b'3', expected a JSON object with step, method"),
+        ("3", "found 3, expected a JSON object with step, method"),
         (json.dumps(without), "expected a JSON object with step, method"),
     ):
         (folder / "groups.jsonl").write_text(json.dumps(group) + "\n" + text + "\n")

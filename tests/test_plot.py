@@ -147,6 +147,11 @@ def test_unlike_evaluations_are_refused_in_one_line(two, tmp_path, monkeypatch, 
 
 
 def test_other_numbers_of_samples_are_told(two, tmp_path, monkeypatch, capsys):
+    changed = json.loads((two[1] / "results.json").read_bytes())
+    changed["settings"]["benchmarks"] = {"aime24": {"sha256": "0123456789"}}
+    (two[1] / "results.json").write_text(json.dumps(changed))
+    assert run(monkeypatch, "--compare", *two, "--out", tmp_path / "c.png") == 0
+    assert "Not alike: file of aime24 (a , b 01234567)" in capsys.readouterr().out
     half = evaluation(tmp_path / "half", {"aime24": {"p": 1, "q": 0, "r": 2, "s": 2}}, samples=2)
     capsys.readouterr()
     assert run(monkeypatch, "--compare", two[0], half, "--out", tmp_path / "c.png") == 0
@@ -168,12 +173,15 @@ def test_damaged_files_are_named_in_one_line(tmp_path, monkeypatch, capsys):
     results.parent.mkdir()
     for file, text, message in (
         (results, '{"settings": {', f"{results}: not valid JSON"),
-        (results, "{}", f"{results}: found b'{{}}', expected a JSON object with results, right, settings"),
+        (results, "{}", f"{results}: found {{}}, expected a JSON object with results, right, settings"),
         (scores, '{"base": {', f"{scores}: not valid JSON"),
-        (config, "[1]", f"{config}: found b'[1]', expected a JSON object"),
-        (log, '{"entropy": 1.0}\n', f"{log}:1: found b'{{\"entropy\": 1.0}}', expected a JSON object with step"),
+        (scores, '{"base": {"validation": {"all": {}}}}', f"{scores}: base validation all: found {{}}, expected"),
+        (config, "[1]", f"{config}: found [1], expected a JSON object"),
+        (log, '{"entropy": 1.0}\n', f'{log}:1: found {{"entropy": 1.0}}, expected a JSON object with step'),
         (log, log.read_text() + '{"step": 2, "ent\n', f"{log}:2: not valid JSON"),
-        (log, "3\n", f"{log}:1: found b'3', expected a JSON object"),
+        (log, "3\n", f"{log}:1: found 3, expected a JSON object"),
+        (log, '{"step": 1, "los', f"{tmp_path / 'x'} is not a run folder with steps in it: metrics.jsonl has no"),
+        (log, '{"step": 1}\n', f"{tmp_path / 'x'}: metrics.jsonl has steps, but no metrics to draw"),
     ):
         for other in (scores, config):
             other.unlink(missing_ok=True)
@@ -308,7 +316,8 @@ def test_accuracy_has_its_interval_and_its_number_of_problems(tmp_path, monkeypa
 
 def test_the_axis_counts_tokens_only_if_runs_with_and_without_supervised_steps_are_compared(tmp_path, monkeypatch):
     sft = [{"step": s, "trained_tokens": 400, "eval_all": 0.1 * s} for s in (1, 2)]
-    rft = [{"step": 3, "reward": 0.5, "sampled_tokens": 900, "trained_tokens": 300, "eval_all": 0.4}]
+    rft = [{"step": 3, "reward": 0.5, "sampled_tokens": 900, "trained_tokens": 200, "eval_all": 0.4}]
+    rft[0]["relift_tokens"] = 100  # ReLIFT's supervised update within the step
     both, alone = run_folder(tmp_path / "both", sft + rft), run_folder(tmp_path / "alone", rft)
     panel = panels_of(monkeypatch, both, alone)["validation accuracy: all"]
     curves_drawn = [list(line.get_xdata()) for line in panel.lines[:3]]
@@ -411,6 +420,14 @@ def test_runs_on_different_problems_are_refused_or_told_apart(tmp_path, monkeypa
     assert note == [
         f"Not alike: data (x {Config.data}, y mine.jsonl)",
     ]
+    for folder, file in ((first, "0123456789"), (other, "abcdefghij")):
+        (folder / "config.json").write_text(json.dumps({"data": "same", "made_of": {"validation": file}}))
+    assert run(monkeypatch, first, other, "--out", tmp_path / "c.png") == 0
+    assert "Not alike: file of validation problems (x 01234567, y abcdefgh)" in capsys.readouterr().out
+    (tmp_path / "deep").mkdir()
+    namesake = with_base(run_folder(tmp_path / "deep" / "x", LOGGED), hard=40, all=40)
+    assert run(monkeypatch, first, namesake, "--out", tmp_path / "c.png") == 2
+    assert "x and x were evaluated on different problems (x: hard: 50" in capsys.readouterr().err
 
 
 def test_markdown_tables_are_aligned():

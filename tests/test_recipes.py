@@ -187,6 +187,23 @@ def test_make_base_refuses_wrong_arguments(arguments, message, tmp_path, monkeyp
 
 
 @pytest.mark.parametrize("command", ["make_recipes.py", "make_sums.py"])
+def test_other_data_are_not_overwritten(command, tmp_path, monkeypatch, capsys):
+    (tmp_path / "test.jsonl").write_text("mine\n")
+    monkeypatch.setattr(sys, "argv", [command, "--out", str(tmp_path)])
+    make = importlib.import_module(f"data.{command[:-3]}").main
+    with pytest.raises(SystemExit) as stopped:
+        make()
+    assert stopped.value.code == 2
+    assert f"{tmp_path}/test.jsonl exists with other rows: choose another folder" in capsys.readouterr().err
+    assert {path.name: path.read_text() for path in tmp_path.iterdir()} == {"test.jsonl": "mine\n"}
+    (tmp_path / "test.jsonl").unlink()
+    make()
+    before = {path.name: path.read_bytes() for path in tmp_path.iterdir()}
+    make()  # the same rows again
+    assert {path.name: path.read_bytes() for path in tmp_path.iterdir()} == before
+
+
+@pytest.mark.parametrize("command", ["make_recipes.py", "make_sums.py"])
 @pytest.mark.parametrize("out", ["/proc/x", "FILE", "FILE/recipes"])
 def test_a_place_that_cannot_be_written_to_is_one_line(command, out, tmp_path, monkeypatch, capsys):
     (tmp_path / "FILE").write_text("x")

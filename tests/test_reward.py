@@ -333,6 +333,9 @@ def test_a_reward_that_changes_the_working_directory_is_told(tmp_path):
     path.write_text(path.read_text() + "\ndef moves(text, problem):\n    import os\n    os.chdir('/')\n")
     with pytest.raises(ValueError, match="failed on problem 'p7': the code changes the working directory"):
         grade_all(load_reward(f"{path}:moves"), ["x"], [PROBLEM])
+    path.write_text(path.read_text() + "    raise OSError('my tool failed')\n")
+    with pytest.raises(ValueError, match="my tool failed"):
+        grade_all(load_reward(f"{path}:moves"), ["x"], [PROBLEM])
     assert os.getcwd() == before
 
 

@@ -226,12 +226,15 @@ def test_sdfts_teacher_has_seen_the_demonstration(tokenizer):
     log-probs are NaN."""
     run = make_run(tokenizer, "sdft", temperature=TEMPERATURE)
     picked = [0, 1, 2, 5]
+    first = run.data.encoded[0]
+    # of two demonstrations, step 3 shows the second
+    run.data.encoded[0] = dataclasses.replace(first, demonstrations=[[2], *first.demonstrations])
     batch = rollout_batch(run, picked, 3)
     for row, actual in zip(batch.rows, batch.hinted_log_probs):
         problem = run.data.encoded[picked[row.group]]
         assert actual.isnan().all() == (row.group == 3)
         if problem.demonstrations:
-            shown = [*problem.prompt_ids, *problem.demonstrations[0], 2, *problem.prompt_ids, *row.response]
+            shown = [*problem.prompt_ids, *problem.demonstrations[-1], 2, *problem.prompt_ids, *row.response]
             n = len(row.response)
             with torch.no_grad():
                 p = (run.model(torch.tensor([shown])).logits[0, -n - 1 : -1] / TEMPERATURE).log_softmax(-1)

@@ -320,7 +320,7 @@ def test_a_bad_command_line(tmp_path, refused, command, line):
 def test_what_a_model_was_trained_with_is_not_guessed(tmp_path, refused):
     model = shutil.copytree("data/base", tmp_path / "model")
     (model / "trained_with.json").write_text('{"system": 3}')
-    assert "trained_with.json: found b'{\"system\": 3}', expected a JSON object with system, reward" in refused(
+    assert 'trained_with.json: found {"system": 3}, expected a JSON object with system, reward' in refused(
         "sample.py", "--model", model, "1"
     )
 
